@@ -1,0 +1,71 @@
+# Needs make, Python 3.11 or newer and access to a Python package index. `make help` lists the targets.
+#
+#   make train ARGS="--substrate chicken_in_the_matrix__repeated"     ARGS goes to the command
+#   make setup PYTHON=python3.12                                      another Python than python3
+#   make setup PIP_ARGS="--extra-index-url URL"                       to pip, as for a CPU build of torch
+#   make setup MELTINGPOT_ASSETS=FILE                                 see envs/install_meltingpot.py
+
+PYTHON ?= python3
+ARGS ?=
+PIP_ARGS ?=
+PY := .venv/bin/python
+READY := .venv/ready
+# Packages of another Python must not get in.
+unexport PYTHONPATH
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+setup: $(READY)  ## make .venv with everything in it (0.5 GB to download, 3 GB with CUDA)
+	$(if $(JUST_MADE),,@$(PY) envs/install_meltingpot.py)
+
+train: $(READY)  ## a short run of BiDist on a real substrate: a bar, two tables, a video
+	$(PY) bidist_mappo_meltingpot.py --substrate coins --total-timesteps 96000 --capture-video $(ARGS)
+
+test: $(READY)  ## all tests but the slow ones
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY)  ## the slow tests
+	$(PY) -m pytest -m slow $(ARGS)
+
+lint: $(READY)  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+IS_NEW := import sys; assert sys.version_info >= (3, 11)
+HAS_VENV := import ensurepip, venv
+SHOW_VERSION := import platform; print(platform.python_version())
+runs = $(shell $(PYTHON) -c '$(1)' >/dev/null 2>&1 && echo yes)
+
+# Each of these errors is one sentence.
+define need_python
+$(if $(call runs,$(IS_NEW)),,$(error Unseen needs Python 3.11 or newer, and $(PYTHON) is \
+	$(or $(shell $(PYTHON) -c '$(SHOW_VERSION)' 2>/dev/null),missing): name a newer one with PYTHON=/path/to/python3))
+$(if $(call runs,$(HAS_VENV)),,$(error $(PYTHON) cannot make virtual environments: install its venv \
+	package (python3-venv on Debian and Ubuntu)))
+endef
+
+# .venv/ready is written last. Without it a setup was interrupted, or the environment is somebody's
+# own: an unfinished one is made anew, a whole one gets what it lacks.
+$(READY): requirements-lock.txt envs/install_meltingpot.py
+	$(need_python)
+	$(eval JUST_MADE := yes)
+	@rm -f $(READY)
+	@if [ -e .venv/unfinished ] || ! $(PY) -c '$(IS_NEW)' 2>/dev/null; then \
+	    $(PYTHON) -m venv --clear --without-pip .venv; fi
+	@touch .venv/unfinished
+	@$(PY) -c 'import pip' 2>/dev/null || $(PY) -m ensurepip --default-pip >/dev/null
+	@echo "Installing into .venv: about 0.5 GB to download and 2 GB on disk, some minutes (on Linux"
+	@echo "PyPI's PyTorch adds 2.5 GB of CUDA libraries; for a build without, see README.md)."
+	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements-lock.txt \
+	    || { echo "pip could not install everything; Melting Pot's engine, dmlab2d, has builds for" \
+	    "Linux with glibc 2.35 or newer and for macOS 15 or newer on Apple silicon." >&2; exit 1; }
+	@$(PY) envs/install_meltingpot.py
+	@rm -f .venv/unfinished && touch $(READY)

@@ -1,0 +1,1119 @@
+"""BiDist: Bidirectional Distillation (Feng et al., AAMAS 2025) on MAPPO, for unseen co-players.
+
+In every iteration a random part of the agents, the fictitious population, acts with a distilled
+network phi instead of the learning network theta. Every k_d iterations phi is trained on the last
+rollout, in turns towards theta (forward: an implicit self-play with the past) and away from it
+(reverse: novel partners), so that theta learns to live with co-players that it will never meet.
+
+    v_i ~ B(v_<i; p, N)    v_i = 1: agent i is trained, 0: fictitious; never all 0      Eqs. (3)-(5)
+    tau ~ (pi_theta where v_i = 1, pi_phi where v_i = 0)                                Eq. (6)
+    phi <- phi - eta_f grad L(phi),  L = 1/N sum_i E KL(pi_theta(.|o_i) || pi_phi(.|o_i))  Eq. (7)
+    phi <- phi + eta_r grad L(phi)                                                      Eq. (8)
+    J(theta) = 1/N sum_i E min(r A, clip(r, 1 -+ eps) A),  r = pi_theta / who acted     Eq. (9)
+
+    python bidist_mappo_meltingpot.py --k-d 5                                the paper's settings
+    python bidist_mappo_meltingpot.py --resume runs/RUN --total-timesteps 2000000
+    python bidist_mappo_meltingpot.py --eval-only runs/RUN --background random runs/OTHER
+    torchrun --nproc-per-node 2 bidist_mappo_meltingpot.py                   two times 16 worlds
+
+Letters: T steps, B worlds, N agents, A actions, F features, H hidden units, L steps per chunk,
+C chunks per rollout, M minibatch. What the paper leaves open is decided in docs/bidist.md; the
+worlds: docs/meltingpot.md. `diff baselines/mappo_meltingpot.py` shows the method and nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+import wandb
+from annotated_types import Interval
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs.episodes import play_pairs, random_player, table
+from envs.tile_tensors import Sprites, Windows
+from envs.tiles import WorldError
+
+Count = Annotated[int, Interval(ge=0)]
+Positive = Annotated[int, Interval(ge=1)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Amount = Annotated[float, Interval(ge=0, lt=math.inf)]
+Above = Annotated[float, Interval(gt=0, lt=math.inf)]
+
+
+# --- 2. Args --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """BiDist on MAPPO in Melting Pot. Defaults are the paper's (Tables B.1 and B.2)."""
+
+    # Run
+    seed: Count = 1  # fixes all that is drawn on our side (the engine drifts all the same)
+    total_timesteps: Positive = 10_000_000  # environment steps of all worlds and processes
+    run_dir: str = ""  # default: runs/{world}__{script}__s{seed}__{UTC time}__{4 hex}
+    resume: str = ""  # run directory to go on with; its own arguments hold
+    eval_only: str = ""  # run directory or checkpoint to evaluate, without training
+    track: bool = False  # log to Weights & Biases too
+    wandb_project: str = "unseen"  # project there
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` later
+    wandb_timeout: Above = 10.0  # seconds until an unreachable server is given up
+    capture_video: bool = False  # an MP4 with every evaluation
+    # Environment
+    substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, or toy
+    num_envs: Positive = 16  # B, worlds per process (rollout threads)
+    num_workers: Count = 0  # processes that step worlds; 0: one per core
+    worker_timeout: Above = 8.0  # seconds until a worker that gives no sign ends the run
+    max_episode_steps: Count = 0  # truncate episodes there; 0: they end naturally
+    team_reward: bool = False  # everyone gets the sum of all rewards
+    # Method
+    p: Share | None = None  # p of Eq. (4); default .4 for N <= 2, else .2 (Sec. 5.1)
+    p_means: Literal["fictitious", "trained"] = "fictitious"  # whose probability it is
+    v_shared: bool = False  # one v for all worlds, not one each
+    v_redraw: Literal["iteration", "episode"] = "iteration"  # when v is drawn (Alg. 1: iteration)
+    all_fictitious: bool = False  # ablation v = 0
+    mask_fictitious: bool = False  # fictitious samples do not train theta (Eq. 9: they do)
+    dual_clip: Annotated[float, Interval(gt=1)] | None = None  # bounds r of theirs where A < 0
+    k_d: Positive = 5  # distillation interval in iterations
+    forward_lr: Amount = 1e-3  # eta_f of Eq. (7)
+    forward_epochs: Count = 5  # passes over the rollout in a forward phase
+    no_forward: bool = False  # ablation -F: odd multiples of k_d do nothing
+    reverse_lr: Amount = 1e-5  # eta_r of Eq. (8)
+    reverse_epochs: Count = 5  # passes over the rollout in a reverse phase
+    no_reverse: bool = False  # ablation -R: even multiples of k_d do nothing
+    reverse_mode: Literal["kl", "entropy", "random", "noise"] = "kl"  # kl: Eq. (8), else Fig. 6
+    noise_std: Amount = 0.1  # of mode noise, added to every weight of phi
+    distilled_width: Annotated[float, Interval(gt=0, le=4)] = 1.0  # of phi's layers (Fig. C.1)
+    # Base algorithm: MAPPO
+    rollout_steps: Positive = 200  # T; a rollout does not reset the worlds
+    chunk_length: Positive = 10  # L, steps of backpropagation through time
+    epochs: Positive = 5  # PPO epochs
+    minibatches: Positive = 5  # per epoch
+    actor_lr: Amount = 5e-4  # Adam
+    critic_lr: Amount = 5e-4  # Adam
+    adam_eps: Above = 1e-5  # Adam
+    gamma: Share = 0.99  # discount
+    gae_lambda: Share = 0.95  # GAE
+    clip: Amount = 0.2  # eps of Eq. (9)
+    value_clip: Amount = 0.2  # the same for values, in normalised units
+    huber_delta: Above = 10.0  # of the value loss
+    entropy_coef: Amount = 0.01  # entropy bonus
+    max_grad_norm: Above = 10.0  # of each network
+    # Evaluation and checkpoints (every: environment steps, 0 for never)
+    eval_every: Count = 160_000  # evaluations on the way
+    eval_episodes: Positive = 2  # per co-player, in those
+    final_episodes: Count = 50  # per co-player, at the end and with --eval-only
+    background: tuple[str, ...] = ("random", "distilled")  # co-players; also run directories
+    num_focal: Count = 0  # seats that we take beside them; 0: N - 1
+    eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
+    save_every: Count = 160_000  # checkpoints; the last two are kept
+    # System
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    num_threads: Positive = 1  # torch's; on a busy machine more is slower
+    pixels: bool = False  # plain convolutions on images: the same results, slower
+    amp: bool = False  # critic in bf16
+
+
+def validate(args: Args) -> None:
+    """Raise UsageError for combinations that cannot be meant."""
+    chunks = args.rollout_steps // args.chunk_length * args.num_envs
+    redraw, dual = args.v_shared and args.v_redraw == "episode", args.dual_clip is not None
+    for wrong, sentence in (
+        (args.resume and (args.eval_only or args.run_dir), "--resume goes without --run-dir"),
+        (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
+        (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
+        (args.mask_fictitious and args.all_fictitious, "--mask-fictitious leaves no samples"),
+        (args.mask_fictitious and dual, "--dual-clip has no samples with --mask-fictitious"),
+        (args.all_fictitious and args.p is not None, "--p has no use with --all-fictitious"),
+        (args.no_reverse and args.reverse_mode != "kl", "--no-reverse excludes --reverse-mode"),
+        (redraw, "--v-shared excludes --v-redraw episode: worlds end at different times"),
+    ):
+        if wrong:
+            raise UsageError(f"{sentence}.")
+
+
+RESUMABLE = (  # what may differ from the run's own arguments with --resume and --eval-only
+    *("total_timesteps", "run_dir", "resume", "eval_only", "track", "wandb_project", "wandb_mode"),
+    *("wandb_timeout", "capture_video", "num_workers", "worker_timeout", "eval_every"),
+    *("eval_episodes", "final_episodes", "background", "num_focal", "eval_ids", "save_every"),
+    *("device", "num_threads", "pixels", "amp"),
+)
+
+
+# --- 3. Worlds ------------------------------------------------------------------------------------
+
+
+def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
+    """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
+    options = {"first_world": first_world, "max_episode_steps": args.max_episode_steps}
+    if args.substrate == "toy":
+        from envs.tile_game import TileGame
+
+        return TileGame(num_envs, seed, **options)
+    from envs.meltingpot import MeltingPot
+
+    options |= {"num_workers": args.num_workers, "timeout": args.worker_timeout}
+    try:
+        return MeltingPot(args.substrate, num_envs, seed, **options)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise UsageError(str(error)) from None
+
+
+# --- 4. Networks ----------------------------------------------------------------------------------
+
+KERNEL = 4  # of the second convolution, in tiles
+RELU = math.sqrt(2)  # gain of layers before a ReLU
+
+
+def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
+    """Orthogonal weights and zero biases."""
+    for name, parameter in layer.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.orthogonal_(parameter, gain)
+    return layer
+
+
+class TileCNN(nn.Module):
+    """The paper's CNN and the layer after it (App. B.2), with ReLU: convolutions of 16 channels,
+    kernel 8, stride 8 and of 32 channels, kernel 4, stride 1, and a linear layer of 64 units.
+
+    It reads tile ids. As all images consist of 8x8 sprites, each layer has few different inputs
+    and becomes a table: computed once, then looked up (envs/tile_tensors.py). Weights, outputs and
+    gradients are those of convolutions on the pixels (--pixels).
+    """
+
+    def __init__(self, grid: tuple[int, int], width: float, pixels: bool):
+        super().__init__()
+        c1, c2, units = (max(1, round(n * width)) for n in (16, 32, 64))
+        h, w = (max(size, KERNEL) for size in grid)  # black tiles beside views narrower than KERNEL
+        self.padding, self.pixels = (0, w - grid[1], 0, h - grid[0]), pixels
+        positions = (h - KERNEL + 1) * (w - KERNEL + 1)
+        self.conv1 = orthogonal(nn.Conv2d(3, c1, 8, stride=8), RELU)
+        self.conv2 = orthogonal(nn.Conv2d(c1, c2, KERNEL), RELU)
+        self.linear = orthogonal(nn.Linear(positions * c2, units), RELU)  # position by position
+
+    def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:  # (M, H, W), (P, 3, 8, 8) -> (M, 64)
+        ids = F.pad(ids.long(), self.padding)
+        if self.pixels:
+            images = (
+                sprites[ids].permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+            )  # (M, 3, 8H, 8W)
+            x = F.relu(self.conv2(F.relu(self.conv1(images))))
+            return F.relu(self.linear(x.flatten(2).transpose(1, 2).flatten(1)))
+        windows = Windows(ids, KERNEL)
+        x = F.relu(self.conv1(sprites)).flatten(1)  # (P, 16), a row per sprite
+        x = x.index_select(0, windows.ids.flatten()).view(len(windows.ids), -1)
+        kernel = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)
+        x = F.relu(F.linear(x, kernel, self.conv2.bias))  # (U, 32), a row per window
+        x = windows.linear(x, self.linear.weight)  # (D, 64), a row per position and window
+        return F.relu(windows.sum(x) + self.linear.bias)
+
+
+class RecurrentNet(nn.Module):
+    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output and features -> MLP 64 (App. B.2).
+
+    An actor has one row per view, and its agent id among the features. The critic sees a world
+    once and has a row for each of its agents, whose ids it adds itself.
+    """
+
+    def __init__(
+        self, grid, features: int, outputs: int, gain: float, rows=1, width=1.0, pixels=False
+    ):
+        super().__init__()
+        units, self.hidden_size = max(1, round(64 * width)), max(1, round(128 * width))
+        self.rows = rows  # of the critic: N
+        self.cnn = TileCNN(grid, width, pixels)
+        self.mlp = orthogonal(nn.Linear(units, units), RELU)
+        self.norm = nn.LayerNorm(features)  # observation normalisation (App. B.1)
+        inputs = units + features + (rows if rows > 1 else 0)
+        self.gru = orthogonal(nn.GRU(inputs, self.hidden_size), 1.0)
+        self.head = orthogonal(nn.Linear(self.hidden_size, units), RELU)
+        self.out = orthogonal(nn.Linear(units, outputs), gain)
+
+    def forward(self, ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
+        """Views ids (T, B, N, H, W), features (T, B, N, F), starts (T, B) bool: an episode begins,
+        hidden (B * N, H) before the first step; critic: ids (T, B, H', W'), features (T, B, F)
+        -> outputs (T, B, N, .) and the states after each step (T, B * N, H)."""
+        steps, worlds = starts.shape
+        x = F.relu(self.mlp(self.cnn(ids.flatten(0, -3), sprites)))
+        x = torch.cat([x, self.norm(features).flatten(0, -2).to(x.dtype)], -1)
+        x = x.unflatten(0, (steps, -1))
+        if self.rows > 1:
+            one_hot = torch.eye(self.rows, dtype=x.dtype, device=x.device).repeat(worlds, 1)
+            one_hot = one_hot.expand(steps, -1, -1)
+            x = torch.cat([x.repeat_interleave(self.rows, 1), one_hot], -1)
+        goes_on = ~starts.repeat_interleave(len(hidden) // worlds, 1)[..., None]
+        # The GRU runs without a break between steps at which some row begins an episode.
+        cuts = sorted({0, steps, *starts.any(1).nonzero()[:, 0].tolist()})
+        states = []
+        for first, last in itertools.pairwise(cuts):
+            part, hidden = self.gru(x[first:last], (hidden * goes_on[first]).to(x.dtype)[None])
+            states, hidden = [*states, part], hidden[0]
+        states = torch.cat(states)
+        outputs = self.out(F.relu(self.head(states))).unflatten(1, (worlds, -1))
+        return outputs.to(self.out.weight.dtype), states.to(self.out.weight.dtype)
+
+
+def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
+    """Actions (B, N) from log-probabilities (B, N, A): the largest after adding Gumbel noise, drawn
+    once per agent and action whatever the policy."""
+    gumbel = -torch.empty(log_probs.shape).exponential_(generator=rng).log()
+    return (log_probs + gumbel.to(log_probs.device)).argmax(-1)
+
+
+class ValueNorm(nn.Module):
+    """Mean and deviation of returns, by exponential averages with debiasing, as in MAPPO."""
+
+    def __init__(self, beta: float = 0.99999):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+
+    def update(self, new: Tensor) -> None:  # (3,): 1, mean and mean square of new returns
+        self.sums.lerp_(new, 1 - self.beta)
+
+    def mean_std(self) -> tuple[Tensor, Tensor]:
+        """0 and 1 before the first update."""
+        weight, mean, square = self.sums if self.sums[0] > 0 else self.sums.new_tensor([1, 0, 1])
+        variance = square / weight - (mean / weight) ** 2
+        return (mean / weight).float(), variance.clamp(min=1e-2).sqrt().float()
+
+
+class Agent:
+    """The networks and their optimisers."""
+
+    def __init__(self, args: Args, spec, device: torch.device):
+        self.args, self.spec, self.device = args, spec, device
+        torch.manual_seed(args.seed)
+        self.actor = self.new_actor()
+        joint = spec.num_agents * (spec.num_features + spec.num_actions)
+        shape = (spec.world_grid, joint, 1, 1.0, spec.num_agents)
+        self.critic = RecurrentNet(*shape, pixels=args.pixels).to(device)
+        self.value_norm = ValueNorm().to(device)
+        adam, eps = torch.optim.Adam, args.adam_eps
+        self.actor_optimiser = adam(self.actor.parameters(), args.actor_lr, eps=eps)
+        self.critic_optimiser = adam(self.critic.parameters(), args.critic_lr, eps=eps)
+        self.perturb_distilled(args.seed + 2**30)
+
+    def new_actor(self, width: float = 1.0) -> RecurrentNet:
+        spec, features = self.spec, self.spec.num_features + self.spec.num_agents
+        net = RecurrentNet(spec.grid, features, spec.num_actions, 0.01, 1, width, self.args.pixels)
+        return net.to(self.device)
+
+    def perturb_distilled(self, seed: int, noise_std: float | None = None) -> None:
+        """Add Gaussian noise to phi's weights, or initialise it anew, independently of theta."""
+        torch.manual_seed(seed)
+        if noise_std is None:
+            self.distilled = self.new_actor(self.args.distilled_width)
+        else:
+            for weight in self.distilled.parameters():
+                weight.data.add_(noise_std * torch.randn(weight.shape).to(weight.device))
+
+    def autocast(self) -> torch.autocast:
+        """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
+
+
+# --- 5. The paper ---------------------------------------------------------------------------------
+
+
+def fictitious_probability(args: Args, num_agents: int) -> float:
+    """P(v_i = 0)."""
+    # paper and paper differ: in Eq. (4) p is the trained share, for App. B.3 the fictitious one
+    p = args.p if args.p is not None else 0.4 if num_agents <= 2 else 0.2
+    return 1 - p if args.p_means == "trained" else p
+
+
+def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
+    """v for B worlds of N agents -> (B, N) bool, True for trained."""
+    # Eqs. (3)-(5), Alg. 1 lines 2-6
+    rows = 1 if args.v_shared else shape[0]
+    index = torch.rand(rows, shape[1], generator=rng).argsort(1)  # "randomize agents' indexes"
+    v = torch.rand(rows, shape[1], generator=rng) >= fictitious_probability(args, shape[1])
+    v[:, -1] |= ~v[:, :-1].any(1)  # delta_N = 0: the last is trained if all others are fictitious
+    return v.gather(1, index).expand(shape) & (not args.all_fictitious)
+
+
+def distillation_phase(args: Args, iteration: int) -> str | None:
+    """What follows the update of iteration 1, 2, ...: "forward", "reverse" or nothing."""
+    # Alg. 1 lines 9-13
+    if iteration % args.k_d:
+        return None
+    if iteration // args.k_d % 2:
+        return None if args.no_forward else "forward"
+    return None if args.no_reverse else "reverse"
+
+
+def kl_divergence(theta: Tensor, phi: Tensor) -> Tensor:
+    """Mean KL(pi_theta || pi_phi), exact over actions, from log-probabilities (..., A)."""
+    # Eq. (7), Sec. 4.2
+    return (theta.exp() * (theta - phi)).sum(-1).mean()
+
+
+def compare(theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
+    """How far phi is from theta on the same observations, from log-probabilities (..., A)."""
+    preferred = theta.argmax(-1, keepdim=True)  # a*_theta
+    return {
+        "kl": kl_divergence(theta, phi),
+        "shift": (preferred != phi.argmax(-1, keepdim=True)).float().mean(),  # Prop. 4.1
+        "theta_prefers": theta.gather(-1, preferred).exp().mean(),  # pi_theta(a*_theta)
+        "phi_prefers": phi.gather(-1, preferred).exp().mean(),  # pi_phi(a*_theta)
+        "phi_peak": phi.amax(-1).exp().mean(),  # pi_phi(a*_phi): has phi only become sharper?
+    }
+
+
+def distill(args: Args, phase: str, agent, batch, carry, sprites, rng, alive) -> dict[str, Tensor]:
+    """A forward or reverse phase on the last rollout; returns compare() before and after it."""
+    mode = "forward" if phase == "forward" else args.reverse_mode
+    views, start = (batch.tile_ids, batch.actor_features, batch.starts[:-1]), batch.hidden
+
+    def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        net = getattr(agent, name)
+        logits, before, after = replay(net, views, start[name][0], args.chunk_length, sprites)
+        return logits.log_softmax(-1), before, after[-1]
+
+    theta, _, _ = run("actor")  # the teacher: the updated theta on the whole rollout
+    phi, states, last = run("distilled")
+    scalars = {f"{phase}/{name}_before": x for name, x in compare(theta, phi).items()}
+    epochs, rate = args.reverse_epochs, args.reverse_lr
+    if mode == "forward":
+        epochs, rate = args.forward_epochs, args.forward_lr
+    elif mode in ("random", "noise"):  # Fig. 6: once, without a gradient
+        seed = int(torch.randint(2**31, (), generator=rng))
+        agent.perturb_distilled(seed, None if mode == "random" else args.noise_std)
+        epochs, (phi, states, last) = 0, run("distilled")
+    optimiser = torch.optim.Adam(agent.distilled.parameters(), rate, eps=args.adam_eps)
+    for _ in range(epochs):
+        batch = dataclasses.replace(batch, theta=theta, hidden={"distilled": states})
+        for where in minibatches(args, rng):
+            alive()
+            part = batch.cut(where, args.chunk_length)
+            seen = (part.tile_ids, part.actor_features, part.starts, part.hidden["distilled"])
+            log_probs = agent.distilled(*seen, sprites())[0].log_softmax(-1)
+            if mode == "entropy":
+                loss = (log_probs.exp() * log_probs).sum(-1).mean()  # Fig. 6: maximise the entropy
+            else:
+                kl = kl_divergence(part.theta, log_probs)
+                loss = kl if mode == "forward" else -kl  # Eq. (7), Eq. (8)
+            descend(loss, agent.distilled, optimiser, args.max_grad_norm)
+        phi, states, last = run("distilled")  # with phi's states before each chunk, recomputed
+    carry.hidden["distilled"] = last
+    return scalars | {f"{phase}/{name}_after": x for name, x in compare(theta, phi).items()}
+
+
+# --- 6. Data --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Carry:
+    """What passes from one rollout to the next."""
+
+    obs: Any  # envs.tiles.Observation: the worlds as they stand
+    starts: Tensor  # (B,) bool, an episode is about to begin
+    previous: Tensor  # (B, N) int64, last actions; -1: none yet
+    hidden: dict[str, Tensor]  # (B * N, H) of each network
+    trained: Tensor  # (B, N) bool, v
+
+
+def new_carry(agent: Agent, obs) -> Carry:
+    """The beginning of episodes in all worlds."""
+    shape, device = obs.features.shape[:2], agent.device
+    nets = {name: net for name, net in vars(agent).items() if isinstance(net, RecurrentNet)}
+    hidden = {
+        k: torch.zeros(math.prod(shape), n.hidden_size, device=device) for k, n in nets.items()
+    }
+    starts = torch.ones(shape[0], dtype=torch.bool, device=device)
+    trained = torch.ones(shape, dtype=torch.bool, device=device)
+    return Carry(obs, starts, torch.full(shape, -1, device=device), hidden, trained)
+
+
+@dataclasses.dataclass
+class Batch:
+    """One rollout. T + 1: with the step after it, for bootstrapping."""
+
+    tile_ids: Tensor  # (T, B, N, H, W) uint16, the views
+    actor_features: Tensor  # (T, B, N, F + N) float32, with agent ids
+    world_ids: Tensor  # (T + 1, B, H', W') uint16, the global views
+    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, of all agents
+    starts: Tensor  # (T + 1, B) bool, an episode's first step
+    actions: Tensor  # (T, B, N) int64
+    log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted
+    rewards: Tensor  # (T, B, N) float32
+    terminated: Tensor  # (T, B) bool
+    truncated: Tensor  # (T, B) bool
+    trained: Tensor  # (T, B, N) bool, v: theta acted
+    theta: Tensor  # (T, B, N, A) float32, log-probabilities under both networks
+    phi: Tensor  # (T, B, N, A) float32
+    hidden: dict[str, Tensor]  # (C, B * N, H) of each network, before each chunk
+    finals: list  # (t, b, world_ids, critic_features) of the last observation where truncated
+    episodes: list  # envs.tiles.Episode, those that ended
+    values: Tensor | None = None  # (T, B, N) float32; from here on set by update()
+    advantages: Tensor | None = None  # (T, B, N) float32
+    targets: Tensor | None = None  # (T, B, N) float32, returns
+
+    def cut(self, where: tuple[Tensor, Tensor], length: int) -> Batch:
+        """A minibatch of M pairs (chunk, world): (T, B, ...) -> (L, M, ...), hidden (M * N, H)."""
+        chunk, world = where
+        parts = {}
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                x = x[: len(x) // length * length].unflatten(0, (-1, length))
+                parts[name] = x[chunk, :, world].transpose(0, 1)
+        num_agents = self.actions.shape[2]
+        for name, x in self.hidden.items():
+            parts.setdefault("hidden", {})[name] = x.unflatten(1, (-1, num_agents))[where].flatten(
+                0, 1
+            )
+        return dataclasses.replace(self, **parts)
+
+
+def observe(obs, device, ids=None) -> tuple[Tensor, ...]:
+    """Views, features with agent ids (B, N), by default the seats, one-hot -> (B, N, F + N), global
+    views and plain features."""
+    tile_ids, world_ids, features = (torch.from_numpy(x).to(device) for x in obs)
+    one_hot = torch.eye(features.shape[1], device=device)
+    ids = one_hot.expand(len(features), -1, -1) if ids is None else one_hot[ids]
+    return tile_ids, torch.cat([features, ids], -1), world_ids, features
+
+
+def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
+    """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
+    -> (B, N * (F + A))."""
+    actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
+    return torch.cat([features, actions.to(features.dtype)], -1).flatten(-2)
+
+
+@torch.no_grad()
+def act(net: RecurrentNet, tile_ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
+    """One step -> log-probabilities (B, N, A) and the next hidden (B * N, H)."""
+    logits, states = net(tile_ids[None], features[None], starts[None], hidden, sprites())
+    return logits[0].log_softmax(-1), states[0]
+
+
+def collect(args: Args, envs, agent: Agent, carry: Carry, sprites, rng, method_rng) -> Batch:
+    """Play T steps in every world."""
+    device, shape, num_actions = agent.device, carry.trained.shape, envs.spec.num_actions
+    record, hidden, finals, episodes = collections.defaultdict(list), carry.hidden, [], []
+
+    def add(**tensors: Tensor) -> None:
+        for name, x in tensors.items():
+            record[name].append(x)
+
+    if args.v_redraw == "iteration":
+        carry.trained = draw_trained(args, shape, method_rng).to(device)
+    for t in range(args.rollout_steps + 1):
+        tile_ids, seen, world_ids, features = observe(carry.obs, device)
+        joint = joint_features(features, carry.previous, num_actions)
+        add(world_ids=world_ids, critic_features=joint, starts=carry.starts)
+        if t == args.rollout_steps:
+            break
+        if t % args.chunk_length == 0:
+            add(**{f"hidden_{name}": x for name, x in hidden.items()})
+        view = (tile_ids, seen, carry.starts)
+        theta, hidden["actor"] = act(agent.actor, *view, hidden["actor"], sprites)
+        phi, hidden["distilled"] = act(agent.distilled, *view, hidden["distilled"], sprites)
+        acting = torch.where(carry.trained[..., None], theta, phi)  # Eq. (6)
+        actions = sample(acting, rng)
+        log_probs = acting.gather(-1, actions[..., None])[..., 0]
+        add(tile_ids=tile_ids, actor_features=seen, actions=actions, log_probs=log_probs)
+        add(trained=carry.trained, theta=theta, phi=phi)
+
+        step = envs.step(actions.cpu().numpy())
+        rewards, terminated, truncated = (torch.from_numpy(x).to(device) for x in step[1:4])
+        rewards = rewards.sum(1, keepdim=True).expand(shape) if args.team_reward else rewards
+        add(rewards=rewards.float(), terminated=terminated, truncated=truncated)
+        if step.truncated.any():  # keep what the ended episodes would have gone on from
+            _, _, world_ids, features = observe(step.final, device)
+            joint = joint_features(features, actions, num_actions)
+            finals += [(t, b, world_ids[b], joint[b]) for b in np.flatnonzero(step.truncated)]
+        episodes += step.episodes
+        carry.obs, carry.starts = step.obs, terminated | truncated
+        carry.previous = actions.masked_fill(carry.starts[:, None], -1)
+        if args.v_redraw == "episode" and carry.starts.any():
+            fresh = draw_trained(args, shape, method_rng).to(device)
+            carry.trained = torch.where(carry.starts[:, None], fresh, carry.trained)
+    record = {name: torch.stack(x) for name, x in record.items()}
+    before = {name: record.pop(f"hidden_{name}") for name in hidden}
+    return Batch(**record, hidden=before, finals=finals, episodes=episodes)
+
+
+@torch.no_grad()
+def replay(net: RecurrentNet, inputs, hidden: Tensor, length: int, sprites) -> tuple[Tensor, ...]:
+    """Run net over a rollout, chunk by chunk -> outputs (T, B, N, .), states before each chunk
+    (C, B * N, H) and after each step (T, B * N, H)."""
+    outputs, before, after = [], [], []
+    for chunk in zip(*(x.split(length) for x in inputs)):
+        before.append(hidden)
+        output, states = net(*chunk, hidden, sprites())
+        outputs.append(output)
+        after.append(states)
+        hidden = states[-1]
+    return torch.cat(outputs), torch.stack(before), torch.cat(after)
+
+
+def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda) -> Tensor:
+    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
+    which at a truncation is the ended episode's last, not the next one's first."""
+    terminated, truncated = terminated[..., None], truncated[..., None]
+    delta = rewards + gamma * next_values * ~terminated - values
+    advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        running = delta[t] + gamma * gae_lambda * running * ~(terminated[t] | truncated[t])
+        advantages[t] = running
+    return advantages
+
+
+@torch.no_grad()
+def estimate(
+    args: Args, agent: Agent, batch: Batch, carry: Carry, sprites
+) -> tuple[Tensor, Tensor]:
+    """Values and advantages (T, B, N) in raw units; batch and carry get the critic's states."""
+    views, hidden = (batch.world_ids, batch.critic_features, batch.starts), carry.hidden["critic"]
+    mean, std = agent.value_norm.mean_std()
+    with agent.autocast():
+        outputs, before, after = replay(agent.critic, views, hidden, args.chunk_length, sprites)
+        values = outputs[..., 0] * std + mean  # (T + 1, B, N)
+        next_values = values[1:].clone()
+        for t, b, world_ids, joint in batch.finals:
+            state = after[t].unflatten(0, values.shape[1:])[b]
+            view = (
+                world_ids[None, None],
+                joint[None, None],
+                torch.zeros_like(batch.starts[:1, :1]),
+            )
+            next_values[t, b] = agent.critic(*view, state, sprites())[0][0, 0, :, 0] * std + mean
+    batch.hidden["critic"] = before
+    carry.hidden["critic"] = before[-1]  # before step T, where the next rollout begins
+    ends = (batch.terminated, batch.truncated, args.gamma, args.gae_lambda)
+    return values[:-1], gae(batch.rewards, values[:-1], next_values, *ends)
+
+
+def minibatches(args: Args, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """One epoch: all (chunk, world) pairs with all their agents, shuffled and dealt out."""
+    pairs = torch.randperm(args.rollout_steps // args.chunk_length * args.num_envs, generator=rng)
+    parts = pairs.tensor_split(args.minibatches)
+    return [(part // args.num_envs, part % args.num_envs) for part in parts]
+
+
+# --- 7. Update ------------------------------------------------------------------------------------
+# [shared] begin
+
+
+def start_processes(args: Any) -> tuple[int, int, torch.device]:
+    """Rank, number of processes, device; joins torchrun's process group where there is one."""
+    torch.set_num_threads(args.num_threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: there is no CUDA device here.")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, size, torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def moments(x: Tensor) -> Tensor:
+    """1, mean and mean square over all processes -> (3,) float64."""
+    x = x.double()
+    sums = sum_over_processes(torch.stack([torch.ones_like(x).sum(), x.sum(), (x * x).sum()]))
+    return sums / sums[0]
+
+
+def descend(loss: Tensor, net: nn.Module, optimiser, max_norm: float) -> Tensor:
+    """A step on gradients averaged over processes, then clipped; returns their norm before that."""
+    optimiser.zero_grad()
+    loss.backward()
+    parameters = [p for p in net.parameters() if p.grad is not None]
+    if dist.is_initialized():  # one flat all-reduce
+        flat = sum_over_processes(torch.cat([p.grad.flatten() for p in parameters]))
+        parts = (flat / dist.get_world_size()).split([p.numel() for p in parameters])
+        for p, part in zip(parameters, parts):
+            p.grad.copy_(part.view_as(p))
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimiser.step()
+    return norm
+
+
+# [shared] end
+
+
+def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Element by element; ratio: of pi_theta to the policy that acted."""
+    # Eq. (9), Sec. 4.5
+    return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
+    """Clipped Huber loss, element by element, in normalised units."""
+    clipped = old + (value - old).clamp(-clip, clip)
+    losses = (F.huber_loss(x, target, reduction="none", delta=delta) for x in (value, clipped))
+    return torch.max(*losses)
+
+
+def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -> dict[str, Tensor]:
+    """PPO epochs over one rollout; alive() is called before each minibatch. Returns scalars."""
+    values, advantages = estimate(args, agent, batch, carry, sprites)
+    used = batch.trained if args.mask_fictitious else ...
+    agent.value_norm.update(moments((values + advantages)[used]))  # once, before the epochs
+    mean, std = agent.value_norm.mean_std()
+    batch.values, batch.targets = (values - mean) / std, (values + advantages - mean) / std
+    _, mean, square = moments(advantages[used]).float()
+    batch.advantages = (advantages - mean) / ((square - mean**2).clamp(min=0).sqrt() + 1e-5)
+    check_finite(rewards=batch.rewards, features=batch.critic_features, advantages=advantages)
+    scalars = collections.defaultdict(list)
+    for where in [where for _ in range(args.epochs) for where in minibatches(args, rng)]:
+        alive()
+        part = batch.cut(where, args.chunk_length)
+        used = part.trained if args.mask_fictitious else ...
+        seen = (part.tile_ids, part.actor_features, part.starts, part.hidden["actor"])
+        log_probs = agent.actor(*seen, sprites())[0].log_softmax(-1)
+        log_prob = log_probs.gather(-1, part.actions[..., None])[..., 0]
+        ratio = (log_prob - part.log_probs).exp()
+        objective = clip_objective(ratio, part.advantages, args.clip)
+        if args.dual_clip is not None:
+            bound = torch.max(objective, args.dual_clip * part.advantages)
+            objective = torch.where(~part.trained & (part.advantages < 0), bound, objective)
+        policy_loss = -objective[used].mean()
+        entropy = -(log_probs.exp() * log_probs).sum(-1)[used].mean()
+        first = agent.actor if not scalars else None
+        now = populations(ratio, objective, part.trained, args.clip, first)
+        loss = policy_loss - args.entropy_coef * entropy
+        actor_norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
+
+        with agent.autocast():
+            seen = (part.world_ids, part.critic_features, part.starts, part.hidden["critic"])
+            value = agent.critic(*seen, sprites())[0][..., 0]
+        losses = value_loss(value, part.values, part.targets, args.value_clip, args.huber_delta)
+        loss = losses[used].mean()
+        critic_norm = descend(loss, agent.critic, agent.critic_optimiser, args.max_grad_norm)
+
+        now |= {"policy_loss": policy_loss, "value_loss": loss, "entropy": entropy}
+        now |= {"actor_grad_norm": actor_norm, "critic_grad_norm": critic_norm}
+        for name, x in now.items():
+            scalars[name].append(x.detach())
+    scalars = {name: torch.stack(x).mean() for name, x in scalars.items()}
+    check_finite(**{name: scalars[name] for name in ("policy_loss", "value_loss", "entropy")})
+    return scalars
+
+
+def populations(ratio, objective, trained, clip: float, actor=None) -> dict[str, Tensor]:
+    """Largest ratio and clipped share of each population (where A < 0, clipping bounds no ratio);
+    with actor the norm of the policy gradient that its samples cause, before clipping."""
+    scalars = {}
+    for name, who in (("trained", trained), ("fictitious", ~trained)):
+        if who.any():
+            scalars[f"ratio_max/{name}"] = ratio[who].max()
+            scalars[f"clipped/{name}"] = ((ratio[who] - 1).abs() > clip).float().mean()
+        if actor is not None:
+            share, weights = (objective * who).mean(), list(actor.parameters())
+            gradients = torch.autograd.grad(share, weights, retain_graph=True)
+            scalars[f"policy_grad/{name}"] = torch.stack([g.norm() for g in gradients]).norm()
+    return scalars
+
+
+# --- 8. Evaluate ----------------------------------------------------------------------------------
+
+
+class NetPlayer:
+    """A network as a player for envs.episodes: sampled actions, a memory of its own."""
+
+    def __init__(self, net: RecurrentNet, sprites: Sprites, seed: int):
+        self.net, self.sprites, self.hidden = net, sprites, None
+        self.rng = torch.Generator().manual_seed(seed)
+
+    def __call__(self, obs, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        device = self.sprites.device
+        view = (
+            *observe(obs, device, torch.from_numpy(ids))[:2],
+            torch.from_numpy(starts).to(device),
+        )
+        if self.hidden is None:
+            self.hidden = torch.zeros(ids.size, self.net.hidden_size, device=device)
+        log_probs, self.hidden = act(self.net, *view, self.hidden, self.sprites)
+        return sample(log_probs, self.rng).cpu().numpy()
+
+
+def evaluate(args: Args, agent: Agent, episodes: int, timesteps: int, videos: Path | None) -> dict:
+    """Full natural episodes without learning: everyone ours, then beside each of --background.
+
+    Returns {"v co-player": envs.episodes.summarise(...)}. A co-player is any envs.episodes.Player:
+    the bots of scenarios will enter here, too.
+    """
+    args = dataclasses.replace(args, max_episode_steps=0)
+    rng = np.random.default_rng((args.seed, timesteps, 8))
+    with make_envs(args, min(args.num_envs, episodes), int(rng.integers(2**31))) as envs:
+        sprites = Sprites(envs, agent.device)
+        player = lambda net: NetPlayer(net, sprites, int(rng.integers(2**31)))  # noqa: E731
+        pairs = {"self-play": (player(agent.actor), None)}
+        for name in args.background:
+            if name == "random":
+                them = random_player(envs.spec.num_actions, rng)
+                pairs["random v random"] = (them, them)
+            elif name == "distilled":
+                them = player(agent.distilled)
+            else:
+                saved, _ = load_checkpoint(name)
+                if saved["args"]["substrate"] != args.substrate:
+                    raise UsageError(f"{name} was not trained on {args.substrate}.")
+                other = agent.new_actor()
+                other.load_state_dict(saved["agent"]["actor"])
+                them = player(other)
+            pairs[f"v {Path(name).resolve().name}"] = (player(agent.actor), them)
+        seats = args.num_focal or max(1, envs.spec.num_agents - 1)
+        shuffle = args.eval_ids == "random"
+        return play_pairs(envs, pairs, seats, episodes, rng, shuffle, videos, str(timesteps))
+
+
+# --- 9. Plumbing ----------------------------------------------------------------------------------
+# [shared] begin
+
+
+class UsageError(Exception):
+    """The command line asks for what cannot be done: one sentence, exit code 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on: one sentence, exit code 1."""
+
+
+def parse(argv: list[str], default: Any = None) -> Any:
+    """tyro, then pydantic for the bounds in annotations; their errors as one sentence."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            flags = (tyro.conf.FlagCreatePairsOff,)
+            args = tyro.cli(Args, args=argv, default=default, config=flags)
+        pydantic.TypeAdapter(Args).validate_python(dataclasses.asdict(args))
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        flag = f"--{wrong['loc'][0]}".replace("_", "-")
+        raise UsageError(f"{flag} {wrong['input']}: {wrong['msg'].lower()}.") from None
+    except SystemExit as error:
+        if not error.code:
+            raise
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:-1]]
+        rules = [i for i, line in enumerate(lines) if line.startswith("──")]
+        near = [line.split()[0] for line in lines[rules[0] :] if line.startswith("--")]
+        hint = f" Did you mean {near[0]}?" if "Unrecognized" in lines[0] and near else ""
+        raise UsageError(" ".join(lines[: rules[0]]) + hint) from None
+    validate(args)
+    return args
+
+
+def read_args(argv: list[str]) -> Any:
+    """The command line; with --resume or --eval-only on top of the run's own arguments."""
+    args = parse(argv)
+    if source := args.resume or args.eval_only:
+        own = {
+            k: tuple(x) if isinstance(x, list) else x
+            for k, x in load_checkpoint(source)[0]["args"].items()
+        }
+        args = parse(argv, Args(**own | {"run_dir": "", "resume": "", "eval_only": ""}))
+        for name, value in own.items():
+            if name not in RESUMABLE and getattr(args, name) != value:
+                raise UsageError(f"--{name.replace('_', '-')} is {value} in {source} and stays so.")
+    return args
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """End the run at the first tensor that holds NaN or infinity, and name it."""
+    for name, x in tensors.items():
+        if not torch.isfinite(x).all():
+            raise RunError(f"{name} is not finite; the last checkpoint is from before.")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file by one that is whole, or leave it as it was."""
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise RunError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint, then the index that names the last two, then delete older ones."""
+    buffer, index = io.BytesIO(), run_dir / "checkpoints.json"
+    torch.save(state, buffer)
+    name, sha256 = f"checkpoint-{state['timesteps']}.pt", hashlib.sha256(buffer.getvalue())
+    entry = {"name": name, "timesteps": state["timesteps"], "sha256": sha256.hexdigest()}
+    known = json.loads(index.read_text()) if index.exists() else []
+    known = [entry, *(old for old in known if old["name"] != name)][:2]
+    write(run_dir / name, buffer.getvalue())
+    write(index, json.dumps(known, indent=1).encode())
+    for path in run_dir.glob("checkpoint-*.pt"):
+        if path.name not in [entry["name"] for entry in known]:
+            path.unlink()
+
+
+def load_checkpoint(path: str) -> tuple[dict[str, Any], Path]:
+    """The newest intact state of a run directory, or that of one file, and the directory."""
+    file = Path(path)
+    run_dir = file if file.is_dir() else file.parent
+    with contextlib.suppress(OSError):
+        for entry in json.loads((run_dir / "checkpoints.json").read_text()):
+            part = run_dir / entry["name"]
+            if file in (run_dir, part):
+                data = part.read_bytes() if part.exists() else b""
+                if hashlib.sha256(data).hexdigest() == entry["sha256"]:
+                    return torch.load(io.BytesIO(data), "cpu", weights_only=True), run_dir
+                print(f"{part} is damaged: its sha256 differs.", file=sys.stderr)
+    raise UsageError(f"{path} holds no intact checkpoint.")
+
+
+class Logger:
+    """Scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
+
+    def __init__(self, args: Any, run_dir: Path):
+        self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
+        self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self.board = SummaryWriter(run_dir)
+
+    def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
+        self.file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, timesteps)
+        if self.wandb:
+            self.wandb.log({"timesteps": timesteps, **scalars, **(media or {})})
+
+    def log_results(self, timesteps: int, results: dict[str, dict[str, float]]) -> None:
+        """An evaluation: all its figures; to wandb the table and the videos, too."""
+        media = {}
+        if self.wandb:
+            names = list(dict.fromkeys(name for row in results.values() for name in row))
+            rows = [[name, *map(row.get, names)] for name, row in results.items()]
+            media["eval/table"] = wandb.Table(["players", *names], rows)
+            for path in (self.dir / "videos").glob(f"{timesteps}-*.mp4"):
+                media[f"video/{path.stem}"] = wandb.Video(str(path), format="mp4")
+        flat = {f"eval/{k}/{name}": x for k, row in results.items() for name, x in row.items()}
+        self.log(timesteps, flat, media)
+
+    def close(self) -> None:
+        for part in (self.file.close, self.board.close, self.wandb and self.wandb.finish):
+            if part:
+                part()
+
+
+def start_wandb(args: Any, run_dir: Path) -> Any:
+    """A wandb run; offline if its server does not answer in time."""
+    limit, url = args.wandb_timeout, os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    settings = {"console": "off", "silent": True, "init_timeout": limit, "finish_timeout": limit}
+    options = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name}
+    options |= {"config": dataclasses.asdict(args), "dir": run_dir, "settings": settings}
+    try:
+        if args.wandb_mode == "online":
+            with contextlib.suppress(urllib.error.HTTPError):  # an error, too, is an answer
+                urllib.request.urlopen(url, timeout=limit).close()
+        run = wandb.init(mode=args.wandb_mode, resume="allow", **options)
+    except (OSError, wandb.Error) as error:
+        print(f"wandb at {url}: {error}; logging offline, for `wandb sync`.", file=sys.stderr)
+        run = wandb.init(mode="offline", **options)
+    run.define_metric("*", step_metric="timesteps")
+    return run
+
+
+def new_run_dir(args: Any, world: str) -> Path:
+    """The run's directory with its args.json."""
+    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    name = f"{world}__{Path(__file__).stem}__s{args.seed}__{when}__{secrets.token_hex(2)}"
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    if (run_dir / "checkpoints.json").exists():
+        raise UsageError(f"{run_dir} holds a run already: --resume it, or name another.")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    about = {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
+    about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
+    write(run_dir / "args.json", json.dumps(dataclasses.asdict(args) | about, indent=1).encode())
+    return run_dir
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that Ctrl-C and SIGTERM append to; a second one of them does what it always does."""
+    wanted, numbers = [], (signal.SIGINT, signal.SIGTERM)
+
+    def handler(number: int, frame: Any) -> None:
+        wanted.append(number)
+        signal.signal(number, old[number])
+
+    old = {number: signal.signal(number, handler) for number in numbers}
+    yield wanted
+    for number in numbers:
+        signal.signal(number, old[number])
+
+
+# [shared] end
+
+
+# --- 10. Train ------------------------------------------------------------------------------------
+
+
+def to(x: Any, device: Any) -> Any:
+    """A tensor, or the tensors of a dictionary, on a device."""
+    return {name: to(y, device) for name, y in x.items()} if isinstance(x, dict) else x.to(device)
+
+
+def report(batch: Batch, scalars: dict[str, Tensor], seconds: dict[str, float]) -> dict[str, float]:
+    """What an iteration logs; rewards and pick-ups per 1,000 steps and player."""
+    scalars |= compare(batch.theta, batch.phi)
+    for name, who in (("trained", batch.trained), ("fictitious", ~batch.trained)):
+        if who.any():
+            scalars[f"reward_per_1000/{name}"] = 1000 * batch.rewards[who].mean()
+    scalars["reward_per_1000/all"] = 1000 * batch.rewards.mean()
+    floats = {name: float(x) for name, x in scalars.items()}
+    if batch.episodes:
+        length = np.mean([episode.length for episode in batch.episodes])
+        floats["episode/return"] = float(np.mean([e.returns.mean() for e in batch.episodes]))
+        pick_ups = np.mean([episode.pick_ups.mean() for episode in batch.episodes])
+        floats |= {"episode/length": length, "episode/pick_ups_per_1000": 1000 * pick_ups / length}
+    return floats | seconds | {"sps": batch.terminated.numel() / sum(seconds.values())}
+
+
+def train(args: Args) -> dict[str, dict[str, float]]:
+    """The run, with --resume from its checkpoint on; returns the final evaluation."""
+    rank, size, device = start_processes(args)
+    saved, run_dir = load_checkpoint(args.resume) if args.resume else ({}, None)
+    seeds = np.random.SeedSequence((args.seed, rank)).generate_state(2).tolist()
+    rng, method_rng = (torch.Generator().manual_seed(seed) for seed in seeds)
+    with contextlib.ExitStack() as stack:
+        envs = stack.enter_context(make_envs(args, args.num_envs, args.seed, rank * args.num_envs))
+        stop = stack.enter_context(stop_signals())
+        agent, sprites = Agent(args, envs.spec, device), Sprites(envs, device)
+        if saved:
+            own = saved["ranks"][rank]
+            for name, part in agent.parts().items():
+                part.load_state_dict(saved["agent"][name])
+            rng.set_state(own["rng"])
+            method_rng.set_state(own["method_rng"])
+            carry = new_carry(agent, envs.load_state_dict(own["envs"]))
+            if envs.reproducible:  # elsewhere all worlds have begun new episodes
+                carry = Carry(carry.obs, **to(own["carry"], device))
+        else:
+            carry = new_carry(agent, envs.reset())
+        iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
+        began = time.monotonic() - saved.get("wall_s", 0)
+        if rank == 0:
+            run_dir = run_dir or new_run_dir(args, args.substrate)
+            logger = stack.enter_context(contextlib.closing(Logger(args, run_dir)))
+
+        def save() -> None:
+            tensors = {name: to(x, "cpu") for name, x in vars(carry).items() if name != "obs"}
+            own = {"rng": rng.get_state(), "method_rng": method_rng.get_state(), "carry": tensors}
+            ranks = [own | {"envs": envs.state_dict()}] * size
+            if size > 1:
+                dist.all_gather_object(ranks, ranks[0])
+            if rank == 0:
+                parts = {name: part.state_dict() for name, part in agent.parts().items()}
+                state = {"args": dataclasses.asdict(args), "agent": parts, "ranks": ranks}
+                state |= {"iteration": iteration, "timesteps": timesteps}
+                save_checkpoint(run_dir, state | {"wall_s": time.monotonic() - began})
+
+        def assess(episodes: int) -> dict[str, dict[str, float]]:
+            videos = run_dir / "videos" if args.capture_video else None
+            results = evaluate(args, agent, episodes, timesteps, videos)
+            logger.log_results(timesteps, results)
+            tqdm.write(f"{args.substrate}, seed {args.seed}, step {timesteps}\n{table(results)}")
+            return results
+
+        if not saved:
+            save()
+        bar = tqdm(total=args.total_timesteps, initial=timesteps, unit=" steps", disable=rank > 0)
+        while timesteps < args.total_timesteps and not stop:
+            clock = [time.monotonic()]
+            batch = collect(args, envs, agent, carry, sprites, rng, method_rng)
+            clock.append(time.monotonic())
+            scalars = update(args, agent, batch, carry, sprites, rng, envs.check)
+            iteration += 1
+            if phase := distillation_phase(args, iteration):
+                with_what = (agent, batch, carry, sprites, method_rng, envs.check)
+                scalars |= distill(args, phase, *with_what)
+            clock.append(time.monotonic())
+            before, timesteps = timesteps, timesteps + args.rollout_steps * args.num_envs * size
+            if rank == 0:
+                seconds = {"collect_s": clock[1] - clock[0], "learn_s": clock[2] - clock[1]}
+                logger.log(timesteps, report(batch, scalars, seconds))
+                bar.update(timesteps - before)
+            due = [
+                every and timesteps // every > before // every
+                for every in (args.save_every, args.eval_every)
+            ]
+            if due[0]:
+                save()
+            if due[1] and rank == 0:
+                assess(args.eval_episodes)
+        save()
+        if rank > 0 or stop or not args.final_episodes:
+            return {}
+        results = assess(args.final_episodes)
+        summary = {"timesteps": timesteps, "wall_s": time.monotonic() - began, "eval": results}
+        write(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        return results
+
+
+def evaluate_only(args: Args) -> None:
+    """--eval-only: the final evaluation of a saved run."""
+    _, _, device = start_processes(args)
+    saved, run_dir = load_checkpoint(args.eval_only)
+    spec = make_envs(args, 1, 0).spec
+    agent = Agent(args, spec, device)
+    for name, part in agent.parts().items():
+        part.load_state_dict(saved["agent"][name])
+    videos = run_dir / "videos" if args.capture_video else None
+    print(table(evaluate(args, agent, args.final_episodes, saved["timesteps"], videos)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    try:
+        args = read_args(sys.argv[1:] if argv is None else argv)
+        evaluate_only(args) if args.eval_only else train(args)
+    except (UsageError, RunError, WorldError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Playing full episodes for evaluation: who sits where, what it earns, how it looks.
+
+Policies enter as callables, so everything here is independent of any script. A player is called as
+`player(obs, starts, ids) -> actions (B, N)` for all seats of all worlds at once, whichever of them it really
+plays; `starts  # (B,) bool` says which worlds have just begun an episode (forget what you remember of them) and
+`ids  # (B, N)` under which of the N agent ids each seat acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from envs.tiles import Observation
+
+Player = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
+
+
+class Result(NamedTuple):
+    """One episode: per-capita figures of the focal players (Eq. 2 of BiDist) and of the background players."""
+
+    focal_return: float
+    background_return: float  # NaN if everyone is focal
+    focal_pick_ups: float
+    background_pick_ups: float
+    length: int
+
+
+def random_player(num_actions: int, rng: np.random.Generator) -> Player:
+    """Plays every action with the same probability."""
+    return lambda obs, starts, ids: rng.integers(0, num_actions, ids.shape)
+
+
+def play(
+    envs: Any,
+    focal: Player,
+    background: Player | None,
+    num_focal: int,
+    episodes: int,
+    rng: np.random.Generator,
+    shuffle_ids: bool = True,
+    video: Video | None = None,
+) -> list[Result]:
+    """Play `episodes` episodes to their end and return one Result each.
+
+    With `background`, num_focal seats drawn anew for every episode are focal (in a scenario: those it names) and
+    the others are played by it; with None everyone is focal. Ids are drawn without replacement for every episode,
+    or equal the seat with shuffle_ids=False. Every episode that begins counts until enough have begun, and those
+    are all played to their end: counting the first to finish would favour short ones.
+    """
+    worlds, seats = envs.num_envs, envs.spec.num_agents
+    is_focal = np.ones((worlds, seats), bool)
+    ids = np.tile(np.arange(seats), (worlds, 1))
+
+    def begin(world: int) -> None:
+        if shuffle_ids:
+            ids[world] = rng.permutation(seats)
+        if background is not None:
+            fixed = np.array(envs.spec.is_focal)
+            is_focal[world] = rng.permutation(seats) < num_focal if fixed.all() else fixed
+
+    results: list[Result] = []
+    counted = np.arange(worlds) < episodes
+    begun = int(counted.sum())
+    for world in range(worlds):
+        begin(world)
+    obs, starts = envs.reset(), np.ones(worlds, bool)
+    while counted.any():
+        if video is not None and counted[0]:
+            video.add(envs.images(obs.world_ids[0]))
+        actions = focal(obs, starts, ids)
+        if background is not None:
+            actions = np.where(is_focal, actions, background(obs, starts, ids))
+        obs, _, terminated, truncated, _, ended = envs.step(actions)
+        starts = terminated | truncated
+        for episode in ended:
+            world = episode.world
+            if counted[world]:
+                us = is_focal[world]
+                parts = (
+                    episode.returns[us],
+                    episode.returns[~us],
+                    episode.pick_ups[us],
+                    episode.pick_ups[~us],
+                )
+                means = (float(part.mean()) if part.size else float("nan") for part in parts)
+                results.append(Result(*means, episode.length))
+                counted[world] = begun < episodes
+                begun += int(counted[world])
+                if world == 0 and video is not None:
+                    video.stop()
+            begin(world)
+    return results
+
+
+def play_pairs(
+    envs: Any,
+    pairs: dict[str, tuple[Player, Player | None]],
+    num_focal: int,
+    episodes: int,
+    rng: np.random.Generator,
+    shuffle_ids: bool = True,
+    videos: Path | None = None,
+    stem: str = "",
+) -> dict[str, dict[str, float]]:
+    """play() and summarise() for each named (focal, background) pair; films of the first two to `videos`."""
+    summaries = {}
+    for number, (name, (focal, background)) in enumerate(pairs.items()):
+        video = Video() if videos and number < 3 and not name.startswith("random") else None
+        results = play(envs, focal, background, num_focal, episodes, rng, shuffle_ids, video)
+        summaries[name] = summarise(results)
+        if video:
+            video.save(videos / f"{stem}-{name.replace(' ', '-')}.mp4")
+    return summaries
+
+
+def summarise(results: list[Result], seed: int = 0) -> dict[str, float]:
+    """Mean focal return per episode and per 1,000 steps, and pick-ups per 1,000 steps, with 95 % intervals.
+
+    Intervals are percentile bootstraps over episodes. Rates are ratios of totals, so long episodes weigh more.
+    """
+    data = np.array(results, float)  # (episodes, len(Result._fields))
+    column = {name: data[:, i] for i, name in enumerate(Result._fields)}
+    per_episode = np.ones(len(data))
+    quantities = {
+        "return": (column["focal_return"], per_episode),
+        "return_per_1000": (1000 * column["focal_return"], column["length"]),
+        "pick_ups_per_1000": (1000 * column["focal_pick_ups"], column["length"]),
+        "background_return": (column["background_return"], per_episode),
+        "length": (column["length"], per_episode),
+    }
+    rows = np.random.default_rng(seed).integers(0, len(data), (2000, len(data)))
+    summary: dict[str, float] = {"episodes": len(data)}
+    for name, (numerator, denominator) in quantities.items():
+        if not np.isnan(numerator).any():
+            summary[name] = float(numerator.sum() / denominator.sum())
+            resampled = numerator[rows].sum(1) / denominator[rows].sum(1)
+            low, high = np.percentile(resampled, [2.5, 97.5])
+            summary[f"{name}_low"], summary[f"{name}_high"] = float(low), float(high)
+    return summary
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown: one line per row name ("focal v co-player"), with intervals."""
+
+    def cell(row: dict[str, float], name: str) -> str:
+        return f"{row[name]:.1f} [{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]"
+
+    columns = {
+        "return_per_1000": "focal return per 1,000 steps",
+        "return": "per episode",
+        "pick_ups_per_1000": "pick-ups per 1,000 steps",
+        "length": "steps",
+    }
+    lines = [["focal v co-player", *columns.values(), "episodes"]]
+    for name, row in rows.items():
+        lines.append([name, *(cell(row, key) for key in columns), str(int(row["episodes"]))])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(text)
+
+
+class Video:
+    """Frames of the first world's first episode, at most `limit`, saved as a small MP4."""
+
+    def __init__(self, limit: int = 600, fps: int = 15):
+        self.limit, self.fps, self.frames, self.open = limit, fps, [], True
+
+    def add(self, image: np.ndarray) -> None:
+        """Append a frame (8H, 8W, 3) uint8."""
+        if self.open and len(self.frames) < self.limit:
+            self.frames.append(image)
+
+    def stop(self) -> None:
+        """Take no more frames: the episode is over."""
+        self.open = False
+
+    def array(self) -> np.ndarray:
+        """(frames, height, width, 3) uint8, enlarged to about 480 pixels, sides divisible by 16."""
+        stack = np.stack(self.frames)
+        scale = max(1, round(480 / max(stack.shape[1:3])))
+        stack = stack.repeat(scale, 1).repeat(scale, 2)
+        pad = [(0, -side % 16) for side in stack.shape[1:3]]
+        return np.pad(stack, ((0, 0), *pad, (0, 0)))
+
+    def save(self, path: Path) -> None:
+        """Write an MP4 (H.264)."""
+        import imageio.v2 as imageio
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with imageio.get_writer(path, fps=self.fps, codec="libx264", quality=6) as writer:
+            for frame in self.array():
+                writer.append_data(frame)

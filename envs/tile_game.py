@@ -1,0 +1,141 @@
+"""A tiny two-player matrix game on tiles (`--substrate toy`), with the interface of envs/meltingpot.py.
+
+For tests, and for machines without Melting Pot's engine: it is reproducible bit for bit, its state can be saved
+and its optimum is known.
+
+An episode lasts 6 to 10 steps. Its first view shows a colour, later ones do not: it has to be remembered. Each
+step both players choose one of three colours. Choosing the shown colour pays 1/2, and another 1/2 if the other
+player chose it too; anything else pays nothing. So the best policy earns 1 per step, random play 2/9.
+
+The players' views are 3 x 5 tiles (narrower than the second convolution's kernel, as some of Melting Pot's
+worlds are), the global view 4 x 6. The one feature is the share of ten steps that has passed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from envs.tiles import EpisodeCounter, Observation, Palette, Spec, Step, ids_to_images
+
+BLACK, WALL, ME, OTHER = 0, 4, 5, 6  # sprites; 1, 2, 3 are the colours
+COLOURS = (
+    (0, 0, 0),
+    (200, 60, 60),
+    (60, 200, 60),
+    (60, 60, 200),
+    (120, 120, 120),
+    (240, 240, 240),
+    (240, 200, 80),
+)
+MIN_LENGTH, MAX_LENGTH = 6, 10
+OPTIMUM = 1.0  # per step and player
+
+SPEC = Spec(
+    substrate="toy",
+    roles=("default",) * 2,
+    is_focal=(True,) * 2,
+    actions=tuple({"choose": colour} for colour in range(3)),
+    grid=(3, 5),
+    world_grid=(4, 6),
+    features=(("TIME", 1),),
+)
+
+
+class TileGame:
+    """num_envs games, stepped together in this process; see envs/meltingpot.py for the interface."""
+
+    reproducible = True
+
+    def __init__(
+        self, num_envs: int, seed: int = 1, first_world: int = 0, max_episode_steps: int = 0
+    ):
+        self.spec, self.num_envs, self.seed = SPEC, num_envs, seed
+        self.first_world, self.max_episode_steps = first_world, max_episode_steps
+        self.palette = Palette.private()
+        pixels = np.broadcast_to(
+            np.array(COLOURS, np.uint8)[:, None, None], (len(COLOURS), 8, 8, 3)
+        ).copy()
+        pixels[1:, :, 0] = pixels[1:, 0] = 20  # an edge, so that sprites are not of one colour
+        self.palette.load(pixels)
+        self.counter = EpisodeCounter(num_envs, 2)
+        self.colour = np.zeros(num_envs, np.int64)  # shown at the episode's start
+        self.length = np.zeros(num_envs, np.int64)  # of the episode, in steps
+        self.time = np.zeros(num_envs, np.int64)  # steps since its start
+        self.last = np.zeros((num_envs, 2), np.int64)  # sprite of each player's last choice
+        self.episode = np.zeros(num_envs, np.int64)  # number of each world's next episode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the games depend on."""
+        names = ("colour", "length", "time", "last", "episode")
+        state = {name: torch.tensor(getattr(self, name)) for name in names}
+        return state | {f"counter_{k}": torch.tensor(x) for k, x in vars(self.counter).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> Observation:
+        """Go on exactly where state_dict() was taken; returns the observation of that moment."""
+        for name, array in state.items():
+            owner = self.counter if name.startswith("counter_") else self
+            getattr(owner, name.removeprefix("counter_"))[:] = np.asarray(array)
+        return self._observe()
+
+    def images(self, ids: np.ndarray) -> np.ndarray:
+        """The images (..., 8H, 8W, 3) uint8 behind ids (..., H, W)."""
+        return ids_to_images(ids, self.palette.pixels())
+
+    def reset(self) -> Observation:
+        """Begin a new episode in every world."""
+        self.counter.clear()
+        self._begin(np.arange(self.num_envs))
+        return self._observe()
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Play one round with actions (B, 2)."""
+        right = actions == self.colour[:, None] - 1  # (B, 2)
+        reward = 0.5 * right + 0.5 * (right & right[:, ::-1])
+        self.last[:] = actions + 1
+        self.time += 1
+        terminated = self.time >= self.length
+        truncated = ~terminated & (0 < self.max_episode_steps <= self.time)
+        done = terminated | truncated
+        final = self._observe() if done.any() else None
+        self._begin(np.flatnonzero(done))
+        episodes = self.counter.add(reward, right.astype(np.int64), done)
+        return Step(self._observe(), reward, terminated, truncated, final, episodes)
+
+    def check(self) -> None:
+        """Nothing here can die."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def _begin(self, worlds: np.ndarray) -> None:
+        for b in worlds:
+            rng = np.random.default_rng(
+                (self.seed, self.first_world + int(b), int(self.episode[b]))
+            )
+            self.colour[b] = rng.integers(1, 4)
+            self.length[b] = rng.integers(MIN_LENGTH, MAX_LENGTH + 1)
+        self.time[worlds] = 0
+        self.last[worlds] = BLACK
+        self.episode[worlds] += 1
+
+    def _observe(self) -> Observation:
+        shown = np.where(self.time == 0, self.colour, BLACK)
+        views = np.full((self.num_envs, 2, *SPEC.grid), WALL, np.uint16)
+        views[:, :, 0, 0] = shown[:, None]
+        views[:, :, 1, 1], views[:, :, 1, 3] = ME, OTHER
+        views[:, :, 2, 1], views[:, :, 2, 3] = self.last, self.last[:, ::-1]
+        world = np.full((self.num_envs, *SPEC.world_grid), WALL, np.uint16)
+        world[:, 0, 0] = self.colour  # the critic may see it throughout
+        world[:, 2, 1], world[:, 2, 4] = ME, OTHER
+        world[:, 3, 1], world[:, 3, 4] = self.last.T
+        share = np.broadcast_to(self.time[:, None, None] / MAX_LENGTH, (self.num_envs, 2, 1))
+        return Observation(views, world, share.astype(np.float32))

@@ -1,0 +1,97 @@
+"""Tile ids on the torch side: the palette as a tensor, and convolutions on ids as tables.
+
+A Melting Pot view has few different sprites, and at each position few different windows of 4 x 4 tiles. A layer
+that depends on a window alone, or on a window and its position, is therefore computed once for each different
+one and looked up: exact, and an order of magnitude less work than at every position of every image. Letters:
+M images, K = size * size tiles per window, Q positions, D different (position, window) pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Sprites:
+    """A world's palette as a tensor, kept up to date as it grows: sprites()  # (P, 3, 8, 8) in [0, 1]."""
+
+    def __init__(self, envs: Any, device: torch.device):
+        self.palette, self.device = envs.palette, device
+        self.tensor = torch.zeros(0)
+
+    def __call__(self) -> Tensor:
+        if len(self.tensor) < len(self.palette):
+            pixels = torch.from_numpy(self.palette.pixels()).to(self.device)
+            self.tensor = pixels.permute(0, 3, 1, 2).float() / 255
+        return self.tensor
+
+
+class Windows:
+    """The different (position, window) pairs among the size x size windows of ids (M, H, W) int64.
+
+    Windows are told apart by a 64-bit hash of their ids: the odds that two of 10,000 share one are 3e-12.
+    """
+
+    def __init__(self, ids: Tensor, size: int):
+        rows, columns = ids.shape[1] - size + 1, ids.shape[2] - size + 1
+        self.images, self.positions = len(ids), rows * columns
+        factors = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, size * size) | 1
+        code = torch.zeros_like(ids[:, :rows, :columns])
+        for k, factor in enumerate(factors.tolist()):
+            i, j = divmod(k, size)
+            code.add_(
+                ids[:, i : i + rows, j : j + columns], alpha=factor
+            )  # wraps around, as a hash may
+        # Sorted by position, then hash, equal pairs are neighbours. (Q, M) and stable sorts keep it cheap.
+        code, order = code.flatten(1).t().contiguous().sort(1)
+        first = torch.ones_like(code, dtype=torch.bool)
+        first[:, 1:] = code[:, 1:] != code[:, :-1]
+        number = first.flatten().cumsum(0).view_as(code) - 1  # which pair
+        self.index = torch.empty_like(number).scatter_(1, order, number).t()  # (M, Q)
+        self.image = order.flatten()  # (M * Q,) images, pair after pair
+        self.offsets = first.flatten().nonzero()[:, 0]  # (D,) where each pair's begin
+        self.position = self.offsets // self.images  # (D,) ascending
+        codes, self.window = torch.unique(code.flatten()[self.offsets], return_inverse=True)  # (D,)
+        pairs = torch.arange(len(self.window), device=ids.device)
+        some = torch.empty_like(codes).scatter_(
+            0, self.window, pairs
+        )  # a pair that shows the window
+        image, i, j = (
+            self.image[self.offsets[some]],
+            self.position[some] // columns,
+            self.position[some] % columns,
+        )
+        self.ids = ids.unfold(1, size, 1).unfold(2, size, 1)[image, i, j].flatten(1)  # (U, K)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A linear layer's share of each pair: x (U, C), weight (O, Q * C) position by position -> (D, O)."""
+        x = x.index_select(0, self.window)
+        counts = torch.bincount(self.position, minlength=self.positions)
+        begins = counts.cumsum(0) - counts
+        slot = torch.arange(len(x), device=x.device) - begins[self.position]
+        padded = x.new_zeros(self.positions, int(counts.max()), x.shape[1])
+        padded = padded.index_put((self.position, slot), x)
+        blocks = weight.view(len(weight), self.positions, -1).permute(1, 2, 0)  # (Q, C, O)
+        return torch.bmm(padded, blocks.to(x.dtype))[self.position, slot]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the positions of every image: x (D, O) -> (M, O)."""
+        return _SumOverPositions.apply(x, self.index, self.image, self.offsets)
+
+
+class _SumOverPositions(torch.autograd.Function):
+    """Forwards a sum over each image's pairs, backwards over each pair's images: both are embedding bags."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, image: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(image, offsets)
+        return F.embedding_bag(index, x, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        image, offsets = ctx.saved_tensors
+        return F.embedding_bag(image, gradient.contiguous(), offsets, mode="sum"), None, None, None
