@@ -1,8 +1,10 @@
 """MAPPO (Yu et al., 2022) in Melting Pot, the parent of bidist_mappo_meltingpot.py.
 
-All agents share one recurrent actor; one critic sees the world and everybody's features in training.
+All agents share one recurrent actor; one critic sees the world and everybody's features in
+training.
 
-    J(theta) = 1/N sum_i E min(r A, clip(r, 1 -+ eps) A),  r = pi_theta / pi_old       Eq. (9), v = 1
+    J(theta) = 1/N sum_i E min(r A, clip(r, 1 -+ eps) A),  r = pi_theta / pi_old       Eq. (9), v =
+    1
 
     python baselines/mappo_meltingpot.py                                     the paper's settings
     python baselines/mappo_meltingpot.py --resume runs/RUN --total-timesteps 2000000

@@ -1,13 +1,14 @@
 """Playing full episodes for evaluation: who sits where, what it earns, how it looks.
 
 Policies enter as callables, so everything here is independent of any script. A player is called as
-`player(obs, starts, ids) -> actions (B, N)` for all seats of all worlds at once, whichever of them it really
-plays; `starts  # (B,) bool` says which worlds have just begun an episode (forget what you remember of them) and
-`ids  # (B, N)` under which of the N agent ids each seat acts.
+`player(obs, starts, ids) -> actions (B, N)` for all seats of all worlds at once, whichever of them
+it really plays; `starts  # (B,) bool` says which worlds have just begun an episode (forget what you
+remember of them) and `ids  # (B, N)` under which of the N agent ids each seat acts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ Player = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Result(NamedTuple):
-    """One episode: per-capita figures of the focal players (Eq. 2 of BiDist) and of the background players."""
+    """One episode, per capita of the focal players (Eq. 2 of BiDist) and of the background."""
 
     focal_return: float
     background_return: float  # NaN if everyone is focal
@@ -46,10 +47,11 @@ def play(
 ) -> list[Result]:
     """Play `episodes` episodes to their end and return one Result each.
 
-    With `background`, num_focal seats drawn anew for every episode are focal (in a scenario: those it names) and
-    the others are played by it; with None everyone is focal. Ids are drawn without replacement for every episode,
-    or equal the seat with shuffle_ids=False. Every episode that begins counts until enough have begun, and those
-    are all played to their end: counting the first to finish would favour short ones.
+    With `background`, num_focal seats drawn anew for every episode are focal (in a scenario: those
+    it names) and the others are played by it; with None everyone is focal. Ids are drawn without
+    replacement for every episode, or equal the seat with shuffle_ids=False. Every episode that
+    begins counts until enough have begun, and those are all played to their end: counting the first
+    to finish would favour short ones.
     """
     worlds, seats = envs.num_envs, envs.spec.num_agents
     is_focal = np.ones((worlds, seats), bool)
@@ -80,14 +82,12 @@ def play(
             world = episode.world
             if counted[world]:
                 us = is_focal[world]
-                parts = (
-                    episode.returns[us],
-                    episode.returns[~us],
-                    episode.pick_ups[us],
-                    episode.pick_ups[~us],
-                )
-                means = (float(part.mean()) if part.size else float("nan") for part in parts)
-                results.append(Result(*means, episode.length))
+                means = [
+                    figures[who].mean() if who.any() else math.nan
+                    for figures in (episode.returns, episode.pick_ups)
+                    for who in (us, ~us)
+                ]
+                results.append(Result(*map(float, means), episode.length))
                 counted[world] = begun < episodes
                 begun += int(counted[world])
                 if world == 0 and video is not None:
@@ -106,10 +106,10 @@ def play_pairs(
     videos: Path | None = None,
     stem: str = "",
 ) -> dict[str, dict[str, float]]:
-    """play() and summarise() for each named (focal, background) pair; films of the first two to `videos`."""
+    """play() and summarise() for each named (focal, background) pair, with films in `videos`."""
     summaries = {}
-    for number, (name, (focal, background)) in enumerate(pairs.items()):
-        video = Video() if videos and number < 3 and not name.startswith("random") else None
+    for name, (focal, background) in pairs.items():
+        video = Video() if videos else None
         results = play(envs, focal, background, num_focal, episodes, rng, shuffle_ids, video)
         summaries[name] = summarise(results)
         if video:
@@ -118,9 +118,9 @@ def play_pairs(
 
 
 def summarise(results: list[Result], seed: int = 0) -> dict[str, float]:
-    """Mean focal return per episode and per 1,000 steps, and pick-ups per 1,000 steps, with 95 % intervals.
+    """Means of the focal players' figures, with 95 % intervals (percentile bootstrap of episodes).
 
-    Intervals are percentile bootstraps over episodes. Rates are ratios of totals, so long episodes weigh more.
+    Rates per 1,000 steps are ratios of totals, so that long episodes weigh more.
     """
     data = np.array(results, float)  # (episodes, len(Result._fields))
     column = {name: data[:, i] for i, name in enumerate(Result._fields)}

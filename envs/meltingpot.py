@@ -1,23 +1,25 @@
 """Melting Pot for training: many worlds at once, observations as tile ids.
 
-Every image that Melting Pot draws consists of 8x8 sprites on an 8x8 grid. `MeltingPot` therefore hands out
-`tile_ids  # (B, N, H, W)` into one growing `palette` of sprites instead of pixels (about a hundredth of the
-memory), and `ids_to_images` rebuilds the pixels exactly. B is parallel worlds, N players.
+Every image that Melting Pot draws consists of 8x8 sprites on an 8x8 grid. `MeltingPot` hands out
+`tile_ids  # (B, N, H, W)` into one growing palette of sprites instead of pixels (about a hundredth
+of the memory); `images()` rebuilds the pixels exactly. B is parallel worlds, N players.
 
-The engine (dmlab2d) is read directly: the official wrapper collects every observation through five layers of
-Python, this file only those that are used. tests/test_meltingpot.py holds it against the official wrapper.
+The engine (dmlab2d) is read directly: the official wrapper collects every observation through five
+layers of Python, this file only those that are used. tests/test_meltingpot.py holds it against the
+official wrapper on the same engine.
 
-Worlds live in worker processes, several per worker, and write into shared memory. An engine serves one episode
-and is then built anew, as the official wrapper does it. The next episode of every world is built ahead of time,
-and when an episode ends, the world's slot switches to it, so that no world waits for another's rebuild. A build
-blocks its process (engines hold the GIL), hence two places for it: short builds (chicken 0.04 s, coins 0.14 s)
-are done by the world's own worker while the trainer learns (`check()`), long ones (coop_mining 1.5 s, chemistry
-13 s) by standby processes that step nothing. Each episode has its own seed (seed, world, episode), from which
-coins draws its colours and its map; the engine itself is not reproducible, whatever its seeds.
+Worlds live in worker processes, several per worker, and write into shared memory. An engine serves
+one episode and is then built anew, as in the official wrapper. The next episode of every world is
+built ahead of time and the world's slot switches to it when an episode ends, so that no world waits
+for another's rebuild. A build blocks its process (engines hold the GIL), hence two places for it:
+short builds (chicken 0.04 s, coins 0.14 s) are done by the world's own worker while the trainer
+learns and calls `check()`; long ones (coop_mining 1.5 s, chemistry 13 s) by standby processes that
+step nothing. Each episode has its own seed (seed, world, episode), from which coins draws its
+colours and its map; the engine itself is not reproducible, whatever its seeds.
 
     envs = MeltingPot("coins", num_envs=16, seed=1)
-    obs = envs.reset()                                 # Observation: tile_ids, world_ids, features
-    step = envs.step(actions)                          # (B, N) ints -> Step: obs, reward, terminated, ...
+    obs = envs.reset()              # envs.tiles.Observation: tile_ids, world_ids, features
+    step = envs.step(actions)       # (B, N) ints -> envs.tiles.Step: obs, reward, terminated, ...
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import math
 import mmap
 import os
 import pickle
@@ -40,6 +43,7 @@ import tempfile
 import time
 import types
 from collections import deque
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -79,23 +83,21 @@ PICK_UPS = {
 }
 
 
-# --- Melting Pot without its heavy imports ---------------------------------------------------------------------
+# --- Melting Pot without its heavy imports -------------------------------------------------------
 
 
 def import_meltingpot(bots: bool = False) -> types.ModuleType:
-    """Import meltingpot; unless `bots`, without tensorflow and chex (0.2 s instead of 4 s and 100 MB).
+    """Import meltingpot; unless `bots`, without tensorflow and chex (0.2 s instead of 4 s).
 
-    Only official bots use the two. Placeholders stand in for them while meltingpot is imported, and leave
-    sys.modules afterwards, so that nothing else (TensorBoard looks for tensorflow) mistakes them for the real.
-    Raises ModuleNotFoundError with a sentence if meltingpot, or with `bots` one of the two, is not installed.
+    Only official bots use the two. Placeholders stand in for them while meltingpot is imported, and
+    leave sys.modules afterwards, so that nothing else (TensorBoard looks for tensorflow) mistakes
+    them for the real ones. Raises ModuleNotFoundError, with a sentence, for what is not installed.
     """
     if "meltingpot" in sys.modules:
         return sys.modules["meltingpot"]
     for name in ("meltingpot", "dmlab2d"):
         if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(
-                f"{name} is not installed: run `make setup`, or use --substrate toy, which needs no engine."
-            )
+            raise ModuleNotFoundError(f"{name} is not installed: `make setup`, or --substrate toy.")
     needs = "is needed by the official bots only: pip install -r requirements-bots.txt"
     if bots:
         for name in ("tensorflow", "chex"):
@@ -137,7 +139,7 @@ def substrates() -> list[str]:
 
 @contextlib.contextmanager
 def quiet():
-    """Send file descriptors 1 and 2 to /dev/null: building an engine prints hundreds of harmless lines."""
+    """Descriptors 1 and 2 to /dev/null: building an engine prints hundreds of harmless lines."""
     sys.stdout.flush(), sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -150,11 +152,11 @@ def quiet():
             os.close(fd)
 
 
-# --- What a substrate looks like -------------------------------------------------------------------------------
+# --- What a substrate looks like -----------------------------------------------------------------
 
 
 def get_spec(name: str, roles: tuple[str, ...] | None = None) -> Spec:
-    """Spec of a substrate, or of a scenario (its substrate with its roles and its focal/background split).
+    """Spec of a substrate, or of a scenario: its substrate, roles and focal/background split.
 
     Raises ValueError with one sentence for an unknown name.
     """
@@ -176,7 +178,7 @@ def get_spec(name: str, roles: tuple[str, ...] | None = None) -> Spec:
     config = configs.get_config(substrate)
     roles = tuple(roles or config.default_player_roles)
     seen = config.timestep_spec.observation
-    # COLLECTIVE_REWARD is permitted too, but is a reward and not an observation of the player's own state.
+    # COLLECTIVE_REWARD is permitted, too, but tells of rewards, not of the player.
     permitted = sorted(scenario.PERMITTED_OBSERVATIONS - {"RGB", "COLLECTIVE_REWARD"})
     return Spec(
         substrate=substrate,
@@ -193,7 +195,7 @@ def get_spec(name: str, roles: tuple[str, ...] | None = None) -> Spec:
     )
 
 
-# --- One engine ------------------------------------------------------------------------------------------------
+# --- One engine ----------------------------------------------------------------------------------
 
 
 class Engine:
@@ -215,6 +217,10 @@ class Engine:
         self.spec, self.lab, self.running = spec, lab, running
         players = range(1, spec.num_agents + 1)
         available = set(lab.observation_names())
+        for name, grid in (("1.RGB", spec.grid), ("WORLD.RGB", spec.world_grid)):
+            shape = tuple(int(size) for size in lab.observation_spec(name)["shape"])
+            if shape != (SPRITE * grid[0], SPRITE * grid[1], 3):
+                raise ValueError(f"{spec.substrate}: {name} is {shape}, not {grid} sprites.")
         self.rgb = [f"{i}.RGB" for i in players]
         self.rewards = [f"{i}.REWARD" for i in players]
         self.feature_names, first = [], 0  # (player, first column, last column, observation's name)
@@ -244,15 +250,12 @@ class Engine:
         for name, items in self.lab.events():
             key = PICK_UPS.get(name)
             if key is not None:
-                player = items[
-                    2 + 2 * items[1::2].index(key)
-                ]  # ["dict", key, value, key, value, ...]
-                pick_ups[int(player) - 1] += 1
+                names = items[1::2]  # items: "dict", name, value, name, value, ...
+                pick_ups[int(items[2 + 2 * names.index(key)]) - 1] += 1
 
-    def observe(
-        self, palette: Palette, tile_ids: np.ndarray, world_ids: np.ndarray, features: np.ndarray
-    ) -> None:
-        """Write the players' views (N, H, W), the global view (H', W') and the features (N, F)."""
+    def observe(self, palette: Palette, out: Observation) -> None:
+        """Write tile_ids (N, H, W), world_ids (H', W') and features (N, F) of one world."""
+        tile_ids, world_ids, features = out
         observe = self.lab.observation
         for player, name in enumerate(self.rgb):
             palette.encode(observe(name), tile_ids[player])
@@ -262,7 +265,7 @@ class Engine:
 
 
 def build_lab(spec: Spec, rng: np.random.Generator) -> Any:
-    """A dmlab2d.Lab2d for one episode: settings drawn anew (coins: colours and map), not yet started."""
+    """A dmlab2d.Lab2d for one episode, not yet started, with settings drawn anew."""
     import_meltingpot()
     import dmlab2d
     from dmlab2d import runfiles_helper
@@ -287,30 +290,47 @@ def build_lab(spec: Spec, rng: np.random.Generator) -> Any:
         return dmlab2d.Lab2d(runfiles_helper.find(), flat)
 
 
-# --- Shared memory ---------------------------------------------------------------------------------------------
+# --- Shared memory -------------------------------------------------------------------------------
+
+RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
 
 
 class SharedArrays:
-    """Named arrays in one anonymous piece of memory that child processes inherit by file descriptor."""
+    """The worlds' arrays, in anonymous memory that workers inherit by its file descriptor."""
 
-    def __init__(self, fields: dict[str, tuple[tuple[int, ...], str]], fd: int | None = None):
-        sizes = {
-            name: int(np.prod(shape)) * np.dtype(kind).itemsize
-            for name, (shape, kind) in fields.items()
+    def __init__(self, spec: Spec, num_envs: int, fd: int | None = None):
+        players = (num_envs, spec.num_agents)
+        self.shapes = {
+            "tile_ids": ((*players, *spec.grid), np.uint16),
+            "world_ids": ((num_envs, *spec.world_grid), np.uint16),
+            "features": ((*players, spec.num_features), np.float32),
         }
-        total = sum((size + 63) // 64 * 64 for size in sizes.values())
+        self.shapes |= {f"final_{name}": shape for name, shape in self.shapes.items()}
+        self.shapes |= {
+            "actions": (players, np.int64),
+            "reward": (players, np.float64),
+            "pick_ups": (players, np.int64),
+            "ended": ((num_envs,), np.int64),  # RUNNING, TERMINATED or TRUNCATED
+            "sprites": ((CAPACITY, WORDS), np.uint64),
+            "num_sprites": ((1,), np.int64),
+        }
+        sizes = [math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self.shapes.values()]
+        starts = np.cumsum([0, *((size + 63) // 64 * 64 for size in sizes)]).tolist()
         if fd is None:
             if hasattr(os, "memfd_create"):
                 fd = os.memfd_create("unseen")
             else:  # macOS
                 with tempfile.TemporaryFile() as file:
                     fd = os.dup(file.fileno())
-            os.ftruncate(fd, total)
-        self.fields, self.fd, self.memory = fields, fd, mmap.mmap(fd, total)
-        start = 0
-        for name, (shape, kind) in fields.items():
-            setattr(self, name, np.ndarray(shape, kind, self.memory, start))
-            start += (sizes[name] + 63) // 64 * 64
+            os.ftruncate(fd, starts[-1])
+        self.fd, memory = fd, mmap.mmap(fd, starts[-1])
+        for (name, (shape, kind)), start in zip(self.shapes.items(), starts):
+            setattr(self, name, np.ndarray(shape, kind, memory, start))
+
+    def observation(self, where: Any, final: bool = False) -> Observation:
+        """Views of a world's arrays (where: its number), or of all (where: ...)."""
+        names = (f"final_{name}" if final else name for name in Observation._fields)
+        return Observation(*(getattr(self, name)[where] for name in names))
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -318,157 +338,125 @@ class SharedArrays:
             self.fd = -1  # the number may soon be another file's
 
 
-def _fields(spec: Spec, num_envs: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    b, n = num_envs, spec.num_agents
-    observation = {
-        "tile_ids": ((b, n, *spec.grid), "uint16"),
-        "world_ids": ((b, *spec.world_grid), "uint16"),
-        "features": ((b, n, spec.num_features), "float32"),
-    }
-    return {
-        **observation,
-        **{f"final_{name}": field for name, field in observation.items()},
-        "actions": ((b, n), "int64"),
-        "reward": ((b, n), "float64"),
-        "pick_ups": ((b, n), "int64"),
-        "ended": ((b,), "int64"),  # RUNNING, TERMINATED or TRUNCATED
-        "sprites": ((CAPACITY, WORDS), "uint64"),
-        "num_sprites": ((1,), "int64"),
-    }
-
-
-RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
-SHORT_BUILD = 0.5  # seconds
-
-
-# --- The worker process ----------------------------------------------------------------------------------------
-# Messages to a worker are a letter and two numbers; it answers each, in order, with the seconds that it took, or
-# with a text if it failed.
+# --- The worker process --------------------------------------------------------------------------
+#
+# A message to a worker is a letter and two numbers:
 #   B world episode   build and start the engine of that episode, and keep it ready
-#   G world           serve that world from its ready engine; write its first observation
-#   S                 step the worlds it serves
-#   D world           drop that world's episode
+#   G world           serve that world from its ready engine, and write its first observation
+#   S                 step the worlds that it serves
+#   D world           stop serving that world
 #   P                 answer (is it alive?)
+# It answers each, in order, with the seconds that it took, or with a text if it failed.
 
 
-class _WorkerState:
-    def __init__(self, spec, seed, max_episode_steps, shared, palette):
-        self.spec, self.seed, self.max_episode_steps = spec, seed, max_episode_steps
-        self.shared, self.palette = shared, palette
+class Host:
+    """What a worker process holds: engines that serve worlds, and engines that are ready to."""
+
+    def __init__(
+        self, spec: Spec, num_envs: int, seed: int, first_world: int, max_steps: int, fd: int
+    ):
+        self.spec, self.seed, self.first_world, self.max_steps = spec, seed, first_world, max_steps
+        self.arrays = SharedArrays(spec, num_envs, fd)
+        self.palette = Palette(self.arrays.sprites, self.arrays.num_sprites, fd)
         self.ready: dict[int, Engine] = {}
         self.serving: dict[int, Engine] = {}
         self.steps: dict[int, int] = {}
 
-    def build(self, world: int, episode: int) -> None:
-        seed, first_world = self.seed
-        self.ready[world] = Engine(self.spec, (seed, first_world + world, episode))
+    def handle(self, message: bytes) -> None:
+        letter, (world, episode) = message[:1], np.frombuffer(message[1:], np.int32).tolist()
+        if letter == b"S":
+            self.step()
+        elif letter == b"B":
+            seed = (self.seed, self.first_world + world, episode)
+            self.ready[world] = Engine(self.spec, seed)
+        elif letter == b"G":
+            self.serving[world], self.steps[world] = self.ready.pop(world), 0
+            self.serving[world].observe(self.palette, self.arrays.observation(world))
+        elif letter == b"D":
+            self.serving.pop(world, None)
 
-    def go(self, world: int, _: int) -> None:
-        arrays = self.shared
-        engine = self.serving[world] = self.ready.pop(world)
-        self.steps[world] = 0
-        engine.observe(
-            self.palette, arrays.tile_ids[world], arrays.world_ids[world], arrays.features[world]
-        )
-
-    def step(self, _: int, __: int) -> None:
-        a = self.shared
+    def step(self) -> None:
+        arrays = self.arrays
         for world, engine in list(self.serving.items()):
-            goes_on = engine.step(a.actions[world])
+            goes_on = engine.step(arrays.actions[world])
+            engine.read_rewards(arrays.reward[world], arrays.pick_ups[world])
             self.steps[world] += 1
-            engine.read_rewards(a.reward[world], a.pick_ups[world])
-            cut = self.max_episode_steps and self.steps[world] >= self.max_episode_steps
-            a.ended[world] = (
-                RUNNING if goes_on and not cut else TRUNCATED if goes_on else TERMINATED
-            )
-            if a.ended[world] == RUNNING:
-                engine.observe(
-                    self.palette, a.tile_ids[world], a.world_ids[world], a.features[world]
-                )
-            else:
-                engine.observe(
-                    self.palette,
-                    a.final_tile_ids[world],
-                    a.final_world_ids[world],
-                    a.final_features[world],
-                )
+            cut = 0 < self.max_steps <= self.steps[world]
+            arrays.ended[world] = TERMINATED if not goes_on else TRUNCATED if cut else RUNNING
+            over = arrays.ended[world] != RUNNING
+            engine.observe(self.palette, arrays.observation(world, final=over))
+            if over:
                 del self.serving[world]
-
-    def drop(self, world: int, _: int) -> None:
-        self.serving.pop(world, None)
-        self.ready.pop(world, None)
 
 
 def worker_main(socket_fd: int, memory_fd: int) -> None:
-    """The life of a worker: answer messages until the other end of the socket is closed."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the trainer ends us
+    """The life of a worker process: it answers until the other end of the socket is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the trainer acts
     connection = Connection(socket_fd)
-    try:
-        spec, num_envs, seed, first_world, max_episode_steps = pickle.loads(connection.recv_bytes())
-        shared = SharedArrays(_fields(spec, num_envs), memory_fd)
-        palette = Palette(shared.sprites, shared.num_sprites, memory_fd)
-        state = _WorkerState(spec, (seed, first_world), max_episode_steps, shared, palette)
-        actions = {b"B": state.build, b"G": state.go, b"S": state.step, b"D": state.drop}
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        host = Host(*pickle.loads(connection.recv_bytes()), memory_fd)
         while True:
             message = connection.recv_bytes()
             began = time.monotonic()
             try:
-                if message[:1] in actions:
-                    actions[message[:1]](*np.frombuffer(message[1:], np.int32).tolist())
+                host.handle(message)
                 answer = struct.pack("d", time.monotonic() - began)
-            except Exception as error:  # whatever the engine raises becomes the trainer's sentence
+            except Exception as error:  # whatever it is, the trainer makes a sentence of it
                 answer = f"failed with {type(error).__name__}: {error}".encode()
             connection.send_bytes(answer)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the trainer is gone
 
 
-class _Worker:
-    """The trainer's side of one worker process."""
+class Worker:
+    """The trainer's side of a worker process."""
 
     def __init__(self, number: int, init: tuple, memory_fd: int):
-        self.number = number
         ours, theirs = socket.socketpair()
-        self.connection = Connection(ours.detach())
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "envs.meltingpot", str(theirs.fileno()), str(memory_fd)],
-            cwd=ROOT,
-            pass_fds=(theirs.fileno(), memory_fd),
-            stdin=subprocess.DEVNULL,
-        )
+        fds = (theirs.fileno(), memory_fd)
+        command = [sys.executable, "-m", "envs.meltingpot", *map(str, fds)]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        env = {**os.environ, "PYTHONPATH": path}
+        self.process = subprocess.Popen(command, env=env, pass_fds=fds, stdin=subprocess.DEVNULL)
         theirs.close()
+        self.number, self.connection = number, Connection(ours.detach())
         self.connection.send_bytes(pickle.dumps(init))
-        self.serving: set[int] = set()
-        self.reserved: dict[
-            int, bool
-        ] = {}  # worlds whose next episode it holds; True once it is built
-        self.pending: deque[bytes] = deque()  # messages not yet answered
-        self.since = time.monotonic()  # when the oldest of them began to be waited for
+        self.serving: set[int] = set()  # worlds
+        self.reserved: dict[int, bool] = {}  # worlds whose next episode it holds; True: built
+        self.pending: deque[tuple[bytes, int]] = deque()  # letter and world, not yet answered
+        self.since = time.monotonic()  # from when on the first of them is waited for
 
-    def send(self, kind: bytes, world: int = 0, episode: int = 0) -> None:
+    def send(self, letter: bytes, world: int = 0, episode: int = 0) -> None:
         if not self.pending:
             self.since = time.monotonic()
-        message = kind + np.array([world, episode], np.int32).tobytes()
-        self.pending.append(message)
-        with contextlib.suppress(
-            BrokenPipeError, ConnectionResetError
-        ):  # receive() tells what happened
-            self.connection.send_bytes(message)
+        self.pending.append((letter, world))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # found when it is read
+            self.connection.send_bytes(letter + np.array([world, episode], np.int32).tobytes())
+
+    def building(self) -> list[int]:
+        """Worlds whose next episode it has been told to build."""
+        return [world for letter, world in self.pending if letter == b"B"]
+
+    def death(self) -> str:
+        """How the process ended."""
+        try:
+            code = self.process.wait(2.0)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
 
-# --- Many worlds -----------------------------------------------------------------------------------------------
+# --- Many worlds ---------------------------------------------------------------------------------
+
+SHORT_BUILD = 0.5  # seconds; longer ones are done by standby processes
 
 
 class MeltingPot:
     """num_envs worlds of one substrate (or scenario: its roles and focal split), stepped together.
 
-    seed, first_world: episode e of world b is built from the seed (seed, first_world + b, e).
-    num_workers: processes that step worlds at the same time (default: the cores this process may use).
-    max_episode_steps: truncate there; 0 plays episodes to their natural end.
-    timeout: seconds after which a worker that does not answer ends the run with a WorldError.
-    standby: start standby processes for long builds; without them such a build is done when it is needed.
+    seed, first_world   episode e of world b is built from the seed (seed, first_world + b, e)
+    num_workers         processes that step worlds; by default the cores this process may use
+    max_episode_steps   truncate there; 0 plays episodes to their natural end
+    timeout             seconds after which a silent worker ends the run with a WorldError
+    standby             start standby processes for long builds; without, they are done when needed
     """
 
     reproducible = False  # the engine drifts even with all seeds equal
@@ -485,25 +473,22 @@ class MeltingPot:
         standby: bool = True,
     ):
         self.spec = get_spec(substrate)
-        self.num_envs, self.seed, self.timeout, self.standby = num_envs, seed, timeout, standby
-        self.first_world, self.max_episode_steps = first_world, max_episode_steps
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+        self.num_envs, self.timeout, self.standby = num_envs, timeout, standby
+        self.init = (self.spec, num_envs, seed, first_world, max_episode_steps)
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         self.num_workers = min(num_workers or cores, num_envs)
-        self.shared = SharedArrays(_fields(self.spec, num_envs))
-        self.palette = Palette(self.shared.sprites, self.shared.num_sprites, self.shared.fd)
-        self.workers: list[_Worker] = []
-        self.counter = EpisodeCounter(num_envs, self.spec.num_agents)
-        self.place: list[_Worker | None] = [None] * num_envs  # who serves a world
-        self.next: list[_Worker | None] = [None] * num_envs  # who holds its next episode
-        self.episode = np.zeros(num_envs, np.int64)  # number of each world's next episode
-        self.build_s = 0.0  # the slowest build so far
-        self.waited_s = 0.0  # time spent switching worlds to their next episodes, builds included
-        self.checked = 0.0  # when check() last ran
         self.per_worker = -(-num_envs // self.num_workers)
+        self.arrays = SharedArrays(self.spec, num_envs)
+        self.palette = Palette(self.arrays.sprites, self.arrays.num_sprites, self.arrays.fd)
+        self.counter = EpisodeCounter(num_envs, self.spec.num_agents)
+        self.workers: list[Worker] = []
+        self.place: list[Worker | None] = [None] * num_envs  # who serves a world
+        self.next: list[Worker | None] = [None] * num_envs  # who holds its next episode
+        self.episode = np.zeros(num_envs, np.int64)  # number of each world's next build
+        self.fastest_build, self.slowest_build = math.inf, 0.0  # seconds
+        self.waited_s = 0.0  # spent switching worlds to their next episodes, builds included
+        self.checked = 0.0  # when check() last ran
 
     def __enter__(self) -> Self:
         return self
@@ -516,12 +501,17 @@ class MeltingPot:
             self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The meaning of the ids so far, and which episodes have been played."""
-        return {"palette": self.palette.pixels(), "episode": self.episode.copy()}
+        """The meaning of the ids so far, and which episodes have been built, as tensors."""
+        import torch
+
+        return {
+            "palette": torch.tensor(self.palette.pixels()),
+            "episode": torch.tensor(self.episode),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> Observation:
-        """Number sprites as the saved run did and begin new episodes: the engine cannot be restored."""
-        self.palette.load(np.asarray(state["palette"], np.uint8))
+        """Number sprites as the saved run did; begin new episodes, as engines cannot be saved."""
+        self.palette.load(np.asarray(state["palette"]))
         self.episode[:] = np.asarray(state["episode"])
         return self.reset()
 
@@ -536,44 +526,43 @@ class MeltingPot:
                 self._spawn()
             for world in range(self.num_envs):
                 self._reserve(world, self.workers[world // self.per_worker])
-        else:
-            for world, worker in enumerate(self.place):
-                if worker is not None:
-                    worker.serving.discard(world)
-                    worker.send(b"D", world)
+        for world, worker in enumerate(self.place):
+            if worker is not None:
+                worker.serving.discard(world)
+                worker.send(b"D", world)
         self.counter.clear()
         self._start(range(self.num_envs))
-        return self._observation("")
+        return self._observation()
 
     def step(self, actions: np.ndarray) -> Step:
-        """Step every world with actions (B, N); worlds that end begin their next episode at once."""
-        arrays = self.shared
+        """Step every world with actions (B, N); those that end begin their next episode at once."""
+        arrays = self.arrays
         arrays.actions[:] = actions
         busy = [worker for worker in self.workers if worker.serving]
         for worker in busy:
             worker.send(b"S")
         for worker in busy:
             self._finish(worker)
-        ended = arrays.ended.copy()
-        done = np.flatnonzero(ended)
-        reward = arrays.reward.copy()
-        final = self._observation("final_") if len(done) else None
-        if len(done):
-            for world in done:
-                self.place[world].serving.discard(int(world))
+        reward, ended = arrays.reward.copy(), arrays.ended.copy()
+        done = np.flatnonzero(ended).tolist()
+        final = self._observation(final=True) if done else None
+        if done:
             began = time.monotonic()
-            self._start(done.tolist())
+            for world in done:
+                self.place[world].serving.discard(world)
+            self._start(done)
             self.waited_s += time.monotonic() - began
         elif time.monotonic() > self.checked + 2.0:
             self.check(learning=False)
-        episodes = self.counter.add(arrays.reward, arrays.pick_ups, ended != RUNNING)
+        episodes = self.counter.add(reward, arrays.pick_ups, ended != RUNNING)
         terminated, truncated = ended == TERMINATED, ended == TRUNCATED
-        return Step(self._observation(""), reward, terminated, truncated, final, episodes)
+        return Step(self._observation(), reward, terminated, truncated, final, episodes)
 
     def check(self, learning: bool = True) -> None:
-        """Raise WorldError if a worker has died or does not answer.
+        """Raise WorldError if a worker has died or gives no sign.
 
-        Cheap. To be called now and then while no world is stepped: that is also when short builds are done.
+        Cheap; to be called now and then while no world is stepped, which is also when short builds
+        are done.
         """
         self.checked = time.monotonic()
         for worker in self.workers:
@@ -593,138 +582,117 @@ class MeltingPot:
         for worker in workers:
             try:
                 worker.process.wait(0.5)
-            except subprocess.TimeoutExpired:  # stopped, or in a long build
+            except subprocess.TimeoutExpired:  # stopped by a signal, say
                 worker.process.kill()
                 worker.process.wait()
-        self.shared.close()
+        self.arrays.close()
 
-    # --- private ---
+    def _observation(self, final: bool = False) -> Observation:
+        return Observation(*(array.copy() for array in self.arrays.observation(..., final)))
 
-    def _observation(self, prefix: str) -> Observation:
-        return Observation(
-            *(getattr(self.shared, prefix + name).copy() for name in Observation._fields)
-        )
-
-    def _spawn(self) -> _Worker:
-        init = (self.spec, self.num_envs, self.seed, self.first_world, self.max_episode_steps)
-        worker = _Worker(len(self.workers), init, self.shared.fd)
+    def _spawn(self) -> Worker:
+        worker = Worker(len(self.workers), self.init, self.arrays.fd)
         self.workers.append(worker)
         return worker
 
-    def _reserve(self, world: int, worker: _Worker) -> None:
+    def _reserve(self, world: int, worker: Worker) -> None:
         worker.reserved[world] = False
         self.next[world] = worker
 
-    def _plan(self, learning: bool = False) -> None:
-        """Have every world's next episode built where it delays no step."""
-        short = self.build_s <= SHORT_BUILD
-        for world in range(self.num_envs):
-            if self.next[world] is None:
-                worker = self.place[world] if short else self._standby() if self.standby else None
-                if worker is None:
-                    break
-                self._reserve(world, worker)
-        for worker in self.workers:
-            if not worker.serving or (short and learning):
-                self._receive(worker, block=False)
-                unbuilt = [world for world, built in worker.reserved.items() if not built]
-                if unbuilt and not worker.pending:
-                    self._build(worker, unbuilt[0])
-
-    def _standby(self) -> _Worker | None:
-        """A worker that steps no world and has room for one more long build, started if need be."""
-        room = int(np.clip(10.0 / self.build_s, 1, self.per_worker))  # ten seconds' work at most
-        idle = [w for w in self.workers if not w.serving and len(w.reserved) < room]
-        # With num_envs + num_workers processes one is always idle.
-        if not idle and len(self.workers) < self.num_envs + self.num_workers:
-            idle = [self._spawn()]
-        return max(idle, key=lambda worker: len(worker.reserved), default=None)
-
-    def _build(self, worker: _Worker, world: int) -> None:
+    def _build(self, worker: Worker, world: int) -> None:
         worker.send(b"B", world, int(self.episode[world]))
         self.episode[world] += 1
 
-    def _start(self, worlds) -> None:
+    def _plan(self, learning: bool = False) -> None:
+        """Have every world's next episode built where that delays no step."""
+        short = self.fastest_build <= SHORT_BUILD
+        for world in range(self.num_envs):
+            if self.next[world] is None:
+                worker = self.place[world] if short else self._standby()
+                if worker is None:
+                    break
+                self._reserve(world, worker)
+        free = self.num_workers - sum(bool(w.building()) for w in self.workers if not w.serving)
+        for worker in self.workers:
+            unbuilt = [world for world, built in worker.reserved.items() if not built]
+            if unbuilt and (
+                learning if worker.serving and short else not worker.serving and free > 0
+            ):
+                self._receive(worker, block=False)
+                if not worker.pending:
+                    self._build(worker, unbuilt[0])
+                    free -= not worker.serving
+
+    def _standby(self) -> Worker | None:
+        """A worker that steps no world and has room for a long build, started if need be."""
+        room = int(np.clip(10.0 / self.fastest_build, 1, self.per_worker))  # ten seconds' work
+        idle = [w for w in self.workers if not w.serving and len(w.reserved) < room]
+        # With num_envs + num_workers processes there is always one.
+        if not idle and self.standby and len(self.workers) < self.num_envs + self.num_workers:
+            idle = [self._spawn()]
+        return max(idle, key=lambda worker: len(worker.reserved)) if idle and self.standby else None
+
+    def _start(self, worlds: Iterable[int]) -> None:
         """Switch each world's slot to its next episode, and wait for the first observations."""
+        owners = []
         for world in worlds:
-            if self.next[world] is None:  # no standby has room: build where the world was served
+            if self.next[world] is None:
                 self._reserve(world, self.place[world])
-        owners = {id(self.next[world]): self.next[world] for world in worlds}.values()
+            worker = self.next[world]
+            if not worker.reserved.pop(world) and world not in worker.building():
+                self._build(worker, world)
+            worker.send(b"G", world)
+            worker.serving.add(world)
+            self.place[world], self.next[world] = worker, None
+            if worker not in owners:
+                owners.append(worker)
         for worker in owners:
-            mine = [world for world in worlds if self.next[world] is worker]
-            building = {message[1:5] for message in worker.pending if message[:1] == b"B"}
-            for world in mine:
-                if not worker.reserved[world] and np.int32(world).tobytes() not in building:
-                    self._build(worker, world)
-                worker.send(b"G", world)
-            for world in mine:
-                del worker.reserved[world]
-                worker.serving.add(world)
-                self.place[world], self.next[world] = worker, None
-            # It has worlds to step now: long builds that it has not begun are for another worker.
-            for world, built in list(worker.reserved.items()):
-                if not built and np.int32(world).tobytes() not in building:
+            # It has worlds to step now: long builds that it has not begun go to another worker.
+            for world in [w for w, built in worker.reserved.items() if not built]:
+                if self.fastest_build > SHORT_BUILD and world not in worker.building():
                     del worker.reserved[world]
                     self.next[world] = None
-        for worker in owners:
             self._finish(worker)
         self._plan()
 
-    def _finish(self, worker: _Worker) -> None:
+    def _finish(self, worker: Worker) -> None:
+        """Wait until a worker has answered everything."""
         while worker.pending:
             self._receive(worker, block=True)
 
-    def _limit(self, message: bytes) -> float:
-        """Seconds that a worker may take to answer. Builds take longer (chemistry: 25 s)."""
-        if message[:1] != b"B":
-            return self.timeout
-        return max(self.timeout, 5 * self.build_s) if self.build_s else max(self.timeout, 120.0)
-
-    def _receive(self, worker: _Worker, block: bool) -> None:
-        """Take a worker's answers: one at least with `block`, else those that are there."""
+    def _receive(self, worker: Worker, block: bool) -> None:
+        """Take a worker's answers: with `block` the next one, else those that are there."""
         while worker.pending:
-            left = worker.since + self._limit(worker.pending[0]) - time.monotonic()
+            letter, world = worker.pending[0]
+            limit = self.timeout
+            if letter == b"B":  # chemistry takes 13 s, and a busy machine several times as long
+                limit = max(limit, 10 * self.slowest_build if self.slowest_build else 120.0)
+            left = worker.since + limit - time.monotonic()
             try:
                 if not worker.connection.poll(max(0.0, left) if block else 0.0):
-                    if left <= 0:
-                        raise WorldError(
-                            self._sentence(worker, f"gave no sign for {self.timeout:.0f} s")
-                        )
+                    if worker.since + limit <= time.monotonic():
+                        raise WorldError(self._sentence(worker, f"gave no sign for {limit:.0f} s"))
                     return
                 answer = worker.connection.recv_bytes()
             except (EOFError, OSError):
-                raise WorldError(self._sentence(worker, self._death(worker))) from None
-            message = worker.pending.popleft()
-            now = time.monotonic()
-            if len(answer) != 8:
+                raise WorldError(self._sentence(worker, worker.death())) from None
+            if len(answer) != struct.calcsize("d"):
                 raise WorldError(self._sentence(worker, answer.decode()))
-            if message[:1] == b"B":
-                self.build_s = max(self.build_s, struct.unpack("d", answer)[0])
-                world = int(np.frombuffer(message[1:5], np.int32)[0])
+            worker.pending.popleft()
+            worker.since = time.monotonic()
+            if letter == b"B":
+                (seconds,) = struct.unpack("d", answer)
+                self.fastest_build = min(self.fastest_build, seconds)
+                self.slowest_build = max(self.slowest_build, seconds)
                 if world in worker.reserved:
                     worker.reserved[world] = True
-            worker.since = now
             if block:
                 return
 
-    @staticmethod
-    def _death(worker: _Worker) -> str:
-        try:
-            code = worker.process.wait(2.0)
-        except subprocess.TimeoutExpired:
-            return "closed its connection"
-        return (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"exited with code {code}"
-        )
-
-    def _sentence(self, worker: _Worker, what: str) -> str:
-        worlds = ",".join(map(str, sorted(worker.serving))) or "none yet"
-        return (
-            f"Melting Pot worker {worker.number} (process {worker.process.pid}, {self.spec.substrate}, "
-            f"worlds {worlds}) {what}."
-        )
+    def _sentence(self, worker: Worker, what: str) -> str:
+        worlds = ", ".join(map(str, sorted(worker.serving))) or "none"
+        name = f"Melting Pot worker {worker.number} (process {worker.process.pid}"
+        return f"{name}, {self.spec.substrate}, worlds: {worlds}) {what}."
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ def parallel_env(
 
 
 class MeltingPotParallelEnv(ParallelEnv):
-    """Observations are dictionaries of RGB and what else a player may see; rewards are each player's own.
+    """Observations are dictionaries of RGB and what else a player may see; rewards are each
+    player's own.
 
-    `state()` and, with render_mode="rgb_array", `render()` give WORLD.RGB, which players do not see. Resets
-    with a seed fix the engine's seeds, yet the engine is not reproducible (docs/meltingpot.md).
+    `state()` and, with render_mode="rgb_array", `render()` give WORLD.RGB, which players do not
+    see. Resets with a seed fix the engine's seeds, yet the engine is not reproducible
+    (docs/meltingpot.md).
     """
 
     metadata = {"name": "meltingpot_v2", "render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012

@@ -1,14 +1,17 @@
-"""A tiny two-player matrix game on tiles (`--substrate toy`), with the interface of envs/meltingpot.py.
+"""A tiny two-player matrix game on tiles (`--substrate toy`), with the interface of
+envs/meltingpot.py.
 
-For tests, and for machines without Melting Pot's engine: it is reproducible bit for bit, its state can be saved
-and its optimum is known.
+For tests, and for machines without Melting Pot's engine: it is reproducible bit for bit, its state
+can be saved and its optimum is known.
 
-An episode lasts 6 to 10 steps. Its first view shows a colour, later ones do not: it has to be remembered. Each
-step both players choose one of three colours. Choosing the shown colour pays 1/2, and another 1/2 if the other
-player chose it too; anything else pays nothing. So the best policy earns 1 per step, random play 2/9.
+An episode lasts 6 to 10 steps. Its first view shows a colour, later ones do not: it has to be
+remembered. Each step both players choose one of three colours. Choosing the shown colour pays 1/2,
+and another 1/2 if the other player chose it too; anything else pays nothing. So the best policy
+earns 1 per step, random play 2/9.
 
-The players' views are 3 x 5 tiles (narrower than the second convolution's kernel, as some of Melting Pot's
-worlds are), the global view 4 x 6. The one feature is the share of ten steps that has passed.
+The players' views are 3 x 5 tiles (narrower than the second convolution's kernel, as some of
+Melting Pot's worlds are), the global view 4 x 6. The one feature is the share of ten steps that has
+passed.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ SPEC = Spec(
 
 
 class TileGame:
-    """num_envs games, stepped together in this process; see envs/meltingpot.py for the interface."""
+    """num_envs games, stepped together in this process, with MeltingPot's interface."""
 
     reproducible = True
 
@@ -55,9 +58,7 @@ class TileGame:
         self.spec, self.num_envs, self.seed = SPEC, num_envs, seed
         self.first_world, self.max_episode_steps = first_world, max_episode_steps
         self.palette = Palette.private()
-        pixels = np.broadcast_to(
-            np.array(COLOURS, np.uint8)[:, None, None], (len(COLOURS), 8, 8, 3)
-        ).copy()
+        pixels = np.array(COLOURS, np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
         pixels[1:, :, 0] = pixels[1:, 0] = 20  # an edge, so that sprites are not of one colour
         self.palette.load(pixels)
         self.counter = EpisodeCounter(num_envs, 2)

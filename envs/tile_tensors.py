@@ -1,9 +1,10 @@
 """Tile ids on the torch side: the palette as a tensor, and convolutions on ids as tables.
 
-A Melting Pot view has few different sprites, and at each position few different windows of 4 x 4 tiles. A layer
-that depends on a window alone, or on a window and its position, is therefore computed once for each different
-one and looked up: exact, and an order of magnitude less work than at every position of every image. Letters:
-M images, K = size * size tiles per window, Q positions, D different (position, window) pairs.
+A Melting Pot view has few different sprites, and at each position few different windows of 4 x 4
+tiles. A layer that depends on a window alone, or on a window and its position, is therefore
+computed once for each different one and looked up: exact, and an order of magnitude less work than
+at every position of every image. Letters: M images, K = size * size tiles per window, Q positions,
+D different (position, window) pairs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 
 class Sprites:
-    """A world's palette as a tensor, kept up to date as it grows: sprites()  # (P, 3, 8, 8) in [0, 1]."""
+    """A world's palette as a tensor, kept up to date as it grows: sprites()  # (P, 3, 8, 8) in [0,
+    1]."""
 
     def __init__(self, envs: Any, device: torch.device):
         self.palette, self.device = envs.palette, device
@@ -33,7 +35,8 @@ class Sprites:
 class Windows:
     """The different (position, window) pairs among the size x size windows of ids (M, H, W) int64.
 
-    Windows are told apart by a 64-bit hash of their ids: the odds that two of 10,000 share one are 3e-12.
+    Windows are told apart by a 64-bit hash of their ids: the odds that two of 10,000 share one are
+    3e-12.
     """
 
     def __init__(self, ids: Tensor, size: int):
@@ -46,7 +49,8 @@ class Windows:
             code.add_(
                 ids[:, i : i + rows, j : j + columns], alpha=factor
             )  # wraps around, as a hash may
-        # Sorted by position, then hash, equal pairs are neighbours. (Q, M) and stable sorts keep it cheap.
+        # Sorted by position, then hash, equal pairs are neighbours. (Q, M) and stable sorts keep it
+        # cheap.
         code, order = code.flatten(1).t().contiguous().sort(1)
         first = torch.ones_like(code, dtype=torch.bool)
         first[:, 1:] = code[:, 1:] != code[:, :-1]
@@ -68,7 +72,8 @@ class Windows:
         self.ids = ids.unfold(1, size, 1).unfold(2, size, 1)[image, i, j].flatten(1)  # (U, K)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """A linear layer's share of each pair: x (U, C), weight (O, Q * C) position by position -> (D, O)."""
+        """A linear layer's share of each pair: x (U, C), weight (O, Q * C) position by position ->
+        (D, O)."""
         x = x.index_select(0, self.window)
         counts = torch.bincount(self.position, minlength=self.positions)
         begins = counts.cumsum(0) - counts
@@ -84,7 +89,8 @@ class Windows:
 
 
 class _SumOverPositions(torch.autograd.Function):
-    """Forwards a sum over each image's pairs, backwards over each pair's images: both are embedding bags."""
+    """Forwards a sum over each image's pairs, backwards over each pair's images: both are embedding
+    bags."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, image: Tensor, offsets: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Images as tile ids: the observations of every world here, and the palette that gives ids their meaning.
+"""Images as tile ids: what worlds hand out, and the palette that gives ids their meaning.
 
-Melting Pot draws all its images from 8x8 sprites on an 8x8 grid. A world hands out one number per tile
-instead of 192 bytes; `ids_to_images` rebuilds the pixels exactly. Dimension letters: B worlds, N players,
-H W tiles, F features, P sprites.
+Melting Pot draws all its images from 8x8 sprites on an 8x8 grid. A world hands out one number per
+tile instead of 192 bytes; `ids_to_images` rebuilds the pixels exactly. Dimension letters: B worlds,
+N players, H W tiles, F features, P sprites.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class Spec:
     actions: tuple[dict[str, int], ...]  # what each of the A discrete actions sends to the engine
     grid: tuple[int, int]  # H, W of a player's view, in tiles
     world_grid: tuple[int, int]  # H', W' of the global view, in tiles
-    features: tuple[
-        tuple[str, int], ...
-    ]  # names and lengths of the permitted observations besides RGB
+    features: tuple[tuple[str, int], ...]  # permitted observations besides RGB: names, lengths
 
     @property
     def num_agents(self) -> int:
@@ -54,12 +52,8 @@ class Observation(NamedTuple):
     """What all players of all worlds see."""
 
     tile_ids: np.ndarray  # (B, N, H, W) uint16, each player's RGB
-    world_ids: (
-        np.ndarray
-    )  # (B, H', W') uint16, WORLD.RGB: the global view, for a critic in training
-    features: (
-        np.ndarray
-    )  # (B, N, F) float32, permitted observations besides RGB, in Spec.features' order
+    world_ids: np.ndarray  # (B, H', W') uint16, WORLD.RGB, the global view: for critics
+    features: np.ndarray  # (B, N, F) float32, permitted observations in Spec.features' order
 
 
 class Episode(NamedTuple):
@@ -78,9 +72,7 @@ class Step(NamedTuple):
     reward: np.ndarray  # (B, N) float64, each player's own
     terminated: np.ndarray  # (B,) bool, the game ended the episode
     truncated: np.ndarray  # (B,) bool, max_episode_steps did
-    final: (
-        Observation | None
-    )  # the last observation where a world ended (other rows: stale), if any did
+    final: Observation | None  # where a world ended, its last observation (other rows: stale)
     episodes: list[Episode]  # those that ended in this step
 
 
@@ -93,7 +85,7 @@ class EpisodeCounter:
         self.length = np.zeros(num_envs, np.int64)
 
     def add(self, reward: np.ndarray, pick_ups: np.ndarray, done: np.ndarray) -> list[Episode]:
-        """Count one step, reward and pick_ups (B, N), done (B,); return the episodes that it ended."""
+        """Count one step: reward, pick_ups (B, N), done (B,); returns the episodes it ended."""
         self.returns += reward
         self.pick_ups += pick_ups
         self.length += 1
@@ -112,11 +104,11 @@ class EpisodeCounter:
 
 @numba.njit(cache=True)
 def _encode(image, sprites, slots, hashes, ids, start):
-    """Write the id of each tile of image (8H, 3W words) into ids (H, W), from tile number `start` on.
+    """Write the ids of the tiles of image (8H, 3W words) into ids (H, W), from tile `start` on.
 
-    A tile that still shows what it showed before (ids holds the last frame) costs one comparison; any other is
-    hashed, looked up and compared pixel by pixel, so a hash that collides costs time, never a wrong id.
-    Returns -1, or the number of the first tile that is not in the table.
+    A tile that still shows what it showed before (ids holds the last frame) costs one comparison;
+    any other is hashed, looked up and compared pixel by pixel, so a hash that collides costs time,
+    never a wrong id. Returns -1, or the number of the first tile that is not in the table.
     """
     mask = np.uint64(len(slots) - 1)
     width = ids.shape[1]
@@ -170,19 +162,16 @@ def _insert(sprites, slots, hashes, first, last):
 class Palette:
     """A growing table of sprites in shared memory, and this process's hash table over it.
 
-    Sprites are only ever appended, under a file lock that the kernel releases if its holder dies. So an id
-    keeps its meaning, and processes that meet a new sprite at the same moment agree on its number.
+    Sprites are only ever appended, under a file lock that the kernel releases if its holder dies.
+    So an id keeps its meaning, and processes that meet a new sprite at once agree on its number.
     """
 
     def __init__(self, sprites: np.ndarray, count: np.ndarray, lock_fd: int | None = None):
-        self.sprites, self.count, self.lock_fd = (
-            sprites,
-            count,
-            lock_fd,
-        )  # (CAPACITY, 24) uint64, (1,) int64
-        self.count[0] = max(
-            1, self.count[0]
-        )  # id 0 is black, all bytes zero, as the memory starts out
+        self.sprites = sprites  # (CAPACITY, 24) uint64
+        self.count = count  # (1,) int64
+        self.lock_fd = lock_fd  # of the shared memory; None if only this process uses the palette
+        if self.count[0] == 0:
+            self.count[0] = 1  # id 0 is black: all bytes zero, as the memory starts out
         self.slots = np.full(2 * CAPACITY, -1, np.int32)
         self.hashes = np.zeros(2 * CAPACITY, np.uint64)
         self.known = 0  # sprites in this process's hash table
@@ -202,7 +191,7 @@ class Palette:
         self.known = last
 
     def encode(self, image: np.ndarray, ids: np.ndarray) -> None:
-        """Write the ids of image (8H, 8W, 3) uint8 into ids (H, W) uint16, learning sprites never seen."""
+        """Write the ids of image (8H, 8W, 3) uint8 into ids (H, W) uint16; learn new sprites."""
         words = image.reshape(len(image), -1).view(np.uint64)
         tile = _encode(words, self.sprites, self.slots, self.hashes, ids, 0)
         while tile >= 0:
@@ -232,7 +221,7 @@ class Palette:
         return self.sprites[:last].copy().view(np.uint8).reshape(last, SPRITE, SPRITE, 3)
 
     def load(self, pixels: np.ndarray) -> None:
-        """Start from sprites saved by `pixels()`. Raises ValueError if this palette says otherwise already."""
+        """Start from saved pixels(); ValueError if sprites here are numbered otherwise already."""
         words = np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(np.uint64)
         both = min(len(words), int(self.count[0]))
         if (words[:both] != self.sprites[:both]).any():
@@ -244,7 +233,7 @@ class Palette:
 
 
 def ids_to_images(ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """The exact images behind ids: (..., H, W) and palette (P, 8, 8, 3) -> (..., 8H, 8W, 3) uint8."""
+    """ids (..., H, W) and palette (P, 8, 8, 3) -> the exact images (..., 8H, 8W, 3) uint8."""
     tiles = np.moveaxis(pixels[ids], -3, -4)  # (..., H, 8, W, 8, 3)
     *batch, height, _, width, _, _ = tiles.shape
     return tiles.reshape(*batch, height * SPRITE, width * SPRITE, 3)
