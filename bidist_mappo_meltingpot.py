@@ -32,6 +32,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -39,6 +40,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,7 +57,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.episodes import play_pairs, random_player, table
+from envs.episodes import Player, count_episodes, play_pairs, random_player, table
 from envs.tile_tensors import Sprites, Windows
 from envs.tiles import WorldError
 
@@ -164,6 +166,59 @@ RESUMABLE = (  # what may differ from the run's own arguments with --resume and 
     *("device", "num_threads", "pixels", "amp"),
 )
 
+# [shared] begin
+
+
+class RunError(Exception):
+    """The run cannot go on; the message is one sentence."""
+
+    code = 1  # the script's exit code
+
+
+class UsageError(RunError):
+    """The command line asks for what cannot be done."""
+
+    code = 2
+
+
+def parse(argv: list[str], default: Any = None) -> Any:
+    """tyro, then pydantic for the bounds in annotations; their errors as one sentence."""
+    box, flags = io.StringIO(), (tyro.conf.FlagCreatePairsOff,)
+    try:
+        with contextlib.redirect_stderr(box):
+            args = tyro.cli(Args, args=argv, default=default, config=flags)
+        pydantic.TypeAdapter(Args).validate_python(dataclasses.asdict(args))
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        flag = str(wrong["loc"][0]).replace("_", "-")
+        raise UsageError(f"--{flag} {wrong['input']}: {wrong['msg'].lower()}.") from None
+    except SystemExit as error:
+        if not error.code:
+            raise
+        lines = " ".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:])
+        sentence, _, rest = lines.partition(" ──")
+        near = re.search(r"--[a-z-]+", rest) if "Unrecognized" in sentence else None
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise UsageError(sentence.rstrip(".") + hint) from None
+    validate(args)
+    return args
+
+
+def read_args(argv: list[str]) -> Any:
+    """The command line; with --resume or --eval-only on top of the run's own arguments."""
+    args = parse(argv)
+    if source := args.resume or args.eval_only:
+        own = load_checkpoint(source)[0]["args"] | {"run_dir": "", "resume": "", "eval_only": ""}
+        own = {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
+        args = parse(argv, Args(**own))
+        for name, x in own.items():
+            if name not in RESUMABLE and getattr(args, name) != x:
+                raise UsageError(f"--{name.replace('_', '-')} is {x} in {source} and stays so.")
+    return args
+
+
+# [shared] end
+
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
 
@@ -259,25 +314,24 @@ class RecurrentNet(nn.Module):
 
     def forward(self, ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
         """Views ids (T, B, N, H, W), features (T, B, N, F), starts (T, B) bool: an episode begins,
-        hidden (B * N, H) before the first step; critic: ids (T, B, H', W'), features (T, B, F)
-        -> outputs (T, B, N, .) and the states after each step (T, B * N, H)."""
-        steps, worlds = starts.shape
+        hidden (B, N, H) before the first step; critic: ids (T, B, H', W'), features (T, B, F)
+        -> outputs (T, B, N, .) and the states after each step (T, B, N, H)."""
         x = F.relu(self.mlp(self.cnn(ids.flatten(0, -3), sprites)))
-        x = torch.cat([x, self.norm(features).flatten(0, -2).to(x.dtype)], -1)
-        x = x.unflatten(0, (steps, -1))
+        x = torch.cat([x.view(*features.shape[:-1], -1), self.norm(features).to(x.dtype)], -1)
+        steps, worlds, agents = len(x), *hidden.shape[:2]
         if self.rows > 1:
-            one_hot = torch.eye(self.rows, dtype=x.dtype, device=x.device).repeat(worlds, 1)
-            one_hot = one_hot.expand(steps, -1, -1)
-            x = torch.cat([x.repeat_interleave(self.rows, 1), one_hot], -1)
-        goes_on = ~starts.repeat_interleave(len(hidden) // worlds, 1)[..., None]
-        # The GRU runs without a break between steps at which some row begins an episode.
-        cuts = sorted({0, steps, *starts.any(1).nonzero()[:, 0].tolist()})
-        states = []
+            one_hot = torch.eye(agents, dtype=x.dtype, device=x.device)
+            one_hot = one_hot.expand(steps, worlds, -1, -1)
+            x = torch.cat([x[:, :, None].expand(-1, -1, agents, -1), one_hot], -1)
+        # The GRU runs without a break between steps at which some world begins an episode.
+        cuts, states = sorted({0, steps, *starts.any(1).nonzero()[:, 0].tolist()}), []
         for first, last in itertools.pairwise(cuts):
-            part, hidden = self.gru(x[first:last], (hidden * goes_on[first]).to(x.dtype)[None])
-            states, hidden = [*states, part], hidden[0]
+            hidden = (hidden * ~starts[first, :, None, None]).to(x.dtype)
+            part, _ = self.gru(x[first:last].flatten(1, 2), hidden.flatten(0, 1)[None])
+            states.append(part.unflatten(1, (worlds, agents)))
+            hidden = states[-1][-1]
         states = torch.cat(states)
-        outputs = self.out(F.relu(self.head(states))).unflatten(1, (worlds, -1))
+        outputs = self.out(F.relu(self.head(states)))
         return outputs.to(self.out.weight.dtype), states.to(self.out.weight.dtype)
 
 
@@ -289,15 +343,14 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
 
 
 class ValueNorm(nn.Module):
-    """Mean and deviation of returns, by exponential averages with debiasing, as in MAPPO."""
+    """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
 
-    def __init__(self, beta: float = 0.99999):
+    def __init__(self):
         super().__init__()
-        self.beta = beta
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
 
     def update(self, new: Tensor) -> None:  # (3,): 1, mean and mean square of new returns
-        self.sums.lerp_(new, 1 - self.beta)
+        self.sums.lerp_(new, 1 - 0.99999)
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
         """0 and 1 before the first update."""
@@ -396,66 +449,56 @@ def compare(theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
 def distill(args: Args, phase: str, agent, batch, carry, sprites, rng, alive) -> dict[str, Tensor]:
     """A forward or reverse phase on the last rollout; returns compare() before and after it."""
     mode = "forward" if phase == "forward" else args.reverse_mode
-    views, start = (batch.tile_ids, batch.actor_features, batch.starts[:-1]), batch.hidden
+    views = (batch.tile_ids, batch.actor_features, batch.starts[:-1])
 
-    def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
-        net = getattr(agent, name)
-        logits, before, after = replay(net, views, start[name][0], args.chunk_length, sprites)
+    def run(net: RecurrentNet, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, before, after = replay(net, views, hidden[0], args.chunk_length, sprites)
         return logits.log_softmax(-1), before, after[-1]
 
-    theta, _, _ = run("actor")  # the teacher: the updated theta on the whole rollout
-    phi, states, last = run("distilled")
+    theta, _, _ = run(agent.actor, batch.actor_hidden)  # the teacher: the updated theta
+    phi, states, last = run(agent.distilled, batch.distilled_hidden)
     scalars = {f"{phase}/{name}_before": x for name, x in compare(theta, phi).items()}
     epochs, rate = args.reverse_epochs, args.reverse_lr
     if mode == "forward":
         epochs, rate = args.forward_epochs, args.forward_lr
     elif mode in ("random", "noise"):  # Fig. 6: once, without a gradient
-        seed = int(torch.randint(2**31, (), generator=rng))
-        agent.perturb_distilled(seed, None if mode == "random" else args.noise_std)
-        epochs, (phi, states, last) = 0, run("distilled")
+        noise_std = args.noise_std if mode == "noise" else None
+        agent.perturb_distilled(int(torch.randint(2**31, (), generator=rng)), noise_std)
+        epochs, (phi, states, last) = 0, run(agent.distilled, batch.distilled_hidden)
     optimiser = torch.optim.Adam(agent.distilled.parameters(), rate, eps=args.adam_eps)
     for _ in range(epochs):
-        batch = dataclasses.replace(batch, theta=theta, hidden={"distilled": states})
-        for where in minibatches(args, rng):
+        chunks = dataclasses.replace(batch, theta=theta, distilled_hidden=states)
+        for part in minibatches(args, chunks, rng):
             alive()
-            part = batch.cut(where, args.chunk_length)
-            seen = (part.tile_ids, part.actor_features, part.starts, part.hidden["distilled"])
-            log_probs = agent.distilled(*seen, sprites())[0].log_softmax(-1)
+            view = (part.tile_ids, part.actor_features, part.starts, part.distilled_hidden)
+            log_probs = agent.distilled(*view, sprites())[0].log_softmax(-1)
             if mode == "entropy":
                 loss = (log_probs.exp() * log_probs).sum(-1).mean()  # Fig. 6: maximise the entropy
             else:
                 kl = kl_divergence(part.theta, log_probs)
                 loss = kl if mode == "forward" else -kl  # Eq. (7), Eq. (8)
             descend(loss, agent.distilled, optimiser, args.max_grad_norm)
-        phi, states, last = run("distilled")  # with phi's states before each chunk, recomputed
-    carry.hidden["distilled"] = last
+        # phi's states before each chunk are computed anew under its new weights
+        phi, states, last = run(agent.distilled, batch.distilled_hidden)
+    carry["distilled_hidden"] = last
     return scalars | {f"{phase}/{name}_after": x for name, x in compare(theta, phi).items()}
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Carry:
-    """What passes from one rollout to the next."""
-
-    obs: Any  # envs.tiles.Observation: the worlds as they stand
-    starts: Tensor  # (B,) bool, an episode is about to begin
-    previous: Tensor  # (B, N) int64, last actions; -1: none yet
-    hidden: dict[str, Tensor]  # (B * N, H) of each network
-    trained: Tensor  # (B, N) bool, v
-
-
-def new_carry(agent: Agent, obs) -> Carry:
-    """The beginning of episodes in all worlds."""
-    shape, device = obs.features.shape[:2], agent.device
-    nets = {name: net for name, net in vars(agent).items() if isinstance(net, RecurrentNet)}
-    hidden = {
-        k: torch.zeros(math.prod(shape), n.hidden_size, device=device) for k, n in nets.items()
+def new_carry(agent: Agent, num_envs: int) -> dict[str, Tensor]:
+    """What passes from one rollout to the next: here, the beginning of episodes in all worlds."""
+    shape = (num_envs, agent.spec.num_agents)
+    carry = {
+        "starts": torch.ones(num_envs, dtype=torch.bool),  # (B,), an episode is about to begin
+        "previous": torch.full(shape, -1),  # (B, N), last actions; -1: none yet
+        "actor_hidden": torch.zeros(*shape, agent.actor.hidden_size),
+        "critic_hidden": torch.zeros(*shape, agent.critic.hidden_size),
+        "distilled_hidden": torch.zeros(*shape, agent.distilled.hidden_size),
+        "trained": torch.ones(shape, dtype=torch.bool),  # (B, N), v
     }
-    starts = torch.ones(shape[0], dtype=torch.bool, device=device)
-    trained = torch.ones(shape, dtype=torch.bool, device=device)
-    return Carry(obs, starts, torch.full(shape, -1, device=device), hidden, trained)
+    return {name: x.to(agent.device) for name, x in carry.items()}
 
 
 @dataclasses.dataclass
@@ -475,31 +518,34 @@ class Batch:
     trained: Tensor  # (T, B, N) bool, v: theta acted
     theta: Tensor  # (T, B, N, A) float32, log-probabilities under both networks
     phi: Tensor  # (T, B, N, A) float32
-    hidden: dict[str, Tensor]  # (C, B * N, H) of each network, before each chunk
+    actor_hidden: Tensor  # (C, B, N, H) before each chunk
+    distilled_hidden: Tensor  # (C, B, N, H) of phi
     finals: list  # (t, b, world_ids, critic_features) of the last observation where truncated
     episodes: list  # envs.tiles.Episode, those that ended
-    values: Tensor | None = None  # (T, B, N) float32; from here on set by update()
+    critic_hidden: Tensor | None = None  # (C, B, N, H); this and the rest is set by update()
+    values: Tensor | None = None  # (T, B, N) float32
     advantages: Tensor | None = None  # (T, B, N) float32
     targets: Tensor | None = None  # (T, B, N) float32, returns
 
-    def cut(self, where: tuple[Tensor, Tensor], length: int) -> Batch:
-        """A minibatch of M pairs (chunk, world): (T, B, ...) -> (L, M, ...), hidden (M * N, H)."""
-        chunk, world = where
+
+def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
+    """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
+    (T, B, ...) becomes (L, M, ...), hidden (C, B, N, H) becomes (M, N, H)."""
+    chunks, worlds, length = *batch.actor_hidden.shape[:2], args.chunk_length
+    for pairs in torch.randperm(chunks * worlds, generator=rng).tensor_split(args.minibatches):
+        chunk, world = pairs // worlds, pairs % worlds
         parts = {}
-        for name, x in vars(self).items():
-            if isinstance(x, Tensor):
-                x = x[: len(x) // length * length].unflatten(0, (-1, length))
+        for name, x in vars(batch).items():
+            if name.endswith("hidden"):
+                parts[name] = x[chunk, world] if x is not None else None
+            elif isinstance(x, Tensor):
+                x = x[: chunks * length].unflatten(0, (chunks, length))
                 parts[name] = x[chunk, :, world].transpose(0, 1)
-        num_agents = self.actions.shape[2]
-        for name, x in self.hidden.items():
-            parts.setdefault("hidden", {})[name] = x.unflatten(1, (-1, num_agents))[where].flatten(
-                0, 1
-            )
-        return dataclasses.replace(self, **parts)
+        yield dataclasses.replace(batch, **parts)
 
 
 def observe(obs, device, ids=None) -> tuple[Tensor, ...]:
-    """Views, features with agent ids (B, N), by default the seats, one-hot -> (B, N, F + N), global
+    """Views, features with one-hot agent ids (B, N), by default the seats -> (B, N, F + N), global
     views and plain features."""
     tile_ids, world_ids, features = (torch.from_numpy(x).to(device) for x in obs)
     one_hot = torch.eye(features.shape[1], device=device)
@@ -516,38 +562,42 @@ def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tens
 
 @torch.no_grad()
 def act(net: RecurrentNet, tile_ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
-    """One step -> log-probabilities (B, N, A) and the next hidden (B * N, H)."""
+    """One step -> log-probabilities (B, N, A) and the next hidden (B, N, H)."""
     logits, states = net(tile_ids[None], features[None], starts[None], hidden, sprites())
     return logits[0].log_softmax(-1), states[0]
 
 
-def collect(args: Args, envs, agent: Agent, carry: Carry, sprites, rng, method_rng) -> Batch:
+def collect(args: Args, envs, agent: Agent, carry, sprites, rng, method_rng) -> Batch:
     """Play T steps in every world."""
-    device, shape, num_actions = agent.device, carry.trained.shape, envs.spec.num_actions
-    record, hidden, finals, episodes = collections.defaultdict(list), carry.hidden, [], []
+    device, shape, num_actions = agent.device, carry["previous"].shape, envs.spec.num_actions
+    record, finals, episodes = collections.defaultdict(list), [], []
 
     def add(**tensors: Tensor) -> None:
         for name, x in tensors.items():
             record[name].append(x)
 
     if args.v_redraw == "iteration":
-        carry.trained = draw_trained(args, shape, method_rng).to(device)
+        carry["trained"] = draw_trained(args, shape, method_rng).to(device)
     for t in range(args.rollout_steps + 1):
-        tile_ids, seen, world_ids, features = observe(carry.obs, device)
-        joint = joint_features(features, carry.previous, num_actions)
-        add(world_ids=world_ids, critic_features=joint, starts=carry.starts)
+        starts, trained = carry["starts"], carry["trained"]
+        tile_ids, seen, world_ids, features = observe(envs.obs, device)
+        joint = joint_features(features, carry["previous"], num_actions)
+        add(world_ids=world_ids, critic_features=joint, starts=starts)
         if t == args.rollout_steps:
             break
+        states = {name: carry[name] for name in ("actor_hidden", "distilled_hidden")}
         if t % args.chunk_length == 0:
-            add(**{f"hidden_{name}": x for name, x in hidden.items()})
-        view = (tile_ids, seen, carry.starts)
-        theta, hidden["actor"] = act(agent.actor, *view, hidden["actor"], sprites)
-        phi, hidden["distilled"] = act(agent.distilled, *view, hidden["distilled"], sprites)
-        acting = torch.where(carry.trained[..., None], theta, phi)  # Eq. (6)
+            add(**states)
+        view = (tile_ids, seen, starts)
+        theta, carry["actor_hidden"] = act(agent.actor, *view, states["actor_hidden"], sprites)
+        phi, carry["distilled_hidden"] = act(
+            agent.distilled, *view, states["distilled_hidden"], sprites
+        )
+        acting = torch.where(trained[..., None], theta, phi)  # Eq. (6)
         actions = sample(acting, rng)
         log_probs = acting.gather(-1, actions[..., None])[..., 0]
         add(tile_ids=tile_ids, actor_features=seen, actions=actions, log_probs=log_probs)
-        add(trained=carry.trained, theta=theta, phi=phi)
+        add(trained=trained, theta=theta, phi=phi)
 
         step = envs.step(actions.cpu().numpy())
         rewards, terminated, truncated = (torch.from_numpy(x).to(device) for x in step[1:4])
@@ -558,22 +608,21 @@ def collect(args: Args, envs, agent: Agent, carry: Carry, sprites, rng, method_r
             joint = joint_features(features, actions, num_actions)
             finals += [(t, b, world_ids[b], joint[b]) for b in np.flatnonzero(step.truncated)]
         episodes += step.episodes
-        carry.obs, carry.starts = step.obs, terminated | truncated
-        carry.previous = actions.masked_fill(carry.starts[:, None], -1)
-        if args.v_redraw == "episode" and carry.starts.any():
+        carry["starts"] = ended = terminated | truncated
+        carry["previous"] = actions.masked_fill(ended[:, None], -1)
+        if args.v_redraw == "episode" and ended.any():
             fresh = draw_trained(args, shape, method_rng).to(device)
-            carry.trained = torch.where(carry.starts[:, None], fresh, carry.trained)
-    record = {name: torch.stack(x) for name, x in record.items()}
-    before = {name: record.pop(f"hidden_{name}") for name in hidden}
-    return Batch(**record, hidden=before, finals=finals, episodes=episodes)
+            carry["trained"] = torch.where(ended[:, None], fresh, trained)
+    tensors = {name: torch.stack(x) for name, x in record.items()}
+    return Batch(**tensors, finals=finals, episodes=episodes)
 
 
 @torch.no_grad()
-def replay(net: RecurrentNet, inputs, hidden: Tensor, length: int, sprites) -> tuple[Tensor, ...]:
+def replay(net: RecurrentNet, views, hidden: Tensor, length: int, sprites) -> tuple[Tensor, ...]:
     """Run net over a rollout, chunk by chunk -> outputs (T, B, N, .), states before each chunk
-    (C, B * N, H) and after each step (T, B * N, H)."""
+    (C, B, N, H) and after each step (T, B, N, H)."""
     outputs, before, after = [], [], []
-    for chunk in zip(*(x.split(length) for x in inputs)):
+    for chunk in zip(*(x.split(length) for x in views)):
         before.append(hidden)
         output, states = net(*chunk, hidden, sprites())
         outputs.append(output)
@@ -595,35 +644,25 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda) 
 
 
 @torch.no_grad()
-def estimate(
-    args: Args, agent: Agent, batch: Batch, carry: Carry, sprites
-) -> tuple[Tensor, Tensor]:
+def estimate(args: Args, agent: Agent, batch: Batch, carry, sprites) -> tuple[Tensor, Tensor]:
     """Values and advantages (T, B, N) in raw units; batch and carry get the critic's states."""
-    views, hidden = (batch.world_ids, batch.critic_features, batch.starts), carry.hidden["critic"]
+    views, hidden = (batch.world_ids, batch.critic_features, batch.starts), carry["critic_hidden"]
     mean, std = agent.value_norm.mean_std()
     with agent.autocast():
         outputs, before, after = replay(agent.critic, views, hidden, args.chunk_length, sprites)
         values = outputs[..., 0] * std + mean  # (T + 1, B, N)
         next_values = values[1:].clone()
         for t, b, world_ids, joint in batch.finals:
-            state = after[t].unflatten(0, values.shape[1:])[b]
             view = (
                 world_ids[None, None],
                 joint[None, None],
                 torch.zeros_like(batch.starts[:1, :1]),
             )
-            next_values[t, b] = agent.critic(*view, state, sprites())[0][0, 0, :, 0] * std + mean
-    batch.hidden["critic"] = before
-    carry.hidden["critic"] = before[-1]  # before step T, where the next rollout begins
+            output, _ = agent.critic(*view, after[t, b, None], sprites())
+            next_values[t, b] = output[0, 0, :, 0] * std + mean
+    batch.critic_hidden, carry["critic_hidden"] = before[:-1], before[-1]  # the last: before step T
     ends = (batch.terminated, batch.truncated, args.gamma, args.gae_lambda)
     return values[:-1], gae(batch.rewards, values[:-1], next_values, *ends)
-
-
-def minibatches(args: Args, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """One epoch: all (chunk, world) pairs with all their agents, shuffled and dealt out."""
-    pairs = torch.randperm(args.rollout_steps // args.chunk_length * args.num_envs, generator=rng)
-    parts = pairs.tensor_split(args.minibatches)
-    return [(part // args.num_envs, part % args.num_envs) for part in parts]
 
 
 # --- 7. Update ------------------------------------------------------------------------------------
@@ -697,12 +736,12 @@ def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -
     batch.advantages = (advantages - mean) / ((square - mean**2).clamp(min=0).sqrt() + 1e-5)
     check_finite(rewards=batch.rewards, features=batch.critic_features, advantages=advantages)
     scalars = collections.defaultdict(list)
-    for where in [where for _ in range(args.epochs) for where in minibatches(args, rng)]:
+    epochs = (minibatches(args, batch, rng) for _ in range(args.epochs))
+    for part in itertools.chain.from_iterable(epochs):
         alive()
-        part = batch.cut(where, args.chunk_length)
         used = part.trained if args.mask_fictitious else ...
-        seen = (part.tile_ids, part.actor_features, part.starts, part.hidden["actor"])
-        log_probs = agent.actor(*seen, sprites())[0].log_softmax(-1)
+        view = (part.tile_ids, part.actor_features, part.starts, part.actor_hidden)
+        log_probs = agent.actor(*view, sprites())[0].log_softmax(-1)
         log_prob = log_probs.gather(-1, part.actions[..., None])[..., 0]
         ratio = (log_prob - part.log_probs).exp()
         objective = clip_objective(ratio, part.advantages, args.clip)
@@ -717,8 +756,8 @@ def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -
         actor_norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
 
         with agent.autocast():
-            seen = (part.world_ids, part.critic_features, part.starts, part.hidden["critic"])
-            value = agent.critic(*seen, sprites())[0][..., 0]
+            view = (part.world_ids, part.critic_features, part.starts, part.critic_hidden)
+            value = agent.critic(*view, sprites())[0][..., 0]
         losses = value_loss(value, part.values, part.targets, args.value_clip, args.huber_delta)
         loss = losses[used].mean()
         critic_norm = descend(loss, agent.critic, agent.critic_optimiser, args.max_grad_norm)
@@ -750,23 +789,20 @@ def populations(ratio, objective, trained, clip: float, actor=None) -> dict[str,
 # --- 8. Evaluate ----------------------------------------------------------------------------------
 
 
-class NetPlayer:
+def net_player(net: RecurrentNet, sprites: Sprites, seed: int) -> Player:
     """A network as a player for envs.episodes: sampled actions, a memory of its own."""
+    rng, hidden = torch.Generator().manual_seed(seed), None
 
-    def __init__(self, net: RecurrentNet, sprites: Sprites, seed: int):
-        self.net, self.sprites, self.hidden = net, sprites, None
-        self.rng = torch.Generator().manual_seed(seed)
+    def play(obs, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        nonlocal hidden
+        starts, ids = (torch.from_numpy(x).to(sprites.device) for x in (starts, ids))
+        if hidden is None:
+            hidden = torch.zeros(*ids.shape, net.hidden_size, device=sprites.device)
+        tile_ids, features, _, _ = observe(obs, sprites.device, ids)
+        log_probs, hidden = act(net, tile_ids, features, starts, hidden, sprites)
+        return sample(log_probs, rng).cpu().numpy()
 
-    def __call__(self, obs, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        device = self.sprites.device
-        view = (
-            *observe(obs, device, torch.from_numpy(ids))[:2],
-            torch.from_numpy(starts).to(device),
-        )
-        if self.hidden is None:
-            self.hidden = torch.zeros(ids.size, self.net.hidden_size, device=device)
-        log_probs, self.hidden = act(self.net, *view, self.hidden, self.sprites)
-        return sample(log_probs, self.rng).cpu().numpy()
+    return play
 
 
 def evaluate(args: Args, agent: Agent, episodes: int, timesteps: int, videos: Path | None) -> dict:
@@ -779,7 +815,7 @@ def evaluate(args: Args, agent: Agent, episodes: int, timesteps: int, videos: Pa
     rng = np.random.default_rng((args.seed, timesteps, 8))
     with make_envs(args, min(args.num_envs, episodes), int(rng.integers(2**31))) as envs:
         sprites = Sprites(envs, agent.device)
-        player = lambda net: NetPlayer(net, sprites, int(rng.integers(2**31)))  # noqa: E731
+        player = lambda net: net_player(net, sprites, int(rng.integers(2**31)))  # noqa: E731
         pairs = {"self-play": (player(agent.actor), None)}
         for name in args.background:
             if name == "random":
@@ -804,53 +840,6 @@ def evaluate(args: Args, agent: Agent, episodes: int, timesteps: int, videos: Pa
 # [shared] begin
 
 
-class UsageError(Exception):
-    """The command line asks for what cannot be done: one sentence, exit code 2."""
-
-
-class RunError(Exception):
-    """The run cannot go on: one sentence, exit code 1."""
-
-
-def parse(argv: list[str], default: Any = None) -> Any:
-    """tyro, then pydantic for the bounds in annotations; their errors as one sentence."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            flags = (tyro.conf.FlagCreatePairsOff,)
-            args = tyro.cli(Args, args=argv, default=default, config=flags)
-        pydantic.TypeAdapter(Args).validate_python(dataclasses.asdict(args))
-    except pydantic.ValidationError as error:
-        wrong = error.errors()[0]
-        flag = f"--{wrong['loc'][0]}".replace("_", "-")
-        raise UsageError(f"{flag} {wrong['input']}: {wrong['msg'].lower()}.") from None
-    except SystemExit as error:
-        if not error.code:
-            raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:-1]]
-        rules = [i for i, line in enumerate(lines) if line.startswith("──")]
-        near = [line.split()[0] for line in lines[rules[0] :] if line.startswith("--")]
-        hint = f" Did you mean {near[0]}?" if "Unrecognized" in lines[0] and near else ""
-        raise UsageError(" ".join(lines[: rules[0]]) + hint) from None
-    validate(args)
-    return args
-
-
-def read_args(argv: list[str]) -> Any:
-    """The command line; with --resume or --eval-only on top of the run's own arguments."""
-    args = parse(argv)
-    if source := args.resume or args.eval_only:
-        own = {
-            k: tuple(x) if isinstance(x, list) else x
-            for k, x in load_checkpoint(source)[0]["args"].items()
-        }
-        args = parse(argv, Args(**own | {"run_dir": "", "resume": "", "eval_only": ""}))
-        for name, value in own.items():
-            if name not in RESUMABLE and getattr(args, name) != value:
-                raise UsageError(f"--{name.replace('_', '-')} is {value} in {source} and stays so.")
-    return args
-
-
 def check_finite(**tensors: Tensor) -> None:
     """End the run at the first tensor that holds NaN or infinity, and name it."""
     for name, x in tensors.items():
@@ -860,7 +849,7 @@ def check_finite(**tensors: Tensor) -> None:
 
 def write(path: Path, data: bytes) -> None:
     """Replace a file by one that is whole, or leave it as it was."""
-    part = path.with_suffix(".part")
+    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
@@ -884,16 +873,15 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
     known = [entry, *(old for old in known if old["name"] != name)][:2]
     write(run_dir / name, buffer.getvalue())
     write(index, json.dumps(known, indent=1).encode())
-    for path in run_dir.glob("checkpoint-*.pt"):
-        if path.name not in [entry["name"] for entry in known]:
-            path.unlink()
+    for path in set(run_dir.glob("checkpoint-*.pt")) - {run_dir / old["name"] for old in known}:
+        path.unlink()
 
 
 def load_checkpoint(path: str) -> tuple[dict[str, Any], Path]:
     """The newest intact state of a run directory, or that of one file, and the directory."""
     file = Path(path)
     run_dir = file if file.is_dir() else file.parent
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         for entry in json.loads((run_dir / "checkpoints.json").read_text()):
             part = run_dir / entry["name"]
             if file in (run_dir, part):
@@ -914,16 +902,15 @@ class Logger:
 
     def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
         self.file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, timesteps)
+        for name, x in scalars.items():
+            self.board.add_scalar(name, x, timesteps)
         if self.wandb:
             self.wandb.log({"timesteps": timesteps, **scalars, **(media or {})})
 
     def log_results(self, timesteps: int, results: dict[str, dict[str, float]]) -> None:
         """An evaluation: all its figures; to wandb the table and the videos, too."""
-        media = {}
+        media, names = {}, list(dict.fromkeys(x for row in results.values() for x in row))
         if self.wandb:
-            names = list(dict.fromkeys(name for row in results.values() for name in row))
             rows = [[name, *map(row.get, names)] for name, row in results.items()]
             media["eval/table"] = wandb.Table(["players", *names], rows)
             for path in (self.dir / "videos").glob(f"{timesteps}-*.mp4"):
@@ -932,9 +919,10 @@ class Logger:
         self.log(timesteps, flat, media)
 
     def close(self) -> None:
-        for part in (self.file.close, self.board.close, self.wandb and self.wandb.finish):
-            if part:
-                part()
+        self.file.close()
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def start_wandb(args: Any, run_dir: Path) -> Any:
@@ -970,17 +958,17 @@ def new_run_dir(args: Any, world: str) -> Path:
 
 
 @contextlib.contextmanager
-def stop_signals():
+def stop_signals() -> Iterator[list[int]]:
     """A list that Ctrl-C and SIGTERM append to; a second one of them does what it always does."""
-    wanted, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def handler(number: int, frame: Any) -> None:
         wanted.append(number)
         signal.signal(number, old[number])
 
-    old = {number: signal.signal(number, handler) for number in numbers}
+    wanted: list[int] = []
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     yield wanted
-    for number in numbers:
+    for number in old:
         signal.signal(number, old[number])
 
 
@@ -990,128 +978,112 @@ def stop_signals():
 # --- 10. Train ------------------------------------------------------------------------------------
 
 
-def to(x: Any, device: Any) -> Any:
-    """A tensor, or the tensors of a dictionary, on a device."""
-    return {name: to(y, device) for name, y in x.items()} if isinstance(x, dict) else x.to(device)
-
-
-def report(batch: Batch, scalars: dict[str, Tensor], seconds: dict[str, float]) -> dict[str, float]:
-    """What an iteration logs; rewards and pick-ups per 1,000 steps and player."""
+def report(batch: Batch, scalars: dict[str, Tensor], times: list[float]) -> dict[str, float]:
+    """What an iteration logs; times: when it began, had collected, had learnt."""
     scalars |= compare(batch.theta, batch.phi)
     for name, who in (("trained", batch.trained), ("fictitious", ~batch.trained)):
         if who.any():
             scalars[f"reward_per_1000/{name}"] = 1000 * batch.rewards[who].mean()
     scalars["reward_per_1000/all"] = 1000 * batch.rewards.mean()
-    floats = {name: float(x) for name, x in scalars.items()}
-    if batch.episodes:
-        length = np.mean([episode.length for episode in batch.episodes])
-        floats["episode/return"] = float(np.mean([e.returns.mean() for e in batch.episodes]))
-        pick_ups = np.mean([episode.pick_ups.mean() for episode in batch.episodes])
-        floats |= {"episode/length": length, "episode/pick_ups_per_1000": 1000 * pick_ups / length}
-    return floats | seconds | {"sps": batch.terminated.numel() / sum(seconds.values())}
+    seconds = {"collect_s": times[1] - times[0], "learn_s": times[2] - times[1]}
+    floats = {name: float(x) for name, x in scalars.items()} | count_episodes(batch.episodes)
+    return floats | seconds | {"sps": batch.terminated.numel() / (times[2] - times[0])}
 
 
 def train(args: Args) -> dict[str, dict[str, float]]:
-    """The run, with --resume from its checkpoint on; returns the final evaluation."""
+    """The run, with --resume from its checkpoint on; returns the last evaluation."""
     rank, size, device = start_processes(args)
-    saved, run_dir = load_checkpoint(args.resume) if args.resume else ({}, None)
+    source = args.resume or args.eval_only
+    saved, run_dir = load_checkpoint(source) if source else ({}, None)
     seeds = np.random.SeedSequence((args.seed, rank)).generate_state(2).tolist()
     rng, method_rng = (torch.Generator().manual_seed(seed) for seed in seeds)
     with contextlib.ExitStack() as stack:
         envs = stack.enter_context(make_envs(args, args.num_envs, args.seed, rank * args.num_envs))
-        stop = stack.enter_context(stop_signals())
         agent, sprites = Agent(args, envs.spec, device), Sprites(envs, device)
-        if saved:
-            own = saved["ranks"][rank]
-            for name, part in agent.parts().items():
-                part.load_state_dict(saved["agent"][name])
-            rng.set_state(own["rng"])
-            method_rng.set_state(own["method_rng"])
-            carry = new_carry(agent, envs.load_state_dict(own["envs"]))
-            if envs.reproducible:  # elsewhere all worlds have begun new episodes
-                carry = Carry(carry.obs, **to(own["carry"], device))
-        else:
-            carry = new_carry(agent, envs.reset())
         iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
         began = time.monotonic() - saved.get("wall_s", 0)
+        for name, part in agent.parts().items() if saved else ():
+            part.load_state_dict(saved["agent"][name])
+
+        def assess(episodes: int, logger: Logger | None = None) -> dict[str, dict[str, float]]:
+            videos = run_dir / "videos" if args.capture_video else None
+            results = evaluate(args, agent, episodes, timesteps, videos)
+            tqdm.write(f"{args.substrate}, seed {args.seed}, step {timesteps}\n{table(results)}")
+            if logger:
+                logger.log_results(timesteps, results)
+            return results
+
+        if args.eval_only:
+            return assess(args.final_episodes)
+
+        carry = new_carry(agent, args.num_envs)
+        if saved:
+            own = saved["ranks"][rank]
+            rng.set_state(own["rng"])
+            method_rng.set_state(own["method_rng"])
+            envs.load_state_dict(own["envs"])
+            if envs.reproducible:  # elsewhere all worlds have begun new episodes
+                carry = {name: x.to(device) for name, x in own["carry"].items()}
+        else:
+            envs.reset()
+        stop = stack.enter_context(stop_signals())
         if rank == 0:
             run_dir = run_dir or new_run_dir(args, args.substrate)
             logger = stack.enter_context(contextlib.closing(Logger(args, run_dir)))
 
         def save() -> None:
-            tensors = {name: to(x, "cpu") for name, x in vars(carry).items() if name != "obs"}
-            own = {"rng": rng.get_state(), "method_rng": method_rng.get_state(), "carry": tensors}
-            ranks = [own | {"envs": envs.state_dict()}] * size
+            own = {"rng": rng.get_state(), "method_rng": method_rng.get_state()}
+            own |= {
+                "carry": {name: x.cpu() for name, x in carry.items()},
+                "envs": envs.state_dict(),
+            }
+            ranks = [own] * size
             if size > 1:
-                dist.all_gather_object(ranks, ranks[0])
+                dist.all_gather_object(ranks, own)
             if rank == 0:
                 parts = {name: part.state_dict() for name, part in agent.parts().items()}
                 state = {"args": dataclasses.asdict(args), "agent": parts, "ranks": ranks}
                 state |= {"iteration": iteration, "timesteps": timesteps}
                 save_checkpoint(run_dir, state | {"wall_s": time.monotonic() - began})
 
-        def assess(episodes: int) -> dict[str, dict[str, float]]:
-            videos = run_dir / "videos" if args.capture_video else None
-            results = evaluate(args, agent, episodes, timesteps, videos)
-            logger.log_results(timesteps, results)
-            tqdm.write(f"{args.substrate}, seed {args.seed}, step {timesteps}\n{table(results)}")
-            return results
-
         if not saved:
             save()
         bar = tqdm(total=args.total_timesteps, initial=timesteps, unit=" steps", disable=rank > 0)
         while timesteps < args.total_timesteps and not stop:
-            clock = [time.monotonic()]
+            times = [time.monotonic()]
             batch = collect(args, envs, agent, carry, sprites, rng, method_rng)
-            clock.append(time.monotonic())
+            times.append(time.monotonic())
             scalars = update(args, agent, batch, carry, sprites, rng, envs.check)
             iteration += 1
             if phase := distillation_phase(args, iteration):
-                with_what = (agent, batch, carry, sprites, method_rng, envs.check)
-                scalars |= distill(args, phase, *with_what)
-            clock.append(time.monotonic())
+                what = (agent, batch, carry, sprites, method_rng, envs.check)
+                scalars |= distill(args, phase, *what)
+            times.append(time.monotonic())
             before, timesteps = timesteps, timesteps + args.rollout_steps * args.num_envs * size
             if rank == 0:
-                seconds = {"collect_s": clock[1] - clock[0], "learn_s": clock[2] - clock[1]}
-                logger.log(timesteps, report(batch, scalars, seconds))
+                logger.log(timesteps, report(batch, scalars, times))
                 bar.update(timesteps - before)
-            due = [
-                every and timesteps // every > before // every
-                for every in (args.save_every, args.eval_every)
-            ]
-            if due[0]:
+            if args.save_every and timesteps // args.save_every > before // args.save_every:
                 save()
-            if due[1] and rank == 0:
-                assess(args.eval_episodes)
+            now = args.eval_every and timesteps // args.eval_every > before // args.eval_every
+            if now and rank == 0:
+                assess(args.eval_episodes, logger)
         save()
         if rank > 0 or stop or not args.final_episodes:
             return {}
-        results = assess(args.final_episodes)
+        results = assess(args.final_episodes, logger)
         summary = {"timesteps": timesteps, "wall_s": time.monotonic() - began, "eval": results}
         write(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
         return results
 
 
-def evaluate_only(args: Args) -> None:
-    """--eval-only: the final evaluation of a saved run."""
-    _, _, device = start_processes(args)
-    saved, run_dir = load_checkpoint(args.eval_only)
-    spec = make_envs(args, 1, 0).spec
-    agent = Agent(args, spec, device)
-    for name, part in agent.parts().items():
-        part.load_state_dict(saved["agent"][name])
-    videos = run_dir / "videos" if args.capture_video else None
-    print(table(evaluate(args, agent, args.final_episodes, saved["timesteps"], videos)))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     try:
-        args = read_args(sys.argv[1:] if argv is None else argv)
-        evaluate_only(args) if args.eval_only else train(args)
-    except (UsageError, RunError, WorldError) as error:
+        train(read_args(sys.argv[1:] if argv is None else argv))
+    except (RunError, WorldError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return getattr(error, "code", 1)
     return 0
 
 

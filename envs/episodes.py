@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from envs.tiles import Observation
+from envs.tiles import Episode, Observation
 
 Player = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
 
@@ -28,6 +28,19 @@ class Result(NamedTuple):
     focal_pick_ups: float
     background_pick_ups: float
     length: int
+
+
+def count_episodes(episodes: list[Episode]) -> dict[str, float]:
+    """Scalars of the episodes that ended in a rollout, per capita of all players."""
+    if not episodes:
+        return {}
+    length = float(np.mean([episode.length for episode in episodes]))
+    pick_ups = float(np.mean([episode.pick_ups.mean() for episode in episodes]))
+    return {
+        "episode/return": float(np.mean([episode.returns.mean() for episode in episodes])),
+        "episode/length": length,
+        "episode/pick_ups_per_1000": 1000 * pick_ups / length,
+    }
 
 
 def random_player(num_actions: int, rng: np.random.Generator) -> Player:

@@ -482,6 +482,7 @@ class MeltingPot:
         self.arrays = SharedArrays(self.spec, num_envs)
         self.palette = Palette(self.arrays.sprites, self.arrays.num_sprites, self.arrays.fd)
         self.counter = EpisodeCounter(num_envs, self.spec.num_agents)
+        self.obs: Observation | None = None  # the latest
         self.workers: list[Worker] = []
         self.place: list[Worker | None] = [None] * num_envs  # who serves a world
         self.next: list[Worker | None] = [None] * num_envs  # who holds its next episode
@@ -532,7 +533,8 @@ class MeltingPot:
                 worker.send(b"D", world)
         self.counter.clear()
         self._start(range(self.num_envs))
-        return self._observation()
+        self.obs = self._observation()
+        return self.obs
 
     def step(self, actions: np.ndarray) -> Step:
         """Step every world with actions (B, N); those that end begin their next episode at once."""
@@ -556,7 +558,8 @@ class MeltingPot:
             self.check(learning=False)
         episodes = self.counter.add(reward, arrays.pick_ups, ended != RUNNING)
         terminated, truncated = ended == TERMINATED, ended == TRUNCATED
-        return Step(self._observation(), reward, terminated, truncated, final, episodes)
+        self.obs = self._observation()
+        return Step(self.obs, reward, terminated, truncated, final, episodes)
 
     def check(self, learning: bool = True) -> None:
         """Raise WorldError if a worker has died or gives no sign.

@@ -62,6 +62,7 @@ class TileGame:
         pixels[1:, :, 0] = pixels[1:, 0] = 20  # an edge, so that sprites are not of one colour
         self.palette.load(pixels)
         self.counter = EpisodeCounter(num_envs, 2)
+        self.obs: Observation | None = None  # the latest
         self.colour = np.zeros(num_envs, np.int64)  # shown at the episode's start
         self.length = np.zeros(num_envs, np.int64)  # of the episode, in steps
         self.time = np.zeros(num_envs, np.int64)  # steps since its start
@@ -85,7 +86,8 @@ class TileGame:
         for name, array in state.items():
             owner = self.counter if name.startswith("counter_") else self
             getattr(owner, name.removeprefix("counter_"))[:] = np.asarray(array)
-        return self._observe()
+        self.obs = self._observe()
+        return self.obs
 
     def images(self, ids: np.ndarray) -> np.ndarray:
         """The images (..., 8H, 8W, 3) uint8 behind ids (..., H, W)."""
@@ -95,7 +97,8 @@ class TileGame:
         """Begin a new episode in every world."""
         self.counter.clear()
         self._begin(np.arange(self.num_envs))
-        return self._observe()
+        self.obs = self._observe()
+        return self.obs
 
     def step(self, actions: np.ndarray) -> Step:
         """Play one round with actions (B, 2)."""
@@ -109,7 +112,8 @@ class TileGame:
         final = self._observe() if done.any() else None
         self._begin(np.flatnonzero(done))
         episodes = self.counter.add(reward, right.astype(np.int64), done)
-        return Step(self._observe(), reward, terminated, truncated, final, episodes)
+        self.obs = self._observe()
+        return Step(self.obs, reward, terminated, truncated, final, episodes)
 
     def check(self) -> None:
         """Nothing here can die."""
