@@ -990,18 +990,37 @@ def report(batch: Batch, scalars: dict[str, Tensor], times: list[float]) -> dict
     return floats | seconds | {"sps": batch.terminated.numel() / (times[2] - times[0])}
 
 
+def pack(args: Args, agent: Agent, envs, carry, rngs, size: int) -> dict[str, Any]:
+    """What a checkpoint holds of all processes."""
+    own = {name: rng.get_state() for name, rng in rngs.items()}
+    own |= {"carry": {name: x.cpu() for name, x in carry.items()}, "envs": envs.state_dict()}
+    ranks = [own] * size
+    if size > 1:
+        dist.all_gather_object(ranks, own)
+    parts = {name: part.state_dict() for name, part in agent.parts().items()}
+    return {"args": dataclasses.asdict(args), "agent": parts, "ranks": ranks}
+
+
+def unpack(own: dict[str, Any], envs, carry, rngs) -> dict[str, Tensor]:
+    """Put worlds and generators where a process's checkpoint left them; returns its carry."""
+    for name, rng in rngs.items():
+        rng.set_state(own[name])
+    envs.load_state_dict(own["envs"])
+    if not envs.reproducible:  # all worlds have begun new episodes, as carry says
+        return carry
+    return {name: own["carry"][name].to(x.device) for name, x in carry.items()}
+
+
 def train(args: Args) -> dict[str, dict[str, float]]:
     """The run, with --resume from its checkpoint on; returns the last evaluation."""
     rank, size, device = start_processes(args)
     source = args.resume or args.eval_only
     saved, run_dir = load_checkpoint(source) if source else ({}, None)
-    seeds = np.random.SeedSequence((args.seed, rank)).generate_state(2).tolist()
-    rng, method_rng = (torch.Generator().manual_seed(seed) for seed in seeds)
+    iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
+    began = time.monotonic() - saved.get("wall_s", 0)
     with contextlib.ExitStack() as stack:
         envs = stack.enter_context(make_envs(args, args.num_envs, args.seed, rank * args.num_envs))
         agent, sprites = Agent(args, envs.spec, device), Sprites(envs, device)
-        iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
-        began = time.monotonic() - saved.get("wall_s", 0)
         for name, part in agent.parts().items() if saved else ():
             part.load_state_dict(saved["agent"][name])
 
@@ -1015,15 +1034,12 @@ def train(args: Args) -> dict[str, dict[str, float]]:
 
         if args.eval_only:
             return assess(args.final_episodes)
-
         carry = new_carry(agent, args.num_envs)
+        seeds = np.random.SeedSequence((args.seed, rank)).generate_state(2).tolist()
+        names = ("rng", "method_rng")  # the method has its own, so that the parent's draws stay
+        rngs = {name: torch.Generator().manual_seed(x) for name, x in zip(names, seeds)}
         if saved:
-            own = saved["ranks"][rank]
-            rng.set_state(own["rng"])
-            method_rng.set_state(own["method_rng"])
-            envs.load_state_dict(own["envs"])
-            if envs.reproducible:  # elsewhere all worlds have begun new episodes
-                carry = {name: x.to(device) for name, x in own["carry"].items()}
+            carry = unpack(saved["ranks"][rank], envs, carry, rngs)
         else:
             envs.reset()
         stop = stack.enter_context(stop_signals())
@@ -1032,18 +1048,9 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             logger = stack.enter_context(contextlib.closing(Logger(args, run_dir)))
 
         def save() -> None:
-            own = {"rng": rng.get_state(), "method_rng": method_rng.get_state()}
-            own |= {
-                "carry": {name: x.cpu() for name, x in carry.items()},
-                "envs": envs.state_dict(),
-            }
-            ranks = [own] * size
-            if size > 1:
-                dist.all_gather_object(ranks, own)
+            state = pack(args, agent, envs, carry, rngs, size)
+            state |= {"iteration": iteration, "timesteps": timesteps}
             if rank == 0:
-                parts = {name: part.state_dict() for name, part in agent.parts().items()}
-                state = {"args": dataclasses.asdict(args), "agent": parts, "ranks": ranks}
-                state |= {"iteration": iteration, "timesteps": timesteps}
                 save_checkpoint(run_dir, state | {"wall_s": time.monotonic() - began})
 
         if not saved:
@@ -1051,12 +1058,12 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         bar = tqdm(total=args.total_timesteps, initial=timesteps, unit=" steps", disable=rank > 0)
         while timesteps < args.total_timesteps and not stop:
             times = [time.monotonic()]
-            batch = collect(args, envs, agent, carry, sprites, rng, method_rng)
+            batch = collect(args, envs, agent, carry, sprites, **rngs)
             times.append(time.monotonic())
-            scalars = update(args, agent, batch, carry, sprites, rng, envs.check)
+            scalars = update(args, agent, batch, carry, sprites, rngs["rng"], envs.check)
             iteration += 1
             if phase := distillation_phase(args, iteration):
-                what = (agent, batch, carry, sprites, method_rng, envs.check)
+                what = (agent, batch, carry, sprites, rngs["method_rng"], envs.check)
                 scalars |= distill(args, phase, *what)
             times.append(time.monotonic())
             before, timesteps = timesteps, timesteps + args.rollout_steps * args.num_envs * size

@@ -355,6 +355,7 @@ class Host:
     def __init__(
         self, spec: Spec, num_envs: int, seed: int, first_world: int, max_steps: int, fd: int
     ):
+        import_meltingpot()  # here, lest the first build count as a long one
         self.spec, self.seed, self.first_world, self.max_steps = spec, seed, first_world, max_steps
         self.arrays = SharedArrays(spec, num_envs, fd)
         self.palette = Palette(self.arrays.sprites, self.arrays.num_sprites, fd)
@@ -412,7 +413,8 @@ class Worker:
     def __init__(self, number: int, init: tuple, memory_fd: int):
         ours, theirs = socket.socketpair()
         fds = (theirs.fileno(), memory_fd)
-        command = [sys.executable, "-m", "envs.meltingpot", *map(str, fds)]
+        # -P: the working directory may hold another `envs`.
+        command = [sys.executable, "-P", "-m", "envs.meltingpot", *map(str, fds)]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         env = {**os.environ, "PYTHONPATH": path}
         self.process = subprocess.Popen(command, env=env, pass_fds=fds, stdin=subprocess.DEVNULL)
@@ -554,7 +556,7 @@ class MeltingPot:
                 self.place[world].serving.discard(world)
             self._start(done)
             self.waited_s += time.monotonic() - began
-        elif time.monotonic() > self.checked + 2.0:
+        elif time.monotonic() > self.checked + 0.5:
             self.check(learning=False)
         episodes = self.counter.add(reward, arrays.pick_ups, ended != RUNNING)
         terminated, truncated = ended == TERMINATED, ended == TRUNCATED
@@ -673,9 +675,11 @@ class MeltingPot:
             left = worker.since + limit - time.monotonic()
             try:
                 if not worker.connection.poll(max(0.0, left) if block else 0.0):
-                    if worker.since + limit <= time.monotonic():
+                    if worker.since + limit > time.monotonic():
+                        return
+                    # If both of us have been stopped (Ctrl-Z), it answers now.
+                    if not worker.connection.poll(0.5):
                         raise WorldError(self._sentence(worker, f"gave no sign for {limit:.0f} s"))
-                    return
                 answer = worker.connection.recv_bytes()
             except (EOFError, OSError):
                 raise WorldError(self._sentence(worker, worker.death())) from None

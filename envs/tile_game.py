@@ -4,10 +4,10 @@ envs/meltingpot.py.
 For tests, and for machines without Melting Pot's engine: it is reproducible bit for bit, its state
 can be saved and its optimum is known.
 
-An episode lasts 6 to 10 steps. Its first view shows a colour, later ones do not: it has to be
-remembered. Each step both players choose one of three colours. Choosing the shown colour pays 1/2,
-and another 1/2 if the other player chose it too; anything else pays nothing. So the best policy
-earns 1 per step, random play 2/9.
+An episode lasts 6 to 10 steps and has a colour, which views show on every second step only: it has
+to be remembered. Each step both players choose one of three colours. Choosing the episode's pays
+1/2, and another 1/2 if the other player chose it, too; anything else pays nothing. So the best
+policy earns 1 per step, random play 2/9.
 
 The players' views are 3 x 5 tiles (narrower than the second convolution's kernel, as some of
 Melting Pot's worlds are), the global view 4 x 6. The one feature is the share of ten steps that has
@@ -63,7 +63,7 @@ class TileGame:
         self.palette.load(pixels)
         self.counter = EpisodeCounter(num_envs, 2)
         self.obs: Observation | None = None  # the latest
-        self.colour = np.zeros(num_envs, np.int64)  # shown at the episode's start
+        self.colour = np.zeros(num_envs, np.int64)  # of the episode
         self.length = np.zeros(num_envs, np.int64)  # of the episode, in steps
         self.time = np.zeros(num_envs, np.int64)  # steps since its start
         self.last = np.zeros((num_envs, 2), np.int64)  # sprite of each player's last choice
@@ -133,7 +133,7 @@ class TileGame:
         self.episode[worlds] += 1
 
     def _observe(self) -> Observation:
-        shown = np.where(self.time == 0, self.colour, BLACK)
+        shown = np.where(self.time % 2 == 0, self.colour, BLACK)
         views = np.full((self.num_envs, 2, *SPEC.grid), WALL, np.uint16)
         views[:, :, 0, 0] = shown[:, None]
         views[:, :, 1, 1], views[:, :, 1, 3] = ME, OTHER

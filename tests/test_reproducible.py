@@ -1,0 +1,279 @@
+"""Same seed, same bits, on the toy world: whether a run goes through, or is stopped and resumed;
+in one process or in two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import (
+    BIDIST,
+    BOTH,
+    MAPPO,
+    PATIENCE,
+    ROOT,
+    STEPS,
+    command,
+    differences,
+    exact,
+    metrics,
+    resume,
+    script,
+    states,
+    tiny,
+)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory; signal handlers as they were."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# One process ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_same_seed_same_bits(name, tmp_path):
+    flags = ("--eval-every", 2 * STEPS, "--final-episodes", 3)
+    for run_dir, seed in (("a", 7), ("b", 7), ("c", 8)):
+        assert script(name).main(tiny(name, run_dir, 4, "--seed", seed, *flags)) == 0
+    a, b, c = (tmp_path / run_dir for run_dir in "abc")
+    assert differences(exact(a), exact(b)) == []
+    assert metrics(a) == metrics(b) and len(metrics(a)) == 4 + 2 + 1
+    assert (
+        json.loads((a / "summary.json").read_text())["eval"]
+        == (json.loads((b / "summary.json").read_text())["eval"])
+    )
+    # Another seed changes every weight matrix, every generator, and what is logged.
+    changed = differences(exact(a), exact(c))
+    weights = {k for k in exact(a)["agent"]["actor"] if k.endswith(("weight", "_l0"))}
+    weights = {k for k in weights if "bias" not in k and "norm" not in k}
+    assert len(weights) >= 7
+    for net in ("actor", "critic", "distilled")[: 3 if name == BIDIST else 2]:
+        assert {k for k in weights if f"/agent/{net}/{k}" not in changed} == set()
+    assert "/ranks/0/rng" in changed and metrics(a) != metrics(c)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_every_iteration_learns(name):
+    """Without this, equal bits would mean little: networks, moments and generators go on."""
+    for iterations in (1, 2):
+        assert script(name).main(tiny(name, str(iterations), iterations)) == 0
+    changed = differences(exact("1"), exact("2"))
+    nets = ["actor", "critic", "actor_optimiser", "critic_optimiser", "value_norm"]
+    for part in nets + ["distilled"] * (name == BIDIST):
+        assert [x for x in changed if x.startswith(f"/agent/{part}/")], part
+    for part in ("rng", "carry/hidden/actor", "carry/hidden/critic", "envs/episode"):
+        assert f"/ranks/0/{part}" in changed, part
+    assert {"/iteration", "/timesteps"} < set(changed)
+
+
+AMP = {x.name: x for x in script(BIDIST).dataclasses.fields(script(BIDIST).Args)}["amp"]
+VARIANTS = {
+    "plain": "",
+    "v-redraw": "--v-redraw episode",
+    "v-shared": "--v-shared",
+    "random": "--reverse-mode random",
+    "noise": "--reverse-mode noise --noise-std 0.5",
+    "entropy": "--reverse-mode entropy",
+    "team": "--team-reward",
+    "truncated": "--max-episode-steps 7",
+    "pixels": "--pixels",
+    "amp": "--amp" if isinstance(AMP.default, bool) else "--amp on",
+    "no-amp": "" if isinstance(AMP.default, bool) else "--amp off",
+    "width": "--distilled-width 0.5",
+    "mask": "--mask-fictitious --v-redraw episode --max-episode-steps 7",
+    "dual": "--dual-clip 3 --p 0.5 --p-means trained",
+    "k-d": "--k-d 2",
+    "evaluated": "--eval-every 40 --eval-episodes 2",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_six_are_three_and_three(variant):
+    """A distillation after each iteration: forward before the cut, reverse behind it."""
+    check_cut(BIDIST, VARIANTS[variant].split())
+
+
+@pytest.mark.parametrize("flags", ["", "--max-episode-steps 7 --team-reward --eval-every 40"])
+def test_six_are_three_and_three_mappo(flags):
+    check_cut(MAPPO, flags.split())
+
+
+def check_cut(name, flags):
+    assert script(name).main(tiny(name, "whole", 6, *flags)) == 0
+    assert script(name).main(tiny(name, "cut", 3, *flags)) == 0
+    before = len(metrics("cut"))
+    assert script(name).main(resume("cut", 6)) == 0
+    assert differences(exact("whole"), exact("cut")) == []
+    assert metrics("whole") == metrics("cut")
+    assert exact("cut")["timesteps"] == 6 * STEPS
+    if name == BIDIST:
+        phases = [{k.split("/")[0] for k in m} & {"forward", "reverse"} for m in metrics("cut")]
+        assert set().union(*phases[:before]) and set().union(*phases[before:])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_cut_in_every_place(name):
+    """Resumed after each of its iterations, the run is still the same."""
+    assert script(name).main(tiny(name, "whole", 5)) == 0
+    assert script(name).main(tiny(name, "cut", 1)) == 0
+    for iterations in range(2, 6):
+        assert script(name).main(resume("cut", iterations)) == 0
+    assert differences(exact("whole"), exact("cut")) == []
+    assert metrics("whole") == metrics("cut")
+
+
+def test_saving_and_evaluating_change_nothing():
+    """What looks at a run must not draw from its generators."""
+    assert script(BIDIST).main(tiny(BIDIST, "a", 4)) == 0
+    looks = ("--save-every", 1, "--eval-every", STEPS, "--eval-episodes", 2, "--final-episodes", 2)
+    assert script(BIDIST).main(tiny(BIDIST, "b", 4, *looks)) == 0
+    assert differences(exact("a"), exact("b")) == []
+    assert metrics("a") == [m for m in metrics("b") if not any(k.startswith("eval/") for k in m)]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_evaluation_alone_repeats(name, capfd):
+    """Twice the same table, which is also the one at the end of training."""
+    argv = tiny(name, "run", 2, "--final-episodes", 5)
+    assert script(name).main(argv) == 0
+    trained = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+    for path in ("run", "run", f"run/checkpoint-{2 * STEPS}.pt"):
+        assert script(name).main(["--eval-only", path]) == 0
+        out = capfd.readouterr().out
+        assert [line for line in out.splitlines() if line.startswith("|")] == trained
+    assert len(trained) > 4 and "self-play" in trained[2]
+    assert script(name).main(["--eval-only", "run", "--final-episodes", "6"]) == 0
+    assert capfd.readouterr().out != out
+    # A population beside itself, and beside another script's.
+    assert script(name).main(["--eval-only", "run", "--background", "run"]) == 0
+    assert "v run " in capfd.readouterr().out
+
+
+# Two processes ----------------------------------------------------------------------------------
+
+# Runs a script as the command line does, and notes what Adam does with gradients in this process:
+# hashes of the local gradients, of those used, and of the weights after each step; the first
+# steps' gradients themselves, too.
+WATCH = """
+import hashlib, json, os, runpy, sys
+import torch
+
+rank, folder, script = os.environ["RANK"], *sys.argv[1:3]
+file = open(f"{folder}/rank-{rank}.jsonl", "a", buffering=1)
+local, steps = {}, 0
+
+def flat(tensors):
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+def sha(x):
+    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+
+class Watched(torch.optim.Adam):
+    def __init__(self, params, *args, **kwargs):
+        self.weights = list(params)
+        super().__init__(self.weights, *args, **kwargs)
+        for x in self.weights:  # called when backward() has added up a gradient
+            x.register_post_accumulate_grad_hook(lambda x: local.update({x: x.grad.clone()}))
+
+    def step(self):
+        global steps
+        own, used = flat(local[x] for x in self.weights), flat(x.grad for x in self.weights)
+        if steps < 6:
+            torch.save((own, used), f"{folder}/rank-{rank}-step-{steps}.pt")
+        steps += 1
+        super().step()
+        line = {"local": sha(own), "used": sha(used), "weights": sha(flat(self.weights))}
+        file.write(json.dumps(line) + "\\n")
+
+torch.optim.Adam = Watched
+sys.argv = sys.argv[2:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def launch(*argv):
+    """Two processes under torchrun, in the current directory."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    argv = [str(x) for x in (*line, *argv)]
+    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=2 * PATIENCE)
+
+
+def notes(rank):
+    with open(f"rank-{rank}.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_two_processes(tmp_path):
+    """Six iterations, and three and three. No gradient is clipped here, so that what is used can
+    be held against what each process had."""
+    (tmp_path / "watch.py").write_text(WATCH)
+    watched = ("watch.py", ".", command(BIDIST)[-1])
+    flags = ("--max-grad-norm", 1e9)
+    six, three = (tiny(BIDIST, d, 2 * n, *flags) for d, n in (("whole", 6), ("cut", 3)))
+    for argv in ([*watched, *six], [command(BIDIST)[-1], *three]):
+        done = launch(*argv)
+        assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(command(BIDIST)[-1], *resume("cut", 12))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    assert differences(exact("whole"), exact("cut")) == []
+    assert metrics("whole") == metrics("cut") and len(metrics("cut")) == 6
+    assert [m["timesteps"] for m in metrics("cut")] == [2 * STEPS * n for n in range(1, 7)]
+    first, second = exact("whole")["ranks"]
+    apart = differences(first, second)
+    for part in ("rng", "method_rng", "envs/colour", "carry/hidden/actor", "carry/trained"):
+        assert f"/{part}" in apart, part
+
+    # Both took the same steps to the same weights, with gradients of different data.
+    ours, theirs = notes(0), notes(1)
+    assert len(ours) == len(theirs) == 6 * (2 + 2 + 2)  # actor, critic and distilled
+    for a, b in zip(ours, theirs):
+        assert a["weights"] == b["weights"] and a["used"] == b["used"]
+        assert a["local"] != b["local"] and a["local"] != a["used"]
+    for step in range(6):
+        (a, used), (b, _) = (torch.load(f"rank-{rank}-step-{step}.pt") for rank in (0, 1))
+        assert torch.allclose((a + b) / 2, used, rtol=1e-4, atol=1e-8) and used.norm() > 0
+
+    # One process alone does something else; only the first of two writes.
+    assert script(BIDIST).main(tiny(BIDIST, "alone", 6, *flags)) == 0
+    apart = differences(exact("alone")["agent"], exact("whole")["agent"])
+    assert {"actor", "critic", "distilled"} <= {x.split("/")[1] for x in apart}
+    assert len(list((tmp_path / "whole").glob("events.*"))) == 1
+    kinds = {path.name.split("-")[0].split(".")[0] for path in (tmp_path / "whole").iterdir()}
+    assert kinds == {"args", "metrics", "checkpoint", "checkpoints", "events"}
+    expected = {"alone", "whole", "cut", "watch.py"}
+    assert {x.name for x in tmp_path.iterdir() if not x.name.startswith("rank-")} == expected
+
+
+def test_resumed_with_another_number_of_processes(tmp_path, capfd):
+    """Each process has generators and worlds of its own: one sentence, not half a run."""
+    assert script(BIDIST).main(tiny(BIDIST, "run", 1)) == 0
+    state, _ = script(BIDIST).load_checkpoint("run")
+    state["ranks"] *= 2
+    (tmp_path / "two").mkdir()
+    script(BIDIST).save_checkpoint(tmp_path / "two", state)
+    capfd.readouterr()
+    assert script(BIDIST).main(resume("two", 2)) == 2
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert len(states("two")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", BOTH)
+def test_ten_launches_ten_clean_exits(name):
+    """gloo used to die now and then in the interpreter's exit."""
+    done = [launch(command(name)[-1], *tiny(name, f"run{i}", 4)) for i in range(10)]
+    assert [x.returncode for x in done] == [0] * 10, [x.stderr[-500:] for x in done]
+    assert all(differences(exact("run0"), exact(f"run{i}")) == [] for i in range(1, 10))

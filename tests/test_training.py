@@ -1,0 +1,361 @@
+"""The scripts as a whole: the method against its parent, one from the other, flags, learning."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toolbox import BIDIST, MAPPO, ROOT, bidist, collect, mappo, setting, update, weights
+
+TINY = ["--substrate", "toy", "--num-envs", "4", "--rollout-steps", "20", "--final-episodes", "4"]
+PAPER = [
+    "pure_coordination_in_the_matrix__repeated",
+    "coop_mining",
+    "chicken_in_the_matrix__repeated",
+    "coins",
+    "prisoners_dilemma_in_the_matrix__arena",
+]
+
+
+def run(script, run_dir: Path, *flags: str) -> dict:
+    """main() on the toy world; returns the newest checkpoint's state."""
+    code = script.main([*TINY, "--total-timesteps", "240", *flags, "--run-dir", str(run_dir)])
+    assert code == 0
+    return script.load_checkpoint(str(run_dir))[0]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, also in nested dictionaries."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# --- The diff is the paper ------------------------------------------------------------------------
+
+
+def test_without_its_method_bidist_is_mappo_bit_for_bit(tmp_path):
+    """p = 0 and no distillation: networks and optimisers after three updates."""
+    off = ["--p", "0", "--no-forward", "--no-reverse"]
+    child = run(bidist, tmp_path / "child", *off)["agent"]
+    parent = run(mappo, tmp_path / "parent")["agent"]
+    assert parent["actor_optimiser"]["state"][0]["step"] == 3 * 25
+    for name, part in parent.items():
+        assert same(part, child[name]), name
+    assert set(child) - set(parent) == {"distilled"}
+    on = run(bidist, tmp_path / "on")["agent"]
+    assert not same(on["actor"], parent["actor"]), "with the method they must differ"
+
+
+def test_diff_of_the_two_files_is_the_method():
+    parent, child = (path.read_text().splitlines() for path in (MAPPO, BIDIST))
+    added = gone = 0
+    for line in difflib.unified_diff(parent, child, n=0, lineterm=""):
+        added += line.startswith("+") and not line.startswith("+++")
+        gone += line.startswith("-") and not line.startswith("---")
+    assert added <= 0.45 * len(child), f"{added} of {len(child)} lines are added"
+    assert gone <= 0.20 * len(parent), f"{gone} of the parent's {len(parent)} are changed or gone"
+
+
+def shared_blocks(path: Path) -> list[str]:
+    return re.findall(
+        r"^# \[shared\] begin\n(.*?)^# \[shared\] end\n", path.read_text(), re.S | re.M
+    )
+
+
+def test_shared_blocks_are_identical_in_all_scripts():
+    scripts = [*ROOT.glob("*.py"), *(ROOT / "baselines").glob("*.py")]
+    assert len(scripts) >= 2
+    blocks = {path.name: shared_blocks(path) for path in scripts}
+    first = blocks[BIDIST.name]
+    assert len(first) >= 3
+    for name, own in blocks.items():
+        for number, (a, b) in enumerate(zip(first, own, strict=True)):
+            assert a == b, f"shared block {number} of {name} has drifted"
+        text = (ROOT / name if (ROOT / name).exists() else ROOT / "baselines" / name).read_text()
+        assert text.count("[shared] begin") == text.count("[shared] end") == len(first)
+
+
+def test_sections_and_lengths():
+    """The order of DESIGN's anatomy; functions under 80 lines."""
+    import ast
+
+    for path in (BIDIST, MAPPO):
+        text = path.read_text()
+        numbers = [int(x) for x in re.findall(r"^# --- (\d+)\. ", text, re.M)]
+        expected = [2, 3, 4, 5, 6, 7, 8, 9, 10]
+        assert numbers == (expected if path == BIDIST else [n for n in expected if n != 5])
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{path.name}: {node.name}"
+
+
+# --- Flags ----------------------------------------------------------------------------------------
+# Every flag changes the quantity that it names. Each entry: flags, what to measure on a run with
+# and one without them, and how the two must relate. Flags of the method's equations are in
+# test_equations.py, faults and resuming in test_faults.py and test_reproducible.py, wandb in
+# test_wandb.py, worlds in test_meltingpot.py.
+
+
+def lr(name):
+    return lambda state, run_dir: state["agent"][f"{name}_optimiser"]["param_groups"][0]["lr"]
+
+
+def last(name):
+    return lambda state, run_dir: [m for m in metrics(run_dir) if "sps" in m][-1][name]
+
+
+def updates(state, run_dir):
+    return float(state["agent"]["actor_optimiser"]["state"][0]["step"])
+
+
+def changed(part):
+    return lambda state, run_dir: {k: v.clone() for k, v in state["agent"][part].items()}
+
+
+def files(pattern):
+    return lambda state, run_dir: len(list(run_dir.glob(pattern)))
+
+
+def evaluations(state, run_dir):
+    return sum("eval/self-play/return" in m for m in metrics(run_dir))
+
+
+def result(*keys):
+    def measure(state, run_dir):
+        value = json.loads((run_dir / "summary.json").read_text())["eval"]
+        for key in keys:
+            value = value.get(key)
+        return value
+
+    return measure
+
+
+EFFECTS = {
+    "seed": (["--seed", "7"], changed("actor"), None),
+    "total_timesteps": (["--total-timesteps", "400"], lambda s, d: s["timesteps"], (240, 400)),
+    "capture_video": (["--capture-video"], files("videos/*.mp4"), (0, 4)),
+    "num_envs": (["--num-envs", "12"], lambda s, d: s["iteration"], (3, 1)),
+    "rollout_steps": (["--rollout-steps", "60"], lambda s, d: s["iteration"], (3, 1)),
+    "chunk_length": (["--chunk-length", "5"], changed("actor"), None),
+    "epochs": (["--epochs", "2"], updates, (75, 30)),
+    "minibatches": (["--minibatches", "2"], updates, (75, 30)),
+    "actor_lr": (["--actor-lr", "0.01"], lr("actor"), (5e-4, 0.01)),
+    "critic_lr": (["--critic-lr", "0.01"], lr("critic"), (5e-4, 0.01)),
+    "adam_eps": (["--adam-eps", "0.1"], changed("actor"), None),
+    "gamma": (["--gamma", "0.5"], changed("critic"), None),
+    "gae_lambda": (["--gae-lambda", "0.5"], changed("critic"), None),
+    "clip": (["--clip", "0.0001"], last("clipped/trained"), "up"),
+    "value_clip": (["--value-clip", "0.0001"], changed("critic"), None),
+    "huber_delta": (["--huber-delta", "0.01"], last("value_loss"), "down"),
+    "entropy_coef": (["--entropy-coef", "5"], changed("actor"), None),
+    "max_grad_norm": (["--max-grad-norm", "0.00001"], changed("actor"), None),
+    "max_episode_steps": (["--max-episode-steps", "3"], last("episode/length"), "down"),
+    "team_reward": (["--team-reward"], last("reward_per_1000/all"), "up"),
+    "eval_every": (["--eval-every", "80"], evaluations, (1, 4)),
+    "eval_episodes": (
+        ["--eval-every", "160", "--eval-episodes", "3"],
+        lambda s, d: next(m["eval/self-play/episodes"] for m in metrics(d) if "sps" not in m),
+        (4, 3),
+    ),
+    "final_episodes": (["--final-episodes", "9"], result("self-play", "episodes"), (4, 9)),
+    "background": (["--background", "distilled"], result("v random"), None),
+    "num_focal": (["--num-focal", "2"], result("v random", "background_return"), None),
+    "save_every": (["--save-every", "80"], lambda s, d: index_of(d), ([240, 0], [240, 160])),
+    "p": (["--p", "0.9"], last("reward_per_1000/trained"), None),
+    "p_means": (["--p-means", "trained", "--p", "0.95"], changed("actor"), None),
+    "v_shared": (["--v-shared"], changed("actor"), None),
+    "v_redraw": (["--v-redraw", "episode"], changed("actor"), None),
+    "all_fictitious": (["--all-fictitious"], lambda s, d: set(metrics(d)[0]), "fewer"),
+    "mask_fictitious": (["--mask-fictitious"], changed("actor"), None),
+    "dual_clip": (["--dual-clip", "1.00001", "--p", "0.9"], changed("actor"), None),
+    "k_d": (["--k-d", "1"], changed("distilled"), None),
+    "distilled_width": (
+        ["--distilled-width", "0.5"],
+        lambda s, d: s["agent"]["distilled"]["gru.weight_hh_l0"].shape[1],
+        (128, 64),
+    ),
+    "pixels": (["--pixels"], last("learn_s"), None),
+    "amp": (["--amp"], changed("critic"), None),
+}
+# Measured elsewhere, or on a machine that has what they need.
+ELSEWHERE = {
+    "run_dir": "every test here",
+    "resume": "test_reproducible.py",
+    "eval_only": "test_reproducible.py",
+    "track": "test_wandb.py",
+    "wandb_project": "test_wandb.py",
+    "wandb_mode": "test_wandb.py",
+    "wandb_timeout": "test_wandb.py",
+    "substrate": "test_one_iteration_on_the_papers_substrates",
+    "num_workers": "test_flags_of_the_real_worlds",
+    "worker_timeout": "test_flags_of_the_real_worlds",
+    "eval_ids": "test_eval_ids",
+    "device": "test_device_and_threads",
+    "num_threads": "test_device_and_threads",
+    **dict.fromkeys(("forward_lr", "reverse_lr"), "test_distillation_rates_and_epochs_matter"),
+    **dict.fromkeys(("forward_epochs", "reverse_epochs"), "the same"),
+    **dict.fromkeys(("no_forward", "no_reverse"), "test_schedule"),
+    **dict.fromkeys(("reverse_mode", "noise_std"), "test_reverse_modes_of_figure_6"),
+}
+
+
+def index_of(run_dir: Path) -> list[int]:
+    return [entry["timesteps"] for entry in json.loads((run_dir / "checkpoints.json").read_text())]
+
+
+def test_every_flag_is_tested():
+    fields = {field.name for field in dataclasses.fields(bidist.Args)}
+    assert fields == set(EFFECTS) | set(ELSEWHERE)
+    assert {field.name for field in dataclasses.fields(mappo.Args)} < fields
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    return run(bidist, run_dir), run_dir
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_flag_changes_what_it_names(name, plain, tmp_path):
+    flags, measure, relation = EFFECTS[name]
+    state = run(bidist, tmp_path / "run", *flags)
+    without, with_flag = measure(*plain), measure(state, tmp_path / "run")
+    if relation is None:
+        assert not same(without, with_flag)
+    elif relation in ("up", "down"):
+        assert (with_flag > without) == (relation == "up") and with_flag != without
+    elif relation == "fewer":
+        assert with_flag < without
+    else:
+        assert (without, with_flag) == relation
+
+
+def test_device_and_threads(tmp_path):
+    run(bidist, tmp_path / "run", "--num-threads", "2", "--device", "cpu")
+    assert torch.get_num_threads() == 2
+    run(bidist, tmp_path / "one")
+    assert torch.get_num_threads() == 1
+    code = bidist.main([*TINY, "--device", "cuda", "--run-dir", str(tmp_path / "no")])
+    assert code == (0 if torch.cuda.is_available() else 2)
+
+
+@pytest.mark.parametrize("ids", ["random", "slot"])
+def test_eval_ids(ids):
+    """An actor that plays its agent id: seat n chooses colour n + 1 for sure with ids by slot."""
+    s = setting("--eval-ids", ids, "--background", "random")
+    actor = s.agent.actor
+    for p in actor.parameters():
+        p.data.zero_()
+    actor.norm.weight.data.fill_(1.0)
+    units, colours = slice(256, 258), torch.tensor([[60.0, -60.0], [-60.0, 60.0]])
+    actor.gru.weight_ih_l0.data[units, -2:] = colours  # the new state's first two units: the id
+    actor.gru.bias_ih_l0.data[128:256] = -60.0  # no memory
+    actor.head.weight.data[:2, :2] = torch.eye(2)
+    actor.out.weight.data[:2, :2] = 60 * torch.eye(2)
+    seen = []
+
+    def watch(envs, pairs, *rest):
+        focal, _ = pairs["self-play"]
+        for k in range(20):
+            order = [0, 1] if ids == "slot" or k % 2 else [1, 0]
+            actions = focal(envs.reset(), np.ones(4, bool), np.tile(order, (4, 1)))
+            assert (actions == order).all()
+        seen.append(rest[3])
+        return {}
+
+    bidist_play, bidist.play_pairs = bidist.play_pairs, watch
+    try:
+        bidist.evaluate(s.args, s.agent, 4, 0, None)
+    finally:
+        bidist.play_pairs = bidist_play
+    assert seen == [ids == "random"], "play_pairs shuffles ids, or not (test_episodes.py)"
+
+
+def test_flags_of_the_real_worlds():
+    args = bidist.parse(["--num-workers", "3", "--worker-timeout", "2.5", "--substrate", "coins"])
+    with bidist.make_envs(args, 6, 1) as envs:
+        assert (envs.num_workers, envs.timeout, envs.spec.substrate) == (3, 2.5, "coins")
+
+
+def test_log_of_a_run(tmp_path, capsys):
+    run(bidist, tmp_path / "run", "--k-d", "1")
+    iterations = [m for m in metrics(tmp_path / "run") if "sps" in m]
+    assert [m["timesteps"] for m in iterations] == [80, 160, 240]
+    for number, m in enumerate(iterations):
+        phase = ("forward", "reverse")[number % 2]
+        for quantity in ("kl", "shift", "theta_prefers", "phi_prefers"):
+            assert quantity in m
+            assert {f"{phase}/{quantity}_before", f"{phase}/{quantity}_after"} <= set(m)
+        for population in ("trained", "fictitious"):
+            for quantity in ("clipped", "ratio_max", "policy_grad"):
+                assert f"{quantity}/{population}" in m
+    output = capsys.readouterr()
+    assert "self-play" in output.out and "v random" in output.out, "the final table"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["timesteps"] == 240 and summary["wall_s"] > 0
+    assert list((tmp_path / "run").glob("events.*")), "TensorBoard, always"
+
+
+# --- Learning -------------------------------------------------------------------------------------
+
+QUICK = "--num-envs 32 --rollout-steps 20 --epochs 4 --minibatches 2 --total-timesteps 16000"
+QUICK = [*QUICK.split(), "--actor-lr", "2e-3", "--critic-lr", "2e-3", "--final-episodes", "100"]
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
+def test_the_optimum_of_the_toy_is_reached(script, seed, tmp_path):
+    """Best is 1 per step; random play earns 2/9. Playing against itself, actions sampled."""
+    run(script, tmp_path / "run", *QUICK, "--seed", str(seed))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["eval"]
+    assert summary["self-play"]["return_per_1000"] > 950
+    assert summary["random v random"]["return_per_1000"] < 300
+
+
+@pytest.mark.parametrize("substrate", PAPER)
+def test_one_iteration_on_the_papers_substrates(substrate, tmp_path):
+    """Collecting, updating, distilling and evaluating with truncated episodes, two worlds."""
+    flags = ["--substrate", substrate, "--num-envs", "2", "--rollout-steps", "20", "--k-d", "1"]
+    flags += ["--total-timesteps", "40", "--final-episodes", "0", "--max-episode-steps", "15"]
+    flags += ["--minibatches", "2"]
+    assert bidist.main([*flags, "--run-dir", str(tmp_path / "run")]) == 0
+    (m,) = (m for m in metrics(tmp_path / "run"))
+    assert m["timesteps"] == 40 and "forward/kl_after" in m
+    state, _ = bidist.load_checkpoint(str(tmp_path / "run"))
+    assert state["ranks"][0]["envs"]["palette"].shape[1:] == (8, 8, 3)
+
+
+def test_update_improves_what_it_optimises():
+    """After an update the taken actions with high advantage are likelier, values fit better."""
+    s = setting("--num-envs", "16", "--actor-lr", "2e-3", "--critic-lr", "2e-3")
+    batch = collect(s)
+    before = weights(s.agent.actor)
+    update(s, batch)
+    view = (batch.tile_ids, batch.actor_features, batch.starts[:-1])
+    logits, _, _ = bidist.replay(s.agent.actor, view, batch.actor_hidden[0], 10, s.sprites)
+    log_prob = logits.log_softmax(-1).gather(-1, batch.actions[..., None])[..., 0]
+    gain = (
+        (log_prob.exp() - batch.theta.gather(-1, batch.actions[..., None])[..., 0].exp())
+        * batch.advantages
+    ).mean()
+    assert gain > 0
+    view = (batch.world_ids, batch.critic_features, batch.starts)
+    values, _, _ = bidist.replay(s.agent.critic, view, batch.critic_hidden[0], 10, s.sprites)
+    errors = [(x - batch.targets).square().mean() for x in (values[:-1, ..., 0], batch.values)]
+    assert errors[0] < errors[1]
+    assert not torch.equal(before, weights(s.agent.actor))

@@ -1,0 +1,76 @@
+"""What several tests need: the scripts as modules, and small rollouts with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BIDIST = ROOT / "bidist_mappo_meltingpot.py"
+MAPPO = ROOT / "baselines" / "mappo_meltingpot.py"
+TINY = ["--substrate", "toy", "--num-envs", "4", "--rollout-steps", "20"]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script as a module, loaded once."""
+    if path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[path.stem]
+
+
+bidist = load_script(BIDIST)
+mappo = load_script(MAPPO)
+
+
+def setting(*flags: str, script: ModuleType = bidist, seed: int = 0) -> SimpleNamespace:
+    """Worlds, networks and generators as train() makes them, ready to collect."""
+    args = script.parse([*TINY, *flags])
+    envs = script.make_envs(args, args.num_envs, args.seed)
+    agent = script.Agent(args, envs.spec, torch.device("cpu"))
+    envs.reset()
+    return SimpleNamespace(
+        script=script,
+        args=args,
+        envs=envs,
+        agent=agent,
+        sprites=script.Sprites(envs, agent.device),
+        carry=script.new_carry(agent, args.num_envs),
+        rng=torch.Generator().manual_seed(seed),
+        method_rng=torch.Generator().manual_seed(seed + 1),
+    )
+
+
+def collect(s: SimpleNamespace):
+    """One rollout of a setting."""
+    generators = (s.rng, s.method_rng) if s.script is bidist else (s.rng,)
+    return s.script.collect(s.args, s.envs, s.agent, s.carry, s.sprites, *generators)
+
+
+def update(s: SimpleNamespace, batch) -> dict[str, torch.Tensor]:
+    """One update of a setting."""
+    return s.script.update(s.args, s.agent, batch, s.carry, s.sprites, s.rng, lambda: None)
+
+
+def weights(net: torch.nn.Module) -> torch.Tensor:
+    """All parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def sharpen(net: torch.nn.Module, scale: float = 1.0, seed: int = 0) -> None:
+    """Perturb all weights, so that policies and values are far from their almost flat beginnings."""
+    rng = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        noise = torch.randn(p.shape, generator=rng, dtype=p.dtype)
+        p.data += scale * noise / p.shape[-1] ** 0.5
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
