@@ -159,6 +159,7 @@ def validate(args: Args) -> None:
             raise UsageError(f"{sentence}.")
 
 
+LINE = ("episode/return", "entropy", "kl", "sps")  # scalars on standard output, without a terminal
 RESUMABLE = (  # what may differ from the run's own arguments with --resume and --eval-only
     *("total_timesteps", "run_dir", "resume", "eval_only", "track", "wandb_project", "wandb_mode"),
     *("wandb_timeout", "capture_video", "num_workers", "worker_timeout", "eval_every"),
@@ -408,6 +409,12 @@ def fictitious_probability(args: Args, num_agents: int) -> float:
     return 1 - p if args.p_means == "trained" else p
 
 
+def fictitious_share(args: Args, num_agents: int) -> float:
+    """The expected share of fictitious agents, by the safeguard a little less than P(v_i = 0)."""
+    q = fictitious_probability(args, num_agents)
+    return 1.0 if args.all_fictitious else q - q**num_agents / num_agents
+
+
 def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
     """v for B worlds of N agents -> (B, N) bool, True for trained."""
     # Eqs. (3)-(5), Alg. 1 lines 2-6
@@ -457,7 +464,7 @@ def distill(args: Args, phase: str, agent, batch, carry, sprites, rng, alive) ->
 
     theta, _, _ = run(agent.actor, batch.actor_hidden)  # the teacher: the updated theta
     phi, states, last = run(agent.distilled, batch.distilled_hidden)
-    scalars = {f"{phase}/{name}_before": x for name, x in compare(theta, phi).items()}
+    scalars = {f"{name}_before": x for name, x in compare(theta, phi).items()}
     epochs, rate = args.reverse_epochs, args.reverse_lr
     if mode == "forward":
         epochs, rate = args.forward_epochs, args.forward_lr
@@ -481,7 +488,7 @@ def distill(args: Args, phase: str, agent, batch, carry, sprites, rng, alive) ->
         # phi's states before each chunk are computed anew under its new weights
         phi, states, last = run(agent.distilled, batch.distilled_hidden)
     carry["distilled_hidden"] = last
-    return scalars | {f"{phase}/{name}_after": x for name, x in compare(theta, phi).items()}
+    return scalars | {f"{name}_after": x for name, x in compare(theta, phi).items()}
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -898,10 +905,12 @@ class Logger:
     def __init__(self, args: Any, run_dir: Path):
         self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
         self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self.board = SummaryWriter(run_dir)
+        self.board, self.terminal = SummaryWriter(run_dir), sys.stderr.isatty()
 
     def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
         self.file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
+        if line := [f"{name} {scalars[name]:.4g}" for name in LINE if name in scalars]:
+            self.terminal or print(f"step {timesteps}  " + "  ".join(line), flush=True)
         for name, x in scalars.items():
             self.board.add_scalar(name, x, timesteps)
         if self.wandb:
@@ -955,6 +964,16 @@ def new_run_dir(args: Any, world: str) -> Path:
     about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
     write(run_dir / "args.json", json.dumps(dataclasses.asdict(args) | about, indent=1).encode())
     return run_dir
+
+
+def leave(code: int) -> None:
+    """Exit; at once under torchrun, where gloo's threads sometimes crash the interpreter's end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -1055,8 +1074,10 @@ def train(args: Args) -> dict[str, dict[str, float]]:
 
         if not saved:
             save()
-        bar = tqdm(total=args.total_timesteps, initial=timesteps, unit=" steps", disable=rank > 0)
-        while timesteps < args.total_timesteps and not stop:
+        share = fictitious_share(args, envs.spec.num_agents)
+        tqdm.write(f"{run_dir}: {share:.0%} of all agents will be fictitious")
+        bar = tqdm(total=args.total_timesteps, initial=timesteps, unit=" steps", disable=None)
+        while timesteps < args.total_timesteps and (size > 1 or not stop):
             times = [time.monotonic()]
             batch = collect(args, envs, agent, carry, sprites, **rngs)
             times.append(time.monotonic())
@@ -1064,7 +1085,14 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             iteration += 1
             if phase := distillation_phase(args, iteration):
                 what = (agent, batch, carry, sprites, rngs["method_rng"], envs.check)
-                scalars |= distill(args, phase, *what)
+                effect = distill(args, phase, *what)
+                scalars |= {f"{phase}/{name}": x for name, x in effect.items()}
+                kl = f"KL {effect['kl_before']:.4f} -> {effect['kl_after']:.4f}"
+                shift = f"{effect['shift_before']:.1%} -> {effect['shift_after']:.1%}"
+                message = (
+                    f"iteration {iteration}, {phase} distillation: {kl}, preference shift {shift}"
+                )
+                rank or tqdm.write(message)
             times.append(time.monotonic())
             before, timesteps = timesteps, timesteps + args.rollout_steps * args.num_envs * size
             if rank == 0:
@@ -1075,6 +1103,8 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             now = args.eval_every and timesteps // args.eval_every > before // args.eval_every
             if now and rank == 0:
                 assess(args.eval_episodes, logger)
+            if size > 1 and sum_over_processes(torch.tensor(len(stop), device=device)):
+                break  # all processes at the same iteration
         save()
         if rank > 0 or stop or not args.final_episodes:
             return {}
@@ -1095,4 +1125,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -130,6 +130,7 @@ def validate(args: Args) -> None:
             raise UsageError(f"{sentence}.")
 
 
+LINE = ("episode/return", "entropy", "sps")  # scalars on standard output, without a terminal
 RESUMABLE = (  # what may differ from the run's own arguments with --resume and --eval-only
     *("total_timesteps", "run_dir", "resume", "eval_only", "track", "wandb_project", "wandb_mode"),
     *("wandb_timeout", "capture_video", "num_workers", "worker_timeout", "eval_every"),
@@ -729,10 +730,12 @@ class Logger:
     def __init__(self, args: Any, run_dir: Path):
         self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
         self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self.board = SummaryWriter(run_dir)
+        self.board, self.terminal = SummaryWriter(run_dir), sys.stderr.isatty()
 
     def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
         self.file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
+        if line := [f"{name} {scalars[name]:.4g}" for name in LINE if name in scalars]:
+            self.terminal or print(f"step {timesteps}  " + "  ".join(line), flush=True)
         for name, x in scalars.items():
             self.board.add_scalar(name, x, timesteps)
         if self.wandb:
@@ -786,6 +789,16 @@ def new_run_dir(args: Any, world: str) -> Path:
     about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
     write(run_dir / "args.json", json.dumps(dataclasses.asdict(args) | about, indent=1).encode())
     return run_dir
+
+
+def leave(code: int) -> None:
+    """Exit; at once under torchrun, where gloo's threads sometimes crash the interpreter's end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -881,8 +894,8 @@ def train(args: Args) -> dict[str, dict[str, float]]:
 
         if not saved:
             save()
-        bar = tqdm(total=args.total_timesteps, initial=timesteps, unit=" steps", disable=rank > 0)
-        while timesteps < args.total_timesteps and not stop:
+        bar = tqdm(total=args.total_timesteps, initial=timesteps, unit=" steps", disable=None)
+        while timesteps < args.total_timesteps and (size > 1 or not stop):
             times = [time.monotonic()]
             batch = collect(args, envs, agent, carry, sprites, **rngs)
             times.append(time.monotonic())
@@ -898,6 +911,8 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             now = args.eval_every and timesteps // args.eval_every > before // args.eval_every
             if now and rank == 0:
                 assess(args.eval_episodes, logger)
+            if size > 1 and sum_over_processes(torch.tensor(len(stop), device=device)):
+                break  # all processes at the same iteration
         save()
         if rank > 0 or stop or not args.final_episodes:
             return {}
@@ -918,4 +933,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -64,7 +64,7 @@ def weights(net: torch.nn.Module) -> torch.Tensor:
 
 
 def sharpen(net: torch.nn.Module, scale: float = 1.0, seed: int = 0) -> None:
-    """Perturb all weights, so that policies and values are far from their almost flat beginnings."""
+    """Perturb all weights: new policies are almost uniform and new values almost flat."""
     rng = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         noise = torch.randn(p.shape, generator=rng, dtype=p.dtype)
