@@ -56,6 +56,7 @@ from envs.episodes import Player, count_episodes, play_pairs, random_player, tab
 from envs.tile_tensors import Sprites, Windows
 from envs.tiles import WorldError
 
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 Count = Annotated[int, Interval(ge=0)]
 Positive = Annotated[int, Interval(ge=1)]
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -71,7 +72,7 @@ class Args:
     """MAPPO in Melting Pot. Defaults are the paper's (Table B.1)."""
 
     # Run
-    seed: Count = 1  # fixes all that is drawn on our side (the engine drifts all the same)
+    seed: Seed = 1  # fixes all that is drawn on our side (the engine drifts all the same)
     total_timesteps: Positive = 10_000_000  # environment steps of all worlds and processes
     run_dir: str = ""  # default: runs/{world}__{script}__s{seed}__{UTC time}__{4 hex}
     resume: str = ""  # run directory to go on with; its own arguments hold
@@ -122,7 +123,9 @@ def validate(args: Args) -> None:
     """Raise UsageError for combinations that cannot be meant."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     for wrong, sentence in (
-        (args.resume and (args.eval_only or args.run_dir), "--resume goes without --run-dir"),
+        (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
+        (args.resume and args.run_dir, "--resume goes on in its own directory, without --run-dir"),
+        (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
     ):
@@ -171,7 +174,7 @@ def parse(argv: list[str], default: Any = None) -> Any:
         sentence, _, rest = lines.partition(" ──")
         near = re.search(r"--[a-z-]+", rest) if "Unrecognized" in sentence else None
         hint = f"; did you mean {near[0]}?" if near else "."
-        raise UsageError(sentence.rstrip(".") + hint) from None
+        raise UsageError(sentence.removeprefix("Error parsing ").rstrip(".") + hint) from None
     validate(args)
     return args
 
@@ -180,7 +183,10 @@ def read_args(argv: list[str]) -> Any:
     """The command line; with --resume or --eval-only on top of the run's own arguments."""
     args = parse(argv)
     if source := args.resume or args.eval_only:
-        own = load_checkpoint(source)[0]["args"] | {"run_dir": "", "resume": "", "eval_only": ""}
+        saved, script = load_checkpoint(source)[0], Path(__file__).stem
+        own = saved["args"] | {"run_dir": "", "resume": "", "eval_only": ""}
+        if saved["script"] != script or own.keys() != vars(args).keys():
+            raise UsageError(f"{source} is a run of {saved['script']}.py, not of this {script}.py.")
         own = {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
         args = parse(argv, Args(**own))
         for name, x in own.items():
@@ -639,7 +645,24 @@ def net_player(net: RecurrentNet, sprites: Sprites, seed: int) -> Player:
     return play
 
 
-def evaluate(args: Args, agent: Agent, episodes: int, timesteps: int, videos: Path | None) -> dict:
+def load_background(args: Args, agent: Agent) -> dict[str, RecurrentNet]:
+    """The networks of the run directories and checkpoints among --background."""
+    if args.num_focal >= agent.spec.num_agents > 1:
+        seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
+        raise UsageError(f"{seats} leaves none to a co-player.")
+    others = {}
+    for path in set(args.background) - {"random"}:
+        saved, _ = load_checkpoint(path)
+        if saved["args"]["substrate"] != args.substrate:
+            raise UsageError(f"{path} was not trained on {args.substrate}.")
+        others[path] = agent.new_actor()
+        restore({"actor": others[path]}, saved["agent"], path)
+    return others
+
+
+def evaluate(
+    args: Args, agent: Agent, others: dict, episodes: int, timesteps: int, videos: Path | None
+) -> dict[str, dict[str, float]]:
     """Full natural episodes without learning: everyone ours, then beside each of --background.
 
     Returns {"v co-player": envs.episodes.summarise(...)}. A co-player is any envs.episodes.Player:
@@ -656,13 +679,8 @@ def evaluate(args: Args, agent: Agent, episodes: int, timesteps: int, videos: Pa
                 them = random_player(envs.spec.num_actions, rng)
                 pairs["random v random"] = (them, them)
             else:
-                saved, _ = load_checkpoint(name)
-                if saved["args"]["substrate"] != args.substrate:
-                    raise UsageError(f"{name} was not trained on {args.substrate}.")
-                other = agent.new_actor()
-                other.load_state_dict(saved["agent"]["actor"])
-                them = player(other)
-            pairs[f"v {Path(name).resolve().name}"] = (player(agent.actor), them)
+                them = player(others[name])
+            pairs[f"v {name}"] = (player(agent.actor), them)
         seats = args.num_focal or max(1, envs.spec.num_agents - 1)
         shuffle = args.eval_ids == "random"
         return play_pairs(envs, pairs, seats, episodes, rng, shuffle, videos, str(timesteps))
@@ -724,6 +742,15 @@ def load_checkpoint(path: str) -> tuple[dict[str, Any], Path]:
     raise UsageError(f"{path} holds no intact checkpoint.")
 
 
+def restore(parts: dict[str, Any], states: dict[str, Any], source: str) -> None:
+    """Give networks and optimisers their states; UsageError if these do not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+    except (KeyError, ValueError, RuntimeError):
+        raise UsageError(f"{source} does not fit: its networks have other shapes.") from None
+
+
 class Logger:
     """Scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
 
@@ -782,6 +809,10 @@ def new_run_dir(args: Any, world: str) -> Path:
     when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     name = f"{world}__{Path(__file__).stem}__s{args.seed}__{when}__{secrets.token_hex(2)}"
     run_dir = Path(args.run_dir or f"runs/{name}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}.") from None
     if (run_dir / "checkpoints.json").exists():
         raise UsageError(f"{run_dir} holds a run already: --resume it, or name another.")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -838,7 +869,8 @@ def pack(args: Args, agent: Agent, envs, carry, rngs, size: int) -> dict[str, An
     if size > 1:
         dist.all_gather_object(ranks, own)
     parts = {name: part.state_dict() for name, part in agent.parts().items()}
-    return {"args": dataclasses.asdict(args), "agent": parts, "ranks": ranks}
+    about = {"script": Path(__file__).stem, "args": dataclasses.asdict(args)}
+    return about | {"agent": parts, "ranks": ranks}
 
 
 def unpack(own: dict[str, Any], envs, carry, rngs) -> dict[str, Tensor]:
@@ -861,12 +893,13 @@ def train(args: Args) -> dict[str, dict[str, float]]:
     with contextlib.ExitStack() as stack:
         envs = stack.enter_context(make_envs(args, args.num_envs, args.seed, rank * args.num_envs))
         agent, sprites = Agent(args, envs.spec, device), Sprites(envs, device)
-        for name, part in agent.parts().items() if saved else ():
-            part.load_state_dict(saved["agent"][name])
+        if saved:
+            restore(agent.parts(), saved["agent"], source)
+        others = load_background(args, agent)
 
         def assess(episodes: int, logger: Logger | None = None) -> dict[str, dict[str, float]]:
             videos = run_dir / "videos" if args.capture_video else None
-            results = evaluate(args, agent, episodes, timesteps, videos)
+            results = evaluate(args, agent, others, episodes, timesteps, videos)
             tqdm.write(f"{args.substrate}, seed {args.seed}, step {timesteps}\n{table(results)}")
             if logger:
                 logger.log_results(timesteps, results)

@@ -9,6 +9,7 @@ remember of them) and `ids  # (B, N)` under which of the N agent ids each seat a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +127,7 @@ def play_pairs(
         results = play(envs, focal, background, num_focal, episodes, rng, shuffle_ids, video)
         summaries[name] = summarise(results)
         if video:
-            video.save(videos / f"{stem}-{name.replace(' ', '-')}.mp4")
+            video.save(videos / f"{stem}-{re.sub('[^a-zA-Z0-9_.]+', '-', name)}.mp4")
     return summaries
 
 

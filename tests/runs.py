@@ -124,10 +124,10 @@ def only_error(stderr):
 # Processes --------------------------------------------------------------------------------------
 
 HOST = """
-import atexit, importlib, json, os, resource, signal, sys
+import atexit, importlib, json, os, resource, signal, sys, threading
 sys.path.insert(0, {root!r})
 main = importlib.import_module({name!r}).main
-import torch, envs.tile_game
+import torch, wandb, envs.tile_game
 # What a process does for seconds when it does it for the first time:
 torch.optim.Adam([torch.zeros(1, requires_grad=True)])
 envs.tile_game.TileGame(1)
@@ -144,8 +144,10 @@ for line in sys.stdin:
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
             if order["file_size"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"],) * 2)
+            # wandb's temporary folder was made on import; each process deletes it when it ends.
+            os.makedirs(sys.modules["wandb.sdk.data_types._private"].MEDIA_TMP.name, exist_ok=True)
             code = main(order["argv"])
-            atexit._run_exitfuncs()
+            threading._shutdown(), atexit._run_exitfuncs()
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)  # taking a forked interpreter apart takes seconds
         answer = pid

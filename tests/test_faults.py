@@ -131,19 +131,31 @@ def run_dir(whole, tmp_path):
 def test_newest_checkpoint_damaged(damage, whole, run_dir, capfd):
     name = index(run_dir)[0]["name"]
     DAMAGES[damage](run_dir / name)
-    assert script(BIDIST).main(["--eval-only", str(run_dir)]) == 0
-    out, err = capfd.readouterr()
-    (line,) = sentences(err)
-    assert name in line and line.endswith(".")
-    assert "self-play" in out
-
     assert script(BIDIST).main(resume(run_dir, 4)) == 0
-    out, err = capfd.readouterr()
-    (line,) = sentences(err)
-    assert name in line
+    (line,) = sentences(capfd.readouterr().err)
+    assert name in line and line.endswith(".")
     assert differences(exact(run_dir), exact(whole / "4")) == []
     assert [entry["timesteps"] // STEPS for entry in index(run_dir)] == [4, 3]
     assert len(states(run_dir)) == 2  # both intact: the damaged one has been written anew
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_newest_checkpoint_damaged_and_evaluated(damage, run_dir, capfd):
+    newest, oldest = (entry["name"] for entry in index(run_dir))
+    DAMAGES[damage](run_dir / newest)
+    assert script(BIDIST).main(["--eval-only", str(run_dir)]) == 0
+    out, err = capfd.readouterr()
+    (line,) = sentences(err)
+    assert newest in line and line.endswith(".")
+    assert script(BIDIST).main(["--eval-only", str(run_dir / oldest)]) == 0
+    assert capfd.readouterr().out == out and "self-play" in out
+
+
+def test_damaged_checkpoint_takes_no_place(run_dir):
+    """Of the two that are kept, none is known to be damaged."""
+    flip(run_dir / index(run_dir)[0]["name"])
+    assert script(BIDIST).main(resume(run_dir, 5, "--save-every", 0)) == 0
+    assert [state["timesteps"] // STEPS for state in states(run_dir)] == [5, 2]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -276,11 +276,9 @@ def test_where_a_world_ends_final_is_its_last_observation_and_obs_the_next_first
                 assert step.truncated.tolist() == [t == 19] * 3, f"step {t}"
                 assert (step.final is not None) == (t == 19)
                 assert [e.length for e in step.episodes] == [20] * (3 * (t == 19))
-            for old, last, new in zip(begin, looks(envs, step.final), looks(envs, step.obs)):
-                assert last[:2] == old[:2], "final is not of the world that has ended"
-                same = len(last[2] & old[2]) > len(last[2] & new[2])  # colours
-                assert same, "final is not of the world that has ended"
-            begin = looks(envs, step.obs)
+            old, begin = begin, looks(envs, step.obs)
+            sizes, next_sizes = ([size for *size, _ in which] for which in (old, begin))
+            assert [size for *size, _ in looks(envs, step.final)] == sizes != next_sizes
             assert begin == [expected_look(4, b, episode) for b in range(3)]
 
 
@@ -921,9 +919,9 @@ def test_all_substrates_build_and_step(capsys):
                 with MeltingPot(name, num_envs=1, standby=False) as envs:
                     spec, obs = envs.spec, envs.reset()
                     began = time.monotonic()
-                    for _ in range(20):
+                    for _ in range(300):
                         obs = envs.step(draw(rng, envs)).obs
-                    speed = 20 / (time.monotonic() - began)
+                    speed = 300 / (time.monotonic() - began)
                     assert obs.tile_ids.shape == (1, spec.num_agents, *spec.grid)
                     assert 0 < obs.world_ids.max() < len(envs.palette) < 2**16
                     build, sprites = envs.fastest_build, len(envs.palette)

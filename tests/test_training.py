@@ -280,7 +280,7 @@ def test_eval_ids(ids):
 
     bidist_play, bidist.play_pairs = bidist.play_pairs, watch
     try:
-        bidist.evaluate(s.args, s.agent, 4, 0, None)
+        bidist.evaluate(s.args, s.agent, {}, 4, 0, None)
     finally:
         bidist.play_pairs = bidist_play
     assert seen == [ids == "random"], "play_pairs shuffles ids, or not (test_episodes.py)"
