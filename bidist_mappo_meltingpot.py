@@ -212,7 +212,7 @@ def read_args(argv: list[str]) -> Any:
     """The command line; with --resume or --eval-only on top of the run's own arguments."""
     args = parse(argv)
     if source := args.resume or args.eval_only:
-        saved, script = load_checkpoint(source)[0], Path(__file__).stem
+        saved, script = load_checkpoint(source, quiet=True)[0], Path(__file__).stem
         own = saved["args"] | {"run_dir": "", "resume": "", "eval_only": ""}
         if saved["script"] != script or own.keys() != vars(args).keys():
             raise UsageError(f"{source} is a run of {saved['script']}.py, not of this {script}.py.")
@@ -872,37 +872,54 @@ def check_finite(**tensors: Tensor) -> None:
             raise RunError(f"{name} is not finite; the last checkpoint is from before.")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """End the run with one sentence if this cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
 def write(path: Path, data: bytes) -> None:
     """Replace a file by one that is whole, or leave it as it was."""
     part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise RunError(f"{path} cannot be written: {error.strerror}.") from None
+    with writing(path):
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+
+
+def read_intact(run_dir: Path, entry: dict[str, Any]) -> bytes:
+    """A checkpoint of the index; nothing if it is not what was written."""
+    path = run_dir / entry["name"]
+    data = path.read_bytes() if path.exists() else b""
+    return data if hashlib.sha256(data).hexdigest() == entry["sha256"] else b""
 
 
 def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, then the index that names the last two, then delete older ones."""
+    """Write a checkpoint, then the index that names the last two intact, then delete the rest."""
     buffer, index = io.BytesIO(), run_dir / "checkpoints.json"
     torch.save(state, buffer)
     name, sha256 = f"checkpoint-{state['timesteps']}.pt", hashlib.sha256(buffer.getvalue())
     entry = {"name": name, "timesteps": state["timesteps"], "sha256": sha256.hexdigest()}
     known = json.loads(index.read_text()) if index.exists() else []
-    known = [entry, *(old for old in known if old["name"] != name)][:2]
+    others = (old for old in known if old["name"] != name and read_intact(run_dir, old))
+    known = [entry, *itertools.islice(others, 1)]
     write(run_dir / name, buffer.getvalue())
     write(index, json.dumps(known, indent=1).encode())
     for path in set(run_dir.glob("checkpoint-*.pt")) - {run_dir / old["name"] for old in known}:
         path.unlink()
 
 
-def load_checkpoint(path: str) -> tuple[dict[str, Any], Path]:
+def load_checkpoint(path: str, quiet: bool = False) -> tuple[dict[str, Any], Path]:
     """The newest intact state of a run directory, or that of one file, and the directory."""
     file = Path(path)
     run_dir = file if file.is_dir() else file.parent
@@ -910,10 +927,9 @@ def load_checkpoint(path: str) -> tuple[dict[str, Any], Path]:
         for entry in json.loads((run_dir / "checkpoints.json").read_text()):
             part = run_dir / entry["name"]
             if file in (run_dir, part):
-                data = part.read_bytes() if part.exists() else b""
-                if hashlib.sha256(data).hexdigest() == entry["sha256"]:
+                if data := read_intact(run_dir, entry):
                     return torch.load(io.BytesIO(data), "cpu", weights_only=True), run_dir
-                print(f"{part} is damaged: its sha256 differs.", file=sys.stderr)
+                quiet or print(f"{part} is damaged: its sha256 differs.", file=sys.stderr)
     raise UsageError(f"{path} holds no intact checkpoint.")
 
 
@@ -931,15 +947,17 @@ class Logger:
 
     def __init__(self, args: Any, run_dir: Path):
         self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
-        self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self.board, self.terminal = SummaryWriter(run_dir), sys.stderr.isatty()
 
     def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
-        self.file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
+        path = self.dir / "metrics.jsonl"
+        with writing(path), path.open("a") as file:
+            file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
         if line := [f"{name} {scalars[name]:.4g}" for name in LINE if name in scalars]:
             self.terminal or print(f"step {timesteps}  " + "  ".join(line), flush=True)
-        for name, x in scalars.items():
-            self.board.add_scalar(name, x, timesteps)
+        with writing(self.dir):
+            for name, x in scalars.items():
+                self.board.add_scalar(name, x, timesteps)
         if self.wandb:
             self.wandb.log({"timesteps": timesteps, **scalars, **(media or {})})
 
@@ -955,8 +973,8 @@ class Logger:
         self.log(timesteps, flat, media)
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        with contextlib.suppress(OSError):
+            self.board.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -1017,9 +1035,11 @@ def stop_signals() -> Iterator[list[int]]:
 
     wanted: list[int] = []
     old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield wanted
-    for number in old:
-        signal.signal(number, old[number])
+    try:
+        yield wanted
+    finally:
+        for number in old:
+            signal.signal(number, old[number])
 
 
 # [shared] end
@@ -1040,8 +1060,17 @@ def report(batch: Batch, scalars: dict[str, Tensor], times: list[float]) -> dict
     return floats | seconds | {"sps": batch.terminated.numel() / (times[2] - times[0])}
 
 
+def story(effect: dict[str, Tensor]) -> str:
+    """What a distillation did, for the terminal."""
+    kl = f"KL {effect['kl_before']:.4f} -> {effect['kl_after']:.4f}"
+    return f"{kl}, preference shift {effect['shift_before']:.1%} -> {effect['shift_after']:.1%}"
+
+
 def pack(args: Args, agent: Agent, envs, carry, rngs, size: int) -> dict[str, Any]:
-    """What a checkpoint holds of all processes."""
+    """What a checkpoint holds of all processes; RunError if a weight is not finite."""
+    for name, part in agent.parts().items():
+        if isinstance(part, nn.Module):
+            check_finite(**{f"{name}.{key}": x for key, x in part.state_dict().items()})
     own = {name: rng.get_state() for name, rng in rngs.items()}
     own |= {"carry": {name: x.cpu() for name, x in carry.items()}, "envs": envs.state_dict()}
     ranks = [own] * size
@@ -1052,8 +1081,11 @@ def pack(args: Args, agent: Agent, envs, carry, rngs, size: int) -> dict[str, An
     return about | {"agent": parts, "ranks": ranks}
 
 
-def unpack(own: dict[str, Any], envs, carry, rngs) -> dict[str, Tensor]:
+def unpack(ranks: list, rank: int, size: int, envs, carry, rngs) -> dict[str, Tensor]:
     """Put worlds and generators where a process's checkpoint left them; returns its carry."""
+    if len(ranks) != size:
+        raise UsageError(f"{len(ranks)} processes began this run; {size} cannot go on with it.")
+    own = ranks[rank]
     for name, rng in rngs.items():
         rng.set_state(own[name])
     envs.load_state_dict(own["envs"])
@@ -1091,10 +1123,9 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         names = ("rng", "method_rng")  # the method has its own, so that the parent's draws stay
         rngs = {name: torch.Generator().manual_seed(x) for name, x in zip(names, seeds)}
         if saved:
-            carry = unpack(saved["ranks"][rank], envs, carry, rngs)
+            carry = unpack(saved["ranks"], rank, size, envs, carry, rngs)
         else:
             envs.reset()
-        stop = stack.enter_context(stop_signals())
         if rank == 0:
             run_dir = run_dir or new_run_dir(args, args.substrate)
             logger = stack.enter_context(contextlib.closing(Logger(args, run_dir)))
@@ -1105,11 +1136,12 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             if rank == 0:
                 save_checkpoint(run_dir, state | {"wall_s": time.monotonic() - began})
 
-        if not saved:
-            save()
+        saved or save()
         share = fictitious_share(args, envs.spec.num_agents)
-        tqdm.write(f"{run_dir}: {share:.0%} of all agents will be fictitious")
+        rank or tqdm.write(f"{run_dir}: {share:.0%} of all agents will be fictitious")
         bar = tqdm(total=args.total_timesteps, initial=timesteps, unit=" steps", disable=None)
+        signals = stack.enter_context(contextlib.ExitStack())
+        stop = signals.enter_context(stop_signals())
         while timesteps < args.total_timesteps and (size > 1 or not stop):
             times = [time.monotonic()]
             batch = collect(args, envs, agent, carry, sprites, **rngs)
@@ -1120,27 +1152,23 @@ def train(args: Args) -> dict[str, dict[str, float]]:
                 what = (agent, batch, carry, sprites, rngs["method_rng"], envs.check)
                 effect = distill(args, phase, *what)
                 scalars |= {f"{phase}/{name}": x for name, x in effect.items()}
-                kl = f"KL {effect['kl_before']:.4f} -> {effect['kl_after']:.4f}"
-                shift = f"{effect['shift_before']:.1%} -> {effect['shift_after']:.1%}"
-                message = (
-                    f"iteration {iteration}, {phase} distillation: {kl}, preference shift {shift}"
-                )
-                rank or tqdm.write(message)
+                rank or tqdm.write(f"iteration {iteration}, {phase} distillation: {story(effect)}")
             times.append(time.monotonic())
             before, timesteps = timesteps, timesteps + args.rollout_steps * args.num_envs * size
             if rank == 0:
                 logger.log(timesteps, report(batch, scalars, times))
                 bar.update(timesteps - before)
-            if args.save_every and timesteps // args.save_every > before // args.save_every:
+            due = lambda every: every and timesteps // every > before // every  # noqa: B023, E731
+            if due(args.save_every):
                 save()
-            now = args.eval_every and timesteps // args.eval_every > before // args.eval_every
-            if now and rank == 0:
+            if due(args.eval_every) and rank == 0:
                 assess(args.eval_episodes, logger)
             if size > 1 and sum_over_processes(torch.tensor(len(stop), device=device)):
                 break  # all processes at the same iteration
         save()
         if rank > 0 or stop or not args.final_episodes:
             return {}
+        signals.close()  # from here on Ctrl-C ends the run at once
         results = assess(args.final_episodes, logger)
         summary = {"timesteps": timesteps, "wall_s": time.monotonic() - began, "eval": results}
         write(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
@@ -1154,6 +1182,8 @@ def main(argv: list[str] | None = None) -> int:
     except (RunError, WorldError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 1)
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
