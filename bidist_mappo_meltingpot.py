@@ -27,6 +27,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -963,10 +964,9 @@ class Logger:
 
     def log_results(self, timesteps: int, results: dict[str, dict[str, float]]) -> None:
         """An evaluation: all its figures; to wandb the table and the videos, too."""
-        media, names = {}, list(dict.fromkeys(x for row in results.values() for x in row))
-        if self.wandb:
-            rows = [[name, *map(row.get, names)] for name, row in results.items()]
-            media["eval/table"] = wandb.Table(["players", *names], rows)
+        media = {}
+        if self.wandb:  # no wandb.Table: to log one asks the server, and waits
+            media["eval/table"] = wandb.Html(f"<pre>{table(results)}</pre>")
             for path in (self.dir / "videos").glob(f"{timesteps}-*.mp4"):
                 media[f"video/{path.stem}"] = wandb.Video(str(path), format="mp4")
         flat = {f"eval/{k}/{name}": x for k, row in results.items() for name, x in row.items()}
@@ -981,6 +981,7 @@ class Logger:
 
 def start_wandb(args: Any, run_dir: Path) -> Any:
     """A wandb run; offline if its server does not answer in time."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry outwaits every timeout
     limit, url = args.wandb_timeout, os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     settings = {"console": "off", "silent": True, "init_timeout": limit, "finish_timeout": limit}
     options = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name}
@@ -990,8 +991,10 @@ def start_wandb(args: Any, run_dir: Path) -> Any:
             with contextlib.suppress(urllib.error.HTTPError):  # an error, too, is an answer
                 urllib.request.urlopen(url, timeout=limit).close()
         run = wandb.init(mode=args.wandb_mode, resume="allow", **options)
-    except (OSError, wandb.Error) as error:
-        print(f"wandb at {url}: {error}; logging offline, for `wandb sync`.", file=sys.stderr)
+    except (OSError, ValueError, http.client.HTTPException, wandb.Error) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        print(f"wandb at {url}: {reason}; logging offline, for `wandb sync`.", file=sys.stderr)
+        wandb.teardown()  # the service holds the run's name
         run = wandb.init(mode="offline", **options)
     run.define_metric("*", step_metric="timesteps")
     return run

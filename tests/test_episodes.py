@@ -392,7 +392,8 @@ def film():
     engine = Engine(spec, (1, 2, 3))
     frames = []
     for _ in range(600):
-        engine.step(generator.integers(0, spec.num_actions, 2))
+        if not engine.step(generator.integers(0, spec.num_actions, 2)):
+            engine = Engine(spec, (1, 2, 3))
         frames.append(engine.lab.observation("WORLD.RGB").copy())
     return frames
 

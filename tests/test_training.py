@@ -174,7 +174,6 @@ EFFECTS = {
     ),
     "final_episodes": (["--final-episodes", "9"], result("self-play", "episodes"), (4, 9)),
     "background": (["--background", "distilled"], result("v random"), None),
-    "num_focal": (["--num-focal", "2"], result("v random", "background_return"), None),
     "save_every": (["--save-every", "80"], lambda s, d: index_of(d), ([240, 0], [240, 160])),
     "p": (["--p", "0.9"], last("reward_per_1000/trained"), None),
     "p_means": (["--p-means", "trained", "--p", "0.95"], changed("actor"), None),
@@ -205,6 +204,7 @@ ELSEWHERE = {
     "num_workers": "test_flags_of_the_real_worlds",
     "worker_timeout": "test_flags_of_the_real_worlds",
     "eval_ids": "test_eval_ids",
+    "num_focal": "test_num_focal",
     "device": "test_device_and_threads",
     "num_threads": "test_device_and_threads",
     **dict.fromkeys(("forward_lr", "reverse_lr"), "test_distillation_rates_and_epochs_matter"),
@@ -246,12 +246,22 @@ def test_flag_changes_what_it_names(name, plain, tmp_path):
 
 
 def test_device_and_threads(tmp_path):
-    run(bidist, tmp_path / "run", "--num-threads", "2", "--device", "cpu")
+    few = ("--total-timesteps", "80", "--epochs", "1", "--final-episodes", "0")  # two can be slow
+    run(bidist, tmp_path / "run", "--num-threads", "2", "--device", "cpu", *few)
     assert torch.get_num_threads() == 2
-    run(bidist, tmp_path / "one")
+    run(bidist, tmp_path / "one", *few)
     assert torch.get_num_threads() == 1
     code = bidist.main([*TINY, "--device", "cuda", "--run-dir", str(tmp_path / "no")])
     assert code == (0 if torch.cuda.is_available() else 2)
+
+
+@pytest.mark.parametrize("flags, seats", [([], 1), (["--num-focal", "2"], 2)])
+def test_num_focal(flags, seats, monkeypatch):
+    """How many seats are ours; what play_pairs makes of it: test_episodes.py."""
+    s, seen = setting(*flags), []
+    monkeypatch.setattr(bidist, "play_pairs", lambda envs, pairs, *rest: seen.append(rest[0]))
+    bidist.evaluate(s.args, s.agent, {}, 2, 0, None)
+    assert seen == [seats]
 
 
 @pytest.mark.parametrize("ids", ["random", "slot"])
