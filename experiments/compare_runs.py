@@ -32,7 +32,11 @@ class Comparison:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories
     out: Path = Path("comparison")  # writes OUT.png, OUT.csv and OUT.md
-    curves: tuple[str, ...] = ("episode/return", "episode/pick_ups_per_1000", "entropy")  # scalars to draw
+    curves: tuple[str, ...] = (
+        "episode/return",
+        "episode/pick_ups_per_1000",
+        "entropy",
+    )  # scalars to draw
     every: int = 20_000  # environment steps that make one point
     rows: tuple[str, ...] = ()  # co-players in OUT.md, as in a run's table; default: all
 

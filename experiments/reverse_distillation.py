@@ -22,6 +22,7 @@ import csv
 import dataclasses
 import itertools
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
@@ -59,8 +60,7 @@ def study_run(path: str, study: Study) -> list[dict]:
     rows = []
     with bidist.make_envs(args, args.num_envs, study.seed + 10**6) as envs:
         agent = bidist.Agent(args, envs.spec, torch.device("cpu"))
-        for name, part in agent.parts().items():
-            part.load_state_dict(saved["agent"][name])
+        bidist.restore(agent.parts(), saved["agent"], path)
         sprites, carry = bidist.Sprites(envs, agent.device), bidist.new_carry(agent, args.num_envs)
         rngs = [torch.Generator().manual_seed(study.seed + k) for k in (0, 1)]
         envs.reset()
@@ -130,10 +130,10 @@ def main() -> None:
         "| phi | rate | epochs | " + " | ".join(f"{name} before -> after" for name in names) + " |"
     )
     print("|---|---|---|" + "---|" * len(names))
-    for key, group in itertools.groupby(
-        rows, key=lambda row: (row["phi"], row["rate"], row["epochs"])
-    ):
-        cells = list(group)
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["phi"], row["rate"], row["epochs"]].append(row)
+    for key, cells in groups.items():  # means over runs
         means = [
             [np.mean([row[f"{n}_{when}"] for row in cells]) for when in ("before", "after")]
             for n in names
