@@ -16,9 +16,10 @@ rollout, in turns towards theta (forward: an implicit self-play with the past) a
     python bidist_mappo_meltingpot.py --eval-only runs/RUN --background random runs/OTHER
     torchrun --nproc-per-node 2 bidist_mappo_meltingpot.py                   two times 16 worlds
 
-Letters: T steps, B worlds, N agents, A actions, F features, H hidden units, L steps per chunk,
-C chunks per rollout, M minibatch. What the paper leaves open is decided in docs/bidist.md; the
-worlds: docs/meltingpot.md. `diff baselines/mappo_meltingpot.py` shows the method and nothing else.
+Letters: T steps, B worlds, N agents, A actions, F features, H W tiles of a view (H' W' of the
+global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M minibatch.
+What the paper leaves open is decided in docs/bidist.md; the worlds: docs/meltingpot.md. What `diff
+baselines/mappo_meltingpot.py` shows is the method and nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import datetime
+import functools
 import hashlib
 import http.client
 import io
@@ -41,7 +44,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -186,12 +189,12 @@ class UsageError(RunError):
     code = 2
 
 
-def parse(argv: list[str], default: Any = None) -> Any:
+def parse(argv: list[str]) -> Any:
     """tyro, then pydantic for the bounds in annotations; their errors as one sentence."""
     box, flags = io.StringIO(), (tyro.conf.FlagCreatePairsOff,)
     try:
         with contextlib.redirect_stderr(box):
-            args = tyro.cli(Args, args=argv, default=default, config=flags)
+            args = tyro.cli(Args, args=argv, config=flags)
         pydantic.TypeAdapter(Args).validate_python(dataclasses.asdict(args))
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
@@ -214,14 +217,21 @@ def read_args(argv: list[str]) -> Any:
     args = parse(argv)
     if source := args.resume or args.eval_only:
         saved, script = load_checkpoint(source, quiet=True)[0], Path(__file__).stem
-        own = saved["args"] | {"run_dir": "", "resume": "", "eval_only": ""}
-        if saved["script"] != script or own.keys() != vars(args).keys():
-            raise UsageError(f"{source} is a run of {saved['script']}.py, not of this {script}.py.")
+        if saved["script"] != script:
+            raise UsageError(f"{source} is a run of {saved['script']}.py, not of {script}.py.")
+        own, given = saved["args"], vars(args)
+        if changed := own.keys() ^ given.keys():
+            raise UsageError(f"{source} is of a version that differs in {', '.join(changed)}.")
+        names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
+        for name in names & set(own) - set(RESUMABLE):
+            if given[name] != own[name]:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is {own[name]} in {source} and stays so.")
         own = {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
-        args = parse(argv, Args(**own))
-        for name, x in own.items():
-            if name not in RESUMABLE and getattr(args, name) != x:
-                raise UsageError(f"--{name.replace('_', '-')} is {x} in {source} and stays so.")
+        typed = {name: given[name] for name in names & set(own)}
+        fresh = {"run_dir": "", "resume": "", "eval_only": ""}
+        args = dataclasses.replace(args, **own | fresh | typed)
+        validate(args)
     return args
 
 
@@ -322,8 +332,8 @@ class RecurrentNet(nn.Module):
 
     def forward(self, ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
         """Views ids (T, B, N, H, W), features (T, B, N, F), starts (T, B) bool: an episode begins,
-        hidden (B, N, H) before the first step; critic: ids (T, B, H', W'), features (T, B, F)
-        -> outputs (T, B, N, .) and the states after each step (T, B, N, H)."""
+        hidden (B, N, S) before the first step; critic: ids (T, B, H', W'), features (T, B, F)
+        -> outputs (T, B, N, .) and the states after each step (T, B, N, S)."""
         x = F.relu(self.mlp(self.cnn(ids.flatten(0, -3), sprites)))
         x = torch.cat([x.view(*features.shape[:-1], -1), self.norm(features).to(x.dtype)], -1)
         steps, worlds, agents = len(x), *hidden.shape[:2]
@@ -350,6 +360,7 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
     return (log_probs + gumbel.to(log_probs.device)).argmax(-1)
 
 
+# paper is silent: value normalisation, orthogonal weights, ReLU; as in MAPPO
 class ValueNorm(nn.Module):
     """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
 
@@ -381,21 +392,24 @@ class Agent:
         adam, eps = torch.optim.Adam, args.adam_eps
         self.actor_optimiser = adam(self.actor.parameters(), args.actor_lr, eps=eps)
         self.critic_optimiser = adam(self.critic.parameters(), args.critic_lr, eps=eps)
-        self.perturb_distilled(args.seed + 2**30)
+        self.distilled = self.new_distilled(args.seed + 2**30)
 
     def new_actor(self, width: float = 1.0) -> RecurrentNet:
         spec, features = self.spec, self.spec.num_features + self.spec.num_agents
         net = RecurrentNet(spec.grid, features, spec.num_actions, 0.01, 1, width, self.args.pixels)
         return net.to(self.device)
 
-    def perturb_distilled(self, seed: int, noise_std: float | None = None) -> None:
-        """Add Gaussian noise to phi's weights, or initialise it anew, independently of theta."""
+    def new_distilled(self, seed: int) -> RecurrentNet:
+        """phi's weights are drawn independently of theta's."""
+        torch.manual_seed(seed)  # paper is silent: where phi begins
+        return self.new_actor(self.args.distilled_width)
+
+    def perturb_distilled(self, seed: int) -> None:
+        """Add Gaussian noise to every weight of phi."""
         torch.manual_seed(seed)
-        if noise_std is None:
-            self.distilled = self.new_actor(self.args.distilled_width)
-        else:
-            for weight in self.distilled.parameters():
-                weight.data.add_(noise_std * torch.randn(weight.shape).to(weight.device))
+        for weight in self.distilled.parameters():
+            noise = self.args.noise_std * torch.randn(weight.shape)
+            weight.data.add_(noise.to(weight.device))
 
     def autocast(self) -> torch.autocast:
         """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
@@ -424,7 +438,7 @@ def fictitious_share(args: Args, num_agents: int) -> float:
 
 def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
     """v for B worlds of N agents -> (B, N) bool, True for trained."""
-    # Eqs. (3)-(5), Alg. 1 lines 2-6
+    # Eqs. (3)-(5), Alg. 1 lines 2-6; paper is silent: one v per world, or for all
     rows = 1 if args.v_shared else shape[0]
     index = torch.rand(rows, shape[1], generator=rng).argsort(1)  # "randomize agents' indexes"
     v = torch.rand(rows, shape[1], generator=rng) >= fictitious_probability(args, shape[1])
@@ -471,14 +485,19 @@ def distill(args: Args, phase: str, agent, batch, carry, sprites, rng, alive) ->
 
     theta, _, _ = run(agent.actor, batch.actor_hidden)  # the teacher: the updated theta
     phi, states, last = run(agent.distilled, batch.distilled_hidden)
-    scalars = {f"{name}_before": x for name, x in compare(theta, phi).items()}
+    scalars = {f"{phase}/{name}_before": x for name, x in compare(theta, phi).items()}
     epochs, rate = args.reverse_epochs, args.reverse_lr
     if mode == "forward":
         epochs, rate = args.forward_epochs, args.forward_lr
     elif mode in ("random", "noise"):  # Fig. 6: once, without a gradient
-        noise_std = args.noise_std if mode == "noise" else None
-        agent.perturb_distilled(int(torch.randint(2**31, (), generator=rng)), noise_std)
+        seed = torch.randint(2**31, (), generator=rng).to(agent.device)
+        seed = int(sum_over_processes(seed))  # the same in all processes
+        if mode == "random":
+            agent.distilled = agent.new_distilled(seed)
+        else:
+            agent.perturb_distilled(seed)
         epochs, (phi, states, last) = 0, run(agent.distilled, batch.distilled_hidden)
+    # paper is silent: Adam without a memory of earlier phases
     optimiser = torch.optim.Adam(agent.distilled.parameters(), rate, eps=args.adam_eps)
     for _ in range(epochs):
         chunks = dataclasses.replace(batch, theta=theta, distilled_hidden=states)
@@ -495,7 +514,7 @@ def distill(args: Args, phase: str, agent, batch, carry, sprites, rng, alive) ->
         # phi's states before each chunk are computed anew under its new weights
         phi, states, last = run(agent.distilled, batch.distilled_hidden)
     carry["distilled_hidden"] = last
-    return scalars | {f"{name}_after": x for name, x in compare(theta, phi).items()}
+    return scalars | {f"{phase}/{name}_after": x for name, x in compare(theta, phi).items()}
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -507,6 +526,7 @@ def new_carry(agent: Agent, num_envs: int) -> dict[str, Tensor]:
     carry = {
         "starts": torch.ones(num_envs, dtype=torch.bool),  # (B,), an episode is about to begin
         "previous": torch.full(shape, -1),  # (B, N), last actions; -1: none yet
+        # (B, N, S):
         "actor_hidden": torch.zeros(*shape, agent.actor.hidden_size),
         "critic_hidden": torch.zeros(*shape, agent.critic.hidden_size),
         "distilled_hidden": torch.zeros(*shape, agent.distilled.hidden_size),
@@ -532,11 +552,11 @@ class Batch:
     trained: Tensor  # (T, B, N) bool, v: theta acted
     theta: Tensor  # (T, B, N, A) float32, log-probabilities under both networks
     phi: Tensor  # (T, B, N, A) float32
-    actor_hidden: Tensor  # (C, B, N, H) before each chunk
-    distilled_hidden: Tensor  # (C, B, N, H) of phi
-    finals: list  # (t, b, world_ids, critic_features) of the last observation where truncated
+    actor_hidden: Tensor  # (C, B, N, S) before each chunk
+    distilled_hidden: Tensor  # (C, B, N, S) of phi
+    finals: list  # where truncated: t, b, last world_ids (H', W') and critic_features (N * (F + A))
     episodes: list  # envs.tiles.Episode, those that ended
-    critic_hidden: Tensor | None = None  # (C, B, N, H); this and the rest is set by update()
+    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest is set by update()
     values: Tensor | None = None  # (T, B, N) float32
     advantages: Tensor | None = None  # (T, B, N) float32
     targets: Tensor | None = None  # (T, B, N) float32, returns
@@ -544,7 +564,8 @@ class Batch:
 
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
     """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
-    (T, B, ...) becomes (L, M, ...), hidden (C, B, N, H) becomes (M, N, H)."""
+    (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
+    # paper is silent: how a rollout is cut for recurrent networks
     chunks, worlds, length = *batch.actor_hidden.shape[:2], args.chunk_length
     for pairs in torch.randperm(chunks * worlds, generator=rng).tensor_split(args.minibatches):
         chunk, world = pairs // worlds, pairs % worlds
@@ -570,13 +591,14 @@ def observe(obs, device, ids=None) -> tuple[Tensor, ...]:
 def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
     """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
     -> (B, N * (F + A))."""
+    # paper is silent: which actions the critic sees
     actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
     return torch.cat([features, actions.to(features.dtype)], -1).flatten(-2)
 
 
 @torch.no_grad()
 def act(net: RecurrentNet, tile_ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
-    """One step -> log-probabilities (B, N, A) and the next hidden (B, N, H)."""
+    """One step -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
     logits, states = net(tile_ids[None], features[None], starts[None], hidden, sprites())
     return logits[0].log_softmax(-1), states[0]
 
@@ -593,12 +615,16 @@ def collect(args: Args, envs, agent: Agent, carry, sprites, rng, method_rng) -> 
     if args.v_redraw == "iteration":
         carry["trained"] = draw_trained(args, shape, method_rng).to(device)
     for t in range(args.rollout_steps + 1):
-        starts, trained = carry["starts"], carry["trained"]
+        starts = carry["starts"]
         tile_ids, seen, world_ids, features = observe(envs.obs, device)
         joint = joint_features(features, carry["previous"], num_actions)
         add(world_ids=world_ids, critic_features=joint, starts=starts)
         if t == args.rollout_steps:
             break
+        if args.v_redraw == "episode" and starts.any():
+            drawn = draw_trained(args, shape, method_rng).to(device)
+            carry["trained"] = torch.where(starts[:, None], drawn, carry["trained"])
+        trained = carry["trained"]
         states = {name: carry[name] for name in ("actor_hidden", "distilled_hidden")}
         if t % args.chunk_length == 0:
             add(**states)
@@ -624,9 +650,6 @@ def collect(args: Args, envs, agent: Agent, carry, sprites, rng, method_rng) -> 
         episodes += step.episodes
         carry["starts"] = ended = terminated | truncated
         carry["previous"] = actions.masked_fill(ended[:, None], -1)
-        if args.v_redraw == "episode" and ended.any():
-            fresh = draw_trained(args, shape, method_rng).to(device)
-            carry["trained"] = torch.where(ended[:, None], fresh, trained)
     tensors = {name: torch.stack(x) for name, x in record.items()}
     return Batch(**tensors, finals=finals, episodes=episodes)
 
@@ -634,7 +657,7 @@ def collect(args: Args, envs, agent: Agent, carry, sprites, rng, method_rng) -> 
 @torch.no_grad()
 def replay(net: RecurrentNet, views, hidden: Tensor, length: int, sprites) -> tuple[Tensor, ...]:
     """Run net over a rollout, chunk by chunk -> outputs (T, B, N, .), states before each chunk
-    (C, B, N, H) and after each step (T, B, N, H)."""
+    (C, B, N, S) and after each step (T, B, N, S)."""
     outputs, before, after = [], [], []
     for chunk in zip(*(x.split(length) for x in views)):
         before.append(hidden)
@@ -666,12 +689,9 @@ def estimate(args: Args, agent: Agent, batch: Batch, carry, sprites) -> tuple[Te
         outputs, before, after = replay(agent.critic, views, hidden, args.chunk_length, sprites)
         values = outputs[..., 0] * std + mean  # (T + 1, B, N)
         next_values = values[1:].clone()
+        goes_on = torch.zeros(1, 1, dtype=torch.bool, device=values.device)
         for t, b, world_ids, joint in batch.finals:
-            view = (
-                world_ids[None, None],
-                joint[None, None],
-                torch.zeros_like(batch.starts[:1, :1]),
-            )
+            view = (world_ids[None, None], joint[None, None], goes_on)
             output, _ = agent.critic(*view, after[t, b, None], sprites())
             next_values[t, b] = output[0, 0, :, 0] * std + mean
     batch.critic_hidden, carry["critic_hidden"] = before[:-1], before[-1]  # the last: before step T
@@ -690,9 +710,14 @@ def start_processes(args: Any) -> tuple[int, int, torch.device]:
         raise UsageError("--device cuda: there is no CUDA device here.")
     cuda = args.device != "cpu" and torch.cuda.is_available()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, size, torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        # The others wait while the first evaluates; who is dead, torchrun finds out.
+        patience = datetime.timedelta(days=1)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    return rank, size, device
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -734,7 +759,7 @@ def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
     """Clipped Huber loss, element by element, in normalised units."""
-    clipped = old + (value - old).clamp(-clip, clip)
+    clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
     losses = (F.huber_loss(x, target, reduction="none", delta=delta) for x in (value, clipped))
     return torch.max(*losses)
 
@@ -742,8 +767,9 @@ def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: f
 def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -> dict[str, Tensor]:
     """PPO epochs over one rollout; alive() is called before each minibatch. Returns scalars."""
     values, advantages = estimate(args, agent, batch, carry, sprites)
-    used = batch.trained if args.mask_fictitious else ...
-    agent.value_norm.update(moments((values + advantages)[used]))  # once, before the epochs
+    used = batch.trained if args.mask_fictitious else ...  # ...: all samples
+    # paper is silent: statistics of returns and advantages, once before the epochs
+    agent.value_norm.update(moments((values + advantages)[used]))
     mean, std = agent.value_norm.mean_std()
     batch.values, batch.targets = (values - mean) / std, (values + advantages - mean) / std
     _, mean, square = moments(advantages[used]).float()
@@ -780,7 +806,8 @@ def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -
         now |= {"actor_grad_norm": actor_norm, "critic_grad_norm": critic_norm}
         for name, x in now.items():
             scalars[name].append(x.detach())
-    scalars = {name: torch.stack(x).mean() for name, x in scalars.items()}
+    scalars = {name: torch.stack(x) for name, x in scalars.items()}
+    scalars = {k: x.max() if k.startswith("ratio_max") else x.mean() for k, x in scalars.items()}
     check_finite(**{name: scalars[name] for name in ("policy_loss", "value_loss", "entropy")})
     return scalars
 
@@ -835,15 +862,17 @@ def load_background(args: Args, agent: Agent) -> dict[str, RecurrentNet]:
 
 
 def evaluate(
-    args: Args, agent: Agent, others: dict, episodes: int, timesteps: int, videos: Path | None
+    args: Args, agent: Agent, others: dict, alive, kind: str, timesteps: int, run_dir: Path
 ) -> dict[str, dict[str, float]]:
     """Full natural episodes without learning: everyone ours, then beside each of --background.
 
-    Returns {"v co-player": envs.episodes.summarise(...)}. A co-player is any envs.episodes.Player:
-    the bots of scenarios will enter here, too.
+    kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
+    Prints a table and returns {"v co-player": envs.episodes.summarise(...)}. A co-player is any
+    envs.episodes.Player: the bots of scenarios will enter here, too.
     """
     args = dataclasses.replace(args, max_episode_steps=0)
-    rng = np.random.default_rng((args.seed, timesteps, 8))
+    episodes = args.final_episodes if kind == "final" else args.eval_episodes
+    rng = np.random.default_rng((args.seed, timesteps, ("eval", "final").index(kind)))
     with make_envs(args, min(args.num_envs, episodes), int(rng.integers(2**31))) as envs:
         sprites = Sprites(envs, agent.device)
         player = lambda net: net_player(net, sprites, int(rng.integers(2**31)))  # noqa: E731
@@ -859,7 +888,11 @@ def evaluate(
             pairs[f"v {name}"] = (player(agent.actor), them)
         seats = args.num_focal or max(1, envs.spec.num_agents - 1)
         shuffle = args.eval_ids == "random"
-        return play_pairs(envs, pairs, seats, episodes, rng, shuffle, videos, str(timesteps))
+        videos = run_dir / "videos" if args.capture_video else None
+        film = (videos, f"{kind}-{timesteps}")
+        results = play_pairs(envs, pairs, seats, episodes, rng, shuffle, *film, alive)
+    tqdm.write(f"{args.substrate}, seed {args.seed}, step {timesteps}\n{table(results)}")
+    return results
 
 
 # --- 9. Plumbing ----------------------------------------------------------------------------------
@@ -867,9 +900,9 @@ def evaluate(
 
 
 def check_finite(**tensors: Tensor) -> None:
-    """End the run at the first tensor that holds NaN or infinity, and name it."""
+    """End the run, in all processes, at the first tensor with NaN or infinity, and name it."""
     for name, x in tensors.items():
-        if not torch.isfinite(x).all():
+        if sum_over_processes((~torch.isfinite(x)).sum()):
             raise RunError(f"{name} is not finite; the last checkpoint is from before.")
 
 
@@ -912,6 +945,8 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
     name, sha256 = f"checkpoint-{state['timesteps']}.pt", hashlib.sha256(buffer.getvalue())
     entry = {"name": name, "timesteps": state["timesteps"], "sha256": sha256.hexdigest()}
     known = json.loads(index.read_text()) if index.exists() else []
+    if known and known[0]["name"] == name and read_intact(run_dir, known[0]):
+        return  # saved already
     others = (old for old in known if old["name"] != name and read_intact(run_dir, old))
     known = [entry, *itertools.islice(others, 1)]
     write(run_dir / name, buffer.getvalue())
@@ -930,7 +965,8 @@ def load_checkpoint(path: str, quiet: bool = False) -> tuple[dict[str, Any], Pat
             if file in (run_dir, part):
                 if data := read_intact(run_dir, entry):
                     return torch.load(io.BytesIO(data), "cpu", weights_only=True), run_dir
-                quiet or print(f"{part} is damaged: its sha256 differs.", file=sys.stderr)
+                if not quiet:
+                    print(f"{part} is damaged: its sha256 differs.", file=sys.stderr)
     raise UsageError(f"{path} holds no intact checkpoint.")
 
 
@@ -946,30 +982,35 @@ def restore(parts: dict[str, Any], states: dict[str, Any], source: str) -> None:
 class Logger:
     """Scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
 
-    def __init__(self, args: Any, run_dir: Path):
+    def __init__(self, args: Any, run_dir: Path, timesteps: int):
         self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
-        self.board, self.terminal = SummaryWriter(run_dir), sys.stderr.isatty()
+        self.path, self.terminal = run_dir / "metrics.jsonl", sys.stderr.isatty()
+        if timesteps:  # what came after the checkpoint happens again
+            kept = (line for line in self.path.read_bytes().splitlines(True) if line[-1:] == b"\n")
+            kept = [line for line in kept if json.loads(line)["timesteps"] <= timesteps]
+            write(self.path, b"".join(kept))
+        self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
 
     def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
-        path = self.dir / "metrics.jsonl"
-        with writing(path), path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
-        if line := [f"{name} {scalars[name]:.4g}" for name in LINE if name in scalars]:
-            self.terminal or print(f"step {timesteps}  " + "  ".join(line), flush=True)
+        line = [f"{name} {scalars[name]:.4g}" for name in LINE if name in scalars]
+        if line and not self.terminal:
+            print(f"step {timesteps}  " + "  ".join(line), flush=True)
         with writing(self.dir):
             for name, x in scalars.items():
                 self.board.add_scalar(name, x, timesteps)
         if self.wandb:
             self.wandb.log({"timesteps": timesteps, **scalars, **(media or {})})
 
-    def log_results(self, timesteps: int, results: dict[str, dict[str, float]]) -> None:
-        """An evaluation: all its figures; to wandb the table and the videos, too."""
+    def log_results(self, timesteps: int, kind: str, results: dict[str, dict]) -> None:
+        """An evaluation, kind "eval" or "final": its figures; to wandb table and videos, too."""
         media = {}
         if self.wandb:  # no wandb.Table: to log one asks the server, and waits
-            media["eval/table"] = wandb.Html(f"<pre>{table(results)}</pre>")
-            for path in (self.dir / "videos").glob(f"{timesteps}-*.mp4"):
+            media[f"{kind}/table"] = wandb.Html(f"<pre>{table(results)}</pre>")
+            for path in (self.dir / "videos").glob(f"{kind}-{timesteps}-*.mp4"):
                 media[f"video/{path.stem}"] = wandb.Video(str(path), format="mp4")
-        flat = {f"eval/{k}/{name}": x for k, row in results.items() for name, x in row.items()}
+        flat = {f"{kind}/{k}/{name}": x for k, row in results.items() for name, x in row.items()}
         self.log(timesteps, flat, media)
 
     def close(self) -> None:
@@ -1000,8 +1041,8 @@ def start_wandb(args: Any, run_dir: Path) -> Any:
     return run
 
 
-def new_run_dir(args: Any, world: str) -> Path:
-    """The run's directory with its args.json."""
+def new_run_dir(args: Any, world: str, **resolved: Any) -> Path:
+    """The run's directory with its args.json; resolved: what defaults have come to mean."""
     when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     name = f"{world}__{Path(__file__).stem}__s{args.seed}__{when}__{secrets.token_hex(2)}"
     run_dir = Path(args.run_dir or f"runs/{name}")
@@ -1012,7 +1053,9 @@ def new_run_dir(args: Any, world: str) -> Path:
     if (run_dir / "checkpoints.json").exists():
         raise UsageError(f"{run_dir} holds a run already: --resume it, or name another.")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    about = {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
+    about = {"resolved": resolved, "commit": ""}
+    with contextlib.suppress(OSError):  # no git
+        about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
     write(run_dir / "args.json", json.dumps(dataclasses.asdict(args) | about, indent=1).encode())
     return run_dir
@@ -1023,26 +1066,40 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if code == 0:  # else others may still be waiting for us
+            dist.destroy_process_group()
         os._exit(code)
     sys.exit(code)
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM append to; a second one of them does what it always does."""
+def stop_signals(wanted: list[int]) -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM append to the list; a second one of them does what it always does, and
+    after a call of what this yields the first does, too."""
 
     def handler(number: int, frame: Any) -> None:
         wanted.append(number)
         signal.signal(number, old[number])
 
-    wanted: list[int] = []
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield wanted
-    finally:
+    def restore() -> None:
         for number in old:
             signal.signal(number, old[number])
+
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+def progress_bar(timesteps: int, total: int, rank: int) -> tqdm:
+    """A bar of environment steps, of the first process and only on a terminal."""
+    return tqdm(total=total, initial=timesteps, unit=" steps", disable=True if rank else None)
+
+
+def is_due(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies between two numbers of environment steps; never if 0."""
+    return every > 0 and now // every > before // every
 
 
 # [shared] end
@@ -1051,22 +1108,31 @@ def stop_signals() -> Iterator[list[int]]:
 # --- 10. Train ------------------------------------------------------------------------------------
 
 
-def report(batch: Batch, scalars: dict[str, Tensor], times: list[float]) -> dict[str, float]:
-    """What an iteration logs; times: when it began, had collected, had learnt."""
+def report(batch: Batch, scalars: dict[str, Tensor], times: list[float], size: int) -> dict:
+    """What an iteration logs; times: when the run and it began, had collected, had learnt."""
+    for phase in ("forward", "reverse"):
+        if f"{phase}/kl_before" in scalars:
+            kl, shift = (
+                f"{scalars[f'{phase}/{name}_before']:.3g} -> {scalars[f'{phase}/{name}_after']:.3g}"
+                for name in ("kl", "shift")
+            )
+            tqdm.write(f"{phase} distillation: KL {kl}, preference shift {shift}")
     scalars |= compare(batch.theta, batch.phi)
     for name, who in (("trained", batch.trained), ("fictitious", ~batch.trained)):
         if who.any():
             scalars[f"reward_per_1000/{name}"] = 1000 * batch.rewards[who].mean()
     scalars["reward_per_1000/all"] = 1000 * batch.rewards.mean()
-    seconds = {"collect_s": times[1] - times[0], "learn_s": times[2] - times[1]}
+    start, began, collected, learnt = times
+    seconds = {"collect_s": collected - began, "learn_s": learnt - collected}
+    seconds["wall_s"] = learnt - start
     floats = {name: float(x) for name, x in scalars.items()} | count_episodes(batch.episodes)
-    return floats | seconds | {"sps": batch.terminated.numel() / (times[2] - times[0])}
+    return floats | seconds | {"sps": size * batch.terminated.numel() / (learnt - began)}
 
 
-def story(effect: dict[str, Tensor]) -> str:
-    """What a distillation did, for the terminal."""
-    kl = f"KL {effect['kl_before']:.4f} -> {effect['kl_after']:.4f}"
-    return f"{kl}, preference shift {effect['shift_before']:.1%} -> {effect['shift_after']:.1%}"
+def new_generators(seed: int, rank: int) -> dict[str, torch.Generator]:
+    """A process's own; the method has one for itself, so that the parent's draws stay."""
+    seeds = np.random.SeedSequence((seed, rank)).generate_state(2).tolist()
+    return {name: torch.Generator().manual_seed(x) for name, x in zip(("rng", "method_rng"), seeds)}
 
 
 def pack(args: Args, agent: Agent, envs, carry, rngs, size: int) -> dict[str, Any]:
@@ -1111,27 +1177,27 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             restore(agent.parts(), saved["agent"], source)
         others = load_background(args, agent)
 
-        def assess(episodes: int, logger: Logger | None = None) -> dict[str, dict[str, float]]:
-            videos = run_dir / "videos" if args.capture_video else None
-            results = evaluate(args, agent, others, episodes, timesteps, videos)
-            tqdm.write(f"{args.substrate}, seed {args.seed}, step {timesteps}\n{table(results)}")
-            if logger:
-                logger.log_results(timesteps, results)
-            return results
+        stop: list[int] = []  # signals that asked for it
 
+        def alive() -> None:
+            envs.check()
+            if stop:
+                raise KeyboardInterrupt
+
+        judge = functools.partial(evaluate, args, agent, others, alive)
         if args.eval_only:
-            return assess(args.final_episodes)
+            return judge("final", timesteps, run_dir) if rank == 0 else {}
         carry = new_carry(agent, args.num_envs)
-        seeds = np.random.SeedSequence((args.seed, rank)).generate_state(2).tolist()
-        names = ("rng", "method_rng")  # the method has its own, so that the parent's draws stay
-        rngs = {name: torch.Generator().manual_seed(x) for name, x in zip(names, seeds)}
+        rngs = new_generators(args.seed, rank)
         if saved:
             carry = unpack(saved["ranks"], rank, size, envs, carry, rngs)
         else:
             envs.reset()
         if rank == 0:
-            run_dir = run_dir or new_run_dir(args, args.substrate)
-            logger = stack.enter_context(contextlib.closing(Logger(args, run_dir)))
+            q = fictitious_probability(args, envs.spec.num_agents)
+            names = {"device": str(device), "fictitious_probability": q}
+            run_dir = run_dir or new_run_dir(args, args.substrate, **names)
+            logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
 
         def save() -> None:
             state = pack(args, agent, envs, carry, rngs, size)
@@ -1139,40 +1205,40 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             if rank == 0:
                 save_checkpoint(run_dir, state | {"wall_s": time.monotonic() - began})
 
-        saved or save()
-        share = fictitious_share(args, envs.spec.num_agents)
-        rank or tqdm.write(f"{run_dir}: {share:.0%} of all agents will be fictitious")
-        bar = tqdm(total=args.total_timesteps, initial=timesteps, unit=" steps", disable=None)
-        signals = stack.enter_context(contextlib.ExitStack())
-        stop = signals.enter_context(stop_signals())
+        if not saved:
+            save()
+        if rank == 0:
+            share = fictitious_share(args, envs.spec.num_agents)
+            tqdm.write(f"{run_dir}: {share:.0%} of all agents will be fictitious")
+        bar = progress_bar(timesteps, args.total_timesteps, rank)
+        signals = stack.enter_context(stop_signals(stop))
         while timesteps < args.total_timesteps and (size > 1 or not stop):
-            times = [time.monotonic()]
+            times = [began, time.monotonic()]
             batch = collect(args, envs, agent, carry, sprites, **rngs)
             times.append(time.monotonic())
             scalars = update(args, agent, batch, carry, sprites, rngs["rng"], envs.check)
             iteration += 1
             if phase := distillation_phase(args, iteration):
                 what = (agent, batch, carry, sprites, rngs["method_rng"], envs.check)
-                effect = distill(args, phase, *what)
-                scalars |= {f"{phase}/{name}": x for name, x in effect.items()}
-                rank or tqdm.write(f"iteration {iteration}, {phase} distillation: {story(effect)}")
+                scalars |= distill(args, phase, *what)
             times.append(time.monotonic())
             before, timesteps = timesteps, timesteps + args.rollout_steps * args.num_envs * size
             if rank == 0:
-                logger.log(timesteps, report(batch, scalars, times))
+                logger.log(timesteps, report(batch, scalars, times, size))
                 bar.update(timesteps - before)
-            due = lambda every: every and timesteps // every > before // every  # noqa: B023, E731
-            if due(args.save_every):
+            if is_due(args.save_every, before, timesteps):
                 save()
-            if due(args.eval_every) and rank == 0:
-                assess(args.eval_episodes, logger)
+            if is_due(args.eval_every, before, timesteps) and rank == 0:
+                with contextlib.suppress(KeyboardInterrupt):
+                    logger.log_results(timesteps, "eval", judge("eval", timesteps, run_dir))
             if size > 1 and sum_over_processes(torch.tensor(len(stop), device=device)):
                 break  # all processes at the same iteration
         save()
         if rank > 0 or stop or not args.final_episodes:
             return {}
-        signals.close()  # from here on Ctrl-C ends the run at once
-        results = assess(args.final_episodes, logger)
+        signals()  # from here on Ctrl-C ends the run at once
+        results = judge("final", timesteps, run_dir)
+        logger.log_results(timesteps, "final", results)
         summary = {"timesteps": timesteps, "wall_s": time.monotonic() - began, "eval": results}
         write(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
         return results

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +59,11 @@ def play(
     rng: np.random.Generator,
     shuffle_ids: bool = True,
     video: Video | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> list[Result]:
     """Play `episodes` episodes to their end and return one Result each.
+
+    alive() is called about twice a second; what it raises ends the play.
 
     With `background`, num_focal seats drawn anew for every episode are focal (in a scenario: those
     it names) and the others are played by it; with None everyone is focal. Ids are drawn without
@@ -84,7 +88,11 @@ def play(
     for world in range(worlds):
         begin(world)
     obs, starts = envs.reset(), np.ones(worlds, bool)
+    checked = time.monotonic()
     while counted.any():
+        if time.monotonic() > checked + 0.5:
+            alive()
+            checked = time.monotonic()
         if video is not None and counted[0]:
             video.add(envs.images(obs.world_ids[0]))
         actions = focal(obs, starts, ids)
@@ -119,12 +127,13 @@ def play_pairs(
     shuffle_ids: bool = True,
     videos: Path | None = None,
     stem: str = "",
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """play() and summarise() for each named (focal, background) pair, with films in `videos`."""
     summaries = {}
     for name, (focal, background) in pairs.items():
         video = Video() if videos else None
-        results = play(envs, focal, background, num_focal, episodes, rng, shuffle_ids, video)
+        results = play(envs, focal, background, num_focal, episodes, rng, shuffle_ids, video, alive)
         summaries[name] = summarise(results)
         if video:
             video.save(videos / f"{stem}-{re.sub('[^a-zA-Z0-9_.]+', '-', name)}.mp4")

@@ -359,6 +359,8 @@ class Host:
         self.spec, self.seed, self.first_world, self.max_steps = spec, seed, first_world, max_steps
         self.arrays = SharedArrays(spec, num_envs, fd)
         self.palette = Palette(self.arrays.sprites, self.arrays.num_sprites, fd)
+        # Numba compiles here, not when a first observation is waited for.
+        self.palette.encode(np.zeros((8, 8, 3), np.uint8), np.zeros((1, 1), np.uint16))
         self.ready: dict[int, Engine] = {}
         self.serving: dict[int, Engine] = {}
         self.steps: dict[int, int] = {}
@@ -392,7 +394,8 @@ class Host:
 
 def worker_main(socket_fd: int, memory_fd: int) -> None:
     """The life of a worker process: it answers until the other end of the socket is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the trainer acts
+    for number in (signal.SIGINT, signal.SIGTERM):  # they go to the whole group; the trainer acts
+        signal.signal(number, signal.SIG_IGN)
     connection = Connection(socket_fd)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         host = Host(*pickle.loads(connection.recv_bytes()), memory_fd)
@@ -583,13 +586,9 @@ class MeltingPot:
         workers, self.workers = self.workers, []
         for worker in workers:
             worker.connection.close()
-            worker.process.terminate()
+            worker.process.kill()  # it holds nothing that would be lost
         for worker in workers:
-            try:
-                worker.process.wait(0.5)
-            except subprocess.TimeoutExpired:  # stopped by a signal, say
-                worker.process.kill()
-                worker.process.wait()
+            worker.process.wait()
         self.arrays.close()
 
     def _observation(self, final: bool = False) -> Observation:
@@ -629,13 +628,13 @@ class MeltingPot:
                     free -= not worker.serving
 
     def _standby(self) -> Worker | None:
-        """A worker that steps no world and has room for a long build, started if need be."""
-        room = int(np.clip(10.0 / self.fastest_build, 1, self.per_worker))  # ten seconds' work
-        idle = [w for w in self.workers if not w.serving and len(w.reserved) < room]
+        """A worker that steps no world and holds none, started if need be: a process that builds a
+        second engine could not hand over its first."""
+        idle = [w for w in self.workers if not w.serving and not w.reserved]
         # With num_envs + num_workers processes there is always one.
         if not idle and self.standby and len(self.workers) < self.num_envs + self.num_workers:
             idle = [self._spawn()]
-        return max(idle, key=lambda worker: len(worker.reserved)) if idle and self.standby else None
+        return idle[0] if idle and self.standby else None
 
     def _start(self, worlds: Iterable[int]) -> None:
         """Switch each world's slot to its next episode, and wait for the first observations."""

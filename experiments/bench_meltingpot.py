@@ -105,26 +105,28 @@ class Official:
 
 
 def bench_worlds(bench: Bench) -> None:
-    print("| substrate | players | ours, with ids | official, without | ratio | reset |")
+    print("| substrate | players | ours, with ids | official, without | ratio | resets |")
     print("|---|---|---|---|---|---|")
     for name in bench.substrates:
         spec, rng = get_spec(name), np.random.default_rng(0)
-        worlds, speeds, resets = (Ours(spec, 0), Official(spec)), ([], []), []
+        worlds, speeds, resets = (Ours(spec, 0), Official(spec)), ([], []), ([], [])
         for number in range(bench.rounds + 1):
             actions = rng.integers(0, spec.num_actions, (bench.steps, spec.num_agents))
-            for world, speed in zip(worlds, speeds):
+            turn = []
+            for world, reset in zip(worlds, resets):
                 began = time.perf_counter()
                 world.reset()  # every turn from an episode's start, as none ends within 300 steps
-                resets.append(time.perf_counter() - began)
-                measured = steps_per_second(world.step, actions)
-                if number and not world.over:  # the first turn compiles and warms up
+                reset.append(time.perf_counter() - began)
+                turn.append(steps_per_second(world.step, actions))
+            if number and not any(world.over for world in worlds):  # the first turn warms up
+                for speed, measured in zip(speeds, turn):
                     speed.append(measured)
         ratios = [a / b for a, b in zip(*speeds)]
         ours, official = (statistics.median(speed) for speed in speeds)
         print(
             f"| {name} | {spec.num_agents} | {ours:,.0f} | {official:,.0f} | "
             f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] | "
-            f"{1000 * statistics.median(resets):.0f} ms |",
+            f"{', '.join(f'{1000 * statistics.median(x):.0f} ms' for x in resets)} |",
             flush=True,
         )
 
@@ -170,21 +172,23 @@ def training_seconds(script: Any, bench: Bench, name: str, kind: str, rounds: in
             return result
 
         envs.step = timed
+        if script is bidist:
+            rounds = max(rounds, 2 * args.k_d)  # one distillation of each kind
         for number in range(rounds + 1):
             stepping[0], began = 0.0, time.perf_counter()
             batch = script.collect(args, envs, agent, carry, sprites, *rngs)
             wait()
             collected = time.perf_counter()
             script.update(args, agent, batch, carry, sprites, rngs[0], envs.check)
-            if script is bidist and script.distillation_phase(args, number + 1):
+            if script is bidist and script.distillation_phase(args, number):
                 rest = (agent, batch, carry, sprites, rngs[1], envs.check)
-                script.distill(args, script.distillation_phase(args, number + 1), *rest)
+                script.distill(args, script.distillation_phase(args, number), *rest)
             wait()
             if number:  # the first iteration warms up
                 parts["worlds"].append(stepping[0])
                 parts["acting"].append(collected - began - stepping[0])
                 parts["learning"].append(time.perf_counter() - collected)
-    centre = statistics.mean if script is bidist else statistics.median  # distillation: 1 in 5
+    centre = statistics.mean if script is bidist else statistics.median  # 2 in 10 distill
     return {part: centre(values) for part, values in parts.items()}
 
 

@@ -43,14 +43,14 @@ class Comparison:
 
 def read_curves(run: Path, names: tuple[str, ...], every: int) -> dict[str, list[tuple]]:
     """{scalar: [(environment steps at the window's end, mean in the window), ...]}."""
-    windows = defaultdict(lambda: defaultdict(list))
+    windows, last = defaultdict(lambda: defaultdict(list)), 0
     for line in (run / "metrics.jsonl").read_text().splitlines():
         scalars = json.loads(line)
+        last = scalars["timesteps"]
         for name in names:
             if name in scalars:
                 windows[name][-(-scalars["timesteps"] // every) * every].append(scalars[name])
-    last = scalars["timesteps"]  # a window that the run has not filled makes no point
-    return {
+    return {  # a window that the run has not filled makes no point
         name: [(end, float(np.mean(x))) for end, x in sorted(points.items()) if end <= last]
         for name, points in windows.items()
     }
@@ -100,6 +100,8 @@ def final_table(runs: tuple[Path, ...], rows: tuple[str, ...]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for run in runs:
+        if not (run / "summary.json").exists():
+            continue  # not finished
         results = json.loads((run / "summary.json").read_text())["eval"]
         for name in rows or results:
             if row := results.get(name):

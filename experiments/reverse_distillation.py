@@ -67,8 +67,11 @@ def study_run(path: str, study: Study) -> list[dict]:
         for _ in range(study.warm_up + 1):
             batch = bidist.collect(args, envs, agent, carry, sprites, *rngs)
     lagged = agent.distilled
-    agent.perturb_distilled(study.seed)
-    starts = {"initial": agent.distilled, "lagged": lagged, "near": copy.deepcopy(lagged)}
+    starts = {
+        "initial": agent.new_distilled(study.seed + 2**31),
+        "lagged": lagged,
+        "near": copy.deepcopy(lagged),
+    }
     agent.distilled = starts["near"]
     bidist.distill(args, "forward", agent, batch, carry, sprites, rngs[1], lambda: None)
     for start, rate, epochs in itertools.product(starts, study.rates, study.epochs):
@@ -87,7 +90,7 @@ def study_run(path: str, study: Study) -> list[dict]:
 
 
 def draw(rows: list[dict], study: Study) -> None:
-    """Shift and KL against rate times steps, a panel for each distance, a line for each run."""
+    """Shift and KL against the rate, a panel for each distance, a line for each run."""
     starts = list(dict.fromkeys(row["phi"] for row in rows))
     figure, axes = plt.subplots(2, len(starts), figsize=(3.6 * len(starts), 5.2), sharex=True)
     for column, start in enumerate(starts):

@@ -83,11 +83,7 @@ def test_killed_twenty_times(tmp_path):
     assert script(BIDIST).main(tiny(BIDIST, tmp_path / "whole", iterations)) == 0
     assert differences(exact(run_dir), exact(tmp_path / "whole")) == []
     assert len(list(run_dir.glob("checkpoint-*"))) == 2 and parts(run_dir) == []
-    # An iteration that was repeated is logged twice, each time with the same figures.
-    whole = {m["timesteps"]: m for m in metrics(tmp_path / "whole")}
-    for line in metrics(run_dir):
-        assert line == whole.pop(line["timesteps"], line)
-    assert whole == {}
+    assert metrics(run_dir) == metrics(tmp_path / "whole")  # each iteration once
 
 
 # Damaged ----------------------------------------------------------------------------------------
@@ -378,6 +374,20 @@ def test_stop_in_the_final_evaluation(number, tmp_path):
     assert states(run_dir)[0]["timesteps"] == 2 * STEPS
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_in_an_evaluation_on_the_way(number, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = ("--eval-every", STEPS, "--eval-episodes", 10**6, "--capture-video")
+    with start(BIDIST, tiny(BIDIST, run_dir, FOREVER, *flags), tmp_path) as run:
+        until(lambda: (run_dir / "metrics.jsonl").exists() and metrics(run_dir), run)
+        time.sleep(1)
+        run.send(number)
+        began = time.monotonic()
+        assert run.wait() == 0
+        assert time.monotonic() - began < 10
+    assert states(run_dir)[0]["timesteps"] == STEPS and "Traceback" not in run.stderr()
+
+
 # Without its workers ----------------------------------------------------------------------------
 
 
@@ -421,3 +431,22 @@ def test_worker_dies_or_hangs(name, number, tmp_path):
         saved["timesteps"] == json.loads((run_dir / "checkpoints.json").read_text())[0]["timesteps"]
     )
     assert not_finite(saved) == [] and parts(run_dir) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
+def test_sigterm_to_the_whole_group_saves(tmp_path):
+    """As batch systems, `timeout` and torchrun send it: to the workers, too."""
+    pytest.importorskip("dmlab2d")
+    run_dir = tmp_path / "run"
+    argv = tiny(BIDIST, run_dir, FOREVER)
+    argv[argv.index("toy")] = "chicken_in_the_matrix__repeated"
+    with subprocess.Popen(
+        [*command(BIDIST), *argv], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        until(lambda: (run_dir / "metrics.jsonl").exists() and metrics(run_dir), pause=0.1)
+        below = children(run.pid)
+        os.killpg(run.pid, signal.SIGTERM)
+        assert run.wait(60) == 0
+        assert "error" not in run.stderr.read()
+    assert index(run_dir)[0]["timesteps"] > 0
+    assert [line for pid, line in below.items() if Path(f"/proc/{pid}").exists()] == []

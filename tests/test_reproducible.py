@@ -20,6 +20,7 @@ from runs import (
     command,
     differences,
     exact,
+    index,
     metrics,
     resume,
     script,
@@ -138,7 +139,9 @@ def test_saving_and_evaluating_change_nothing():
     looks = ("--save-every", 1, "--eval-every", STEPS, "--eval-episodes", 2, "--final-episodes", 2)
     assert script(BIDIST).main(tiny(BIDIST, "b", 4, *looks)) == 0
     assert differences(exact("a"), exact("b")) == []
-    assert metrics("a") == [m for m in metrics("b") if not any(k.startswith("eval/") for k in m)]
+    assert metrics("a") == [
+        m for m in metrics("b") if not any(k.startswith(("eval/", "final/")) for k in m)
+    ]
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -254,6 +257,21 @@ def test_two_processes(tmp_path):
     assert kinds == {"args", "metrics", "checkpoint", "checkpoints", "events"}
     expected = {"alone", "whole", "cut", "watch.py"}
     assert {x.name for x in tmp_path.iterdir() if not x.name.startswith("rank-")} == expected
+
+
+@pytest.mark.parametrize("mode", ["random", "noise"])
+def test_two_processes_perturb_phi_alike(mode, tmp_path):
+    (tmp_path / "watch.py").write_text(WATCH)
+    argv = tiny(BIDIST, "run", 8, "--reverse-mode", mode)
+    done = launch("watch.py", ".", command(BIDIST)[-1], *argv)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [x["weights"] for x in notes(0)] == [x["weights"] for x in notes(1)] != []
+
+
+def test_switch_that_is_on_may_be_repeated():
+    assert script(BIDIST).main(tiny(BIDIST, "run", 1, "--capture-video", "--amp")) == 0
+    assert script(BIDIST).main(resume("run", 2, "--capture-video", "--amp")) == 0
+    assert index("run")[0]["timesteps"] == 2 * STEPS
 
 
 def test_resumed_with_another_number_of_processes(tmp_path, capfd):

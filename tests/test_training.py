@@ -131,6 +131,9 @@ def files(pattern):
     return lambda state, run_dir: len(list(run_dir.glob(pattern)))
 
 
+EPISODES = "eval/self-play/episodes"
+
+
 def evaluations(state, run_dir):
     return sum("eval/self-play/return" in m for m in metrics(run_dir))
 
@@ -166,11 +169,11 @@ EFFECTS = {
     "max_grad_norm": (["--max-grad-norm", "0.00001"], changed("actor"), None),
     "max_episode_steps": (["--max-episode-steps", "3"], last("episode/length"), "down"),
     "team_reward": (["--team-reward"], last("reward_per_1000/all"), "up"),
-    "eval_every": (["--eval-every", "80"], evaluations, (1, 4)),
+    "eval_every": (["--eval-every", "80"], evaluations, (0, 3)),
     "eval_episodes": (
         ["--eval-every", "160", "--eval-episodes", "3"],
-        lambda s, d: next(m["eval/self-play/episodes"] for m in metrics(d) if "sps" not in m),
-        (4, 3),
+        lambda s, d: next((m[EPISODES] for m in metrics(d) if EPISODES in m), None),
+        (None, 3),
     ),
     "final_episodes": (["--final-episodes", "9"], result("self-play", "episodes"), (4, 9)),
     "background": (["--background", "distilled"], result("v random"), None),
@@ -259,8 +262,8 @@ def test_device_and_threads(tmp_path):
 def test_num_focal(flags, seats, monkeypatch):
     """How many seats are ours; what play_pairs makes of it: test_episodes.py."""
     s, seen = setting(*flags), []
-    monkeypatch.setattr(bidist, "play_pairs", lambda envs, pairs, *rest: seen.append(rest[0]))
-    bidist.evaluate(s.args, s.agent, {}, 2, 0, None)
+    monkeypatch.setattr(bidist, "play_pairs", lambda _, pairs, *rest: seen.append(rest[0]) or {})
+    bidist.evaluate(s.args, s.agent, {}, lambda: None, "eval", 0, Path())
     assert seen == [seats]
 
 
@@ -290,7 +293,7 @@ def test_eval_ids(ids):
 
     bidist_play, bidist.play_pairs = bidist.play_pairs, watch
     try:
-        bidist.evaluate(s.args, s.agent, {}, 4, 0, None)
+        bidist.evaluate(s.args, s.agent, {}, lambda: None, "final", 0, Path())
     finally:
         bidist.play_pairs = bidist_play
     assert seen == [ids == "random"], "play_pairs shuffles ids, or not (test_episodes.py)"
@@ -335,9 +338,9 @@ def test_the_optimum_of_the_toy_is_reached(script, seed, tmp_path):
     best of the evaluations: at a rate that learns this in seconds a policy may stumble again."""
     run(script, tmp_path / "run", *QUICK, "--seed", str(seed))
     rows = [m for m in metrics(tmp_path / "run") if "eval/self-play/return" in m]
-    assert len(rows) == 7
+    assert len(rows) == 6
     assert max(m["eval/self-play/return_per_1000"] for m in rows) > 990
-    assert rows[-1]["eval/random v random/return_per_1000"] < 300
+    assert metrics(tmp_path / "run")[-1]["final/random v random/return_per_1000"] < 300
 
 
 @pytest.mark.parametrize("substrate", PAPER)

@@ -131,8 +131,8 @@ def test_offline_run_read_back(name, tmp_path, env):
     assert last["timesteps"] == 3 * STEPS
 
     # The table and the videos are files beside, which a row points to.
-    entry = {k.removeprefix("eval/table/"): x for k, x in last.items() if "eval/table/" in k}
-    entry = last.get("eval/table") or entry
+    entry = {k.removeprefix("final/table/"): x for k, x in last.items() if "final/table/" in k}
+    entry = last.get("final/table") or entry
     assert entry["_type"] == "html-file"
     assert table(results) in (path.parent / "files" / entry["path"]).read_text()
     assert len(results) == (4 if name == BIDIST else 3)
