@@ -1,5 +1,5 @@
 # docker build -t unseen .
-# docker run --rm --init --shm-size 1g -v "$PWD/runs:/unseen/runs" unseen
+# docker run --rm --init -v "$PWD/runs:/unseen/runs" unseen
 #
 # For PyTorch without CUDA, which makes the image some gigabytes smaller, add
 #   --build-arg PIP_EXTRA_INDEX_URL=ADDRESS        (of the CPU build, from PyTorch's own selector)

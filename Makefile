@@ -22,8 +22,9 @@ help:  ## list the targets
 setup: $(READY)  ## make .venv with everything in it (0.5 GB to download, 3 GB with CUDA)
 	$(if $(JUST_MADE),,@$(PY) envs/install_meltingpot.py)
 
-train: $(READY)  ## a short run of BiDist on a real substrate: a bar, two tables, a video
-	$(PY) bidist_mappo_meltingpot.py --substrate coins --total-timesteps 96000 --capture-video $(ARGS)
+train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, videos
+	$(PY) bidist_mappo_meltingpot.py --substrate coins --total-timesteps 96000 --final-episodes 20 \
+		--capture-video $(ARGS)
 
 test: $(READY)  ## all tests but the slow ones
 	$(PY) -m pytest -m "not slow" $(ARGS)
