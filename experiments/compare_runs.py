@@ -5,7 +5,8 @@
 A run's name is its directory's; names that end in -s1, -s2, ... are seeds of one group, which gets
 one colour: a thin line per seed and a thick one for their mean. Writes OUT.png (curves), OUT.csv
 (the curves' points) and OUT.md (each run's final evaluation, one line per run and co-player, with
-95 % bootstrap intervals over episodes). Curves are means over windows of --every environment steps.
+95 % bootstrap intervals over episodes; with --means a second table, of scalars averaged over all
+iterations that logged them). Curves are means over windows of --every environment steps.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Comparison:
         "entropy",
     )  # scalars to draw
     every: int = 20_000  # environment steps that make one point
+    means: tuple[str, ...] = ()  # scalars for the second table
     rows: tuple[str, ...] = ()  # co-players in OUT.md, as in a run's table; default: all
 
 
@@ -110,6 +112,17 @@ def final_table(runs: tuple[Path, ...], rows: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def means_table(runs: tuple[Path, ...], names: tuple[str, ...]) -> str:
+    """Markdown, a line per run."""
+    lines = [f"| run | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for run in runs:
+        log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        values = [[scalars[name] for scalars in log if name in scalars] for name in names]
+        cells = (f"{np.mean(x):.3g}" if x else "" for x in values)
+        lines.append(f"| {run.name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(study: Comparison) -> None:
     """Read all runs, then write the three files."""
     study.out.parent.mkdir(parents=True, exist_ok=True)
@@ -124,6 +137,8 @@ def main(study: Comparison) -> None:
             for name in study.curves:
                 writer.writerows([run.name, name, end, f"{x:.5g}"] for end, x in named[name])
     table = final_table(study.runs, study.rows)
+    if study.means:
+        table += "\n" + means_table(study.runs, study.means)
     study.out.with_name(f"{study.out.name}.md").write_text(table)
     print(table)
 
