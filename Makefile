@@ -23,7 +23,7 @@ setup: $(READY)  ## make .venv with everything in it (0.5 GB to download, 3 GB w
 	$(if $(JUST_MADE),,@$(PY) envs/install_meltingpot.py)
 
 train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, videos
-	$(PY) bidist_mappo_meltingpot.py --substrate coins --total-timesteps 96000 --final-episodes 20 \
+	$(PY) bidist_mappo_meltingpot.py --substrate coins --total-timesteps 96000 --final-episodes 16 \
 		--capture-video $(ARGS)
 
 test: $(READY)  ## all tests but the slow ones
