@@ -73,16 +73,18 @@ def draw(curves: dict[Path, dict[str, list[tuple]]], names: tuple[str, ...], pat
             members = [points for points in members if points]
             colour = f"C{number}"
             for points in members:
-                axis.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=0.8)
+                ends, values = np.array(points).T
+                axis.plot(ends / 1000, values, color=colour, alpha=0.35, linewidth=0.8)
             means = defaultdict(list)
             for points in members:
                 for end, value in points:
                     means[end].append(value)
             ends = sorted(end for end, values in means.items() if len(values) == len(members))
             label = f"{group} ({len(members)})"
-            axis.plot(ends, [np.mean(means[end]) for end in ends], color=colour, label=label)
+            mean = [np.mean(means[end]) for end in ends]
+            axis.plot(np.array(ends) / 1000, mean, color=colour, label=label)
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel("environment steps")
+        axis.set_xlabel("thousand environment steps")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
