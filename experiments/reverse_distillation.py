@@ -85,7 +85,7 @@ def study_run(path: str, study: Study) -> list[dict]:
         scalars = bidist.distill(phase, "reverse", agent, fresh, carry, sprites, rng, lambda: None)
         row = {"run": Path(path).name, "step": saved["timesteps"], "phi": start}
         row |= {"rate": rate, "epochs": epochs}
-        rows.append(row | {k: float(v) for k, v in scalars.items()})
+        rows.append(row | {k.removeprefix("reverse/"): float(v) for k, v in scalars.items()})
     return rows
 
 
