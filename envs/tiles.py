@@ -103,44 +103,56 @@ class EpisodeCounter:
 
 
 @numba.njit(cache=True)
+def _hash(image, i, j):
+    """A 64-bit number from the 24 words of tile (i, j); three lanes, as one chain would wait."""
+    odd = np.uint64(0x9E3779B97F4A7C15)
+    a = b = c = np.uint64(0)
+    for r in range(8):
+        a = (a ^ image[8 * i + r, 3 * j]) * odd
+        b = (b ^ image[8 * i + r, 3 * j + 1]) * odd
+        c = (c ^ image[8 * i + r, 3 * j + 2]) * odd
+        a ^= a >> np.uint64(29)
+        b ^= b >> np.uint64(29)
+        c ^= c >> np.uint64(29)
+    code = ((a * odd + b) * odd + c) * odd
+    return code ^ (code >> np.uint64(29))
+
+
+@numba.njit(inline="always")
+def _differs(image, i, j, sprite):
+    """Zero if tile (i, j) shows this sprite."""
+    bits = np.uint64(0)
+    for r in range(8):
+        for c in range(3):
+            bits |= image[8 * i + r, 3 * j + c] ^ sprite[3 * r + c]
+    return bits
+
+
+@numba.njit(cache=True)
 def _encode(image, sprites, slots, hashes, ids, start):
-    """Write the ids of the tiles of image (8H, 3W words) into ids (H, W), from tile `start` on.
+    """Write the ids of the tiles of image (8H, 3W words) into ids (H, W), from row `start` on.
 
     A tile that still shows what it showed before (ids holds the last frame) costs one comparison;
     any other is hashed, looked up and compared pixel by pixel, so a hash that collides costs time,
-    never a wrong id. Returns -1, or the number of the first tile that is not in the table.
+    never a wrong id. Returns (-1, -1), or the place of the first tile that is not in the table.
     """
     mask = np.uint64(len(slots) - 1)
-    width = ids.shape[1]
-    for number in range(start, ids.size):
-        i, j = divmod(number, width)
-        known = ids[i, j]
-        differs = np.uint64(0)
-        for r in range(8):
-            for c in range(3):
-                differs |= image[8 * i + r, 3 * j + c] ^ sprites[known, 3 * r + c]
-        if differs == 0:
-            continue
-        code = np.uint64(0)
-        for r in range(8):
-            for c in range(3):
-                code = (code ^ image[8 * i + r, 3 * j + c]) * np.uint64(0x9E3779B97F4A7C15)
-                code ^= code >> np.uint64(29)
-        slot = code & mask
-        while True:
-            known = slots[slot]
-            if known < 0:
-                return number
-            if hashes[slot] == code:
-                differs = np.uint64(0)
-                for r in range(8):
-                    for c in range(3):
-                        differs |= image[8 * i + r, 3 * j + c] ^ sprites[known, 3 * r + c]
-                if differs == 0:
+    height, width = ids.shape
+    for i in range(start, height):
+        for j in range(width):
+            if not _differs(image, i, j, sprites[ids[i, j]]):
+                continue
+            code = _hash(image, i, j)
+            slot = code & mask
+            while slots[slot] >= 0:
+                known = slots[slot]
+                if hashes[slot] == code and not _differs(image, i, j, sprites[known]):
                     ids[i, j] = known
                     break
-            slot = (slot + np.uint64(1)) & mask
-    return -1
+                slot = (slot + np.uint64(1)) & mask
+            else:
+                return i, j
+    return -1, -1
 
 
 @numba.njit(cache=True)
@@ -148,10 +160,7 @@ def _insert(sprites, slots, hashes, first, last):
     """Enter sprites [first, last) into the hash table."""
     mask = np.uint64(len(slots) - 1)
     for number in range(first, last):
-        code = np.uint64(0)
-        for word in range(24):
-            code = (code ^ sprites[number, word]) * np.uint64(0x9E3779B97F4A7C15)
-            code ^= code >> np.uint64(29)
+        code = _hash(sprites[number].reshape(8, 3), 0, 0)
         slot = code & mask
         while slots[slot] >= 0:
             slot = (slot + np.uint64(1)) & mask
@@ -193,11 +202,10 @@ class Palette:
     def encode(self, image: np.ndarray, ids: np.ndarray) -> None:
         """Write the ids of image (8H, 8W, 3) uint8 into ids (H, W) uint16; learn new sprites."""
         words = image.reshape(len(image), -1).view(np.uint64)
-        tile = _encode(words, self.sprites, self.slots, self.hashes, ids, 0)
-        while tile >= 0:
-            i, j = divmod(tile, ids.shape[1])
+        i, j = _encode(words, self.sprites, self.slots, self.hashes, ids, 0)
+        while i >= 0:
             self._learn(words[8 * i : 8 * i + 8, 3 * j : 3 * j + 3].reshape(WORDS))
-            tile = _encode(words, self.sprites, self.slots, self.hashes, ids, tile)
+            i, j = _encode(words, self.sprites, self.slots, self.hashes, ids, i)
 
     def _learn(self, sprite: np.ndarray) -> None:
         if self.lock_fd is not None:
