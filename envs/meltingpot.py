@@ -261,7 +261,7 @@ class Engine:
             palette.encode(observe(name), tile_ids[player])
         palette.encode(observe("WORLD.RGB"), world_ids)
         for player, first, last, name in self.feature_names:
-            features[player, first:last] = np.ravel(observe(name))
+            features[player, first:last] = observe(name).ravel()
 
 
 def build_lab(spec: Spec, rng: np.random.Generator) -> Any:
