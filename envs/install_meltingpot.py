@@ -271,6 +271,8 @@ def pip_install(folder: str) -> None:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that Ctrl-C reaches it once, from stop()
+            # which must reach it also where a shell has put us into the background, deaf to Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             code = pip.wait()

@@ -413,12 +413,15 @@ def test_interruption_leaves_nothing_behind(tmp_path, speak, sign, during):
     silent = speak(b"")
     assets = silent if during == "download" else "none"
     index = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": silent, "PIP_FIND_LINKS": ""}
+    # As in a terminal; for SIGTERM as in a script's background, where Ctrl-C is ignored.
+    ctrl_c = signal.SIG_DFL if sign == signal.SIGINT else signal.SIG_IGN
     with subprocess.Popen(
         [sys.executable, SCRIPT, "--reinstall", "--assets", assets],
         env={**os.environ, **index, "TMPDIR": str(tmp_path), "PIP_DEFAULT_TIMEOUT": "100"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c),
     ) as process:
         deadline = time.monotonic() + 20
         while not list(tmp_path.glob("*" if during == "download" else "*/pip.log")):
