@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,30 +61,60 @@ def play(
     video: Video | None = None,
     alive: Callable[[], None] = lambda: None,
 ) -> list[Result]:
-    """Play `episodes` episodes to their end and return one Result each.
+    """Play `episodes` episodes to their end and return one Result each: play_all() for worlds that
+    are all alike."""
+    videos = {"": video} if video is not None else {}
+    how = (rng, shuffle_ids, 0, videos, alive)
+    return play_all(envs, focal, background, num_focal, episodes, *how)[""]
 
-    alive() is called about twice a second; what it raises ends the play.
+
+def play_all(
+    envs: Any,
+    focal: Player,
+    background: Player | None,
+    num_focal: int,
+    episodes: int,
+    rng: np.random.Generator,
+    shuffle_ids: bool = True,
+    num_ids: int = 0,
+    videos: Mapping[str, Video] | None = None,
+    alive: Callable[[], None] = lambda: None,
+) -> dict[str, list[Result]]:
+    """Play `episodes` episodes with each label of envs.labels (worlds of one scenario have the same
+    label; without labels it is "") to their end; returns one Result each, by label.
+
+    alive() is called about twice a second; what it raises ends the play. videos has a film for some
+    of the labels.
 
     With `background`, num_focal seats drawn anew for every episode are focal (in a scenario: those
-    it names) and the others are played by it; with None everyone is focal. Ids are drawn without
-    replacement for every episode, or equal the seat with shuffle_ids=False. Every episode that
-    begins counts until enough have begun, and those are all played to their end: counting the first
-    to finish would favour short ones.
+    it names) and the others are played by it; with None everyone is focal but the bots that envs
+    itself plays. Each seat gets one of num_ids ids (0: as many as seats), drawn without replacement
+    for every episode, or its own number with shuffle_ids=False. Every episode that begins counts
+    until enough have begun, and those are all played to their end: counting the first to finish
+    would favour short ones.
     """
-    worlds, seats = envs.num_envs, envs.spec.num_agents
+    worlds, seats, bots = envs.num_envs, envs.spec.num_agents, envs.spec.num_bots
+    labels = getattr(envs, "labels", ("",) * worlds)
+    films = {labels.index(label): film for label, film in (videos or {}).items()}
     is_focal = np.ones((worlds, seats), bool)
     ids = np.tile(np.arange(seats), (worlds, 1))
 
     def begin(world: int) -> None:
         if shuffle_ids:
-            ids[world] = rng.permutation(seats)
+            ids[world] = rng.permutation(num_ids or seats)[:seats]
         if background is not None:
             fixed = np.array(envs.spec.is_focal)
             is_focal[world] = rng.permutation(seats) < num_focal if fixed.all() else fixed
 
-    results: list[Result] = []
-    counted = np.arange(worlds) < episodes
-    begun = int(counted.sum())
+    results: dict[str, list[Result]] = {label: [] for label in labels}
+    begun = dict.fromkeys(labels, 0)
+
+    def counts(world: int) -> bool:
+        """Whether the episode that begins in a world is one of those to be played."""
+        begun[labels[world]] += 1
+        return begun[labels[world]] <= episodes
+
+    counted = np.array([counts(world) for world in range(worlds)])
     for world in range(worlds):
         begin(world)
     obs, starts = envs.reset(), np.ones(worlds, bool)
@@ -93,8 +123,10 @@ def play(
         if time.monotonic() > checked + 0.5:
             alive()
             checked = time.monotonic()
-        if video is not None and counted[0]:
-            video.add(envs.images(obs.world_ids[0]))
+        for world, film in films.items():
+            if film.open and counted[world]:
+                image = envs.images(obs.world_ids[world])
+                film.add(mark(image, envs.places(world), seats) if bots else image)
         actions = focal(obs, starts, ids)
         if background is not None:
             actions = np.where(is_focal, actions, background(obs, starts, ids))
@@ -103,19 +135,36 @@ def play(
         for episode in ended:
             world = episode.world
             if counted[world]:
-                us = is_focal[world]
+                us = np.append(is_focal[world], np.zeros(bots, bool))
                 means = [
                     figures[who].mean() if who.any() else math.nan
-                    for figures in (episode.returns, episode.pick_ups)
+                    for figures in (
+                        np.append(episode.returns, episode.bot_returns),
+                        np.append(episode.pick_ups, episode.bot_pick_ups),
+                    )
                     for who in (us, ~us)
                 ]
-                results.append(Result(*map(float, means), episode.length))
-                counted[world] = begun < episodes
-                begun += int(counted[world])
-                if world == 0 and video is not None:
-                    video.stop()
+                results[labels[world]].append(Result(*map(float, means), episode.length))
+                counted[world] = counts(world)
+                if world in films:
+                    films[world].stop()
             begin(world)
     return results
+
+
+FOCAL_COLOUR, BOT_COLOUR = (70, 140, 255), (255, 215, 0)  # blue and yellow, as in BiDist's Fig. 1
+
+
+def mark(image: np.ndarray, places: np.ndarray, num_focal: int) -> np.ndarray:
+    """A global view (8H, 8W, 3) with frames around players; places (N, 2): row and column of each,
+    focal ones first; who is not on the map has none."""
+    image = image.copy()
+    for player, (row, column) in enumerate(places):
+        cell = image[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        if min(row, column) >= 0 and cell.shape[:2] == (8, 8):
+            colour = FOCAL_COLOUR if player < num_focal else BOT_COLOUR
+            cell[[0, -1]] = cell[:, [0, -1]] = colour
+    return image
 
 
 def play_pairs(

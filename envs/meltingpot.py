@@ -43,7 +43,7 @@ import tempfile
 import time
 import types
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -263,9 +263,30 @@ class Engine:
         for player, first, last, name in self.feature_names:
             features[player, first:last] = observe(name).ravel()
 
+    def locate(self, places: np.ndarray) -> None:
+        """Write where the players are (N, 2): row, column; -1 as the engine does not say."""
+        places[:] = -1
 
-def build_lab(spec: Spec, rng: np.random.Generator) -> Any:
-    """A dmlab2d.Lab2d for one episode, not yet started, with settings drawn anew."""
+
+@dataclasses.dataclass(frozen=True)
+class PlainEngines:
+    """Makes the engine of each world's next episode, in a worker process."""
+
+    spec: Spec
+
+    def prepare(self) -> None:
+        """Import (and compile) once what all engines need, lest the first build count as long."""
+        import_meltingpot()
+
+    def __call__(self, world: int, seed: tuple[int, ...], palette: Palette) -> Engine:
+        return Engine(self.spec, seed)
+
+
+def build_lab(
+    spec: Spec, rng: np.random.Generator, change: Callable[[Any], None] = lambda settings: None
+) -> Any:
+    """A dmlab2d.Lab2d for one episode, not yet started, with settings drawn anew; change() gets
+    them last."""
     import_meltingpot()
     import dmlab2d
     from dmlab2d import runfiles_helper
@@ -284,6 +305,7 @@ def build_lab(spec: Spec, rng: np.random.Generator) -> Any:
     builder.apply_prefab_overrides(settings, None)
     builder.maybe_build_and_add_avatar_objects(settings)
     builder.locate_and_overwrite_level_directory(settings)
+    change(settings)
     flat = builder.parse_python_settings_for_dmlab2d(settings)
     flat["env_seed"] = str(int(rng.integers(1, 2**32 - 1)))
     with quiet():
@@ -300,6 +322,7 @@ class SharedArrays:
 
     def __init__(self, spec: Spec, num_envs: int, fd: int | None = None):
         players = (num_envs, spec.num_agents)
+        seats = (num_envs, spec.num_agents + spec.num_bots)
         self.shapes = {
             "tile_ids": ((*players, *spec.grid), np.uint16),
             "world_ids": ((num_envs, *spec.world_grid), np.uint16),
@@ -308,8 +331,9 @@ class SharedArrays:
         self.shapes |= {f"final_{name}": shape for name, shape in self.shapes.items()}
         self.shapes |= {
             "actions": (players, np.int64),
-            "reward": (players, np.float64),
-            "pick_ups": (players, np.int64),
+            "reward": (seats, np.float64),
+            "pick_ups": (seats, np.int64),
+            "places": ((*seats, 2), np.int64),  # row, column; -1: not known
             "ended": ((num_envs,), np.int64),  # RUNNING, TERMINATED or TRUNCATED
             "sprites": ((CAPACITY, WORDS), np.uint64),
             "num_sprites": ((1,), np.int64),
@@ -353,10 +377,18 @@ class Host:
     """What a worker process holds: engines that serve worlds, and engines that are ready to."""
 
     def __init__(
-        self, spec: Spec, num_envs: int, seed: int, first_world: int, max_steps: int, fd: int
+        self,
+        new_engine: PlainEngines,
+        spec: Spec,
+        num_envs: int,
+        seed: int,
+        first_world: int,
+        max_steps: int,
+        fd: int,
     ):
-        import_meltingpot()  # here, lest the first build count as a long one
-        self.spec, self.seed, self.first_world, self.max_steps = spec, seed, first_world, max_steps
+        new_engine.prepare()
+        self.new_engine, self.seed = new_engine, seed
+        self.first_world, self.max_steps = first_world, max_steps
         self.arrays = SharedArrays(spec, num_envs, fd)
         self.palette = Palette(self.arrays.sprites, self.arrays.num_sprites, fd)
         # Numba compiles here, not when a first observation is waited for.
@@ -371,10 +403,11 @@ class Host:
             self.step()
         elif letter == b"B":
             seed = (self.seed, self.first_world + world, episode)
-            self.ready[world] = Engine(self.spec, seed)
+            self.ready[world] = self.new_engine(world, seed, self.palette)
         elif letter == b"G":
             self.serving[world], self.steps[world] = self.ready.pop(world), 0
             self.serving[world].observe(self.palette, self.arrays.observation(world))
+            self.serving[world].locate(self.arrays.places[world])
         elif letter == b"D":
             self.serving.pop(world, None)
 
@@ -388,6 +421,7 @@ class Host:
             arrays.ended[world] = TERMINATED if not goes_on else TRUNCATED if cut else RUNNING
             over = arrays.ended[world] != RUNNING
             engine.observe(self.palette, arrays.observation(world, final=over))
+            engine.locate(arrays.places[world])
             if over:
                 del self.serving[world]
 
@@ -428,6 +462,7 @@ class Worker:
         self.reserved: dict[int, bool] = {}  # worlds whose next episode it holds; True: built
         self.pending: deque[tuple[bytes, int]] = deque()  # letter and world, not yet answered
         self.since = time.monotonic()  # from when on the first of them is waited for
+        self.started = False  # it has answered once
 
     def send(self, letter: bytes, world: int = 0, episode: int = 0) -> None:
         if not self.pending:
@@ -477,16 +512,16 @@ class MeltingPot:
         timeout: float = 8.0,
         standby: bool = True,
     ):
-        self.spec = get_spec(substrate)
+        self.spec, new_engine = self.plan(substrate)
         self.num_envs, self.timeout, self.standby = num_envs, timeout, standby
-        self.init = (self.spec, num_envs, seed, first_world, max_episode_steps)
+        self.init = (new_engine, self.spec, num_envs, seed, first_world, max_episode_steps)
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         self.num_workers = min(num_workers or cores, num_envs)
         self.per_worker = -(-num_envs // self.num_workers)
         self.arrays = SharedArrays(self.spec, num_envs)
         self.palette = Palette(self.arrays.sprites, self.arrays.num_sprites, self.arrays.fd)
-        self.counter = EpisodeCounter(num_envs, self.spec.num_agents)
+        self.counter = EpisodeCounter(num_envs, self.spec.num_agents, self.spec.num_bots)
         self.obs: Observation | None = None  # the latest
         self.workers: list[Worker] = []
         self.place: list[Worker | None] = [None] * num_envs  # who serves a world
@@ -495,6 +530,11 @@ class MeltingPot:
         self.fastest_build, self.slowest_build = math.inf, 0.0  # seconds
         self.waited_s = 0.0  # spent switching worlds to their next episodes, builds included
         self.checked = 0.0  # when check() last ran
+
+    def plan(self, substrate: str) -> tuple[Spec, PlainEngines]:
+        """What the worlds hand out, and who makes them."""
+        spec = get_spec(substrate)
+        return spec, PlainEngines(spec)
 
     def __enter__(self) -> Self:
         return self
@@ -524,6 +564,10 @@ class MeltingPot:
     def images(self, ids: np.ndarray) -> np.ndarray:
         """The exact images (..., 8H, 8W, 3) uint8 behind ids (..., H, W)."""
         return ids_to_images(ids, self.palette.pixels())
+
+    def places(self, world: int) -> np.ndarray:
+        """Where a world's players are now, (N + num_bots, 2): row, column; -1 for not known."""
+        return self.arrays.places[world]
 
     def reset(self) -> Observation:
         """Begin a new episode in every world."""
@@ -564,6 +608,7 @@ class MeltingPot:
         episodes = self.counter.add(reward, arrays.pick_ups, ended != RUNNING)
         terminated, truncated = ended == TERMINATED, ended == TRUNCATED
         self.obs = self._observation()
+        reward = reward[:, : self.spec.num_agents]
         return Step(self.obs, reward, terminated, truncated, final, episodes)
 
     def check(self, learning: bool = True) -> None:
@@ -671,6 +716,8 @@ class MeltingPot:
             limit = self.timeout
             if letter == b"B":  # chemistry takes 13 s, and a busy machine several times as long
                 limit = max(limit, 10 * self.slowest_build if self.slowest_build else 120.0)
+            elif not worker.started:  # it imports, and perhaps compiles, beside many others
+                limit = max(limit, 60.0)
             left = worker.since + limit - time.monotonic()
             try:
                 if not worker.connection.poll(max(0.0, left) if block else 0.0):
@@ -685,7 +732,7 @@ class MeltingPot:
             if len(answer) != struct.calcsize("d"):
                 raise WorldError(self._sentence(worker, answer.decode()))
             worker.pending.popleft()
-            worker.since = time.monotonic()
+            worker.since, worker.started = time.monotonic(), True
             if letter == b"B":
                 (seconds,) = struct.unpack("d", answer)
                 self.fastest_build = min(self.fastest_build, seconds)

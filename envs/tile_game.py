@@ -79,7 +79,8 @@ class TileGame:
         """Everything that the games depend on."""
         names = ("colour", "length", "time", "last", "episode")
         state = {name: torch.tensor(getattr(self, name)) for name in names}
-        return state | {f"counter_{k}": torch.tensor(x) for k, x in vars(self.counter).items()}
+        counted = {k: x for k, x in vars(self.counter).items() if isinstance(x, np.ndarray)}
+        return state | {f"counter_{k}": torch.tensor(x) for k, x in counted.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> Observation:
         """Go on exactly where state_dict() was taken; returns the observation of that moment."""

@@ -34,6 +34,7 @@ class Spec:
     grid: tuple[int, int]  # H, W of a player's view, in tiles
     world_grid: tuple[int, int]  # H', W' of the global view, in tiles
     features: tuple[tuple[str, int], ...]  # permitted observations besides RGB: names, lengths
+    num_bots: int = 0  # further players, whom the world itself plays
 
     @property
     def num_agents(self) -> int:
@@ -63,6 +64,8 @@ class Episode(NamedTuple):
     length: int  # steps
     returns: np.ndarray  # (N,) undiscounted
     pick_ups: np.ndarray  # (N,) coins, resources, ores, ... collected by each player
+    bot_returns: np.ndarray = np.zeros(0)  # (num_bots,)
+    bot_pick_ups: np.ndarray = np.zeros(0)
 
 
 class Step(NamedTuple):
@@ -79,20 +82,23 @@ class Step(NamedTuple):
 class EpisodeCounter:
     """Adds up rewards, pick-ups and steps of the running episodes."""
 
-    def __init__(self, num_envs: int, num_agents: int):
-        self.returns = np.zeros((num_envs, num_agents))
-        self.pick_ups = np.zeros((num_envs, num_agents), np.int64)
+    def __init__(self, num_envs: int, num_agents: int, num_bots: int = 0):
+        self.num_agents = num_agents
+        self.returns = np.zeros((num_envs, num_agents + num_bots))
+        self.pick_ups = np.zeros((num_envs, num_agents + num_bots), np.int64)
         self.length = np.zeros(num_envs, np.int64)
 
     def add(self, reward: np.ndarray, pick_ups: np.ndarray, done: np.ndarray) -> list[Episode]:
-        """Count one step: reward, pick_ups (B, N), done (B,); returns the episodes it ended."""
+        """Count one step: reward, pick_ups (B, N + num_bots), done (B,); returns the episodes that
+        it ended."""
         self.returns += reward
         self.pick_ups += pick_ups
         self.length += 1
-        ended = [
-            Episode(int(b), int(self.length[b]), self.returns[b].copy(), self.pick_ups[b].copy())
-            for b in np.flatnonzero(done)
-        ]
+        ours, ended = self.num_agents, []
+        for b in np.flatnonzero(done).tolist():
+            returns, pick_ups = self.returns[b].copy(), self.pick_ups[b].copy()
+            figures = (returns[:ours], pick_ups[:ours], returns[ours:], pick_ups[ours:])
+            ended.append(Episode(b, int(self.length[b]), *figures))
         self.clear(done)
         return ended
 

@@ -286,7 +286,8 @@ def test_final_and_first_observations_are_those_of_the_engines():
     """The same, tile by tile, on a worker's half of the work in this process."""
     spec = get_spec(CHICKEN)
     arrays = ours.SharedArrays(spec, 2)
-    host = ours.Host(spec, 2, 1, 0, 15, arrays.fd)
+    new_engine = ours.PlainEngines(spec)
+    host = ours.Host(new_engine, spec, 2, 1, 0, 15, arrays.fd)
 
     def tell(letter, world=0, episode=0):
         host.handle(letter + np.array([world, episode], np.int32).tobytes())

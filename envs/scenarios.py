@@ -1,0 +1,445 @@
+"""Unseen co-players: Melting Pot's scenarios, with official or scripted bots.
+
+A scenario is a substrate in which some seats are taken by bots. `Scenarios` plays one or more of
+them in parallel, with MeltingPot's interface and only the focal seats in it: the bots act inside
+the worker processes, from their own observations, so neither their views nor their rewards reach
+the focal side. Episode carries their returns separately.
+
+Scenario, bot configuration and puppeteer are Melting Pot's own. The puppet, which pursues the goals
+that the puppeteer sets, is the official SavedModel or a rule of envs/bots.py:
+
+    official   needs Melting Pot's assets and tensorflow
+    scripted   needs nothing, and exists for scenarios all of whose bots are puppets
+    auto       official where it can be had, else scripted
+
+    with Scenarios(["coins_0", "coins_3"], num_envs=8, bots="scripted") as envs:
+        obs = envs.reset()           # obs.tile_ids: (8, 1, H, W), world b plays names[b % 2]
+        step = envs.step(actions)    # (8, 1) ints, of the focal players
+
+docs/scenarios.md has the table of scenarios and what the scripted bots achieve.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from envs import bots as scripted
+from envs.episodes import Player, Result, Video, play_all
+from envs.meltingpot import (
+    Engine,
+    MeltingPot,
+    PlainEngines,
+    build_lab,
+    get_spec,
+    import_meltingpot,
+    quiet,
+)
+from envs.sprite_names import read_sprites
+from envs.tiles import Observation, Palette, Spec
+
+Kind = Literal["official", "scripted"]
+Wanted = Literal["auto", "official", "scripted"]
+# In a plan of one's own these take a seat like a bot.
+RANDOM = "random"  # plays every action with equal probability
+GOAL = "goal:"  # "goal:CLEAN": a scripted puppet whose goal never changes
+
+# The paper's 25: SC0-SC4 of each of these (Table 1).
+PAPER = (
+    "pure_coordination_in_the_matrix__repeated",
+    "coop_mining",
+    "chicken_in_the_matrix__repeated",
+    "coins",
+    "prisoners_dilemma_in_the_matrix__arena",
+)
+
+
+class Plan(NamedTuple):
+    """Who sits where."""
+
+    name: str  # of the scenario
+    spec: Spec  # of all seats
+    bots: tuple[tuple[str, ...], ...]  # per seat: names to draw from; () is a focal seat
+
+
+# --- Which scenarios there are --------------------------------------------------------------------
+
+
+def scenario_names(substrate: str) -> list[str]:
+    """All scenarios of a substrate, by number."""
+    import_meltingpot()
+    from meltingpot import scenario
+
+    names = scenario.SCENARIOS_BY_SUBSTRATE.get(substrate, ())
+    return sorted(names, key=lambda name: int(name.rpartition("_")[2]))
+
+
+def get_plan(name: str) -> Plan:
+    """The plan of a scenario; ValueError with one sentence for an unknown name."""
+    import_meltingpot()
+    from meltingpot import scenario
+
+    if name not in scenario.SCENARIOS:
+        own = scenario_names(name.rpartition("_")[0])
+        near = own or difflib.get_close_matches(name, scenario.SCENARIOS, n=3, cutoff=0.6)
+        hint = f"there are {', '.join(near)}." if near else "see docs/scenarios.md for the list."
+        raise ValueError(f"Unknown scenario '{name}': {hint}")
+    config = scenario.get_config(name)
+    names = [tuple(sorted(config.bots_by_role.get(role, ()))) for role in config.roles]
+    seats = tuple(() if focal else own for own, focal in zip(names, config.is_focal))
+    return Plan(name, get_spec(name), seats)
+
+
+def choose_scenarios(substrate: str, wanted: str, bots: Wanted = "auto") -> list[str]:
+    """The scenarios that `wanted` means: "all" (SC0-SC4 of the paper's five substrates, else all
+    whose bots can be had), "none", or "SC0,SC3". ValueError for what does not exist."""
+    if wanted == "none":
+        return []
+    own = scenario_names(substrate)
+    if wanted != "all":
+        numbers = [part.strip() for part in wanted.split(",")]
+        names = [f"{substrate}_{number.upper().removeprefix('SC')}" for number in numbers]
+        for number, name in zip(numbers, names):
+            if name not in own:
+                have = ", ".join(short(known) for known in own) or "none"
+                raise ValueError(f"{substrate} has no scenario {number}: it has {have}.")
+        return names
+    if substrate in PAPER:
+        return own[:5]
+    if bots != "scripted" and not missing_assets():
+        return own
+    return [name for name in own if not unscripted(get_plan(name))]
+
+
+def short(name: str) -> str:
+    """coins_3 -> SC3."""
+    return "SC" + name.rpartition("_")[2]
+
+
+def unscripted(plan: Plan) -> str:
+    """A bot of the plan that has no scripted puppet; "" if all have."""
+    from meltingpot.configs import bots as configs
+
+    for name in sorted({name for seat in plan.bots for name in seat} - {RANDOM}):
+        config, substrate = configs.BOT_CONFIGS.get(name), plan.spec.substrate
+        if not name.startswith(GOAL):
+            if config is None or config.puppeteer_builder is None:
+                return name
+            substrate = config.substrate
+        if scripted.puppet_kind(substrate) is None:
+            return name
+    return ""
+
+
+def missing_assets(names: Sequence[str] = ()) -> str:
+    """Why official bots (by default any) cannot be had here, as one sentence; "" if they can."""
+    import_meltingpot()
+    from meltingpot.configs import bots as configs
+
+    models = Path(configs.MODELS_ROOT)
+    found = (configs.BOT_CONFIGS.get(name) for name in names)
+    paths = [Path(config.model_path) for config in found if config]
+    for path in (models, *paths):
+        if not path.is_dir():
+            return (
+                f"Official bots need Melting Pot's assets, and {path} is not there: "
+                "see docs/meltingpot.md, or take --bots scripted."
+            )
+    if importlib.util.find_spec("tensorflow") is None:
+        return "Official bots need tensorflow: pip install -r requirements-bots.txt."
+    return ""
+
+
+def choose_bots(plans: Sequence[Plan], wanted: Wanted) -> Kind:
+    """Which kind plays; one kind for all plans. ValueError, one sentence, if it cannot be had."""
+    names = sorted({name for plan in plans for seat in plan.bots for name in seat})
+    missing = missing_assets(names) if wanted != "scripted" else ""
+    if wanted != "scripted" and not missing:
+        return "official"
+    if wanted == "official":
+        raise ValueError(missing)
+    for plan in plans:
+        if name := unscripted(plan):
+            raise ValueError(
+                f"{plan.name} has no scripted bots: {name} is a network without a puppeteer."
+            )
+    return "scripted"
+
+
+# --- A bot on its seat ----------------------------------------------------------------------------
+
+
+@functools.cache
+def official_bot(name: str) -> Any:
+    """Melting Pot's bot. It takes its state as an argument: one serves all seats of a process."""
+    from meltingpot import bot
+
+    return bot.build(name)
+
+
+def goal_names(substrate: str) -> list[str]:
+    """The goals of a substrate's puppets, in the order of their numbers."""
+    from meltingpot.configs import bots as configs
+
+    goals = configs._PUPPET_GOALS
+    return list(goals.get(f"{substrate}_3_goals") or goals[substrate])  # clean_up has two sets
+
+
+def new_puppeteer(name: str, spec: Spec) -> Any:
+    """The puppeteer of a bot, or of a goal."""
+    from meltingpot.configs import bots as configs
+    from meltingpot.utils.puppeteers import fixed_goal
+
+    if not name.startswith(GOAL):
+        return configs.BOT_CONFIGS[name].puppeteer_builder()
+    names = goal_names(spec.substrate)
+    return fixed_goal.FixedGoal(np.eye(len(names), dtype=np.int32)[names.index(name[len(GOAL) :])])
+
+
+class Bot:
+    """One bot for one episode: Melting Pot's puppeteer, and a puppet."""
+
+    def __init__(self, name: str, kind: Kind, engine: ScenarioEngine, seat: int, seed: int):
+        self.name, self.engine, self.seat, self.seed = name, engine, seat, seed
+        self.policy, self.state = None, None
+        if name == RANDOM:
+            self.rng = np.random.default_rng(seed)
+            return
+        if kind == "official":
+            self.policy = official_bot(name)
+        else:
+            from meltingpot.utils.policies import puppet_policy
+
+            puppet = engine.new_puppet(seat)
+            self.policy = puppet_policy.PuppetPolicy(new_puppeteer(name, engine.spec), puppet)
+        self.state = self.policy.initial_state()
+
+    def act(self, first: bool, reward: float) -> int:
+        """The action for what the engine shows now."""
+        if self.policy is None:
+            return int(self.rng.integers(len(self.engine.spec.actions)))
+        import dm_env
+
+        kind = dm_env.StepType.FIRST if first else dm_env.StepType.MID
+        seen = self.engine.seen(self.seat) | {"SEED": self.seed}
+        timestep = dm_env.TimeStep(kind, reward, 0.0 if first else 1.0, seen)
+        action, self.state = self.policy.step(timestep, self.state)
+        return action
+
+
+# --- The engine -----------------------------------------------------------------------------------
+
+
+class ScenarioEngine(Engine):
+    """One episode of a scenario. Only focal seats act, observe and are counted as players."""
+
+    def __init__(self, plan: Plan, kind: Kind, seed: tuple[int, ...], palette: Palette):
+        rng = np.random.default_rng(seed)
+        found: list[Any] = []
+
+        def change(settings: Any) -> None:
+            for one in settings["simulation"]["gameObjects"]:
+                if any(part["component"] == "Avatar" for part in one["components"]):
+                    kwargs = {"objectIsAvatar": True, "alsoReportOrientation": True}
+                    one["components"].append({"component": "LocationObserver", "kwargs": kwargs})
+            found.append(settings)
+
+        self.attach(plan.spec, build_lab(plan.spec, rng, change))
+        with quiet():
+            self.lab.start(0, seed=int(rng.integers(2**31)))
+        self.plan, self.palette, self.settings = plan, palette, found[0]
+        self.rewards_now = np.zeros(plan.spec.num_agents)
+        self.kind, self.first, self.sight = kind, True, None
+        self.keys = self.read_keys()
+        random.seed(int(rng.integers(2**63)))  # puppeteers that tremble draw from it
+        self.bots = []
+        for seat, names in enumerate(plan.bots):
+            if names:
+                name = names[int(rng.integers(len(names)))]
+                self.bots.append(Bot(name, kind, self, seat, int(rng.integers(2**31))))
+        taken = [bot.seat for bot in self.bots]
+        self.focal = [seat for seat in range(plan.spec.num_agents) if seat not in taken]
+        self.order = [*self.focal, *taken]
+        self.feature_names = [
+            (self.focal.index(seat), *rest)
+            for seat, *rest in self.feature_names
+            if seat in self.focal
+        ]
+
+    def read_keys(self) -> list[str]:
+        """Names of a bot's own observations."""
+        from meltingpot.configs import substrates as configs
+
+        own = configs.get_config(self.spec.substrate).individual_observation_names
+        return [*own] if self.kind == "official" else [*own, "POSITION", "ORIENTATION"]
+
+    def seen(self, seat: int) -> dict[str, Any]:
+        """What the bot on a seat observes: an official one what Melting Pot would give it, a
+        scripted one its own observations, POSITION and ORIENTATION."""
+        observe = self.lab.observation
+        seen = {key: observe(f"{seat + 1}.{key}") for key in self.keys}
+        if self.kind == "official":
+            total = self.rewards_now.sum()
+            seen |= {"WORLD.RGB": observe("WORLD.RGB"), "COLLECTIVE_REWARD": total}
+        return seen
+
+    def new_puppet(self, seat: int) -> scripted.Puppet:
+        """A scripted puppet; all of an episode share what they have learnt to read."""
+        if self.sight is None:
+            sprites = read_sprites(self.settings)
+            self.sight = scripted.new_sight(self.spec, self.settings, sprites)
+        kind = scripted.puppet_kind(self.spec.substrate).puppet
+        return kind(self.spec, self.settings, self.sight, self.palette, seat)
+
+    def step(self, actions: np.ndarray) -> bool:
+        """Advance by one step with the focal players' actions (F,); True if the episode goes on."""
+        every = np.zeros(self.spec.num_agents, np.int64)
+        every[self.focal] = actions
+        for bot in self.bots:
+            every[bot.seat] = bot.act(self.first, float(self.rewards_now[bot.seat]))
+        self.first = False
+        return super().step(every)
+
+    def read_rewards(self, reward: np.ndarray, pick_ups: np.ndarray) -> None:
+        """Write the last step's rewards and pick-ups (F + M,), bots last."""
+        counts = np.zeros(len(self.order), np.int64)
+        super().read_rewards(self.rewards_now, counts)
+        reward[:], pick_ups[:] = self.rewards_now[self.order], counts[self.order]
+
+    def observe(self, palette: Palette, out: Observation) -> None:
+        """Write what focal players see, tile_ids (F, H, W) and features (F, .), and world_ids."""
+        tile_ids, world_ids, features = out
+        observe = self.lab.observation
+        for player, seat in enumerate(self.focal):
+            palette.encode(observe(self.rgb[seat]), tile_ids[player])
+        palette.encode(observe("WORLD.RGB"), world_ids)
+        for player, first, last, name in self.feature_names:
+            features[player, first:last] = observe(name).ravel()
+
+    def locate(self, places: np.ndarray) -> None:
+        """Write where the players are (F + M, 2), bots last: row, column."""
+        for k, seat in enumerate(self.order):
+            places[k] = self.lab.observation(f"{seat + 1}.POSITION")[::-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenarioEngines(PlainEngines):
+    """Makes the engines of worlds: world b plays plan b % len(plans)."""
+
+    plans: tuple[Plan, ...]
+    kind: Kind
+
+    def prepare(self) -> None:
+        import_meltingpot(bots=self.kind == "official")
+        if self.kind == "scripted":
+            scripted.compile_kernels()
+
+    def __call__(self, world: int, seed: tuple[int, ...], palette: Palette) -> Engine:
+        return ScenarioEngine(self.plans[world % len(self.plans)], self.kind, seed, palette)
+
+
+class Scenarios(MeltingPot):
+    """num_envs worlds that play scenarios of one substrate with equally many focal seats.
+
+    scenarios   names, or plans of one's own; world b plays number b % len(scenarios)
+    bots        "auto", "official" or "scripted"; `kind` says which it came to
+    Further arguments as MeltingPot's. ValueError, with one sentence, for what cannot be had.
+    """
+
+    def __init__(
+        self,
+        scenarios: Sequence[str | Plan],
+        num_envs: int,
+        seed: int = 1,
+        bots: Wanted = "auto",
+        **options: Any,
+    ):
+        self.plans = [get_plan(one) if isinstance(one, str) else one for one in scenarios]
+        self.kind = choose_bots(self.plans, bots)
+        self.labels = tuple(self.plans[b % len(self.plans)].name for b in range(num_envs))
+        super().__init__(self.plans[0].spec.substrate, num_envs, seed, **options)
+
+    def plan(self, substrate: str) -> tuple[Spec, PlainEngines]:
+        specs = [plan.spec for plan in self.plans]
+        focal = [[seat for seat, names in enumerate(plan.bots) if not names] for plan in self.plans]
+        same = {(spec.substrate, len(seats)) for spec, seats in zip(specs, focal)}
+        if len(same) > 1 or len({spec.num_agents for spec in specs}) > 1:
+            raise ValueError("Scenarios that are played together must have the same seats.")
+        roles = tuple(specs[0].roles[seat] for seat in focal[0])
+        spec = dataclasses.replace(
+            specs[0],
+            roles=roles,
+            is_focal=(True,) * len(roles),
+            num_bots=specs[0].num_agents - len(roles),
+        )
+        return spec, ScenarioEngines(spec, tuple(self.plans), self.kind)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def play_scenarios(
+    scenarios: Sequence[str],
+    bots: Kind,
+    new_player: Callable[[Scenarios], Player],
+    episodes: int,
+    num_envs: int,
+    rng: np.random.Generator,
+    num_ids: int,
+    shuffle_ids: bool = True,
+    videos: Path | None = None,
+    stem: str = "",
+    alive: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> dict[str, list[Result]]:
+    """Play `episodes` episodes of each scenario of a substrate, about num_envs at a time.
+
+    new_player(envs) makes the focal player for worlds (ids have their meaning there); scenarios
+    with equally many focal seats share worlds. Returns the results by row name, "SC0 scripted".
+    Further arguments as of envs.episodes.play_all() and MeltingPot.
+    """
+    groups: dict[tuple, list[str]] = {}
+    for name in scenarios:
+        plan = get_plan(name)
+        focal = sum(not names for names in plan.bots)
+        groups.setdefault((plan.spec.num_agents, focal), []).append(name)
+    results = {}
+    for names in groups.values():
+        worlds = len(names) * max(1, min(episodes, num_envs // len(names)))
+        with Scenarios(names, worlds, int(rng.integers(2**31)), bots, **options) as envs:
+            films = {name: Video() for name in names} if videos else {}
+            how = (rng, shuffle_ids, num_ids, films, alive)
+            played = play_all(envs, new_player(envs), None, 0, episodes, *how)
+        results |= {f"{short(name)} {bots}": played[name] for name in names}
+        for name, film in films.items():
+            film.save(videos / f"{stem}-{short(name)}-{bots}.mp4")
+    order = [f"{short(name)} {bots}" for name in scenarios]
+    return {name: results[name] for name in order}
+
+
+COLUMNS = ("scenario", "bots", "seed", "timesteps", "episode", *Result._fields)
+
+
+def save_results(
+    folder: Path, kind: str, substrate: str, seed: int, timesteps: int, results: dict
+) -> None:
+    """One CSV per scenario with a line per episode: folder/final-1000000-SC0-scripted.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, episodes in results.items():
+        scenario, _, bots = row.partition(" ")
+        about = (f"{substrate}_{scenario.removeprefix('SC')}", bots, seed, timesteps)
+        part = folder / f".{kind}-{timesteps}-{scenario}-{bots}.csv"
+        with part.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows([*about, k, *result] for k, result in enumerate(episodes))
+        part.replace(part.with_name(part.name[1:]))

@@ -1,0 +1,691 @@
+"""envs/scenarios.py, envs/bots.py, envs/sprite_names.py on the real engine: what scripted puppets
+see against the engine's own layers, where their beams hit against the beams that it draws, whether
+they reach their goals, whether Melting Pot's puppeteers switch those as configured, and what gets
+through to the focal side."""
+
+import contextlib
+import csv
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse.csgraph
+import torch
+from runs import MAPPO, script
+
+from envs import bots
+from envs.episodes import BOT_COLOUR, FOCAL_COLOUR, Result, mark, play_all, random_player
+from envs.meltingpot import MeltingPot, get_spec, import_meltingpot
+from envs.scenarios import (
+    PAPER,
+    RANDOM,
+    Plan,
+    ScenarioEngine,
+    Scenarios,
+    choose_bots,
+    choose_scenarios,
+    get_plan,
+    play_scenarios,
+    save_results,
+    scenario_names,
+    unscripted,
+)
+from envs.tile_game import TileGame
+from envs.tiles import Palette, ids_to_images
+
+import_meltingpot()
+
+from meltingpot import scenario  # noqa: E402
+from meltingpot.configs import bots as configs  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+CHICKEN, COINS, MINING = "chicken_in_the_matrix__repeated", "coins", "coop_mining"
+ARENA = "prisoners_dilemma_in_the_matrix__arena"
+
+
+def new_engine(substrate, *names, seed=1):
+    """An engine whose seats are taken by bots (names without the substrate's), or focal (None)."""
+    full = [name and (name if name == RANDOM else f"{substrate}__{name}") for name in names]
+    plan = Plan("", get_spec(substrate), tuple((name,) if name else () for name in full))
+    return ScenarioEngine(plan, "scripted", (seed,), Palette.private())
+
+
+def play(engine, steps, focal=lambda: np.zeros(0, int), after=lambda: None):
+    """Returns (focal seats first) and pick-ups of an episode of at most `steps` steps."""
+    returns, reward = np.zeros(len(engine.order)), np.zeros(len(engine.order))
+    pick_ups, now = np.zeros(len(engine.order), int), np.zeros(len(engine.order), int)
+    for t in range(1, steps + 1):  # noqa: B007
+        goes_on = engine.step(focal())
+        engine.read_rewards(reward, now)
+        returns, pick_ups = returns + reward, pick_ups + now
+        after()
+        if not goes_on:
+            break
+    return 1000 * returns / t, 1000 * pick_ups / t
+
+
+def goals_of(engine, seat):
+    """A list that grows by the goal's number whenever the puppet on a seat is asked for an action
+    (also while it waits to enter the map again)."""
+    bot = next(bot for bot in engine.bots if bot.seat == seat)
+    puppet, goals = bot.policy._puppet, []
+    step = puppet.step
+
+    def noting(timestep, memory):
+        goals.append(int(np.argmax(timestep.observation["GOAL"])))
+        return step(timestep, memory)
+
+    puppet.step = noting
+    return goals
+
+
+# --- What puppets see -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("substrate", [CHICKEN, COINS, MINING, ARENA])
+def test_kinds_are_those_of_the_engines_layers(substrate):
+    """LAYER lists the engine's own numbers of all that it draws on a cell, for a window that does
+    not turn with the player. What we read off the pixels of a cell must depend on them alone, and
+    different things must have different numbers."""
+    spec = get_spec(substrate)
+    engine = new_engine(substrate, *[RANDOM] * spec.num_agents)
+    puppet = engine.new_puppet(0)
+    kinds_of, ids, compared = {}, np.zeros(spec.grid, np.uint16), 0
+    seen = set()  # so far: the engine cannot be reproduced, and ores take their time to appear
+    for t in range(5000):
+        if t >= 200 and len(seen) >= 2:
+            break
+        for seat in range(min(3, spec.num_agents)):
+            see = lambda key, seat=seat: engine.lab.observation(f"{seat + 1}.{key}")  # noqa: E731
+            puppet.palette.encode(see("RGB"), ids)
+            kinds = puppet.sight.read(ids, puppet.palette)
+            x, y, facing = *see("POSITION"), int(see("ORIENTATION"))
+            layers, own = see("LAYER"), (puppet.sight.ahead, puppet.sight.left)
+            for i, j in np.ndindex(kinds.shape):
+                cx, cy = bots.place(i, j, x, y, facing, *own)
+                row, column = own[0] + cy - y, own[1] + cx - x
+                if 0 <= row < kinds.shape[0] and 0 <= column < kinds.shape[1]:
+                    numbers = tuple(layers[row, column].tolist())
+                    kinds_of.setdefault(numbers, set()).add(int(kinds[i, j]))
+                    compared += 1
+                    if kinds[i, j] >= bots.THING and not puppet.player[kinds[i, j]]:
+                        seen.add(int(kinds[i, j]))
+        if not engine.step(np.zeros(0, int)):
+            break
+    assert compared > 1000
+    things = {}
+    for numbers, kinds in kinds_of.items():
+        assert len(kinds) == 1, f"{numbers} is read as {kinds}"
+        (kind,) = kinds
+        # The number on the thing's own layer; players stand on what lies there, and hide it.
+        if kind >= bots.THING and kind not in np.flatnonzero(puppet.player):
+            things.setdefault(kind, set()).add(max(numbers))
+    names = [puppet.sight.things[kind - bots.THING] for kind in things]
+    assert len(names) >= 2, names
+    for a, b in itertools.combinations(things.values(), 2):
+        assert not a & b
+
+
+def test_memory_of_walls_is_the_map():
+    """After some exploring, what a puppet remembers as walls are walls of the substrate's map, and
+    it knows most of them; positions, directions and views therefore fit together."""
+    engine = new_engine(CHICKEN, "puppet_dove_margin_0", "puppet_hawk_margin_0")
+    text = engine.settings["simulation"]["map"].strip("\n").split("\n")
+    walls = np.array([[char == "W" for char in row] for row in text])
+    for _ in range(400):
+        engine.step(np.zeros(0, int))
+    for bot in engine.bots:
+        memory = bot.state[1]
+        assert memory.grid.shape == walls.shape
+        found = memory.grid == bots.WALL
+        assert not (found & ~walls).any()
+        assert found.sum() > 0.7 * walls.sum()
+
+
+def test_distances_and_first_steps_are_shortest():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        passable = rng.random((9, 13)) < 0.7
+        x, y = 4, 3
+        passable[y, x] = True
+        cells = np.arange(passable.size).reshape(passable.shape)
+        graph = np.zeros((passable.size,) * 2)
+        for a, b in ((cells[:, :-1], cells[:, 1:]), (cells[:-1], cells[1:])):
+            both = passable.flat[a] & passable.flat[b]
+            graph[a[both], b[both]] = graph[b[both], a[both]] = 1
+        truth = scipy.sparse.csgraph.shortest_path(graph, indices=cells[y, x]).reshape(9, 13)
+        far = bots.distances(passable, x, y)
+        assert np.array_equal(np.where(far < 0, np.inf, far), truth)
+        for cy, cx in zip(*np.nonzero(far > 0)):
+            d = bots.first_step(far, cx, cy)
+            nx, ny = x + bots.DX[d], y + bots.DY[d]
+            back = bots.distances(passable, nx, ny)
+            assert passable[ny, nx] and back[cy, cx] == far[cy, cx] - 1
+        assert bots.first_step(far, x, y) == -1
+
+
+def test_aims_are_the_engines_beams():
+    """Fires in chicken and compares the cells that the engine draws the beam on with those of which
+    aims() says that a target there would be hit."""
+    engine = new_engine(CHICKEN, None, None)
+    walls = engine.settings["simulation"]["map"].strip("\n").split("\n")
+    walls = np.array([[char == "W" for char in row] for row in walls])
+    rng, fired = np.random.default_rng(0), 0
+    reach, side = engine.new_puppet(0).reach, engine.new_puppet(0).side
+    while fired < 40:
+        x, y = engine.lab.observation("1.POSITION")
+        facing = int(engine.lab.observation("1.ORIENTATION"))
+        ready = engine.lab.observation("1.READY_TO_SHOOT") >= 1
+        action = 7 if ready and rng.random() < 0.4 else rng.integers(1, 7)
+        before = engine.lab.observation("WORLD.RGB").copy()
+        drawn_on = tiles(before).any((2, 3, 4))  # whatever is there may stop the beam
+        if not engine.step(np.array([action, 0])):
+            engine = new_engine(CHICKEN, None, None, seed=fired + 2)
+            continue
+        struck = [name for name, _ in engine.lab.events()]
+        if action != 7 or "destroyed_resource" in struck:  # a beam goes on where it destroys one
+            continue
+        beam = np.array([252, 252, 106])  # GameInteractionZapper's default beamColor
+        after = tiles(engine.lab.observation("WORLD.RGB"))
+        drawn = (after == beam).all(-1).mean((2, 3)) > 0.5
+        grown = after.any((2, 3, 4)) & ~drawn  # a resource may come back in this step
+        free = ~walls & ~drawn_on & ~grown
+        for cy, cx in zip(*np.nonzero(abs(np.indices(walls.shape) - [[[y]], [[x]]]).sum(0) <= 5)):
+            target = np.zeros_like(walls)
+            target[cy, cx] = True
+            if free[cy, cx] and (cx, cy) != (x, y):
+                hit = bots.aims(target, ~free, reach, side)[facing, y, x]
+                assert hit == drawn[cy, cx], (fired, (x, y), facing, (cx, cy))
+        fired += 1
+
+
+def tiles(image):
+    """(8H, 8W, 3) -> (H, W, 8, 8, 3)"""
+    return image.reshape(image.shape[0] // 8, 8, image.shape[1] // 8, 8, 3).swapaxes(1, 2)
+
+
+# --- Puppets reach their goals --------------------------------------------------------------------
+
+
+def mean_returns(substrate, names, steps, episodes=2):
+    """Per 1,000 steps and seat, over some episodes."""
+    return np.mean(
+        [play(new_engine(substrate, *names, seed=k), steps)[0] for k in range(episodes)], 0
+    )
+
+
+def test_coins_puppets_keep_to_their_colours():
+    """The order that the scenarios promise; docs/scenarios.md has the figures of 20 episodes."""
+    c, d = "puppet_cooperator_0", "puppet_defector_0"
+    both = mean_returns(COINS, (c, c), 800)
+    assert (both > 15).all()  # each coin pays 1, and nobody takes the other's
+    exploited, defector = mean_returns(COINS, (c, d), 800)
+    assert defector > both.mean() and exploited < both.mean() - 10
+    assert mean_returns(COINS, (d, RANDOM), 800)[0] > 30
+    engine, own = new_engine(COINS, c, c), []
+
+    def watch():
+        for _, items in engine.lab.events():
+            event = dict(zip(items[1::2], items[2::2]))
+            own.append(event[b"player_coin_type"] == event[b"coin_type"])
+
+    play(engine, 800, after=watch)
+    assert len(own) > 20 and np.mean(own) > 0.95
+
+
+def test_matrix_puppets_collect_and_meet():
+    dove, hawk = "puppet_dove_margin_0", "puppet_hawk_margin_0"
+    doves = mean_returns(CHICKEN, (dove, dove), 1000)
+    hawks = mean_returns(CHICKEN, (hawk, hawk), 1000)
+    mixed = mean_returns(CHICKEN, (hawk, dove), 1000)
+    assert (doves > 20).all()  # an interaction of two doves pays 3: seven of them
+    assert (hawks < 0.6 * doves).all()
+    assert mixed[0] > doves.mean() > mixed[1] > hawks.mean()
+
+
+def test_matrix_puppets_bring_what_they_intend():
+    """Share of interactions with the intended resource ahead in the own inventory."""
+    engine = new_engine(CHICKEN, "puppet_dove_margin_1", "puppet_hawk_margin_1")
+    brought = []
+
+    def watch():
+        for name, items in engine.lab.events():
+            if name == "interaction":
+                event = dict(zip(items[1::2], items[2::2]))
+                for side in (b"row", b"col"):
+                    seat = int(event[side + b"_player_idx"]) - 1
+                    brought.append(int(np.argmax(event[side + b"_inventory"])) == seat)
+
+    play(engine, 1500, after=watch)
+    assert len(brought) >= 10 and np.mean(brought) > 0.9
+
+
+def test_miners_extract_what_they_are_told():
+    spec = get_spec(MINING)
+    for name, ore in (("cooperator_0", 2), ("defector_0", 1)):
+        engine, ores = new_engine(MINING, *[name] * spec.num_agents), []
+
+        def watch(engine=engine, ores=ores):
+            for kind, items in engine.lab.events():
+                if kind == "extraction":
+                    ores.append(int(dict(zip(items[1::2], items[2::2]))[b"ore_type"]))
+
+        play(engine, 300, after=watch)
+        assert len(ores) >= 6 and np.mean(np.array(ores) == ore) > 0.9, (name, ores)
+
+
+# --- Puppeteers switch goals ----------------------------------------------------------------------
+
+
+def test_grim_trigger_turns_after_its_threshold_and_never_back():
+    for name, threshold in (
+        ("puppet_grim_one_strike_margin_0", 1),
+        ("puppet_grim_two_strikes_margin_0", 2),
+    ):
+        engine, defections = new_engine(CHICKEN, name, "puppet_hawk_margin_0"), []
+        goals = goals_of(engine, 0)
+
+        def watch(engine=engine, defections=defections):
+            _, partner = engine.lab.observation("1.INTERACTION_INVENTORIES")
+            defections.append(bool((partner >= 0).all() and partner[1] > partner[0]))
+
+        play(engine, 600, after=watch)
+        struck = np.append(0, np.cumsum(defections)[:-1])  # seen before each choice of a goal
+        assert struck[-1] > threshold
+        assert [goal % 2 for goal in goals] == [int(n >= threshold) for n in struck]
+
+
+def test_scheduled_flip_changes_its_resource_after_so_many_interactions():
+    name = "flip_a2b_0"
+    puppeteer = configs.BOT_CONFIGS[f"{PAPER[0]}__{name}"].puppeteer_builder()
+    engine, met = new_engine(PAPER[0], name, "pure_a_margin_0"), []
+    goals = goals_of(engine, 0)
+
+    def watch():
+        _, partner = engine.lab.observation("1.INTERACTION_INVENTORIES")
+        met.append(bool((partner >= 0).any()))
+
+    watch()  # the engine begins with inventories of 0, which the puppeteer takes for an interaction
+    play(engine, 1200, after=watch)
+    count = np.cumsum(met)[: len(goals)]
+    assert count[-1] > puppeteer._threshold, "too few interactions to flip"
+    first, then = puppeteer._initial_target.index, puppeteer._final_target.index
+    expected = [first if n < puppeteer._threshold else then for n in count]
+    assert [goal % 3 for goal in goals] == expected and first != then
+
+
+@pytest.mark.parametrize("name", ["one_strike_strong", "three_strikes"])
+def test_reciprocator_punishes_as_long_as_configured(name):
+    """Its goals in a game with a defector against a NumPy version of its rule."""
+    name = f"puppet_{name}_reciprocator_0"
+    puppeteer = configs.BOT_CONFIGS[f"{COINS}__{name}"].puppeteer_builder()
+    engine, signals = new_engine(COINS, name, "puppet_defector_0"), [0]
+    goals = goals_of(engine, 0)
+    key = "1.MISMATCHED_COIN_COLLECTED_BY_PARTNER"
+    play(engine, 700, after=lambda: signals.append(int(engine.lab.observation(key))))
+    window, expected, since = [], [], None
+    for t, signal in enumerate(signals[: len(goals)]):
+        window = (window + [signal])[-puppeteer._recency_window :]
+        if sum(window) >= puppeteer._threshold:
+            since, window = t, []
+        age = np.inf if since is None else t - since
+        spite = age < puppeteer._spiteful_punishment_window
+        expected.append(2 if spite else 1 if age < puppeteer._frames_to_punish else 0)
+    assert goals == expected
+    assert len(set(goals)) == (3 if puppeteer._spiteful_punishment_window else 2)
+
+
+# --- What gets through to the focal side ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chicken_in_the_matrix__repeated_3", "coop_mining_3", "coins_1"])
+def test_the_focal_side_sees_permitted_observations_only(name):
+    """Official filter: meltingpot's own, applied to the same substrate's observation names."""
+    from meltingpot.configs import substrates
+    from meltingpot.utils.scenarios.scenario import _restrict_observation
+
+    with Scenarios([name], 1, bots="scripted", num_workers=1) as envs:
+        obs = envs.reset()
+        plan = get_plan(name)
+        config = substrates.get_config(plan.spec.substrate)
+        own = dict.fromkeys([*config.individual_observation_names, "COLLECTIVE_REWARD"])
+        official = set(_restrict_observation(own, scenario.PERMITTED_OBSERVATIONS))
+        ours = {"RGB", *(key for key, _ in envs.spec.features)}
+        assert ours == official - {"COLLECTIVE_REWARD"}
+        assert obs.tile_ids.shape[1] == obs.features.shape[1] == sum(plan.spec.is_focal)
+        assert obs.features.shape[2] == sum(length for _, length in envs.spec.features)
+
+
+def test_actors_do_not_read_the_global_view():
+    """net_player's actions are the same whatever world_ids hold."""
+    mappo = script(MAPPO)
+    worlds = TileGame(3, 1)
+    agent = mappo.Agent(mappo.Args(substrate="toy"), worlds.spec, torch.device("cpu"))
+    sprites = mappo.Sprites(worlds, torch.device("cpu"))
+    obs, starts = worlds.reset(), np.ones(3, bool)
+    ids = np.tile(np.arange(2), (3, 1))
+    players = [mappo.net_player(agent.actor, sprites, 2, 5) for _ in range(2)]
+    for _ in range(8):
+        other = obs._replace(world_ids=(obs.world_ids + 1) % 7)
+        actions = [player(x, starts, ids) for player, x in zip(players, (obs, other))]
+        assert np.array_equal(*actions)
+        step = worlds.step(actions[0])
+        obs, starts = step.obs, step.terminated | step.truncated
+
+
+def test_focal_views_features_rewards_and_places_are_the_focal_seats():
+    """Seats 2 and 5 of six are focal; everything is read from the engine once more."""
+    engine = new_engine(MINING, RANDOM, None, RANDOM, RANDOM, None, RANDOM)
+    spec, rng = engine.spec, np.random.default_rng(0)
+    assert engine.focal == [1, 4] and engine.order == [1, 4, 0, 2, 3, 5]
+    ids = np.zeros((2, *spec.grid), np.uint16)
+    out = (ids, np.zeros(spec.world_grid, np.uint16), np.zeros((2, 1), np.float32))
+    places, reward = np.zeros((6, 2), int), np.zeros(6)
+    earned = np.zeros(6)
+    for _ in range(150):
+        engine.step(rng.integers(0, 8, 2))
+        engine.read_rewards(reward, np.zeros(6, int))
+        engine.observe(engine.palette, out)
+        engine.locate(places)
+        observe = engine.lab.observation
+        for k, seat in enumerate(engine.order):
+            assert reward[k] == observe(f"{seat + 1}.REWARD")
+            assert places[k].tolist() == observe(f"{seat + 1}.POSITION")[::-1].tolist()
+        for k, seat in enumerate((1, 4)):
+            image = ids_to_images(ids[k], engine.palette.pixels())
+            assert np.array_equal(image, observe(f"{seat + 1}.RGB"))
+            assert out[2][k, 0] == np.float32(observe(f"{seat + 1}.READY_TO_SHOOT"))
+        earned += reward
+    assert earned.any()
+
+
+def test_focal_returns_exclude_bots():
+    """An idle focal player beside a bot that collects coins: what it earns are the other's takings,
+    0 beside a cooperator; the bot's return stands apart."""
+    with Scenarios(["coins_5", "coins_6"], 2, 1, "scripted", max_episode_steps=250) as envs:
+        still = lambda obs, starts, ids: np.zeros(ids.shape, int)  # noqa: E731
+        results = play_all(envs, still, None, 0, 2, np.random.default_rng(0))
+    kinds = {n: next(iter(get_plan(n).bots[1])) for n in ("coins_5", "coins_6")}
+    (nice,) = (n for n, bot in kinds.items() if "cooperator" in bot)
+    (rough,) = (n for n, bot in kinds.items() if "defector" in bot)
+    for result in results[nice]:
+        assert result.focal_return == result.focal_pick_ups == 0
+        assert result.background_return == result.background_pick_ups > 5
+    for result in results[rough]:
+        assert result.focal_return < 0 < result.background_return
+        assert result.focal_pick_ups == 0
+
+
+# --- Every scenario, and what does not exist ------------------------------------------------------
+
+
+@pytest.mark.parametrize("substrate", PAPER)
+def test_the_papers_scenarios_run(substrate):
+    """SC0-SC4, some steps each, random focal players. Whole episodes: the slow test."""
+    rng = np.random.default_rng(0)
+    names = choose_scenarios(substrate, "all")
+    assert names == [f"{substrate}_{k}" for k in range(5)]
+    for name in names:
+        config = scenario.get_config(name)
+        engine = ScenarioEngine(get_plan(name), "scripted", (1,), Palette.private())
+        assert engine.focal == np.flatnonzero(config.is_focal).tolist()
+        returns, _ = play(engine, 40, lambda engine=engine: rng.integers(0, 7, len(engine.focal)))
+        assert np.isfinite(returns).all()
+        for bot in engine.bots:
+            assert bot.name in config.bots_by_role[config.roles[bot.seat]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("substrate", PAPER)
+def test_the_papers_scenarios_run_to_their_end(substrate):
+    """In worker processes, several at once where they have the same seats."""
+    names, rng = choose_scenarios(substrate, "all"), np.random.default_rng(0)
+    player = lambda envs: random_player(envs.spec.num_actions, rng)  # noqa: E731
+    results = play_scenarios(names, "scripted", player, 1, 5, rng, 8)
+    assert list(results) == [f"SC{k} scripted" for k in range(5)]
+    for (result,) in results.values():
+        assert result.length > 200 and np.isfinite(result).all()
+
+
+def puppet_substrates():
+    """Substrates with scenarios that scripted bots can play."""
+    names = {scenario.get_config(name).substrate for name in scenario.SCENARIOS}
+    return [one for one in sorted(names) if bots.puppet_kind(one)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("substrate", puppet_substrates())
+def test_every_scenario_of_puppets_runs(substrate):
+    """All whose bots are puppets, some steps each."""
+    rng, own = np.random.default_rng(0), scenario_names(substrate)
+    puppets = [name for name in own if not unscripted(get_plan(name))]
+    for name in own:  # meltingpot's word on who is a puppet
+        drawn = {bot for seat in get_plan(name).bots for bot in seat}
+        found = [configs.BOT_CONFIGS.get(bot) for bot in drawn]  # noop_bot has no configuration
+        assert (name in puppets) == all(bot and bot.puppeteer_builder for bot in found)
+    for name in puppets:
+        engine = ScenarioEngine(get_plan(name), "scripted", (1,), Palette.private())
+        returns, _ = play(engine, 60, lambda engine=engine: rng.integers(0, 7, len(engine.focal)))
+        assert np.isfinite(returns).all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_official_bots_with_models_made_here(tmp_path):
+    """The official path but for the official weights: SavedModels with the signatures that
+    meltingpot expects, whose action is the goal's number plus one."""
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("needs tensorflow: pip install -r requirements-bots.txt")
+    command = [sys.executable, str(ROOT / "tests/official_bots.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "goals arrive, and actions come back"
+
+
+def test_bots_are_drawn_from_the_scenarios_list():
+    """Chicken's SC0 draws among four bots; over 30 episodes each must have come."""
+    plan, drawn = get_plan(f"{CHICKEN}_0"), set()
+    assert len(plan.bots[1]) == 4
+    for seed in range(30):
+        engine = ScenarioEngine(plan, "scripted", (seed,), Palette.private())
+        drawn.add(engine.bots[0].name)
+        del engine
+    assert drawn == set(plan.bots[1])
+
+
+def test_what_is_chosen():
+    assert choose_scenarios(COINS, "none") == []
+    assert choose_scenarios(COINS, "SC0,SC3") == ["coins_0", "coins_3"]
+    assert choose_scenarios(COINS, "sc6, 2") == ["coins_6", "coins_2"]
+    assert len(choose_scenarios("stag_hunt_in_the_matrix__repeated", "all", "scripted")) == 10
+    assert choose_scenarios("daycare", "all", "scripted") == []
+    assert choose_bots([get_plan("coins_0")], "scripted") == "scripted"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--eval-scenarios", "SC9"), r"coins has no scenario SC9: it has SC0, .*SC6\."),
+        (("--eval-scenarios", "some"), r"coins has no scenario some: it has SC0, .*SC6\."),
+        (
+            ("--bots", "official"),
+            r"Official bots need Melting Pot's assets, and .* is not there: .*",
+        ),
+        (
+            ("--substrate", "toy", "--eval-scenarios", "SC0"),
+            r"--eval-scenarios: the toy has none\.",
+        ),
+        (
+            ("--substrate", "daycare", "--eval-scenarios", "SC0", "--bots", "scripted"),
+            r"daycare_0 has no scripted bots: daycare__.* is .*",
+        ),
+    ],
+)
+def test_what_cannot_be_played_is_one_sentence(flags, sentence, tmp_path, capsys):
+    """Before anything is trained, and with exit code 2."""
+    argv = ["--substrate", COINS, "--run-dir", str(tmp_path / "run"), *flags]
+    argv = argv[2:] if "--substrate" in flags else argv
+    code = script(MAPPO).main([*argv, "--num-envs", "1", "--num-workers", "1"])
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and re.fullmatch("error: " + sentence, last), last
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_scenarios_are_one_sentence():
+    with pytest.raises(ValueError, match=r"Unknown scenario 'coins_77': there are coins_0, .*"):
+        get_plan("coins_77")
+    with pytest.raises(ValueError, match=r"Unknown scenario 'zzz': see docs"):
+        get_plan("zzz")
+    with pytest.raises(ValueError, match="must have the same seats"):
+        Scenarios([f"{ARENA}_0", f"{ARENA}_1"], 2, bots="scripted")
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+class Labelled(TileGame):
+    """The toy with two labels and a bot's return in each episode."""
+
+    labels = ("a", "b", "a")
+
+
+def test_play_all_counts_by_label_and_draws_ids_without_replacement():
+    seen = []
+
+    def player(obs, starts, ids):
+        seen.append(ids.copy())
+        return np.zeros(ids.shape, int)
+
+    results = play_all(Labelled(3, 1), player, None, 0, 7, np.random.default_rng(0), num_ids=5)
+    assert {label: len(x) for label, x in results.items()} == {"a": 7, "b": 7}
+    seen = np.stack(seen)
+    assert (seen[..., 0] != seen[..., 1]).all() and set(np.unique(seen)) == set(range(5))
+
+
+def test_players_are_framed():
+    image = np.full((24, 32, 3), 9, np.uint8)
+    framed = mark(image, np.array([[0, 1], [2, 3], [-1, -1]]), 1)
+    assert (image == 9).all()
+    for (row, column), colour in (((0, 1), FOCAL_COLOUR), ((2, 3), BOT_COLOUR)):
+        cell = framed[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        edge = np.ones((8, 8), bool)
+        edge[1:-1, 1:-1] = False
+        assert (cell[edge] == colour).all() and (cell[~edge] == 9).all()
+        framed[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 9
+    assert (framed == 9).all()
+
+
+def test_results_are_written_whole(tmp_path):
+    results = {"SC3 scripted": [Result(1.5, 2.0, 3.0, 4.0, 5), Result(0.0, 1.0, 0.0, 2.0, 7)]}
+    save_results(tmp_path / "evaluation", "final", COINS, 4, 100, results)
+    (path,) = (tmp_path / "evaluation").iterdir()
+    assert path.name == "final-100-SC3-scripted.csv"
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["scenario"] for row in rows] == ["coins_3"] * 2
+    assert [row["bots"] for row in rows] == ["scripted"] * 2
+    assert [float(row["focal_return"]) for row in rows] == [1.5, 0.0]
+    assert [(row["seed"], row["timesteps"], row["episode"]) for row in rows] == [
+        ("4", "100", "0"),
+        ("4", "100", "1"),
+    ]
+
+
+@contextlib.contextmanager
+def cut_episodes(steps=60):
+    """Evaluations play natural episodes, of up to thousands of steps; here they are cut."""
+    whole = MeltingPot.__init__
+
+    def init(self, *args, **options):
+        whole(self, *args, **options | {"max_episode_steps": steps})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeltingPot, "__init__", init)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of one iteration in coins, evaluated beside the bots of two scenarios."""
+    folder = tmp_path_factory.mktemp("short")
+    argv = f"--substrate coins --num-envs 2 --rollout-steps 10 --minibatches 1 --epochs 1 --seed 3 \
+        --total-timesteps 20 --final-episodes 1 --background random --eval-scenarios SC0,SC3 \
+        --bots scripted --num-workers 2 --capture-video --run-dir {folder / 'run'}"
+    with cut_episodes():
+        assert script(MAPPO).main(argv.split()) == 0
+    return folder / "run"
+
+
+def test_a_run_is_evaluated_beside_bots_of_a_named_kind(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())["eval"]
+    assert list(summary) == [
+        "self-play",
+        "random v random",
+        "v random",
+        "SC0 scripted",
+        "SC3 scripted",
+    ]
+    about = json.loads((run_dir / "args.json").read_text())
+    assert about["script"] == "mappo_meltingpot" and about["resolved"]["bots"] == "scripted"
+    for number in (0, 3):
+        with (run_dir / f"evaluation/final-20-SC{number}-scripted.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        assert row["scenario"] == f"coins_{number}" and row["bots"] == "scripted"
+        assert float(row["focal_return"]) == summary[f"SC{number} scripted"]["return"]
+        assert (run_dir / f"videos/final-20-SC{number}-scripted.mp4").stat().st_size > 1000
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "final/SC3 scripted/return" in last
+
+
+def test_a_checkpoint_for_other_actions_is_one_sentence(run_dir, tmp_path, capsys):
+    """Coins has 7 actions; a checkpoint that says it is of coins and has 8 does not fit."""
+    other = tmp_path / "run"
+    shutil.copytree(run_dir, other)
+    index = json.loads((other / "checkpoints.json").read_text())
+    state = torch.load(other / index[0]["name"], weights_only=True)
+    actor = state["agent"]["actor"]
+    for key in ("out.weight", "out.bias"):
+        actor[key] = torch.cat([actor[key], actor[key][:1]])
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    (other / index[0]["name"]).write_bytes(buffer.getvalue())
+    index[0]["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    (other / "checkpoints.json").write_text(json.dumps(index))
+    code = script(MAPPO).main(["--eval-only", str(other), "--final-episodes", "1"])
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and last == f"error: {other} does not fit: its networks have other shapes."
+    code = script(MAPPO).main(
+        ["--eval-only", str(run_dir), "--final-episodes", "1", "--background", str(other)]
+    )
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and last == f"error: {other} does not fit: its networks have other shapes."
+
+
+def test_runs_from_before_scenarios_can_be_evaluated(run_dir, tmp_path, capsys):
+    """A checkpoint whose arguments lack --eval-scenarios and --bots gets them from the command."""
+    old = tmp_path / "run"
+    shutil.copytree(run_dir, old)
+    index = json.loads((old / "checkpoints.json").read_text())
+    state = torch.load(old / index[0]["name"], weights_only=True)
+    del state["args"]["eval_scenarios"], state["args"]["bots"]
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    (old / index[0]["name"]).write_bytes(buffer.getvalue())
+    index[0]["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    (old / "checkpoints.json").write_text(json.dumps(index))
+    argv = ["--eval-only", str(old), "--final-episodes", "1", "--eval-scenarios", "SC5"]
+    with cut_episodes():
+        assert script(MAPPO).main([*argv, "--bots", "scripted", "--background", "random"]) == 0
+    assert "SC5 scripted" in capsys.readouterr().out
+    assert (old / "evaluation/final-20-SC5-scripted.csv").exists()
