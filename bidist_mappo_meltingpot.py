@@ -61,7 +61,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.episodes import Player, count_episodes, play_pairs, random_player, table
+from envs.episodes import Player, count_episodes, play_pairs, random_player, summarise, table
 from envs.tile_tensors import Sprites, Windows
 from envs.tiles import WorldError
 
@@ -138,6 +138,8 @@ class Args:
     background: tuple[str, ...] = ("random", "distilled")  # co-players; also run directories
     num_focal: Count = 0  # seats that we take beside them; 0: N - 1
     eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
+    eval_scenarios: str = "all"  # Melting Pot's, beside bots: all, none or e.g. SC0,SC3
+    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official where they can be had
     save_every: Count = 160_000  # checkpoints; the last two are kept
     # System
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -170,8 +172,8 @@ LINE = ("episode/return", "entropy", "kl", "sps")  # scalars on standard output,
 RESUMABLE = (  # what may differ from the run's own arguments with --resume and --eval-only
     *("total_timesteps", "run_dir", "resume", "eval_only", "track", "wandb_project", "wandb_mode"),
     *("wandb_timeout", "capture_video", "num_workers", "worker_timeout", "eval_every"),
-    *("eval_episodes", "final_episodes", "background", "num_focal", "eval_ids", "save_every"),
-    *("device", "num_threads", "pixels", "amp"),
+    *("eval_episodes", "final_episodes", "background", "num_focal", "eval_ids", "eval_scenarios"),
+    *("bots", "save_every", "device", "num_threads", "pixels", "amp"),
 )
 
 # [shared] begin
@@ -220,14 +222,14 @@ def read_args(argv: list[str]) -> Any:
         if saved["script"] != script:
             raise UsageError(f"{source} is a run of {saved['script']}.py, not of {script}.py.")
         own, given = saved["args"], vars(args)
-        if changed := own.keys() ^ given.keys():
+        if changed := (own.keys() ^ given.keys()) - set(RESUMABLE):
             raise UsageError(f"{source} is of a version that differs in {', '.join(changed)}.")
         names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
         for name in names & set(own) - set(RESUMABLE):
             if given[name] != own[name]:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} is {own[name]} in {source} and stays so.")
-        own = {name: tuple(x) if isinstance(x, list) else x for name, x in own.items()}
+        own = {k: tuple(x) if isinstance(x, list) else x for k, x in own.items() if k in given}
         typed = {name: given[name] for name in names & set(own)}
         fresh = {"run_dir": "", "resume": "", "eval_only": ""}
         args = dataclasses.replace(args, **own | fresh | typed)
@@ -579,11 +581,11 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
         yield dataclasses.replace(batch, **parts)
 
 
-def observe(obs, device, ids=None) -> tuple[Tensor, ...]:
+def observe(obs, device, ids=None, num_ids=None) -> tuple[Tensor, ...]:
     """Views, features with one-hot agent ids (B, N), by default the seats -> (B, N, F + N), global
-    views and plain features."""
+    views and plain features. A scenario has fewer seats than there are ids."""
     tile_ids, world_ids, features = (torch.from_numpy(x).to(device) for x in obs)
-    one_hot = torch.eye(features.shape[1], device=device)
+    one_hot = torch.eye(num_ids or features.shape[1], device=device)
     ids = one_hot.expand(len(features), -1, -1) if ids is None else one_hot[ids]
     return tile_ids, torch.cat([features, ids], -1), world_ids, features
 
@@ -830,7 +832,7 @@ def populations(ratio, objective, trained, clip: float, actor=None) -> dict[str,
 # --- 8. Evaluate ----------------------------------------------------------------------------------
 
 
-def net_player(net: RecurrentNet, sprites: Sprites, seed: int) -> Player:
+def net_player(net: RecurrentNet, sprites: Sprites, num_ids: int, seed: int) -> Player:
     """A network as a player for envs.episodes: sampled actions, a memory of its own."""
     rng, hidden = torch.Generator().manual_seed(seed), None
 
@@ -839,7 +841,7 @@ def net_player(net: RecurrentNet, sprites: Sprites, seed: int) -> Player:
         starts, ids = (torch.from_numpy(x).to(sprites.device) for x in (starts, ids))
         if hidden is None:
             hidden = torch.zeros(*ids.shape, net.hidden_size, device=sprites.device)
-        tile_ids, features, _, _ = observe(obs, sprites.device, ids)
+        tile_ids, features, _, _ = observe(obs, sprites.device, ids, num_ids)
         log_probs, hidden = act(net, tile_ids, features, starts, hidden, sprites)
         return sample(log_probs, rng).cpu().numpy()
 
@@ -861,21 +863,76 @@ def load_background(args: Args, agent: Agent) -> dict[str, RecurrentNet]:
     return others
 
 
+# [shared] begin
+
+
+def find_scenarios(args: Any) -> tuple[list[str], Any]:
+    """The scenarios of --eval-scenarios and the kind of bots in them; UsageError if there are none
+    of that name, or no such bots."""
+    if args.eval_scenarios == "none" or args.substrate == "toy":
+        if args.eval_scenarios not in ("all", "none"):
+            raise UsageError("--eval-scenarios: the toy has none.")
+        return [], None
+    from envs.scenarios import choose_bots, choose_scenarios, get_plan
+
+    try:
+        names = choose_scenarios(args.substrate, args.eval_scenarios, args.bots)
+        return names, choose_bots([get_plan(name) for name in names], args.bots) if names else None
+    except (ValueError, ModuleNotFoundError) as error:
+        raise UsageError(str(error)) from None
+
+
+def announce_scenarios(args: Any, rank: int) -> Any:
+    """Print in which scenarios which kind of bots will play; returns the kind."""
+    names, bots = find_scenarios(args)
+    if names and rank == 0:
+        tqdm.write(f"{bots} bots will play in {', '.join(names)}")
+    return bots
+
+
+def play_scenarios(args: Any, agent: Any, alive, kind: str, timesteps: int, run_dir: Path, rng):
+    """Our actor beside the bots of each scenario -> {"SC0 scripted": envs.episodes.summarise()};
+    every episode goes to RUN_DIR/evaluation."""
+    names, bots = find_scenarios(args)
+    if not names:
+        return {}
+    from envs.scenarios import play_scenarios, save_results
+
+    def new_player(envs) -> Player:
+        sprites, seed = Sprites(envs, agent.device), int(rng.integers(2**31))
+        return net_player(agent.actor, sprites, agent.spec.num_agents, seed)
+
+    episodes = args.final_episodes if kind == "final" else args.eval_episodes
+    options = {"num_workers": args.num_workers, "timeout": args.worker_timeout, "alive": alive}
+    options |= {"videos": run_dir / "videos" if args.capture_video else None}
+    options |= {"stem": f"{kind}-{timesteps}", "shuffle_ids": args.eval_ids == "random"}
+    how = (episodes, args.num_envs, rng, agent.spec.num_agents)
+    played = play_scenarios(names, bots, new_player, *how, **options)
+    about = (kind, args.substrate, args.seed, timesteps)
+    with writing(run_dir / "evaluation"):
+        save_results(run_dir / "evaluation", *about, played)
+    return {row: summarise(results) for row, results in played.items()}
+
+
+# [shared] end
+
+
 def evaluate(
     args: Args, agent: Agent, others: dict, alive, kind: str, timesteps: int, run_dir: Path
 ) -> dict[str, dict[str, float]]:
-    """Full natural episodes without learning: everyone ours, then beside each of --background.
+    """Full natural episodes without learning: everyone ours, then beside each of --background,
+    then beside the bots of each of --eval-scenarios.
 
     kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
-    Prints a table and returns {"v co-player": envs.episodes.summarise(...)}. A co-player is any
-    envs.episodes.Player: the bots of scenarios will enter here, too.
+    Prints a table and returns {"v co-player": envs.episodes.summarise(...)}.
     """
     args = dataclasses.replace(args, max_episode_steps=0)
     episodes = args.final_episodes if kind == "final" else args.eval_episodes
     rng = np.random.default_rng((args.seed, timesteps, ("eval", "final").index(kind)))
     with make_envs(args, min(args.num_envs, episodes), int(rng.integers(2**31))) as envs:
         sprites = Sprites(envs, agent.device)
-        player = lambda net: net_player(net, sprites, int(rng.integers(2**31)))  # noqa: E731
+        ids = agent.spec.num_agents
+        player = lambda net: net_player(net, sprites, ids, int(rng.integers(2**31)))  # noqa: E731
         pairs = {"self-play": (player(agent.actor), None)}
         for name in args.background:
             if name == "random":
@@ -891,6 +948,7 @@ def evaluate(
         videos = run_dir / "videos" if args.capture_video else None
         film = (videos, f"{kind}-{timesteps}")
         results = play_pairs(envs, pairs, seats, episodes, rng, shuffle, *film, alive)
+    results |= play_scenarios(args, agent, alive, kind, timesteps, run_dir, rng)
     tqdm.write(f"{args.substrate}, seed {args.seed}, step {timesteps}\n{table(results)}")
     return results
 
@@ -1053,7 +1111,7 @@ def new_run_dir(args: Any, world: str, **resolved: Any) -> Path:
     if (run_dir / "checkpoints.json").exists():
         raise UsageError(f"{run_dir} holds a run already: --resume it, or name another.")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    about = {"resolved": resolved, "commit": ""}
+    about = {"script": Path(__file__).stem, "resolved": resolved, "commit": ""}
     with contextlib.suppress(OSError):  # no git
         about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
@@ -1175,7 +1233,7 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         agent, sprites = Agent(args, envs.spec, device), Sprites(envs, device)
         if saved:
             restore(agent.parts(), saved["agent"], source)
-        others = load_background(args, agent)
+        others, bots = load_background(args, agent), announce_scenarios(args, rank)
 
         stop: list[int] = []  # signals that asked for it
 
@@ -1195,7 +1253,7 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             envs.reset()
         if rank == 0:
             q = fictitious_probability(args, envs.spec.num_agents)
-            names = {"device": str(device), "fictitious_probability": q}
+            names = {"device": str(device), "bots": bots, "fictitious_probability": q}
             run_dir = run_dir or new_run_dir(args, args.substrate, **names)
             logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
 

@@ -304,6 +304,8 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
         "dual_clip": (["3"], 3.0),
         "device": (["cpu"], "cpu"),
         "wandb_mode": (["offline"], "offline"),
+        "eval_scenarios": (["none"], "none"),
+        "bots": (["scripted"], "scripted"),
     }
     fields = [x for x in dataclasses.fields(script(name).Args)]
     typed = {

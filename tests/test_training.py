@@ -208,6 +208,7 @@ ELSEWHERE = {
     "worker_timeout": "test_flags_of_the_real_worlds",
     "eval_ids": "test_eval_ids",
     "num_focal": "test_num_focal",
+    **dict.fromkeys(("eval_scenarios", "bots"), "test_scenarios.py"),
     "device": "test_device_and_threads",
     "num_threads": "test_device_and_threads",
     **dict.fromkeys(("forward_lr", "reverse_lr"), "test_distillation_rates_and_epochs_matter"),
