@@ -1,0 +1,513 @@
+"""Returns beside the co-players of Melting Pot's scenarios, in the form of BiDist's Table 1.
+
+    python experiments/scenario_table.py runs/A-s1 runs/A-s2 runs/B-s1 --out docs/data/scenarios
+
+Reads what the scripts' evaluations left (RUN/evaluation/final-*.csv, a row per episode) and writes
+OUT.md, OUT.csv and OUT.png: for every substrate, scenario and method the focal players' per-capita
+return per episode (Eq. 2) and per 1,000 steps. Official and scripted bots are different co-players
+and never share a table: if the runs met both, there are OUT-official.* and OUT-scripted.*.
+
+Methods. Runs belong together if they agree in their script and in all flags that training depends
+on but seed and length; a method is called by its script and by those of these flags that are not at
+their defaults. With --group-by name a method is a directory's name without -s1, -s2, ...
+
+Figures. Of a run: the mean over its episodes; per 1,000 steps the ratio of sums, so that a long
+episode weighs more. Of a method: the mean of its runs' figures. Intervals are 95 % percentile
+bootstraps. With fewer than five runs of a method each has a line of its own, with its interval over
+episodes, and the method has none; from five on the method has one, for which runs are resampled
+and then episodes within each.
+
+Normalised (Table 1). 0 is the worst and 1 the best of the methods in the table, scenario by
+scenario, from the methods' means. It says nothing without the raw figures beside it, and changes
+with the set of methods.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import importlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+import tyro
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from envs.scenarios import PAPER
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = 5  # runs from which on intervals are over runs, too (docs/bidist.md)
+QUANTITIES = {
+    "return": "focal return per capita and episode",
+    "return_per_1000": "focal return per capita and 1,000 steps",
+}
+RELATIVE = (
+    "Normalised figures are relative to this set of methods: within a scenario the worst of them "
+    "is 0 and the best is 1, whatever the distance between them, and another set gives other "
+    "figures; who was not run there takes no part."
+)
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Returns beside scenarios' co-players, by method, in the form of Table 1."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories
+    out: Path = Path("scenarios")  # writes OUT.md, OUT.csv and OUT.png
+    group_by: Literal["method", "name"] = "method"  # name: of the directory, without -s1, -s2, ...
+    timesteps: int | None = None  # which evaluation, in environment steps; default: each run's last
+    draw: Literal["return", "return_per_1000"] = "return"  # quantity of the figure
+    resamples: int = 5000  # of each bootstrap
+    seed: int = 1  # of the bootstraps
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def read_args(run: Path) -> dict[str, Any]:
+    """args.json with the key "script", which older runs keep in their checkpoints only."""
+    if not run.is_dir():
+        raise UsageError(f"{run} is no run directory.")
+    try:
+        args = json.loads((run / "args.json").read_text())
+        if "script" not in args:
+            import torch
+
+            newest = json.loads((run / "checkpoints.json").read_text())[0]["name"]
+            args["script"] = torch.load(run / newest, "cpu", weights_only=True)["script"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        raise UsageError(f"{run} is no run directory: it has no args.json with a script.") from None
+    return args
+
+
+def script_file(script: str) -> str:
+    """Where a script lies, seen from the repository."""
+    for path in (f"{script}.py", f"baselines/{script}.py"):
+        if (ROOT / path).exists():
+            return path
+    raise UsageError(f"{script}.py is not in this repository: use --group-by name.")
+
+
+@functools.cache
+def load_script(script: str) -> Any:
+    """The script as a module."""
+    return importlib.import_module(script_file(script).removesuffix(".py").replace("/", "."))
+
+
+def training_flags(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run that training depends on, but for world, seed and length, where they
+    are not the script's defaults."""
+    module = load_script(args["script"])
+    default = {field.name: field.default for field in dataclasses.fields(module.Args)}
+    for name in {"seed", "total_timesteps", "substrate", *module.RESUMABLE}:
+        default.pop(name, None)
+    default = {name: list(x) if isinstance(x, tuple) else x for name, x in default.items()}
+    return {name: args[name] for name in default if name in args and args[name] != default[name]}
+
+
+def method_of(args: dict[str, Any]) -> str:
+    """A run's script and the flags that make it a method of its own: "bidist_mappo --k-d 10"."""
+    words = [args["script"].removesuffix("_meltingpot")]
+    for name, x in training_flags(args).items():
+        words.append(f"--{name.replace('_', '-')}" + ("" if x is True else f" {x}"))
+    return " ".join(words)
+
+
+def without_seed(run: Path) -> str:
+    """The name of a run's directory without -s1, -s2, ..."""
+    return re.sub(r"-s\d+$", "", run.resolve().name)
+
+
+# --- Evaluations ----------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """A run's episodes in one scenario."""
+
+    run: Path
+    method: str
+    seed: int
+    substrate: str
+    scenario: str  # SC0, ...
+    bots: str  # official, scripted
+    timesteps: int  # of training before it
+    returns: np.ndarray  # (E,) focal, per capita, undiscounted
+    lengths: np.ndarray  # (E,) steps
+
+
+COLUMNS = ("scenario", "bots", "focal_return", "length")  # that are used
+
+
+def read_episodes(path: Path, substrate: str, scenario: str, bots: str) -> list[np.ndarray]:
+    """Returns (E,) and lengths (E,) from one file, held against what its name says."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise UsageError(f"{path} holds no episodes.")
+    if missing := [name for name in COLUMNS if name not in rows[0]]:
+        raise UsageError(f"{path} has no column {missing[0]}.")
+    expected = (f"{substrate}_{scenario.removeprefix('SC')}", bots)
+    for row in rows:
+        if (row["scenario"], row["bots"]) != expected:
+            found = f"{row['scenario']} with {row['bots']} bots"
+            raise UsageError(f"{path} holds {found}, not {' with '.join(expected)} bots.")
+    try:
+        columns = [np.array([float(row[name]) for row in rows]) for name in COLUMNS[2:]]
+    except (TypeError, ValueError):
+        raise UsageError(f"{path} holds something that is no number.") from None
+    if not all(np.isfinite(column).all() for column in columns) or (columns[1] <= 0).any():
+        raise UsageError(f"{path} holds a return or a length that cannot be.")
+    return columns
+
+
+def read_cells(run: Path, method: str, args: dict, timesteps: int | None = None) -> list[Cell]:
+    """All scenarios that a run was evaluated in; per kind of bots after the same training: its
+    last evaluation, or the one after `timesteps` steps. Empty without an evaluation."""
+    found = []
+    for path in sorted((run / "evaluation").glob("final-*.csv")):
+        name = re.fullmatch(r"final-(\d+)-(SC\d+)-(official|scripted)\.csv", path.name)
+        if name:
+            found.append((int(name[1]), name[2], name[3], path))
+    cells = []
+    for bots in ("official", "scripted"):
+        steps = [when for when, _, kind, _ in found if kind == bots]
+        chosen = timesteps if timesteps is not None else max(steps, default=0)
+        for when, scenario, kind, path in found:
+            if (when, kind) == (chosen, bots):
+                columns = read_episodes(path, args["substrate"], scenario, bots)
+                about = (run, method, args["seed"], args["substrate"], scenario, bots, when)
+                cells.append(Cell(*about, *columns))
+    if found and not cells:
+        have = " and ".join(f"{when:,}" for when in sorted({when for when, *_ in found}))
+        raise UsageError(f"{run} has no evaluation after {timesteps:,} steps, but after {have}.")
+    return cells
+
+
+def read_all(study: Study) -> list[Cell]:
+    """The cells of all runs; UsageError for a run without an evaluation."""
+    if len({run.resolve() for run in study.runs}) < len(study.runs):
+        raise UsageError("A run directory is named twice.")
+    if not study.runs:
+        raise UsageError("Name at least one run directory.")
+    cells = []
+    for run in study.runs:
+        args = read_args(run)
+        method = method_of(args) if study.group_by == "method" else without_seed(run)
+        own = read_cells(run, method, args, study.timesteps)
+        if not own:
+            command = f"python {script_file(args['script'])} --eval-only {run} --eval-scenarios all"
+            raise UsageError(f"{run} has no evaluation beside scenarios yet: {command} makes it.")
+        cells += own
+    return cells
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+
+def fractions(cell: Cell, quantity: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numerators and denominators (E,) whose sums' ratio is the quantity."""
+    if quantity == "return":
+        return cell.returns, np.ones(len(cell.returns))
+    return 1000 * cell.returns, cell.lengths
+
+
+def mean(cells: Iterable[Cell], quantity: str) -> float:
+    """Of runs: the mean of their figures, so that each counts alike."""
+    parts = (fractions(cell, quantity) for cell in cells)
+    return float(np.mean([above.sum() / below.sum() for above, below in parts]))
+
+
+def interval(
+    cells: list[Cell], quantity: str, resamples: int = 5000, seed: int = 1
+) -> tuple[float, float]:
+    """95 % percentile bootstrap of mean(): of one run over its episodes, of several over runs and
+    over the episodes within each run that was drawn."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(cells), (resamples, len(cells)))
+    figures = np.empty(drawn.shape)
+    for number, (above, below) in enumerate(fractions(cell, quantity) for cell in cells):
+        places = drawn == number  # where this run was drawn, each time with other episodes
+        rows = rng.integers(0, len(above), (places.sum(), len(above)))
+        figures[places] = above[rows].sum(-1) / below[rows].sum(-1)
+    low, high = np.percentile(figures.mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def normalise(means: dict[str, float]) -> dict[str, float]:
+    """Min-max over methods; nothing where they are fewer than two or all alike."""
+    low, high = min(means.values(), default=0), max(means.values(), default=0)
+    if high == low:
+        return {}
+    return {method: (x - low) / (high - low) for method, x in means.items()}
+
+
+class Figure(NamedTuple):
+    """One figure of a table: of a method, or of one of its runs."""
+
+    substrate: str
+    scenario: str
+    method: str
+    run: str  # "": of the method
+    seed: int | str
+    timesteps: str  # of training; of a method a range, where its runs differ
+    runs: int
+    episodes: int
+    quantity: str
+    mean: float
+    low: float  # NaN: no interval
+    high: float
+    over: str  # what the interval is over: episodes, runs and episodes, or nothing
+    normalised: float  # of methods; NaN: undefined
+
+
+def span(numbers: Iterable[int]) -> str:
+    """ "50", or "48 to 50" if they differ."""
+    low, high = min(numbers := list(numbers)), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def figures_of(cells: list[Cell], study: Study) -> list[Figure]:
+    """All figures of one kind of bots."""
+    figures = []
+    options = (study.resamples, study.seed)
+    places = dict.fromkeys((cell.substrate, cell.scenario) for cell in cells)
+    for (substrate, scenario), quantity in ((p, q) for p in places for q in QUANTITIES):
+        here = [cell for cell in cells if (cell.substrate, cell.scenario) == (substrate, scenario)]
+        groups: dict[str, list[Cell]] = {}
+        for cell in here:
+            groups.setdefault(cell.method, []).append(cell)
+        scores = normalise({method: mean(own, quantity) for method, own in groups.items()})
+        for method, own in groups.items():
+            many = len(own) >= SEEDS
+            bounds = interval(own, quantity, *options) if many else (np.nan, np.nan)
+            steps, count = span(c.timesteps for c in own), sum(len(c.returns) for c in own)
+            where = (substrate, scenario, method)
+            what = (len(own), count, quantity, mean(own, quantity), *bounds)
+            over = "runs and episodes" if many else ""
+            score = scores.get(method, np.nan)
+            figures.append(Figure(*where, "", "", steps, *what, over, score))
+            for cell in own:
+                what = (1, len(cell.returns), quantity, mean([cell], quantity))
+                what += interval([cell], quantity, *options)
+                run = (cell.run.resolve().name, cell.seed, f"{cell.timesteps:,}")
+                figures.append(Figure(*where, *run, *what, "episodes", np.nan))
+    return figures
+
+
+def scenarios_of(figures: list[Figure], substrate: str) -> list[str]:
+    """The columns of a substrate: the paper's SC0 to SC4 where it used it, and what was run."""
+    found = {figure.scenario for figure in figures if figure.substrate == substrate}
+    found |= {f"SC{number}" for number in range(5)} if substrate in PAPER else set()
+    return sorted(found, key=lambda name: int(name[2:]))
+
+
+# --- Output ---------------------------------------------------------------------------------------
+
+
+def text_of(figure: Figure) -> str:
+    """A cell: the mean, its interval if there is one, and the normalised figure in bold."""
+    text = f"{figure.mean:.1f}"
+    if not np.isnan(figure.low):
+        text += f" [{figure.low:.1f}, {figure.high:.1f}]"
+    return text if np.isnan(figure.normalised) else f"{text} **{figure.normalised:.2f}**"
+
+
+def markdown_table(figures: list[Figure], substrate: str, quantity: str) -> str:
+    """A line per method and, with fewer than five, a line per run; columns are scenarios."""
+    chosen = [f for f in figures if (f.substrate, f.quantity) == (substrate, quantity)]
+    names = scenarios_of(figures, substrate)
+    lines = [
+        f"| {QUANTITIES[quantity]} | steps of training | episodes | {' | '.join(names)} |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    runs = {}  # of each method, in the order of their names
+    for f in chosen:
+        runs.setdefault(f.method, {}).update({f.run: f.seed} if f.run else {})
+    for method, seeds in runs.items():
+        shown = {"": f"**{method}**, {len(seeds)} run{'s' if len(seeds) > 1 else ''}"}
+        if len(seeds) < SEEDS:
+            shown |= {run: f"seed {seed} ({run})" for run, seed in seeds.items()}
+        for run, label in shown.items():
+            line = {f.scenario: f for f in chosen if (f.method, f.run) == (method, run)}
+            cells = [text_of(line[name]) if name in line else "not run" for name in names]
+            steps = ", ".join(dict.fromkeys(f.timesteps for f in line.values()))
+            episodes = span(f.episodes for f in line.values())
+            lines.append(f"| {label} | {steps} | {episodes} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown(figures: list[Figure], cells: list[Cell], bots: str) -> str:
+    """The whole of OUT.md."""
+    parts = [f"# Returns beside the scenarios' co-players: {bots} bots\n"]
+    parts.append(
+        "Intervals are 95 % percentile bootstraps: of a run over its episodes; of a method, from "
+        f"five runs on, over runs and the episodes within them. Bold figures are normalised. "
+        f"{RELATIVE}\n"
+    )
+    steps: dict[str, set[int]] = {}
+    for cell in cells:
+        steps.setdefault(cell.method, set()).add(cell.timesteps)
+    if len(set().union(*steps.values())) > 1:
+        each = "; ".join(f"{method}: {span(found)}" for method, found in steps.items())
+        parts.append(f"Note: not all runs were trained for the same number of steps: {each}.\n")
+    for substrate in dict.fromkeys(f.substrate for f in figures):
+        parts.append(f"## {substrate}\n")
+        parts += [markdown_table(figures, substrate, quantity) for quantity in QUANTITIES]
+    return "\n".join(parts)
+
+
+def write_csv(path: Path, figures: list[Figure], bots: str) -> None:
+    """A row per figure; empty where there is no interval or no normalised figure."""
+
+    def plain(x: Any) -> Any:
+        return x if not isinstance(x, float) else "" if np.isnan(x) else f"{x:.6g}"
+
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["bots", *Figure._fields])
+        writer.writerows([bots, *map(plain, figure)] for figure in figures)
+
+
+def draw_returns(axis: Any, figures: list[Figure], names: list[str], colours: dict) -> None:
+    """Raw returns: a wide mark per method, small ones for its runs, with their intervals."""
+    methods = list(dict.fromkeys(f.method for f in figures))
+    for i, method in enumerate(colours):
+        if method not in methods:
+            continue
+        own = [f for f in figures if f.method == method]
+        width = 0.8 / len(colours)
+        centre = {name: x - 0.4 + width * (i + 0.5) for x, name in enumerate(names)}
+        runs = list(dict.fromkeys(f.run for f in own if f.run))
+        for f in own:
+            x = centre[f.scenario]
+            if not f.run:
+                style = {"color": colours[method], "lw": 2}
+                axis.plot([x - 0.42 * width, x + 0.42 * width], [f.mean] * 2, **style)
+            elif len(runs) > 1:
+                x += width * 0.7 * (runs.index(f.run) / (len(runs) - 1) - 0.5)
+            if not np.isnan(f.low) and (len(runs) < SEEDS or not f.run):
+                axis.plot([x, x], [f.low, f.high], color=colours[method], lw=1, alpha=0.8)
+            if f.run:
+                axis.plot(x, f.mean, "o", color=colours[method], ms=3)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.grid(axis="y", alpha=0.3)
+
+
+def draw_normalised(axis: Any, figures: list[Figure], names: list[str], methods: list[str]) -> None:
+    """Table 1 as a heat map, a row per method."""
+    table = np.full((len(methods), len(names)), np.nan)
+    for f in figures:
+        if not f.run and f.method in methods:
+            table[methods.index(f.method), names.index(f.scenario)] = f.normalised
+    axis.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), x in np.ndenumerate(table):
+        ran = any((f.method, f.scenario) == (methods[row], names[column]) for f in figures)
+        text = f"{x:.2f}" if not np.isnan(x) else "–" if ran else "not\nrun"
+        colour = "white" if x < 0.6 else "black"
+        axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(methods)), [str(row + 1) for row in range(len(methods))])
+
+
+def draw(figures: list[Figure], bots: str, quantity: str, path: Path) -> None:
+    """A panel of raw returns and a heat map of normalised ones per substrate, three in a row."""
+    figures = [f for f in figures if f.quantity == quantity]
+    substrates = list(dict.fromkeys(f.substrate for f in figures))
+    methods = list(dict.fromkeys(f.method for f in figures))
+    colours = {method: f"C{i % 10}" for i, method in enumerate(methods)}
+    columns, lines = min(3, len(substrates)), -(-len(substrates) // 3)
+    heat = 0.28 * len(methods) + 0.2
+    size = (0.6 + 3.9 * columns, lines * (3.4 + heat) + 0.3 + 0.2 * len(methods))
+    figure, axes = plt.subplots(
+        2 * lines, columns, figsize=size, squeeze=False, height_ratios=[2.4, heat] * lines
+    )
+    for number in range(columns * lines):
+        above, below = axes[2 * (number // 3)][number % 3], axes[2 * (number // 3) + 1][number % 3]
+        if number >= len(substrates):
+            above.axis("off"), below.axis("off")
+            continue
+        names = scenarios_of(figures, substrates[number])
+        own = [f for f in figures if f.substrate == substrates[number]]
+        draw_returns(above, own, names, colours)
+        draw_normalised(below, own, names, methods)
+        above.set_title(substrates[number], fontsize=10)
+        below.set_title("normalised within this set of methods", fontsize=8)
+        if number % 3 == 0:
+            above.set_ylabel(QUANTITIES[quantity].replace(" per", "\nper", 1), fontsize=9)
+            below.set_ylabel("method", fontsize=9)
+        for axis in (above, below):
+            axis.tick_params(labelsize=8)
+    marks = [plt.Line2D([], [], color=colours[m], lw=2) for m in methods]
+    labels = [f"{i}  {method}" for i, method in enumerate(methods, 1)]
+    title = f"{bots} bots; bars: methods, dots: runs, thin lines: 95 % intervals"
+    figure.legend(marks, labels, title=title, loc="lower center", fontsize=9, title_fontsize=8)
+    figure.tight_layout(rect=(0, (0.35 + 0.2 * len(methods)) / size[1], 1, 1))
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """A PNG of at most 256 colours, which is a third as large as one of all."""
+    box = io.BytesIO()
+    figure.savefig(box, dpi=90)
+    plt.close(figure)
+    image = Image.open(box).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
+
+
+def beside(out: Path, ending: str) -> Path:
+    """OUT with an ending behind its name, whatever dots that has."""
+    return out.with_name(out.name + ending)
+
+
+def one_line_errors(function: Callable[[], None]) -> int:
+    """The exit code of function(): 2 and one sentence for a UsageError."""
+    try:
+        function()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make(study: Study) -> None:
+    """Read all runs, then write the files of each kind of bots."""
+    cells = read_all(study)
+    kinds = [bots for bots in ("official", "scripted") if any(c.bots == bots for c in cells)]
+    study.out.parent.mkdir(parents=True, exist_ok=True)
+    for bots in kinds:
+        out = study.out if len(kinds) == 1 else beside(study.out, f"-{bots}")
+        own = [cell for cell in cells if cell.bots == bots]
+        figures = figures_of(own, study)
+        text = markdown(figures, own, bots)
+        beside(out, ".md").write_text(text)
+        write_csv(beside(out, ".csv"), figures, bots)
+        draw(figures, bots, study.draw, beside(out, ".png"))
+        print(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    study = tyro.cli(Study, args=argv, description=__doc__)
+    return one_line_errors(lambda: make(study))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
