@@ -91,3 +91,39 @@ def test_memory_of_a_rollout(capsys):
         f"{views:,.0f} MB",
         "96",
     ]
+
+
+def test_returns_of_bots(tmp_path, capsys):
+    """Both tables against figures made here from the lines of the CSV."""
+    study = importlib.import_module("bot_returns")
+    names = {"visitors": ("puppet_cooperator_0", "random"), "residents": ("puppet_defector_0",)}
+    study.main(study.Study("coins", **names, episodes=2, steps=120, jobs=1, out=tmp_path / "x"))
+    found, text = rows(tmp_path / "x.csv"), (tmp_path / "x.md").read_text()
+    assert text in capsys.readouterr().out and len(found) == 4
+    total = lambda key, chosen: sum(float(row[key]) for row in chosen)  # noqa: E731
+    for visitor in names["visitors"]:
+        chosen = [row for row in found if row["visitor"] == visitor]
+        steps = total("length", chosen)
+        means = [1000 * total(f"{who}_return", chosen) / steps for who in ("visitor", "resident")]
+        (line,) = (x for x in text.splitlines() if x.startswith(f"| {visitor} |") and "/" in x)
+        cells = line.split("|")[2].split("/")
+        for cell, mean in zip(cells, means):
+            assert abs(float(cell.split("[")[0]) - mean) < 0.051
+    share = 100 * total("resident_fitting", found) / total("resident_acts", found)
+    speed = 100 * total("resident_fitting", found) / total("length", found)
+    line, events = (x for x in text.splitlines() if x.startswith("| puppet_defector_0 |"))
+    coins = 1000 * total("resident_acts", found) / total("length", found)
+    assert f" {coins:.1f} " in events.split("|")  # all that an event tells here
+    assert line.split("|")[2].startswith(f" {share:.1f} [")
+    assert line.split("|")[3].startswith(f" {speed:.2f} [")
+    assert share == 100  # for a defector all coins are right
+
+
+def test_speed_of_scenarios(capsys):
+    bench = importlib.import_module("bench_scenarios")
+    few = {"substrates": ("coins",), "scenarios": "SC0", "episodes": 0, "steps": 5, "num_envs": 1}
+    bench.main(bench.Bench(**few, num_workers=1))
+    line = capsys.readouterr().out.splitlines()[-1]
+    name, seats, ours, bare, ratio = (x.strip() for x in line.strip("| ").split("|"))
+    assert (name, seats) == ("coins SC0", "1 / 1")
+    assert abs(float(ratio) - float(ours) / float(bare)) < 0.02
