@@ -6,8 +6,9 @@ One visitor meets residents of one kind on all other seats. Rows are visitors, c
 a cell has the visitor's return and the residents', per capita and 1,000 steps, with 95 % bootstrap
 intervals over episodes (resampled as wholes; rates are ratios of totals). "random" plays every
 action with equal probability. Without --visitors and --residents the table has the substrate's
-bots with one fixed goal, random play, and one bot of every kind of puppeteer; or, where bots change
-their goals, a puppet for each goal ("goal:CLEAN") as visitor among residents that play at random.
+bots with one fixed goal, random play, and one bot of every kind of puppeteer; or, where all bots
+change their goals, a puppet for each goal ("goal:CLEAN") as visitor, and random play and bots of
+every kind of puppeteer as residents.
 
 The second table pools all of a bot's episodes: the share of its acts that fit the goal that its
 puppeteer had set at that moment, and how many such acts it managed in 100 steps. An act is:
@@ -79,12 +80,13 @@ def default_bots(substrate: str) -> tuple[list[str], list[str]]:
         chosen = fixed if kind in ("Specialist", "FixedGoal") else others
         chosen.setdefault((kind, *map(str, about.values())), short)
     if not fixed and not substrate.endswith(("__arena", "__repeated")):
-        return [*(GOAL + goal for goal in goal_names(substrate)), RANDOM], [RANDOM]
-    visitors = [*fixed.values(), RANDOM]
+        visitors, residents = [*(GOAL + goal for goal in goal_names(substrate)), RANDOM], [RANDOM]
+    else:
+        visitors = residents = [*fixed.values(), RANDOM]
     kinds: dict[str, list[str]] = defaultdict(list)
     for (kind, *_), short in others.items():
         kinds[kind].append(short)
-    return visitors, [*visitors, *itertools.chain.from_iterable(x[:4] for x in kinds.values())]
+    return visitors, [*residents, *itertools.chain.from_iterable(x[:4] for x in kinds.values())]
 
 
 def text(x) -> str:
