@@ -89,15 +89,16 @@ def play_all(
     With `background`, num_focal seats drawn anew for every episode are focal (in a scenario: those
     it names) and the others are played by it; with None everyone is focal but the bots that envs
     itself plays. Each seat gets one of num_ids ids (0: as many as seats), drawn without replacement
-    for every episode, or its own number with shuffle_ids=False. Every episode that begins counts
-    until enough have begun, and those are all played to their end: counting the first to finish
-    would favour short ones.
+    for every episode, or the seat's own number with shuffle_ids=False. Every episode that begins
+    counts until enough have begun, and those are all played to their end: counting the first to
+    finish would favour short ones.
     """
     worlds, seats, bots = envs.num_envs, envs.spec.num_agents, envs.spec.num_bots
     labels = getattr(envs, "labels", ("",) * worlds)
     films = {labels.index(label): film for label, film in (videos or {}).items()}
     is_focal = np.ones((worlds, seats), bool)
-    ids = np.tile(np.arange(seats), (worlds, 1))
+    own = getattr(envs, "seats", np.tile(np.arange(seats), (worlds, 1)))  # of scenarios: not all
+    ids = own.copy()
 
     def begin(world: int) -> None:
         if shuffle_ids:

@@ -71,6 +71,16 @@ class Plan(NamedTuple):
     bots: tuple[tuple[str, ...], ...]  # per seat: names to draw from; () is a focal seat
 
 
+def focal_seats(plan: Plan) -> list[int]:
+    """Numbers of the seats that no bot takes."""
+    return [seat for seat, names in enumerate(plan.bots) if not names]
+
+
+def bot_names(plans: Sequence[Plan]) -> list[str]:
+    """All bots that may take a seat in one of the plans."""
+    return sorted({name for plan in plans for seat in plan.bots for name in seat} - {RANDOM})
+
+
 # --- Which scenarios there are --------------------------------------------------------------------
 
 
@@ -115,9 +125,10 @@ def choose_scenarios(substrate: str, wanted: str, bots: Wanted = "auto") -> list
         return names
     if substrate in PAPER:
         return own[:5]
-    if bots != "scripted" and not missing_assets():
+    plans = [get_plan(name) for name in own]
+    if bots == "official" or (bots == "auto" and not missing_assets(bot_names(plans))):
         return own
-    return [name for name in own if not unscripted(get_plan(name))]
+    return [plan.name for plan in plans if not unscripted(plan)]
 
 
 def short(name: str) -> str:
@@ -129,7 +140,7 @@ def unscripted(plan: Plan) -> str:
     """A bot of the plan that has no scripted puppet; "" if all have."""
     from meltingpot.configs import bots as configs
 
-    for name in sorted({name for seat in plan.bots for name in seat} - {RANDOM}):
+    for name in bot_names([plan]):
         config, substrate = configs.BOT_CONFIGS.get(name), plan.spec.substrate
         if not name.startswith(GOAL):
             if config is None or config.puppeteer_builder is None:
@@ -161,8 +172,7 @@ def missing_assets(names: Sequence[str] = ()) -> str:
 
 def choose_bots(plans: Sequence[Plan], wanted: Wanted) -> Kind:
     """Which kind plays; one kind for all plans. ValueError, one sentence, if it cannot be had."""
-    names = sorted({name for plan in plans for seat in plan.bots for name in seat})
-    missing = missing_assets(names) if wanted != "scripted" else ""
+    missing = missing_assets(bot_names(plans)) if wanted != "scripted" else ""
     if wanted != "scripted" and not missing:
         return "official"
     if wanted == "official":
@@ -365,12 +375,14 @@ class Scenarios(MeltingPot):
     ):
         self.plans = [get_plan(one) if isinstance(one, str) else one for one in scenarios]
         self.kind = choose_bots(self.plans, bots)
-        self.labels = tuple(self.plans[b % len(self.plans)].name for b in range(num_envs))
+        plans = [self.plans[b % len(self.plans)] for b in range(num_envs)]
+        self.labels = tuple(plan.name for plan in plans)
         super().__init__(self.plans[0].spec.substrate, num_envs, seed, **options)
+        self.seats = np.array([focal_seats(plan) for plan in plans])  # (B, F), as in observations
 
     def plan(self, substrate: str) -> tuple[Spec, PlainEngines]:
         specs = [plan.spec for plan in self.plans]
-        focal = [[seat for seat, names in enumerate(plan.bots) if not names] for plan in self.plans]
+        focal = [focal_seats(plan) for plan in self.plans]
         same = {(spec.substrate, len(seats)) for spec, seats in zip(specs, focal)}
         if len(same) > 1 or len({spec.num_agents for spec in specs}) > 1:
             raise ValueError("Scenarios that are played together must have the same seats.")
@@ -410,8 +422,7 @@ def play_scenarios(
     groups: dict[tuple, list[str]] = {}
     for name in scenarios:
         plan = get_plan(name)
-        focal = sum(not names for names in plan.bots)
-        groups.setdefault((plan.spec.num_agents, focal), []).append(name)
+        groups.setdefault((plan.spec.num_agents, len(focal_seats(plan))), []).append(name)
     results = {}
     for names in groups.values():
         worlds = len(names) * max(1, min(episodes, num_envs // len(names)))
