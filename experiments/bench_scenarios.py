@@ -22,10 +22,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines import mappo_meltingpot as mappo
+from envs.meltingpot import get_spec
 from envs.scenarios import (
     PAPER,
     RANDOM,
     Scenarios,
+    choose_bots,
     choose_scenarios,
     get_plan,
     play_scenarios,
@@ -48,7 +50,10 @@ class Bench:
 
 def whole(bench: Bench, substrate: str) -> str:
     """A line of the first table."""
-    names, rng = choose_scenarios(substrate, bench.scenarios), np.random.default_rng(bench.seed)
+    names, rng = (
+        choose_scenarios(substrate, bench.scenarios, "scripted"),
+        np.random.default_rng(bench.seed),
+    )
     args = mappo.Args(substrate=substrate, num_envs=1, num_workers=1)
     with mappo.make_envs(args, 1, bench.seed) as envs:
         agent = mappo.Agent(args, envs.spec, torch.device("cpu"))
@@ -80,7 +85,28 @@ def speed(bench: Bench, plan) -> float:
         return bench.num_envs * bench.steps / (time.perf_counter() - began)
 
 
+def check(bench: Bench) -> None:
+    """ValueError, one sentence, for what cannot be timed."""
+    if bench.num_envs < 1:
+        raise ValueError(f"--num-envs {bench.num_envs} is not positive.")
+    for name in ("episodes", "steps", "num_workers", "seed"):
+        if getattr(bench, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(bench, name)} is negative.")
+    for substrate in bench.substrates:
+        get_spec(substrate)
+        names = choose_scenarios(substrate, bench.scenarios, "scripted")
+        if not names:
+            raise ValueError(f"{substrate} has no scenarios with scripted bots.")
+        choose_bots([get_plan(name) for name in names], "scripted")
+
+
 def main(bench: Bench) -> None:
+    """Print both tables."""
+    try:
+        check(bench)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     torch.set_num_threads(1)
     if bench.episodes:
         print(f"All scenarios, {bench.episodes} whole episodes each:\n")
@@ -94,7 +120,7 @@ def main(bench: Bench) -> None:
     print(f"\nOne scenario, {bench.num_envs} worlds, random focal players:\n")
     print("| scenario | focal / bots | steps/s | with random bots | ratio |\n|---|---|---|---|---|")
     for substrate in bench.substrates:
-        for name in choose_scenarios(substrate, bench.scenarios):
+        for name in choose_scenarios(substrate, bench.scenarios, "scripted"):
             plan = get_plan(name)
             bare_plan = plan._replace(bots=tuple(names and (RANDOM,) for names in plan.bots))
             ours, bare = speed(bench, plan), speed(bench, bare_plan)

@@ -33,6 +33,7 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,8 +45,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from envs.bots import puppet_kind
 from envs.meltingpot import get_spec, import_meltingpot
-from envs.scenarios import GOAL, RANDOM, Plan, ScenarioEngine, goal_names
+from envs.scenarios import GOAL, RANDOM, Plan, ScenarioEngine, goal_names, unscripted
 from envs.tiles import Palette, Spec
 
 
@@ -104,6 +106,37 @@ ACTORS = (b"player_index", b"source", b"gifter_index", b"player")
 OBJECTS = (b"mushroom_type", b"berry_color", b"target_berry", b"ore_type")
 
 
+def interaction_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool]]:
+    """*_in_the_matrix: both sides; fits if the intended resource alone leads in the inventory."""
+    for side in (b"row", b"col"):
+        seat = int(event[side + b"_player_idx"]) - 1
+        inventory = np.asarray(event[side + b"_inventory"])
+        best = np.flatnonzero(inventory == inventory.max())
+        yield seat, goals[seat] >= 0 and best.tolist() == [goals[seat] % len(inventory)]
+
+
+def coin_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool]]:
+    """coins: cooperate takes its own colour, defect any, spite the other's."""
+    seat = int(event[b"player_index"]) - 1
+    own = event[b"player_coin_type"] == event[b"coin_type"]
+    yield seat, {0: own, 1: True, 2: not own}.get(goals[seat], False)
+
+
+def extraction_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool]]:
+    """coop_mining: iron (1), gold (2), gold, either."""
+    seat, ore = int(event[b"player"]) - 1, int(event[b"ore_type"])
+    yield seat, {0: ore == 1, 1: ore == 2, 2: ore == 2}.get(goals[seat], True)
+
+
+# By the engine's names of events: whose act it is, and whether it fits that seat's goal, whose
+# number stands in goals (N,), -1 without.
+FITS = {
+    "interaction": interaction_fits,
+    "coin_consumed": coin_fits,
+    "extraction": extraction_fits,
+}
+
+
 class Acts:
     """Counts each seat's acts, those that fit its goal, and all events of each seat."""
 
@@ -127,10 +160,6 @@ class Acts:
 
         puppet.act = noting
 
-    def add(self, seat: int, fits: bool) -> None:
-        self.done[seat] += 1
-        self.fit[seat] += bool(fits)
-
     def count(self) -> None:
         """Read the last step's events."""
         for name, items in self.engine.lab.events():
@@ -139,20 +168,9 @@ class Acts:
             for seat in seats:
                 about = [text(event[key]) for key in OBJECTS if key in event]
                 self.events[seat][" ".join([name, *about])] += 1
-            if name == "interaction":
-                for side in (b"row", b"col"):
-                    seat = int(event[side + b"_player_idx"]) - 1
-                    inventory = np.asarray(event[side + b"_inventory"])
-                    wanted = self.goals[seat] % len(inventory)
-                    best = np.flatnonzero(inventory == inventory.max())
-                    self.add(seat, self.goals[seat] >= 0 and best.tolist() == [wanted])
-            elif name == "coin_consumed":
-                seat = int(event[b"player_index"]) - 1
-                own = event[b"player_coin_type"] == event[b"coin_type"]
-                self.add(seat, {0: own, 1: True, 2: not own}.get(self.goals[seat], False))
-            elif name == "extraction":
-                seat, ore = int(event[b"player"]) - 1, int(event[b"ore_type"])
-                self.add(seat, {0: ore == 1, 1: ore == 2, 2: ore == 2}.get(self.goals[seat], True))
+            for seat, fits in FITS[name](event, self.goals) if name in FITS else ():
+                self.done[seat] += 1
+                self.fit[seat] += bool(fits)
 
 
 def play(job: tuple) -> dict:
@@ -225,12 +243,19 @@ def tables(rows: list[dict], study: Study, visitors: list[str], residents: list[
     for bot in dict.fromkeys([*visitors, *residents]):
         if bot == RANDOM:
             continue
-        own = [(row, who) for row in rows for who in ("visitor", "resident") if row[who] == bot]
-        done, fit = (np.array([row[f"{who}_{x}"] for row, who in own]) for x in ("acts", "fitting"))
-        length = np.array([row["length"] for row, _ in own], float)
-        share, speed = rate(fit, done, 100), rate(fit, length, 100, 2)
+        own = [figures for row in rows if (figures := of_bot(row, bot))]
+        done, fit, steps = np.array(own, float).T
+        share, speed = rate(fit, done, 100), rate(fit, steps, 100, 2)
         lines.append(f"| {bot} | {share} | {speed} | {len(own)} |")
     return "\n".join(lines + [""] + event_table(rows, [*visitors, *residents])) + "\n"
+
+
+def of_bot(row: dict, bot: str) -> tuple[float, float, float] | None:
+    """A bot's acts, fitting ones and steps in one episode; as visitor and as resident it sits
+    beside itself: one episode still, of two shares that depend on each other."""
+    own = [who for who in ("visitor", "resident") if row[who] == bot]
+    sums = (sum(row[f"{who}_{x}"] for who in own) for x in ("acts", "fitting"))
+    return (*sums, len(own) * row["length"]) if own else None
 
 
 def event_table(rows: list[dict], bots: list[str]) -> list[str]:
@@ -247,14 +272,38 @@ def event_table(rows: list[dict], bots: list[str]) -> list[str]:
     return lines
 
 
+def check(study: Study) -> tuple[list[str], list[str]]:
+    """Visitors and residents; ValueError, one sentence, for what cannot be played."""
+    for name in ("episodes", "steps"):
+        if getattr(study, name) < 1:
+            raise ValueError(f"--{name} {getattr(study, name)} is not positive.")
+    for name in ("jobs", "seed"):
+        if getattr(study, name) < 0:
+            raise ValueError(f"--{name} {getattr(study, name)} is negative.")
+    spec = get_spec(study.substrate)
+    if puppet_kind(study.substrate) is None:
+        raise ValueError(f"{study.substrate} has no scripted bots: see docs/scenarios.md.")
+    visitors, residents = default_bots(study.substrate)
+    visitors, residents = list(study.visitors) or visitors, list(study.residents) or residents
+    goals = goal_names(study.substrate)
+    for bot in (*visitors, *residents):
+        if bot.startswith(GOAL) and bot.removeprefix(GOAL) not in goals:
+            raise ValueError(f"{study.substrate} has no goal {bot}: it has {', '.join(goals)}.")
+        plan = Plan("", spec, ((full(study.substrate, bot),),))
+        if not bot.startswith(GOAL) and unscripted(plan):
+            raise ValueError(f"{study.substrate} has no puppet {bot}: see docs/scenarios.md.")
+    return visitors, residents
+
+
 def main(study: Study) -> None:
     """Play everything, then write both files."""
     try:
-        visitors, residents = default_bots(study.substrate)
-        visitors, residents = list(study.visitors) or visitors, list(study.residents) or residents
-        get_spec(study.substrate)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+        visitors, residents = check(study)
+        study.out.parent.mkdir(parents=True, exist_ok=True)
+        study.out.with_name(f"{study.out.name}.md").touch()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     jobs = [
         (study.substrate, visitor, resident, study.seed, episode, study.steps)
         for visitor in visitors
@@ -264,7 +313,6 @@ def main(study: Study) -> None:
     cores = study.jobs or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
         rows = list(tqdm(pool.map(play, jobs, chunksize=2), total=len(jobs), unit=" episodes"))
-    study.out.parent.mkdir(parents=True, exist_ok=True)
     with study.out.with_name(f"{study.out.name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -3,11 +3,13 @@
 import csv
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from runs import BIDIST, ROOT, STEPS, script, tiny
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -117,6 +119,48 @@ def test_returns_of_bots(tmp_path, capsys):
     assert line.split("|")[2].startswith(f" {share:.1f} [")
     assert line.split("|")[3].startswith(f" {speed:.2f} [")
     assert share == 100  # for a defector all coins are right
+
+
+def test_a_bot_beside_itself_is_one_episode():
+    """Its two seats' acts depend on each other: they are no two draws for the interval."""
+    study = importlib.import_module("bot_returns")
+    row = {"visitor": "a", "resident": "a", "length": 100}
+    row |= {"visitor_acts": 3, "visitor_fitting": 2, "resident_acts": 5, "resident_fitting": 5}
+    assert study.of_bot(row, "a") == (8, 7, 200)
+    assert study.of_bot(row | {"visitor": "b"}, "a") == (5, 5, 100)
+    assert study.of_bot(row | {"visitor": "b"}, "b") == (3, 2, 100)
+    assert study.of_bot(row, "b") is None
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "sentence"),
+    [
+        ("bot_returns", "nowhere", r"Unknown substrate 'nowhere': .*"),
+        ("bot_returns", "daycare", r"daycare has no scripted bots: see docs/scenarios\.md\."),
+        ("bot_returns", "coins --visitors nobody", r"coins has no puppet nobody: see .*\."),
+        ("bot_returns", "coins --residents goal:NAP", r"coins has no goal goal:NAP: it has .*\."),
+        ("bot_returns", "coins --episodes 0", r"--episodes 0 is not positive\."),
+        ("bot_returns", "coins --steps 0", r"--steps 0 is not positive\."),
+        ("bot_returns", "coins --jobs -1", r"--jobs -1 is negative\."),
+        ("bot_returns", "coins --seed -1", r"--seed -1 is negative\."),
+        ("bot_returns", "coins --out {file}/below/x", r".*Not a directory.*"),
+        ("bench_scenarios", "--substrates nowhere", r"Unknown substrate 'nowhere': .*"),
+        ("bench_scenarios", "--substrates coins --scenarios SC9", r"coins has no scenario SC9: .*"),
+        ("bench_scenarios", "--substrates daycare", r"daycare has no scenarios with scripted .*"),
+        ("bench_scenarios", "--num-envs 0", r"--num-envs 0 is not positive\."),
+        ("bench_scenarios", "--num-workers -1", r"--num-workers -1 is negative\."),
+    ],
+)
+def test_bad_input_is_one_sentence(module, flags, sentence, tmp_path, capsys):
+    study = importlib.import_module(module)
+    (tmp_path / "file").touch()
+    kind = study.Study if module == "bot_returns" else study.Bench
+    options = tyro.cli(kind, args=flags.format(file=tmp_path / "file").split())
+    with pytest.raises(SystemExit) as end:
+        study.main(options)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch("error: " + sentence, line), line
 
 
 def test_speed_of_scenarios(capsys):
