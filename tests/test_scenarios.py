@@ -450,7 +450,7 @@ def test_focal_returns_exclude_bots():
 
 @pytest.mark.parametrize("substrate", PAPER)
 def test_the_papers_scenarios_run(substrate):
-    """SC0-SC4, some steps each, random focal players. Whole episodes: the slow test."""
+    """SC0-SC4, some steps each, random focal players; whole episodes are the next test."""
     rng = np.random.default_rng(0)
     names = choose_scenarios(substrate, "all")
     assert names == [f"{substrate}_{k}" for k in range(5)]
@@ -464,9 +464,11 @@ def test_the_papers_scenarios_run(substrate):
             assert bot.name in config.bots_by_role[config.roles[bot.seat]]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("substrate", PAPER)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "substrate",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in (MINING, ARENA))) for name in PAPER],
+)
 def test_the_papers_scenarios_run_to_their_end(substrate):
     """In worker processes, several at once where they have the same seats."""
     names, rng = choose_scenarios(substrate, "all"), np.random.default_rng(0)
