@@ -18,7 +18,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
-import csv
 import dataclasses
 import fcntl
 import functools
@@ -38,16 +37,30 @@ import numpy as np
 import scenario_table as tables
 import torch
 import tyro
-from scenario_table import UsageError, beside
+from figures import (
+    ROOT,
+    SCRIPT,
+    Runs,
+    UsageError,
+    beside,
+    finish,
+    load_script,
+    markdown_table,
+    method_of,
+    one_line_errors,
+    read_args,
+    read_log,
+    script_file,
+    training_flags,
+    without_seed,
+)
 
 from envs.tiles import WorldError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SCRIPT = "bidist_mappo_meltingpot"
 SELF_PLAY = "self-play"  # the row that stands in where there are no scenarios
-Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 
 # --- Options --------------------------------------------------------------------------------------
@@ -136,31 +149,6 @@ def positive(**numbers: float) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {x} is not positive.")
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A CSV; empty cells for NaN."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        for row in rows:
-            plain = {k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()}
-            writer.writerow({k: "" if x == "nan" else x for k, x in plain.items()})
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown, columns by their keys."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-def finish(out: Path, text: str, rows: list[dict[str, Any]], figure: Any) -> None:
-    """Write the three files of a figure and print the text."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside(out, ".md").write_text(text)
-    write_rows(beside(out, ".csv"), rows)
-    tables.save_figure(figure, beside(out, ".png"))
-    print(text)
-
-
 # --- Variants: Figures 6, 8, C.1, C.2 -------------------------------------------------------------
 
 FIGURES: dict[type, dict[str, dict[str, Any] | None]] = {  # variants and their flags; None: no run
@@ -229,7 +217,7 @@ def reached(job: Job, study: Variants) -> int | None:
     """Steps after which the run was finished; None while it is not, or too short."""
     if not (job.run / "summary.json").exists():
         return None
-    args = tables.read_args(job.run)
+    args = read_args(job.run)
     for name, x in wanted_args(job, study).items():
         if args.get(name) != x:
             raise UsageError(f"{job.run} holds another run: its {name} is {args.get(name)}.")
@@ -241,7 +229,7 @@ def command_of(job: Job, study: Variants) -> list[str]:
     """The command that begins the run or goes on with it; a resumed run's own arguments must be
     these, which the script holds against them."""
     begun = (job.run / "checkpoints.json").exists()
-    argv = [sys.executable, str(tables.ROOT / tables.script_file(SCRIPT))]
+    argv = [sys.executable, str(ROOT / script_file(SCRIPT))]
     argv += ["--resume" if begun else "--run-dir", str(job.run)]
     argv += ["--substrate", study.substrate, "--seed", str(job.seed), *flags_of(job.flags)]
     argv += ["--total-timesteps", str(study.total_timesteps)]
@@ -271,7 +259,7 @@ def train(job: Job, study: Variants, children: list[subprocess.Popen]) -> str:
         print(f"{job.run}: {shlex.join(command[1:])}", flush=True)
         with beside(job.run, ".log").open("a") as log:
             options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-            child = subprocess.Popen(command, pass_fds=[lock], cwd=tables.ROOT, **options)
+            child = subprocess.Popen(command, pass_fds=[lock], cwd=ROOT, **options)
             children.append(child)
             code = child.wait()
     return f"{job.run} ended with code {code}: see {beside(job.run, '.log')}" if code else ""
@@ -333,7 +321,7 @@ def variant_of(args: dict[str, Any], study: Variants, run: Path) -> str:
         if args["script"] == SCRIPT and all(args.get(name) == x for name, x in flags.items()):
             return key
     name = type(study).__name__.lower()
-    raise UsageError(f"{run} is {tables.method_of(args)}, no variant of {name}.")
+    raise UsageError(f"{run} is {method_of(args)}, no variant of {name}.")
 
 
 def read_scores(run: Path, variant: str, args: dict[str, Any], quantity: str) -> list[Score]:
@@ -363,16 +351,6 @@ def pooled(scores: list[Score], quantity: str) -> tuple[float, float, float]:
     rows = np.random.default_rng(1).integers(0, len(scores), (5000, len(scores)))
     low, high = np.percentile(np.array([s.mean for s in scores])[rows].mean(1), [2.5, 97.5])
     return mean, float(low), float(high)
-
-
-def read_log(run: Path) -> list[dict[str, float]]:
-    """metrics.jsonl, without a last line that is being written; empty if there is none yet."""
-    path = run / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(True) if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
-    except ValueError:
-        raise UsageError(f"{path} is damaged.") from None
 
 
 def read_progress(run: Path, row: str, quantity: str) -> list[tuple[int, float]]:
@@ -466,7 +444,7 @@ def notes_on(runs: dict[Path, dict], scores: list[Score], study: Variants) -> li
         notes.append(f"the runs were not trained for the same number of steps ({each}).")
     compared = {k for flags in FIGURES[type(study)].values() if flags for k in flags}
     others = {
-        tuple(sorted((k, str(x)) for k, x in tables.training_flags(args).items()))
+        tuple(sorted((k, str(x)) for k, x in training_flags(args).items()))
         for args in ({k: x for k, x in a.items() if k not in compared} for a in runs.values())
     }
     if len(others) > 1:
@@ -484,7 +462,7 @@ def compare_variants(study: Variants) -> None:
     paths = list(study.runs) or train_all(study)
     if study.dry_run:
         return
-    runs = {run: tables.read_args(run) for run in paths}
+    runs = {run: read_args(run) for run in paths}
     if len({args["substrate"] for args in runs.values()}) > 1:
         raise UsageError(f"{name} compares runs on one substrate, and these are on several.")
     variants, scores = list(FIGURES[type(study)]), []
@@ -549,8 +527,8 @@ def draw_variants(
 @contextlib.contextmanager
 def loaded(run: Path, num_envs: int, seed: int) -> Iterator[tuple]:
     """A run's script, arguments and agent, fresh worlds, and what collect() needs."""
-    args = tables.read_args(run)
-    script = tables.load_script(args["script"])
+    args = read_args(run)
+    script = load_script(args["script"])
     try:
         saved, _ = script.load_checkpoint(str(run))
         known = {field.name for field in dataclasses.fields(script.Args)}
@@ -598,7 +576,7 @@ MODES = ("before", "kl", "entropy", "random", "noise")
 def reverse_phases(study: Fig7) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray], dict]:
     """About the run; theta's probabilities (S, A) on the rollout's observations, phi's before and
     after one phase of each kind, and each phase's scalars (KL, shift, ... before and after)."""
-    if tables.read_args(study.run)["script"] != SCRIPT:
+    if read_args(study.run)["script"] != SCRIPT:
         raise UsageError(f"{study.run} is not a run of {SCRIPT}.py, and has no phi.")
     with loaded(study.run, study.num_envs, study.seed) as (script, args, envs, agent, *rest):
         carry, sprites, rngs = rest
@@ -721,8 +699,8 @@ class Sample(NamedTuple):
 
 def sample_population(run: Path, study: Fig5) -> Sample:
     """Roll out a run as in training and keep the policies that acted."""
-    args = tables.read_args(run)
-    method = tables.method_of(args) if study.group_by == "method" else tables.without_seed(run)
+    args = read_args(run)
+    method = method_of(args) if study.group_by == "method" else without_seed(run)
     acting, fictitious = [], []
     with loaded(run, study.num_envs, study.seed) as (script, own, envs, agent, *rest):
         for number in range(study.warm_up + study.rollouts):
@@ -766,7 +744,7 @@ def distributions(study: Fig5) -> None:
     positive(samples=study.samples, rollouts=study.rollouts, num_envs=study.num_envs)
     if not study.runs:
         raise UsageError("fig5 needs at least one run directory.")
-    worlds = {run: tables.read_args(run)["substrate"] for run in study.runs}
+    worlds = {run: read_args(run)["substrate"] for run in study.runs}
     if len(set(worlds.values())) > 1:
         raise UsageError("fig5 compares runs on one substrate, and these are on several.")
     if not 0 < study.perplexity < study.samples * len(study.runs):
@@ -835,7 +813,7 @@ PHASES = {"forward": "tab:green", "reverse": "tab:red"}
 
 def read_shift(run: Path) -> list[dict[str, Any]]:
     """A row per logged figure; phase and when (before, after) are empty for the rollout's own."""
-    tables.read_args(run)
+    read_args(run)
     log = read_log(run)
     if not any("kl" in scalars for scalars in log):
         raise UsageError(f"{run} logs no KL: it is not a run of {SCRIPT}.py, or has not begun.")
@@ -949,7 +927,7 @@ def main(argv: list[str] | None = None) -> int:
             {Fig7: heat_maps, Fig5: distributions, Shift: draw_shift}[type(study)](study)
 
     try:
-        return tables.one_line_errors(run)
+        return one_line_errors(run)
     except KeyboardInterrupt:
         return 130
 

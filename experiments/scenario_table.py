@@ -26,29 +26,29 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
-import importlib
-import io
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from figures import (
+    Runs,
+    UsageError,
+    beside,
+    finish,
+    method_of,
+    one_line_errors,
+    read_args,
+    script_file,
+    without_seed,
+)
 
 from envs.scenarios import PAPER
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-ROOT = Path(__file__).resolve().parents[1]
 SEEDS = 5  # runs from which on intervals are over runs, too (docs/bidist.md)
 QUANTITIES = {
     "return": "focal return per capita and episode",
@@ -61,78 +61,17 @@ RELATIVE = (
 )
 
 
-class UsageError(Exception):
-    """What was asked for cannot be done; the message is one sentence."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Study:
     """Returns beside scenarios' co-players, by method, in the form of Table 1."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories
+    runs: Runs  # run directories
     out: Path = Path("scenarios")  # writes OUT.md, OUT.csv and OUT.png
     group_by: Literal["method", "name"] = "method"  # name: of the directory, without -s1, -s2, ...
     timesteps: int | None = None  # which evaluation, in environment steps; default: each run's last
     draw: Literal["return", "return_per_1000"] = "return"  # quantity of the figure
     resamples: int = 5000  # of each bootstrap
     seed: int = 1  # of the bootstraps
-
-
-# --- Runs -----------------------------------------------------------------------------------------
-
-
-def read_args(run: Path) -> dict[str, Any]:
-    """args.json with the key "script", which older runs keep in their checkpoints only."""
-    if not run.is_dir():
-        raise UsageError(f"{run} is no run directory.")
-    try:
-        args = json.loads((run / "args.json").read_text())
-        if "script" not in args:
-            import torch
-
-            newest = json.loads((run / "checkpoints.json").read_text())[0]["name"]
-            args["script"] = torch.load(run / newest, "cpu", weights_only=True)["script"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        raise UsageError(f"{run} is no run directory: it has no args.json with a script.") from None
-    return args
-
-
-def script_file(script: str) -> str:
-    """Where a script lies, seen from the repository."""
-    for path in (f"{script}.py", f"baselines/{script}.py"):
-        if (ROOT / path).exists():
-            return path
-    raise UsageError(f"{script}.py is not in this repository: use --group-by name.")
-
-
-@functools.cache
-def load_script(script: str) -> Any:
-    """The script as a module."""
-    return importlib.import_module(script_file(script).removesuffix(".py").replace("/", "."))
-
-
-def training_flags(args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a run that training depends on, but for world, seed and length, where they
-    are not the script's defaults."""
-    module = load_script(args["script"])
-    default = {field.name: field.default for field in dataclasses.fields(module.Args)}
-    for name in {"seed", "total_timesteps", "substrate", *module.RESUMABLE}:
-        default.pop(name, None)
-    default = {name: list(x) if isinstance(x, tuple) else x for name, x in default.items()}
-    return {name: args[name] for name in default if name in args and args[name] != default[name]}
-
-
-def method_of(args: dict[str, Any]) -> str:
-    """A run's script and the flags that make it a method of its own: "bidist_mappo --k-d 10"."""
-    words = [args["script"].removesuffix("_meltingpot")]
-    for name, x in training_flags(args).items():
-        words.append(f"--{name.replace('_', '-')}" + ("" if x is True else f" {x}"))
-    return " ".join(words)
-
-
-def without_seed(run: Path) -> str:
-    """The name of a run's directory without -s1, -s2, ..."""
-    return re.sub(r"-s\d+$", "", run.resolve().name)
 
 
 # --- Evaluations ----------------------------------------------------------------------------------
@@ -373,18 +312,6 @@ def markdown(figures: list[Figure], cells: list[Cell], bots: str) -> str:
     return "\n".join(parts)
 
 
-def write_csv(path: Path, figures: list[Figure], bots: str) -> None:
-    """A row per figure; empty where there is no interval or no normalised figure."""
-
-    def plain(x: Any) -> Any:
-        return x if not isinstance(x, float) else "" if np.isnan(x) else f"{x:.6g}"
-
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["bots", *Figure._fields])
-        writer.writerows([bots, *map(plain, figure)] for figure in figures)
-
-
 def draw_returns(axis: Any, figures: list[Figure], names: list[str], colours: dict) -> None:
     """Raw returns: a wide mark per method, small ones for its runs, with their intervals."""
     methods = list(dict.fromkeys(f.method for f in figures))
@@ -427,7 +354,7 @@ def draw_normalised(axis: Any, figures: list[Figure], names: list[str], methods:
     axis.set_yticks(range(len(methods)), [str(row + 1) for row in range(len(methods))])
 
 
-def draw(figures: list[Figure], bots: str, quantity: str, path: Path) -> None:
+def draw(figures: list[Figure], bots: str, quantity: str) -> Any:
     """A panel of raw returns and a heat map of normalised ones per substrate, three in a row."""
     figures = [f for f in figures if f.quantity == quantity]
     substrates = list(dict.fromkeys(f.substrate for f in figures))
@@ -460,47 +387,19 @@ def draw(figures: list[Figure], bots: str, quantity: str, path: Path) -> None:
     title = f"{bots} bots; bars: methods, dots: runs, thin lines: 95 % intervals"
     figure.legend(marks, labels, title=title, loc="lower center", fontsize=9, title_fontsize=8)
     figure.tight_layout(rect=(0, (0.35 + 0.2 * len(methods)) / size[1], 1, 1))
-    save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """A PNG of at most 256 colours, which is a third as large as one of all."""
-    box = io.BytesIO()
-    figure.savefig(box, dpi=90)
-    plt.close(figure)
-    image = Image.open(box).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    image.save(path, optimize=True)
-
-
-def beside(out: Path, ending: str) -> Path:
-    """OUT with an ending behind its name, whatever dots that has."""
-    return out.with_name(out.name + ending)
-
-
-def one_line_errors(function: Callable[[], None]) -> int:
-    """The exit code of function(): 2 and one sentence for a UsageError."""
-    try:
-        function()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return figure
 
 
 def make(study: Study) -> None:
     """Read all runs, then write the files of each kind of bots."""
     cells = read_all(study)
     kinds = [bots for bots in ("official", "scripted") if any(c.bots == bots for c in cells)]
-    study.out.parent.mkdir(parents=True, exist_ok=True)
     for bots in kinds:
         out = study.out if len(kinds) == 1 else beside(study.out, f"-{bots}")
         own = [cell for cell in cells if cell.bots == bots]
         figures = figures_of(own, study)
-        text = markdown(figures, own, bots)
-        beside(out, ".md").write_text(text)
-        write_csv(beside(out, ".csv"), figures, bots)
-        draw(figures, bots, study.draw, beside(out, ".png"))
-        print(text)
+        rows = [{"bots": bots} | figure._asdict() for figure in figures]
+        finish(out, markdown(figures, own, bots), rows, draw(figures, bots, study.draw))
 
 
 def main(argv: list[str] | None = None) -> int:
