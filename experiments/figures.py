@@ -48,6 +48,13 @@ def one_line_errors(function: Callable[[], None]) -> int:
     return 0
 
 
+def positive(**numbers: float) -> None:
+    """UsageError for the first that is not positive."""
+    for name, x in numbers.items():
+        if not x > 0:
+            raise UsageError(f"--{name.replace('_', '-')} {x} is not positive.")
+
+
 # --- Runs -----------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,16 @@
+"""Runs that several tests read and none changes."""
+
+import pytest
+from runs import BIDIST, MAPPO, script, tiny
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Two seeds of BiDist and one of MAPPO, eight iterations each."""
+    paths = []
+    for name, seed in ((BIDIST, 1), (BIDIST, 2), (MAPPO, 1)):
+        path = tmp_path_factory.mktemp("runs") / f"{name.rpartition('.')[2]}-s{seed}"
+        argv = tiny(name, path, 8, "--seed", seed, "--final-episodes", 2)
+        assert script(name).main(argv) == 0
+        paths.append(path)
+    return paths

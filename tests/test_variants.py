@@ -1,0 +1,218 @@
+"""Figures 6, 8, C.1 and C.2, on runs of the toy world and on made-up evaluations."""
+
+import csv
+import dataclasses
+import importlib
+import itertools
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import BIDIST, ROOT, STEPS, Run, differences, exact, script, start, until
+
+sys.path.insert(0, str(ROOT / "experiments"))
+variants = importlib.import_module("variants")
+made_up = importlib.import_module("test_scenario_table")
+
+EXTRA = "--num-envs 2 --rollout-steps 20 --minibatches 2 --epochs 1 --k-d 1 --forward-epochs 1"
+EXTRA = (*EXTRA.split(), "--reverse-epochs", "1", "--final-episodes", "2")
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def is_png(path):
+    return path.read_bytes()[:4] == b"\x89PNG"
+
+
+def processes(kind):
+    """In the place of the module subprocess, for variants alone."""
+    return types.SimpleNamespace(Popen=kind, DEVNULL=-3, STDOUT=-2)
+
+
+class Hosted:
+    """What variants wants of subprocess.Popen, forked from a host that has all imported."""
+
+    started = ()
+
+    def __init__(self, command, **options):
+        assert command[:2] == [sys.executable, str(ROOT / f"{BIDIST}.py")]
+        type(self).started = (*self.started, command[2:])
+        folder = Path(options["stdout"].name).with_suffix("")
+        folder.mkdir(exist_ok=True)
+        self.run = Run(BIDIST, command[2:], folder)
+
+    def wait(self):
+        return self.run.wait()
+
+    def poll(self):
+        return self.run.poll()
+
+
+def fig6(tmp_path, *argv, iterations=2, extra=EXTRA):
+    argv = [*map(str, argv), "--substrate", "toy", "--runs-dir", str(tmp_path / "runs")]
+    argv += ["--total-timesteps", str(iterations * STEPS), "--out", str(tmp_path / "x")]
+    return variants.main(["fig6", *argv, "--extra", *extra])
+
+
+def test_variants_are_trained_skipped_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(variants, "subprocess", processes(Hosted))
+    monkeypatch.setattr(Hosted, "started", ())
+    extra, seeds = (*EXTRA, "--eval-every", str(STEPS)), ("--seeds", 1, 2)
+    assert fig6(tmp_path, "--seeds", 1, "--only", "kl", "noise", extra=extra) == 0
+    assert len(Hosted.started) == 2
+    capsys.readouterr()
+    assert fig6(tmp_path, *seeds, "--only", "kl", "noise", extra=extra) == 0
+    assert len(Hosted.started) == 4
+    text = capsys.readouterr().out
+    assert text.count("finished already") == 2
+    assert "none of these runs was evaluated beside scenarios (toy), so this is self-play" in text
+    found = {(r["variant"], r["run"]): r for r in rows(tmp_path / "x.csv")}
+    assert text.count("| not run |") == 2  # entropy, random
+    assert len(found) == 2 * 3 and {r["row"] for r in found.values()} == {"self-play"}
+    for mode in ("kl", "noise"):
+        own = []
+        for seed in (1, 2):
+            run = tmp_path / f"runs/{mode}-s{seed}"
+            args = json.loads((run / "args.json").read_text())
+            assert (args["reverse_mode"], args["seed"], args["substrate"]) == (mode, seed, "toy")
+            result = json.loads((run / "summary.json").read_text())["eval"]["self-play"]
+            row = found[mode, run.name]
+            assert float(row["mean"]) == pytest.approx(result["return_per_1000"], rel=1e-5)
+            assert float(row["low"]) == pytest.approx(result["return_per_1000_low"], rel=1e-5)
+            own.append(result["return_per_1000"])
+            points = variants.read_progress(run, "self-play", "return_per_1000")
+            assert [steps for steps, _ in points] == [STEPS, 2 * STEPS]
+        assert float(found[mode, ""]["mean"]) == pytest.approx(np.mean(own), rel=1e-5)
+        assert found[mode, ""]["low"] == ""  # fewer than five runs
+        assert f"| {mode} | {mode}-s1 | {2 * STEPS} |" in text
+    assert is_png(tmp_path / "x.png")
+    # The same from the runs alone.
+    paths = sorted(map(str, (tmp_path / "runs").glob("*-s?")))
+    assert variants.main(["fig6", "--out", str(tmp_path / "y"), "--runs", *paths]) == 0
+    again = rows(tmp_path / "y.csv")
+    assert sorted(map(str, again)) == sorted(map(str, found.values()))
+    # A longer figure goes on with the same runs.
+    assert fig6(tmp_path, "--seeds", 1, "--only", "kl", iterations=3, extra=extra) == 0
+    assert Hosted.started[4][:2] == ["--resume", str(tmp_path / "runs/kl-s1")]
+    assert json.loads((tmp_path / "runs/kl-s1/summary.json").read_text())["timesteps"] == 3 * STEPS
+
+
+def test_a_killed_run_goes_on(tmp_path, capsys):
+    """Killed, then resumed by a real process, it ends at the weights of a run left alone."""
+    whole = tmp_path / "whole"
+    extra = (*EXTRA, "--save-every", str(STEPS))
+    argv = ["--substrate", "toy", "--seed", "1", "--total-timesteps", str(6 * STEPS), *extra]
+    assert script(BIDIST).main([*argv, "--run-dir", str(whole)]) == 0
+    run = tmp_path / "runs/kl-s1"
+    (tmp_path / "runs").mkdir()
+    with start(BIDIST, [*argv, "--run-dir", str(run)], tmp_path) as process:
+        log = run / "metrics.jsonl"
+        until(lambda: log.exists() and log.read_bytes().count(b"\n") >= 3, process)
+        process.stop()
+    assert not (run / "summary.json").exists()
+    code = fig6(tmp_path, "--seeds", 1, "--only", "kl", iterations=6, extra=extra)
+    assert code == 0, (tmp_path / "runs/kl-s1.log").read_text()
+    assert f"--resume {run} " in capsys.readouterr().out
+    assert exact(run)["timesteps"] == 6 * STEPS
+    assert differences(exact(run), exact(whole)) == []
+
+
+def failing(code):
+    class Process:
+        def __init__(self, command, **options):
+            pass
+
+        def wait(self):
+            return code
+
+    return Process
+
+
+def test_errors_of_variants(tmp_path, monkeypatch, capsys, trained):
+    def error():
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    monkeypatch.setattr(variants, "subprocess", processes(failing(1)))
+    assert fig6(tmp_path, "--seeds", 1, 2, "--only", "kl") == 2
+    sentence = error()
+    assert "runs/kl-s1 ended with code 1: see" in sentence and "runs/kl-s2 ended" in sentence
+    assert fig6(tmp_path, "--only", "louder") == 2
+    assert "fig6 trains no variant louder: there are kl, entropy, random, noise." in error()
+    with variants.alone((tmp_path / "runs/kl-s1").resolve()):
+        assert fig6(tmp_path, "--seeds", 1, "--only", "kl") == 2
+    assert "runs/kl-s1 is being trained by another process." in error()
+    shutil.copytree(trained[0], tmp_path / "runs/noise-s1")
+    assert fig6(tmp_path, "--seeds", 1, "--only", "noise") == 2
+    assert "noise-s1 holds another run: its reverse_mode is kl." in error()
+    assert variants.main(["fig6", "--runs", str(trained[2])]) == 2
+    assert "mappo_meltingpot-s1 is mappo --num-envs 2" in (sentence := error())
+    assert sentence.endswith(", no variant of fig6.")
+    assert fig6(tmp_path, "--jobs", 0) == 2
+    assert "--jobs 0 is not positive." in error()
+    assert variants.main(["fig6", "--runs", str(trained[0]), "--extra", "--p", "1"]) == 2
+    assert "--extra is for runs to train, and --runs names finished ones." in error()
+
+
+def test_dry_run(tmp_path, capsys):
+    assert fig6(tmp_path, "--dry-run", "--seeds", 3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and not (tmp_path / "runs").exists()
+    for line, mode in zip(lines, ("kl", "entropy", "random", "noise")):
+        assert f"--seed 3 --reverse-mode {mode} " in line and line.endswith(" ".join(EXTRA))
+
+
+@pytest.mark.parametrize("name, kind", [(k.__name__.lower(), k) for k in variants.FIGURES])
+def test_commands_make_their_variants(tmp_path, name, kind):
+    """What a command line means to the script is what the figure takes for the variant."""
+    study = kind(substrate="toy", seeds=(1,), runs_dir=tmp_path)
+    jobs = variants.jobs_of(study)
+    assert len(jobs) == {"fig6": 4, "fig8": 4, "c1": 5, "c2": 6}[name]
+    for job in jobs:
+        argv = variants.command_of(job, study)[2:]
+        args = dataclasses.asdict(script(BIDIST).parse(argv))
+        assert variants.variant_of(args | {"script": BIDIST}, study, tmp_path) == job.variant
+        assert args["run_dir"] == str(job.run) and args["total_timesteps"] == 10_000_000
+
+
+def test_bars_beside_scenarios(tmp_path, capsys):
+    """Five runs of one variant: an interval over runs, too; RPM has no script; kinds apart."""
+    rng, paths, returns = np.random.default_rng(0), [], {}
+    for seed in range(1, 6):
+        paths.append(made_up.fake_run(tmp_path / f"full-s{seed}", seed=seed))
+    paths.append(made_up.fake_run(tmp_path / "v0-s1", all_fictitious=True, team_reward=True))
+    for run in paths:
+        for scenario, bots in itertools.product(("SC0", "SC1"), ("scripted", "official")):
+            x = rng.normal(size=20) * 3 + 10
+            made_up.fake_evaluation(run, scenario, [float(y) for y in x], None, bots)
+            returns[run.name, scenario, bots] = x.mean()
+    argv = ["fig8", "--quantity", "return", "--out", str(tmp_path / "x"), "--runs"]
+    assert variants.main([*argv, *map(str, paths)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("| RPM |  |  | not run: no script yet |") == 4
+    assert "Note: the runs differ in more than what is compared here: --team-reward." in text
+    for bots in ("scripted", "official"):
+        found = {(r["row"], r["variant"], r["run"]): r for r in rows(tmp_path / f"x-{bots}.csv")}
+        assert len(found) == 2 * (6 + 2) and {r["bots"] for r in found.values()} == {bots}
+        for scenario in ("SC0", "SC1"):
+            own = [returns[f"full-s{seed}", scenario, bots] for seed in range(1, 6)]
+            bar = found[scenario, "full", ""]
+            assert float(bar["mean"]) == pytest.approx(np.mean(own), rel=1e-5)
+            assert float(bar["low"]) < np.mean(own) < float(bar["high"])
+            assert found[scenario, "v0", ""]["low"] == ""
+            assert f"{np.mean(own):.1f} [" in (tmp_path / f"x-{bots}.md").read_text()
+        assert is_png(tmp_path / f"x-{bots}.png")
+
+
+def test_extra():
+    assert variants.split_extra(["fig6", "--jobs", "2"]) == (["fig6", "--jobs", "2"], [])
+    assert variants.split_extra(["fig6", "--extra"]) == (["fig6"], [])
+    argv = ["fig6", "--extra", "--p", "0", "--extra"]
+    assert variants.split_extra(argv) == (["fig6"], ["--p", "0", "--extra"])
