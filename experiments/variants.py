@@ -37,6 +37,7 @@ from figures import (
     UsageError,
     beside,
     finish,
+    load_script,
     markdown_table,
     method_of,
     one_line_errors,
@@ -138,9 +139,9 @@ class Job(NamedTuple):
     """One run to train."""
 
     variant: str
-    flags: dict[str, Any]
-    seed: int
     run: Path
+    argv: list[str]  # the script's, but for the run's directory
+    args: dict[str, Any]  # what these mean to the script, as in args.json
 
 
 def jobs_of(study: Study) -> list[Job]:
@@ -153,38 +154,56 @@ def jobs_of(study: Study) -> list[Job]:
         raise UsageError("--seeds names none.")
     root = (study.runs_dir or Path("runs") / name_of(study)).resolve()
     chosen = [key for key in variants if key in (study.only or variants)]
-    return [
-        Job(key, variants[key], seed, root / f"{key}-s{seed}")
-        for seed, key in itertools.product(dict.fromkeys(study.seeds), chosen)
-    ]
+    jobs = []
+    for seed, key in itertools.product(dict.fromkeys(study.seeds), chosen):
+        own = {"substrate": study.substrate, "seed": seed} | variants[key]
+        own["total_timesteps"] = study.total_timesteps
+        argv = [*flags_of(own), *study.extra]
+        jobs.append(Job(key, root / f"{key}-s{seed}", argv, parsed(argv, own)))
+    return jobs
 
 
-def wanted_args(job: Job, study: Study) -> dict[str, Any]:
-    """What must stand in the run's args.json."""
-    return {"script": SCRIPT, "substrate": study.substrate, "seed": job.seed} | job.flags
+def parsed(argv: list[str], own: dict[str, Any]) -> dict[str, Any]:
+    """The script's arguments, as in args.json; UsageError for what it refuses, and for flags after
+    --extra that contradict the figure's own."""
+    script = load_script(SCRIPT)
+    try:
+        args = dataclasses.asdict(script.parse(argv))
+    except script.UsageError as error:
+        raise UsageError(str(error)) from None
+    for name, x in (own | {"run_dir": "", "resume": "", "eval_only": ""}).items():
+        if args[name] != x:
+            raise UsageError(f"--{name.replace('_', '-')} is the figure's own: not after --extra.")
+    return json.loads(json.dumps(args))
 
 
-def reached(job: Job, study: Study) -> int | None:
-    """Steps after which the run was finished; None while it is not, or too short."""
+def check_same(job: Job) -> None:
+    """UsageError if a run that was begun in this place has other arguments. What may differ are
+    those that the script lets change with --resume: length, evaluation, logging, machine."""
+    script = load_script(SCRIPT)
+    if not any((job.run / name).exists() for name in ("checkpoints.json", "summary.json")):
+        return
+    found = read_args(job.run)
+    for name, x in ({"script": SCRIPT} | job.args).items():
+        theirs = found.get(name, getattr(script.Args, name, None))  # older runs lack newer flags
+        if name not in script.RESUMABLE and theirs != x:
+            raise UsageError(f"{job.run} holds another run: its {name} is {theirs}, not {x}.")
+
+
+def reached(job: Job, study: Study) -> bool:
+    """Whether the run was finished and is long enough."""
+    check_same(job)
     if not (job.run / "summary.json").exists():
-        return None
-    args = read_args(job.run)
-    for name, x in wanted_args(job, study).items():
-        if args.get(name) != x:
-            raise UsageError(f"{job.run} holds another run: its {name} is {args.get(name)}.")
+        return False
     steps = json.loads((job.run / "summary.json").read_text())["timesteps"]
-    return steps if steps >= study.total_timesteps else None
+    return steps >= study.total_timesteps
 
 
-def command_of(job: Job, study: Study) -> list[str]:
-    """The command that begins the run or goes on with it; a resumed run's own arguments must be
-    these, which the script holds against them."""
+def command_of(job: Job) -> list[str]:
+    """The command that begins the run or goes on with it."""
     begun = (job.run / "checkpoints.json").exists()
-    argv = [sys.executable, str(ROOT / script_file(SCRIPT))]
-    argv += ["--resume" if begun else "--run-dir", str(job.run)]
-    argv += ["--substrate", study.substrate, "--seed", str(job.seed), *flags_of(job.flags)]
-    argv += ["--total-timesteps", str(study.total_timesteps)]
-    return [*argv, *study.extra]
+    place = ["--resume" if begun else "--run-dir", str(job.run)]
+    return [sys.executable, str(ROOT / script_file(SCRIPT)), *place, *job.argv]
 
 
 @contextlib.contextmanager
@@ -206,7 +225,7 @@ def train(job: Job, study: Study, children: list[subprocess.Popen]) -> str:
         if reached(job, study):
             print(f"{job.run}: finished already", flush=True)
             return ""
-        command = command_of(job, study)
+        command = command_of(job)
         print(f"{job.run}: {shlex.join(command[1:])}", flush=True)
         with beside(job.run, ".log").open("a") as log:
             options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
@@ -220,10 +239,11 @@ def train_all(study: Study) -> list[Path]:
     """Train what is missing; UsageError, after all have had their turn, if a run failed."""
     positive(total_timesteps=study.total_timesteps, jobs=study.jobs)
     jobs = jobs_of(study)
+    done = {job.run: reached(job, study) for job in jobs}  # all of them, before the first trains
     if study.dry_run:
         for job in jobs:
-            done = reached(job, study)
-            print(f"{job.run}: finished already" if done else shlex.join(command_of(job, study)))
+            say = f"{job.run}: finished already" if done[job.run] else shlex.join(command_of(job))
+            print(say)
         return []
     children: list[subprocess.Popen] = []
 

@@ -124,6 +124,71 @@ def test_a_killed_run_goes_on(tmp_path, capsys):
     assert differences(exact(run), exact(whole)) == []
 
 
+def test_another_run_is_not_taken(tmp_path, monkeypatch, capsys):
+    """A run with other --extra flags is refused, finished or not; how it was evaluated and how long
+    it is may differ, and then nothing is trained or only the rest."""
+    monkeypatch.setattr(variants, "subprocess", processes(Hosted))
+    monkeypatch.setattr(Hosted, "started", ())
+    run = tmp_path / "runs/kl-s1"
+
+    def fig(*flags, **options):
+        return fig6(tmp_path, "--seeds", 1, "--only", "kl", extra=(*EXTRA, *flags), **options)
+
+    def refused(*flags, **options):
+        assert fig(*flags, **options) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    first = ("--gamma", "0.9", "--team-reward")
+    assert fig(*first) == 0 and len(Hosted.started) == 1
+    args = json.loads((run / "args.json").read_text())
+    assert (args["gamma"], args["team_reward"]) == (0.9, True)
+    assert fig(*first, "--eval-episodes", "1", "--final-episodes", "3") == 0
+    assert fig(*first, iterations=1) == 0
+    assert len(Hosted.started) == 1 and "finished already" in capsys.readouterr().out
+    # Both what the command no longer says and what it says anew.
+    where = f"error: {run} holds another run: its"
+    assert refused("--gamma", "0.9") == f"{where} team_reward is True, not False."
+    assert refused("--team-reward") == f"{where} gamma is 0.9, not 0.99."
+    assert refused(*first, "--p", "0.5") == f"{where} p is None, not 0.5."
+    assert fig6(tmp_path, "--dry-run", "--seeds", 1, extra=EXTRA) == 2
+    assert "team_reward is True, not False." in capsys.readouterr().err
+    # Not finished, because it is too short or was stopped: it does not go on as another run.
+    assert refused("--gamma", "0.9", iterations=3) == f"{where} team_reward is True, not False."
+    (run / "summary.json").unlink()
+    assert refused("--team-reward") == f"{where} gamma is 0.9, not 0.99."
+    assert len(Hosted.started) == 1
+    # Before anything else of the figure is trained, too.
+    assert fig6(tmp_path, "--seeds", 2, 1, "--only", "kl", extra=EXTRA) == 2
+    assert len(Hosted.started) == 1 and "team_reward" in capsys.readouterr().err
+    assert fig(*first, iterations=3) == 0
+    assert Hosted.started[1][:2] == ["--resume", str(run)]
+    assert json.loads((run / "summary.json").read_text())["timesteps"] == 3 * STEPS
+    # A flag that the run's version of the script did not have was at its default.
+    del args["dual_clip"], args["p_means"]
+    (run / "args.json").write_text(json.dumps(args))
+    assert fig(*first) == 0
+    assert refused(*first, "--dual-clip", "2") == f"{where} dual_clip is None, not 2.0."
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ("--gama 0.9", "Unrecognized options: --gama, 0.9"),
+        ("--k-d -3", "--k-d -3: input should be greater than or equal to 1."),
+        ("--chunk-length 7", "--chunk-length must divide --rollout-steps."),
+        ("--seed 9", "--seed is the figure's own: not after --extra."),
+        ("--run-dir x", "--run-dir is the figure's own: not after --extra."),
+        ("--reverse-mode noise", "--reverse-mode is the figure's own: not after --extra."),
+    ],
+)
+def test_wrong_extra_flags_are_refused_before_training(tmp_path, capsys, extra, sentence):
+    assert fig6(tmp_path, "--only", "kl", extra=extra.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and sentence in line
+    assert not (tmp_path / "runs").exists()
+
+
 def failing(code):
     class Process:
         def __init__(self, command, **options):
@@ -151,7 +216,7 @@ def test_errors_of_variants(tmp_path, monkeypatch, capsys, trained):
     assert "runs/kl-s1 is being trained by another process." in error()
     shutil.copytree(trained[0], tmp_path / "runs/noise-s1")
     assert fig6(tmp_path, "--seeds", 1, "--only", "noise") == 2
-    assert "noise-s1 holds another run: its reverse_mode is kl." in error()
+    assert "noise-s1 holds another run: its reverse_mode is kl, not noise." in error()
     assert variants.main(["fig6", "--runs", str(trained[2])]) == 2
     assert "mappo_meltingpot-s1 is mappo --num-envs 2" in (sentence := error())
     assert sentence.endswith(", no variant of fig6.")
@@ -176,7 +241,7 @@ def test_commands_make_their_variants(tmp_path, name, kind):
     jobs = variants.jobs_of(study)
     assert len(jobs) == {"fig6": 4, "fig8": 4, "c1": 5, "c2": 6}[name]
     for job in jobs:
-        argv = variants.command_of(job, study)[2:]
+        argv = variants.command_of(job)[2:]
         args = dataclasses.asdict(script(BIDIST).parse(argv))
         assert variants.variant_of(args | {"script": BIDIST}, study, tmp_path) == job.variant
         assert args["run_dir"] == str(job.run) and args["total_timesteps"] == 10_000_000
