@@ -12,14 +12,18 @@ import functools
 import importlib
 import io
 import json
+import math
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
+import pydantic
 import tyro
+from annotated_types import Interval
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts and envs/
@@ -30,6 +34,11 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "bidist_mappo_meltingpot"
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+Count = Annotated[int, Interval(ge=0)]
+Positive = Annotated[int, Interval(ge=1)]
+Amount = Annotated[float, Interval(ge=0, lt=math.inf)]
+Above = Annotated[float, Interval(gt=0, lt=math.inf)]
 
 
 class UsageError(Exception):
@@ -48,11 +57,14 @@ def one_line_errors(function: Callable[[], None]) -> int:
     return 0
 
 
-def positive(**numbers: float) -> None:
-    """UsageError for the first that is not positive."""
-    for name, x in numbers.items():
-        if not x > 0:
-            raise UsageError(f"--{name.replace('_', '-')} {x} is not positive.")
+def check_bounds(study: Any) -> None:
+    """UsageError for the first option outside the bounds in its annotation."""
+    try:
+        pydantic.TypeAdapter(type(study)).validate_python(dataclasses.asdict(study))
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        flag = str(wrong["loc"][0]).replace("_", "-")
+        raise UsageError(f"--{flag} {wrong['input']}: {wrong['msg'].lower()}.") from None
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -130,12 +142,25 @@ def beside(out: Path, ending: str) -> Path:
     return out.with_name(out.name + ending)
 
 
+def check_out(out: Path) -> None:
+    """UsageError, before anything is computed, if finish() could not write there."""
+    if out.name in ("", ".."):
+        raise UsageError(f"--out {out} names a directory, not the files' common beginning.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}.") from None
+
+
 def finish(out: Path, text: str, rows: list[dict[str, Any]], figure: Any) -> None:
     """Write the three files of a figure and print the text."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside(out, ".md").write_text(text)
-    write_rows(beside(out, ".csv"), rows)
-    save_figure(figure, beside(out, ".png"))
+    try:
+        beside(out, ".md").write_text(text)
+        write_rows(beside(out, ".csv"), rows)
+        save_figure(figure, beside(out, ".png"))
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}.") from None
     print(text)
 
 

@@ -24,21 +24,30 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from annotated_types import Interval
 from figures import (
     SCRIPT,
+    Above,
+    Amount,
+    Count,
+    Positive,
     Runs,
+    Seed,
     UsageError,
+    check_bounds,
+    check_out,
     finish,
     load_script,
     markdown_table,
     method_of,
     one_line_errors,
-    positive,
     read_args,
     without_seed,
 )
 
 from envs.tiles import WorldError
+
+Several = Annotated[int, Interval(ge=2)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +57,12 @@ class Fig7:
     run: Annotated[Path, tyro.conf.Positional]  # of bidist_mappo_meltingpot.py
     observation: int | None = None  # of the rollout's T B N; default: where theta is surest
     start: Literal["lagged", "near"] = "lagged"  # phi as saved, or after a forward phase
-    reverse_lr: float | None = None  # default: the run's own
-    reverse_epochs: int | None = None  # default: the run's own
-    noise_std: float | None = None  # default: the run's own
-    num_envs: int = 16  # worlds of the rollout
-    warm_up: int = 1  # rollouts before it, so that worlds are not at their starts
-    seed: int = 1  # of worlds, actions, shuffling, noise and new weights
+    reverse_lr: Above | None = None  # default: the run's own
+    reverse_epochs: Count | None = None  # default: the run's own
+    noise_std: Amount | None = None  # default: the run's own
+    num_envs: Positive = 16  # worlds of the rollout
+    warm_up: Count = 1  # rollouts before it, so that worlds are not at their starts
+    seed: Seed = 1  # of worlds, actions, shuffling, noise and new weights
     out: Path = Path("fig7")  # writes OUT.png, OUT.csv and OUT.md
 
 
@@ -62,12 +71,12 @@ class Fig5:
     """Fig. 5: t-SNE of the joint action distributions that a training population plays."""
 
     runs: Runs  # of any script, all on one substrate
-    samples: int = 500  # of each run
-    rollouts: int = 4  # that they are drawn from; BiDist draws v anew for each
-    num_envs: int = 16  # worlds of a rollout
-    warm_up: int = 1  # rollouts before them, so that worlds are not at their starts
-    perplexity: float = 30.0  # of t-SNE
-    seed: int = 1  # of worlds, actions, samples and t-SNE
+    samples: Several = 500  # of each run
+    rollouts: Positive = 4  # that they are drawn from; BiDist draws v anew for each
+    num_envs: Positive = 16  # worlds of a rollout
+    warm_up: Count = 1  # rollouts before them, so that worlds are not at their starts
+    perplexity: Above = 30.0  # of t-SNE
+    seed: Seed = 1  # of worlds, actions, samples and t-SNE
     group_by: Literal["method", "name"] = "method"  # name: of the directory, without -s1, -s2, ...
     out: Path = Path("fig5")  # writes OUT.png, OUT.csv and OUT.md
 
@@ -143,6 +152,7 @@ def reverse_phases(study: Fig7) -> Phases:
             if getattr(study, name) is not None:
                 options[name] = getattr(study, name)
         args = dataclasses.replace(args, **options)
+        script.validate(args)  # in few worlds a rollout may have fewer chunks than minibatches
         what = (batch, carry, sprites)
         if study.start == "near":
             rng = torch.Generator().manual_seed(study.seed)
@@ -281,9 +291,8 @@ def text_of_phases(study: Fig7, phases: Phases, chosen: int) -> str:
 
 def fig7(study: Fig7) -> None:
     """The phases, for one observation and for the mean over all."""
-    positive(
-        num_envs=study.num_envs, reverse_lr=1 if study.reverse_lr is None else study.reverse_lr
-    )
+    check_bounds(study)
+    check_out(study.out)
     phases = reverse_phases(study)
     surest, count = int(phases.theta.max(1).argmax()), len(phases.theta)
     chosen = surest if study.observation is None else study.observation
@@ -414,14 +423,15 @@ def text_of_samples(samples: list[Sample], world: str) -> str:
 
 def fig5(study: Fig5) -> None:
     """The samples' places, and their spread in figures."""
-    positive(samples=study.samples, rollouts=study.rollouts, num_envs=study.num_envs)
+    check_bounds(study)
+    check_out(study.out)
     if not study.runs:
         raise UsageError("fig5 needs at least one run directory.")
     worlds = {read_args(run)["substrate"] for run in study.runs}
     if len(worlds) > 1:
         raise UsageError("fig5 compares runs on one substrate, and these are on several.")
-    if not 0 < study.perplexity < study.samples * len(study.runs):
-        raise UsageError(f"--perplexity {study.perplexity:g} must lie between 0 and all samples.")
+    if study.perplexity >= (count := study.samples * len(study.runs)):
+        raise UsageError(f"--perplexity {study.perplexity:g} is not less than {count} samples.")
     (world,) = worlds
     samples = [sample_population(run, study) for run in study.runs]
     places = embed(samples, study.perplexity, study.seed)

@@ -22,6 +22,7 @@ from figures import (
     SCRIPT,
     Runs,
     UsageError,
+    check_out,
     finish,
     markdown_table,
     one_line_errors,
@@ -140,6 +141,7 @@ def make(study: Study) -> None:
     """Read all runs, then write the three files."""
     if not study.runs:
         raise UsageError("Name at least one run directory.")
+    check_out(study.out)
     rows_of = {run: read_rows(run) for run in study.runs}
     rows = list(itertools.chain.from_iterable(rows_of.values()))
     finish(study.out, text_of(rows), rows, draw(rows_of))

@@ -36,9 +36,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from figures import (
+    Count,
+    Positive,
     Runs,
+    Seed,
     UsageError,
     beside,
+    check_bounds,
+    check_out,
     finish,
     method_of,
     one_line_errors,
@@ -68,10 +73,10 @@ class Study:
     runs: Runs  # run directories
     out: Path = Path("scenarios")  # writes OUT.md, OUT.csv and OUT.png
     group_by: Literal["method", "name"] = "method"  # name: of the directory, without -s1, -s2, ...
-    timesteps: int | None = None  # which evaluation, in environment steps; default: each run's last
+    timesteps: Count | None = None  # evaluation after this many steps; default: each run's last
     draw: Literal["return", "return_per_1000"] = "return"  # quantity of the figure
-    resamples: int = 5000  # of each bootstrap
-    seed: int = 1  # of the bootstraps
+    resamples: Positive = 5000  # of each bootstrap
+    seed: Seed = 1  # of the bootstraps
 
 
 # --- Evaluations ----------------------------------------------------------------------------------
@@ -392,6 +397,8 @@ def draw(figures: list[Figure], bots: str, quantity: str) -> Any:
 
 def make(study: Study) -> None:
     """Read all runs, then write the files of each kind of bots."""
+    check_bounds(study)
+    check_out(study.out)
     cells = read_all(study)
     kinds = [bots for bots in ("official", "scripted") if any(c.bots == bots for c in cells)]
     for bots in kinds:

@@ -34,14 +34,17 @@ import tyro
 from figures import (
     ROOT,
     SCRIPT,
+    Positive,
+    Seed,
     UsageError,
     beside,
+    check_bounds,
+    check_out,
     finish,
     load_script,
     markdown_table,
     method_of,
     one_line_errors,
-    positive,
     read_args,
     read_log,
     script_file,
@@ -57,11 +60,11 @@ class Study:
 
     runs: tuple[Path, ...] = ()  # runs to compare; default: train what the figure needs
     substrate: str = "pure_coordination_in_the_matrix__repeated"  # of the runs to train
-    total_timesteps: int = 10_000_000  # of each
-    seeds: tuple[int, ...] = (1, 2, 3)  # of each variant
+    total_timesteps: Positive = 10_000_000  # of each
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # of each variant
     only: tuple[str, ...] = ()  # variants to train, by their names; default: all
     runs_dir: Path | None = None  # where they go; default: runs/{figure}
-    jobs: int = 1  # trained at the same time
+    jobs: Positive = 1  # trained at the same time
     dry_run: bool = False  # print the commands and do nothing
     extra: tyro.conf.Suppress[tuple[str, ...]] = ()  # flags after --extra
     quantity: Literal["return_per_1000", "return"] = "return_per_1000"  # to draw
@@ -210,8 +213,12 @@ def command_of(job: Job) -> list[str]:
 def alone(run: Path) -> Iterator[int]:
     """Hold run.lock. A child that inherits the descriptor holds it, too: if this process is killed
     and its child goes on training, nobody else resumes the same run meanwhile."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    with beside(run, ".lock").open("w") as file:
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        file = beside(run, ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{run} cannot be made: {error.strerror}.") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -237,7 +244,6 @@ def train(job: Job, study: Study, children: list[subprocess.Popen]) -> str:
 
 def train_all(study: Study) -> list[Path]:
     """Train what is missing; UsageError, after all have had their turn, if a run failed."""
-    positive(total_timesteps=study.total_timesteps, jobs=study.jobs)
     jobs = jobs_of(study)
     done = {job.run: reached(job, study) for job in jobs}  # all of them, before the first trains
     if study.dry_run:
@@ -487,6 +493,10 @@ def make(study: Study) -> None:
     """Train where no runs were given, then draw; one set of files for each kind of bots."""
     if study.runs and study.extra:
         raise UsageError("--extra is for runs to train, and --runs names finished ones.")
+    check_bounds(study)
+    out = study.out or Path(name_of(study))
+    if not study.dry_run:
+        check_out(out)
     paths = list(study.runs) or train_all(study)
     if study.dry_run:
         return
@@ -499,7 +509,7 @@ def make(study: Study) -> None:
         if not own:
             raise UsageError(f"{run} has no final evaluation yet.")
         scores += own
-    notes, out = notes_on(runs, scores, study), study.out or Path(name_of(study))
+    notes = notes_on(runs, scores, study)
     kinds = sorted({score.bots for score in scores} - {""}) or [""]
     for bots in kinds:
         rows = rows_of([score for score in scores if score.bots == bots], study)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import BIDIST, ROOT, script
+from runs import BIDIST, ROOT, script, tiny
 
 sys.path.insert(0, str(ROOT / "experiments"))
 policies = importlib.import_module("policies")
@@ -153,6 +153,59 @@ def test_errors_of_distributions(trained, tmp_path, capsys):
     assert policies.main(["fig5", str(trained[0]), str(other)]) == 2
     assert "fig5 compares runs on one substrate, and these are on sev" in capsys.readouterr().err
     assert policies.main(["fig5", str(trained[0]), "--samples", "10"]) == 2
-    assert "--perplexity 30 must lie between 0 and all samples." in capsys.readouterr().err
+    assert "--perplexity 30 is not less than 10 samples." in capsys.readouterr().err
     assert policies.main(["fig5", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is no run directory." in capsys.readouterr().err
+
+
+# Options ----------------------------------------------------------------------------------------
+
+WRONG = [
+    ("fig7", "--warm-up -1", "--warm-up -1: input should be greater than or equal to 0."),
+    ("fig7", "--seed -1", "--seed -1: input should be greater than or equal to 0."),
+    ("fig7", "--seed 4294967296", "--seed 4294967296: input should be less than 4294967296."),
+    ("fig7", "--num-envs 0", "--num-envs 0: input should be greater than or equal to 1."),
+    ("fig7", "--reverse-lr 0", "--reverse-lr 0.0: input should be greater than 0."),
+    ("fig7", "--reverse-lr nan", "--reverse-lr nan: input should be less than inf."),
+    ("fig7", "--reverse-epochs -1", "--reverse-epochs -1: input should be greater than or "),
+    ("fig7", "--noise-std -1", "--noise-std -1.0: input should be greater than or equal to 0."),
+    ("fig7", "--observation -1", "--observation -1: the rollout has 0 to "),
+    ("fig5", "--warm-up -1", "--warm-up -1: input should be greater than or equal to 0."),
+    ("fig5", "--seed -1", "--seed -1: input should be greater than or equal to 0."),
+    ("fig5", "--num-envs 0", "--num-envs 0: input should be greater than or equal to 1."),
+    ("fig5", "--rollouts 0", "--rollouts 0: input should be greater than or equal to 1."),
+    ("fig5", "--samples 1", "--samples 1: input should be greater than or equal to 2."),
+    ("fig5", "--perplexity 0", "--perplexity 0.0: input should be greater than 0."),
+    ("fig5", "--perplexity nan", "--perplexity nan: input should be less than inf."),
+    ("fig5", "--samples 999", "--samples 999: the rollouts of "),
+]
+
+
+@pytest.mark.parametrize(("figure", "flags", "sentence"), WRONG)
+def test_wrong_options_are_one_sentence(trained, tmp_path, capsys, figure, flags, sentence):
+    argv = [figure, str(trained[0]), "--out", str(tmp_path / "x"), "--num-envs", "2"]
+    assert policies.main([*argv, *flags.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {sentence}") and line.endswith(".")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("figure", ["fig5", "fig7"])
+def test_out_that_cannot_be_written(trained, tmp_path, capsys, figure):
+    (tmp_path / "file").touch()
+    for out, sentence in (
+        (tmp_path / "file/x", "cannot be written: File exists."),
+        (".", "names a directory, not the files' common beginning."),
+    ):
+        assert policies.main([figure, str(trained[0]), "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: --out {out} {sentence}"
+
+
+def test_minibatches_without_a_chunk(tmp_path, capsys):
+    """One world has two chunks, too few for the run's four minibatches: their loss would be NaN."""
+    assert script(BIDIST).main(tiny(BIDIST, tmp_path / "run", 1, "--minibatches", 4)) == 0
+    argv = ["fig7", str(tmp_path / "run"), "--num-envs", "1", "--out", str(tmp_path / "x")]
+    assert policies.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --minibatches exceeds the 2 chunks of a rollout."

@@ -55,3 +55,18 @@ def test_shift_is_what_was_logged(trained, tmp_path, capsys):
     assert is_png(tmp_path / "x.png")
     assert shift.main([str(trained[2])]) == 2
     assert "logs no KL: it is not a run of bidist_mappo_meltingpot.py" in capsys.readouterr().err
+
+
+def test_errors_are_one_sentence(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for argv, sentence in (
+        ([], "Name at least one run directory."),
+        ([tmp_path / "nowhere"], f"{tmp_path}/nowhere is no run directory."),
+        (
+            [trained[0], "--out", tmp_path / "file/x"],
+            f"--out {tmp_path}/file/x cannot be written: File exists.",
+        ),
+    ):
+        assert shift.main(["--out", str(tmp_path / "x"), *map(str, argv)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: {sentence}"

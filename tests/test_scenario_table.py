@@ -47,7 +47,7 @@ def fake_evaluation(run, scenario, returns, lengths=None, bots="scripted", times
 
 def make(out, *argv):
     """Run the script; the exit code."""
-    return tables.main([*map(str, argv), "--out", str(out)])
+    return tables.main(["--out", str(out), *map(str, argv)])
 
 
 def figures(path):
@@ -313,6 +313,28 @@ def test_errors_are_one_sentence(tmp_path, capsys, case):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and sentence.format(run=run) in line
     assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--resamples 0", "--resamples 0: input should be greater than or equal to 1."),
+        ("--seed -1", "--seed -1: input should be greater than or equal to 0."),
+        ("--timesteps -1", "--timesteps -1: input should be greater than or equal to 0."),
+        ("--out {tmp}/file/x", "--out {tmp}/file/x cannot be written: File exists."),
+        ("--out {tmp}/file/new/x", "--out {tmp}/file/new/x cannot be written: Not a directory."),
+        ("--out {tmp}/taken", "--out {tmp}/taken cannot be written: Is a directory."),
+        ("--out .", "--out . names a directory, not the files' common beginning."),
+    ],
+)
+def test_wrong_options_are_one_sentence(tmp_path, capsys, flags, sentence):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken.md").mkdir()
+    run = fake_run(tmp_path / "a-s1")
+    fake_evaluation(run, "SC0", [1.0, 2.0])
+    assert make(tmp_path / "x", run, *flags.format(tmp=tmp_path).split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {sentence.format(tmp=tmp_path)}"
 
 
 def test_parent_is_found_in_baselines(tmp_path, capsys):
