@@ -10,7 +10,7 @@ bots with one fixed goal, random play, and one bot of every kind of puppeteer; o
 change their goals, a puppet for each goal ("goal:CLEAN") as visitor, and random play and bots of
 every kind of puppeteer as residents.
 
-The second table pools all of a bot's episodes: the share of its acts that fit the goal that its
+The second table (where acts are judged) pools all of a bot's episodes: the share of its acts that fit the goal that its
 puppeteer had set at that moment, and how many such acts it managed in 100 steps. An act is:
 
     *_in_the_matrix   an interaction; it fits if the intended resource leads in the own inventory
@@ -238,10 +238,12 @@ def tables(rows: list[dict], study: Study, visitors: list[str], residents: list[
             )
             line.append(" / ".join(parts))
         lines.append(f"| {visitor} | " + " | ".join(line) + " |")
-    lines += ["", "| bot | acts that fit its goal, % | such acts per 100 steps | episodes |"]
-    lines += ["|---|---|---|---|"]
+    judged = any(row["visitor_acts"] or row["resident_acts"] for row in rows)
+    if judged:
+        lines += ["", "| bot | acts that fit its goal, % | such acts per 100 steps | episodes |"]
+        lines += ["|---|---|---|---|"]
     for bot in dict.fromkeys([*visitors, *residents]):
-        if bot == RANDOM:
+        if bot == RANDOM or not judged:
             continue
         own = [figures for row in rows if (figures := of_bot(row, bot))]
         done, fit, steps = np.array(own, float).T
