@@ -10,8 +10,9 @@ bots with one fixed goal, random play, and one bot of every kind of puppeteer; o
 change their goals, a puppet for each goal ("goal:CLEAN") as visitor, and random play and bots of
 every kind of puppeteer as residents.
 
-The second table (where acts are judged) pools all of a bot's episodes: the share of its acts that fit the goal that its
-puppeteer had set at that moment, and how many such acts it managed in 100 steps. An act is:
+The second table (where acts are judged) pools all of a bot's episodes: the share of its acts that
+fit the goal that its puppeteer had set at that moment, and how many such acts it managed in 100
+steps. An act is:
 
     *_in_the_matrix   an interaction; it fits if the intended resource leads in the own inventory
     coins             a coin; it fits if its colour is the goal's (cooperate: own, defect: any,
