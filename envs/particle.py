@@ -1,0 +1,684 @@
+"""Particle worlds of MRA (TMLR), any number of agents, batched on the device.
+
+    treasure    N agents collect 20 treasures, which reappear elsewhere when touched
+    resource    N agents share 6 resources of different size
+    pacman      P Pac-Men eat 20 dots, G ghosts eat Pac-Men; a touched Pac-Man is dead
+
+    world = ParticleWorld("treasure", 6, num_worlds=64, device="cpu", seed=1)
+    obs = world.reset()              # obs.own (B, N, Ds), obs.entities() (B, N, N, De), obs.mask()
+    step = world.step(actions)       # actions (B, N): 0 none, 1 left, 2 right, 3 down, 4 up
+
+Worlds that end begin anew by themselves; step.final then has the observation at the end. What a
+world is at a moment is one row of world.state, (S,) floats, from which observe() makes observations
+again: a replay keeps states. Each world has its own stream of random numbers, so the same seed
+gives a world the same rollout whatever their number.
+
+Physics as in OpenAI's multi-agent particle environment (mpe2 is its maintained version), numbers of
+the tasks as decided in docs/particle.md, where the paper leaves most of them open.
+
+Inside, worlds are the last axis: (..., N, B). Every operation then runs over neighbouring worlds,
+whatever N is, and one compiled kernel does physics, reward and observation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import tempfile
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ACTIONS = ("none", "left", "right", "down", "up")  # PettingZoo's order
+DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3
+HORIZON = 20  # steps of an episode
+LANES = 32  # numbers of worlds are padded to multiples: the same bits for each, however many
+Integration = Literal["velocity-first", "mpe2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """A task at one population: everything that does not change while it is played."""
+
+    task: str
+    population: tuple[int, ...]  # agents of each type
+    radius: tuple[float, ...]  # of each type
+    force: tuple[float, ...]  # of an action, per type
+    top_speed: tuple[float, ...]  # per type; inf: none
+    landmark_radius: tuple[float, ...]  # of each landmark
+    nearest: int  # landmarks that an agent sees, or is seen with
+    sizes: bool = False  # whether it sees their sizes, too
+    walls: bool = False  # whether positions stay in [-1, 1]^2
+    mortal: bool = False  # whether agents may die
+    shaping: bool = True  # treasure, pacman: -.1 x distance to what one wants
+    collision_penalty: float = 0.0  # treasure: per agent touched
+    integration: Integration = "velocity-first"
+
+    @property
+    def num_agents(self) -> int:
+        return sum(self.population)
+
+    @property
+    def num_landmarks(self) -> int:
+        return len(self.landmark_radius)
+
+    @property
+    def types(self) -> tuple[int, ...]:
+        """(N,): the type of each agent; types come one after another."""
+        return tuple(kind for kind, n in enumerate(self.population) for _ in range(n))
+
+    @property
+    def landmark_features(self) -> int:
+        """Numbers by which the landmarks of an agent are described."""
+        return self.nearest * (3 if self.sizes else 2)
+
+    @property
+    def own_features(self) -> int:
+        """Ds: velocity, position, landmarks."""
+        return 4 + self.landmark_features
+
+    @property
+    def entity_features(self) -> int:
+        """De: relative position, velocity, one number per type if there are several, landmarks."""
+        return (
+            4 + (len(self.population) if len(self.population) > 1 else 0) + self.landmark_features
+        )
+
+    @property
+    def state_size(self) -> int:
+        """S: positions, velocities, who lives, landmarks."""
+        return 5 * self.num_agents + 2 * self.num_landmarks
+
+
+def make_game(task: str, population: int | tuple[int, ...], **options: Any) -> Game:
+    """A task of TASKS at a population; options are fields of Game (shaping, collision_penalty,
+    nearest, integration). ValueError, one sentence, for what does not exist."""
+    population = (population,) if isinstance(population, int) else tuple(population)
+    if task not in TASKS:
+        raise ValueError(f"There is no task {task!r}: there are {', '.join(TASKS)}.")
+    roles = TASKS[task].roles
+    if len(population) != len(roles):
+        wanted = f"{len(roles)} numbers ({', '.join(roles)})" if len(roles) > 1 else "one number"
+        raise ValueError(f"A population of {task} is {wanted}: {_name(population)} is not.")
+    if min(population) < 1:
+        few = _name(population)
+        raise ValueError(f"A population has at least one agent of each type: not {few}.")
+    fixed = TASKS[task].fixed(sum(population))
+    return Game(**{"task": task, "population": population, **fixed, **options})
+
+
+def _name(population: tuple[int, ...]) -> str:
+    return ",".join(map(str, population))
+
+
+class Bodies(NamedTuple):
+    """Everything that moves or may be touched, of B worlds."""
+
+    position: Tensor  # (2, N, B)
+    velocity: Tensor  # (2, N, B)
+    alive: Tensor  # (N, B) bool
+    landmarks: Tensor  # (2, L, B)
+
+
+def pack(bodies: Bodies) -> Tensor:
+    """Bodies -> states (S, B)."""
+    rows = (bodies.position, bodies.velocity, bodies.alive[None], bodies.landmarks)
+    return torch.cat([x.flatten(0, 1).to(bodies.position.dtype) for x in rows])
+
+
+def unpack(game: Game, state: Tensor) -> Bodies:
+    """States (S, B) -> Bodies."""
+    N, L = game.num_agents, game.num_landmarks
+    position, velocity, alive, landmarks = state.split((2 * N, 2 * N, N, 2 * L))
+    return Bodies(
+        position.unflatten(0, (2, N)),
+        velocity.unflatten(0, (2, N)),
+        alive > 0.5,
+        landmarks.unflatten(0, (2, L)),
+    )
+
+
+# --- Physics --------------------------------------------------------------------------------------
+
+
+def per_agent(game: Game, values: tuple[float, ...], like: Tensor) -> Tensor:
+    """(N, 1): the number of each agent's type."""
+    return torch.tensor(
+        [[values[kind]] for kind in game.types], dtype=like.dtype, device=like.device
+    )
+
+
+def pushes(game: Game, bodies: Bodies) -> tuple[Tensor, Tensor, Tensor]:
+    """d = p_i - p_j, x and y apart, (N, N, B) each, and what to multiply it by for the force of j
+    on i: f = 100 (d / |d|) k log(1 + exp(-(|d| - r_i - r_j) / k)).
+
+    Two bodies at the same point push nowhere (the original divides by zero there), the dead do not
+    push. f_ij = -f_ji to the bit.
+    """
+    x, y = (p[:, None] - p for p in bodies.position)
+    distance = (x * x + y * y).sqrt()
+    radius = per_agent(game, game.radius, distance)
+    touching = radius[:, None] + radius[None]  # (N, N, 1)
+    overlap = (touching - distance) / CONTACT_MARGIN
+    # log(1 + exp(x)) without overflow, nor numbers so small that processors take long over them.
+    depth = overlap.clamp_min(0) + torch.log(1 + torch.exp(-overlap.abs().clamp_max(80.0)))
+    push = CONTACT_FORCE * CONTACT_MARGIN * depth / distance.clamp_min(1e-30)
+    if game.mortal:
+        push = push * (bodies.alive[:, None] & bodies.alive)
+    return x, y, push
+
+
+def move(game: Game, bodies: Bodies, actions: Tensor) -> Bodies:
+    """One step of physics; actions (N, B) ints."""
+    p, v = bodies.position, bodies.velocity
+    right = (actions == 2).to(p.dtype) - (actions == 1).to(p.dtype)
+    up = (actions == 4).to(p.dtype) - (actions == 3).to(p.dtype)
+    x, y, push = pushes(game, bodies)
+    contact = torch.stack(((x * push).sum(1), (y * push).sum(1)))
+    force = torch.stack((right, up)) * per_agent(game, game.force, p) + contact
+    moved = v * (1 - DAMPING) + force * DT  # masses are 1
+    if min(game.top_speed) < math.inf:
+        speed = moved.square().sum(0).sqrt()
+        top = per_agent(game, game.top_speed, p)
+        moved = torch.where(speed > top, moved / speed.clamp_min(1e-30) * top, moved)
+    if game.mortal:
+        moved = moved * bodies.alive  # the dead stop
+    p = p + (v if game.integration == "mpe2" else moved) * DT
+    if game.walls:
+        p = p.clamp(-1.0, 1.0)
+    return bodies._replace(position=p, velocity=moved)
+
+
+# --- Rewards --------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What a step's new positions lead to."""
+
+    reward: Tensor  # (N, B)
+    alive: Tensor  # (N, B) bool, from now on
+    taken: Tensor  # (L, B) bool: landmarks that reappear elsewhere
+
+
+def landmark_distances(game: Game, bodies: Bodies) -> Tensor:
+    """(N, L, B) between centres."""
+    x, y = (l - p[:, None] for l, p in zip(bodies.landmarks, bodies.position))
+    return (x * x + y * y).sqrt()
+
+
+def agent_distances(bodies: Bodies) -> Tensor:
+    """(N, N, B) between centres."""
+    x, y = (p[:, None] - p for p in bodies.position)
+    return (x * x + y * y).sqrt()
+
+
+def treasure_outcome(game: Game, bodies: Bodies) -> Outcome:
+    """+5 for each treasure that one touches, whoever else does; -.1 x distance to the nearest."""
+    distance = landmark_distances(game, bodies)
+    touched = distance < game.radius[0] + game.landmark_radius[0]
+    reward = 5.0 * touched.sum(1)
+    if game.shaping:
+        reward = reward - 0.1 * distance.amin(1)
+    if game.collision_penalty:
+        others = ~torch.eye(game.num_agents, dtype=torch.bool, device=distance.device)[..., None]
+        hits = ((agent_distances(bodies) < 2 * game.radius[0]) & others).sum(1)
+        reward = reward - game.collision_penalty * hits
+    return Outcome(reward, bodies.alive, touched.any(0))
+
+
+def resource_outcome(game: Game, bodies: Bodies) -> Outcome:
+    """The resources that one touches, 10 x radius each, divided by the number of agents on it."""
+    distance = landmark_distances(game, bodies)
+    radius = torch.tensor(game.landmark_radius, dtype=distance.dtype, device=distance.device)
+    touched = distance < (radius + game.radius[0])[:, None]
+    share = 10.0 * radius[:, None] / touched.sum(0).clamp_min(1)  # (L, B)
+    reward = (touched * share).sum(1)
+    return Outcome(reward, bodies.alive, torch.zeros_like(touched[0]))
+
+
+def pacman_outcome(game: Game, bodies: Bodies) -> Outcome:
+    """Dot +2 for a Pac-Man, who dies when touched: -5 for it and +5 for the ghost, per ghost that
+    touches it. Those who lived when the step began count, also in the distances of shaping."""
+    P = game.population[0]
+    living = bodies.alive[:P]  # (P, B); ghosts live for ever
+    to_dots = landmark_distances(game, bodies)[:P]
+    to_ghosts = agent_distances(bodies)[:P, P:]  # (P, G, B)
+    eaten = (to_dots < game.radius[0] + game.landmark_radius[0]) & living[:, None]
+    caught = (to_ghosts < sum(game.radius)) & living[:, None]
+    pac_men = 2.0 * eaten.sum(1) - 5.0 * caught.sum(1)
+    ghosts = 5.0 * caught.sum(0).to(pac_men.dtype)
+    if game.shaping:
+        pac_men = pac_men - 0.1 * to_dots.amin(1) * living
+        prey = to_ghosts.masked_fill(~living[:, None], math.inf).amin(0)
+        ghosts = ghosts - 0.1 * torch.where(prey < math.inf, prey, 0.0)
+    alive = torch.cat((living & ~caught.any(1), bodies.alive[P:]))
+    return Outcome(torch.cat((pac_men, ghosts)), alive, eaten.any(0))
+
+
+# --- Observations ---------------------------------------------------------------------------------
+
+
+class Observation(NamedTuple):
+    """What everybody sees. Agent i sees own[i], and of each other agent j entities[i, j]."""
+
+    own: Tensor  # (B, N, Ds) v_i, p_i, its landmarks relative to it
+    others: Tensor  # (B, N, De) p_j, v_j, type of j if there are several, j's landmarks
+    alive: Tensor  # (B, N) bool
+
+    def entities(self) -> Tensor:
+        """(B, N, N, De): of i and j, as others[j], but with p_j - p_i."""
+        N = self.own.shape[1]
+        seen = self.others[:, None].expand(-1, N, -1, -1).clone()
+        seen[..., :2] -= self.others[:, :, None, :2]
+        return seen
+
+    def mask(self) -> Tensor:
+        """(B, N, N) bool: j lives and is not i."""
+        itself = torch.eye(self.own.shape[1], dtype=torch.bool, device=self.own.device)
+        return self.alive[:, None] & ~itself
+
+
+def nearest(key: Tensor, values: list[Tensor], k: int) -> list[Tensor]:
+    """The k smallest of key (N, L, B), in order, and the values that go with them: (N, k, B) each.
+
+    Compiled, an item's place is the number of smaller ones, and each place adds up what is on it:
+    L^2 comparisons, but all in one loop over worlds. Eager code sorts.
+    """
+    if not torch.compiler.is_compiling():
+        order = key.topk(k, dim=1, largest=False).indices
+        return [torch.gather(x.expand_as(key), 1, order) for x in values]
+    number = torch.arange(key.shape[1], device=key.device)
+    earlier = (number[:, None] > number)[..., None]  # of two alike the first comes first
+    mine, other = key[:, :, None], key[:, None]
+    smaller = (other < mine) | ((other == mine) & earlier)  # (N, L, L, B)
+    place = torch.where(smaller, 1.0, 0.0).sum(2)  # (N, L, B)
+    chosen = place[:, None] == torch.arange(k, device=key.device)[:, None, None]  # (N, k, L, B)
+    return [torch.where(chosen, x.expand_as(key)[:, None], 0.0).sum(2) for x in values]
+
+
+def observation(game: Game, bodies: Bodies) -> Observation:
+    """What everybody sees. Worlds come first, but still lie next to each other in memory."""
+    p, v = bodies.position, bodies.velocity
+    between = bodies.landmarks[:, None] - p[:, :, None]  # (2, N, L, B)
+    radius = torch.tensor(game.landmark_radius, dtype=p.dtype, device=p.device)[:, None]
+    edge = between.square().sum(0).sqrt() - radius  # (N, L, B)
+    sizes = [2 * radius[None]] if game.sizes else []
+    seen = torch.stack(nearest(edge, [*between, *sizes], game.nearest), 2)  # (N, k, 2 or 3, B)
+    seen = seen.flatten(1, 2).transpose(0, 1)  # (k x 2 or 3, N, B)
+    kinds = [
+        torch.tensor([float(t == kind) for t in game.types], dtype=p.dtype, device=p.device)
+        for kind in range(len(game.population) if len(game.population) > 1 else 0)
+    ]
+    kinds = [kind[None, :, None].expand_as(p[:1]) for kind in kinds]
+    own, others = torch.cat((v, p, seen)), torch.cat((p, v, *kinds, seen))
+    return Observation(own.permute(2, 1, 0), others.permute(2, 1, 0), bodies.alive.T)
+
+
+# --- Tasks ----------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """A kind of world. Add your own to TASKS."""
+
+    roles: tuple[str, ...]  # names of the types of agents
+    fixed: Callable[[int], dict[str, Any]]  # fields of Game, for N agents
+    outcome: Callable[[Game, Bodies], Outcome]
+    observe: Callable[[Game, Bodies], Observation] = observation
+
+
+def _bodies(radius: float, force: float, landmarks: tuple[float, ...], nearest: int) -> dict:
+    """Agents of one type, without top speed."""
+    own = dict(radius=(radius,), force=(force,), top_speed=(math.inf,))
+    return own | dict(landmark_radius=landmarks, nearest=nearest)
+
+
+TASKS = {
+    "treasure": Task(("agents",), lambda N: _bodies(0.05, 5.0, (0.025,) * 20, 5), treasure_outcome),
+    "resource": Task(
+        ("agents",),
+        lambda N: _bodies(0.05, 5.0, tuple(0.05 * k for k in range(1, 7)), 6) | dict(sizes=True),
+        resource_outcome,
+    ),
+    "pacman": Task(
+        ("Pac-Men", "ghosts"),
+        lambda N: dict(
+            radius=(0.05, 0.075),
+            force=(4.0, 2.0),
+            top_speed=(3.0, 2.0),
+            landmark_radius=(0.03,) * 20,
+            nearest=5,
+            walls=True,
+            mortal=True,
+        ),
+        pacman_outcome,
+    ),
+}
+
+
+# --- Random numbers -------------------------------------------------------------------------------
+
+
+class Clocks(NamedTuple):
+    """What a world's random numbers and the end of its episode depend on; (B,) int64 each."""
+
+    key: Tensor  # its stream
+    tick: Tensor  # steps since the stream began
+    time: Tensor  # steps in the episode
+
+
+GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
+
+
+def mixed(x: Tensor) -> Tensor:
+    """SplitMix64's output function: int64 -> int64. Products wrap around, as they should."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # shifts in zeros
+    return x
+
+
+def uniform(clocks: Clocks, slots: range, per_step: int, dtype: torch.dtype) -> Tensor:
+    """(len(slots), B) in [-1, 1): number `slots` of the per_step that each world has at a tick."""
+    slot = torch.arange(slots.start, slots.stop, device=clocks.key.device)[:, None]
+    bits = mixed(clocks.key + GOLDEN * (clocks.tick * per_step + slot))
+    return ((bits >> 40) & 0xFFFFFF).to(dtype) * (2.0 / 2**24) - 1.0
+
+
+def fresh(game: Game, clocks: Clocks, dtype: torch.dtype) -> Bodies:
+    """Everything anywhere in the square, at rest."""
+    N, L = game.num_agents, game.num_landmarks
+    places = uniform(clocks, range(2 * (N + L)), 2 * (N + 2 * L), dtype)
+    position, landmarks = places.split((2 * N, 2 * L))
+    position = position.unflatten(0, (2, N))
+    alive = torch.ones_like(position[0], dtype=torch.bool)
+    return Bodies(position, torch.zeros_like(position), alive, landmarks.unflatten(0, (2, L)))
+
+
+def advance(game: Game, horizon: int, state: Tensor, actions: Tensor, clocks: Clocks) -> tuple:
+    """One step of all worlds, states (S, B) and actions (B, N) -> the states after it, clocks, and
+    Step's fields without a new episode: reward, terminated, truncated, alive, observation, rows."""
+    clocks = clocks._replace(tick=clocks.tick + 1, time=clocks.time + 1)
+    bodies = move(game, unpack(game, state), actions.T)
+    reward, alive, taken = TASKS[game.task].outcome(game, bodies)
+    reward = reward.to(state.dtype)
+    N, L = game.num_agents, game.num_landmarks
+    slots = range(2 * (N + L), 2 * (N + 2 * L))
+    elsewhere = uniform(clocks, slots, slots.stop, state.dtype).unflatten(0, (2, L))
+    landmarks = torch.where(taken, elsewhere, bodies.landmarks)
+    bodies = Bodies(bodies.position, bodies.velocity * alive, alive, landmarks)
+    over = ~alive[: game.population[0]].any(0)
+    late = (clocks.time >= horizon) & ~over
+    state, obs = pack(bodies), TASKS[game.task].observe(game, bodies)
+    return state, clocks, reward.T, over, late, alive.T, obs, state.T.contiguous()
+
+
+def restart(game: Game, state: Tensor, clocks: Clocks, ended: Tensor) -> tuple:
+    """New episodes in the worlds that have ended (B,): states, clocks, observation."""
+    new = pack(fresh(game, clocks, state.dtype))
+    state = torch.where(ended, new, state)
+    clocks = clocks._replace(time=torch.where(ended, 0, clocks.time))
+    return state, clocks, TASKS[game.task].observe(game, unpack(game, state))
+
+
+# --- The world ------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """What step() returns."""
+
+    obs: Observation  # to act on next: of the new episode where one has ended
+    reward: Tensor  # (B, N)
+    terminated: Tensor  # (B,) bool: no Pac-Man lives
+    truncated: Tensor  # (B,) bool: the horizon is reached
+    alive: Tensor  # (B, N) bool, after the step, before a new episode
+    final: Observation  # at the end of the step, before a new episode
+    final_state: Tensor  # (B, S) the same
+
+
+class ParticleWorld:
+    """num_worlds worlds of one task and population, on one device.
+
+    task            treasure, resource or pacman
+    population      agents; for pacman (Pac-Men, ghosts)
+    compiled        torch.compile() of the step; without a compiler the same functions run eagerly
+    first_world     number of the first world: worlds with the same seed and number are the same
+    horizon         steps of an episode
+    options         shaping, collision_penalty, nearest, integration: see Game
+    """
+
+    def __init__(
+        self,
+        task: str,
+        population: int | tuple[int, ...],
+        num_worlds: int,
+        device: str | torch.device = "cpu",
+        seed: int = 1,
+        compiled: bool = False,
+        first_world: int = 0,
+        horizon: int = HORIZON,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ):
+        self.game = make_game(task, population, **options)
+        self.num_worlds, self.horizon = num_worlds, horizon
+        self.device, self.dtype = torch.device(device), dtype
+        padded = -(-num_worlds // LANES) * LANES
+        number = torch.arange(first_world, first_world + padded, device=self.device)
+        # A stream per world, far from all others.
+        key = mixed(mixed(torch.full_like(number, seed)) + GOLDEN * (number + 1))
+        self.clocks = Clocks(key, torch.zeros_like(number), torch.zeros_like(number))
+        self.bodies = torch.zeros(self.game.state_size, padded, dtype=dtype, device=self.device)
+        what = f"{self.game.task}, {_name(self.game.population)}"
+        self._advance = functools.partial(advance, self.game, horizon)
+        if compiled:
+            self._advance = Compiled(self._advance, what)
+
+    @property
+    def num_agents(self) -> int:
+        return self.game.num_agents
+
+    @property
+    def state(self) -> Tensor:
+        """(B, S) what the worlds are at this moment; a copy."""
+        return self.bodies[:, : self.num_worlds].T.contiguous()
+
+    @torch.no_grad()
+    def reset(self) -> Observation:
+        """New episodes in all worlds."""
+        self.clocks = self.clocks._replace(tick=self.clocks.tick + 1)
+        everywhere = torch.ones_like(self.clocks.key, dtype=torch.bool)
+        self.bodies, self.clocks, obs = restart(self.game, self.bodies, self.clocks, everywhere)
+        return self._cut(obs)
+
+    @torch.no_grad()
+    def step(self, actions: Tensor) -> Step:
+        """Advance all worlds by actions (B, N), ints in [0, 5)."""
+        B, padded = self.num_worlds, self.bodies.shape[1]
+        if padded > B:
+            actions = torch.nn.functional.pad(actions, (0, 0, 0, padded - B))
+        done = self._advance(self.bodies, actions, self.clocks)
+        self.bodies, self.clocks, reward, over, late, alive, final, last = done
+        obs, ended = final, over | late
+        # On a GPU asking whether any has ended would wait for it; there it is always worked out.
+        if self.device.type != "cpu" or ended.any():
+            self.bodies, self.clocks, obs = restart(self.game, self.bodies, self.clocks, ended)
+        results = reward, over, late, alive
+        results = results if padded == B else [x[:B] for x in results]
+        return Step(self._cut(obs), *results, self._cut(final), last[:B])
+
+    @torch.no_grad()
+    def observe(self, states: Tensor) -> Observation:
+        """The observations in states (K, S), as the worlds would have given them."""
+        return TASKS[self.game.task].observe(self.game, unpack(self.game, states.T.contiguous()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the next steps depend on."""
+        own = {"bodies": self.bodies, **self.clocks._asdict()}
+        return {name: x[..., : self.num_worlds].clone() for name, x in own.items()}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Go on where state_dict() was taken, with the same number of worlds."""
+        own = {"bodies": self.bodies, **self.clocks._asdict()}
+        own = {name: x.clone() for name, x in own.items()}
+        for name, x in saved.items():
+            own[name][..., : self.num_worlds] = x
+        self.bodies = own.pop("bodies")
+        self.clocks = Clocks(**own)
+
+    def _cut(self, obs: Observation) -> Observation:
+        """Without the worlds that fill up the lanes."""
+        if self.num_worlds == self.bodies.shape[1]:
+            return obs
+        return Observation(*(x[: self.num_worlds] for x in obs))
+
+
+class Compiled:
+    """torch.compile(function); where that fails, the function itself.
+
+    A process that is killed while it compiles leaves half a library in the compiler's cache, which
+    fails all who come after it: so a failure is tried again with a new cache.
+    """
+
+    def __init__(self, function: Callable, what: str):
+        self.plain, self.what = function, what
+        self.call: Callable | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args) if self.call else self.first(*args)
+
+    def first(self, *args: Any) -> Any:
+        """Compile, and decide what is called from now on."""
+        print(f"Compiling the world ({self.what}): some seconds.", flush=True)
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+        for again in (False, True):
+            self.call = torch.compile(_copy(self.plain), dynamic=False)
+            try:
+                return self.call(*args)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                cache = cache or os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+                if again or "InvalidCxxCompiler" in str(error):
+                    break
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor-")
+            torch.compiler.reset()
+            print(
+                f"That failed. Trying without its cache; if it helps, delete {cache}.", flush=True
+            )
+        warnings.warn(f"The world is not compiled, and slower: {reason}", stacklevel=3)
+        self.call = self.plain
+        return self.plain(*args)
+
+
+def _copy(function: Callable) -> Callable:
+    """The function with a code object of its own: PyTorch gives each code object 8 compiled forms
+    and after those quietly runs it eagerly, for all who use it."""
+
+    def copy(*args: Any) -> Any:
+        return function(*args)
+
+    code = copy.__code__.replace(co_name=f"{copy.__name__}_{next(_NUMBERS)}")
+    return types.FunctionType(code, copy.__globals__, closure=copy.__closure__)
+
+
+_NUMBERS = itertools.count()
+
+
+# --- Scripted players -----------------------------------------------------------------------------
+
+
+def towards(offset: Tensor, velocity: Tensor, reach: float | Tensor = 0.0) -> Tensor:
+    """The action (N, B) that brings an agent to where offset (2, N, B) points, braking in time;
+    nothing within reach."""
+    drift = velocity * DT * (1 - DAMPING) / DAMPING  # how far it still goes by itself
+    left = offset - drift
+    x, y = left.abs()
+    along_x, along_y = torch.where(left[0] > 0, 2, 1), torch.where(left[1] > 0, 4, 3)
+    action = torch.where(x > y, along_x, along_y)
+    there = (offset.square().sum(0).sqrt() < reach) & (left.square().sum(0).sqrt() < reach)
+    return torch.where(there, 0, action)
+
+
+def closest(offsets: Tensor, key: Tensor) -> Tensor:
+    """Of offsets (2, N, K, B) those with the smallest key (N, K, B): (2, N, B)."""
+    index = key.argmin(1, keepdim=True)
+    return torch.gather(offsets, 2, index.expand(2, *index.shape)).squeeze(2)
+
+
+@torch.no_grad()
+def nearest_first(world: ParticleWorld) -> Tensor:
+    """(B, N) actions: everyone to its nearest landmark, ghosts to their nearest Pac-Man."""
+    game, bodies = world.game, unpack(world.game, world.bodies)
+    p, v = bodies.position, bodies.velocity
+    between = bodies.landmarks[:, None] - p[:, :, None]
+    radius = p.new_tensor(game.landmark_radius)[:, None]
+    edge = between.square().sum(0).sqrt() - radius
+    index = edge.argmin(1)
+    reach = (radius[:, 0][index] if game.sizes else 0.0 * p[0]) * 0.9
+    actions = towards(closest(between, edge), v, reach)
+    if game.task == "pacman":
+        P = game.population[0]
+        prey = p[:, None, :P] - p[:, P:, None]  # (2, G, P, B)
+        far = prey.square().sum(0).masked_fill(~bodies.alive[None, :P], math.inf)
+        actions[P:] = towards(closest(prey, far), v[:, P:])
+    return actions.T[: world.num_worlds].contiguous()
+
+
+@torch.no_grad()
+def flee(world: ParticleWorld, fear: float = 0.5) -> Tensor:
+    """(B, N) actions: as nearest_first, but Pac-Men run from a ghost that is within `fear`, agents
+    of the other tasks from another agent."""
+    game, bodies = world.game, unpack(world.game, world.bodies)
+    p, v = bodies.position, bodies.velocity
+    actions = nearest_first(world)
+    P = game.population[0]
+    them = slice(P, None) if game.task == "pacman" else slice(None)
+    away = p[:, :P, None] - p[:, None, them]  # (2, P, ., B)
+    far = away.square().sum(0).sqrt()
+    if game.task != "pacman":
+        far = far + torch.eye(P, device=p.device)[..., None] * 1e9
+    run = towards(closest(away, far), torch.zeros_like(v[:, :P]))
+    near = (far.amin(1) < fear).T[: world.num_worlds]
+    actions[:, :P] = torch.where(near, run.T[: world.num_worlds], actions[:, :P])
+    return actions
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+WINDOW = 1.5  # pictures show [-WINDOW, WINDOW]^2, whatever happens
+COLOURS = ((31, 119, 180), (214, 39, 40))  # of types
+YELLOW, BROWN, GROUND, LINE = (250, 215, 120), (190, 140, 30), (255, 255, 255), (205, 205, 205)
+
+
+def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:
+    """A picture (size, size, 3) uint8 of a state (S,): landmarks yellow, agents blue, ghosts red,
+    the dead as rings. The square where things appear is outlined. Whoever has left the window is
+    seen as a half-disc at its edge."""
+    from PIL import Image, ImageDraw
+
+    fine = 2 * size  # drawn at twice the size, for smooth edges
+    image = Image.new("RGB", (fine, fine), GROUND)
+    brush = ImageDraw.Draw(image)
+
+    def box(x: float, y: float, radius: float) -> list[float]:
+        x, y = (min(max(value, -WINDOW), WINDOW) for value in (x, y))
+        corners = (x - radius, -y - radius, x + radius, -y + radius)
+        return [(value + WINDOW) / (2 * WINDOW) * fine for value in corners]
+
+    bodies = unpack(game, torch.as_tensor(state, dtype=torch.float64)[:, None])
+    brush.rectangle(box(0, 0, 1), outline=LINE, width=3)
+    landmarks = zip(game.landmark_radius, bodies.landmarks[..., 0].T.tolist())
+    for radius, (x, y) in sorted(landmarks, reverse=True):  # small ones on top
+        brush.ellipse(box(x, y, radius), fill=YELLOW, outline=BROWN, width=2)
+    for kind, alive, (x, y) in zip(
+        game.types, bodies.alive[:, 0], bodies.position[..., 0].T.tolist()
+    ):
+        colour, place = COLOURS[kind], box(x, y, game.radius[kind])
+        brush.ellipse(place, fill=colour if alive else None, outline=colour, width=3)
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))

@@ -1,0 +1,603 @@
+"""envs/particle.py against mpe2's physics, and against plain loops over agents written here from
+docs/particle.md; its random numbers against SplitMix64 in NumPy; PettingZoo's own tests."""
+
+import csv
+import importlib
+import math
+import os
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from mpe2._mpe_utils.core import Agent, World
+from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_test, render_test
+from pettingzoo.test.state_test import state_test
+
+from envs import particle_parallel
+from envs.particle import (
+    Bodies,
+    Clocks,
+    ParticleWorld,
+    draw,
+    flee,
+    fresh,
+    make_game,
+    mixed,
+    move,
+    nearest_first,
+    pack,
+    pushes,
+    uniform,
+    unpack,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+GAMES = (
+    ("treasure", 3),
+    ("treasure", 12),
+    ("resource", 6),
+    ("resource", 15),
+    ("pacman", (4, 2)),
+    ("pacman", (2, 8)),
+)
+MOVES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], float)
+
+
+def crowded(game, worlds, seed, spread=0.4):
+    """States in which many bodies touch, in float64; some Pac-Men are dead."""
+    rng = np.random.default_rng(seed)
+    N, L = game.num_agents, game.num_landmarks
+    alive = np.ones((N, worlds), bool)
+    if game.task == "pacman":
+        alive[: game.population[0]] = rng.random((game.population[0], worlds)) < 0.7
+    velocity = rng.normal(0, 1, (2, N, worlds)) * alive
+    places = (
+        rng.uniform(-spread, spread, (2, N, worlds)),
+        rng.uniform(-spread, spread, (2, L, worlds)),
+    )
+    position, velocity, alive, landmarks = map(
+        torch.from_numpy, (places[0], velocity, alive, places[1])
+    )
+    return Bodies(position, velocity, alive, landmarks)
+
+
+# --- Physics --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [3, 6, 12, 24])
+def test_physics_is_mpe2s(N):
+    game, worlds = make_game("treasure", N, integration="mpe2"), 50
+    bodies, rng = crowded(game, worlds, N, 0.3), np.random.default_rng(N)
+    actions = rng.integers(0, 5, (N, worlds))
+    moved, pushed = move(game, bodies, torch.from_numpy(actions)), 0
+    for b in range(worlds):
+        world = World()
+        world.dim_p = 2
+        for i in range(N):
+            agent = Agent()
+            agent.size, agent.collide, agent.silent = 0.05, True, True
+            agent.state.p_pos = bodies.position[:, i, b].numpy().copy()
+            agent.state.p_vel = bodies.velocity[:, i, b].numpy().copy()
+            agent.action.u = 5.0 * MOVES[actions[i, b]]
+            world.agents.append(agent)
+        free = [0.75 * a.state.p_vel + 0.1 * a.action.u for a in world.agents]
+        world.step()
+        for i, agent in enumerate(world.agents):
+            assert np.abs(moved.position[:, i, b].numpy() - agent.state.p_pos).max() < 1e-9
+            assert np.abs(moved.velocity[:, i, b].numpy() - agent.state.p_vel).max() < 1e-9
+            pushed += np.abs(agent.state.p_vel - free[i]).max() > 1e-3
+    assert pushed > N  # there were contacts
+
+
+def plain_move(game, p, v, alive, actions):
+    """One agent after the other; velocities first."""
+    N, kinds = len(p), game.types
+    force = np.array([game.force[kinds[i]] * MOVES[actions[i]] for i in range(N)])
+    for i in range(N):
+        for j in range(N):
+            d = p[i] - p[j]
+            far = math.hypot(*d)
+            if i != j and far > 0 and alive[i] and alive[j]:
+                gap = far - game.radius[kinds[i]] - game.radius[kinds[j]]
+                force[i] += 100 * d / far * 1e-3 * np.logaddexp(0, -gap / 1e-3)
+    new_p, new_v = p.copy(), v.copy()
+    for i in range(N):
+        new_v[i] = (0.75 * v[i] + 0.1 * force[i]) if alive[i] else 0.0
+        speed, top = math.hypot(*new_v[i]), game.top_speed[kinds[i]]
+        if speed > top:
+            new_v[i] *= top / speed
+        new_p[i] = p[i] + 0.1 * new_v[i]
+        if game.walls:
+            new_p[i] = np.clip(new_p[i], -1, 1)
+    return new_p, new_v
+
+
+def plain_rewards(game, p, landmarks, alive, shaping=True, penalty=0.0):
+    """(rewards, who lives, which landmarks reappear), agent by agent."""
+    N, L = len(p), len(landmarks)
+    far = np.array([[math.dist(p[i], landmarks[k]) for k in range(L)] for i in range(N)])
+    reward, lives, taken = np.zeros(N), alive.copy(), np.zeros(L, bool)
+    if game.task == "treasure":
+        for i in range(N):
+            found = far[i] < 0.05 + 0.025
+            taken |= found
+            reward[i] = 5 * found.sum() - (0.1 * far[i].min() if shaping else 0)
+            for j in range(N):
+                reward[i] -= penalty * (i != j and math.dist(p[i], p[j]) < 0.1)
+    elif game.task == "resource":
+        for k in range(L):
+            radius = 0.05 * (k + 1)
+            on_it = [i for i in range(N) if far[i, k] < radius + 0.05]
+            for i in on_it:
+                reward[i] += 10 * radius / len(on_it)
+    else:
+        P = game.population[0]
+        for i in range(P):
+            if not alive[i]:
+                continue
+            eaten = far[i] < 0.05 + 0.03
+            taken |= eaten
+            reward[i] += 2 * eaten.sum() - (0.1 * far[i].min() if shaping else 0)
+            for g in range(P, N):
+                if math.dist(p[i], p[g]) < 0.125:
+                    reward[i] -= 5
+                    reward[g] += 5
+                    lives[i] = False
+        prey = [i for i in range(P) if alive[i]]
+        for g in range(P, N):
+            if shaping and prey:
+                reward[g] -= 0.1 * min(math.dist(p[g], p[i]) for i in prey)
+    return reward, lives, taken
+
+
+def plain_observation(game, p, v, landmarks, alive):
+    """(own, entities, mask) of one world."""
+    N = len(p)
+    radii = np.array(game.landmark_radius)
+
+    def around(j):
+        edge = [math.dist(p[j], x) - r for x, r in zip(landmarks, radii)]
+        rows = []
+        for k in np.argsort(edge)[: 6 if game.task == "resource" else 5]:
+            rows += [*(landmarks[k] - p[j])]
+            rows += [2 * radii[k]] if game.task == "resource" else []
+        return rows
+
+    own = [[*v[i], *p[i], *around(i)] for i in range(N)]
+    kinds = np.eye(2)[list(game.types)].tolist() if game.task == "pacman" else [[]] * N
+    entities = [
+        [[*(p[j] - p[i]), *v[j], *kinds[j], *around(j)] for j in range(N)] for i in range(N)
+    ]
+    mask = [[i != j and bool(alive[j]) for j in range(N)] for i in range(N)]
+    return np.array(own), np.array(entities), np.array(mask)
+
+
+@pytest.mark.parametrize(
+    ("task", "population", "shaping", "penalty"),
+    [(*game, shaping, 0.0) for game in GAMES for shaping in (True, False)]
+    + [("treasure", 12, True, 5.0)],
+)
+def test_a_step_is_the_plain_one(task, population, shaping, penalty):
+    """Physics, reward, who lives, what reappears and what is seen, from crowded states."""
+    how = dict(shaping=shaping, collision_penalty=penalty)
+    world = ParticleWorld(task, population, 40, seed=3, dtype=torch.float64, **how)
+    game = world.game
+    world.reset()
+    bodies = crowded(game, world.bodies.shape[1], 7)
+    world.bodies = pack(bodies)
+    actions = np.random.default_rng(1).integers(0, 5, (40, game.num_agents))
+    step = world.step(torch.from_numpy(actions))
+    after, events = unpack(game, step.final_state.T), 0
+    for b in range(40):
+        p, v = bodies.position[..., b].numpy().T, bodies.velocity[..., b].numpy().T
+        alive, landmarks = bodies.alive[:, b].numpy(), bodies.landmarks[..., b].numpy().T
+        p, v = plain_move(game, p, v, alive, actions[b])
+        reward, lives, taken = plain_rewards(game, p, landmarks, alive, shaping, penalty)
+        assert np.allclose(step.reward[b], reward, atol=1e-9)
+        assert np.array_equal(step.alive[b], lives)
+        assert np.allclose(after.position[..., b].T, p, atol=1e-9)
+        assert np.allclose(after.velocity[..., b].T, v * lives[:, None], atol=1e-9)
+        stays = landmarks == after.landmarks[..., b].numpy().T
+        assert np.array_equal(stays.all(1), ~taken) and np.array_equal(stays.any(1), ~taken)
+        gone = not lives[: game.population[0]].any()
+        assert bool(step.terminated[b]) == gone and not step.truncated[b]
+        seen = plain_observation(
+            game, p, v * lives[:, None], after.landmarks[..., b].numpy().T, lives
+        )
+        for ours, truth in zip((step.final.own, step.final.entities(), step.final.mask()), seen):
+            assert np.allclose(ours[b], truth, atol=1e-9)
+        events += taken.sum() + (lives != alive).sum() + (reward > 1).sum()
+    assert events > 20
+
+
+def test_contact_forces_are_equal_and_opposite():
+    for task, population in GAMES:
+        game = make_game(task, population)
+        *between, push = pushes(game, crowded(game, 50, 5, 0.1))
+        for d in between:
+            force = d * push  # (N, N, B)
+            assert torch.equal(force, -force.transpose(0, 1)) and force.abs().max() > 1
+
+
+def test_bodies_at_one_point_push_nowhere():
+    game = make_game("treasure", 2)
+    zeros = torch.zeros(2, 2, 1)
+    bodies = Bodies(zeros, zeros, torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 20, 1))
+    assert torch.equal(move(game, bodies, torch.zeros(2, 1, dtype=torch.int64)).position, zeros)
+
+
+def test_top_speeds():
+    """They do not bind in free flight (.8 and 1.6): thrown bodies are slowed to them."""
+    game = make_game("pacman", (1, 1))
+    velocity = torch.tensor([[30.0, 0.0], [0.0, 40.0]])[..., None]
+    apart = torch.tensor([[-0.5, 0.5], [0.0, 0.0]])[..., None]
+    alive = torch.ones(2, 1, dtype=torch.bool)
+    moved = move(game, Bodies(apart, velocity, alive, torch.ones(2, 20, 1)), alive.long() * 0)
+    assert torch.allclose(moved.velocity.square().sum(0).sqrt()[:, 0], torch.tensor([3.0, 2.0]))
+
+
+def test_the_dead_do_nothing():
+    """A dead Pac-Man neither moves, pushes, eats, is caught again nor is seen."""
+    world = ParticleWorld("pacman", (2, 1), 1, seed=1)
+    world.reset()
+    bodies = unpack(world.game, world.bodies)
+    place = torch.tensor([[0.0, 0.9, 0.05], [0.0, 0.9, 0.0]])[..., None].expand(-1, -1, 32)
+    alive = torch.tensor([[False], [True], [True]]).expand(-1, 32)
+    dots = bodies.landmarks.clone()
+    dots[:, 0] = 0.0  # a dot and a ghost on the dead one
+    velocity = torch.zeros_like(place)
+    world.bodies = pack(Bodies(place, velocity, alive, dots))
+    step = world.step(torch.tensor([[2, 0, 0]]))
+    after = unpack(world.game, step.final_state.T)
+    assert torch.equal(after.position[:, :, 0], place[:, :, 0])  # the ghost is not pushed, either
+    assert torch.equal(after.landmarks[:, 0, 0], torch.zeros(2))
+    assert step.reward[0, 0] == 0 and step.alive[0].tolist() == [False, True, True]
+    assert not step.final.mask()[0, :, 0].any() and not step.terminated.any()
+
+
+# --- Random numbers, seeds, episodes --------------------------------------------------------------
+
+
+def clocks(worlds):
+    zeros = torch.zeros(worlds, dtype=torch.int64)
+    return Clocks(mixed(torch.arange(worlds)), zeros, zeros)
+
+
+def test_random_numbers_are_splitmix64():
+    """Against its definition in unsigned arithmetic, and their distribution."""
+    keys = np.array([0, 1, 2**63, 2**64 - 1, 12345678901234567890], np.uint64)
+    with np.errstate(over="ignore"):
+        z = keys.copy()
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    assert np.array_equal(mixed(torch.from_numpy(keys.view(np.int64))).numpy().view(np.uint64), z)
+    ticks = (clocks(1000)._replace(tick=torch.full((1000,), t)) for t in range(10))
+    draws = torch.cat([uniform(one, range(50), 50, torch.float64) for one in ticks])
+    assert draws.min() >= -1 and draws.max() < 1
+    counts = np.histogram(draws, 100, (-1, 1))[0]
+    assert ((counts - 5000) ** 2 / 5000).sum() < 149  # chi-squared, 99 degrees: one in 1,000
+    assert abs(np.corrcoef(draws[:, :-1].flatten(), draws[:, 1:].flatten())[0, 1]) < 0.01
+    assert abs(np.corrcoef(draws[:-1].flatten(), draws[1:].flatten())[0, 1]) < 0.01
+
+
+def rollout(world, steps, seed=0):
+    """Everything that comes out of a rollout with random actions, drawn per world."""
+    rngs = [np.random.default_rng((seed, b)) for b in range(world.num_worlds)]
+    found = [(*world.reset(),)]
+    for _ in range(steps):
+        actions = np.stack([rng.integers(0, 5, world.num_agents) for rng in rngs])
+        step = world.step(torch.from_numpy(actions))
+        found.append(
+            (*step.obs, step.reward, step.terminated, step.truncated, step.alive, *step.final)
+        )
+    return found
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other))
+
+
+@pytest.mark.parametrize(
+    ("task", "population"), [("treasure", 5), ("resource", 6), ("pacman", (4, 2))]
+)
+def test_a_worlds_rollout_does_not_depend_on_the_others(task, population):
+    many = rollout(ParticleWorld(task, population, 70, seed=4), 45)
+    for number in (1, 3, 33):
+        few = rollout(ParticleWorld(task, population, number, seed=4), 45)
+        assert same(few, [[x[:number] for x in row] for row in many])
+    last = rollout(ParticleWorld(task, population, 70, seed=5), 3)
+    assert not same(last, many[:4])
+    shifted = ParticleWorld(task, population, 1, seed=4, first_world=2).reset()
+    assert torch.equal(shifted.own[0], many[0][0][2])
+
+
+@pytest.mark.parametrize(("task", "population"), [("treasure", 5), ("pacman", (4, 2))])
+def test_a_saved_world_goes_on_as_it_was(task, population):
+    world = ParticleWorld(task, population, 9, seed=4)
+    rollout(world, 13)
+    saved, other = world.state_dict(), ParticleWorld(task, population, 9, seed=99)
+    other.load_state_dict(saved)
+    actions = torch.from_numpy(np.random.default_rng(1).integers(0, 5, (30, 9, world.num_agents)))
+    for act in actions:
+        a, b = world.step(act), other.step(act)
+        assert same([(*a.obs, a.reward)], [(*b.obs, b.reward)])
+    assert torch.equal(world.state, other.state)
+
+
+def test_episodes_end_and_begin_anew():
+    world = ParticleWorld("treasure", 3, 4, seed=1)
+    world.reset()
+    still = torch.zeros(4, 3, dtype=torch.int64)
+    for t in range(1, 41):
+        before = world.state
+        step = world.step(still)
+        assert bool(step.truncated.all()) == bool(step.truncated.any()) == (t % 20 == 0)
+        assert not step.terminated.any()
+        new = (world.observe(step.final_state).own != step.obs.own).any()
+        assert bool(new) == (t % 20 == 0)
+        assert same([world.observe(step.final_state)], [step.final])
+        assert same([world.observe(world.state)], [step.obs])
+        assert torch.equal(step.final_state[:, :6], before[:, :6] + 0.1 * step.final_state[:, 6:12])
+
+
+def test_pacman_ends_when_no_pac_man_lives():
+    world, ends = ParticleWorld("pacman", (1, 8), 200, seed=1), 0
+    world.reset()
+    for _ in range(19):
+        step = world.step(nearest_first(world))
+        assert torch.equal(step.terminated, ~step.alive[:, 0])
+        ends += int(step.terminated.sum())
+        assert unpack(world.game, world.bodies).alive.all()  # who has died plays a new episode
+    assert ends > 100
+
+
+def test_spawning():
+    """Anywhere in the square; a hundred agents, too; at (2, 8) a Pac-Man touches a ghost 9 % of the
+    time (8 discs of radius .125 in a square of side 2, less at its edges)."""
+    for population in (100, 3):
+        state = fresh(make_game("treasure", population), clocks(99), torch.float64)
+        assert state.position.abs().max() <= 1 and abs(float(state.position.mean())) < 0.05
+    game = make_game("pacman", (2, 8))
+    bodies = fresh(game, clocks(20000), torch.float64)
+    gap = (bodies.position[:, :2, None] - bodies.position[:, None, 2:]).square().sum(0).sqrt()
+    share = float((gap < 0.125).any(1).double().mean())
+    assert 0.08 < share < 0.10
+
+
+# --- Compiled -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "population"), [("treasure", 4), ("resource", 6), ("pacman", (4, 2))]
+)
+def test_compiled_steps_are_the_eager_ones(task, population):
+    """From the same states, away from thresholds, where a last bit decides who touches what."""
+    eager = ParticleWorld(task, population, 64, seed=2)
+    fast = ParticleWorld(task, population, 64, seed=2, compiled=True)
+    eager.reset()
+    fast.reset()
+    rng, compared = np.random.default_rng(0), 0
+    for _ in range(25):
+        fast.load_state_dict(eager.state_dict())
+        actions = torch.from_numpy(rng.integers(0, 5, (64, eager.num_agents)))
+        a, b = eager.step(actions), fast.step(actions)
+        alike = (a.reward - b.reward).abs().amax(1) < 1e-4
+        assert alike.float().mean() > 0.9
+        for x, y in zip((*a.final, a.reward, a.final_state), (*b.final, b.reward, b.final_state)):
+            assert (x.float() - y.float())[alike].abs().max() < 1e-5
+        compared += int(alike.sum())
+    assert compared > 1500
+
+
+def test_without_a_compiler_the_world_is_eager(tmp_path):
+    """In a process that finds no C++ compiler, and an empty cache."""
+    code = (
+        "import torch\n"
+        "from envs.particle import ParticleWorld\n"
+        "world = ParticleWorld('treasure', 3, 4, compiled=True)\n"
+        "world.reset()\n"
+        "print(world.step(torch.zeros(4, 3, dtype=torch.int64)).reward.shape)\n"
+    )
+    env = {"PATH": "/nowhere", "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0 and "torch.Size([4, 3])" in done.stdout, done.stderr[-2000:]
+    assert "The world is not compiled, and slower" in done.stderr
+
+
+# --- Who uses it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("chess", 3), "There is no task 'chess': there are treasure, resource, pacman."),
+        (("treasure", (3, 2)), "A population of treasure is one number: 3,2 is not."),
+        (("pacman", 3), "A population of pacman is 2 numbers (Pac-Men, ghosts): 3 is not."),
+        (("pacman", (0, 2)), "A population has at least one agent of each type: not 0,2."),
+    ],
+)
+def test_what_does_not_exist_is_one_sentence(arguments, sentence):
+    with pytest.raises(ValueError) as error:
+        make_game(*arguments)
+    assert str(error.value) == sentence
+
+
+def mean_return(task, population, player, worlds=512):
+    """Per agent of each type, over one episode of each world."""
+    world = ParticleWorld(task, population, worlds, seed=11)
+    world.reset()
+    rng, total = np.random.default_rng(0), torch.zeros(worlds, world.num_agents)
+    playing = torch.ones(worlds, 1, dtype=torch.bool)
+    for _ in range(20):
+        actions = player(world) if player else rng.integers(0, 5, (worlds, world.num_agents))
+        step = world.step(torch.as_tensor(actions))
+        total += step.reward * playing
+        playing &= ~step.terminated[:, None]
+    return [float(x.mean()) for x in total.split(world.game.population, 1)]
+
+
+def test_scripted_players():
+    """What docs/particle.md says of them, within three of its standard errors or so."""
+    for population, chance, script in ((3, 2.3, 13.7), (6, 2.5, 13.3)):
+        assert abs(mean_return("treasure", population, None)[0] - chance) < 0.5
+        assert abs(mean_return("treasure", population, nearest_first)[0] - script) < 1.0
+    for population, chance, script in ((6, 7.6, 22.4), (9, 7.8, 18.0), (12, 6.9, 14.6)):
+        assert abs(mean_return("resource", population, None)[0] - chance) < 0.8
+        assert abs(mean_return("resource", population, nearest_first)[0] - script) < 1.0
+    pac_men, ghosts = mean_return("pacman", (4, 2), nearest_first)
+    fleeing, hunting = mean_return("pacman", (4, 2), flee)
+    assert fleeing > pac_men and hunting < ghosts
+    assert ghosts > mean_return("pacman", (4, 2), None)[1] + 2
+
+
+@pytest.mark.parametrize(
+    ("task", "population"), [("treasure", 3), ("resource", 6), ("pacman", (4, 2))]
+)
+def test_pettingzoo(task, population):
+    matplotlib.use("Agg")
+    new = lambda **how: particle_parallel.parallel_env(task, population, **how)  # noqa: E731
+    turns = lambda **how: particle_parallel.env(task, population, **how)  # noqa: E731
+    parallel_api_test(new(), 60)
+    parallel_seed_test(new)
+    max_cycles_test(types.SimpleNamespace(parallel_env=new, env=turns))
+    render_test(turns)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Environment's m.* state space value is")  # unbounded
+        state_test(turns(), new())
+
+
+def test_dead_pac_men_leave():
+    env = particle_parallel.parallel_env("pacman", (2, 8))
+    left, zeros = 0, 0
+    for seed in range(10):
+        env.reset(seed=seed)
+        while env.agents:
+            before = list(env.agents)
+            obs, reward, terminated, truncated, _ = env.step(dict.fromkeys(before, 1))
+            assert list(obs) == list(reward) == before
+            dead = [agent for agent in before if terminated[agent] and agent.startswith("pac")]
+            left += len(dead)
+            assert not any(truncated[agent] for agent in dead)
+            if env.agents:
+                assert env.agents == [agent for agent in before if agent not in dead]
+                game = env.world.game
+                others = obs["ghost_0"][game.own_features :].reshape(-1, game.entity_features)
+                gone = [f"pac_man_{k}" not in env.agents for k in (0, 1)]
+                assert [not row.any() for row in others[:2]] == gone
+                zeros += sum(gone)
+    assert left > 3 and zeros > 3
+
+
+def test_pictures_have_a_fixed_window():
+    """Agents beyond it are drawn at its edge, what is inside in its place."""
+    game = make_game("pacman", (2, 1))
+    place = torch.tensor([[0.0, 50.0, -0.75], [0.0, 0.75, 0.0]])[..., None]
+    alive = torch.tensor([[True], [True], [True]])
+    dots = torch.full((2, 20, 1), 0.9)
+    image = draw(game, pack(Bodies(place, place * 0, alive, dots))[:, 0].numpy(), 300)
+    assert image.shape == (300, 300, 3) and image.dtype == np.uint8
+    blue, red = (31, 119, 180), (214, 39, 40)
+    assert tuple(image[150, 150]) == blue  # the middle
+    assert tuple(image[75, 299]) == blue  # far to the right, half-way up
+    assert tuple(image[150, 75]) == red
+    dead = pack(Bodies(place, place * 0, ~alive, dots))[:, 0].numpy()
+    assert tuple(draw(game, dead, 300)[150, 150]) == (255, 255, 255)
+
+
+@pytest.mark.slow  # compiles three times
+def test_half_a_library_in_the_compilers_cache(tmp_path):
+    """As a process leaves it that is killed while it compiles."""
+    code = (
+        "import torch\n"
+        "from envs.particle import ParticleWorld\n"
+        "world = ParticleWorld('treasure', 3, 4, compiled=True)\n"
+        "world.reset()\n"
+        "world.step(torch.zeros(4, 3, dtype=torch.int64))\n"
+        "print(world._advance.call is not world._advance.plain)\n"
+    )
+    cache = tmp_path / "cache"
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TMPDIR": str(tmp_path)}
+    run = [sys.executable, "-c", code]
+    for damaged in (False, True):
+        for path in cache.rglob("*.so") if damaged else ():
+            path.write_bytes(path.read_bytes()[:100])
+        done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=env)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr[-2000:]
+        assert (f"if it helps, delete {cache}" in done.stdout) == damaged
+
+
+# --- Experiments ----------------------------------------------------------------------------------
+
+
+def test_the_benchmarks_task_is_simple_spread():
+    """Rewards and observations of mpe2's scenario in the same crowded states."""
+    from mpe2 import simple_spread_v3
+
+    bench = importlib.import_module("bench_particle")
+    N, worlds, hits = 4, 20, 0
+    game = make_game("spread", N)
+    bodies = crowded(game, worlds, 3, 0.6)
+    ours, seen = bench.spread_outcome(game, bodies), bench.spread_observation(game, bodies)
+    env = simple_spread_v3.parallel_env(N=N).unwrapped
+    env.reset(seed=1)
+    for b in range(worlds):
+        for i, agent in enumerate(env.world.agents):
+            agent.state.p_pos = bodies.position[:, i, b].numpy()
+            agent.state.p_vel = bodies.velocity[:, i, b].numpy()
+        for k, landmark in enumerate(env.world.landmarks):
+            landmark.state.p_pos = bodies.landmarks[:, k, b].numpy()
+        for i, agent in enumerate(env.world.agents):
+            own, shared = (
+                env.scenario.reward(agent, env.world),
+                env.scenario.global_reward(env.world),
+            )
+            assert abs(float(ours.reward[i, b]) - 0.5 * (own + shared)) < 1e-9
+            hits += own < 0
+            theirs = env.scenario.observation(agent, env.world)  # v, p, landmarks, others, words
+            x = seen.own[b, i].numpy()
+            landmarks = x[4 : 4 + 2 * N].reshape(2, N).T.flatten()
+            others = np.delete(x[4 + 2 * N :].reshape(2, N).T, i, 0).flatten()
+            truth = theirs[: 4 + 2 * N + 2 * (N - 1)]
+            assert np.allclose(np.concatenate((x[:4], landmarks, others)), truth, atol=1e-9)
+    assert hits > 10
+
+
+def test_benchmark_prints_both_tables(capsys, monkeypatch):
+    bench = importlib.import_module("bench_particle")
+    monkeypatch.setattr(bench, "OURS", (("pacman", ((4, 2),)),))
+    fixed = dict(numbers=(3,), worlds=(32,), seconds=0.01)
+    monkeypatch.setattr(bench, "ParticleWorld", lambda *a, compiled=0: ParticleWorld(*a))
+    bench.main(bench.Bench(**fixed))
+    lines = [x.split("|")[1:-1] for x in capsys.readouterr().out.splitlines() if "|" in x]
+    row = next(x for x in lines if x[0].strip() == "3")
+    slow, vmas, jaxmarl, eager, fast, ratio = (x.strip() for x in row[1:])
+    peers = [float(x) for x in (slow, vmas, jaxmarl) if x != "not run"]
+    assert float(eager) > float(slow) > 0
+    assert abs(float(ratio) - float(fast) / max(peers)) < 0.02 * float(ratio)
+    assert lines[-1][0].strip() == "pacman" and float(lines[-1][2]) > 0
+
+
+def test_players_table(tmp_path, capsys, monkeypatch):
+    """Means in the table are those of episodes played here, in the same worlds."""
+    study = importlib.import_module("particle_players")
+    monkeypatch.setattr(study, "POPULATIONS", {"treasure": (3,)})
+    study.main(study.Study(tasks=("treasure",), episodes=64, seed=11, out=tmp_path / "x"))
+    with (tmp_path / "x.csv").open() as file:
+        rows = {row["player"]: row for row in csv.DictReader(file)}
+    mean = mean_return("treasure", 3, nearest_first, 64)[0]
+    assert abs(float(rows["nearest-first"]["mean"]) - mean) < 1e-4
+    assert float(rows["random"]["high"]) < float(rows["nearest-first"]["low"])
+    assert (tmp_path / "x.md").read_text() in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        study.main(study.Study(tasks=("chess",)))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: There is no task chess: treasure.\n"
