@@ -26,12 +26,13 @@ import dataclasses
 import functools
 import itertools
 import math
+import numbers
 import os
 import tempfile
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from torch import Tensor
 ACTIONS = ("none", "left", "right", "down", "up")  # PettingZoo's order
 DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3
 HORIZON = 20  # steps of an episode
+LONGEST = 2**20  # more steps than an episode can have
 LANES = 32  # numbers of worlds are padded to multiples: the same bits for each, however many
 Integration = Literal["velocity-first", "mpe2"]
 
@@ -61,6 +63,16 @@ class Game:
     shaping: bool = True  # treasure, pacman: -.1 x distance to what one wants
     collision_penalty: float = 0.0  # treasure: per agent touched
     integration: Integration = "velocity-first"
+
+    def __post_init__(self) -> None:
+        """ValueError for options that cannot be meant."""
+        kinds, landmarks = get_args(Integration), self.num_landmarks
+        if self.integration not in kinds:
+            raise ValueError(f"integration is {' or '.join(kinds)}, not {self.integration!r}.")
+        if not 1 <= self.nearest <= landmarks:
+            raise ValueError(f"nearest is from 1 to {landmarks}, not {self.nearest}.")
+        if not 0 <= self.collision_penalty < math.inf:
+            raise ValueError(f"collision_penalty is not negative: not {self.collision_penalty}.")
 
     @property
     def num_agents(self) -> int:
@@ -101,7 +113,8 @@ class Game:
 def make_game(task: str, population: int | tuple[int, ...], **options: Any) -> Game:
     """A task of TASKS at a population; options are fields of Game (shaping, collision_penalty,
     nearest, integration). ValueError, one sentence, for what does not exist."""
-    population = (population,) if isinstance(population, int) else tuple(population)
+    one = isinstance(population, numbers.Integral)
+    population = (int(population),) if one else tuple(map(int, population))
     if task not in TASKS:
         raise ValueError(f"There is no task {task!r}: there are {', '.join(TASKS)}.")
     roles = TASKS[task].roles
@@ -112,6 +125,8 @@ def make_game(task: str, population: int | tuple[int, ...], **options: Any) -> G
         few = _name(population)
         raise ValueError(f"A population has at least one agent of each type: not {few}.")
     fixed = TASKS[task].fixed(sum(population))
+    if unknown := options.keys() - {field.name for field in dataclasses.fields(Game)}:
+        raise ValueError(f"A world has no option {min(unknown)}.")
     return Game(**{"task": task, "population": population, **fixed, **options})
 
 
@@ -224,13 +239,13 @@ def treasure_outcome(game: Game, bodies: Bodies) -> Outcome:
     """+5 for each treasure that one touches, whoever else does; -.1 x distance to the nearest."""
     distance = landmark_distances(game, bodies)
     touched = distance < game.radius[0] + game.landmark_radius[0]
-    reward = 5.0 * touched.sum(1)
+    reward = 5.0 * touched.sum(1).to(distance.dtype)
     if game.shaping:
         reward = reward - 0.1 * distance.amin(1)
     if game.collision_penalty:
         others = ~torch.eye(game.num_agents, dtype=torch.bool, device=distance.device)[..., None]
         hits = ((agent_distances(bodies) < 2 * game.radius[0]) & others).sum(1)
-        reward = reward - game.collision_penalty * hits
+        reward = reward - game.collision_penalty * hits.to(reward.dtype)
     return Outcome(reward, bodies.alive, touched.any(0))
 
 
@@ -267,7 +282,10 @@ def pacman_outcome(game: Game, bodies: Bodies) -> Outcome:
 
 
 class Observation(NamedTuple):
-    """What everybody sees. Agent i sees own[i], and of each other agent j entities[i, j]."""
+    """What everybody sees. Agent i sees own[i], and of each other agent j entities[i, j].
+
+    In memory worlds lie next to each other: use reshape(), not view(). Do not write into it.
+    """
 
     own: Tensor  # (B, N, Ds) v_i, p_i, its landmarks relative to it
     others: Tensor  # (B, N, De) p_j, v_j, type of j if there are several, j's landmarks
@@ -305,7 +323,7 @@ def nearest(key: Tensor, values: list[Tensor], k: int) -> list[Tensor]:
 
 
 def observation(game: Game, bodies: Bodies) -> Observation:
-    """What everybody sees. Worlds come first, but still lie next to each other in memory."""
+    """What everybody sees."""
     p, v = bodies.position, bodies.velocity
     between = bodies.landmarks[:, None] - p[:, :, None]  # (2, N, L, B)
     radius = torch.tensor(game.landmark_radius, dtype=p.dtype, device=p.device)[:, None]
@@ -326,7 +344,11 @@ def observation(game: Game, bodies: Bodies) -> Observation:
 
 
 class Task(NamedTuple):
-    """A kind of world. Add your own to TASKS."""
+    """A kind of world. Add your own to TASKS.
+
+    outcome and observe must not return views of the bodies; others[..., :2] of an observation are
+    positions. An episode terminates when nobody of the first type lives.
+    """
 
     roles: tuple[str, ...]  # names of the types of agents
     fixed: Callable[[int], dict[str, Any]]  # fields of Game, for N agents
@@ -341,14 +363,14 @@ def _bodies(radius: float, force: float, landmarks: tuple[float, ...], nearest: 
 
 
 TASKS = {
-    "treasure": Task(("agents",), lambda N: _bodies(0.05, 5.0, (0.025,) * 20, 5), treasure_outcome),
+    "treasure": Task(("agent",), lambda N: _bodies(0.05, 5.0, (0.025,) * 20, 5), treasure_outcome),
     "resource": Task(
-        ("agents",),
+        ("agent",),
         lambda N: _bodies(0.05, 5.0, tuple(0.05 * k for k in range(1, 7)), 6) | dict(sizes=True),
         resource_outcome,
     ),
     "pacman": Task(
-        ("Pac-Men", "ghosts"),
+        ("pac_man", "ghost"),
         lambda N: dict(
             radius=(0.05, 0.075),
             force=(4.0, 2.0),
@@ -370,7 +392,7 @@ class Clocks(NamedTuple):
     """What a world's random numbers and the end of its episode depend on; (B,) int64 each."""
 
     key: Tensor  # its stream
-    tick: Tensor  # steps since the stream began
+    episode: Tensor  # episodes begun
     time: Tensor  # steps in the episode
 
 
@@ -385,9 +407,11 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def uniform(clocks: Clocks, slots: range, per_step: int, dtype: torch.dtype) -> Tensor:
-    """(len(slots), B) in [-1, 1): number `slots` of the per_step that each world has at a tick."""
+    """(len(slots), B) in [-1, 1): number `slots` of the per_step that each world has in a step of
+    an episode. What an episode begins with depends on nothing that was done before."""
     slot = torch.arange(slots.start, slots.stop, device=clocks.key.device)[:, None]
-    bits = mixed(clocks.key + GOLDEN * (clocks.tick * per_step + slot))
+    step = clocks.episode * LONGEST + clocks.time
+    bits = mixed(clocks.key + GOLDEN * (step * per_step + slot))
     return ((bits >> 40) & 0xFFFFFF).to(dtype) * (2.0 / 2**24) - 1.0
 
 
@@ -404,7 +428,7 @@ def fresh(game: Game, clocks: Clocks, dtype: torch.dtype) -> Bodies:
 def advance(game: Game, horizon: int, state: Tensor, actions: Tensor, clocks: Clocks) -> tuple:
     """One step of all worlds, states (S, B) and actions (B, N) -> the states after it, clocks, and
     Step's fields without a new episode: reward, terminated, truncated, alive, observation, rows."""
-    clocks = clocks._replace(tick=clocks.tick + 1, time=clocks.time + 1)
+    clocks = clocks._replace(time=clocks.time + 1)
     bodies = move(game, unpack(game, state), actions.T)
     reward, alive, taken = TASKS[game.task].outcome(game, bodies)
     reward = reward.to(state.dtype)
@@ -419,12 +443,16 @@ def advance(game: Game, horizon: int, state: Tensor, actions: Tensor, clocks: Cl
     return state, clocks, reward.T, over, late, alive.T, obs, state.T.contiguous()
 
 
-def restart(game: Game, state: Tensor, clocks: Clocks, ended: Tensor) -> tuple:
-    """New episodes in the worlds that have ended (B,): states, clocks, observation."""
-    new = pack(fresh(game, clocks, state.dtype))
-    state = torch.where(ended, new, state)
-    clocks = clocks._replace(time=torch.where(ended, 0, clocks.time))
-    return state, clocks, TASKS[game.task].observe(game, unpack(game, state))
+def restart(game: Game, state: Tensor, clocks: Clocks, ended: Tensor, obs: Observation) -> tuple:
+    """New episodes in the worlds that have ended (B,): states, clocks, observation. Nothing of the
+    others changes, not even by a bit."""
+    episode, time = clocks.episode + ended, torch.where(ended, 0, clocks.time)
+    clocks = Clocks(clocks.key, episode, time)
+    bodies = fresh(game, clocks, state.dtype)
+    state = torch.where(ended, pack(bodies), state)
+    new = TASKS[game.task].observe(game, bodies)
+    here = [ended.view(-1, *[1] * (x.dim() - 1)) for x in new]
+    return state, clocks, Observation(*map(torch.where, here, new, obs))
 
 
 # --- The world ------------------------------------------------------------------------------------
@@ -471,10 +499,9 @@ class ParticleWorld:
         self.device, self.dtype = torch.device(device), dtype
         padded = -(-num_worlds // LANES) * LANES
         number = torch.arange(first_world, first_world + padded, device=self.device)
-        # A stream per world, far from all others.
-        key = mixed(mixed(torch.full_like(number, seed)) + GOLDEN * (number + 1))
-        self.clocks = Clocks(key, torch.zeros_like(number), torch.zeros_like(number))
+        self.numbers = number
         self.bodies = torch.zeros(self.game.state_size, padded, dtype=dtype, device=self.device)
+        self.seed(seed)
         what = f"{self.game.task}, {_name(self.game.population)}"
         self._advance = functools.partial(advance, self.game, horizon)
         if compiled:
@@ -489,26 +516,47 @@ class ParticleWorld:
         """(B, S) what the worlds are at this moment; a copy."""
         return self.bodies[:, : self.num_worlds].T.contiguous()
 
+    def seed(self, seed: int) -> None:
+        """Begin the worlds' streams of random numbers, far from each other; reset() comes next."""
+        key = mixed(mixed(torch.full_like(self.numbers, seed)) + GOLDEN * (self.numbers + 1))
+        self.clocks = Clocks(key, torch.zeros_like(key), torch.zeros_like(key))
+        self.seen: Observation | None = None
+
+    @property
+    def obs(self) -> Observation:
+        """What reset() or step() returned last."""
+        if self.seen is None:
+            raise RuntimeError("A world begins with reset().")
+        return self._cut(self.seen)
+
     @torch.no_grad()
     def reset(self) -> Observation:
         """New episodes in all worlds."""
-        self.clocks = self.clocks._replace(tick=self.clocks.tick + 1)
+        empty = TASKS[self.game.task].observe(self.game, unpack(self.game, self.bodies))
         everywhere = torch.ones_like(self.clocks.key, dtype=torch.bool)
-        self.bodies, self.clocks, obs = restart(self.game, self.bodies, self.clocks, everywhere)
-        return self._cut(obs)
+        all_of_them = self.game, self.bodies, self.clocks, everywhere, empty
+        self.bodies, self.clocks, self.seen = restart(*all_of_them)
+        return self.obs
 
     @torch.no_grad()
     def step(self, actions: Tensor) -> Step:
         """Advance all worlds by actions (B, N), ints in [0, 5)."""
         B, padded = self.num_worlds, self.bodies.shape[1]
+        if actions.shape != (B, self.num_agents) or self.seen is None:
+            have = tuple(actions.shape)
+            raise ValueError(f"After reset(), actions are {(B, self.num_agents)}, not {have}.")
+        actions = actions.to(torch.int64)
         if padded > B:
             actions = torch.nn.functional.pad(actions, (0, 0, 0, padded - B))
         done = self._advance(self.bodies, actions, self.clocks)
         self.bodies, self.clocks, reward, over, late, alive, final, last = done
         obs, ended = final, over | late
         # On a GPU asking whether any has ended would wait for it; there it is always worked out.
-        if self.device.type != "cpu" or ended.any():
-            self.bodies, self.clocks, obs = restart(self.game, self.bodies, self.clocks, ended)
+        if self.device.type != "cpu" or ended[:B].any():
+            self.bodies, self.clocks, obs = restart(
+                self.game, self.bodies, self.clocks, ended, final
+            )
+        self.seen = obs
         results = reward, over, late, alive
         results = results if padded == B else [x[:B] for x in results]
         return Step(self._cut(obs), *results, self._cut(final), last[:B])
@@ -518,19 +566,32 @@ class ParticleWorld:
         """The observations in states (K, S), as the worlds would have given them."""
         return TASKS[self.game.task].observe(self.game, unpack(self.game, states.T.contiguous()))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that the next steps depend on."""
-        own = {"bodies": self.bodies, **self.clocks._asdict()}
-        return {name: x[..., : self.num_worlds].clone() for name, x in own.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on, the last observation included."""
+        own = {name: x[..., : self.num_worlds].clone() for name, x in self._arrays().items()}
+        own |= {name: x.contiguous() for name, x in self.obs._asdict().items()}
+        return own | {"game": f"{self.game.task} {_name(self.game.population)}"}
 
-    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Go on where state_dict() was taken, with the same number of worlds."""
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on where state_dict() was taken; ValueError if that was of other worlds."""
+        self.reset()
+        mine, own = self.state_dict(), self._arrays()
+        shapes = [
+            {k: x if isinstance(x, str) else (x.shape, x.dtype) for k, x in one.items()}
+            for one in (saved, mine)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"This state is not of {self.num_worlds} worlds of {mine['game']}.")
+        for name, x in own.items():
+            x[..., : self.num_worlds] = saved[name]
+        self.bodies, self.clocks = own.pop("bodies"), Clocks(**own)
+        for name, x in self.seen._asdict().items():
+            x[: self.num_worlds] = saved[name]
+
+    def _arrays(self) -> dict[str, Tensor]:
+        """Worlds last."""
         own = {"bodies": self.bodies, **self.clocks._asdict()}
-        own = {name: x.clone() for name, x in own.items()}
-        for name, x in saved.items():
-            own[name][..., : self.num_worlds] = x
-        self.bodies = own.pop("bodies")
-        self.clocks = Clocks(**own)
+        return {name: x.clone() for name, x in own.items()}
 
     def _cut(self, obs: Observation) -> Observation:
         """Without the worlds that fill up the lanes."""
@@ -556,24 +617,27 @@ class Compiled:
     def first(self, *args: Any) -> Any:
         """Compile, and decide what is called from now on."""
         print(f"Compiling the world ({self.what}): some seconds.", flush=True)
-        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+        before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         for again in (False, True):
             self.call = torch.compile(_copy(self.plain), dynamic=False)
             try:
                 return self.call(*args)
             except Exception as error:
+                result = self.plain(*args)  # if this fails, too, it is not the compiler's fault
                 reason = " ".join(str(error).split())[:200]
-                cache = cache or os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-                if again or "InvalidCxxCompiler" in str(error):
+                if again or "InvalidCxxCompiler" in reason:
                     break
+            cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the compiler's cache")
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor-")
             torch.compiler.reset()
             print(
                 f"That failed. Trying without its cache; if it helps, delete {cache}.", flush=True
             )
+        if before is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
         warnings.warn(f"The world is not compiled, and slower: {reason}", stacklevel=3)
         self.call = self.plain
-        return self.plain(*args)
+        return result
 
 
 def _copy(function: Callable) -> Callable:

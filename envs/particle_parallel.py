@@ -6,6 +6,7 @@
 Observations are flat float32 vectors: what the agent sees of itself, (Ds,), then what it sees of
 each other agent in order, (De,) each: envs.particle.Observation says what is in them. An agent that
 is dead is zeros. Actions are 0 none, 1 left, 2 right, 3 down, 4 up. Dead Pac-Men leave `agents`.
+This is for trying things out, not for speed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gymnasium import spaces
 from pettingzoo import ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
-from envs.particle import ACTIONS, HORIZON, ParticleWorld, draw
+from envs.particle import ACTIONS, HORIZON, TASKS, ParticleWorld, draw
 
 
 def parallel_env(
@@ -26,7 +27,7 @@ def parallel_env(
     max_cycles: int = HORIZON,
     **options,
 ) -> ParallelEnv:
-    """One world; max_cycles is the length of an episode, options are those of ParticleWorld."""
+    """One world; max_cycles is the length of an episode, options are fields of Game."""
     return ParticleParallelEnv(task, population, render_mode, max_cycles, **options)
 
 
@@ -48,25 +49,21 @@ class ParticleParallelEnv(ParallelEnv):
     def __init__(self, task, population, render_mode=None, max_cycles=HORIZON, **options):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode is human or rgb_array, not {render_mode!r}.")
-        self._new = lambda seed: ParticleWorld(
-            task, population, 1, seed=seed, horizon=max_cycles, **options
-        )
-        self.render_mode = render_mode
-        self.world = self._new(int(np.random.SeedSequence().generate_state(1)[0]))
-        game = self.world.game
-        names = ("pac_man", "ghost") if task == "pacman" else ("agent",)
-        self.possible_agents = [
-            f"{name}_{k}" for name, n in zip(names, game.population) for k in range(n)
-        ]
+        seed = int(np.random.SeedSequence().generate_state(1)[0])
+        self.world = ParticleWorld(task, population, 1, seed=seed, horizon=max_cycles, **options)
+        self.render_mode, game = render_mode, self.world.game
+        roles = zip(TASKS[task].roles, game.population, strict=True)
+        self.possible_agents = [f"{role}_{k}" for role, n in roles for k in range(n)]
         self.agents: list[str] = []
-        length = game.own_features + (game.num_agents - 1) * game.entity_features
+        obs = self.world.reset()
+        length = obs.own.shape[2] + (game.num_agents - 1) * obs.others.shape[2]
         box = spaces.Box(-np.inf, np.inf, (length,), np.float32)
         self.observation_spaces = {agent: box for agent in self.possible_agents}
         self.action_spaces = {
             agent: spaces.Discrete(len(ACTIONS)) for agent in self.possible_agents
         }
         self.state_space = spaces.Box(-np.inf, np.inf, (game.state_size,), np.float32)
-        self._state, self._window = np.zeros(game.state_size, np.float32), None
+        self._state, self._window = self.world.state[0].numpy(), None
 
     def observation_space(self, agent: str) -> spaces.Space:
         return self.observation_spaces[agent]
@@ -76,7 +73,7 @@ class ParticleParallelEnv(ParallelEnv):
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if seed is not None:
-            self.world = self._new(seed)
+            self.world.seed(seed)
         obs = self.world.reset()
         self._state = self.world.state[0].numpy()
         self.agents = list(self.possible_agents)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -86,11 +87,11 @@ def spread_observation(game: Game, bodies: Bodies) -> Observation:
     landmarks = (bodies.landmarks[:, None] - p[:, :, None]).transpose(1, 2)  # (2, L, N, B)
     agents = (p[:, None] - p[:, :, None]).transpose(1, 2)
     own = torch.cat((v, p, landmarks.flatten(0, 1), agents.flatten(0, 1)))
-    return Observation(own.permute(2, 1, 0), p.permute(2, 1, 0), bodies.alive.T)
+    return Observation(own.permute(2, 1, 0), p.clone().permute(2, 1, 0), bodies.alive.T)
 
 
-TASKS["spread"] = Task(
-    ("agents",),
+SPREAD = Task(
+    ("agent",),
     lambda N: dict(
         radius=(0.15,),
         force=(5.0,),
@@ -121,13 +122,18 @@ def rate(step: Callable[[], object], per_step: int, seconds: float, wait=lambda:
 
 
 def ours(task: str, population, worlds: int, compiled: bool, bench: Bench) -> float:
-    """One of our worlds."""
+    """One of our worlds; NaN if it cannot be compiled here."""
+    TASKS["spread"] = SPREAD
     world = ParticleWorld(task, population, worlds, bench.device, compiled=compiled)
     world.reset()
     shape = (worlds, world.num_agents)
-    actions = torch.randint(0, 5, shape, device=bench.device)
+    actions = torch.randint(0, 5, (100, *shape), device=bench.device)
+    turn = itertools.cycle(actions)
     wait = torch.cuda.synchronize if bench.device != "cpu" else lambda: None
-    return rate(lambda: world.step(actions), math.prod(shape), bench.seconds, wait)
+    world.step(next(turn))
+    if compiled and world._advance.call is world._advance.plain:
+        return math.nan
+    return rate(lambda: world.step(next(turn)), math.prod(shape), bench.seconds, wait)
 
 
 def mpe2(N: int, worlds: int, bench: Bench) -> float:
@@ -138,11 +144,11 @@ def mpe2(N: int, worlds: int, bench: Bench) -> float:
     rng = np.random.default_rng(0)
     env.reset(seed=0)
     agents = list(env.possible_agents)
-    actions = [dict(zip(agents, map(int, rng.integers(0, 5, N)))) for _ in range(100)]
-    turn = iter(range(10**12))
+    draws = [dict(zip(agents, map(int, rng.integers(0, 5, N)))) for _ in range(100)]
+    turn = itertools.cycle(draws)
 
     def step() -> None:
-        _, _, _, truncated, _ = env.step(actions[next(turn) % 100])
+        _, _, _, truncated, _ = env.step(next(turn))
         if all(truncated.values()):
             env.reset()
 
@@ -156,9 +162,10 @@ def vmas(N: int, worlds: int, bench: Bench) -> float:
     how = dict(continuous_actions=False, n_agents=N, device=bench.device)
     env = library.make_env("simple_spread", num_envs=worlds, **how)
     env.reset()
-    actions = [torch.randint(0, 5, (worlds, 1), device=bench.device) for _ in range(N)]
+    actions = torch.randint(0, 5, (100, N, worlds, 1), device=bench.device)
+    turn = itertools.cycle(actions)
     wait = torch.cuda.synchronize if bench.device != "cpu" else lambda: None
-    return rate(lambda: env.step(actions), worlds * N, bench.seconds, wait)
+    return rate(lambda: env.step(list(next(turn))), worlds * N, bench.seconds, wait)
 
 
 def jaxmarl(N: int, worlds: int, bench: Bench) -> float:
@@ -169,13 +176,13 @@ def jaxmarl(N: int, worlds: int, bench: Bench) -> float:
     env = make("MPE_simple_spread_v3", num_agents=N, num_landmarks=N, action_type="Discrete")
     key = jax.random.PRNGKey(0)
     _, state = jax.vmap(env.reset)(jax.random.split(key, worlds))
-    draw = jax.random.randint(key, (N, worlds), 0, 5)
-    actions = dict(zip(env.agents, draw))
+    draws = jax.random.randint(key, (100, N, worlds), 0, 5)
+    turn = itertools.cycle([dict(zip(env.agents, draw)) for draw in draws])
     one = jax.jit(jax.vmap(env.step))
     keys, last = jax.random.split(key, worlds), [state]
 
     def step() -> None:
-        out = one(keys, last[0], actions)
+        out = one(keys, last[0], next(turn))
         last[0] = out[1]
 
     return rate(step, worlds * N, bench.seconds, lambda: jax.block_until_ready(last[0]))
@@ -189,7 +196,7 @@ def fastest(measure: Callable[[int], float], worlds: tuple[int, ...]) -> float:
             found.append(measure(number))
         except ModuleNotFoundError:
             return math.nan
-        except (RuntimeError, MemoryError) as error:  # too large for this machine
+        except (RuntimeError, MemoryError) as error:  # mostly too large for this machine
             print(f"({number} worlds: {str(error)[:60]})", file=sys.stderr)
     return float(np.nanmax(found))
 
@@ -207,8 +214,10 @@ def held_to(cores: int) -> Iterator[None]:
         return
     all_of_them = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(all_of_them)[:cores])
-    yield
-    os.sched_setaffinity(0, all_of_them)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_of_them)
 
 
 def main(bench: Bench) -> None:

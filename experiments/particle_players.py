@@ -59,7 +59,8 @@ def play(task: str, population, player, study: Study) -> list[np.ndarray]:
 
 def main(study: Study) -> None:
     """Play everything, then write both files."""
-    if unknown := set(study.tasks) - set(POPULATIONS):
+    torch.set_num_threads(1)
+    if unknown := set(study.tasks or ("none",)) - set(POPULATIONS):
         print(f"error: There is no task {min(unknown)}: {', '.join(POPULATIONS)}.", file=sys.stderr)
         sys.exit(2)
     players = {"random": None, "nearest-first": nearest_first, "flee": flee}
