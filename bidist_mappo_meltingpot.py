@@ -863,7 +863,7 @@ def load_background(args: Args, agent: Agent) -> dict[str, RecurrentNet]:
     return others
 
 
-# [shared] begin
+# [shared: meltingpot] begin
 
 
 def find_scenarios(args: Any) -> tuple[list[str], Any]:
@@ -914,7 +914,7 @@ def play_scenarios(args: Any, agent: Any, alive, kind: str, timesteps: int, run_
     return {row: summarise(results) for row, results in played.items()}
 
 
-# [shared] end
+# [shared: meltingpot] end
 
 
 def evaluate(

@@ -502,7 +502,7 @@ class ParticleWorld:
         self.numbers = number
         self.bodies = torch.zeros(self.game.state_size, padded, dtype=dtype, device=self.device)
         self.seed(seed)
-        what = f"{self.game.task}, {_name(self.game.population)}"
+        what = f"the world ({self.game.task}, {_name(self.game.population)})"
         self._advance = functools.partial(advance, self.game, horizon)
         if compiled:
             self._advance = Compiled(self._advance, what)
@@ -601,14 +601,15 @@ class ParticleWorld:
 
 
 class Compiled:
-    """torch.compile(function); where that fails, the function itself.
+    """torch.compile(function); where that fails, the function itself. dynamic: one form for tensors
+    of all sizes, instead of one per size.
 
     A process that is killed while it compiles leaves half a library in the compiler's cache, which
     fails all who come after it: so a failure is tried again with a new cache.
     """
 
-    def __init__(self, function: Callable, what: str):
-        self.plain, self.what = function, what
+    def __init__(self, function: Callable, what: str, dynamic: bool = False):
+        self.plain, self.what, self.dynamic = function, what, dynamic
         self.call: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -616,10 +617,10 @@ class Compiled:
 
     def first(self, *args: Any) -> Any:
         """Compile, and decide what is called from now on."""
-        print(f"Compiling the world ({self.what}): some seconds.", flush=True)
+        print(f"Compiling {self.what}: some seconds.", flush=True)
         before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         for again in (False, True):
-            self.call = torch.compile(_copy(self.plain), dynamic=False)
+            self.call = torch.compile(_copy(self.plain), dynamic=self.dynamic)
             try:
                 return self.call(*args)
             except Exception as error:
@@ -635,7 +636,7 @@ class Compiled:
             )
         if before is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
-        warnings.warn(f"The world is not compiled, and slower: {reason}", stacklevel=3)
+        warnings.warn(f"Not compiled, and slower: {self.what}: {reason}", stacklevel=3)
         self.call = self.plain
         return result
 
