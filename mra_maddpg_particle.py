@@ -117,6 +117,7 @@ class Args:
     head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
     # Base algorithm
     learning_rate: Amount = 3e-4  # Adam
+    phi_learning_rate: Amount = 3e-4  # phi's
     gamma: Share = 0.95  # discount
     batch_size: Positive = 1024  # M, transitions of a minibatch
     buffer_size: Positive = 1_000_000  # transitions of a replay
@@ -208,7 +209,8 @@ def inherit(args: Args, argv: list[str]) -> Args:
             raise UsageError(f"--{name.replace('_', '-')} is {own[name]} in {args.adapt}.")
     other = {*RESUMABLE, *typed, "seed", "adapt", "population", "preset", "phi_gradient"}
     kept = {k: tuple(x) if isinstance(x, list) else x for k, x in own.items() if k not in other}
-    args = dataclasses.replace(args, **kept, phi_gradient="actor", mi_samples=0)
+    kept |= {"phi_gradient": "actor", "mi_samples": 0, "parallel_populations": False}
+    args = dataclasses.replace(args, **kept)
     validate(args)
     return args
 
@@ -566,7 +568,8 @@ class Agent:
         self.zeta = Readout(*critic).to(device)
         self.delayed_theta, self.delayed_zeta = copy.deepcopy((self.theta, self.zeta))
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
-        self.actor_optimiser = adam([*self.theta.parameters(), *self.phi.parameters()])
+        phi = {"params": self.phi.parameters(), "lr": args.phi_learning_rate}
+        self.actor_optimiser = adam([{"params": self.theta.parameters()}, phi])
         self.critic_optimiser = adam(self.zeta.parameters())
         types, number = len(game.population), len(args.populations)
         if number > 1 and args.latent_prior == "learned":

@@ -107,6 +107,7 @@ class Args:
     head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
     # Base algorithm
     learning_rate: Amount = 3e-4  # Adam
+    phi_learning_rate: Amount = 3e-4  # phi's
     gamma: Share = 0.95  # discount
     batch_size: Positive = 1024  # M, transitions of a minibatch
     buffer_size: Positive = 1_000_000  # transitions of a replay
@@ -128,7 +129,7 @@ class Args:
 
 PRESETS = {  # flags that come before those of the command line
     "paper": "",
-    "fast": "--num-envs 64 --learning-rate 1e-3 --batch-size 512 --update-every 256 "
+    "fast": "--num-envs 64 --learning-rate 1e-3 --phi-learning-rate 1e-3 --batch-size 512 --update-every 256 "
     "--target polyak --polyak .02 --inner-steps 4 --compile",
 }
 
@@ -438,7 +439,8 @@ class Agent:
         self.zeta = Readout(*critic).to(device)
         self.delayed_theta, self.delayed_zeta = copy.deepcopy((self.theta, self.zeta))
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
-        self.actor_optimiser = adam([*self.theta.parameters(), *self.phi.parameters()])
+        phi = {"params": self.phi.parameters(), "lr": args.phi_learning_rate}
+        self.actor_optimiser = adam([{"params": self.theta.parameters()}, phi])
         self.critic_optimiser = adam(self.zeta.parameters())
 
     def look(self, game: Game, obs: Observation) -> View:
