@@ -129,8 +129,8 @@ class Args:
 
 PRESETS = {  # flags that come before those of the command line
     "paper": "",
-    "fast": "--num-envs 64 --learning-rate 1e-3 --phi-learning-rate 1e-3 --batch-size 512 --update-every 256 "
-    "--target polyak --polyak .02 --inner-steps 4 --compile",
+    "fast": "--num-envs 64 --learning-rate 1e-3 --batch-size 512 --update-every 256 "
+    "--target polyak --polyak .02 --inner-steps 4 --compile --phi-learning-rate 1e-3",
 }
 
 
