@@ -1,6 +1,7 @@
 """Learning curves and final figures of several runs, side by side.
 
     python experiments/compare_runs.py runs/coins-* --out docs/data/coins
+    python experiments/compare_runs.py runs/resource-* --curves return/6 return/12 --by-seed
 
 A run's name is its directory's; names that end in -s1, -s2, ... are seeds of one group, which gets
 one colour: a thin line per seed and a thick one for their mean. Writes OUT.png (curves), OUT.csv
@@ -41,6 +42,7 @@ class Comparison:
     every: int = 20_000  # environment steps that make one point
     means: tuple[str, ...] = ()  # scalars for the second table
     rows: tuple[str, ...] = ()  # co-players in OUT.md, as in a run's table; default: all
+    by_seed: bool = False  # in OUT.md a column per group, with its seeds, instead of a line per run
 
 
 def read_curves(run: Path, names: tuple[str, ...], every: int) -> dict[str, list[tuple]]:
@@ -92,25 +94,66 @@ def draw(curves: dict[Path, dict[str, list[tuple]]], names: tuple[str, ...], pat
     plt.close(figure)
 
 
+MELTINGPOT = {
+    "return_per_1000": "return per 1,000 steps",
+    "return": "per episode",
+    "pick_ups_per_1000": "pick-ups per 1,000 steps",
+}
+
+
+def read_results(run: Path, rows: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """The final evaluation's rows; empty if the run has not finished."""
+    path = run / "summary.json"
+    results = json.loads(path.read_text())["eval"] if path.exists() else {}
+    return {name: results[name] for name in rows or results if name in results}
+
+
+def columns_of(row: dict[str, float]) -> dict[str, str]:
+    """The figures of a row that have an interval, with their titles."""
+    if "return_per_1000" in row:
+        return MELTINGPOT
+    return {name: name.replace("_", " of ", 1) for name in row if f"{name}_low" in row}
+
+
 def final_table(runs: tuple[Path, ...], rows: tuple[str, ...]) -> str:
-    """Markdown, a line per run and co-player."""
+    """Markdown, a line per run and co-player (particle worlds: population and player)."""
 
     def cell(row: dict[str, float], name: str) -> str:
-        return f"{row[name]:.1f} [{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]"
+        digits = 1 if "return_per_1000" in row else 2
+        numbers = (f"{row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
+        return "{} [{}, {}]".format(*numbers)
 
-    lines = [
-        "| run | co-player | return per 1,000 steps | per episode | pick-ups per 1,000 steps |"
-        " episodes |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for run in runs:
-        if not (run / "summary.json").exists():
-            continue  # not finished
-        results = json.loads((run / "summary.json").read_text())["eval"]
-        for name in rows or results:
-            if row := results.get(name):
-                cells = (cell(row, x) for x in ("return_per_1000", "return", "pick_ups_per_1000"))
-                lines.append(f"| {run.name} | {name} | {' | '.join(cells)} | {row['episodes']} |")
+        for name, row in read_results(run, rows).items():
+            titles = columns_of(row)
+            if not lines:
+                first = "co-player" if titles is MELTINGPOT else "population, player"
+                lines.append(f"| run | {first} | {' | '.join(titles.values())} | episodes |")
+                lines.append("|---" * (len(titles) + 3) + "|")
+            cells = (cell(row, x) for x in titles)
+            lines.append(f"| {run.name} | {name} | {' | '.join(cells)} | {row['episodes']} |")
+    return "\n".join(lines) + "\n"
+
+
+def seeds_table(runs: tuple[Path, ...], rows: tuple[str, ...]) -> str:
+    """Markdown, a line per row of the evaluations, a column per group and figure: the mean over
+    seeds and, in brackets, each seed's."""
+    found = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for name, row in read_results(run, rows).items():
+            for figure, title in columns_of(row).items():
+                column = f"{group_of(run)}, {title}"
+                found[name][column].append(row[figure])
+    columns = list(dict.fromkeys(c for row in found.values() for c in row))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in found.items():
+        cells = []
+        for column in columns:
+            x = row[column]
+            each = ", ".join(f"{value:.2f}" for value in x)
+            cells.append(f"{np.mean(x):.2f} ({each})" if x else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -138,7 +181,7 @@ def main(study: Comparison) -> None:
         for run, named in curves.items():
             for name in study.curves:
                 writer.writerows([run.name, name, end, f"{x:.5g}"] for end, x in named[name])
-    table = final_table(study.runs, study.rows)
+    table = (seeds_table if study.by_seed else final_table)(study.runs, study.rows)
     if study.means:
         table += "\n" + means_table(study.runs, study.means)
     study.out.with_name(f"{study.out.name}.md").write_text(table)

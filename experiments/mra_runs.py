@@ -1,0 +1,146 @@
+"""The training runs behind MRA's figures: one command per figure starts what it needs.
+
+    python experiments/mra_runs.py fig2 fig3 --tasks resource --seeds 1 2 3
+    python experiments/mra_runs.py fig4 fig5 fig7 fig8 --dry-run
+
+Every run of a figure has the same number of environment steps in total, whatever its number of
+populations (the paper's "equal episodes": divide by 20). Runs go to DIR/{task}-{method}-s{seed}; a
+finished one is kept, one that was stopped is resumed. What each figure compares:
+
+    fig2   MRA, Reptile, the single-game baseline and MADDPG in one game of each world
+    fig3   MRA and uni-MRA in all training games
+    fig4   adaptation of fig3's MRA to treasure 6 without shaping, treasure 48, pacman 2,8, and
+           MADDPG there from scratch
+    fig5   fig3's MRA in resource, evaluated in populations it never met
+    fig7   option, concat and bilinear representations in resource 6, 9, 12
+    fig8   resource trained in 2, 3 and 4 games
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from figures import Positive, Seed, UsageError, check_bounds, one_line_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+MRA, MADDPG = "mra_maddpg_particle.py", "baselines/maddpg_particle.py"
+TRAINED = {
+    "treasure": ("3", "6", "12", "24"),
+    "resource": ("6", "9", "12", "15"),
+    "pacman": ("4,2", "6,3", "8,4"),
+}
+GAME = {"treasure": "6", "resource": "12", "pacman": "8,4"}  # of Fig. 2
+UNSEEN = {"resource": "3 7 10 13 18 24", "treasure": "48", "pacman": "2,8"}
+REPTILE = "--latent-size 1 --phi-gradient actor"
+Figure = Literal["fig2", "fig3", "fig4", "fig5", "fig7", "fig8"]
+Task = Literal["treasure", "resource", "pacman"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Which runs, and how long."""
+
+    figures: Annotated[tuple[Figure, ...], tyro.conf.Positional]
+    tasks: tuple[Task, ...] = ("treasure", "resource", "pacman")  # of figs. 2, 3 and 4
+    seeds: tuple[Seed, ...] = (1, 2, 3)
+    total_timesteps: Positive = 240_000  # of every training, in all its populations together
+    adapt_timesteps: Positive = 120_000  # of every adaptation, and of MADDPG beside it
+    preset: Literal["fast", "paper"] = "fast"
+    jobs: Positive = 1  # runs at a time
+    dir: Path = Path("runs")
+    flags: str = ""  # for every run
+    dry_run: bool = False  # print the commands only
+
+
+def several(task: str, method: str, flags: str = "", names: tuple[str, ...] = ()) -> dict[str, str]:
+    """{name: command} of a training in several populations."""
+    names = names or TRAINED[task]
+    unseen = f"--eval-populations {UNSEEN[task]}"
+    command = f"{MRA} --task {task} --populations {' '.join(names)} {unseen} {flags}"
+    return {f"{task}-{method}": command}
+
+
+def commands(figure: str, study: Study) -> list[dict[str, str]]:
+    """Stages, each of which needs those before: {name: command}."""
+    first: dict[str, str] = {}
+    then: dict[str, str] = {}
+    for task in study.tasks:
+        game = GAME[task]
+        if figure in ("fig2", "fig3", "fig4"):
+            first |= several(task, "mra")
+        if figure == "fig2":
+            first |= several(task, "reptile", REPTILE)
+            first[f"{task}-single"] = f"{MRA} --task {task} --populations {game}"
+            first[f"{task}-maddpg"] = f"{MADDPG} --task {task} --population {game}"
+        if figure == "fig3":
+            first |= several(task, "uni", "--latent-prior uniform")
+        targets = {"treasure": (("6", "--no-shaping"), ("48", "")), "pacman": (("2,8", ""),)}
+        for population, flags in targets.get(task, ()) if figure == "fig4" else ():
+            place = f"{task}-{population.replace(',', '-')}{'-sparse' if flags else ''}"
+            source = f"{study.dir}/{task}-mra-sSEED"
+            then[f"{place}-adapt"] = f"{MRA} --adapt {source} --population {population} {flags}"
+            scratch = f"{MADDPG} --task {task} --population {population} {flags}"
+            then[f"{place}-maddpg"] = scratch
+    if figure == "fig5":
+        first |= several("resource", "mra")
+    if figure == "fig7":
+        for how in ("option", "concat", "bilinear"):
+            first |= several("resource", f"3-{how}", f"--representation {how}", ("6", "9", "12"))
+    if figure == "fig8":
+        for names in (("6", "12"), ("6", "9", "12"), ("6", "9", "12", "15")):
+            first |= several("resource", f"of-{len(names)}", "", names)
+    return [first, then]
+
+
+def start(name: str, command: str, study: Study, seed: int, timesteps: int) -> None:
+    """Train, unless that is done; UsageError if it fails."""
+    run = study.dir / f"{name}-s{seed}"
+    if (run / "summary.json").exists():
+        return
+    if (run / "checkpoints.json").exists():
+        script = command.split()[0]
+        command = f"{script} --resume {run} --total-timesteps {timesteps}"
+    else:
+        command = command.replace("SEED", str(seed))
+        preset = "" if "--adapt" in command else f"--preset {study.preset} "
+        command += f" {preset}--seed {seed} --total-timesteps {timesteps} --run-dir {run}"
+        command += f" {study.flags}"
+    command = " ".join(command.split())
+    print(f"python {command}", flush=True)
+    if not study.dry_run:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        with (study.dir / f"{run.name}.log").open("a") as log:
+            words = [sys.executable, *shlex.split(command)]
+            code = subprocess.run(words, stdout=log, stderr=log).returncode
+        if code:
+            raise UsageError(f"{run} ended with exit code {code}; see {study.dir}/{run.name}.log.")
+
+
+def main(study: Study) -> None:
+    """All runs of the figures, seed by seed."""
+    check_bounds(study)
+    lengths = study.total_timesteps, study.adapt_timesteps
+    stages = [{}, {}]
+    for figure in study.figures:
+        for stage, more in zip(stages, commands(figure, study)):
+            stage |= more
+    for stage, timesteps in zip(stages, lengths):
+        with ThreadPoolExecutor(study.jobs) as pool:
+            jobs = [
+                pool.submit(start, name, command, study, seed, timesteps)
+                for seed in study.seeds
+                for name, command in stage.items()
+            ]
+            for job in jobs:
+                job.result()
+
+
+if __name__ == "__main__":
+    raise SystemExit(one_line_errors(lambda: main(tyro.cli(Study))))
