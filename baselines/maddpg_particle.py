@@ -492,7 +492,7 @@ class Arena:
             "terminated": ((), torch.bool),
         }
         self.replay = {
-            name: torch.zeros(args.buffer_size, *shape, dtype=kind, device=device)
+            name: torch.empty(args.buffer_size, *shape, dtype=kind, device=device)
             for name, (shape, kind) in rows.items()
         }
         kinds = len(self.game.population)
