@@ -114,7 +114,7 @@ class Args:
     update_every: Positive = 100  # environment steps between updates
     entropy_coef: Amount = 1 / 30  # of targets and actor
     scale_rewards: bool = True  # divide by their running standard deviation
-    max_grad_norm: Above = 10.0  # of each network
+    max_grad_norm: Above = 10.0  # of each loss's networks together
     # Evaluation and checkpoints (every: environment steps, 0 for never)
     log_every: Positive = 10_000  # lines of metrics.jsonl
     eval_every: Count = 100_000  # evaluations on the way
@@ -333,7 +333,7 @@ class Pairs(torch.autograd.Function):
         (x, a, b), d, of_x, of_ab = ctx.saved_tensors, d.contiguous(), None, (None, None)
         if ctx.needs_input_grad[2]:
             of_x = kernel(pair_sums if ctx.scores else pair_scores, ctx.compiled)(d, a, b)
-        if ctx.needs_input_grad[3]:
+        if any(ctx.needs_input_grad[3:]):
             g, u = (d, x) if ctx.scores else (x, d)
             of_ab = kernel(pair_gradients, ctx.compiled)(g, u, a, b)
         return None, None, of_x, *of_ab

@@ -55,7 +55,7 @@ class Study:
     preset: Literal["fast", "paper"] = "fast"
     jobs: Positive = 1  # runs at a time
     dir: Path = Path("runs")
-    flags: str = ""  # for every run
+    flags: str = ""  # for every run, as --flags="--save-every 40000"
     dry_run: bool = False  # print the commands only
 
 

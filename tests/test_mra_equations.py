@@ -1,0 +1,1322 @@
+"""MRA and its parent against NumPy written from the equations: networks of o_ij with loops over i
+and j, expectations by enumeration, gradients by finite differences or by autograd of a plain form.
+
+Weights are read off the modules; everything else here is written anew. Networks run in double.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shutil
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from toolbox import ROOT, load_script, sharpen, softmax, weights
+
+from envs.particle import make_game
+
+mra = load_script(ROOT / "mra_maddpg_particle.py")
+maddpg = load_script(ROOT / "baselines" / "maddpg_particle.py")
+REPRESENTATIONS = ("option", "concat", "bilinear")
+SMALL = "--hidden-size 8 --key-size 4 --buffer-size 64 --batch-size 16 --num-envs 4 --device cpu"
+GAMES = {  # task, population, one parameter set per type
+    "one set": ("resource", "4", True),
+    "per type": ("pacman", "2,1", True),
+    "per agent": ("resource", "3", False),
+    "per agent of two types": ("pacman", "2,2", False),
+}
+NETS = ("phi", "theta", "zeta", "delayed_theta", "delayed_zeta", "psi", "xi")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- Settings -------------------------------------------------------------------------------------
+
+
+def setting(
+    task: str = "resource",
+    *populations: str,
+    script: ModuleType = mra,
+    share: bool = True,
+    flags: str = "",
+    double: bool = True,
+) -> SimpleNamespace:
+    """Agent, arenas and generators of a script, all weights and biases far from what they begin
+    with, delayed networks away from the others."""
+    populations = populations or ("3",)
+    if script is mra:
+        own = ["--populations", *populations, *([] if share else ["--no-share-parameters"])]
+    else:
+        own = ["--population", *populations, *(["--share-parameters"] if share else [])]
+    args = script.parse(["--task", task, *SMALL.split(), *own, *flags.split()])
+    arenas = [script.Arena(args, name, torch.device("cpu")) for name in populations]
+    agent = script.Agent(args, arenas[0].game, torch.device("cpu"))
+    for seed, name in enumerate(NETS):
+        if net := getattr(agent, name, None):
+            sharpen(net, 0.6, seed)
+            net.double() if double else None
+    agent.phi.query.weight.data *= 0.5  # graphs that neither are uniform nor choose one
+    agent.phi.query.bias.data *= 0.5
+    rngs = {"rng": torch.Generator().manual_seed(3)}
+    rngs |= {"latent_rng": torch.Generator().manual_seed(4)} if script is mra else {}
+    game, dtype = arenas[0].game, torch.float64 if double else torch.float32
+    return SimpleNamespace(
+        script=script, args=args, agent=agent, arenas=arenas, game=game, dtype=dtype, rngs=rngs
+    )
+
+
+def games(script: ModuleType, name: str, flags: str = "", double: bool = True) -> SimpleNamespace:
+    task, population, share = GAMES[name]
+    return setting(task, population, script=script, share=share, flags=flags, double=double)
+
+
+def random_view(s: SimpleNamespace, M: int, seed: int = 0, dead: float = 0.0):
+    """Any features, latents and, with dead > 0, any who live; in the first row only agent 0."""
+    rng, game = np.random.default_rng(seed), s.game
+    N = game.num_agents
+    alive = rng.random((M, N)) >= dead
+    if dead:
+        alive[0] = np.arange(N) == 0
+    mask = alive[:, None] & ~np.eye(N, dtype=bool)
+    own, others = (rng.normal(size=(M, N, d)) for d in (game.own_features, game.entity_features))
+    counts = game.population if s.args.share_parameters else (1,) * N
+    fields = [torch.tensor(x, dtype=s.dtype) for x in (own, others)]
+    fields += [torch.tensor(alive), torch.tensor(mask), counts]
+    if s.script is mra:
+        z = rng.integers(s.args.latent_size, size=(M, N))
+        fields.append(torch.tensor(np.eye(s.args.latent_size)[z], dtype=s.dtype))
+    return s.script.View(*fields)
+
+
+def random_batch(s: SimpleNamespace, M: int, seed: int = 0, dead: float = 0.0):
+    rng, N = np.random.default_rng((seed, 1)), s.game.num_agents
+    view, later = random_view(s, M, seed, dead), random_view(s, M, seed + 1000, dead)
+    if s.script is mra:
+        later = later._replace(z=view.z)
+    actions = torch.tensor(rng.integers(5, size=(M, N)))
+    rewards = torch.tensor(rng.normal(size=(M, N)), dtype=s.dtype)
+    return s.script.Batch(view, later, actions, rewards, torch.tensor(rng.random(M) < 0.3))
+
+
+def random_graph(view, seed: int = 9) -> torch.Tensor:
+    noise = torch.randn(view.mask.shape, generator=torch.Generator().manual_seed(seed))
+    return noise.to(view.own.dtype).masked_fill(~view.mask, -1e9).softmax(-1) * view.mask
+
+
+def random_prior(N: int, Z: int, seed: int = 0) -> torch.Tensor:
+    return torch.tensor(np.log(softmax(np.random.default_rng(seed).normal(size=(N, Z)))))
+
+
+def gumbel_noise(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """What a generator with this seed gives: Gumbel noise of these shapes, one after another."""
+    rng = torch.Generator().manual_seed(seed)
+    return [-torch.empty(s).exponential_(generator=rng).log().double().numpy() for s in shapes]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- The truth, in NumPy --------------------------------------------------------------------------
+
+
+def arrays(net: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: x.detach().double().numpy().copy() for name, x in net.state_dict().items()}
+
+
+def set_of(view) -> np.ndarray:
+    """(N,): the parameter set of each agent."""
+    return np.repeat(np.arange(len(view.counts)), view.counts)
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    return np.log(softmax(x))
+
+
+def numbers(x) -> np.ndarray:
+    return x.detach().double().numpy()
+
+
+def scalar(x: torch.Tensor) -> float:
+    return x.detach().item()
+
+
+def entity(others: np.ndarray, i: int, j: int) -> np.ndarray:
+    """o_ij = [p_j - p_i, v_j, ...]."""
+    return np.concatenate((others[j, :2] - others[i, :2], others[j, 2:]))
+
+
+def score(w: dict, how: str, s: int, own: np.ndarray, o: np.ndarray, z: np.ndarray) -> float:
+    """sum_h z_h q_h . k_h of the heads of one pair; concat and bilinear have a single head."""
+    Z, hidden = len(z), w["own.weight"].shape[-1]
+    first, bias = w["pair.linear.weight"], w["pair.linear.bias"]
+    if how == "concat":
+        own, o = np.concatenate((own, z)), np.concatenate((o, z))
+        first, bias = np.concatenate((first[s], w["pair.of_z.weight"][s])), bias[s]
+        bias = bias + w["pair.of_z.bias"][s]
+    elif how == "bilinear":  # inputs [o, 1] x z: each z has its own matrix and its own bias
+        own, o = np.outer(own, z).ravel(), np.outer(np.append(o, 1), z).ravel()
+        stacked = np.concatenate((first, bias[:, None]), 1)[s * Z : s * Z + Z]  # (Z, De + 1, H)
+        first, bias = stacked.transpose(1, 0, 2).reshape(-1, hidden), 0
+    else:
+        first, bias = first[s], bias[s]
+    x, y = relu(own @ w["own.weight"][s] + w["own.bias"][s]), relu(o @ first + bias)
+    total, heads = 0.0, Z if how == "option" else 1
+    for h in range(heads):
+        q = x @ w["query.weight"][s * heads + h] + w["query.bias"][s * heads + h]
+        k = y @ w["key.weight"][s * heads + h] + w["key.bias"][s * heads + h]
+        total += (z[h] if how == "option" else 1.0) * (q @ k)
+    return total
+
+
+def graph(w: dict, view, how: str, z: np.ndarray | None = None) -> np.ndarray:
+    """Eq. (1) with loops: g_ij = softmax over living j != i of q_i . k_ij / sqrt(key)."""
+    own, others, alive = numbers(view.own), numbers(view.others), view.alive.numpy()
+    if z is None:
+        z = numbers(view.z) if hasattr(view, "z") else np.ones((*alive.shape, 1))
+    (M, N), sets = alive.shape, set_of(view)
+    g, scale = np.zeros((M, N, N)), np.sqrt(w["query.weight"].shape[-1])
+    for m, i in itertools.product(range(M), range(N)):
+        seen = [j for j in range(N) if alive[m, j] and j != i]
+        if seen:
+            pairs = [entity(others[m], i, j) for j in seen]
+            scores = [score(w, how, sets[i], own[m, i], o, z[m, i]) / scale for o in pairs]
+            g[m, i, seen] = softmax(np.array(scores))
+    return g
+
+
+def graphs(w: dict, view, how: str) -> np.ndarray:
+    """Those with each z for everybody (Z, M, N, N)."""
+    eye = np.eye(view.z.shape[-1])
+    return np.stack([graph(w, view, how, np.broadcast_to(z, view.z.shape)) for z in eye])
+
+
+def read(w: dict, view, g: np.ndarray, actions: np.ndarray | None = None) -> np.ndarray:
+    """out(relu(two layers of o_s + sum_j g_ij V(o_ij))), V two layers, with loops."""
+    own, others, alive = numbers(view.own), numbers(view.others), view.alive.numpy()
+    (M, N), sets = alive.shape, set_of(view)
+    if actions is not None:
+        others = np.concatenate((others, np.eye(5)[actions]), -1)
+    rows = np.zeros((M, N, w["out.bias"].shape[-1]))
+    for m, i in itertools.product(range(M), range(N)):
+        s, e = sets[i], 0.0
+        for j in range(N):
+            if alive[m, j] and j != i:
+                y = entity(others[m], i, j) @ w["pair.linear.weight"][s] + w["pair.linear.bias"][s]
+                e = e + g[m, i, j] * (relu(y) @ w["value.weight"][s] + w["value.bias"][s])
+        x = relu(own[m, i] @ w["own.first.weight"][s] + w["own.first.bias"][s])
+        x = x @ w["own.last.weight"][s] + w["own.last.bias"][s]
+        rows[m, i] = relu(x + e) @ w["out.weight"][s] + w["out.bias"][s]
+    return rows
+
+
+def average(x: np.ndarray, alive: np.ndarray) -> float:
+    """Over the living."""
+    return x[alive].sum() / alive.sum()
+
+
+def at(x: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(x, actions[..., None], -1)[..., 0]
+
+
+def check_slopes(value, w: dict, gradients: dict, each: int = 2, tolerance: float = 1e-7) -> None:
+    """Central differences of value(w) for the weights of each name with the largest gradients, and
+    for one more."""
+    for name, gradient in gradients.items():
+        flat = np.abs(gradient).ravel()
+        for place in {*np.argsort(flat)[-each:], len(flat) // 2}:
+            index, values = np.unravel_index(place, gradient.shape), []
+            for step in (1e-6, -1e-6):
+                moved = w | {name: w[name].copy()}
+                moved[name][index] += step
+                values.append(value(moved))
+            slope = (values[0] - values[1]) / 2e-6
+            assert abs(slope - gradient[index]) < tolerance, (name, index, slope, gradient[index])
+
+
+def gradients_of(net: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: numbers(p.grad) for name, p in net.named_parameters() if p.grad is not None}
+
+
+# --- The plain form in torch, for gradients -------------------------------------------------------
+
+
+def plain_entities(others: torch.Tensor) -> torch.Tensor:
+    """o_ij (M, N, N, De)."""
+    N = others.shape[1]
+    relative = others[:, None, :, :2] - others[:, :, None, :2]
+    return torch.cat((relative, others[:, None, :, 2:].expand(-1, N, -1, -1)), -1)
+
+
+def plain_graph(phi, view, how: str) -> torch.Tensor:
+    """Eq. (1) as it stands, with N^2 H numbers; view.z may be a mixture."""
+    sets, z = torch.tensor(set_of(view)), getattr(view, "z", None)
+    own, o, w = view.own, plain_entities(view.others), dict(phi.named_parameters())
+    first, bias = w["pair.linear.weight"], w["pair.linear.bias"]
+    if how == "bilinear":
+        own = torch.einsum("mnd,mnz->mndz", own, z).flatten(2)
+        first, bias = (x.unflatten(0, (-1, z.shape[-1]))[sets] for x in (first, bias))
+        y = torch.einsum("mijd,miz,izdh->mijh", o, z, first)
+        y = y + torch.einsum("miz,izh->mih", z, bias)[:, :, None]
+    else:
+        if how == "concat":
+            own = torch.cat((own, z), -1)
+            o = torch.cat((o, z[:, :, None].expand(-1, -1, o.shape[2], -1)), -1)
+            first = torch.cat((first, w["pair.of_z.weight"]), 1)
+            bias = bias + w["pair.of_z.bias"]
+        y = torch.einsum("mijd,idh->mijh", o, first[sets]) + bias[sets][:, None]
+    x = F.relu(torch.einsum("mnd,ndh->mnh", own, w["own.weight"][sets]) + w["own.bias"][sets])
+    heads = len(w["query.weight"]) // len(view.counts)
+    split = [w[name].unflatten(0, (-1, heads))[sets] for name in ("query.weight", "query.bias")]
+    q = torch.einsum("mnh,nxhk->mnxk", x, split[0]) + split[1]
+    k = torch.einsum("mijh,ixhk->mijxk", y.relu(), w["key.weight"].unflatten(0, (-1, heads))[sets])
+    if heads > 1:
+        q = q * z[..., None]
+    scores = torch.einsum("mixk,mijxk->mij", q, k) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~view.mask, -1e9).softmax(-1) * view.mask
+
+
+def plain_graphs(phi, view, how: str) -> torch.Tensor:
+    eye = torch.eye(view.z.shape[-1], dtype=view.z.dtype)
+    seen = [view._replace(z=z.expand_as(view.z)) for z in eye]
+    return torch.stack([plain_graph(phi, each, how) for each in seen])
+
+
+def plain_read(net, view, g: torch.Tensor, actions: torch.Tensor | None = None) -> torch.Tensor:
+    """A readout as it stands, with N^2 H numbers; g may have more dimensions in front."""
+    if g.dim() > 3:
+        return torch.stack([plain_read(net, view, each, actions) for each in g])
+    sets, w, others = torch.tensor(set_of(view)), dict(net.named_parameters()), view.others
+    if actions is not None:
+        others = torch.cat((others, torch.eye(5, dtype=others.dtype)[actions]), -1)
+
+    def layer(x: torch.Tensor, name: str, letters: str) -> torch.Tensor:
+        bias = w[f"{name}.bias"][sets]
+        weighted = torch.einsum(f"{letters}d,idh->{letters}h", x, w[f"{name}.weight"][sets])
+        return weighted + (bias[:, None] if letters == "mij" else bias)
+
+    y = layer(layer(plain_entities(others), "pair.linear", "mij").relu(), "value", "mij")
+    e = torch.einsum("mij,mijh->mih", g, y)
+    x = layer(layer(view.own, "own.first", "mi").relu(), "own.last", "mi")
+    return layer((x + e).relu(), "out", "mi")
+
+
+def assert_same_gradients(ours, theirs, net, tolerance: float) -> None:
+    """Of two losses for the weights of a network, which both reach."""
+    names, parameters = zip(*net.named_parameters())
+    mine, reference = (
+        torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (ours, theirs)
+    )
+    for name, a, b in zip(names, mine, reference):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max()), name
+
+
+def small_latents(how: str) -> str:
+    return f"--representation {how} --latent-size 3"
+
+
+# --- 1. phi ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GAMES)
+@pytest.mark.parametrize("how", [*REPRESENTATIONS, "parent"])
+@pytest.mark.parametrize(("double", "error"), [(True, 1e-9), (False, 1e-5)])
+def test_graph_is_eq_1_with_loops(name, how, double, error):
+    script = maddpg if how == "parent" else mra
+    s = games(script, name, "" if how == "parent" else small_latents(how), double)
+    for dead in (0.0, 0.4):
+        view, phi = random_view(s, 4, dead=dead), s.agent.phi
+        g, expected = numbers(phi(view)), graph(arrays(phi), view, how)
+        assert np.abs(g - expected).max() < error
+        assert (g[~view.mask.numpy()] == 0).all(), "oneself and the dead"
+        lonely = ~view.mask.any(-1).numpy()
+        assert lonely.any() == (dead > 0)
+        assert (g[lonely] == 0).all(), "no living other"
+        assert np.abs(g[~lonely].sum(-1) - 1).max() < error
+        assert np.ptp(expected[~lonely].max(-1)) > 0.1, "the test sees more than uniform graphs"
+        if script is mra:
+            every = numbers(phi.all(view))
+            assert np.abs(every - graphs(arrays(phi), view, how)).max() < error
+            assert np.abs(every - every[0]).max() > 0.01, "z matters"
+
+
+@pytest.mark.parametrize("how", REPRESENTATIONS)
+@pytest.mark.parametrize("name", ["one set", "per type"])
+def test_mixtures_of_latents_mix_scores_of_heads(how, name):
+    """What straight-through latents need: the same equation with any z."""
+    s = games(mra, name, small_latents(how))
+    view = random_view(s, 3)
+    view = view._replace(z=torch.randn(view.z.shape, generator=seeded(1)).double().softmax(-1))
+    assert np.abs(numbers(s.agent.phi(view)) - graph(arrays(s.agent.phi), view, how)).max() < 1e-9
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+def test_views_are_the_worlds_observations(script):
+    """o_s, living others and o_ij as envs.particle gives them; z one-hot."""
+    s = setting("pacman", "2,2", script=script, double=False)
+    world = s.arenas[0].world
+    for _ in range(12):
+        world.step(torch.randint(0, 5, (4, 4), generator=s.rngs["rng"]))
+    z = torch.tensor([[0, 5, 2, 1]] * 4)
+    view = s.agent.look(s.game, world.obs, *([z] if script is mra else []))
+    assert torch.equal(view.own, world.obs.own)
+    assert torch.equal(view.alive, world.obs.alive)
+    assert torch.equal(view.mask, world.obs.alive[:, None] & ~torch.eye(4, dtype=torch.bool))
+    assert torch.allclose(plain_entities(view.others), world.obs.entities(), atol=1e-7)
+    assert view.counts == (2, 2)
+    if script is mra:
+        assert np.array_equal(view.z, np.eye(6)[z])
+
+
+# --- 2., 3. Readouts and pair kernels -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+@pytest.mark.parametrize("name", GAMES)
+@pytest.mark.parametrize(("double", "error"), [(True, 1e-9), (False, 1e-5)])
+def test_readouts_are_sums_over_pairs(script, name, double, error):
+    """theta and zeta, the latter with the others' actions in o_ij."""
+    s = games(script, name, double=double)
+    for dead in (0.0, 0.4):
+        batch = random_batch(s, 4, dead=dead)
+        view, g = batch.view, random_graph(batch.view)
+        for net, actions in ((s.agent.theta, None), (s.agent.zeta, batch.actions)):
+            expected = read(arrays(net), view, numbers(g), actions)
+            assert np.abs(numbers(net(view, g, actions)) - expected).max() < error
+            if script is mra:
+                two = torch.stack((g, random_graph(view, 1)))
+                both = numbers(net(view, two, actions))
+                other = read(arrays(net), view, numbers(two[1]), actions)
+                assert np.abs(both - np.stack((expected, other))).max() < error
+
+
+@pytest.mark.parametrize("population", [("resource", "3", "4"), ("pacman", "2,1", "1,1")])
+def test_xi_is_a_readout_with_one_output_per_population(population):
+    s = setting(*population)
+    view = random_view(s, 4, dead=0.3)
+    g = random_graph(view)
+    ours, expected = s.agent.xi(view, g), read(arrays(s.agent.xi), view, numbers(g))
+    assert expected.shape[-1] == 2
+    assert np.abs(numbers(ours) - expected).max() < 1e-9
+
+
+@pytest.mark.parametrize("name", GAMES)
+@pytest.mark.parametrize("how", [*REPRESENTATIONS, "parent"])
+def test_gradients_are_those_of_the_plain_pair_form(name, how):
+    """phi by way of theta and zeta, and these themselves; float64 1e-9."""
+    script = maddpg if how == "parent" else mra
+    s = games(script, name, "" if how == "parent" else small_latents(how))
+    batch, agent = random_batch(s, 4, dead=0.2), s.agent
+    view, slope = batch.view, torch.linspace(-1, 1, 5, dtype=torch.float64)
+    for net, actions in ((agent.theta, None), (agent.zeta, batch.actions)):
+        ours = (net(view, agent.phi(view), actions).sin() * slope).sum()
+        plain = plain_read(net, view, plain_graph(agent.phi, view, how), actions)
+        theirs = (plain.sin() * slope).sum()
+        assert abs(scalar(ours - theirs)) < 1e-9
+        assert_same_gradients(ours, theirs, torch.nn.ModuleList((net, agent.phi)), 1e-9)
+
+
+def pair_inputs(function, rows: int, n: int, N: int, dtype=torch.float64, seed: int = 0):
+    rng = seeded(seed)
+    shapes = (2, n, 8 if function.__name__ == "pair_scores" else N), (2, rows, N, 8), (2, n, 8)
+    return [torch.randn(s, generator=rng, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def plain_pairs(function, x, a, b) -> torch.Tensor:
+    """Both sums with loops over i and j."""
+    rows = []
+    for i in range(b.shape[1]):
+        y = [torch.relu(a[:, i if a.shape[1] > 1 else 0, j] - b[:, i]) for j in range(a.shape[2])]
+        if function.__name__ == "pair_scores":
+            rows.append(torch.stack([(x[:, i] * each).sum(-1) for each in y], -1))
+        else:
+            rows.append(sum(x[:, i, j, None] * each for j, each in enumerate(y)))
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+@pytest.mark.parametrize("kind", ["pair_scores", "pair_sums"])
+@pytest.mark.parametrize(("rows", "n", "N"), [(1, 3, 3), (3, 3, 3), (1, 2, 5), (2, 2, 5)])
+def test_gradients_of_pairs_by_hand(script, kind, rows, n, N):
+    """Against autograd of loops, a with a row for all and with one for each i."""
+    function = getattr(script, kind)
+    inputs = pair_inputs(function, rows, n, N)
+    ours = script.Pairs.apply(function, False, *inputs)
+    theirs = plain_pairs(function, *inputs)
+    assert (ours - theirs).abs().max() < 1e-12
+    slope = torch.randn(ours.shape, generator=seeded(5), dtype=torch.float64)
+    mine, reference = (torch.autograd.grad((x * slope).sum(), inputs) for x in (ours, theirs))
+    for a, b in zip(mine, reference):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["pair_scores", "pair_sums"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("wanted", ["xab", "x", "ab", "a", "b"])
+def test_gradcheck_of_pairs(kind, rows, wanted):
+    """With any of the inputs given, as under frozen()."""
+    inputs = pair_inputs(getattr(mra, kind), rows, 3, 4)
+    for name, x in zip("xab", inputs):
+        x.requires_grad_(name in wanted)
+    assert torch.autograd.gradcheck(
+        lambda *x: mra.Pairs.apply(getattr(mra, kind), False, *x), inputs
+    )
+
+
+@pytest.mark.filterwarnings("error:Not compiled")
+@pytest.mark.parametrize("rows", ["one", pytest.param("all", marks=pytest.mark.slow)])
+def test_compiled_kernels_equal_eager_ones(rows):
+    """a with a row for all, or (per agent, bilinear) with one for each i, which compiles again."""
+    if not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    for N, kind in itertools.product((3, 5), ("pair_scores", "pair_sums")):
+        function, results = getattr(mra, kind), []
+        inputs = pair_inputs(function, 1 if rows == "one" else N, N, N, torch.float32, N)
+        for compiled in (True, False):
+            out = mra.Pairs.apply(function, compiled, *inputs)
+            slope = torch.linspace(-1, 1, out.numel()).view_as(out)
+            results.append((out, *torch.autograd.grad((out * slope).sum(), inputs)))
+        for a, b in zip(*results):
+            assert (a - b).abs().max() < 1e-5, (N, kind)
+    for function in (mra.pair_scores, mra.pair_sums, mra.pair_gradients):
+        ours = mra.kernel(function, True)
+        assert ours.call is not None and ours.call is not ours.plain, "it was compiled"
+
+
+# --- 4. Eq. (8) -----------------------------------------------------------------------------------
+
+
+def bellman(s, batch, g, next_g, seed: int, entropy: float, gamma: float) -> tuple:
+    """Eq. (8) in NumPy: targets and loss."""
+    delayed = arrays(s.agent.delayed_theta), arrays(s.agent.delayed_zeta)
+    log_pi = log_softmax(read(delayed[0], batch.next_view, next_g))
+    later = (log_pi + gumbel_noise(seed, log_pi.shape)[0]).argmax(-1)  # a' ~ pi' at o'
+    q = at(read(delayed[1], batch.next_view, next_g, later), later) - entropy * at(log_pi, later)
+    target = numbers(batch.rewards).copy()
+    for m, i in itertools.product(*map(range, target.shape)):
+        if batch.next_view.alive[m, i] and not batch.terminated[m]:
+            target[m, i] += gamma * q[m, i]
+    actions = batch.actions.numpy()
+    q = at(read(arrays(s.agent.zeta), batch.view, g, actions), actions)
+    return target, average((q - target) ** 2, batch.view.alive.numpy())
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+@pytest.mark.parametrize("name", ["per type", "per agent"])
+@pytest.mark.parametrize("entropy", [0.0, 0.3])
+def test_critic_loss_is_eq_8(script, name, entropy):
+    s = games(script, name, f"--entropy-coef {entropy} --gamma .9")
+    batch = random_batch(s, 6, dead=0.3)
+    assert batch.terminated.any() and not batch.terminated.all()
+    g, next_g = random_graph(batch.view), random_graph(batch.next_view, 2)
+    given = batch, numbers(g), numbers(next_g), 7
+    _, expected = bellman(s, *given, entropy, 0.9)
+    loss = script.critic_loss(s.args, s.agent, batch, g, next_g, seeded(7))
+    assert abs(scalar(loss) - expected) < 1e-9
+    for wrong in ((entropy + 0.1, 0.9), (entropy, 0.8)):
+        assert abs(bellman(s, *given, *wrong)[1] - expected) > 1e-3, "the test sees both"
+
+
+def test_gradient_of_eq_8():
+    """Of zeta, against finite differences of NumPy's loss: the target stands still."""
+    s = games(mra, "per type")
+    batch = random_batch(s, 4, dead=0.3)
+    g, next_g = random_graph(batch.view), random_graph(batch.next_view, 2)
+    target, _ = bellman(s, batch, numbers(g), numbers(next_g), 7, s.args.entropy_coef, 0.95)
+    mra.critic_loss(s.args, s.agent, batch, g, next_g, seeded(7)).backward()
+    actions, alive = batch.actions.numpy(), batch.view.alive.numpy()
+
+    def value(w: dict) -> float:
+        q = at(read(w, batch.view, numbers(g), actions), actions)
+        return average((q - target) ** 2, alive)
+
+    check_slopes(value, arrays(s.agent.zeta), gradients_of(s.agent.zeta), each=1)
+
+
+def test_next_actions_are_drawn_at_the_next_observation(monkeypatch):
+    """From pi'(o', g') whatever o and g are (the authors' code draws at o)."""
+    s, seen, true = games(mra, "one set"), [], mra.sample
+    monkeypatch.setattr(mra, "sample", lambda x, rng: seen.append(x) or true(x, rng))
+    batch, other = random_batch(s, 5, seed=0), random_batch(s, 5, seed=1)
+    g = {id(view): random_graph(view) for view in (*batch[:2], *other[:2])}
+    for view, later in itertools.product((batch.view, other.view), (batch[1], other[1])):
+        mixed = batch._replace(view=view, next_view=later)
+        mra.critic_loss(s.args, s.agent, mixed, g[id(view)], g[id(later)], seeded(0))
+    expected = [
+        log_softmax(read(arrays(s.agent.delayed_theta), x, numbers(g[id(x)])))
+        for x in (batch.next_view, other.next_view)
+    ]
+    assert np.abs(expected[0] - expected[1]).max() > 0.1
+    assert len(seen) == 4, "one draw for each loss"
+    for x, k in zip(seen, (0, 1, 0, 1)):
+        assert np.abs(numbers(x) - expected[k]).max() < 1e-9
+
+
+def test_no_bootstrap_after_the_end_or_death_and_no_loss_of_the_dead():
+    """Where nothing is bootstrapped the target is r; those dead at o have no part in the loss."""
+    s = setting("pacman", "2,2", flags="--entropy-coef .5")
+    batch, agent = random_batch(s, 6), s.agent
+    g, next_g = random_graph(batch.view), random_graph(batch.next_view)
+    q = agent.zeta(batch.view, g, batch.actions).gather(-1, batch.actions[..., None])[..., 0]
+
+    def loss(batch) -> float:
+        return scalar(mra.critic_loss(s.args, agent, batch, g, next_g, seeded(0)))
+
+    without = scalar((q - batch.rewards).square().mean())
+    assert abs(loss(batch) - without) > 0.05
+    assert abs(loss(batch._replace(terminated=torch.ones(6) > 0)) - without) < 1e-12
+    none = torch.zeros_like(batch.view.alive)
+    running = batch._replace(terminated=torch.zeros(6) > 0)
+    dead = running._replace(next_view=batch.next_view._replace(alive=none))
+    assert abs(loss(dead) - without) < 1e-12
+    one = none.clone()
+    one[2, 1] = True
+    only = batch._replace(view=batch.view._replace(alive=one), terminated=torch.ones(6) > 0)
+    assert abs(loss(only) - scalar((q - batch.rewards).square()[2, 1])) < 1e-12
+
+
+# --- 5. Eqs. (9), (10) ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+@pytest.mark.parametrize("name", ["per type", "per agent"])
+def test_actor_loss_is_eq_9(script, name):
+    """Own actions in closed form, the others' drawn from pi at o; value, and slope of theta."""
+    s = games(script, name, "--actor-gradient expectation --entropy-coef .2")
+    batch, theta = random_batch(s, 4, dead=0.3), s.agent.theta
+    view, g = batch.view, random_graph(batch.view)
+    loss, entropy = script.actor_loss(s.args, theta, s.agent.zeta, batch, g, seeded(8))
+    log_pi = log_softmax(read(arrays(theta), view, numbers(g)))
+    drawn = (log_pi + gumbel_noise(8, log_pi.shape)[0]).argmax(-1)
+    q, alive = read(arrays(s.agent.zeta), view, numbers(g), drawn), view.alive.numpy()
+    assert (drawn != batch.actions.numpy()).any()
+
+    def value(w: dict) -> float:
+        log_pi = log_softmax(read(w, view, numbers(g)))
+        return -average((np.exp(log_pi) * (q - 0.2 * log_pi)).sum(-1), alive)
+
+    assert abs(scalar(loss) - value(arrays(theta))) < 1e-9
+    assert abs(scalar(entropy) - average(-(np.exp(log_pi) * log_pi).sum(-1), alive)) < 1e-9
+    loss.backward()
+    check_slopes(value, arrays(theta), gradients_of(theta), each=1)
+    assert not gradients_of(s.agent.zeta)
+
+
+@pytest.mark.parametrize("how", ["option", "parent"])
+def test_eq_10_is_eq_9_with_a_graph_that_learns(how):
+    """omega = {theta, phi}: phi by way of log pi only, Q is what the return is said to be."""
+    script = maddpg if how == "parent" else mra
+    flags = "--actor-gradient expectation --phi-gradient actor --entropy-coef .2"
+    s = games(script, "per type", flags + (" --latent-size 3" if script is mra else ""))
+    batch, agent = random_batch(s, 3, dead=0.2), s.agent
+    view = batch.view
+    loss, _ = script.actor_loss(s.args, agent.theta, agent.zeta, batch, agent.phi(view), seeded(8))
+    loss.backward()
+    w, theta = arrays(agent.phi), arrays(agent.theta)
+    g = graph(w, view, how)
+    log_pi = log_softmax(read(theta, view, g))
+    drawn = (log_pi + gumbel_noise(8, log_pi.shape)[0]).argmax(-1)
+    q = read(arrays(agent.zeta), view, g, drawn)
+
+    def value(w: dict) -> float:
+        log_pi = log_softmax(read(theta, view, graph(w, view, how)))
+        return -average((np.exp(log_pi) * (q - 0.2 * log_pi)).sum(-1), view.alive.numpy())
+
+    assert abs(scalar(loss) - value(w)) < 1e-9
+    check_slopes(value, w, gradients_of(agent.phi), each=1)
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+def test_gumbel_form_is_lowes_straight_through(script):
+    """Lowe et al.: a_i = softmax(logits + noise), made one-hot forwards, goes into Q(o, a) with the
+    others' actions from the replay; Q as a function of the vector a_i is q . a_i. And the analytic
+    gradient for logits: y_k (q_k - q . y), with the entropy's beside it."""
+    s = games(script, "per type", "--actor-gradient gumbel --entropy-coef .2")
+    batch, theta = random_batch(s, 5, dead=0.3), s.agent.theta
+    view, g, alive = batch.view, random_graph(batch.view), batch.view.alive
+    loss, _ = script.actor_loss(s.args, theta, s.agent.zeta, batch, g, seeded(8))
+    q = torch.tensor(read(arrays(s.agent.zeta), view, numbers(g), batch.actions.numpy()))
+    noise = torch.tensor(gumbel_noise(8, q.shape)[0])
+
+    def lowe(logits: torch.Tensor) -> torch.Tensor:
+        soft = (logits + noise).softmax(-1)
+        hard = (soft == soft.amax(-1, keepdim=True)).double()
+        action = (hard - soft).detach() + soft
+        pi = torch.distributions.Categorical(logits=logits)
+        gain = torch.einsum("mna,mna->mn", action, q) + 0.2 * pi.entropy()
+        return -gain[alive].sum() / alive.sum()
+
+    logits = plain_read(theta, view, g)
+    assert abs(scalar(loss - lowe(logits))) < 1e-9
+    assert_same_gradients(loss, lowe(logits), theta, 1e-9)
+
+    free = logits.detach().requires_grad_()
+    given = s.args, lambda *_: free, lambda *_: q, batch, g, seeded(8)
+    script.actor_loss(*given)[0].backward()
+    y, log_pi, pi = softmax(numbers(free + noise)), log_softmax(numbers(free)), 0
+    pi, values = np.exp(log_pi), q.numpy()
+    slope = y * (values - (y * values).sum(-1, keepdims=True))
+    slope += 0.2 * -pi * (log_pi - (pi * log_pi).sum(-1, keepdims=True))
+    slope = -slope * alive.numpy()[..., None] / alive.sum().item()
+    assert np.abs(numbers(free.grad) - slope).max() < 1e-12
+
+
+# --- 6. Eq. (11) ----------------------------------------------------------------------------------
+
+
+def information(s, w: dict, view, prior: np.ndarray, how: str) -> np.ndarray:
+    """Eq. (11) for each agent (M, N): sum over z and a, each of the three pi's at phi's graph."""
+    g, value = graphs(w, view, how), np.zeros(view.alive.shape)
+    pi = np.stack([softmax(read(arrays(s.agent.theta), view, x)) for x in g])
+    bar = np.stack([softmax(read(arrays(s.agent.delayed_theta), view, x)) for x in g])
+    for i in range(s.game.num_agents):
+        marginal = sum(prior[i, k] * bar[k, :, i] for k in range(len(g)))  # p(a|o)
+        for k, a in itertools.product(range(len(g)), range(5)):
+            ratio = np.log(bar[k, :, i, a]) - np.log(marginal[:, a])
+            value[:, i] += prior[i, k] * pi[k, :, i, a] * ratio
+    return value
+
+
+@pytest.mark.parametrize("how", REPRESENTATIONS)
+@pytest.mark.parametrize("name", ["one set", "per type"])
+def test_information_is_eq_11_by_enumeration(how, name):
+    """Value, and exact gradient of phi: finite differences move phi in all three pi's."""
+    s = games(mra, name, small_latents(how))
+    view, w = random_view(s, 4, dead=0.2), arrays(s.agent.phi)
+    log_prior = random_prior(s.game.num_agents, 3)
+    prior, alive = np.exp(log_prior.numpy()), view.alive.numpy()
+    expected = information(s, w, view, prior, how)
+    ours = mra.graph_information(s.agent, view, log_prior)
+    assert np.abs(numbers(ours) - expected).max() < 1e-9
+    loss, value = mra.phi_loss(s.args, s.agent, view, log_prior, None)
+    assert scalar(loss) == -scalar(value)
+    assert abs(scalar(value) - average(expected, alive)) < 1e-9
+    value.backward()
+    slopes = gradients_of(s.agent.phi)
+    assert max(np.abs(x).max() for x in slopes.values()) > 1e-3
+    check_slopes(lambda w: average(information(s, w, view, prior, how), alive), w, slopes, each=1)
+
+
+@pytest.mark.parametrize("how", REPRESENTATIONS)
+def test_information_lies_between_zero_and_log_z(how):
+    """When the delayed policy is the policy, it is the mutual information of z and a."""
+    s = setting("resource", "4", flags=small_latents(how))
+    s.agent.delayed_theta.load_state_dict(s.agent.theta.state_dict())
+    for scale in (1.0, 30.0):
+        for part in (s.agent.phi.query, s.agent.theta.value, s.agent.delayed_theta.value):
+            part.weight.data *= scale
+        view = random_view(s, 50, seed=int(scale))
+        ours = mra.graph_information(s.agent, view, random_prior(4, 3, 1))
+        assert ours.min() >= -1e-9 and ours.max() <= np.log(3)
+        assert ours.max() > 0.01 * scale, "the test sees some"
+    same = s.agent.phi.all
+    s.agent.phi.all = lambda view: same(view)[:1].expand(3, -1, -1, -1)
+    assert mra.graph_information(s.agent, view, random_prior(4, 3, 1)).abs().max() < 1e-12
+
+
+def repeated(view, times: int):
+    """One observation many times."""
+    fields = {"own", "others", "alive", "mask", "z"}
+    rows = {k: x for k, x in view._asdict().items() if k in fields}
+    return view._replace(**{k: x.expand(times, *x.shape[1:]) for k, x in rows.items()})
+
+
+def estimator(s, view, prior: torch.Tensor, how: str, score: bool) -> torch.Tensor:
+    """The expected gradient-carrying value of the sampled form with two z', enumerating z, z'_1,
+    z'_2 and a: with the score function (a's probability is differentiated) or without."""
+    g = plain_graphs(s.agent.phi, view, how)
+    log_pi = plain_read(s.agent.theta, view, g).log_softmax(-1)
+    log_bar = plain_read(s.agent.delayed_theta, view, g).log_softmax(-1)
+    pi, total = log_pi.exp() if score else log_pi.exp().detach(), 0.0
+    for z, first, second in itertools.product(range(len(g)), repeat=3):
+        p = prior[:, z] * prior[:, first] * prior[:, second]  # (N,)
+        mixed = (0.5 * log_bar[first].exp() + 0.5 * log_bar[second].exp()).log()
+        total = total + p * (pi[z] * (log_bar[z] - mixed)).sum(-1)
+    return total[view.alive].mean()
+
+
+def vector(loss: torch.Tensor, net) -> torch.Tensor:
+    """Gradients of all weights of a network, 0 where there is none."""
+    found = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, retain_graph=True)
+    return torch.cat(
+        [(0 * p if x is None else x).flatten() for p, x in zip(net.parameters(), found)]
+    )
+
+
+@pytest.mark.parametrize("delayed", ["apart", "the same"])
+def test_sampled_information_has_the_right_mean_gradient(delayed):
+    """40 means of 2000 draws against the enumeration: value and every gradient within 5 standard
+    errors. Without the score-function term the mean would be another one."""
+    how, draws, times = "option", 2000, 40
+    s = setting("resource", "3", flags="--latent-size 3 --mi-samples 2")
+    if delayed == "the same":
+        s.agent.delayed_theta.load_state_dict(s.agent.theta.state_dict())
+    phi, log_prior, rng = s.agent.phi, random_prior(3, 3), seeded(11)
+    view = random_view(s, 1)
+    expected = estimator(s, view, log_prior.exp(), how, score=True)
+    slope = vector(expected, phi)
+    without = vector(estimator(s, view, log_prior.exp(), how, score=False), phi)
+    values, slopes = [], []
+    for _ in range(times):
+        many = repeated(view, draws)
+        loss, value = mra.phi_loss(s.args, s.agent, many, log_prior, rng)
+        values.append(-scalar(loss))
+        slopes.append(vector(value, phi).detach())
+    values, slopes = np.array(values), torch.stack(slopes)
+    error = values.std() / times**0.5
+    assert abs(values.mean() - scalar(expected)) < 5 * error < 0.5 * abs(scalar(expected))
+    error = slopes.std(0) / times**0.5
+    assert ((slopes.mean(0) - slope).abs() <= 5 * error + 1e-15).all()
+    assert error.norm() < 0.1 * slope.norm(), "and that says something"
+    assert ((slopes.mean(0) - without).abs() / (error + 1e-15)).max() > 20
+    if delayed == "the same":
+        assert (slope - without).norm() > 0.5 * slope.norm(), "that term is most of it"
+
+
+def test_exact_gradient_is_zero_without_the_actions_probability():
+    """Why Eq. (11) needs it: with pi = pi' and a given, the rest of the gradient vanishes."""
+    s = setting("resource", "4", flags="--latent-size 3")
+    s.agent.delayed_theta.load_state_dict(s.agent.theta.state_dict())
+    view, log_prior, theta = random_view(s, 4), random_prior(4, 3), s.agent.theta
+    whole = vector(mra.graph_information(s.agent, view, log_prior).mean(), s.agent.phi)
+    s.agent.theta = lambda view, g: theta(view, g).detach()
+    rest = vector(mra.graph_information(s.agent, view, log_prior).mean(), s.agent.phi)
+    assert whole.norm() > 1e-2
+    assert rest.norm() < 1e-12
+
+
+# --- 7. Eq. (13) ----------------------------------------------------------------------------------
+
+
+def surprise(s, view, how: str, label: int) -> np.ndarray:
+    """- log p_xi(m | o, phi(o, z)) for each z (Z, M, N)."""
+    g, w = graphs(arrays(s.agent.phi), view, how), arrays(s.agent.xi)
+    return np.stack([-log_softmax(read(w, view, x))[..., label] for x in g])
+
+
+@pytest.mark.parametrize("how", REPRESENTATIONS)
+@pytest.mark.parametrize("population", [("resource", "3", "4"), ("pacman", "2,1", "2,2")])
+def test_population_loss_is_eq_13(how, population):
+    """Value; gradients of psi and xi against those of the plain form."""
+    s = setting(*population, flags=small_latents(how))
+    view, agent, label = random_view(s, 3, dead=0.2), s.agent, 1
+    log_prior = agent.log_prior(s.game)
+    prior, lost = np.exp(numbers(log_prior)), surprise(s, view, how, label)
+    expected = sum(prior[:, k] * lost[k] for k in range(3))
+    loss = mra.population_loss(s.args, agent, view, log_prior, label, None)
+    assert abs(scalar(loss) - average(expected, view.alive.numpy())) < 1e-9
+    g = plain_graphs(agent.phi, view, how).detach()
+    plain = -plain_read(agent.xi, view, g).log_softmax(-1)[..., label]
+    plain = (agent.log_prior(s.game).exp().T[:, None] * plain).sum(0)[view.alive].mean()
+    both = torch.nn.ModuleList((agent.psi, agent.xi))
+    assert_same_gradients(loss, plain, both, 1e-9)
+    mra.population_loss(s.args, agent, view, agent.log_prior(s.game), label, None).backward()
+    for name, p in both.named_parameters():
+        assert p.grad.abs().max() > 1e-6, name
+
+
+@pytest.mark.parametrize("how", REPRESENTATIONS)
+def test_gumbel_form_has_the_mean_of_the_exact_one(how):
+    """40 means of 2000 draws, within 5 standard errors: forwards z is one-hot, from p_psi."""
+    s = setting("resource", "3", "4", flags=small_latents(how) + " --latent-gradient gumbel")
+    s.agent.xi.out.weight.data *= 4
+    view, log_prior, draws = random_view(s, 1), s.agent.log_prior(s.game).detach(), 2000
+    many, rng = repeated(view, draws), seeded(12)
+    with torch.no_grad():
+        found = [mra.population_loss(s.args, s.agent, many, log_prior, 0, rng) for _ in range(40)]
+    found, lost = torch.stack(found), surprise(s, view, how, 0)[:, 0]
+    expected = (np.exp(numbers(log_prior)).T * lost).sum(0).mean()
+    error = scalar(found.std() / 40**0.5)
+    assert abs(scalar(found.mean()) - expected) < 5 * error
+    flat = lost.mean()  # what a uniform z would give
+    assert abs(flat - expected) > 10 * error, "the test sees p(z|m)"
+
+
+@pytest.mark.parametrize("how", ["option", "concat", "bilinear"])
+@pytest.mark.parametrize("name", ["one set", "per type"])
+def test_gumbel_gradient_is_straight_through(how, name):
+    """Of psi and xi, phi frozen as in latent_update: against the plain form with the same noise,
+    z = softmax(log p + noise), one-hot forwards."""
+    task, population, _ = GAMES[name]
+    other = "5" if task == "resource" else "2,2"
+    s = setting(task, population, other, flags=small_latents(how) + " --latent-gradient gumbel")
+    view, agent = random_view(s, 4, dead=0.2), s.agent
+    with mra.frozen(agent.phi):
+        loss = mra.population_loss(s.args, agent, view, agent.log_prior(s.game), 1, seeded(5))
+    soft = agent.log_prior(s.game) + torch.tensor(gumbel_noise(5, view.z.shape)[0])
+    soft = soft.softmax(-1)
+    hard = torch.eye(3, dtype=torch.float64)[soft.argmax(-1)]
+    g = plain_graph(agent.phi, view._replace(z=(hard - soft).detach() + soft), how)
+    plain = -plain_read(agent.xi, view, g).log_softmax(-1)[..., 1][view.alive].mean()
+    assert abs(scalar(loss - plain)) < 1e-9
+    assert_same_gradients(loss, plain, torch.nn.ModuleList((agent.psi, agent.xi)), 1e-9)
+
+
+# --- 8. Who learns from what ----------------------------------------------------------------------
+
+
+def parts_of(agent) -> dict[str, torch.nn.Module]:
+    own = {k: x for k, x in agent.parts().items() if isinstance(x, torch.nn.Module)}
+    copies = own.pop("copies", [])
+    return own | {f"copy {k}": x for k, x in enumerate(copies)}
+
+
+def routes(s: SimpleNamespace, monkeypatch) -> list[tuple[set, set]]:
+    """For each step of update(): the networks whose weights its loss reaches (all of their tensors
+    but for the keys' bias, which cancels), and those that it is to step."""
+    script, agent, found = s.script, s.agent, []
+    nets = parts_of(agent)
+
+    def descend(loss, net, optimiser, max_norm):
+        for part in nets.values():
+            part.zero_grad(set_to_none=True)
+        loss.backward()
+        reached = set()
+        for name, part in nets.items():
+            has = {k: p.grad is not None for k, p in part.named_parameters() if k != "key.bias"}
+            assert len(set(has.values())) == 1, f"only some weights of {name} are reached: {has}"
+            if all(has.values()):
+                reached.add(name)
+                zero = [k for k, p in part.named_parameters() if has.get(k) and not p.grad.any()]
+                assert not zero, f"gradients of {name} are zero: {zero}"
+        inside = {id(p) for p in net.parameters()}
+        stepped = {id(p) for group in optimiser.param_groups for p in group["params"]}
+        found.append(
+            (
+                reached,
+                {k for k, x in nets.items() if {*map(id, x.parameters())} <= inside & stepped},
+            )
+        )
+        return torch.zeros(())
+
+    monkeypatch.setattr(script, "descend", descend)
+    run_update(s, 8)
+    assert all(p.requires_grad for net in nets.values() for p in net.parameters())
+    return found
+
+
+def run_update(s: SimpleNamespace, steps: int) -> dict:
+    """Some steps of all worlds, then one update in the first arena (or all at once)."""
+    for arena, _ in itertools.product(s.arenas, range(steps)):
+        s.script.collect(s.agent, arena, **s.rngs)
+    if s.script is maddpg:
+        return maddpg.update(s.args, s.agent, s.arenas[0], s.rngs["rng"])
+    now = s.arenas if s.args.parallel_populations else s.arenas[:1]
+    return mra.update(s.args, s.agent, now, s.arenas, **s.rngs)
+
+
+PLAIN = [{"zeta"}, {"theta"}] * 2
+OMEGA = [{"zeta"}, {"theta", "phi"}] * 2
+LATENT = [{"psi", "xi"}]
+ROUTES = {  # flags, wanted
+    "MRA": ("", [*PLAIN, {"phi"}, *LATENT]),
+    "sampled": ("--mi-samples 2", [*PLAIN, {"phi"}, *LATENT]),
+    "gumbel": ("--latent-gradient gumbel", [*PLAIN, {"phi"}, *LATENT]),
+    "gumbel actor": ("--actor-gradient gumbel", [*PLAIN, {"phi"}, *LATENT]),
+    "Eq. (10)": ("--phi-gradient actor", [*OMEGA, *LATENT]),
+    "uni-MRA": ("--latent-prior uniform", [*PLAIN, {"phi"}]),
+    "one latent": ("--latent-size 1 --latent-prior uniform", PLAIN),
+    "parallel": (
+        "--parallel-populations",
+        [*[{"zeta"}, {"copy 0"}, {"copy 1"}] * 2, {"phi"}, *LATENT],
+    ),
+}
+
+
+@pytest.mark.parametrize("task", ["resource", "pacman"])
+@pytest.mark.parametrize("name", ROUTES)
+def test_each_loss_reaches_the_networks_that_it_moves(task, name, monkeypatch):
+    """The table of the specification, read off update()."""
+    flags, wanted = ROUTES[name]
+    populations = ("3", "5") if task == "resource" else ("2,1", "2,2")
+    s = setting(task, *populations, flags=f"--inner-steps 2 {flags}", double=False)
+    found = routes(s, monkeypatch)
+    assert [reached for reached, _ in found] == wanted
+    assert all(reached <= stepped for reached, stepped in found), "what it reaches is stepped"
+
+
+@pytest.mark.parametrize("how", ["concat", "bilinear"])
+@pytest.mark.parametrize("flags", ["", "--latent-gradient gumbel"])
+def test_routes_of_other_representations(how, flags, monkeypatch):
+    flags = f"--inner-steps 2 --representation {how} {flags}"
+    s = setting("resource", "3", "5", flags=flags, double=False)
+    assert [reached for reached, _ in routes(s, monkeypatch)] == [*PLAIN, {"phi"}, *LATENT]
+
+
+@pytest.mark.parametrize(("flags", "wanted"), [("actor", OMEGA), ("mi", PLAIN)])
+@pytest.mark.parametrize("form", ["gumbel", "expectation"])
+def test_routes_of_the_parent(flags, wanted, form, monkeypatch):
+    flags = f"--inner-steps 2 --phi-gradient {flags} --actor-gradient {form}"
+    s = setting("pacman", "2,1", script=maddpg, flags=flags, double=False)
+    assert [reached for reached, _ in routes(s, monkeypatch)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "moved"),
+    [
+        ("", {"theta", "zeta", "phi", "psi", "xi"}),
+        ("--latent-prior uniform", {"theta", "zeta", "phi"}),
+        ("--latent-prior uniform --latent-size 1", {"theta", "zeta"}),
+        ("--phi-gradient actor --latent-prior uniform", {"theta", "zeta", "phi"}),
+        ("--reptile-step 0", {"zeta", "phi", "psi", "xi"}),
+    ],
+)
+def test_what_an_update_moves(flags, moved):
+    """After two updates, so that optimisers have moments which could move more."""
+    s = setting("resource", "3", "5", flags=f"--inner-steps 2 --target hard {flags}", double=False)
+    run_update(s, 8)
+    before = {name: weights(net) for name, net in parts_of(s.agent).items()}
+    run_update(s, 1)
+    after = {name: weights(net) for name, net in parts_of(s.agent).items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed - {"delayed_theta", "delayed_zeta"} == moved
+    for name in ("theta", "zeta"):
+        assert torch.equal(after[f"delayed_{name}"], after[name])
+
+
+# --- 9. Permutations, and the dead ----------------------------------------------------------------
+
+
+def outputs(s: SimpleNamespace, view, actions) -> dict[str, torch.Tensor]:
+    """Of all networks, the agents second; phi's as (M, N, N)."""
+    agent, g = s.agent, s.agent.phi(view)
+    found = {"phi": g, "theta": agent.theta(view, g), "zeta": agent.zeta(view, g, actions)}
+    return found | ({"xi": agent.xi(view, g)} if hasattr(agent, "xi") else {})
+
+
+@pytest.mark.parametrize("how", [*REPRESENTATIONS, "parent"])
+@pytest.mark.parametrize("task", ["resource", "pacman"])
+def test_permuting_agents_of_a_type_permutes_everything(how, task):
+    one, two = ("4", "3") if task == "resource" else ("3,2", "2,1")
+    if how == "parent":
+        s = setting(task, one, script=maddpg)
+    else:
+        s = setting(task, one, two, flags=small_latents(how))
+    order = torch.tensor([2, 0, 3, 1] if task == "resource" else [1, 2, 0, 4, 3])
+    batch = random_batch(s, 5, dead=0.2)
+    view = batch.view
+    fields = {k: x[:, order] for k, x in view._asdict().items() if k in {"own", "others", "z"}}
+    moved = view._replace(**fields, alive=view.alive[:, order])
+    moved = moved._replace(mask=view.mask[:, order][:, :, order])
+    before, after = outputs(s, view, batch.actions), outputs(s, moved, batch.actions[:, order])
+    for name, x in before.items():
+        x = x[:, order][:, :, order] if name == "phi" else x[:, order]
+        assert (after[name] - x).abs().max() < 1e-12, name
+        assert (x - before[name]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("how", [*REPRESENTATIONS, "parent"])
+def test_the_dead_change_nothing_for_the_living(how):
+    """Whatever their features, latents and actions are: not a bit."""
+    if how == "parent":
+        s = setting("pacman", "3,2", script=maddpg)
+    else:
+        s = setting("pacman", "3,2", "2,1", flags=small_latents(how))
+    batch, other = random_batch(s, 6, dead=0.4), random_batch(s, 6, seed=5)
+    view, alive = batch.view, batch.view.alive
+    assert alive.any() and not alive.all()
+    fields = {
+        k: torch.where(alive[..., None], x, getattr(other.view, k))
+        for k, x in view._asdict().items()
+        if k in {"own", "others", "z"}
+    }
+    actions = torch.where(alive, batch.actions, other.actions)
+    before = outputs(s, view, batch.actions)
+    after = outputs(s, view._replace(**fields), actions)
+    for name, x in before.items():
+        assert torch.equal(x[alive], after[name][alive]), name
+        assert not torch.equal(x, after[name]), "their own rows may change"
+
+
+DEAD = ("critic", "expectation", "gumbel", "Eq. (11)", "sampled", "Eq. (13)", "straight-through")
+
+
+@pytest.mark.parametrize("name", DEAD)
+def test_the_dead_receive_no_gradient(name):
+    """Neither their networks' outputs nor what is known of them: exactly 0; the living do."""
+    flags = "--latent-size 3 --phi-gradient actor" if name in DEAD[1:3] else "--latent-size 3"
+    flags += " --actor-gradient gumbel" if name == "gumbel" else ""
+    flags += " --mi-samples 2" if name == "sampled" else ""
+    flags += " --latent-gradient gumbel" if name == "straight-through" else ""
+    s = setting("pacman", "3,2", "2,1", flags=flags)
+    batch, agent, seen = random_batch(s, 8, dead=0.4), s.agent, []
+    view = batch.view._replace(
+        own=batch.view.own.requires_grad_(), others=batch.view.others.requires_grad_()
+    )
+    batch, alive, log_prior = batch._replace(view=view), view.alive, random_prior(5, 3)
+
+    def watched(net):
+        def call(*inputs):
+            out = net(*inputs)
+            if out.requires_grad:
+                out.retain_grad()
+                seen.append(out)
+            return out
+
+        return call
+
+    theta, zeta, xi = watched(agent.theta), watched(agent.zeta), watched(agent.xi)
+    nets = SimpleNamespace(theta=theta, zeta=zeta, xi=xi, phi=agent.phi, args=s.args)
+    nets.delayed_theta, nets.delayed_zeta = watched(agent.delayed_theta), agent.delayed_zeta
+    g, next_g = agent.phi(view), agent.phi(batch.next_view)
+    if name == "critic":
+        loss = mra.critic_loss(s.args, nets, batch, g, next_g, seeded(0))
+    elif name in ("expectation", "gumbel"):
+        loss = mra.actor_loss(s.args, theta, zeta, batch, g, seeded(0))[0]
+    elif name in ("Eq. (11)", "sampled"):
+        loss = mra.phi_loss(s.args, nets, view, log_prior, seeded(0))[0]
+    else:
+        loss = mra.population_loss(s.args, nets, view, log_prior, 0, seeded(0))
+    loss.backward()
+    assert seen
+    for x in seen:
+        x = x.grad if x.dim() == 4 else x.grad[None]  # (., M, N, outputs)
+        assert not x[:, ~alive].any()
+        reached = x[:, alive].any(0).any(-1)  # drawn latents may be the same, and the gain 0
+        assert reached.float().mean() > 0.4 if name == "sampled" else reached.all()
+    for x in (view.own, view.others):
+        assert not x.grad[~alive].any()
+        assert x.grad[alive].any(-1).float().mean() > 0.8
+
+
+# --- 10. The critic and one's own action ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+@pytest.mark.parametrize("name", GAMES)
+def test_the_critic_does_not_see_ones_own_action(script, name):
+    """Another a_i changes what all others expect, and no bit of Q_i, whose 5 outputs are for it."""
+    s = games(script, name)
+    batch, N = random_batch(s, 4), s.game.num_agents
+    view, g = batch.view, random_graph(batch.view)
+    q = s.agent.zeta(view, g, batch.actions)
+    assert q.shape == (4, N, 5)
+    for i in range(N):
+        actions = batch.actions.clone()
+        actions[:, i] = (actions[:, i] + 2) % 5
+        other = s.agent.zeta(view, g, actions)
+        same = (q == other).all(-1)  # (M, N)
+        rest = same[:, [j for j in range(N) if j != i]]
+        assert same[:, i].all()
+        assert not rest.all(0).any() and rest.float().mean() < 0.3, "all others see it"
+
+
+# --- 11. Reptile and delayed networks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("several", [False, True])
+def test_reptile_step(alpha, several):
+    """theta + alpha (theta_K - theta), of several populations their mean; only theta moves."""
+    flags = f"--reptile-step {alpha}" + (" --parallel-populations" if several else "")
+    s = setting("resource", "3", "5", flags=flags, double=False)
+    agent, first = s.agent, copy.deepcopy(s.agent.theta)
+    thetas = [theta for theta, _ in mra.fast_weights(s.args, agent, s.arenas)]
+    assert len(thetas) == (2 if several else 1)
+    assert all(torch.equal(weights(theta), weights(first)) for theta in thetas)
+    assert all((theta is agent.theta) != several for theta in thetas)
+    for k, theta in enumerate(thetas):
+        sharpen(theta, 1.0, 20 + k)
+    others = {k: weights(net) for k, net in parts_of(agent).items() if k != "theta"}
+    last = np.mean([numbers(weights(theta)) for theta in thetas], 0)
+    start = numbers(weights(first))
+    mra.reptile(s.args, agent, [p.detach().clone() for p in first.parameters()], thetas)
+    ours, expected = numbers(weights(agent.theta)), start + alpha * (last - start)
+    assert np.abs(last - start).max() > 0.1
+    assert np.abs(ours - expected).max() < 1e-6
+    if alpha == 0 or (alpha == 1 and not several):
+        assert (ours == expected).all()
+    for name, x in others.items():
+        assert torch.equal(weights(parts_of(agent)[name]), x), name
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+@pytest.mark.parametrize(("flags", "step"), [("polyak --polyak .2", 0.2), ("hard", 1.0)])
+def test_delayed_networks_follow(script, flags, step):
+    s = setting("pacman", "2,1", script=script, flags=f"--target {flags}")
+    before = {name: numbers(weights(net)) for name, net in parts_of(s.agent).items()}
+    s.agent.follow()
+    after = {name: numbers(weights(net)) for name, net in parts_of(s.agent).items()}
+    for name, x in before.items():
+        fast = before[name.removeprefix("delayed_")]
+        expected = x + step * (fast - x)
+        assert np.abs(after[name] - expected).max() <= (1e-12 if step < 1 else 0), name
+    assert (before["theta"] != before["delayed_theta"]).any()
+
+
+# --- 12. Replay and sizes of rewards --------------------------------------------------------------
+
+
+def record(s: SimpleNamespace, arena, steps: int) -> list[SimpleNamespace]:
+    """What collect() saw and did, step by step."""
+    rows, true = [], arena.world.step
+
+    def step(actions):
+        seen, z = arena.world.obs, arena.numbers["z"].clone() if s.script is mra else None
+        result = true(actions)
+        own = {"obs": seen, "z": z, "actions": actions.clone()}
+        rows.append(SimpleNamespace(**result._asdict() | own))
+        return result
+
+    arena.world.step = step
+    for _ in range(steps):
+        s.script.collect(s.agent, arena, **s.rngs)
+    arena.world.step = true
+    return rows
+
+
+def short_pacman(script: ModuleType, flags: str = "") -> SimpleNamespace:
+    """Pac-Men that die soon: crowded by ghosts; short episodes."""
+    flags = f"--max-episode-steps 8 --num-envs 8 {flags}"
+    return setting("pacman", "2,16", script=script, share=True, flags=flags, double=False)
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+def test_deviation_of_rewards_is_that_of_the_living(script):
+    s = short_pacman(script)
+    arena = s.arenas[0]
+    rows = record(s, arena, 40)
+    alive = np.stack([row.obs.alive.numpy() for row in rows])
+    reward = np.stack([row.reward.double().numpy() for row in rows])
+    assert not alive.all(), "somebody died"
+    expected = []
+    for part in (slice(0, 2), slice(2, 18)):
+        living = reward[..., part][alive[..., part]]
+        expected += [living.std()] * (part.stop - part.start)
+    assert abs(expected[0] - reward[..., :2].std()) > 1e-3, "the dead would change it"
+    assert np.abs(numbers(arena.deviation()) - expected).max() < 1e-6
+    raw = short_pacman(script, "--no-scale-rewards")
+    record(raw, raw.arenas[0], 3)
+    assert (raw.arenas[0].deviation() == 1).all()
+
+
+def test_deviation_has_a_floor():
+    s = setting("resource", "3", double=False)
+    arena = s.arenas[0]
+    alive = torch.ones(1, 3, dtype=torch.float64)
+    sums = [torch.stack([arena.by_type(x) for x in (alive, 2 * alive, 4 * alive)])] * 5
+    arena.numbers["rewards"] += torch.stack(sums).sum(0)
+    assert torch.allclose(arena.deviation(), torch.full((3,), 0.01))
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+def test_replay_gives_back_what_was_seen(script):
+    """Bit for bit o, o', a, r / deviation, z and ends of the transitions that the seed picks,
+    also when the oldest have been overwritten."""
+    s = short_pacman(script, "--buffer-size 60 --batch-size 40")
+    arena, world = s.arenas[0], s.arenas[0].world
+    rows, checked = [], {"died": False, "terminated": False, "truncated": False}
+    for steps in (5, 6, 14):  # 40, 88 and 200 transitions in 60 places
+        rows += record(s, arena, steps)
+        stored = 8 * len(rows)
+        assert arena.steps == stored and arena.size == min(stored, 60)
+        kept = {}  # what each place holds
+        for t, row in enumerate(rows):
+            for b in range(8):
+                kept[(8 * t + b) % 60] = (row, b, 8 * t + b)
+        assert min(number for *_, number in kept.values()) == max(0, stored - 60)
+        batch = arena.sample(s.agent, seeded(steps), 40)
+        index = torch.randint(0, arena.size, (40,), generator=seeded(steps)).tolist()
+        assert len(set(index)) > 15
+        for m, (row, b, _) in enumerate(kept[k] for k in index):
+            latents = [row.z[b : b + 1]] if script is mra else []
+            for ours, obs in ((batch.view, row.obs), (batch.next_view, row.final)):
+                obs = type(obs)(*(x[b : b + 1] for x in obs))
+                expected = s.agent.look(world.game, obs, *latents)
+                for name, x in expected._asdict().items():
+                    mine = getattr(ours, name)
+                    assert mine == x if name == "counts" else torch.equal(mine[m], x[0]), name
+            assert torch.equal(batch.actions[m], row.actions[b])
+            assert torch.equal(batch.rewards[m], row.reward[b] / arena.deviation())
+            assert batch.terminated[m] == row.terminated[b]
+            checked["died"] |= bool((batch.view.alive[m] != batch.next_view.alive[m]).any())
+            checked["terminated"] |= bool(row.terminated[b])
+            checked["truncated"] |= bool(row.truncated[b])
+    assert all(checked.values()), checked
+
+
+def test_latents_last_for_an_episode_and_are_drawn_anew_after_it():
+    s = short_pacman(mra)
+    arena = s.arenas[0]
+    rows = record(s, arena, 30)
+    for row, later in itertools.pairwise(rows):
+        ended = row.terminated | row.truncated
+        assert torch.equal(row.z[~ended], later.z[~ended])
+        if ended.sum() >= 2:
+            assert (row.z[ended] != later.z[ended]).any()
+    assert any((row.terminated | row.truncated).sum() >= 2 for row in rows)
+    assert any(row.terminated.any() for row in rows)
+
+
+@pytest.mark.parametrize("task", ["treasure", "resource"])
+def test_bytes_of_a_transition(task):
+    s = setting(task, "24", double=False)
+    size = sum(x[0].numel() * x.element_size() for x in s.arenas[0].replay.values())
+    assert size < 1500
+    world = s.arenas[0].world.obs
+    plain = 2 * 4 * (world.own[0].numel() + world.entities()[0].numel())
+    assert plain > 40 * size, "observations would be many times as large"
+
+
+# --- 13. p(z|m) -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "own", "unseen"),
+    [
+        ("resource", ("3", "6"), (24,)),
+        ("resource", ("3", "6"), (1,)),
+        ("pacman", ("2,1", "3,2"), (2, 8)),
+    ],
+)
+def test_prior_of_populations_never_met(task, own, unseen):
+    """psi in NumPy: a small network of counts / 10, a row for each type."""
+    s = setting(task, *own)
+    game, w = make_game(task, unseen), arrays(s.agent.psi)
+    hidden = relu(w["net.0.weight"] @ (np.array(unseen) / 10) + w["net.0.bias"])
+    expected = (w["net.2.weight"] @ hidden + w["net.2.bias"]).reshape(len(unseen), 6)
+    expected = np.repeat(log_softmax(expected), unseen, 0)
+    ours = numbers(s.agent.log_prior(game))
+    assert np.abs(ours - expected).max() < 1e-12
+    assert np.abs(np.exp(ours).sum(-1) - 1).max() < 1e-12
+    assert np.abs(np.exp(ours) - 1 / 6).max() > 0.05
+    assert np.abs(numbers(s.agent.log_prior(s.game))[0] - ours[0]).max() > 1e-3, "m matters"
+
+
+def test_uniform_prior():
+    """With --latent-prior uniform, and where there is one population."""
+    for s in (setting("pacman", "2,1", "2,2", flags="--latent-prior uniform"), setting()):
+        assert not hasattr(s.agent, "psi") and not hasattr(s.agent, "xi")
+        ours = numbers(s.agent.log_prior(s.game))
+        assert ours.shape == (3, 6)
+        assert np.abs(ours + np.log(6)).max() < 1e-6
+
+
+def test_latents_are_drawn_from_the_prior():
+    """Frequencies of each agent within 5 standard errors, agents independent of each other."""
+    s = setting("pacman", "2,1", "3,2")
+    z = mra.draw_latents(s.agent, s.game, (20_000,), seeded(0)).numpy()
+    assert z.shape == (20_000, 3)
+    p = np.exp(numbers(s.agent.log_prior(s.game)))
+    assert np.ptp(p) > 0.2, "far from uniform"
+    for i in range(3):
+        share = np.bincount(z[:, i], minlength=6) / len(z)
+        assert (np.abs(share - p[i]) <= 5 * np.sqrt(p[i] * (1 - p[i]) / len(z))).all()
+    both, alike = (z[:, 0] == z[:, 1]).mean(), (p[0] * p[1]).sum()
+    assert abs(both - alike) <= 5 * np.sqrt(alike * (1 - alike) / len(z))
