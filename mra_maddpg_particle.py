@@ -102,6 +102,7 @@ class Args:
     latent_size: Positive = 6  # Z
     representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z
     latent_prior: Literal["learned", "uniform"] = "learned"  # p(z|m); uniform: uni-MRA
+    prior_floor: Share = 0.0  # of p(z|m), shared by all z; not in the paper, see docs/mra.md
     mi_samples: Count = 0  # z' of Eq. (11), with sampled actions; 0: exact expectations
     latent_gradient: Literal["exact", "gumbel"] = "exact"  # of psi in Eq. (13)
     reptile_step: Share = 1.0  # alpha
@@ -584,6 +585,8 @@ class Agent:
         """log p(z|m) (N, Z)."""
         uniform = torch.zeros(len(game.population), self.args.latent_size, device=self.device)
         log_p = self.psi(game.population) if hasattr(self, "psi") else uniform.log_softmax(-1)
+        if floor := self.args.prior_floor:
+            log_p = ((1 - floor) * log_p.exp() + floor / self.args.latent_size).log()
         return log_p.repeat_interleave(torch.tensor(game.population, device=self.device), 0)
 
     def look(self, game: Game, obs: Observation, z: Tensor) -> View:
@@ -956,7 +959,7 @@ def diagnose(agent: Agent, arenas: list[Arena], rng: torch.Generator) -> dict[st
             right = (agent.xi(view, uniform_graph(view)).argmax(-1) == label).float()
             scalars[f"xi_accuracy_uniform_g/{arena.name}"] = mean(right, view.alive)
             for kind, p in enumerate(agent.psi(arena.game.population).exp()):
-                for z, x in enumerate(p):
+                for z, x in enumerate(p):  # psi's own, without --prior-floor
                     scalars[f"prior/{arena.name}/{kind}/{z}"] = x
     means = [p.mean(0) for p in priors]
     distances = [(p - q).abs().sum() / 2 for p, q in itertools.combinations(means, 2)]

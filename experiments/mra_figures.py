@@ -9,7 +9,7 @@ g, and return per z in the evaluations on the way (--eval-every). Fig. 10: where
 one and the same beginning, by z in a run of several populations (and everybody has that z), and in
 runs of one population beside it. Fig. 11: whom that agent attends to, edges above --edge, by z, and
 with which probability it takes each action. Writes OUT-9.png, OUT-10.png, OUT-11.png, and OUT-9.csv
-with the curves' points.
+with the curves' points. (Agents are blue, ghosts green, the dead hollow.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from figures import (
 )
 from particle_agents import Trained, load, make_world
 
-from envs.particle import ParticleWorld, unpack
+from envs.particle import TASKS, ParticleWorld, unpack
 
 MOVES = {1: (-1, 0), 2: (1, 0), 3: (0, -1), 4: (0, 1)}  # of actions
 
@@ -62,18 +62,25 @@ class Study:
 
 def read_points(trained: Trained) -> list[dict[str, Any]]:
     """A row per logged figure of Fig. 9."""
-    rows = []
+    rows, returns = [], returns_of(trained)
     for scalars in read_log(trained.run):
         for name, value in scalars.items():
             kind, _, rest = name.partition("/")
             wanted = ("information", "xi_loss", "xi_accuracy", "xi_accuracy_uniform_g")
-            if kind == "eval" and " z=" in rest and rest.endswith("/return"):
-                kind, rest = "return", rest.removesuffix("/return")
+            player, _, figure = rest.partition("/")
+            if kind == "eval" and " z=" in player and figure in returns:
+                kind, rest = figure, player
             elif kind not in wanted:
                 continue
             row = {"run": trained.run.resolve().name, "timesteps": scalars["timesteps"]}
             rows.append(row | {"figure": kind, "of": rest, "value": value})
     return rows
+
+
+def returns_of(trained: Trained) -> list[str]:
+    """What evaluations call returns: of all agents or of each role."""
+    roles = TASKS[trained.args.task].roles
+    return ["return"] if len(roles) == 1 else [f"return_{role}" for role in roles]
 
 
 def draw_curves(runs: list[Trained], rows: list[dict[str, Any]]) -> Any:
@@ -82,8 +89,9 @@ def draw_curves(runs: list[Trained], rows: list[dict[str, Any]]) -> Any:
         "information": "bound on I(g; a|o), nats",
         "xi_loss": "loss of xi, nats",
         "xi_accuracy": "xi is right; dashed: uniform g",
-        "return": "return with z, less the mean over z",
     }
+    for name in returns_of(runs[0]):
+        panels[name] = f"{name.replace('_', ' of ', 1)} with z, less mean"
     size = (4.4 * len(runs), 2.4 * len(panels))
     figure, axes = plt.subplots(len(panels), len(runs), figsize=size, squeeze=False, sharex="col")
     for column, trained in enumerate(runs):
@@ -92,8 +100,8 @@ def draw_curves(runs: list[Trained], rows: list[dict[str, Any]]) -> Any:
         for axis, (kind, label) in zip(axes[:, column], panels.items()):
             for number, population in enumerate(trained.populations):
                 colour = f"C{number}"
-                if kind == "return":
-                    draw_returns(axis, own, population, colour)
+                if kind.startswith("return"):
+                    draw_returns(axis, own, kind, population, colour)
                     continue
                 axis.plot(*points(own, kind, population), color=colour, label=population)
                 if kind == "xi_accuracy":
@@ -115,10 +123,10 @@ def points(rows: list[dict[str, Any]], kind: str, of: str) -> tuple[list[float],
     return [row["timesteps"] / 1000 for row in chosen], [row["value"] for row in chosen]
 
 
-def draw_returns(axis: Any, rows: list[dict[str, Any]], population: str, colour: str) -> None:
+def draw_returns(axis: Any, rows: list[dict], kind: str, population: str, colour: str) -> None:
     """A line per z: its return less the mean over z, at each evaluation."""
-    names = {row["of"] for row in rows if row["figure"] == "return"}
-    lines = [points(rows, "return", name) for name in sorted(names)]
+    names = {row["of"] for row in rows if row["figure"] == kind}
+    lines = [points(rows, kind, name) for name in sorted(names)]
     lines = [line for name, line in zip(sorted(names), lines) if name.split(" ")[0] == population]
     if not lines or len({len(steps) for steps, _ in lines}) > 1:
         return
@@ -204,7 +212,9 @@ def draw_graphs(trained: Trained, study: Study, population: str) -> Any:
         g = trained.agent.phi(view)
         chances = trained.agent.theta(view, g).softmax(-1)[0, study.agent]
         draw_ground(axis, world)
-        axis.plot(*places.T, "o", color="tab:blue", ms=5)
+        for kind, alive, place in zip(world.game.types, view.alive[0], places):
+            colour = ("tab:blue", "tab:green")[kind]
+            axis.plot(*place, "o", color=colour, mfc=colour if alive else "none", ms=5)
         me = places[study.agent]
         for other, weight in zip(places, g[0, study.agent]):
             if weight > study.edge:
@@ -217,7 +227,7 @@ def draw_graphs(trained: Trained, study: Study, population: str) -> Any:
     for axis in axes.flat[Z:]:
         axis.axis("off")
     figure.suptitle(f"{trained.run.resolve().name}, edges above {study.edge}", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(h_pad=2)
     return figure
 
 
