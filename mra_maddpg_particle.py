@@ -206,7 +206,7 @@ def inherit(args: Args, argv: list[str]) -> Args:
     typed |= {"no_" + name for name in typed} | {name.removeprefix("no_") for name in typed}
     for name in typed & fixed:
         given = getattr(args, name)
-        if (list(given) if isinstance(given, tuple) else given) != own[name]:
+        if given not in (own[name], tuple(own[name]) if name == "populations" else None):
             raise UsageError(f"--{name.replace('_', '-')} is {own[name]} in {args.adapt}.")
     other = {*RESUMABLE, *typed, "seed", "adapt", "population", "preset", "phi_gradient"}
     kept = {k: tuple(x) if isinstance(x, list) else x for k, x in own.items() if k not in other}
@@ -991,7 +991,7 @@ def update(args, agent: Agent, now: list[Arena], arenas: list[Arena], rng, laten
         critic_norm = descend(loss, agent.zeta, optimiser, args.max_grad_norm)
         for batch, g, (theta, optimiser) in zip(batches, graphs, thetas):
             policy_loss, entropy = actor_loss(args, theta, agent.zeta, batch, g, rng)
-            actor = nn.ModuleList((theta, agent.phi))
+            actor = nn.ModuleList((theta, agent.phi) if args.phi_gradient == "actor" else (theta,))
             actor_norm = descend(policy_loss, actor, optimiser, args.max_grad_norm)
         now_ = {"critic_loss": loss, "actor_loss": policy_loss, "entropy": entropy}
         now_ |= {"critic_grad_norm": critic_norm, "actor_grad_norm": actor_norm}
@@ -1177,7 +1177,7 @@ class Logger:
     def __init__(self, args: Any, run_dir: Path, timesteps: int):
         self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
         self.path, self.terminal = run_dir / "metrics.jsonl", sys.stderr.isatty()
-        if timesteps:  # what came after the checkpoint happens again
+        if timesteps and self.path.exists():  # what came after the checkpoint happens again
             kept = (line for line in self.path.read_bytes().splitlines(True) if line[-1:] == b"\n")
             kept = [line for line in kept if json.loads(line)["timesteps"] <= timesteps]
             write(self.path, b"".join(kept))
@@ -1300,17 +1300,22 @@ def is_due(every: int, before: int, now: int) -> bool:
 # --- 10. Train ------------------------------------------------------------------------------------
 
 
-def save_replay(run_dir: Path, timesteps: int, arenas: list[Arena]) -> dict[str, str]:
-    """Write the filled part of the replays, for a checkpoint that is to come; what that notes."""
+def save_run(run_dir: Path, state: dict[str, Any], arenas: list[Arena]) -> None:
+    """Write the filled part of the replays, then the checkpoint that names them; replays whose
+    checkpoint is gone go, too."""
     filled = [{k: x[: arena.size].clone() for k, x in arena.replay.items()} for arena in arenas]
-    buffer, name = io.BytesIO(), f"replay-{timesteps}.pt"
+    buffer, name = io.BytesIO(), f"replay-{state['timesteps']}.pt"
     torch.save(filled, buffer)
     write(run_dir / name, buffer.getvalue())
-    return {"name": name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    save_checkpoint(run_dir, state | {"replay": {"name": name, "sha256": sha256}})
+    for path in run_dir.glob("replay-*.pt"):
+        if not (run_dir / path.name.replace("replay", "checkpoint")).exists():
+            path.unlink()
 
 
 def load_replay(run_dir: Path, entry: dict[str, str], arenas: list[Arena]) -> None:
-    """Put back what save_replay() wrote."""
+    """Put back what save_run() wrote."""
     if not (data := read_intact(run_dir, entry)):
         raise UsageError(f"{run_dir / entry['name']} is damaged or missing: nothing to go on with.")
     for arena, filled in zip(arenas, torch.load(io.BytesIO(data), weights_only=True)):
@@ -1358,6 +1363,14 @@ def report(arenas: list[Arena], scalars: dict[str, list], now: dict, seconds, st
     return figures | {"sps": steps / seconds}
 
 
+def new_arenas(args: Args, device: torch.device) -> list[Arena]:
+    """One for each population to train in; UsageError also for one to evaluate that cannot be."""
+    for name in args.eval_populations:
+        make_envs(args, name, 1, args.seed)
+    names = (args.population,) if args.adapt else args.populations
+    return [Arena(args, name, device) for name in names]
+
+
 def begin(args: Args, agent: Agent, arenas: list[Arena], latent_rng: torch.Generator) -> None:
     """The first latents; with --adapt networks and sizes of rewards of the run that is adapted."""
     if args.adapt:
@@ -1380,10 +1393,7 @@ def train(args: Args) -> dict[str, dict[str, float]]:
     iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
     began = time.monotonic() - saved.get("wall_s", 0)
     with contextlib.ExitStack() as stack:
-        names = (args.population,) if args.adapt else args.populations
-        arenas = [Arena(args, name, device) for name in names]
-        for name in args.eval_populations:
-            make_envs(args, name, 1, args.seed)
+        arenas = new_arenas(args, device)
         agent = Agent(args, arenas[0].game, device)
         if saved:
             restore(agent.parts(), saved["agent"], source)
@@ -1408,16 +1418,15 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
         scalars, clock = collections.defaultdict(list), (time.monotonic(), timesteps)
 
+        saved_at = timesteps if saved else -1
+
         def save() -> None:
-            if (run_dir / f"checkpoint-{timesteps}.pt").exists():
-                return
-            state = pack(args, agent, arenas, rngs)
-            state |= {"iteration": iteration, "timesteps": timesteps}
-            state |= {"replay": save_replay(run_dir, timesteps, arenas)}
-            save_checkpoint(run_dir, state | {"wall_s": time.monotonic() - began})
-            for path in run_dir.glob("replay-*.pt"):
-                if not (run_dir / path.name.replace("replay", "checkpoint")).exists():
-                    path.unlink()
+            nonlocal saved_at
+            if timesteps != saved_at:
+                state = pack(args, agent, arenas, rngs)
+                state |= {"iteration": iteration, "timesteps": timesteps}
+                save_run(run_dir, state | {"wall_s": time.monotonic() - began}, arenas)
+            saved_at = timesteps
 
         if not saved:
             save()

@@ -812,7 +812,7 @@ class Logger:
     def __init__(self, args: Any, run_dir: Path, timesteps: int):
         self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
         self.path, self.terminal = run_dir / "metrics.jsonl", sys.stderr.isatty()
-        if timesteps:  # what came after the checkpoint happens again
+        if timesteps and self.path.exists():  # what came after the checkpoint happens again
             kept = (line for line in self.path.read_bytes().splitlines(True) if line[-1:] == b"\n")
             kept = [line for line in kept if json.loads(line)["timesteps"] <= timesteps]
             write(self.path, b"".join(kept))
@@ -935,17 +935,22 @@ def is_due(every: int, before: int, now: int) -> bool:
 # --- 10. Train ------------------------------------------------------------------------------------
 
 
-def save_replay(run_dir: Path, timesteps: int, arenas: list[Arena]) -> dict[str, str]:
-    """Write the filled part of the replays, for a checkpoint that is to come; what that notes."""
+def save_run(run_dir: Path, state: dict[str, Any], arenas: list[Arena]) -> None:
+    """Write the filled part of the replays, then the checkpoint that names them; replays whose
+    checkpoint is gone go, too."""
     filled = [{k: x[: arena.size].clone() for k, x in arena.replay.items()} for arena in arenas]
-    buffer, name = io.BytesIO(), f"replay-{timesteps}.pt"
+    buffer, name = io.BytesIO(), f"replay-{state['timesteps']}.pt"
     torch.save(filled, buffer)
     write(run_dir / name, buffer.getvalue())
-    return {"name": name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    save_checkpoint(run_dir, state | {"replay": {"name": name, "sha256": sha256}})
+    for path in run_dir.glob("replay-*.pt"):
+        if not (run_dir / path.name.replace("replay", "checkpoint")).exists():
+            path.unlink()
 
 
 def load_replay(run_dir: Path, entry: dict[str, str], arenas: list[Arena]) -> None:
-    """Put back what save_replay() wrote."""
+    """Put back what save_run() wrote."""
     if not (data := read_intact(run_dir, entry)):
         raise UsageError(f"{run_dir / entry['name']} is damaged or missing: nothing to go on with.")
     for arena, filled in zip(arenas, torch.load(io.BytesIO(data), weights_only=True)):
@@ -1021,16 +1026,15 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
         scalars, clock = collections.defaultdict(list), (time.monotonic(), timesteps)
 
+        saved_at = timesteps if saved else -1
+
         def save() -> None:
-            if (run_dir / f"checkpoint-{timesteps}.pt").exists():
-                return
-            state = pack(args, agent, arenas, rngs)
-            state |= {"iteration": iteration, "timesteps": timesteps}
-            state |= {"replay": save_replay(run_dir, timesteps, arenas)}
-            save_checkpoint(run_dir, state | {"wall_s": time.monotonic() - began})
-            for path in run_dir.glob("replay-*.pt"):
-                if not (run_dir / path.name.replace("replay", "checkpoint")).exists():
-                    path.unlink()
+            nonlocal saved_at
+            if timesteps != saved_at:
+                state = pack(args, agent, arenas, rngs)
+                state |= {"iteration": iteration, "timesteps": timesteps}
+                save_run(run_dir, state | {"wall_s": time.monotonic() - began}, arenas)
+            saved_at = timesteps
 
         if not saved:
             save()

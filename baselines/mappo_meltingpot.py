@@ -858,7 +858,7 @@ class Logger:
     def __init__(self, args: Any, run_dir: Path, timesteps: int):
         self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
         self.path, self.terminal = run_dir / "metrics.jsonl", sys.stderr.isatty()
-        if timesteps:  # what came after the checkpoint happens again
+        if timesteps and self.path.exists():  # what came after the checkpoint happens again
             kept = (line for line in self.path.read_bytes().splitlines(True) if line[-1:] == b"\n")
             kept = [line for line in kept if json.loads(line)["timesteps"] <= timesteps]
             write(self.path, b"".join(kept))

@@ -21,7 +21,7 @@ Player = Callable[[ParticleWorld], Tensor]
 
 def read_population(text: str) -> tuple[int, ...]:
     """ "6" -> (6,), "8,4" -> (8, 4); ValueError, one sentence, for anything else."""
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+    if not re.fullmatch(r"(0|[1-9]\d*)(,(0|[1-9]\d*))*", text):
         raise ValueError(f"A population is a number or, of two types, 8,4: {text} is not.")
     return tuple(map(int, text.split(",")))
 

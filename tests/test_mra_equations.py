@@ -1299,6 +1299,17 @@ def test_prior_of_populations_never_met(task, own, unseen):
     assert np.abs(numbers(s.agent.log_prior(s.game))[0] - ours[0]).max() > 1e-3, "m matters"
 
 
+def test_floor_of_the_prior():
+    """--prior-floor e: (1 - e) p + e / Z, of psi's own p."""
+    plain = setting("resource", "3", "4", flags=small_latents("option"))
+    s = setting("resource", "3", "4", flags=small_latents("option") + " --prior-floor .3")
+    game = make_game("resource", 3)
+    p = plain.agent.log_prior(game).exp().detach().numpy()
+    found = s.agent.log_prior(game).exp().detach().numpy()
+    assert np.allclose(found, 0.7 * p + 0.3 / p.shape[1], atol=1e-6)
+    assert not np.allclose(found, p, atol=1e-4)
+
+
 def test_uniform_prior():
     """With --latent-prior uniform, and where there is one population."""
     for s in (setting("pacman", "2,1", "2,2", flags="--latent-prior uniform"), setting()):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from toolbox import BIDIST, MAPPO, ROOT, bidist, collect, mappo, setting, update, weights
 
+PARTICLE = [ROOT / "mra_maddpg_particle.py", ROOT / "baselines" / "maddpg_particle.py"]
 TINY = ["--substrate", "toy", "--num-envs", "4", "--rollout-steps", "20", "--final-episodes", "4"]
 PAPER = [
     "pure_coordination_in_the_matrix__repeated",
@@ -71,34 +72,46 @@ def test_diff_of_the_two_files_is_the_method():
     assert gone <= 0.20 * len(parent), f"{gone} of the parent's {len(parent)} are changed or gone"
 
 
-def shared_blocks(path: Path) -> list[str]:
-    return re.findall(
-        r"^# \[shared\] begin\n(.*?)^# \[shared\] end\n", path.read_text(), re.S | re.M
-    )
+def shared_blocks(path: Path) -> list[tuple[str, str]]:
+    """The name of each block, "shared" or "shared: NAME", and its text; no mark without its end."""
+    text = path.read_text()
+    blocks = re.findall(r"^# \[(shared(?:: \w+)?)\] begin\n(.*?)^# \[\1\] end\n", text, re.S | re.M)
+    marks = [(f"# [{name}] begin", f"# [{name}] end") for name, _ in blocks]
+    found = [line for line in text.splitlines() if "[shared" in line]
+    assert found == [mark for pair in marks for mark in pair], path.name
+    return blocks
 
 
 def test_shared_blocks_are_identical_in_all_scripts():
+    """[shared] in all scripts, [shared: NAME] in all that have a block of this name."""
     scripts = [*ROOT.glob("*.py"), *(ROOT / "baselines").glob("*.py")]
-    assert len(scripts) >= 2
-    blocks = {path.name: shared_blocks(path) for path in scripts}
-    first = blocks[BIDIST.name]
-    assert len(first) >= 3
-    for name, own in blocks.items():
-        for number, (a, b) in enumerate(zip(first, own, strict=True)):
-            assert a == b, f"shared block {number} of {name} has drifted"
-        text = (ROOT / name if (ROOT / name).exists() else ROOT / "baselines" / name).read_text()
-        assert text.count("[shared] begin") == text.count("[shared] end") == len(first)
+    assert {BIDIST, MAPPO, *PARTICLE} <= set(scripts)
+    blocks = {path: shared_blocks(path) for path in scripts}
+    common = {path: [x for name, x in own if name == "shared"] for path, own in blocks.items()}
+    named = {path: dict(x for x in own if x[0] != "shared") for path, own in blocks.items()}
+    assert len(common[BIDIST]) >= 3
+    for path, own in common.items():
+        assert len(own) == len(common[BIDIST]), f"{path.name} has not all of the common blocks"
+        for number, (a, b) in enumerate(zip(common[BIDIST], own)):
+            assert a == b, f"shared block {number} of {path.name} has drifted"
+        assert len(named[path]) + len(own) == len(blocks[path]), f"{path.name}: a name twice"
+    for name in {name for own in named.values() for name in own}:
+        texts = {path.name: own[name] for path, own in named.items() if name in own}
+        assert len(texts) > 1, f"[{name}] is in {min(texts)} alone"
+        assert len(set(texts.values())) == 1, f"[{name}] is not the same in {', '.join(texts)}"
+    assert {path for path in scripts if "shared: meltingpot" in named[path]} == {BIDIST, MAPPO}
 
 
 def test_sections_and_lengths():
     """The order of DESIGN's anatomy; functions under 80 lines."""
     import ast
 
-    for path in (BIDIST, MAPPO):
+    for path in (BIDIST, MAPPO, *PARTICLE):
         text = path.read_text()
         numbers = [int(x) for x in re.findall(r"^# --- (\d+)\. ", text, re.M)]
         expected = [2, 3, 4, 5, 6, 7, 8, 9, 10]
-        assert numbers == (expected if path == BIDIST else [n for n in expected if n != 5])
+        parent = path.parent.name == "baselines"
+        assert numbers == [n for n in expected if n != 5 or not parent], path.name
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 80, f"{path.name}: {node.name}"

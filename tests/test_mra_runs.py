@@ -1,0 +1,1566 @@
+"""maddpg_particle.py and mra_maddpg_particle.py as wholes: one from the other, flags, resuming,
+adapting, evaluating, learning."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import (
+    ROOT,
+    differences,
+    exact,
+    index,
+    metrics,
+    not_finite,
+    only_error,
+    script,
+    sentences,
+    start,
+    states,
+    until,
+)
+
+MRA, MADDPG = "mra_maddpg_particle", "baselines.maddpg_particle"
+BOTH = (MRA, MADDPG)
+FOREVER = 10**9  # environment steps
+VISIT = 20 * 4  # environment steps of a tiny run's visit to a population
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory; signal handlers as they were."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Listing the installed packages for args.json takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in BOTH:
+            patch.setattr(script(name), "distributions", lambda: [])
+        yield
+
+
+def tiny(name, run_dir, steps, *flags):
+    """The command line of a run of some environment steps, without evaluation."""
+    argv = "--num-envs 4 --batch-size 16 --buffer-size 500 --update-every 20 --inner-steps 1"
+    argv += " --hidden-size 8 --key-size 4 --eval-episodes 2 --final-episodes 0 --eval-every 0"
+    argv += " --save-every 0 --log-every 1000000"
+    own = ("--population", 3) if name == MADDPG else ("--populations", 3, 5)
+    return [
+        str(x)
+        for x in (*argv.split(), *own, "--total-timesteps", steps, "--run-dir", run_dir, *flags)
+    ]
+
+
+def adapting(source, run_dir, steps, *flags):
+    """The same of an adaptation to four agents; most flags are the source's."""
+    argv = ("--adapt", source, "--population", 4, "--final-episodes", 0, "--save-every", 0)
+    argv += ("--eval-every", 0, "--eval-episodes", 2, "--log-every", 1000000)
+    return [str(x) for x in (*argv, "--total-timesteps", steps, "--run-dir", run_dir, *flags)]
+
+
+def resuming(run_dir, steps, *flags):
+    return [str(x) for x in ("--resume", run_dir, "--total-timesteps", steps, *flags)]
+
+
+def run(name, run_dir, steps, *flags):
+    """A whole run; its last checkpoint."""
+    assert script(name).main(tiny(name, run_dir, steps, *flags)) == 0
+    return exact(run_dir)
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def initial(run_dir):
+    """The checkpoint from before the first update."""
+    return read(Path(run_dir) / "checkpoint-0.pt")
+
+
+def replays(run_dir, state=None):
+    """The replays beside the newest checkpoint or another one, held against their sha256."""
+    entry = (state or states(run_dir)[0])["replay"]
+    data = (Path(run_dir) / entry["name"]).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def nets(state):
+    return {name: part for name, part in state["agent"].items() if "optimiser" not in name}
+
+
+def contents(*folders):
+    return {
+        path: path.stat().st_mtime_ns for folder in folders for path in sorted(folder.rglob("*"))
+    }
+
+
+def parts(run_dir):
+    return list(Path(run_dir).glob("*.part"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Finished runs of both scripts, in which nothing changes, and what is none."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ["--no-shaping", "--max-grad-norm", 5, "--seed", 3]
+    run(MRA, folder / "mra", 2 * VISIT + 20, *flags, "--save-every", VISIT)
+    run(MRA, folder / "agents", 40, "--no-share-parameters", "--populations", 3)
+    run(MRA, folder / "pacman", 80, "--task", "pacman", "--populations", "2,1", "1,2")
+    run(MADDPG, folder / "maddpg", 40)
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("")
+    return folder
+
+
+# --- The diff is the paper ------------------------------------------------------------------------
+
+
+def lines(name):
+    return (ROOT / f"{name.replace('.', '/')}.py").read_text().splitlines()
+
+
+def test_diff_of_the_two_files_is_the_method():
+    parent, child, added, gone = lines(MADDPG), lines(MRA), 0, 0
+    for line in difflib.unified_diff(parent, child, n=0, lineterm=""):
+        added += line.startswith("+") and not line.startswith("+++")
+        gone += line.startswith("-") and not line.startswith("---")
+    assert added <= 0.45 * len(child), f"{added} of {len(child)} lines are added"
+    assert gone <= 0.20 * len(parent), f"{gone} of the parent's {len(parent)} are changed or gone"
+
+
+ALIKE = [  # of --actor-gradient, --phi-gradient and --share-parameters all pairs
+    ("gumbel", "actor", True, "--target polyak --polyak .1 --inner-steps 2", "treasure", "3"),
+    ("gumbel", "mi", False, "--target hard --inner-steps 1", "treasure", "3"),
+    ("expectation", "actor", False, "--target hard --inner-steps 3", "pacman", "2,1"),
+    ("expectation", "mi", True, "--target polyak --no-scale-rewards", "pacman", "2,1"),
+    ("expectation", "actor", True, "--target hard --inner-steps 2", "resource", "3"),
+]
+
+
+@pytest.mark.parametrize("actor, phi, shared, flags, task, population", ALIKE)
+def test_without_its_method_mra_is_maddpg(actor, phi, shared, flags, task, population):
+    """One population, one z, shared flags alike: the same bits after six updates."""
+    flags = [*flags.split(), "--actor-gradient", actor, "--phi-gradient", phi, "--task", task]
+    share = {MADDPG: ["--share-parameters"] * shared, MRA: ["--no-share-parameters"] * (not shared)}
+    parent = run(MADDPG, "parent", 120, *flags, *share[MADDPG], "--population", population)
+    child = [*flags, *share[MRA], "--populations", population]
+    off = run(MRA, "off", 120, *child, "--latent-size", 1)
+    steps = parent["agent"]["critic_optimiser"]["state"][0]["step"]
+    assert steps >= 3 and steps % 6 == 0
+    assert set(parent["agent"]) == set(off["agent"])
+    assert set(nets(parent)) == {"phi", "theta", "zeta", "delayed_theta", "delayed_zeta"}
+    assert differences(parent["agent"], off["agent"]) == []
+    assert differences(parent["rngs"]["rng"], off["rngs"]["rng"]) == []
+    assert differences(parent["arenas"][0]["world"], off["arenas"][0]["world"]) == []
+    (mine,), (theirs,) = replays("off"), replays("parent")
+    assert differences({k: mine[k] for k in theirs}, theirs) == [] and len(mine["z"]) == 120
+    # Equal bits would mean little if nothing had moved.
+    moved = differences(nets(initial("parent")), nets(parent))
+    expected = {"theta", "zeta", "delayed_theta", "delayed_zeta"}
+    assert {name.split("/")[1] for name in moved} - {"phi"} == expected
+    assert any(name.startswith("/phi/") for name in moved) == (phi == "actor")
+    # And with the method they differ: a latent, and a phi that moves in any case.
+    on = run(MRA, "on", 120, *child, "--latent-size", 6)
+    for name in ("theta", "zeta", "delayed_theta", "delayed_zeta"):
+        assert differences(on["agent"][name], parent["agent"][name])
+    assert differences(initial("on")["agent"]["phi"], on["agent"]["phi"])
+    assert (replays("on")[0]["z"] > 0).any() and not (mine["z"] > 0).any()
+
+
+# --- Same seed, same bits -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, flags", [(MADDPG, ()), (MRA, ("--latent-size", 2))])
+def test_same_seed_same_bits(name, flags):
+    """Another seed changes every weight matrix, every generator, and what is logged."""
+    a, b, c = (
+        run(name, run_dir, 80, *flags, "--log-every", 40, "--eval-every", 80, "--seed", seed)
+        for run_dir, seed in (("a", 7), ("b", 7), ("c", 8))
+    )
+    assert differences(a, b) == []
+    assert metrics("a") == metrics("b") != metrics("c") and len(metrics("a")) == 3
+    changed = differences(a, c)
+    assert {f"/rngs/{rng}" for rng in a["rngs"]} < set(changed)
+    for net, part in nets(a).items():
+        weights = {k for k in part if k.endswith("weight")}
+        assert weights and {k for k in weights if f"/agent/{net}/{k}" not in changed} == set()
+
+
+MODES = {
+    "maddpg": (MADDPG, ""),
+    "maddpg, pacman": (MADDPG, "--task pacman --population 2,1 --target hard --phi-gradient mi"),
+    "maddpg, replay wraps": (MADDPG, "--buffer-size 30 --actor-gradient expectation"),
+    "two populations": (MRA, ""),
+    "three, replay wraps": (MRA, "--task resource --populations 2 3 4 --buffer-size 30"),
+    "parallel": (MRA, "--parallel-populations --reptile-step .5"),
+    "sampled": (MRA, "--mi-samples 2 --latent-gradient gumbel --actor-gradient gumbel"),
+    "pacman, bilinear": (
+        MRA,
+        "--task pacman --populations 1,2 2,1 --representation bilinear --latent-prior uniform",
+    ),
+    "concat, per agent": (
+        MRA,
+        "--populations 3 --no-share-parameters --representation concat --target polyak",
+    ),
+    "short visits": (MRA, "--max-episode-steps 7 --phi-gradient actor"),
+    "adapt": (MRA, "--inner-steps 2"),
+}
+MEANS = r"(critic_loss|actor_loss|entropy|critic_grad_norm|actor_grad_norm|mi/.*|xi_loss/.*)"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_equals_uninterrupted(mode, runs):
+    """Stopped twice, within a visit, between two updates and between two lines of the log. What a
+    line gives the mean of since the last one is of what came after the stop."""
+    name, flags = MODES[mode]
+    flags = [*flags.split(), "--log-every", "80"]
+    argv = functools.partial(tiny, name)
+    if mode == "adapt":
+        shutil.copytree(runs / "mra", "source")
+        argv = functools.partial(adapting, "source")
+    module = script(name)
+    assert module.main(argv("whole", 240, *flags)) == 0
+    assert module.main(argv("cut", 52, *flags)) == 0
+    assert 52 <= exact("cut")["timesteps"] < 60 and 52 % VISIT and 52 % 20
+    if mode == "adapt":
+        shutil.rmtree("source")  # a run that is resumed needs it no more
+    assert module.main(resuming("cut", 164)) == 0
+    assert module.main(resuming("cut", 240)) == 0
+    whole, cut = exact("whole"), exact("cut")
+    assert cut["timesteps"] == 240
+    assert differences(whole, cut) == []
+    assert differences(replays("whole"), replays("cut")) == []
+    assert differences(nets(initial("whole")), nets(whole))
+    pick = [
+        [{k: x for k, x in m.items() if not re.fullmatch(MEANS, k)} for m in metrics(run_dir)]
+        for run_dir in ("whole", "cut")
+    ]
+    assert pick[0] == pick[1] and len(pick[0]) == 3
+    assert any("episodes" in m for m in pick[0])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_resumed_before_the_first_line_of_the_log(name):
+    """Which may come long after the first checkpoint."""
+    run(name, "run", 40)
+    assert not Path("run/metrics.jsonl").exists()
+    assert script(name).main(resuming("run", 80, "--log-every", 80)) == 0
+    assert [m["timesteps"] for m in metrics("run")] == [80]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_looking_at_a_run_changes_nothing(name):
+    """Lines of the log, checkpoints and evaluations draw nothing from the run's generators."""
+    looks = {
+        "log": ("--log-every", 20),
+        "save": ("--save-every", 20),
+        "eval": ("--eval-every", 60, "--final-episodes", 2),
+    }
+    a = run(name, "plain", 120)
+    for look, flags in looks.items():
+        b = run(name, look, 120, *flags)
+        for arena in (*a["arenas"], *b["arenas"]):
+            arena["numbers"].pop("ended", None)  # since the last line
+        assert differences(a, b) == [], look
+        assert differences(replays("plain"), replays(look)) == [], look
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_killed(name, tmp_path):
+    """At any moment, or while a file is being written: the run goes on from its last checkpoint,
+    with that one's replay, and ends where one ends that nobody killed."""
+    rng, run_dir, reached = random.Random(1), tmp_path / "run", 0
+    argv = tiny(name, run_dir, FOREVER, "--save-every", 8)
+    for kill in range(3):
+        before = index(run_dir)
+        with start(name, argv, tmp_path) as process:
+            until(lambda: index(run_dir) != before, process)  # noqa: B023
+            if kill % 2:
+                until(lambda: parts(run_dir), process, pause=0)
+                time.sleep(rng.uniform(0, 0.005))
+            else:
+                time.sleep(rng.uniform(0, 0.3))
+            assert process.poll() is None, process.stderr()
+            process.send(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        for state in states(run_dir):
+            filled = [min(arena["steps"], 500) for arena in state["arenas"]]
+            assert [len(x["actions"]) for x in replays(run_dir, state)] == filled
+        assert states(run_dir)[0]["timesteps"] >= reached
+        reached = states(run_dir)[0]["timesteps"]
+        argv = resuming(run_dir, FOREVER)
+    end = reached + 44
+    assert reached > 8
+    assert script(name).main(resuming(run_dir, end)) == 0
+    run(name, tmp_path / "whole", end)
+    assert differences(exact(run_dir), exact(tmp_path / "whole")) == []
+    assert differences(replays(run_dir), replays(tmp_path / "whole")) == []
+    assert parts(run_dir) == [] and len(list(run_dir.glob("replay-*"))) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", BOTH)
+def test_stop_saves_and_resumes(name, number, monkeypatch):
+    """Asked to stop in the 13th vector step: that one is the last, without a final evaluation."""
+    module, calls = script(name), []
+    collect = module.collect
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 13:
+            os.kill(os.getpid(), number)
+        return collect(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "collect", interrupted)
+        assert module.main(tiny(name, "cut", FOREVER, "--final-episodes", 10**6)) == 0
+    assert len(calls) == 13 and index("cut")[0]["timesteps"] == 52
+    assert not Path("cut/summary.json").exists()
+    assert module.main(resuming("cut", 120, "--final-episodes", 0)) == 0
+    assert differences(exact("cut"), run(name, "whole", 120)) == []
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_stop_in_an_evaluation_on_the_way(name, monkeypatch):
+    module, calls = script(name), []
+    play = module.play
+
+    def interrupted(*args):
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return play(*args)
+
+    flags = ("--eval-every", 20, "--eval-episodes", 1)
+    monkeypatch.setattr(module, "play", interrupted)
+    assert module.main(tiny(name, "run", FOREVER, *flags)) == 0
+    assert len(calls) == 1 and index("run")[0]["timesteps"] == 20
+    assert not Path("run/summary.json").exists()
+
+
+# --- Replays --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_replays_lie_beside_their_checkpoints(name, tmp_path):
+    """What they hold; those of checkpoints that are gone are gone, too."""
+    run(name, "run", 140, "--save-every", 20, "--buffer-size", 48)
+    assert [entry["timesteps"] for entry in index("run")] == [140, 120]
+    names = {path.name for path in Path("run").glob("*-*.pt")}
+    assert names == {f"{kind}-{n}.pt" for kind in ("checkpoint", "replay") for n in (120, 140)}
+    for state in states("run"):
+        assert state["replay"]["name"] == f"replay-{state['timesteps']}.pt"
+        steps = [arena["steps"] for arena in state["arenas"]]
+        assert sum(steps) == state["timesteps"]
+        for filled, n in zip(replays("run", state), steps):
+            columns = {"state", "final_state", "actions", "rewards", "terminated"}
+            assert set(filled) - {"z"} == columns and ("z" in filled) == (name == MRA)
+            assert {len(x) for x in filled.values()} == {min(n, 48)}
+            size = sum(x[0].numel() * x.element_size() for x in filled.values())
+            assert size < 1024, "rows are to be small"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "deleted": Path.unlink,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name, source", [(MRA, "mra"), (MADDPG, "maddpg")])
+def test_replay_damaged(name, source, damage, runs, tmp_path, capfd):
+    """Nothing to go on with; evaluating and adapting need none."""
+    run_dir = Path(shutil.copytree(runs / source, tmp_path / "run"))
+    replay = run_dir / states(run_dir)[0]["replay"]["name"]
+    DAMAGES[damage](replay)
+    before = contents(tmp_path)
+    assert script(name).main(resuming("run", 2000)) == 2
+    out, err = capfd.readouterr()
+    assert replay.name in only_error(err) and out == ""
+    assert contents(tmp_path) == before
+    if damage == "deleted":
+        assert script(name).main(["--eval-only", "run", "--final-episodes", "1"]) == 0
+        assert contents(tmp_path) == before
+        assert name == MADDPG or script(name).main(adapting("run", "adapted", 4)) == 0
+        assert sentences(capfd.readouterr().err) == []
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_newest_checkpoint_damaged(damage, tmp_path, capfd):
+    """The run goes on from the one before, and in the end all that are listed are intact."""
+    run(MRA, "run", 120, "--save-every", 60)
+    whole, name = exact("run"), index("run")[0]["name"]
+    DAMAGES[damage](tmp_path / "run" / name)
+    capfd.readouterr()
+    assert script(MRA).main(resuming("run", 120)) == 0
+    (line,) = sentences(capfd.readouterr().err)
+    assert name in line and line.endswith(".")
+    assert index("run")[0]["timesteps"] == 120
+    assert differences(exact("run"), whole) == []
+    assert differences(replays("run"), replays("run", whole)) == []
+
+
+def test_killed_between_checkpoint_and_index():
+    """A checkpoint that the index does not know yet is as good as none."""
+    run(MRA, "run", 120, "--save-every", 60)
+    whole, entries = exact("run"), index("run")
+    assert [entry["timesteps"] for entry in entries] == [120, 60]
+    Path("run/checkpoints.json").write_text(json.dumps(entries[1:]))
+    assert script(MRA).main(resuming("run", 120)) == 0
+    assert [entry["timesteps"] for entry in index("run")] == [120, 60]
+    assert differences(exact("run"), whole) == []
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("flags", ["--log-every 20", "--save-every 20", ""])
+def test_diverged(name, flags, capfd):
+    """A learning rate that overflows: one sentence, and no checkpoint of what has become."""
+    argv = tiny(name, "run", 120, "--learning-rate", 1e37, *flags.split())
+    assert script(name).main(argv) == 1
+    assert "is not finite" in only_error(capfd.readouterr().err)
+    for state in states("run"):
+        assert not_finite(state) == [] and replays("run", state)
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+WRONG = {  # in both scripts, with words that the sentence has to contain
+    "--task pirates": "'pirates' treasure resource pacman",
+    "--task ''": "task",
+    "--{populations} x": "x",
+    "--{populations} 0": "0",
+    "--{populations} -1": "-1",
+    "--{populations} 3,": "3,",
+    "--{populations} ''": "population",
+    "--{populations} 4,2": "treasure 4,2",
+    "--task resource --{populations} 4,2": "resource 4,2",
+    "--task pacman --{populations} 6": "pacman 6",
+    "--task pacman --{populations} 4,0": "4,0",
+    "--task pacman --{populations} 4,2,1": "4,2,1",
+    "--batch-size 1025 --buffer-size 1024": "--batch-size --buffer-size",
+    "--phi-gradient returns": "--phi-gradient 'returns' actor mi",
+    "--preset slow": "--preset 'slow' paper fast",
+    "--num-env 3": "--num-env --num-envs?",
+    "--scale-rewards": "--scale-rewards",
+    "stray": "stray",
+    "--resume {own} --eval-only {own}": "--resume --eval-only",
+    "--resume {own} --run-dir other": "--resume --run-dir",
+    "--resume {own} --gamma .5": "--gamma 0.95",
+    "--resume {own} --task resource": "--task treasure",
+    "--resume {own} --num-envs 5": "--num-envs 4",
+    "--resume {runs}/empty": "empty checkpoint",
+    "--resume {other}": "is a run of not of",
+    "--eval-only {other}": "is a run of not of",
+    "--eval-only {own} --final-episodes 0": "--eval-only --final-episodes",
+    "--eval-only {runs}/empty": "empty checkpoint",
+    "--eval-only nowhere": "nowhere checkpoint",
+    "--run-dir {own}": "holds a run already --resume",
+    "--run-dir {runs}/file/below": "file/below",
+}
+WRONG_IN_MADDPG = {
+    "--population 3 4": "4",
+    "--latent-size 2": "--latent-size",
+    "--adapt {runs}/maddpg": "--adapt",
+    "--resume {own} --population 4": "--population 3",
+}
+WRONG_IN_MRA = {
+    "--populations": "--populations",
+    "--populations 3 6 3": "--populations twice",
+    "--populations 3 03": "population 03",
+    "--populations 3 4,2": "treasure 4,2",
+    "--task pacman --populations 4,2 6": "pacman 6",
+    "--population 4": "--adapt --population",
+    "--adapt {runs}/mra": "--adapt --population",
+    "--adapt {runs}/mra --population 4 --task resource": "treasure resource",
+    "--adapt {runs}/pacman --population 4": "pacman 4",
+    "--adapt {runs}/mra --population 4,2": "treasure 4,2",
+    "--adapt {runs}/mra --population 0": "0",
+    "--adapt {runs}/mra --population x": "x",
+    "--adapt {runs}/maddpg --population 4": "is a run of maddpg_particle not of",
+    "--adapt {runs}/agents --population 4": "agents parameters per agent",
+    "--adapt {runs}/empty --population 4": "empty checkpoint",
+    "--adapt nowhere --population 4": "nowhere checkpoint",
+    "--adapt {runs}/mra --population 4 --hidden-size 16": "--hidden-size 8",
+    "--adapt {runs}/mra --population 4 --key-size 16": "--key-size 4",
+    "--adapt {runs}/mra --population 4 --latent-size 2": "--latent-size 6",
+    "--adapt {runs}/mra --population 4 --populations 3 6": "--populations",
+    "--adapt {runs}/mra --population 4 --representation concat": "--representation option",
+    "--adapt {runs}/mra --population 4 --latent-prior uniform": "--latent-prior learned",
+    "--adapt {runs}/mra --population 4 --no-share-parameters": "share-parameters",
+    "--adapt {runs}/mra --population 4 --buffer-size 10": "--batch-size --buffer-size",
+    "--adapt {runs}/mra --population 4 --eval-populations 4,2": "treasure 4,2",
+    "--adapt {runs}/mra --population 4 --run-dir {runs}/mra": "holds a run already",
+    "--resume {own} --adapt {own} --population 4": "stays so",
+    "--eval-only {own} --adapt {own} --population 4": "stays so",
+    "--no-share-parameters": "populations --share-parameters",
+    "--no-share-parameters --populations 3 --eval-populations 4": "populations --share-parameters",
+    "--resume {runs}/agents --eval-populations 4": "populations --share-parameters",
+    "--eval-only {runs}/agents --final-episodes 1 --eval-populations 4": "--share-parameters",
+    "--parallel-populations --populations 3": "--parallel-populations populations",
+    "--parallel-populations --phi-gradient actor": "--parallel-populations --phi-gradient",
+    "--phi-gradient actor --mi-samples 2": "--mi-samples --phi-gradient",
+    "--eval-populations 4,2": "treasure 4,2",
+    "--eval-populations 3 x": "x",
+    "--eval-populations 0": "0",
+    "--eval-only {own} --final-episodes 1 --eval-populations 4,2": "treasure 4,2",
+    "--resume {own} --eval-populations 4,2": "treasure 4,2",
+    "--resume {own} --populations 3 5 4": "--populations",
+    "--resume {own} --latent-size 2": "--latent-size 6",
+    "--representation heads": "--representation 'heads' option concat bilinear",
+}
+CASES = [(name, line, words) for name in BOTH for line, words in WRONG.items()]
+CASES += [(MADDPG, *case) for case in WRONG_IN_MADDPG.items()]
+CASES += [(MRA, *case) for case in WRONG_IN_MRA.items()]
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """A run that gets so far as to begin fails at once, instead of going on for hours."""
+
+    def collect(*args, **kwargs):
+        raise AssertionError("the run has begun")
+
+    for name in BOTH:
+        monkeypatch.setattr(script(name), "collect", collect)
+
+
+@pytest.mark.parametrize("name, line, words", CASES, ids=[f"{c[0][:3]}:{c[1]}" for c in CASES])
+def test_wrong_command_line(name, line, words, runs, tmp_path, capfd, untrained):
+    check_wrong(name, line, words, runs, tmp_path, capfd)
+
+
+def check_wrong(name, line, words, runs, tmp_path, capfd):
+    """One sentence with these words; exit code 2; nothing left behind."""
+    own, other = ("mra", "maddpg") if name == MRA else ("maddpg", "mra")
+    populations = "populations" if name == MRA else "population"
+    names = {"own": runs / own, "other": runs / other, "populations": populations}
+    before = contents(tmp_path, runs)
+    code = script(name).main(shlex.split(line.format(runs=runs, **names)))
+    out, err = capfd.readouterr()
+    sentence = only_error(err)
+    assert (code, out) == (2, "")
+    assert len(sentence) < 400 and "Error" not in sentence
+    assert [word for word in words.split() if word not in sentence] == [], sentence
+    assert contents(tmp_path, runs) == before
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_several_processes(name, runs, tmp_path, capfd, untrained, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    check_wrong(name, "", "one process", runs, tmp_path, capfd)
+    check_wrong(name, "--resume {own}", "one process", runs, tmp_path, capfd)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.parametrize("name", BOTH)
+def test_cuda_without_cuda(name, runs, tmp_path, capfd, untrained):
+    check_wrong(name, "--device cuda", "--device cuda", runs, tmp_path, capfd)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_numbers_out_of_bounds(name, runs, tmp_path, capfd, untrained):
+    """No field takes a negative number; none takes NaN."""
+    module, checked = script(name), []
+    for field, kind in typing.get_type_hints(module.Args, include_extras=True).items():
+        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+        for wrong in {int: ("-1",), float: ("-1e-3", "nan")}.get(kind, ()):
+            checked.append(("--" + field.replace("_", "-"), wrong))
+    assert len(checked) > 30
+    checked += [("--num-envs", "0"), ("--inner-steps", "0"), ("--max-grad-norm", "0")]
+    checked += [("--gamma", "1.01"), ("--learning-rate", "inf"), ("--batch-size", "1.5")]
+    for flag, wrong in checked:
+        with pytest.raises(module.UsageError, match=f"^{flag}[ :].*\\.$"):
+            module.parse([flag, wrong])
+    for flag, wrong in checked[:1] + checked[-1:]:
+        check_wrong(name, f"{flag} {wrong}", f"{flag} {wrong}", runs, tmp_path, capfd)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_every_field_says_what_it_is(name):
+    """tyro shows the comment behind a field as its help."""
+    text = lines(name)
+    tree = next(x for x in ast.parse("\n".join(text)).body if getattr(x, "name", "") == "Args")
+    fields = [x for x in tree.body if isinstance(x, ast.AnnAssign)]
+    assert len(fields) == len(dataclasses.fields(script(name).Args)) > 40
+    assert [x.target.id for x in fields if "  # " not in text[x.end_lineno - 1]] == []
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_default_run_directory_and_args_json(name, tmp_path, monkeypatch):
+    argv = tiny(name, "", 4)
+    monkeypatch.undo()  # with the list of packages
+    os.chdir(tmp_path)
+    for _ in range(2):  # a name of its own, in the same second
+        assert script(name).main(argv) == 0
+    found = list((tmp_path / "runs").iterdir())
+    stem = name.split(".")[-1]
+    for path in found:
+        assert re.fullmatch(rf"treasure__{stem}__s1__\d{{8}}T\d{{6}}Z__[0-9a-f]{{4}}", path.name)
+    assert len(found) == 2
+    stored = json.loads((found[0] / "args.json").read_text())
+    args = dataclasses.asdict(script(name).parse(argv))
+    assert {k: stored[k] for k in args} == json.loads(json.dumps(args))
+    assert stored["script"] == stem and stored["resolved"] == {"device": "cpu"}
+
+
+def given(name, argv, monkeypatch):
+    """The arguments that main() trains with."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(script(name), "train", seen.append)
+        assert script(name).main([str(x) for x in argv]) == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_presets(name, monkeypatch):
+    """The fast one sets its flags, others override it wherever they stand."""
+    module = script(name)
+    plain = given(name, [], monkeypatch)
+    assert plain == module.Args() == given(name, ["--preset", "paper"], monkeypatch)
+    fast = given(name, ["--preset", "fast"], monkeypatch)
+    assert fast == given(name, ["--preset=fast"], monkeypatch)
+    differ = {k for k, x in vars(fast).items() if getattr(plain, k) != x}
+    flags = {x[2:].replace("-", "_") for x in module.PRESETS["fast"].split() if x[:2] == "--"}
+    assert flags - differ <= {"target"}, "what is the default already need not be in it"
+    assert differ == flags & differ | {"preset"} and len(differ) > 6
+    assert fast.compile and fast.num_envs > plain.num_envs and fast.learning_rate == 1e-3
+    words = module.PRESETS["fast"].split()
+    assert float(words[words.index("--polyak") + 1]) == fast.polyak
+    for argv in (["--num-envs", 7, "--preset", "fast"], ["--preset", "fast", "--num-envs", 7]):
+        assert given(name, argv, monkeypatch) == dataclasses.replace(fast, num_envs=7)
+
+
+# --- Flags ----------------------------------------------------------------------------------------
+# Every flag changes the quantity that it names. Each entry: flags, what to measure on a run with
+# and one without them, and how the two must relate.
+
+
+def changed(part):
+    return lambda state, run_dir: state["agent"][part]
+
+
+def moved(*names):
+    """Which networks are not as they began."""
+    return lambda state, run_dir: [
+        bool(differences(state["agent"][x], initial(run_dir)["agent"][x])) for x in names
+    ]
+
+
+def shape(part, weight):
+    return lambda state, run_dir: tuple(state["agent"][part][weight].shape)
+
+
+def steps_of(part):
+    return lambda state, run_dir: float(state["agent"][part]["state"][0]["step"])
+
+
+def rewards(judge):
+    return lambda state, run_dir: bool(judge(replays(run_dir)[0]["rewards"]))
+
+
+def rows(column):
+    """How many lines of the log have it."""
+    return lambda state, run_dir: (
+        sum(column in m for m in metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+    )
+
+
+def result(*keys):
+    """A figure of the final evaluation."""
+
+    def measure(state, run_dir):
+        path = run_dir / "summary.json"
+        value = json.loads(path.read_text())["eval"] if path.exists() else {}
+        for key in keys:
+            value = (value or {}).get(key)
+        return value
+
+    return measure
+
+
+def first_eval(state, run_dir):
+    key = "eval/3/episodes"
+    return rows(key)(state, run_dir) and next(m[key] for m in metrics(run_dir) if key in m)
+
+
+def moments(state, run_dir):
+    parts = state["agent"]["critic_optimiser"]["state"].values()
+    return sum(float(x["exp_avg_sq"].sum()) for x in parts)
+
+
+def slow_is_fast(state, run_dir):
+    return not differences(state["agent"]["theta"], state["agent"]["delayed_theta"])
+
+
+COMMON = {  # of both scripts, on a run with one population of three and, in MRA, one z
+    "seed": ("--seed 7", changed("theta"), None),
+    "total_timesteps": ("--total-timesteps 160", lambda s, d: s["timesteps"], (120, 160)),
+    "capture_video": (
+        "--capture-video --final-episodes 1",
+        lambda s, d: [x.name for x in d.glob("videos/*")],
+        ([], ["final-120-3.mp4"]),
+    ),
+    "task": (
+        "--task resource",
+        lambda s, d: s["arenas"][0]["world"]["game"],
+        ("treasure 3", "resource 3"),
+    ),
+    "shaping": ("--no-shaping", rewards(lambda x: (x % 5 == 0).all()), (False, True)),
+    "collision_penalty": (
+        "--{populations} 12 --collision-penalty 3",
+        rewards(lambda x: (x < -2).any()),
+        (False, True),
+    ),
+    "num_envs": ("--num-envs 8", lambda s, d: s["iteration"], (30, 15)),
+    "max_episode_steps": (
+        "--max-episode-steps 5",
+        lambda s, d: float(s["arenas"][0]["numbers"]["ended"][0]),
+        (4.0, 24.0),
+    ),
+    "actor_gradient": ("--actor-gradient expectation", changed("theta"), None),
+    "phi_gradient": ("--phi-gradient mi", moved("phi", "theta"), ([True, True], [False, True])),
+    "target": ("--target hard", slow_is_fast, (False, True)),
+    "polyak": (
+        "--polyak 0",
+        moved("delayed_theta", "delayed_zeta"),
+        ([True, True], [False, False]),
+    ),
+    "inner_steps": ("--inner-steps 3", steps_of("critic_optimiser"), (6.0, 18.0)),
+    "hidden_size": (
+        "--hidden-size 16",
+        lambda s, d: [shape(x, "pair.linear.weight")(s, d)[-1] for x in ("phi", "theta", "zeta")],
+        ([8, 8, 8], [16, 16, 16]),
+    ),
+    "key_size": (
+        "--key-size 6",
+        lambda s, d: [shape("phi", f"{x}.weight")(s, d)[-1] for x in ("query", "key")],
+        ([4, 4], [6, 6]),
+    ),
+    "head_gain": (
+        "--head-gain 20",
+        lambda s, d: float(initial(d)["agent"]["phi"]["query.weight"].abs().max()),
+        "up",
+    ),
+    "learning_rate": (
+        "--learning-rate 0",
+        moved("theta", "zeta", "phi"),
+        ([True, True, True], [False, False, True]),
+    ),
+    "phi_learning_rate": (
+        "--phi-learning-rate 0",
+        moved("theta", "zeta", "phi"),
+        ([True, True, True], [True, True, False]),
+    ),
+    "gamma": ("--gamma .5", changed("zeta"), None),
+    "batch_size": ("--batch-size 60", steps_of("critic_optimiser"), (6.0, 4.0)),
+    "buffer_size": ("--buffer-size 30", lambda s, d: len(replays(d)[0]["state"]), (120, 30)),
+    "update_every": ("--update-every 40", steps_of("critic_optimiser"), (6.0, 3.0)),
+    "entropy_coef": ("--entropy-coef 5", changed("theta"), None),
+    "scale_rewards": ("--no-scale-rewards", changed("zeta"), None),
+    "max_grad_norm": ("--max-grad-norm .00001", moments, "down"),
+    "log_every": ("--log-every 40", rows("entropy"), (0, 3)),
+    "eval_every": ("--eval-every 40", rows("eval/3/return"), (0, 3)),
+    "eval_episodes": ("--eval-every 60 --eval-episodes 3", first_eval, (0, 3)),
+    "final_episodes": ("--final-episodes 5", result("3", "episodes"), (None, 5)),
+    "save_every": (
+        "--save-every 100",
+        lambda s, d: [entry["timesteps"] for entry in index(d)],
+        ([120, 0], [120, 100]),
+    ),
+}
+PARENT = {
+    "population": (
+        "--population 5",
+        lambda s, d: s["arenas"][0]["world"]["game"],
+        ("treasure 3", "treasure 5"),
+    ),
+    "share_parameters": ("--share-parameters", shape("theta", "out.bias"), ((3, 5), (1, 5))),
+}
+METHOD = {  # of MRA, on a run with populations of 3 and 5
+    "populations": (
+        "--populations 4 2 5",
+        lambda s, d: [arena["world"]["game"] for arena in s["arenas"]],
+        (["treasure 3", "treasure 5"], ["treasure 4", "treasure 2", "treasure 5"]),
+    ),
+    "share_parameters": (
+        "--no-share-parameters --populations 3",
+        shape("theta", "out.bias"),
+        ((1, 5), (3, 5)),
+    ),
+    "latent_size": (
+        "--latent-size 2",
+        lambda s, d: (len(s["agent"]["phi"]["query.weight"]), int(replays(d)[0]["z"].max())),
+        ((6, 5), (2, 1)),
+    ),
+    "representation": (
+        "--representation concat",
+        lambda s, d: ("of_z.weight" in str(s["agent"]["phi"].keys()), len_of_query(s)),
+        ((False, 6), (True, 1)),
+    ),
+    "representation of a product": (
+        "--representation bilinear",
+        lambda s, d: (len(s["agent"]["phi"]["pair.linear.weight"]), len_of_query(s)),
+        ((1, 6), (6, 1)),
+    ),
+    "latent_prior": (
+        "--latent-prior uniform",
+        lambda s, d: [x in s["agent"] for x in ("psi", "xi", "latent_optimiser")],
+        ([True] * 3, [False] * 3),
+    ),
+    "prior_floor": ("--prior-floor 1", moved("psi", "xi"), ([True, True], [False, True])),
+    "prior_floor": (
+        "--prior-floor 1",
+        moved("psi", "xi"),
+        ([True, True], [False, True]),
+    ),
+    "mi_samples": ("--mi-samples 2", changed("phi"), None),
+    "latent_gradient": ("--latent-gradient gumbel", changed("psi"), None),
+    "reptile_step": (
+        "--reptile-step 0",
+        moved("theta", "zeta", "phi"),
+        ([True, True, True], [False, True, True]),
+    ),
+    "parallel_populations": (
+        "--parallel-populations",
+        lambda s, d: (s["iteration"], "copies" in s["agent"]),
+        ((40, False), (20, True)),
+    ),
+    "eval_populations": (
+        "--final-episodes 2 --latent-size 1 --eval-populations 4",
+        result("4", "episodes"),
+        (None, 2),
+    ),
+    "final_episodes": (
+        "--final-episodes 3 --latent-size 1",
+        lambda s, d: [result(m, "episodes")(s, d) for m in ("3", "5")],
+        ([None, None], [3, 3]),
+    ),
+    "capture_video": (
+        "--capture-video --final-episodes 1 --latent-size 2 --populations 3",
+        lambda s, d: sorted(x.name for x in d.glob("videos/*")),
+        (
+            [],
+            [f"final-160-3{z}.mp4" for z in ("-z=0", "-z=1", "")],
+        ),
+    ),
+}
+# Measured elsewhere.
+ELSEWHERE = {
+    "run_dir": "every test here",
+    "resume": "test_resumed_equals_uninterrupted",
+    "eval_only": "test_evaluation_alone_repeats",
+    "preset": "test_presets",
+    "adapt": "the tests of adaptation",
+    "population": "the same",
+    "device": "test_device_threads_and_compile",
+    "num_threads": "test_device_threads_and_compile",
+    "compile": "test_device_threads_and_compile",
+    # Of a block that all scripts share:
+    **dict.fromkeys(("track", "wandb_project", "wandb_mode", "wandb_timeout"), "test_wandb.py"),
+}
+
+
+def len_of_query(state):
+    return len(state["agent"]["phi"]["query.weight"])
+
+
+def test_every_flag_is_tested():
+    fields = [{x.name for x in dataclasses.fields(script(name).Args)} for name in BOTH]
+    method = {name.split(" of ")[0] for name in METHOD}
+    assert fields[0] == set(COMMON) | method | set(ELSEWHERE)
+    elsewhere = set(ELSEWHERE) - {"adapt", "population"}
+    assert fields[1] == set(COMMON) | set(PARENT) | elsewhere
+    assert fields[1] < fields[0]
+
+
+ONE = "--target polyak --actor-gradient gumbel --phi-gradient actor --total-timesteps 120"
+ONE = {MRA: f"{ONE} --populations 3 --latent-size 1", MADDPG: f"{ONE} --population 3"}
+BASES = {  # name of the plain run: script, flags, steps
+    MRA: (MRA, ONE[MRA], 120),
+    MADDPG: (MADDPG, ONE[MADDPG], 120),
+    "method": (MRA, "", 160),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The runs without further flags."""
+    found = {}
+    for base, (name, flags, steps) in BASES.items():
+        run_dir = tmp_path_factory.mktemp("plain") / "run"
+        found[base] = run(name, run_dir, steps, *flags.split()), run_dir
+    return found
+
+
+ENTRIES = [(base, field) for base in BOTH for field in COMMON]
+ENTRIES += [(MADDPG, field) for field in PARENT] + [("method", field) for field in METHOD]
+
+
+@pytest.mark.parametrize("base, field", ENTRIES, ids=[f"{x[0][:6]}:{x[1]}" for x in ENTRIES])
+def test_flag_changes_what_it_names(base, field, plain, tmp_path):
+    name, own, steps = BASES[base]
+    table = METHOD if base == "method" else COMMON | (PARENT if name == MADDPG else {})
+    flags, measure, relation = table[field]
+    flags = flags.format(populations="populations" if name == MRA else "population")
+    state = run(name, tmp_path / "run", steps, *own.split(), *flags.split())
+    without, with_flag = measure(*plain[base]), measure(state, tmp_path / "run")
+    if relation is None:
+        assert differences({"": without}, {"": with_flag})
+    elif relation in ("up", "down"):
+        assert with_flag > without if relation == "up" else with_flag < without
+    else:
+        assert (without, with_flag) == relation
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_device_threads_and_compile(name, monkeypatch):
+    """Compiled kernels are a matter of the kernels alone: on a CPU worlds are left as they are."""
+    module, seen, made = script(name), {}, []
+
+    class Compiled:
+        def __init__(self, function, what, dynamic=False):
+            seen[what] = dynamic
+            self.function = function
+
+        def __call__(self, *args):
+            return self.function(*args)
+
+    class World(module.ParticleWorld):
+        def __init__(self, *args, **options):
+            made.append((options["device"], options["compiled"]))
+            super().__init__(*args, **options | {"device": "cpu", "compiled": False})
+
+    plain = run(name, "plain", 20, "--num-threads", 1)
+    assert torch.get_num_threads() == 1 and seen == {}
+    module.kernel.cache_clear()
+    monkeypatch.setattr(module, "Compiled", Compiled)
+    monkeypatch.setattr(module, "ParticleWorld", World)
+    few = ("--device", "cpu", "--num-threads", 2, "--compile")
+    compiled = run(name, "compiled", 20, *few)
+    module.kernel.cache_clear()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert seen == dict.fromkeys(("pair_scores", "pair_sums", "pair_gradients"), True)
+    assert differences(plain["agent"], compiled["agent"]) == []
+    assert set(made) == {("cpu", False)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for flags in ("", "--compile", "--device cpu --compile"):
+        module.make_envs(module.parse(flags.split()), "3", 2, 1)
+    assert made[-3:] == [("cuda", False), ("cuda", True), ("cpu", False)]
+
+
+# --- Several populations --------------------------------------------------------------------------
+
+
+def watch(module, patch):
+    """Collecting and updating as they come: [("collect" or "update", populations)]."""
+    events, collect, update = [], module.collect, module.update
+
+    def watched_collect(agent, arena, *args, **kwargs):
+        events.append(("collect", (arena.name,)))
+        return collect(agent, arena, *args, **kwargs)
+
+    def watched_update(args, agent, now, *rest, **kwargs):
+        events.append(("update", tuple(arena.name for arena in now)))
+        return update(args, agent, now, *rest, **kwargs)
+
+    patch.setattr(module, "collect", watched_collect)
+    patch.setattr(module, "update", watched_update)
+    return events
+
+
+@pytest.mark.parametrize("visit, every, batch, envs", [(20, 20, 16, 4), (7, 25, 40, 6)])
+def test_populations_in_turn(visit, every, batch, envs, monkeypatch):
+    """Visits of an episode's length; each population counts its own steps and updates where they
+    pass a multiple of --update-every, once there is a minibatch."""
+    events = watch(script(MRA), monkeypatch)
+    names, steps, expected = ("2", "4", "3"), dict.fromkeys(("2", "4", "3"), 0), []
+    for k in range(6 * visit - 1):
+        name = names[k // visit % 3]
+        expected.append(("collect", (name,)))
+        before, steps[name] = steps[name], steps[name] + envs
+        if steps[name] >= batch and any(n % every == 0 for n in range(before + 1, steps[name] + 1)):
+            expected.append(("update", (name,)))
+    flags = ("--max-episode-steps", visit, "--update-every", every, "--batch-size", batch)
+    flags += ("--num-envs", envs, "--latent-size", 1, "--populations", *names)
+    state = run(MRA, "run", (6 * visit - 1) * envs, *flags)
+    assert events == expected
+    assert {("update", (name,)) for name in names} < set(events)
+    assert [arena["steps"] for arena in state["arenas"]] == [steps[name] for name in names]
+
+
+def test_populations_in_parallel(monkeypatch):
+    events = watch(script(MRA), monkeypatch)
+    state = run(MRA, "run", 80, "--parallel-populations")
+    both = [("collect", ("3",)), ("collect", ("5",))]
+    assert events == 2 * (5 * both + [("update", ("3", "5"))])
+    assert state["timesteps"] == 80 and [x["steps"] for x in state["arenas"]] == [40, 40]
+
+
+@pytest.mark.parametrize("flags", ["", "--parallel-populations", "--phi-gradient actor"])
+def test_a_step_clips_what_it_moves(flags, monkeypatch):
+    """The norm of a step's gradients is of weights that the step's optimiser moves."""
+    module, calls = script(MRA), []
+    descend = module.descend
+
+    def watched(loss, net, optimiser, *rest):
+        norm = descend(loss, net, optimiser, *rest)
+        own = {id(p) for group in optimiser.param_groups for p in group["params"]}
+        calls.append([p.grad is not None and id(p) not in own for p in net.parameters()])
+        return norm
+
+    monkeypatch.setattr(module, "descend", watched)
+    run(MRA, "run", 160, *flags.split())
+    assert len(calls) > 8 and not any(any(call) for call in calls)
+
+
+def episodes_of(filled, worlds):
+    """For each row but the last of a world: whether the next is of the same episode; rows by step
+    and world."""
+    states, finals = (filled[x].unflatten(0, (-1, worlds)) for x in ("state", "final_state"))
+    return (states[1:] == finals[:-1]).all(-1), filled["z"].unflatten(0, (-1, worlds))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_new_latents_in_new_episodes_only(parallel):
+    """Whether an episode ends by itself or at its horizon, and across visits."""
+    flags = ["--task", "pacman", "--populations", "1,4", "2,5", "--update-every", 100000]
+    flags += ["--parallel-populations"] if parallel else []
+    run(MRA, "run", 6 * 60 * 2, *flags, "--num-envs", 6)
+    assert sum(bool(x["terminated"].any()) for x in replays("run")) > 0
+    for filled, n in zip(replays("run"), (5, 7)):
+        goes_on, z = episodes_of(filled, 6)
+        assert z.shape == (60, 6, n)
+        ended = filled["terminated"].unflatten(0, (-1, 6))[:-1]
+        assert not (ended & goes_on).any() and (~goes_on & ~ended).any()
+        new = (z[1:] != z[:-1]).any(-1)
+        assert not (new & goes_on).any()
+        assert (new & ~goes_on).sum() > 0.9 * (~goes_on).sum(), "six to the fifth for each"
+        for now in (z[0], z[-1]):  # for each world and agent
+            assert (now != now[:1]).any() and (now != now[:, :1]).any()
+        assert set(z.unique().tolist()) == set(range(6))
+
+
+# --- Zero-shot evaluation -------------------------------------------------------------------------
+
+
+class Watched:
+    """Evaluation with games that are not played: what they would have been, and who the players."""
+
+    def __init__(self, patch, value=lambda world, z: 0.0):
+        self.games, self.value = [], value
+        patch.setattr(script(MRA), "net_player", self.player)
+        patch.setattr(script(MRA), "play", self.play)
+
+    def player(self, agent, z, seed, uniform=False):
+        return {"z": z.clone(), "seed": seed, "uniform": uniform}
+
+    def play(self, world, player, film=None):
+        world.reset()
+        own = player if isinstance(player, dict) else {}
+        game = {"population": world.game.population, "state": world.state.clone(), **own}
+        self.games.append(game)
+        returns = np.zeros((world.num_worlds, len(world.game.population)))
+        return returns + (self.value(world, game["z"]) if own else 0.0)
+
+    def of(self, population, episodes):
+        """Games of a population with so many episodes, in their order."""
+        return [
+            x for x in self.games if x["population"] == population and len(x["state"]) == episodes
+        ]
+
+
+ROWS = ("", "z=0", "z=1", "z=2", "z=3", "z=4", "z=5", "best", "uniform g")
+ROWS += ("random", "nearest-first", "flee")
+
+
+def test_rows_of_the_table(tmp_path, capfd):
+    """In training and unseen populations; on the way only in the former, without scripts."""
+    flags = ("--task", "pacman", "--populations", "2,1", "1,2", "--latent-size", 2)
+    flags += ("--eval-populations", "2,2", "--eval-every", 40, "--final-episodes", 3)
+    run(MRA, "run", 40, *flags)
+    results = json.loads(Path("run/summary.json").read_text())["eval"]
+    out = capfd.readouterr().out
+    expected = []
+    for population in ("2,1", "1,2", "2,2"):
+        best = [name for name in results if name.startswith(f"{population} best z=")]
+        assert len(best) == 1 and re.fullmatch(r".* best z=[01],[01]", best[0])
+        expected += [population, f"{population} z=0", f"{population} z=1", *best]
+        expected += [f"{population} {x}" for x in ("uniform g", "random", "nearest-first", "flee")]
+    assert list(results) == expected
+    for name, row in results.items():
+        assert row["episodes"] == 3 and {"return_pac_man", "return_ghost"} < set(row)
+        assert f"| {name} " in out
+        assert row["return_ghost_low"] <= row["return_ghost"] <= row["return_ghost_high"]
+    (on_the_way,) = (m for m in metrics("run") if any(k.startswith("eval/") for k in m))
+    own = {f"{m}{x}" for m in ("2,1", "1,2") for x in ("", " z=0", " z=1", " uniform g")}
+    assert {k.split("/")[1] for k in on_the_way if k.startswith("eval/")} == own
+
+
+def test_everybody_meets_the_same_episodes(runs, monkeypatch):
+    """The latents of each row, and where its episodes begin."""
+    watched = Watched(monkeypatch)
+    argv = ["--eval-only", runs / "mra", "--eval-populations", 4, 3, "--final-episodes", 7]
+    assert script(MRA).main([str(x) for x in argv]) == 0
+    assert list(dict.fromkeys(x["population"] for x in watched.games)) == [(3,), (5,), (4,)]
+    for population in ((3,), (5,), (4,)):
+        search, games = watched.of(population, 2), watched.of(population, 7)
+        assert len(search) == 6 and len(games) == len(ROWS)
+        assert len(watched.of(population, 2) + games) == sum(
+            x["population"] == population for x in watched.games
+        )
+        named = dict(zip(ROWS, games))
+        for name, game in named.items():
+            assert torch.equal(game["state"], games[0]["state"]), name
+        assert len({game["seed"] for game in games[:9]}) == 1
+        shape = (7, *population)
+        assert named[""]["z"].shape == shape
+        assert torch.equal(named["uniform g"]["z"], named[""]["z"])
+        assert [name for name in ROWS[:9] if named[name]["uniform"]] == ["uniform g"]
+        for k in range(6):
+            assert torch.equal(named[f"z={k}"]["z"], torch.full(shape, k))
+        # Drawn for each agent and episode.
+        z = named[""]["z"]
+        assert (z != z[:1]).any() and (z != z[:, :1]).any()
+
+
+def test_best_latent_is_chosen_on_other_episodes(runs, monkeypatch, capfd):
+    """In pacman a pair, of which the mean of both types' returns is largest."""
+    scores = np.random.default_rng(1).normal(size=(6, 6, 2))
+    assert len({tuple(scores[..., k].ravel().argsort()) for k in (0, 1)}) == 2
+
+    def value(world, z):
+        kinds = [part[:, 0] for part in z.split(world.game.population, 1)]
+        return scores[kinds[0], kinds[1]]
+
+    watched = Watched(monkeypatch, value)
+    argv = ["--eval-only", runs / "pacman", "--eval-populations", "2,2", "--final-episodes", 7]
+    assert script(MRA).main([str(x) for x in argv]) == 0
+    best = np.unravel_index(scores.mean(-1).argmax(), (6, 6))
+    table = capfd.readouterr().out
+    assert best[0] != best[1]
+    for population in ((2, 1), (1, 2), (2, 2)):
+        search, games = watched.of(population, 2), watched.of(population, 7)
+        name = ",".join(map(str, population))
+        assert f"| {name} best z={best[0]},{best[1]} " in table
+        tried = [tuple(x["z"][0, [0, -1]].tolist()) for x in search]
+        assert sorted(tried) == list(itertools.product(range(6), repeat=2))
+        assert all((x["z"] == x["z"][:1]).all() for x in search)
+        reported = games[ROWS.index("best")]
+        own = torch.tensor([best[kind] for kind, n in enumerate(population) for _ in range(n)])
+        assert torch.equal(reported["z"], own.expand(7, -1))
+        # All pairs were tried in the same episodes, which are none of those reported.
+        assert all(torch.equal(x["state"], search[0]["state"]) for x in search)
+        seen = {tuple(row) for row in games[0]["state"].tolist()}
+        assert seen.isdisjoint(map(tuple, search[0]["state"].tolist()))
+        assert {x["seed"] for x in search}.isdisjoint({games[0]["seed"]})
+
+
+def doctored(source, run_dir, change):
+    """A copy of a run with another last checkpoint."""
+    state, _ = script(MRA).load_checkpoint(str(source))
+    change(state)
+    Path(run_dir).mkdir()
+    script(MRA).save_checkpoint(Path(run_dir), state)
+    return run_dir
+
+
+def prefers(z):
+    """psi that gives every population, of each type, this z."""
+
+    def change(state):
+        types = len(state["agent"]["psi"]["net.2.bias"]) // 6
+        state["agent"]["psi"]["net.2.bias"][[6 * kind + z for kind in range(types)]] += 50.0
+
+    return change
+
+
+def test_latents_are_drawn_from_psi(runs, monkeypatch):
+    """For populations that it has been trained with, and others."""
+    for source in ("mra", "pacman"):
+        doctored(runs / source, source, prefers(4))
+        with monkeypatch.context() as patch:
+            watched = Watched(patch)
+            unseen = {"mra": "9", "pacman": "4,3"}[source]
+            argv = ["--eval-only", source, "--eval-populations", unseen, "--final-episodes", "7"]
+            assert script(MRA).main(argv) == 0
+        drawn = [x for x in watched.games if len(x["state"]) == 7][:: len(ROWS)]
+        assert len(drawn) == 3 and all((x["z"] == 4).all() for x in drawn)
+
+
+def test_final_evaluation_plays_other_episodes_than_those_on_the_way(monkeypatch):
+    """Each evaluation has its own."""
+    watched = Watched(monkeypatch)
+    flags = ("--eval-every", 40, "--eval-episodes", 3, "--final-episodes", 3, "--populations", 3)
+    run(MRA, "run", 80, *flags, "--latent-size", 1)
+    begun = [x["state"] for x in watched.games if "seed" in x and not x["uniform"]]
+    assert len(begun) == 3
+    for a, b in itertools.combinations(begun, 2):
+        assert not (a == b).all(-1).any()
+
+
+def test_latent_and_graph_reach_the_players(runs, capfd):
+    """With weights that are large enough to see it: each z plays in its own way, and in another
+    than with a uniform graph."""
+
+    def sharpen(state):
+        state["args"]["shaping"] = True  # finer returns
+        rng = torch.Generator().manual_seed(1)
+        for part, scale in (("phi", 2), ("theta", 1)):
+            for weight in state["agent"][part].values():
+                weight += torch.randn(weight.shape, generator=rng) * scale
+
+    doctored(runs / "mra", "run", sharpen)
+    argv = ["--eval-only", "run", "--eval-populations", "4", "--final-episodes", "40"]
+    assert script(MRA).main(argv) == 0
+    found = dict(
+        (cells[1].strip(), cells[2])
+        for line in capfd.readouterr().out.splitlines()
+        if len(cells := line.split("|")) == 5
+    )
+    for population in ("3", "4", "5"):
+        own = [x for x in found if x.split()[0] == population]
+        best = next(x for x in own if "best" in x)
+        same = found[f"{population} {best[7:]}"]
+        assert found[best] == same, "the same players in the same episodes"
+        others = {found[x] for x in own if x != best}
+        assert len(others) == len(ROWS) - 1
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_evaluation_alone_repeats(name, capfd):
+    """The table at the end of training."""
+    flags = ("--latent-size", 2, "--populations", 3) if name == MRA else ()
+    run(name, "run", 40, "--final-episodes", 5, *flags)
+
+    def table():
+        return [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+
+    trained, before, module = table(), contents(Path("run")), script(name)
+    assert len(trained) == 2 + (8 if name == MRA else 4)
+    assert module.main(["--eval-only", "run/checkpoint-40.pt"]) == 0
+    assert table() == trained
+    assert module.main(["--eval-only", "run/checkpoint-0.pt"]) == 0
+    assert table() != trained
+    more = ("--eval-populations", "4") if name == MRA else ()
+    assert module.main(["--eval-only", "run", *more]) == 0
+    again = [re.sub(" +", " ", line) for line in table()[2:]]
+    # Unseen populations come behind, and change nothing of the others.
+    assert again[: len(trained) - 2] == [re.sub(" +", " ", line) for line in trained[2:]]
+    assert len(again) == (16 if name == MRA else 4)
+    assert contents(Path("run")) == before
+
+
+# --- Adaptation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(runs, tmp_path_factory):
+    """The run of runs/mra adapted to four agents: before the first update, and after some."""
+    folder = tmp_path_factory.mktemp("adapted")
+    argv = adapting(runs / "mra", folder / "begun", 4)
+    assert script(MRA).main(argv) == 0
+    argv = adapting(runs / "mra", folder / "run", 120, "--save-every", 100, "--log-every", 40)
+    assert script(MRA).main(argv) == 0
+    return folder
+
+
+def test_adaptation_begins_with_the_sources_networks(adapted, runs):
+    source = states(runs / "mra")[0]
+    begun, after_a_step = initial(adapted / "begun"), exact(adapted / "begun")
+    assert set(nets(begun)) == set(nets(source)) > {"psi", "xi", "delayed_zeta"}
+    assert differences(nets(begun), nets(source)) == []
+    assert differences(nets(after_a_step), nets(source)) == []
+    assert {"actor_optimiser", "critic_optimiser"} < set(begun["agent"])
+    for name, part in begun["agent"].items():
+        if "optimiser" in name:
+            assert part["state"] == {} != source["agent"][name]["state"]
+    # One arena of four agents, with an empty replay; rewards as large as they were.
+    (arena,) = begun["arenas"]
+    assert arena["world"]["game"] == "treasure 4" and arena["steps"] == 0
+    assert begun["timesteps"] == begun["iteration"] == 0
+    sums = torch.stack([x["numbers"]["rewards"] for x in source["arenas"]]).mean(0)
+    assert torch.equal(arena["numbers"]["rewards"], sums) and (sums != 0).all()
+    assert not arena["numbers"]["returns"].any() and not arena["numbers"]["ended"].any()
+
+
+def test_adaptation_moves_omega_and_the_critic(adapted, runs):
+    """Algorithm 5: phi learns, psi and xi do not, there is no bound on I(g; a|o)."""
+    source, end = states(runs / "mra")[0], exact(adapted / "run")
+    for name, part in nets(end).items():
+        assert bool(differences(part, source["agent"][name])) == (name not in ("psi", "xi")), name
+    for name in ("critic_optimiser", "actor_optimiser"):
+        steps = {float(x["step"]) for x in end["agent"][name]["state"].values()}
+        assert steps == {6.0}, "fresh moments, and for phi as many steps as for theta"
+    assert end["agent"]["latent_optimiser"]["state"] == {}
+    logged = [m for m in metrics(adapted / "run") if "entropy" in m]
+    assert len(logged) == 3 and "critic_loss" in logged[-1] and "return/4" in logged[1]
+    assert [k for m in logged for k in m if k.startswith(("mi/", "xi_loss"))] == []
+
+
+def test_adaptation_has_no_reptile_step(runs):
+    """theta moves, though of the source it moved not at all."""
+    argv = adapting(runs / "mra", "run", 40, "--reptile-step", 0)
+    assert script(MRA).main(argv) == 0
+    assert differences(exact("run")["agent"]["theta"], initial("run")["agent"]["theta"])
+
+
+def test_adaptation_keeps_its_latents(adapted, runs, monkeypatch):
+    """The same in all worlds and episodes, and in evaluations of that population."""
+    begun, end = initial(adapted / "begun"), exact(adapted / "run")
+    z = begun["arenas"][0]["numbers"]["z"]
+    assert z.shape == (4, 4) and (z == z[:1]).all()
+    assert torch.equal(end["arenas"][0]["numbers"]["z"], z)
+    (filled,) = replays(adapted / "run")
+    assert len(filled["z"]) == 120 > 20 * 4 and (filled["z"] == z[:1]).all()
+    watched = Watched(monkeypatch)
+    argv = ["--eval-only", adapted / "run", "--eval-populations", 6, "--final-episodes", 7]
+    assert script(MRA).main([str(x) for x in argv]) == 0
+    own, other = watched.of((4,), 7), watched.of((6,), 7)
+    assert torch.equal(own[0]["z"], z[:1].expand(7, -1))
+    assert torch.equal(own[ROWS.index("uniform g")]["z"], z[:1].expand(7, -1))
+    assert (other[0]["z"] != other[0]["z"][:1]).any()
+
+
+def test_adaptation_draws_from_the_sources_psi(runs):
+    """One z for each agent, by its type."""
+    doctored(runs / "mra", "one", prefers(4))
+    found = []
+    for source, seed in (("one", 1), (runs / "mra", 1), (runs / "mra", 2)):
+        run_dir = f"adapted-{len(found)}"
+        assert script(MRA).main(adapting(source, run_dir, 4, "--seed", seed)) == 0
+        found.append(initial(run_dir)["arenas"][0]["numbers"]["z"][0].tolist())
+    assert found[0] == [4] * 4
+    assert len(set(found[1])) > 1 and found[1] != found[2]
+
+
+def test_flags_of_the_source_hold(runs, monkeypatch):
+    """Unless typed; what is about this run alone is not the source's."""
+    own = states(runs / "mra")[0]["args"]
+    module = script(MRA)
+    few = ["--adapt", runs / "mra", "--population", 4]
+    args = vars(given(MRA, few, monkeypatch))
+    about = {*module.RESUMABLE, "adapt", "population", "seed", "phi_gradient"}
+    assert {k for k in args if k not in about and args[k] != own[k]} == set()
+    assert not args["shaping"] and args["hidden_size"] == 8 and args["max_grad_norm"] == 5
+    assert {k: args[k] for k in ("total_timesteps", "eval_every", "save_every", "seed")} == {
+        k: getattr(module.Args(), k)
+        for k in ("total_timesteps", "eval_every", "save_every", "seed")
+    }
+    assert args["phi_gradient"] == "actor" and args["population"] == "4"
+    typed = "--learning-rate .5 --max-grad-norm=7 --inner_steps 3 --num-envs 4 --seed 9"
+    typed += " --max-episode-steps 20 --no-scale-rewards --target polyak"
+    changed = vars(given(MRA, [*few, *typed.split()], monkeypatch))
+    expected = {"learning_rate": 0.5, "max_grad_norm": 7.0, "inner_steps": 3, "seed": 9}
+    expected |= {"scale_rewards": False, "target": "polyak"}
+    assert {k: x for k, x in changed.items() if x != args[k]} == expected
+
+
+def test_shaping_of_an_adaptation(runs, monkeypatch):
+    """The paper's sparse game for a run that was trained with shaping."""
+    run(MRA, "dense", 40)
+    few = ["--adapt", "dense", "--population", 4]
+    assert given(MRA, few, monkeypatch).shaping
+    assert not given(MRA, [*few, "--no-shaping"], monkeypatch).shaping
+    assert script(MRA).main(adapting("dense", "run", 40, "--no-shaping")) == 0
+    assert (replays("run")[0]["rewards"] % 5 == 0).all()
+
+
+def test_typing_what_the_source_has_is_no_contradiction(runs, monkeypatch):
+    """Flags that cannot differ from the source's may be repeated."""
+    few = ["--adapt", runs / "mra", "--population", 4]
+    same = "--populations 3 5 --hidden-size 8 --latent-size 6 --task treasure --key-size 4"
+    same += " --representation option --latent-prior learned --no-shaping"
+    assert given(MRA, [*few, *same.split()], monkeypatch) == given(MRA, few, monkeypatch)
+
+
+def test_adaptation_of_one_checkpoint(runs):
+    """A file names an older state."""
+    newest, older = states(runs / "mra")
+    path = runs / "mra" / f"checkpoint-{older['timesteps']}.pt"
+    assert script(MRA).main(adapting(path, "run", 4)) == 0
+    assert differences(nets(initial("run")), nets(older)) == []
+    assert differences(nets(older), nets(newest))
+
+
+SOURCES = {
+    "parallel": "--parallel-populations",
+    "one population": "--populations 3 --latent-size 1",
+    "sampled": "--mi-samples 2 --latent-gradient gumbel",
+    "uniform": "--latent-prior uniform --representation concat",
+    "actor": "--phi-gradient actor --representation bilinear",
+}
+
+
+@pytest.mark.parametrize("flags", SOURCES.values(), ids=SOURCES)
+def test_runs_of_all_kinds_can_be_adapted(flags):
+    source = run(MRA, "source", 40, *flags.split())
+    assert script(MRA).main(adapting("source", "run", 40)) == 0
+    kept = nets(source).keys() - {"copies"}
+    begun, end = nets(initial("run")), nets(exact("run"))
+    assert kept == begun.keys()
+    assert differences({k: nets(source)[k] for k in kept}, begun) == []
+    for name in ("phi", "theta", "zeta"):
+        assert differences(begun[name], end[name]), name
+
+
+# --- The log --------------------------------------------------------------------------------------
+
+PARENTS = {"timesteps", "critic_loss", "actor_loss", "entropy", "critic_grad_norm"}
+PARENTS |= {"actor_grad_norm", "return", "episodes"}
+
+
+def test_log_of_the_latent():
+    """Its names and, where a checkpoint tells, its numbers."""
+    state = run(MRA, "run", 2 * VISIT, "--log-every", 2 * VISIT, "--learning-rate", 0.05)
+    (m,) = metrics("run")
+    kinds = ("information", "xi_accuracy", "xi_accuracy_uniform_g", "mi", "xi_loss", "return")
+    names = {f"{kind}/{population}" for kind in kinds for population in (3, 5)}
+    names |= {f"prior/{population}/0/{z}" for population in (3, 5) for z in range(6)}
+    assert set(m) == PARENTS | names | {"prior_distance"}
+    psi = script(MRA).Prior(1, 6)
+    psi.load_state_dict(state["agent"]["psi"])
+    with torch.no_grad():
+        priors = [psi((n,)).exp()[0] for n in (3, 5)]
+    for n, prior in zip((3, 5), priors):
+        assert [m[f"prior/{n}/0/{z}"] for z in range(6)] == pytest.approx(prior.tolist(), abs=1e-6)
+        assert 0 < m[f"information/{n}"] < np.log(6) and abs(m[f"mi/{n}"]) < np.log(6)
+        for kind in ("xi_accuracy", "xi_accuracy_uniform_g"):
+            assert 0 <= m[f"{kind}/{n}"] < 1 + 1e-6
+        assert m[f"xi_loss/{n}"] > 0
+    distance = float((priors[0] - priors[1]).abs().sum() / 2)
+    assert m["prior_distance"] == pytest.approx(distance, abs=1e-6) and distance > 1e-4
+    assert m["return"] == pytest.approx((m["return/3"] + m["return/5"]) / 2)
+    returns = [float(x["rewards"].sum()) / n / 4 for x, n in zip(replays("run"), (3, 5))]
+    assert [m["return/3"], m["return/5"]] == pytest.approx(returns, rel=1e-4)
+    assert m["episodes"] == 4, "each population's own"
+
+
+def test_log_of_the_latent_in_pacman():
+    run(MRA, "run", 160, "--task", "pacman", "--populations", "2,1", "1,2", "--log-every", 160)
+    (m,) = metrics("run")
+    for population in ("2,1", "1,2"):
+        for kind in (0, 1):
+            assert sum(m[f"prior/{population}/{kind}/{z}"] for z in range(6)) == pytest.approx(1)
+            assert f"return/{population}/{kind}" in m
+        assert f"return/{population}" in m
+
+
+@pytest.mark.parametrize(
+    "name, flags, more",
+    [
+        (MADDPG, "", set()),
+        (MRA, "--populations 3", {"information/3", "mi/3"}),
+        (MRA, "--populations 3 --latent-size 1", {"information/3"}),
+        (MRA, "--populations 3 --phi-gradient actor", {"information/3"}),
+    ],
+)
+def test_log_without_populations_to_tell_apart(name, flags, more):
+    run(name, "run", 80, *flags.split(), "--log-every", 80)
+    (m,) = metrics("run")
+    assert set(m) == PARENTS | {"return/3"} | more
+    if "--latent-size 1" in flags:
+        assert abs(m["information/3"]) < 1e-6
+
+
+def test_xi_is_measured(monkeypatch):
+    """xi's accuracy is that of its guesses: an xi that always says the second population is right
+    in that one alone; the line itself changes nothing."""
+    module = script(MRA)
+
+    class Says(module.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            for p in self.xi.parameters():
+                p.data.zero_()
+            self.xi.out.bias.data[..., 1] = 1.0
+
+    monkeypatch.setattr(module, "Agent", Says)
+    run(MRA, "run", 2 * VISIT, "--log-every", 2 * VISIT, "--learning-rate", 0)
+    (m,) = metrics("run")
+    for kind in ("xi_accuracy", "xi_accuracy_uniform_g"):
+        assert [m[f"{kind}/{n}"] for n in (3, 5)] == pytest.approx([0, 1], abs=1e-6)
+    losses = [m[f"xi_loss/{n}"] for n in (3, 5)]
+    assert losses == pytest.approx([np.log(1 + np.e), np.log(1 + np.e) - 1], abs=1e-5)
+
+
+# --- Learning -------------------------------------------------------------------------------------
+
+
+QUICK = "--learning-rate 3e-3 --phi-learning-rate 3e-4 --polyak .05 --gamma .9 --eval-every 0"
+QUICK += " --save-every 0 --log-every 1000000 --final-episodes 300"
+
+
+def learned(name, steps, *flags):
+    """The final evaluation of a run with the fast preset, not compiled, and rates at which these
+    small games are learnt sooner."""
+    argv = [x for x in script(name).PRESETS["fast"].split() if x != "--compile"]
+    argv += [*QUICK.split(), "--total-timesteps", steps, "--run-dir", "run", *flags]
+    assert script(name).main([str(x) for x in argv]) == 0
+    return json.loads(Path("run/summary.json").read_text())["eval"]
+
+
+def test_maddpg_learns():
+    """250 updates of four minibatches. Random players earn 2.4."""
+    flags = ("--share-parameters", "--actor-gradient", "expectation", "--population", 3)
+    results = learned(MADDPG, 16000, *flags)
+    assert results["3 random"]["return"] < 3
+    assert results["3"]["return_low"] > 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_mra_learns(seed):
+    """Better than players who go to the nearest treasure, who earn 13.7; with each z."""
+    results = learned(MRA, 48000, "--populations", 3, "--seed", seed)
+    bound = results["3 nearest-first"]["return_high"]
+    assert 13 < bound < 15
+    for player in ("", *(f" z={k}" for k in range(6))):
+        assert results[f"3{player}"]["return_low"] > bound
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_mra_learns_in_several_populations():
+    """In each, and in one that it never met, about as good as players who go to the nearest
+    resource. Random players earn half of that."""
+    flags = ("--task", "resource", "--populations", 6, 9, 12, "--eval-populations", 10)
+    results = learned(MRA, 38400, *flags)
+    for m in (6, 9, 12, 10):
+        random, scripted = (results[f"{m} {who}"]["return"] for who in ("random", "nearest-first"))
+        assert random < 0.6 * scripted
+        assert results[f"{m}"]["return"] > 0.9 * scripted, m
