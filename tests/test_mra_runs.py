@@ -837,6 +837,7 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
         lambda s, d: [x in s["agent"] for x in ("psi", "xi", "latent_optimiser")],
         ([True] * 3, [False] * 3),
     ),
+    "prior_floor": ("--prior-floor 1", moved("psi", "xi"), ([True, True], [False, True])),
     "mi_samples": ("--mi-samples 2", changed("phi"), None),
     "latent_gradient": ("--latent-gradient gumbel", changed("psi"), None),
     "reptile_step": (
