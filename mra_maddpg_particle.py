@@ -993,9 +993,9 @@ def update(args, agent: Agent, now: list[Arena], arenas: list[Arena], rng, laten
             policy_loss, entropy = actor_loss(args, theta, agent.zeta, batch, g, rng)
             actor = nn.ModuleList((theta, agent.phi) if args.phi_gradient == "actor" else (theta,))
             actor_norm = descend(policy_loss, actor, optimiser, args.max_grad_norm)
-        now_ = {"critic_loss": loss, "actor_loss": policy_loss, "entropy": entropy}
-        now_ |= {"critic_grad_norm": critic_norm, "actor_grad_norm": actor_norm}
-        for name, x in now_.items():
+        figures = {"critic_loss": loss, "actor_loss": policy_loss, "entropy": entropy}
+        figures |= {"critic_grad_norm": critic_norm, "actor_grad_norm": actor_norm}
+        for name, x in figures.items():
             scalars[name].append(x.detach())
     if not args.adapt:
         reptile(args, agent, start, [theta for theta, _ in thetas])
