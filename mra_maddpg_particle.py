@@ -208,6 +208,9 @@ def inherit(args: Args, argv: list[str]) -> Args:
         given = getattr(args, name)
         if given not in (own[name], tuple(own[name]) if name == "populations" else None):
             raise UsageError(f"--{name.replace('_', '-')} is {own[name]} in {args.adapt}.")
+    idle = {"phi_gradient", "mi_samples", "latent_gradient", "reptile_step"}
+    for name in typed & (idle | {"parallel_populations"}):
+        raise UsageError(f"--{name.replace('_', '-')} has no part in --adapt.")
     other = {*RESUMABLE, *typed, "seed", "adapt", "population", "preset", "phi_gradient"}
     kept = {k: tuple(x) if isinstance(x, list) else x for k, x in own.items() if k not in other}
     kept |= {"phi_gradient": "actor", "mi_samples": 0, "parallel_populations": False}
@@ -1317,7 +1320,8 @@ def save_run(run_dir: Path, state: dict[str, Any], arenas: list[Arena]) -> None:
 def load_replay(run_dir: Path, entry: dict[str, str], arenas: list[Arena]) -> None:
     """Put back what save_run() wrote."""
     if not (data := read_intact(run_dir, entry)):
-        raise UsageError(f"{run_dir / entry['name']} is damaged or missing: nothing to go on with.")
+        what = f"{run_dir / entry['name']} is damaged or missing"
+        raise UsageError(f"{what}: --resume the older one of {run_dir}/checkpoint-*.pt instead.")
     for arena, filled in zip(arenas, torch.load(io.BytesIO(data), weights_only=True)):
         for name, x in filled.items():
             arena.replay[name][: len(x)] = x.to(arena.device)

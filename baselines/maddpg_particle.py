@@ -952,7 +952,8 @@ def save_run(run_dir: Path, state: dict[str, Any], arenas: list[Arena]) -> None:
 def load_replay(run_dir: Path, entry: dict[str, str], arenas: list[Arena]) -> None:
     """Put back what save_run() wrote."""
     if not (data := read_intact(run_dir, entry)):
-        raise UsageError(f"{run_dir / entry['name']} is damaged or missing: nothing to go on with.")
+        what = f"{run_dir / entry['name']} is damaged or missing"
+        raise UsageError(f"{what}: --resume the older one of {run_dir}/checkpoint-*.pt instead.")
     for arena, filled in zip(arenas, torch.load(io.BytesIO(data), weights_only=True)):
         for name, x in filled.items():
             arena.replay[name][: len(x)] = x.to(arena.device)

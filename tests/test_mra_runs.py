@@ -428,6 +428,27 @@ def test_newest_checkpoint_damaged(damage, tmp_path, capfd):
     assert differences(replays("run"), replays("run", whole)) == []
 
 
+def test_older_checkpoint_goes_on_where_the_newest_replay_is_damaged(capfd):
+    """As the sentence says; the run ends as it would have."""
+    run(MRA, "run", 120, "--save-every", 60)
+    whole = exact("run")
+    DAMAGES["flipped"](Path("run/replay-120.pt"))
+    capfd.readouterr()
+    assert script(MRA).main(resuming("run", 160)) == 2
+    assert "checkpoint-*.pt" in only_error(capfd.readouterr().err)
+    older = ["--resume", "run/checkpoint-60.pt", "--total-timesteps", "120"]
+    assert script(MRA).main(older) == 0
+    assert differences(exact("run"), whole) == []
+    assert script(MRA).main(resuming("run", 160)) == 0  # the replay has been written anew
+
+
+@pytest.mark.parametrize("flag", ["--phi-gradient mi", "--mi-samples 2", "--reptile-step .5"])
+def test_flags_without_a_part_in_adapting(flag, runs, capfd):
+    argv = ["--adapt", str(runs / "mra"), "--population", "4", *flag.split()]
+    assert script(MRA).main(argv) == 2
+    assert flag.split()[0] in only_error(capfd.readouterr().err)
+
+
 def test_killed_between_checkpoint_and_index():
     """A checkpoint that the index does not know yet is as good as none."""
     run(MRA, "run", 120, "--save-every", 60)
@@ -1323,10 +1344,11 @@ def test_adaptation_moves_omega_and_the_critic(adapted, runs):
     assert [k for m in logged for k in m if k.startswith(("mi/", "xi_loss"))] == []
 
 
-def test_adaptation_has_no_reptile_step(runs):
-    """theta moves, though of the source it moved not at all."""
-    argv = adapting(runs / "mra", "run", 40, "--reptile-step", 0)
-    assert script(MRA).main(argv) == 0
+def test_adaptation_has_no_reptile_step():
+    """theta moves, though in training of the source it moved not at all."""
+    run(MRA, "source", 120, "--reptile-step", 0)
+    assert not differences(exact("source")["agent"]["theta"], initial("source")["agent"]["theta"])
+    assert script(MRA).main(adapting("source", "run", 40)) == 0
     assert differences(exact("run")["agent"]["theta"], initial("run")["agent"]["theta"])
 
 
