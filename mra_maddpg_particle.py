@@ -662,7 +662,7 @@ def sampled_graph_information(agent: Agent, view: View, log_prior: Tensor, rng) 
     actions = sample(log_pi.detach(), rng)
     # Eq. (11)
     gain = pick(agent.delayed_theta(seen, g).log_softmax(-1) - log_p, actions)
-    # paper and code differ: the code lacks the score function, without it the mean gradient is 0
+    # paper and code differ: the code lacks the score function, without it the mean gradient is wrong
     log_prob = pick(log_pi, actions)
     return gain + gain.detach() * (log_prob - log_prob.detach())
 
@@ -679,7 +679,6 @@ def phi_loss(args: Args, agent: Agent, view: View, log_prior: Tensor, rng) -> tu
 
 def population_loss(args: Args, agent: Agent, view: View, log_prior, label: int, rng) -> Tensor:
     """Cross-entropy of xi's guess of the population, of which label is the index; phi is given."""
-
     if args.latent_gradient == "gumbel":  # straight through
         soft = (log_prior + gumbel(view.z, rng)).softmax(-1)
         hard = F.one_hot(soft.argmax(-1), soft.shape[-1])
