@@ -662,7 +662,7 @@ def sampled_graph_information(agent: Agent, view: View, log_prior: Tensor, rng) 
     actions = sample(log_pi.detach(), rng)
     # Eq. (11)
     gain = pick(agent.delayed_theta(seen, g).log_softmax(-1) - log_p, actions)
-    # paper and code differ: the code lacks the score function, without it the mean gradient is wrong
+    # paper and code differ: the code lacks the score function, without which the mean is wrong
     log_prob = pick(log_pi, actions)
     return gain + gain.detach() * (log_prob - log_prob.detach())
 
