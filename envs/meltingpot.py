@@ -663,14 +663,12 @@ class MeltingPot:
                 self._reserve(world, worker)
         free = self.num_workers - sum(bool(w.building()) for w in self.workers if not w.serving)
         for worker in self.workers:
+            self._receive(worker, block=False)  # first: it may have built what looks unbuilt
             unbuilt = [world for world, built in worker.reserved.items() if not built]
-            if unbuilt and (
-                learning if worker.serving and short else not worker.serving and free > 0
-            ):
-                self._receive(worker, block=False)
-                if not worker.pending:
-                    self._build(worker, unbuilt[0])
-                    free -= not worker.serving
+            may = learning if worker.serving and short else not worker.serving and free > 0
+            if unbuilt and may and not worker.pending:
+                self._build(worker, unbuilt[0])
+                free -= not worker.serving
 
     def _standby(self) -> Worker | None:
         """A worker that steps no world and holds none, started if need be: a process that builds a

@@ -576,6 +576,19 @@ def test_switching_to_and_fro_loses_no_world_and_no_episode(threshold, monkeypat
         assert (len(envs.workers) > 2) == (threshold == 0)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_an_episode_built_unnoticed_is_not_built_twice(threshold, monkeypatch):
+    """A build that ends between two looks at the worker: twice would skip an episode, and make a
+    run depend on the machine's load."""
+    monkeypatch.setattr(ours, "SHORT_BUILD", threshold)
+    with MeltingPot(CHICKEN, 1, max_episode_steps=50) as envs:
+        envs.reset()
+        wait_for(lambda: envs.next[0] and 0 in envs.next[0].building(), 60, envs.check)
+        wait_for(lambda: envs.next[0].connection.poll(0), 60)  # answered, not yet read
+        envs._plan(learning=True)
+        assert envs.next[0].reserved[0] and envs.episode.tolist() == [2]
+
+
 # --- Processes that die or hang ------------------------------------------------------------------
 
 
