@@ -1,0 +1,1095 @@
+"""StarCraft micromanagement without StarCraft: two small armies, the rules of the game's own data.
+
+    battles = Combat("sz", (3, 4, 5), num_battles=64, seed=1)
+    obs = battles.reset()            # obs.entities (B, A+E, D), obs.avail (B, A, actions), ...
+    step = battles.step(actions)     # actions (B, A), one for each ally; the enemy plays by itself
+
+Unit data are those of the maps that SMAC and REFIL use (Wings of Liberty, not today's multiplayer
+balance); docs/combat.md has the table, its sources, and what is a reading of them. Space is in
+map units, time in frames: 16 are a second of the data, 8 are an agent's step. Moments are
+fractions of frames and never rounded: what is due within a frame happens in it, and what is left
+of the frame counts for what follows.
+
+Rules are one battle's plain loops (`frame` lists them in order), compiled by Numba. Units are
+records: those of battle b are units[b], allies in slots 0..7, enemies in 8..15. What agents see,
+may do and are paid for comes from a Snapshot alone, which envs/smac.py also makes of the real game
+and which a replay keeps.
+
+Battles that end begin anew by themselves (`once`: stand still); Step.final is then the snapshot at
+their end. Each episode is made of (seed, battle, episode): the same seed gives a battle the same
+course whatever the number of battles or threads.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+SIDE = 8  # slots of a side: A = E
+SLOTS = 2 * SIDE
+FRAMES = 8  # of a step
+SECOND = 16.0  # frames of a second of the data
+MAP = 32.0  # width and height
+SIGHT, SHOOT = 9.0, 6.0  # centre to centre: what agents see, what they may order an attack on
+MOVE = 2.0  # how far a move order goes
+STOP, FIRST_MOVE, FIRST_TARGET = 1, 2, 6  # actions; 0: no-op
+MOVES = ((0, 1), (0, -1), (1, 0), (-1, 0))  # actions 2..5: north, south, east, west
+EPISODE_LIMIT = 150  # steps
+KILL, WIN = 10.0, 200.0  # rewards
+EnemyAI = Literal["sticky", "closest", "focus"]
+Scenario = Literal["sz", "csz", "mmm"]
+
+# --- Units ----------------------------------------------------------------------------------------
+
+COLOSSUS, STALKER, ZEALOT, MARAUDER, MARINE, MEDIVAC = range(6)  # the order of allies' slots
+NAMES = ("Colossus", "Stalker", "Zealot", "Marauder", "Marine", "Medivac")
+
+
+def _of(colossus, stalker, zealot, marauder, marine, medivac) -> np.ndarray:
+    return np.array([colossus, stalker, zealot, marauder, marine, medivac])
+
+
+HEALTH = _of(200.0, 80.0, 100.0, 125.0, 45.0, 150.0)
+SHIELD = _of(150.0, 80.0, 50.0, 0.0, 0.0, 0.0)
+ARMOUR = _of(1.0, 1.0, 1.0, 1.0, 0.0, 1.0)  # of hit points; shields have none
+ARMOURED = _of(True, True, False, True, False, True)
+BIOLOGICAL = _of(False, False, True, True, True, False)
+FLYING = _of(False, False, False, False, False, True)
+LAYER = _of(1, 0, 0, 0, 0, 2)  # only units of one layer collide: a Colossus walks over others
+DAMAGE = _of(20.0, 10.0, 8.0, 10.0, 6.0, 0.0)  # of one hit
+BONUS = _of(0.0, 4.0, 0.0, 10.0, 0.0, 0.0)  # against armoured units
+PERIOD = SECOND * _of(2.2, 1.44, 1.2, 1.5, 0.8608, 0.0)
+DAMAGE_POINT = SECOND * _of(0.0832, 0.167, 0.0, 0.0, 0.05, 0.0)  # from order to hit
+BACKSWING = SECOND * _of(0.5, 0.5, 0.5, 0.0, 0.75, 0.0)  # standing still after it
+RANGE = _of(6.0, 6.0, 0.1, 6.0, 5.0, 4.0)  # edge to edge
+SLACK = _of(0.0, 1.0, 1.0, 1.0, 1.0, 0.0)  # by which a target may leave range while one winds up
+SPEED = _of(2.25, 2.9531, 2.25, 2.25, 2.25, 2.75) / SECOND  # per frame
+ACCELERATION = 2.3125 / SECOND**2  # of the Medivac; all others are at full speed at once
+RADIUS = _of(1.0, 0.625, 0.5, 0.5625, 0.375, 0.75)
+SEPARATION = _of(0.75, 0.625, 0.375, 0.5, 0.375, 0.75)  # radius in collisions
+HITS_AIR = _of(False, True, False, False, True, False)  # all that attack hit the ground
+HAS_MISSILE = _of(False, True, False, True, False, False)
+MISSILE_SPEED = 15.0 / SECOND  # a guess
+
+DELAY = SECOND * np.array([-0.0625, 0.125])  # of each period, uniform between these
+ACQUISITION = 5.0  # an enemy looks so far for targets, or as far as its weapon's range
+HELP = 4.0  # centre to centre: from how far enemies come to one that is attacked
+LEASH = 21.0  # after which an enemy gives up a chase
+SHIELD_DELAY, SHIELD_RATE = 10 * SECOND, 2.0 / SECOND  # regeneration
+ENERGY, MAX_ENERGY, ENERGY_RATE = 50.0, 200.0, 0.5625 / SECOND  # of a Medivac
+HEAL_RATE, HEAL_COST = 9.0 / SECOND, 0.33  # hit points per frame, energy per hit point
+HEAL_FROM = 5.0  # energy with which an enemy Medivac begins
+HEAL_SIGHT = 6.0  # edge to edge: where it looks for the hurt
+SECOND_HIT, SECOND_SLACK = 0.28 * SECOND, 1.0  # of a Zealot
+BEAM_HIT = 0.375 * SECOND  # a Colossus's two hits on its target
+BEAM_POINTS, BEAM_STEP, BEAM_HALF = 11, 0.25, 1.25  # of each of its two sweeps
+BEAM_TICK, BEAM_DELAY, BEAM_WIDTH = 0.0312 * SECOND, 0.25 * SECOND, 0.15
+COOLDOWN_SCALE = _of(24.0, 35.0, 22.0, 25.0, 15.0, 200.0)  # what SMAC divides cooldowns by
+
+
+@dataclass(frozen=True)
+class Family:
+    """Teams of some types, both sides alike."""
+
+    name: str
+    types: tuple[int, ...]  # in the order of the game's ids: one-hot, and enemies' slots
+    base: range  # numbers of units of the first kinds together
+    extra: int  # at most so many of the special type
+    special: int  # -1: none
+    reward_scale: float
+
+    @property
+    def n_actions(self) -> int:
+        return FIRST_TARGET + (SLOTS if MEDIVAC in self.types else SIDE)
+
+    @property
+    def has_shields(self) -> bool:
+        return SHIELD[list(self.types)].any()
+
+    @property
+    def features(self) -> int:
+        """D: tag, actions from 2 on, type, health, shield if any, energy, cooldown, place twice."""
+        return SLOTS + self.n_actions - 2 + len(self.types) + 1 + self.has_shields + 2 + 4
+
+    def teams(self, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """All teams of these sizes, as numbers of each of `types`; ValueError if a size has none.
+
+        Base units in all mixtures, with 0 up to `extra` special ones.
+        """
+        common = [t for t in self.types if t != self.special]
+        found = []
+        for n, k in product(self.base, range(self.extra + 1)):
+            for first in range(n + 1):
+                count = {common[0]: first, common[1]: n - first, self.special: k}
+                found.append(tuple(count[t] for t in self.types))
+        possible = sorted({sum(team) for team in found})
+        for size in sizes:
+            if size not in possible:
+                span = f"{possible[0]} to {possible[-1]}"
+                raise ValueError(f"Teams of {self.name} have {span} units: not {size}.")
+        if not sizes:
+            raise ValueError("At least one team size is needed.")
+        return [team for team in found if sum(team) in sizes]
+
+
+# reward_scale = (sum of hit points and shields + 10 a unit + 200) / 20 of one team of eight: 7
+# Stalkers and a Zealot; 2 Colossi, 5 Stalkers, a Zealot; 5 Marines, a Marauder, 2 Medivacs.
+FAMILIES = {
+    "sz": Family("sz", (ZEALOT, STALKER), range(3, 9), 0, -1, 77.5),
+    "csz": Family("csz", (COLOSSUS, ZEALOT, STALKER), range(3, 7), 2, COLOSSUS, 96.5),
+    "mmm": Family("mmm", (MARINE, MARAUDER, MEDIVAC), range(3, 7), 2, MEDIVAC, 46.5),
+}
+
+IDLE, GO, ENGAGE = range(3)  # orders: none, to a point, onto a unit (attack or heal)
+NOBODY = -1  # in the place of a slot
+NEVER = -1.0  # in the place of a time since something
+
+UNIT = np.dtype(
+    [
+        ("type", "i1"),  # NOBODY: the slot is empty
+        ("tag", "i1"),  # 0..7 of enemies, 8..15 of allies
+        ("alive", "?"),
+        ("order", "i1"),
+        ("target", "i1"),  # slot, of ENGAGE
+        ("winding_at", "i1"),  # slot at which it winds up
+        ("second_at", "i1"),  # slot that a Zealot's second hit is for
+        ("attacker", "i1"),  # slot that hit it in the last frame
+        ("x", "f4"),
+        ("y", "f4"),
+        ("vx", "f4"),  # per frame; Medivacs only
+        ("vy", "f4"),
+        ("push_x", "f4"),  # by others, in this pass
+        ("push_y", "f4"),
+        ("goal_x", "f4"),  # of GO
+        ("goal_y", "f4"),
+        ("chase_x", "f4"),  # where an enemy's chase began
+        ("chase_y", "f4"),
+        ("health", "f4"),
+        ("shield", "f4"),
+        ("energy", "f4"),
+        ("calm", "f4"),  # frames since it was damaged
+        ("cooldown", "f4"),  # frames until it may attack; below 0: for how long, 1 at most
+        ("winding", "f4"),  # frames since its attack began, or NEVER
+        ("backswing", "f4"),  # frames that it still stands after a hit
+        ("second_in", "f4"),  # frames until the second hit, if second_at
+        ("missile_at", "i1"),  # slot that its missile flies to
+        ("beam_at", "i1"),  # slot that its beam is for
+        ("missile_x", "f4"),
+        ("missile_y", "f4"),
+        ("beam_next", "i1"),  # the next of its points
+        ("beam_age", "f4"),  # frames since the beam began, or NEVER
+        ("beam_x", "f4"),  # its middle
+        ("beam_y", "f4"),
+        ("beam_dx", "f4"),  # its direction
+        ("beam_dy", "f4"),
+        ("beam_in", "f4", (2, SIDE)),  # per sweep and victim: frames until it hurts; 0: not found
+    ],
+    align=True,
+)
+BATTLE = np.dtype(
+    [
+        ("random", "u8"),  # state of its random numbers
+        ("episode", "i8"),  # episodes begun
+        ("goal_x", "f4"),  # what the enemy's one order is
+        ("goal_y", "f4"),
+        ("team", "i4"),  # its place in Setup.teams
+        ("time", "i4"),  # steps in the episode
+        ("reward", "f8"),  # sum over the episode
+        ("over", "?"),  # only with `once`
+    ],
+    align=True,
+)
+
+
+class Rules(NamedTuple):
+    """What a battle is played by."""
+
+    enemy_ai: int  # index in EnemyAI
+    weapon_delay: bool
+    clip_regeneration: bool
+    limit: int  # steps
+    reward_scale: float
+    once: bool
+
+
+class Snapshot(NamedTuple):
+    """All units of B battles as anybody may see them: (B, A+E) each, allies first."""
+
+    type: Any  # int8, NOBODY for an empty slot
+    tag: Any  # int8: enemies 0..7, allies 8..15
+    alive: Any  # bool
+    x: Any  # float32, map units
+    y: Any  # float32
+    health: Any  # float32, hit points
+    shield: Any  # float32
+    energy: Any  # float32
+    cooldown: Any  # float32, frames
+
+
+class Observation(NamedTuple):
+    """What agents see and may do."""
+
+    entities: Any  # (B, A+E, D) float32
+    obs_mask: Any  # (B, A+E, A+E) bool: j is hidden from i
+    entity_mask: Any  # (B, A+E) bool: the slot is empty
+    avail: Any  # (B, A, n_actions) bool
+
+
+class Episode(NamedTuple):
+    """A battle that has ended."""
+
+    battle: int
+    team: tuple[int, ...]  # numbers of each of the family's types
+    length: int  # steps
+    reward: float  # sum
+    won: bool
+    allies: int  # alive at the end
+    enemies: int
+
+
+class Step(NamedTuple):
+    """What a step led to. Tensors are overwritten by the next one."""
+
+    obs: Observation  # of the next episode where one has ended
+    reward: Tensor  # (B,) float32
+    terminated: Tensor  # (B,) bool: a side has nobody left who can fight
+    truncated: Tensor  # (B,) bool: out of time, and not terminated
+    final: Snapshot  # at the end of the step, before a next episode
+    episodes: list[Episode]
+
+
+# --- Random numbers -------------------------------------------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def mixed(x):
+    """SplitMix64's output function."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def uniform(battle):
+    """The next number of a battle's stream, in [0, 1)."""
+    battle.random += np.uint64(0x9E3779B97F4A7C15)
+    return (mixed(battle.random) >> np.uint64(11)) * (1.0 / 2**53)
+
+
+@njit(cache=True, nogil=True)
+def stream(seed, number, episode):
+    """Where the random numbers of an episode begin."""
+    x = mixed(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15))
+    x = mixed(x ^ mixed(np.uint64(number) + np.uint64(0xD1B54A32D192ED03)))
+    return mixed(x ^ mixed(np.uint64(episode) + np.uint64(0x8CB92BA72F3D8DD7)))
+
+
+# --- Rules ----------------------------------------------------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def distance(a, b):
+    return math.sqrt((a.x - b.x) ** 2 + (a.y - b.y) ** 2)
+
+
+@njit(cache=True, nogil=True)
+def gap(a, b):
+    """Edge to edge."""
+    return distance(a, b) - RADIUS[a.type] - RADIUS[b.type]
+
+
+@njit(cache=True, nogil=True)
+def serves(a, b):
+    """Whether a's weapon, or its healing, is for units like b."""
+    if a.type == MEDIVAC:
+        return BIOLOGICAL[b.type]
+    return HITS_AIR[a.type] or not FLYING[b.type]
+
+
+@njit(cache=True, nogil=True)
+def give_orders(units, actions):
+    """1. Orders of the agents; a step keeps them."""
+    for i in range(SIDE):
+        me, action = units[i], actions[i]
+        if not me.alive:
+            continue
+        if action >= FIRST_TARGET:
+            me.target = NOBODY
+            for j in range(SLOTS):
+                if units[j].type != NOBODY and units[j].tag == action - FIRST_TARGET:
+                    me.target = j
+            me.order = ENGAGE if me.target != NOBODY else IDLE
+            continue  # the same attack again resets nothing
+        me.order, me.target, me.backswing = IDLE, NOBODY, 0.0
+        if action >= FIRST_MOVE:
+            dx, dy = MOVES[action - FIRST_MOVE]
+            me.order, me.goal_x, me.goal_y = GO, me.x + MOVE * dx, me.y + MOVE * dy
+
+
+@njit(cache=True, nogil=True)
+def choose_target(units, i, enemy_ai):
+    """Whom an enemy without target attacks: of those near enough that can fight the closest (focus:
+    the weakest), else a Medivac."""
+    me, best, best_key, best_gap = units[i], NOBODY, np.inf, np.inf
+    for j in range(SIDE):
+        you = units[j]
+        if not you.alive or not serves(me, you):
+            continue
+        apart = gap(me, you)
+        if apart > max(RANGE[me.type], ACQUISITION):
+            continue
+        key = you.health + you.shield if enemy_ai == 2 else apart
+        key += 1e6 * (you.type == MEDIVAC)
+        if key < best_key:
+            best, best_key, best_gap = j, key, apart
+    return best, best_gap
+
+
+@njit(cache=True, nogil=True)
+def called_for_help(units, i):
+    """The attacker nearest to an enemy, of those who attack a friend close by (or itself)."""
+    me, best, best_gap = units[i], NOBODY, np.inf
+    for k in range(SIDE, SLOTS):
+        friend = units[k]
+        if not friend.alive or friend.attacker == NOBODY or distance(me, friend) > HELP:
+            continue
+        attacker = units[friend.attacker]
+        if attacker.alive and serves(me, attacker) and gap(me, attacker) < best_gap:
+            best, best_gap = friend.attacker, gap(me, attacker)
+    return best
+
+
+@njit(cache=True, nogil=True)
+def choose_patient(units, i):
+    """Whom an enemy Medivac heals: the one it heals now as long as there is need, then the one with
+    the smallest part of its hit points."""
+    me, best, least = units[i], NOBODY, 1.0
+    if me.target != NOBODY:
+        you = units[me.target]
+        needed = you.alive and you.health < HEALTH[you.type] and me.energy > 0.0
+        if needed and gap(me, you) <= HEAL_SIGHT:
+            return me.target
+    if me.energy < HEAL_FROM:
+        return NOBODY
+    for j in range(SIDE, SLOTS):
+        you = units[j]
+        if you.alive and BIOLOGICAL[you.type] and gap(me, you) <= HEAL_SIGHT:
+            part = you.health / HEALTH[you.type]
+            if part < least:
+                best, least = j, part
+    return best
+
+
+@njit(cache=True, nogil=True)
+def command_enemies(units, battle, enemy_ai):
+    """2. The enemy's AI: attack whoever comes near on the way to one point, and there."""
+    for i in range(SIDE, SLOTS):
+        me = units[i]
+        if not me.alive:
+            continue
+        before = me.target
+        if me.type == MEDIVAC:
+            me.target = choose_patient(units, i)
+        else:
+            if me.target != NOBODY:
+                gone = math.sqrt((me.x - me.chase_x) ** 2 + (me.y - me.chase_y) ** 2)
+                if not units[me.target].alive or gone > LEASH:
+                    me.target = NOBODY
+            if me.target == NOBODY or (enemy_ai != 0 and me.winding == NEVER):
+                best, _ = choose_target(units, i, enemy_ai)
+                me.target = best if best != NOBODY else me.target
+            elif gap(me, units[me.target]) > RANGE[me.type] + 1.0:
+                best, apart = choose_target(units, i, enemy_ai)
+                if best != NOBODY and apart < gap(me, units[me.target]):
+                    me.target = best
+            if me.target == NOBODY:
+                me.target = called_for_help(units, i)
+        if me.target != NOBODY:
+            me.order = ENGAGE
+            if me.target != before:
+                me.chase_x, me.chase_y = me.x, me.y
+        else:
+            me.goal_x, me.goal_y = battle.goal_x, battle.goal_y
+            there = math.sqrt((me.x - me.goal_x) ** 2 + (me.y - me.goal_y) ** 2)
+            me.order = GO if there > SPEED[me.type] else IDLE
+
+
+@njit(cache=True, nogil=True)
+def hurt(you, by_slot, by_type):
+    """One hit. Shields take it whole; armour is taken off what gets through."""
+    amount = DAMAGE[by_type] + BONUS[by_type] * ARMOURED[you.type]
+    you.calm, you.attacker = 0.0, by_slot
+    through = amount - you.shield
+    you.shield = max(you.shield - amount, 0.0)
+    if through > 0.0:
+        you.health = max(you.health - max(through - ARMOUR[you.type], 0.5), 0.0)
+
+
+@njit(cache=True, nogil=True)
+def fire(units, i, j, late):
+    """Unit i's weapon goes off at j, `late` frames before the end of this frame."""
+    me, you = units[i], units[j]
+    if HAS_MISSILE[me.type]:
+        me.missile_at, me.missile_x, me.missile_y = j, me.x, me.y
+        fly(units, i, late)
+    elif me.type == COLOSSUS:
+        far = max(distance(me, you), 1e-6)
+        me.beam_at, me.beam_age, me.beam_next, me.beam_in[:] = j, late, 0, 0.0
+        me.beam_x, me.beam_y = you.x, you.y
+        me.beam_dx, me.beam_dy = -(you.y - me.y) / far, (you.x - me.x) / far
+        sweep(units, i, late)
+    else:
+        hurt(you, i, me.type)
+        if me.type == ZEALOT:
+            me.second_at, me.second_in = j, SECOND_HIT - late
+
+
+@njit(cache=True, nogil=True)
+def fly(units, i, frames):
+    """A missile follows its target; a target that dies before it arrives is not hit."""
+    me = units[i]
+    you, reach = units[me.missile_at], MISSILE_SPEED * frames
+    dx, dy = you.x - me.missile_x, you.y - me.missile_y
+    far = math.sqrt(dx * dx + dy * dy)
+    if not you.alive:
+        me.missile_at = NOBODY
+    elif far <= reach:
+        hurt(you, i, me.type)
+        me.missile_at = NOBODY
+    else:
+        me.missile_x += dx / far * reach
+        me.missile_y += dy / far * reach
+
+
+@njit(cache=True, nogil=True)
+def sweep(units, i, frames):
+    """A Colossus's beam: two hits on the target, and two mirrored rows of points whose neighbours
+    are found when the point is reached and hurt a little later, once per row."""
+    me = units[i]
+    now, before = me.beam_age, me.beam_age - frames
+    foes = SIDE if i < SIDE else 0  # first slot of the other side
+    if before < BEAM_HIT <= now and units[me.beam_at].alive:
+        hurt(units[me.beam_at], i, me.type)
+        hurt(units[me.beam_at], i, me.type)
+    for row in range(2):
+        for k in range(SIDE):
+            if me.beam_in[row, k] > 0.0:
+                me.beam_in[row, k] -= frames
+                if me.beam_in[row, k] <= 0.0:
+                    me.beam_in[row, k] = NEVER  # it has had its hit
+                    if units[foes + k].alive:
+                        hurt(units[foes + k], i, me.type)
+    while me.beam_next < BEAM_POINTS and me.beam_next * BEAM_TICK <= now:
+        for row in range(2):
+            along = (me.beam_next * BEAM_STEP - BEAM_HALF) * (1 - 2 * row)
+            x, y = me.beam_x + along * me.beam_dx, me.beam_y + along * me.beam_dy
+            for k in range(SIDE):
+                you = units[foes + k]
+                if you.alive and foes + k != me.beam_at and not FLYING[you.type]:
+                    edge = math.sqrt((you.x - x) ** 2 + (you.y - y) ** 2) - RADIUS[you.type]
+                    if edge <= BEAM_WIDTH and me.beam_in[row, k] == 0.0:
+                        me.beam_in[row, k] = BEAM_DELAY - (now - me.beam_next * BEAM_TICK)
+        me.beam_next += 1
+    if now > BEAM_POINTS * BEAM_TICK + BEAM_DELAY + 1.0:
+        me.beam_age = NEVER
+
+
+@njit(cache=True, nogil=True)
+def heal(units, i):
+    me = units[i]
+    if me.order != ENGAGE:
+        return
+    you = units[me.target]
+    if serves(me, you) and gap(me, you) <= RANGE[me.type]:
+        points = min(HEAL_RATE, HEALTH[you.type] - you.health, me.energy / HEAL_COST)
+        you.health += points
+        me.energy = max(me.energy - points * HEAL_COST, 0.0)
+
+
+@njit(cache=True, nogil=True)
+def use_weapons(units, battle, weapon_delay):
+    """3. Healing; missiles, beams and second hits that are due; wind-ups; new attacks. All who live
+    at the start of the frame take part."""
+    for i in range(SLOTS):  # healing first: it must not bring back who is hit in this frame
+        me = units[i]
+        me.attacker = NOBODY
+        if me.order == ENGAGE and not units[me.target].alive:
+            me.order = IDLE
+        if me.alive and me.type == MEDIVAC:
+            heal(units, i)
+    for i in range(SLOTS):
+        me = units[i]
+        if me.type == NOBODY:
+            continue
+        if me.missile_at != NOBODY:
+            fly(units, i, 1.0)
+        if me.beam_age != NEVER:
+            me.beam_age += 1.0
+            sweep(units, i, 1.0)
+        if not me.alive or me.type == MEDIVAC:
+            continue
+        me.cooldown = max(me.cooldown - 1.0, -1.0)
+        me.backswing = max(me.backswing - 1.0, 0.0)
+        if me.second_at != NOBODY:
+            me.second_in -= 1.0
+            if me.second_in <= 0.0:
+                you = units[me.second_at]
+                if you.alive and gap(me, you) <= RANGE[me.type] + SECOND_SLACK:
+                    hurt(you, i, me.type)
+                me.second_at = NOBODY
+        if me.winding != NEVER:
+            me.winding += 1.0
+            lost = me.order != ENGAGE or me.target != me.winding_at
+            if lost or gap(me, units[me.target]) > RANGE[me.type] + SLACK[me.type]:
+                me.winding = NEVER  # called off: the cooldown has not begun
+        if me.winding == NEVER and me.order == ENGAGE and me.cooldown <= 0.0:
+            you = units[me.target]
+            if serves(me, you) and gap(me, you) <= RANGE[me.type]:
+                me.winding, me.winding_at = -me.cooldown, me.target
+        if me.winding != NEVER and me.winding >= DAMAGE_POINT[me.type]:
+            late = me.winding - DAMAGE_POINT[me.type]
+            me.cooldown = PERIOD[me.type] - me.winding
+            if weapon_delay:
+                me.cooldown += DELAY[0] + (DELAY[1] - DELAY[0]) * uniform(battle)
+            me.backswing, me.winding = max(BACKSWING[me.type] - late, 0.0), NEVER
+            fire(units, i, me.target, late)
+
+
+@njit(cache=True, nogil=True)
+def move(units):
+    """4. Straight on at full speed, inside the map; nobody walks while it attacks or could."""
+    for i in range(SLOTS):
+        me = units[i]
+        if not me.alive:
+            continue
+        dx, dy = 0.0, 0.0  # to where it wants to go
+        if me.order == GO:
+            dx, dy = me.goal_x - me.x, me.goal_y - me.y
+        elif me.order == ENGAGE and me.winding == NEVER:
+            you = units[me.target]
+            if gap(me, you) > RANGE[me.type] or not serves(me, you):
+                dx, dy = you.x - me.x, you.y - me.y
+        far = math.sqrt(dx * dx + dy * dy) if me.backswing <= 0.0 else 0.0
+        pace = min(SPEED[me.type], far) / max(far, 1e-9)
+        dx, dy = dx * pace, dy * pace
+        if FLYING[me.type]:  # it gains and loses speed
+            ax, ay = dx - me.vx, dy - me.vy
+            change = math.sqrt(ax * ax + ay * ay)
+            if change > ACCELERATION:
+                ax, ay = ax * ACCELERATION / change, ay * ACCELERATION / change
+            me.vx, me.vy = me.vx + ax, me.vy + ay
+            dx, dy = me.vx, me.vy
+        me.x = min(max(me.x + dx, 0.0), MAP)
+        me.y = min(max(me.y + dy, 0.0), MAP)
+
+
+@njit(cache=True, nogil=True)
+def push_apart(units):
+    """5. Units of a layer that overlap part by half of it each, or the idle one of two friends by
+    all of it. Twice, each time from where all are at its start. Returns the largest overlap met."""
+    worst = 0.0
+    for _ in range(2):
+        for i in range(SLOTS):
+            units[i].push_x = units[i].push_y = 0.0
+        for i in range(SLOTS):
+            a = units[i]
+            if not a.alive:
+                continue
+            for j in range(i + 1, SLOTS):
+                b = units[j]
+                if not b.alive or LAYER[a.type] != LAYER[b.type]:
+                    continue
+                touching = SEPARATION[a.type] + SEPARATION[b.type]
+                dx, dy = a.x - b.x, a.y - b.y
+                if dx * dx + dy * dy >= touching * touching:
+                    continue
+                far = math.sqrt(dx * dx + dy * dy)
+                if far > 1e-6:
+                    dx, dy = dx / far, dy / far
+                else:  # at one point
+                    angle = 2.399963 * (i * SLOTS + j)
+                    dx, dy = math.cos(angle), math.sin(angle)
+                overlap = touching - far
+                worst = max(worst, overlap)
+                part = 0.5  # of a
+                if (i < SIDE) == (j < SIDE) and (a.order == IDLE) != (b.order == IDLE):
+                    part = 1.0 if a.order == IDLE else 0.0
+                a.push_x += dx * overlap * part
+                a.push_y += dy * overlap * part
+                b.push_x -= dx * overlap * (1.0 - part)
+                b.push_y -= dy * overlap * (1.0 - part)
+        for i in range(SLOTS):
+            me = units[i]
+            if me.alive:
+                me.x = min(max(me.x + me.push_x, 0.0), MAP)
+                me.y = min(max(me.y + me.push_y, 0.0), MAP)
+    return worst
+
+
+@njit(cache=True, nogil=True)
+def regenerate_and_bury(units):
+    """6. Regeneration, deaths."""
+    for i in range(SLOTS):
+        me = units[i]
+        if not me.alive:
+            continue
+        if me.health <= 0.0:
+            me.alive, me.order, me.target, me.second_at = False, IDLE, NOBODY, NOBODY
+            me.health, me.shield, me.winding = 0.0, 0.0, NEVER
+            continue
+        me.calm += 1.0
+        if me.calm > SHIELD_DELAY:
+            me.shield = min(me.shield + SHIELD_RATE, SHIELD[me.type])
+        if me.type == MEDIVAC:
+            me.energy = min(me.energy + ENERGY_RATE, MAX_ENERGY)
+
+
+@njit(cache=True, nogil=True)
+def frame(units, battle, rules):
+    """One frame, all units at once."""
+    command_enemies(units, battle, rules.enemy_ai)
+    use_weapons(units, battle, rules.weapon_delay)
+    move(units)
+    push_apart(units)
+    regenerate_and_bury(units)
+
+
+# --- Battles --------------------------------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """What battles are drawn from, and how they are described."""
+
+    seed: int
+    first_battle: int
+    teams: np.ndarray  # (K, T) int8, numbers of each of the family's types
+    types: np.ndarray  # (T,) int8, in the order of teams, one-hot and enemies' slots
+    allies: np.ndarray  # (T,) int8: types in the order of allies' slots, as places in `types`
+    place: np.ndarray  # (6,) int8: of a type in `types`
+    n_actions: int
+    has_shields: bool
+
+
+@njit(cache=True, nogil=True)
+def begin(units, battle, number, setup):
+    """A new episode of a battle: teams, places, tags."""
+    battle.random = stream(setup.seed, setup.first_battle + number, battle.episode)
+    battle.episode += 1
+    battle.time, battle.reward = 0, 0.0
+    battle.team = int(uniform(battle) * len(setup.teams))
+    team, angle = setup.teams[battle.team], 2 * math.pi * uniform(battle)
+    for i in range(SLOTS):
+        clear(units[i])
+    for side in range(2):
+        slot, out = SIDE * side, 7.0 - 14.0 * side
+        x, y = MAP / 2 + out * math.cos(angle), MAP / 2 + out * math.sin(angle)
+        for t in range(len(team)):
+            group = setup.allies[t] if side == 0 else t
+            dx, dy = 2 * uniform(battle) - 1, 2 * uniform(battle) - 1
+            for _ in range(team[group]):
+                enlist(units[slot], setup.types[group], x + dx, y + dy)
+                slot += 1
+    for _ in range(200):
+        if push_apart(units) < 0.01:
+            break
+    arrange(units)
+    for side in range(2):
+        for k in range(SIDE):
+            units[SIDE * side + k].tag = k + SIDE * (1 - side)
+        for k in range(SIDE - 1, 0, -1):
+            j = int(uniform(battle) * (k + 1))
+            a, b = units[SIDE * side + k], units[SIDE * side + j]
+            a.tag, b.tag = b.tag, a.tag
+    battle.goal_x = battle.goal_y = 0.0
+    for i in range(sum(team)):
+        battle.goal_x += units[i].x / sum(team)
+        battle.goal_y += units[i].y / sum(team)
+
+
+@njit(cache=True, nogil=True)
+def clear(me):
+    """An empty slot; a unit's state when it begins."""
+    me.type = me.target = me.winding_at = me.second_at = me.attacker = NOBODY
+    me.missile_at = me.beam_at = NOBODY
+    me.alive, me.order, me.tag = False, IDLE, 0
+    me.x = me.y = me.vx = me.vy = me.health = me.shield = me.energy = 0.0
+    me.winding = me.beam_age = NEVER
+    me.cooldown, me.backswing, me.calm = -1.0, 0.0, 0.0
+
+
+@njit(cache=True, nogil=True)
+def enlist(me, kind, x, y):
+    """A new unit in an empty slot."""
+    me.type, me.alive, me.x, me.y = kind, True, x, y
+    me.health, me.shield = HEALTH[kind], SHIELD[kind]
+    me.energy = ENERGY if kind == MEDIVAC else 0.0
+
+
+@njit(cache=True, nogil=True)
+def arrange(units):
+    """Units of a side and type by x, then y. All that differs between them is where they are."""
+    for i in range(SLOTS):
+        for j in range(i + 1, SIDE * (i // SIDE + 1)):
+            a, b = units[i], units[j]
+            if a.type != NOBODY and a.type == b.type and (b.x, b.y) < (a.x, a.y):
+                a.x, b.x = b.x, a.x
+                a.y, b.y = b.y, a.y
+
+
+# --- From a snapshot alone: reward, end, observations ---------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def strength(snap, b):
+    """Hit points and shields of the enemies, how many of them live, and how many of each side can
+    fight."""
+    total, living, ours, theirs = 0.0, 0, 0, 0
+    for i in range(SLOTS):
+        if snap.alive[b, i]:
+            fights = snap.type[b, i] != MEDIVAC
+            if i < SIDE:
+                ours += fights
+            else:
+                theirs += fights
+                living += 1
+                total += snap.health[b, i] + snap.shield[b, i]
+    return total, living, ours, theirs
+
+
+@njit(cache=True, nogil=True)
+def outcome(before, after, time, rules):
+    """Reward, terminated, truncated, won: of a step between two strengths, the time-th."""
+    damage = before[0] - after[0]  # minus what was regenerated or healed
+    damage = max(damage, 0.0) if rules.clip_regeneration else abs(damage)
+    ours, theirs = after[2], after[3]
+    won = theirs == 0 and ours > 0
+    reward = (damage + KILL * (before[1] - after[1]) + WIN * won) / rules.reward_scale
+    over = ours == 0 or theirs == 0
+    return reward, over, not over and time >= rules.limit, won
+
+
+@njit(cache=True, nogil=True)
+def apart(snap, b, i, j):
+    """Centre to centre."""
+    dx, dy = snap.x[b, i] - snap.x[b, j], snap.y[b, i] - snap.y[b, j]
+    return math.sqrt(dx * dx + dy * dy)
+
+
+@njit(cache=True, nogil=True)
+def find_available(snap, b, avail):
+    """avail[b] (A, n_actions)."""
+    for i in range(SIDE):
+        mine = avail[b, i]
+        mine[:] = False
+        if not snap.alive[b, i]:
+            mine[0] = True
+            continue
+        mine[STOP] = True
+        for k in range(len(MOVES)):
+            x = math.floor(snap.x[b, i] + MOVES[k][0])
+            y = math.floor(snap.y[b, i] + MOVES[k][1])
+            mine[FIRST_MOVE + k] = 0 <= x < MAP and 0 <= y < MAP
+        heals = snap.type[b, i] == MEDIVAC
+        for j in range(0 if heals else SIDE, SIDE if heals else SLOTS):
+            near = snap.alive[b, j] and apart(snap, b, i, j) <= SHOOT
+            if near and not (heals and FLYING[snap.type[b, j]]):
+                mine[FIRST_TARGET + snap.tag[b, j]] = True
+
+
+@njit(cache=True, nogil=True)
+def observe(snap, b, setup, obs):
+    """obs[b] from snap[b]."""
+    find_available(snap, b, obs.avail)
+    number, x, y = 0, 0.0, 0.0
+    for i in range(SLOTS):
+        obs.entity_mask[b, i] = snap.type[b, i] == NOBODY
+        if snap.type[b, i] != NOBODY:
+            number, x, y = number + 1, x + snap.x[b, i], y + snap.y[b, i]
+    x, y, far = x / max(number, 1), y / max(number, 1), 1e-6  # the centre of mass
+    for i in range(SLOTS):
+        if snap.type[b, i] != NOBODY:
+            far = max(far, math.sqrt((snap.x[b, i] - x) ** 2 + (snap.y[b, i] - y) ** 2))
+        for j in range(SLOTS):
+            seen = snap.alive[b, i] and snap.alive[b, j] and apart(snap, b, i, j) <= SIGHT
+            obs.obs_mask[b, i, j] = not seen and i != j
+    actions, kinds = setup.n_actions - STOP - 1, len(setup.types)
+    for i in range(SLOTS):
+        row, kind = obs.entities[b, i], snap.type[b, i]
+        row[:] = 0.0
+        if kind == NOBODY:
+            continue
+        row[snap.tag[b, i]] = 1.0
+        if i < SIDE:
+            for k in range(actions):
+                row[SLOTS + k] = obs.avail[b, i, k + STOP + 1]
+        at = SLOTS + actions
+        row[at + setup.place[kind]] = 1.0
+        at += kinds
+        if not snap.alive[b, i]:
+            continue
+        row[at] = snap.health[b, i] / HEALTH[kind]
+        at += 1
+        if setup.has_shields:
+            row[at] = snap.shield[b, i] / max(SHIELD[kind], 1.0)
+            at += 1
+        if i < SIDE:
+            row[at] = snap.energy[b, i] / MAX_ENERGY
+            row[at + 1] = snap.cooldown[b, i] / COOLDOWN_SCALE[kind]
+        row[at + 2] = (snap.x[b, i] - MAP / 2) / MAP
+        row[at + 3] = (snap.y[b, i] - MAP / 2) / MAP
+        row[at + 4] = (snap.x[b, i] - x) / far
+        row[at + 5] = (snap.y[b, i] - y) / far
+
+
+# --- Kernels: battles lo to hi ------------------------------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def take(units, snap, b):
+    """snap[b]: what may be seen of the units."""
+    for i in range(SLOTS):
+        me = units[i]
+        snap.type[b, i], snap.tag[b, i], snap.alive[b, i] = me.type, me.tag, me.alive
+        snap.x[b, i], snap.y[b, i] = me.x, me.y
+        snap.health[b, i], snap.shield[b, i] = me.health, me.shield
+        snap.energy[b, i], snap.cooldown[b, i] = me.energy, max(me.cooldown, 0.0)
+
+
+@njit(cache=True, nogil=True)
+def begin_all(lo, hi, units, battles, setup, snap, obs):
+    for b in range(lo, hi):
+        battles[b].over = False
+        begin(units[b], battles[b], b, setup)
+        take(units[b], snap, b)
+        observe(snap, b, setup, obs)
+
+
+@njit(cache=True, nogil=True)
+def observe_all(snap, setup, obs):
+    for b in range(len(snap.type)):
+        observe(snap, b, setup, obs)
+
+
+@njit(cache=True, nogil=True)
+def advance(lo, hi, units, battles, actions, rules, setup, snap, final, obs, results):
+    """A step of battles lo to hi. results: reward, terminated, truncated, won."""
+    for b in range(lo, hi):
+        battle = battles[b]
+        results.reward[b], results.won[b] = 0.0, False
+        results.terminated[b] = results.truncated[b] = False
+        if battle.over:
+            continue
+        before = strength(snap, b)
+        give_orders(units[b], actions[b])
+        for _ in range(FRAMES):
+            frame(units[b], battle, rules)
+        take(units[b], snap, b)
+        take(units[b], final, b)
+        battle.time += 1
+        done = outcome(before, strength(snap, b), battle.time, rules)
+        results.reward[b], results.terminated[b], results.truncated[b], results.won[b] = done
+        battle.reward += done[0]
+        if done[1] or done[2]:
+            results.length[b], results.sum[b] = battle.time, battle.reward
+            results.team[b] = battle.team
+            if rules.once:
+                battle.over = True
+            else:
+                begin(units[b], battle, b, setup)
+                take(units[b], snap, b)
+        observe(snap, b, setup, obs)
+
+
+class Results(NamedTuple):
+    """What advance() writes, (B,) each; the last three of battles that have ended."""
+
+    reward: Any
+    terminated: Any
+    truncated: Any
+    won: Any
+    length: Any
+    sum: Any
+    team: Any
+
+
+def shared(cls: Any, B: int, **fields: tuple) -> tuple[Any, Any]:
+    """A tuple of zero tensors (B, *shape), name=(shape, dtype), and the same memory in NumPy."""
+    tensors = cls(*(torch.zeros(B, *shape, dtype=kind) for shape, kind in fields.values()))
+    assert cls._fields == tuple(fields)
+    return tensors, cls(*(x.numpy() for x in tensors))
+
+
+def new_snapshots(B: int) -> tuple[Snapshot, Snapshot]:
+    f4, i1, flag = torch.float32, torch.int8, torch.bool
+    kinds = dict(zip(Snapshot._fields, (i1, i1, flag, f4, f4, f4, f4, f4, f4)))
+    return shared(Snapshot, B, **{name: ((SLOTS,), kind) for name, kind in kinds.items()})
+
+
+def new_observations(family: Family, B: int) -> tuple[Observation, Observation]:
+    return shared(
+        Observation,
+        B,
+        entities=((SLOTS, family.features), torch.float32),
+        obs_mask=((SLOTS, SLOTS), torch.bool),
+        entity_mask=((SLOTS,), torch.bool),
+        avail=((SIDE, family.n_actions), torch.bool),
+    )
+
+
+def make_setup(family: Family, teams: list[tuple[int, ...]], seed: int, first: int) -> Setup:
+    place = np.full(len(NAMES), NOBODY, np.int8)
+    place[list(family.types)] = range(len(family.types))
+    types = np.array(family.types, np.int8)
+    order = np.argsort(types).astype(np.int8)
+    teams = np.array(teams, np.int8).reshape(len(teams), -1)
+    return Setup(seed, first, teams, types, order, place, family.n_actions, family.has_shields)
+
+
+class Combat:
+    """num_battles battles of a family.
+
+    scenario           sz, csz or mmm
+    team_sizes         one of all teams of these sizes is drawn for each episode; both sides have it
+    first_battle       number of the first: battles with the same seed and number are the same
+    threads            over which battles are spread; nothing but speed depends on it
+    enemy_ai           sticky: the game's; closest: always the closest; focus: the weakest near it
+    weapon_delay       random part of weapons' periods
+    clip_regeneration  what enemies regenerate or heal costs reward, at most down to 0; else the
+                       absolute value counts, as in SMAC
+    episode_limit      steps
+    once               battles that have ended stand still until reset()
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario = "sz",
+        team_sizes: tuple[int, ...] = (3, 4, 5),
+        num_battles: int = 1,
+        seed: int = 1,
+        first_battle: int = 0,
+        threads: int = 1,
+        enemy_ai: EnemyAI = "sticky",
+        weapon_delay: bool = True,
+        clip_regeneration: bool = False,
+        episode_limit: int = EPISODE_LIMIT,
+        once: bool = False,
+    ):
+        if scenario not in FAMILIES:
+            raise ValueError(f"There is no scenario {scenario!r}: there are {', '.join(FAMILIES)}.")
+        if enemy_ai not in get_args(EnemyAI):
+            kinds = ", ".join(get_args(EnemyAI))
+            raise ValueError(f"enemy_ai is one of {kinds}, not {enemy_ai!r}.")
+        for name, least, x in (
+            ("num_battles", 1, num_battles),
+            ("threads", 1, threads),
+            ("episode_limit", 1, episode_limit),
+            ("seed", 0, seed),
+            ("first_battle", 0, first_battle),
+        ):
+            if x < least:
+                raise ValueError(f"{name} is at least {least}: not {x}.")
+        self.family, self.num_battles = FAMILIES[scenario], num_battles
+        self.teams = self.family.teams(tuple(team_sizes))
+        self.setup = make_setup(self.family, self.teams, seed, first_battle)
+        ai = get_args(EnemyAI).index(enemy_ai)
+        scale = self.family.reward_scale
+        self.rules = Rules(ai, weapon_delay, clip_regeneration, episode_limit, scale, once)
+        self.units = np.zeros((num_battles, SLOTS), UNIT)
+        self.battles = np.zeros(num_battles, BATTLE)
+        self.snapshot, self._snap = new_snapshots(num_battles)
+        self.final, self._final = new_snapshots(num_battles)
+        self.obs, self._obs = new_observations(self.family, num_battles)
+        f4, f8, i8, flag = torch.float32, torch.float64, torch.int64, torch.bool
+        kinds = dict(zip(Results._fields, (f4, flag, flag, flag, i8, f8, i8)))
+        rows = {name: ((), kind) for name, kind in kinds.items()}
+        self.results, self._results = shared(Results, num_battles, **rows)
+        bounds = np.linspace(0, num_battles, min(threads, num_battles) + 1).astype(int).tolist()
+        self.parts = list(pairwise(bounds))
+        self.pool = ThreadPoolExecutor(len(self.parts)) if len(self.parts) > 1 else None
+
+    @property
+    def over(self) -> Tensor:
+        """(B,) bool: with `once`, who has ended."""
+        return torch.from_numpy(self.battles["over"].copy())
+
+    def seed(self, seed: int) -> None:
+        """Begin the battles' streams of random numbers; reset() comes next."""
+        self.setup = self.setup._replace(seed=seed)
+        self.battles["episode"] = 0
+
+    def reset(self) -> Observation:
+        """A new episode in every battle."""
+        arrays = self.units, self.battles, self.setup, self._snap, self._obs
+        self._run(begin_all, *arrays)
+        return self.obs
+
+    def step(self, actions: Tensor | np.ndarray) -> Step:
+        """A step of all battles; actions (B, A) ints. ValueError for one that is not available,
+        before anything has moved; nobody looks at those of battles that stand still."""
+        actions = np.asarray(actions)
+        if actions.shape != (self.num_battles, SIDE) or not self.battles["episode"].all():
+            wanted = (self.num_battles, SIDE)
+            raise ValueError(f"After reset(), actions are {wanted}, not {actions.shape}.")
+        self._check(actions)
+        arrays = self.units, self.battles, actions.astype(np.int64), self.rules, self.setup
+        self._run(advance, *arrays, self._snap, self._final, self._obs, self._results)
+        ended = self._results.terminated | self._results.truncated
+        episodes = [self._episode(b) for b in np.flatnonzero(ended).tolist()] if ended.any() else []
+        r = self.results
+        return Step(self.obs, r.reward, r.terminated, r.truncated, self.final, episodes)
+
+    def observe(self, snapshot: Snapshot) -> Observation:
+        """The observations in snapshots of tensors (K, A+E), as the battles would have given
+        them."""
+        fields = Snapshot(*(x.contiguous().numpy() for x in snapshot))
+        obs, arrays = new_observations(self.family, len(fields.type))
+        observe_all(fields, self.setup, arrays)
+        return obs
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on."""
+        raw = {"units": self.units, "battles": self.battles}
+        rows = {name: torch.from_numpy(x.view(np.uint8).copy()) for name, x in raw.items()}
+        return rows | {"teams": f"{self.family.name} {self.teams}"}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on where state_dict() was taken; ValueError if that was of other battles."""
+        mine = self.state_dict()
+        raw = ("units", "battles")
+        if saved["teams"] != mine["teams"] or any(saved[k].shape != mine[k].shape for k in raw):
+            raise ValueError(f"This state is not of {self.num_battles} battles of {mine['teams']}.")
+        for name in raw:
+            getattr(self, name).view(np.uint8)[:] = saved[name].numpy()
+        for b in range(self.num_battles):
+            take(self.units[b], self._snap, b)
+        observe_all(self._snap, self.setup, self._obs)
+
+    def _run(self, kernel: Any, *args: Any) -> None:
+        if self.pool is None:
+            kernel(0, self.num_battles, *args)
+            return
+        for job in [self.pool.submit(kernel, lo, hi, *args) for lo, hi in self.parts]:
+            job.result()
+
+    def _check(self, actions: np.ndarray) -> None:
+        limit = self.family.n_actions
+        wrong = (actions < 0) | (actions >= limit)
+        chosen = np.where(wrong, 0, actions)[..., None]
+        wrong |= ~np.take_along_axis(self._obs.avail, chosen, -1)[..., 0]
+        wrong &= ~self.battles["over"][:, None]
+        if wrong.any():
+            b, i = np.argwhere(wrong)[0].tolist()
+            raise ValueError(f"Battle {b}, agent {i}: action {actions[b, i]} is not available.")
+
+    def _episode(self, b: int) -> Episode:
+        r, alive = self._results, self._final.alive[b]
+        team, left = self.teams[r.team[b]], (int(alive[:SIDE].sum()), int(alive[SIDE:].sum()))
+        return Episode(b, team, int(r.length[b]), float(r.sum[b]), bool(r.won[b]), *left)

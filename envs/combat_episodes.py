@@ -1,0 +1,168 @@
+"""Playing battles for evaluation: scripted agents, and what policies win.
+
+A policy is a function of battles, after reset() or step(): policy(battles) -> actions (B, A). It
+reads battles.obs and battles.snapshot, so it plays the simulator and the real game alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from envs.combat import (
+    BIOLOGICAL,
+    FIRST_MOVE,
+    FIRST_TARGET,
+    FLYING,
+    HEALTH,
+    HITS_AIR,
+    MEDIVAC,
+    MOVES,
+    RADIUS,
+    RANGE,
+    SHIELD,
+    SIDE,
+    SLOTS,
+    STOP,
+    Episode,
+)
+
+Policy = Callable[[Any], Tensor]
+HURT = 0.35  # part of hit points and shields below which a unit retreats
+
+
+def random_policy(seed: int) -> Policy:
+    """Every available action with the same probability."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def play(battles: Any) -> Tensor:
+        avail = battles.obs.avail.float()
+        return torch.multinomial(avail.flatten(0, 1), 1, generator=rng).view(avail.shape[:2])
+
+    return play
+
+
+class _Sight:
+    """What scripted agents decide by, of all battles at once."""
+
+    def __init__(self, battles: Any):
+        snap = battles.snapshot
+        self.kind = np.maximum(np.asarray(snap.type), 0)  # (B, A+E)
+        self.alive, self.tag = np.asarray(snap.alive), np.asarray(snap.tag)
+        self.x, self.y = np.asarray(snap.x), np.asarray(snap.y)
+        self.avail = np.asarray(battles.obs.avail)  # (B, A, n_actions)
+        health, shield = np.asarray(snap.health), np.asarray(snap.shield)
+        self.left, self.full = health + shield, (HEALTH + SHIELD)[self.kind]
+        self.hurt = np.where(BIOLOGICAL[self.kind], health / HEALTH[self.kind], 1.0)
+        dx, dy = (v[:, None, :] - v[:, :SIDE, None] for v in (self.x, self.y))
+        self.dx, self.dy, self.far = dx, dy, np.hypot(dx, dy)  # (B, A, A+E), from agents
+        radius = RADIUS[self.kind]
+        self.gap = self.far - radius[:, :SIDE, None] - radius[:, None]
+        foe, mine = np.arange(SLOTS) >= SIDE, self.kind[:, :SIDE, None]
+        reachable = ~FLYING[self.kind][:, None] | HITS_AIR[mine]
+        heals = mine == MEDIVAC
+        patient = ~foe & BIOLOGICAL[self.kind][:, None] & (self.hurt < 1.0)[:, None]
+        self.wanted = self.alive[:, None] & np.where(heals, patient, foe & reachable)
+        self.action = np.minimum(FIRST_TARGET + self.tag, self.avail.shape[-1] - 1)
+        index = np.broadcast_to(self.action[:, None], self.far.shape)
+        self.able = self.wanted & np.take_along_axis(self.avail, index, -1)
+        self.friends = self.alive[:, None] & ~foe & ~FLYING[self.kind][:, None]
+        self.foes, self.heals = self.alive[:, None] & foe, heals[..., 0]
+
+    def towards(self, whom: np.ndarray, sign: int = 1) -> np.ndarray:
+        """(B, A) the available move that brings agents closest to (-1: away from) the nearest of
+        whom (B, A, A+E); stop without any."""
+        nearest = np.where(whom, self.far, np.inf).argmin(-1)[..., None]
+        dx, dy = (np.take_along_axis(d, nearest, -1) for d in (self.dx, self.dy))
+        gain = sign * np.concatenate([mx * dx + my * dy for mx, my in MOVES], -1)
+        gain[~self.avail[..., FIRST_MOVE : FIRST_MOVE + len(MOVES)]] = -np.inf
+        may = whom.any(-1) & (gain.max(-1) > -np.inf)
+        return np.where(may, FIRST_MOVE + gain.argmax(-1), STOP)
+
+    def actions(self, key: np.ndarray) -> Tensor:
+        """The able target with the smallest key (B, A, A+E), Medivacs last; else towards the
+        nearest enemy, or friend of a Medivac."""
+        key = key + 1e9 * (self.kind == MEDIVAC)[:, None]
+        chosen = np.where(self.able, key, np.inf).argmin(-1)
+        attack = np.take_along_axis(self.action, chosen, -1)
+        whom = np.where(self.heals[..., None], self.friends, self.wanted)
+        # Those who can attack none of what is left go along.
+        whom = np.where(whom.any(-1, keepdims=True), whom, self.foes)
+        actions = np.where(self.able.any(-1), attack, self.towards(whom))
+        return torch.from_numpy(np.where(self.alive[:, :SIDE], actions, 0))
+
+
+def nearest(battles: Any) -> Tensor:
+    """Everyone attacks the nearest enemy, or heals who is hurt most."""
+    sight = _Sight(battles)
+    return sight.actions(np.where(sight.heals[..., None], sight.hurt[:, None], sight.far))
+
+
+def _focus(sight: _Sight) -> np.ndarray:
+    within = sight.gap <= RANGE[sight.kind[:, :SIDE, None]]
+    key = np.where(within, sight.left[:, None], 1e6 + sight.far)
+    return np.where(sight.heals[..., None], sight.hurt[:, None], key)
+
+
+def focus(battles: Any) -> Tensor:
+    """Everyone attacks the weakest enemy within its weapon's range, else the nearest."""
+    sight = _Sight(battles)
+    return sight.actions(_focus(sight))
+
+
+def retreat(battles: Any) -> Tensor:
+    """As focus, but who has less than a third left walks away from the nearest enemy in sight."""
+    sight = _Sight(battles)
+    actions = sight.actions(_focus(sight)).numpy()
+    weak = (sight.left / sight.full)[:, :SIDE] < HURT
+    near = sight.foes & (sight.far < 6.0)
+    away = sight.towards(near, -1)
+    runs = weak & near.any(-1) & sight.alive[:, :SIDE]
+    return torch.from_numpy(np.where(runs, away, actions))
+
+
+def scripted_policies(seed: int) -> dict[str, Policy]:
+    """The reference points of every table."""
+    named = {"nearest": nearest, "focus": focus, "retreat": retreat}
+    return {"random": random_policy(seed), **named}
+
+
+def play(battles: Any, policy: Policy) -> list[Episode]:
+    """One episode of every battle (made with once=True), in the order of battles."""
+    battles.reset()
+    episodes: list[Episode] = []
+    while len(episodes) < battles.num_battles:
+        episodes += battles.step(policy(battles)).episodes
+    return sorted(episodes, key=lambda episode: episode.battle)
+
+
+def summarise(episodes: list[Episode]) -> dict[str, float]:
+    """Win rate with 95 % interval (Wilson), means of return and length."""
+    won = sum(episode.won for episode in episodes)
+    low, high = binomtest(won, len(episodes)).proportion_ci(method="wilson")
+    return {
+        "episodes": len(episodes),
+        "win": won / len(episodes),
+        "win_low": float(low),
+        "win_high": float(high),
+        "return": float(np.mean([episode.reward for episode in episodes])),
+        "length": float(np.mean([episode.length for episode in episodes])),
+    }
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown: one line per row name."""
+    lines = [["who", "win rate", "return", "steps", "episodes"]]
+    for name, row in rows.items():
+        win = f"{row['win']:.3f} [{row['win_low']:.3f}, {row['win_high']:.3f}]"
+        rest = f"{row['return']:.2f}", f"{row['length']:.0f}", f"{int(row['episodes'])}"
+        lines.append([name, win, *rest])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(text)

@@ -1,0 +1,269 @@
+"""Battles from outside: fairness, scripted agents, PettingZoo's tests, pictures."""
+
+from __future__ import annotations
+
+import types
+import warnings
+
+import imageio.v2 as imageio
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_test, render_test
+from pettingzoo.test.state_test import state_test
+
+from envs import combat, combat_parallel
+from envs.combat import MEDIVAC, SIDE, SLOTS, Combat
+from envs.combat_episodes import (
+    focus,
+    nearest,
+    play,
+    random_policy,
+    retreat,
+    scripted_policies,
+    summarise,
+    table,
+)
+from envs.combat_view import draw, film_battle
+
+SLOT_FIELDS = ("target", "winding_at", "second_at", "attacker", "missile_at", "beam_at")
+POLICIES = {"random": random_policy(7), "nearest": nearest, "focus": focus, "retreat": retreat}
+
+
+# --- Fairness -------------------------------------------------------------------------------------
+
+
+def other_side(units: np.ndarray) -> np.ndarray:
+    """The same battle (A+E,) with allies as enemies."""
+    seen = np.concatenate((units[SIDE:], units[:SIDE]))
+    for name in SLOT_FIELDS:
+        seen[name] = np.where(seen[name] < 0, seen[name], (seen[name] + SIDE) % SLOTS)
+    return seen
+
+
+def mirror_match(scenario: str, size: int, battles: int) -> list[int]:
+    """Wins of allies and enemies, and draws, with the enemy's own AI on both sides."""
+    c = Combat(scenario, (size,), battles, seed=3)
+    c.reset()
+    score = [0, 0, 0]
+    for units, battle in zip(c.units, c.battles):
+        goal = battle["goal_x"], battle["goal_y"]
+        foes = units[SIDE:][units["alive"][SIDE:]]
+        theirs = foes["x"].mean(), foes["y"].mean()
+        for _ in range(150 * 8):
+            battle["goal_x"], battle["goal_y"] = theirs
+            seen = other_side(units)
+            combat.command_enemies(seen, battle, 0)
+            units[:] = other_side(seen)
+            battle["goal_x"], battle["goal_y"] = goal
+            combat.frame(units, battle, c.rules)
+            fights = units["alive"] & (units["type"] != MEDIVAC)
+            ours, left = fights[:SIDE].any(), fights[SIDE:].any()
+            if not (ours and left):
+                break
+        score[0 if ours and not left else 1 if left and not ours else 2] += 1
+    return score
+
+
+@pytest.mark.parametrize(("scenario", "size"), [("sz", 8), ("csz", 7), ("mmm", 8)])
+def test_neither_side_is_favoured(scenario, size):
+    """With the same AI on both sides each wins half: within 3.5 standard deviations of 1/2 (a fair
+    game fails 1 in 2000). It has found enemies that were healed after they had been shot dead."""
+    wins, losses, draws = mirror_match(scenario, size, 60)
+    decided = wins + losses
+    assert draws < 10
+    assert abs(wins - decided / 2) < 3.5 * decided**0.5 / 2, (wins, losses, draws)
+
+
+# --- Scripted agents ------------------------------------------------------------------------------
+
+# experiments/combat_scripts.py, 2048 battles each: win rates of random, nearest, focus, retreat.
+BANDS: dict[tuple[str, int], tuple[float, ...]] = {}
+
+
+def wins(scenario: str, size: int, name: str, battles: int, seed: int = 5) -> float:
+    return summarise(play(Combat(scenario, (size,), battles, seed, once=True), POLICIES[name]))[
+        "win"
+    ]
+
+
+@pytest.mark.parametrize("scenario", ["sz", "csz", "mmm"])
+def test_scripted_agents(scenario):
+    """Random hardly ever wins, focus at least .1 more often."""
+    chance = wins(scenario, 4, "random", 256)
+    assert chance < 0.02
+    assert wins(scenario, 4, "focus", 256) > chance + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scenario", "size"), list(BANDS))
+def test_win_rates_of_scripted_agents(scenario, size):
+    """Within 4 standard deviations of docs/combat.md's table, other battles."""
+    for name, expected in zip(POLICIES, BANDS[scenario, size], strict=True):
+        p = min(max(expected, 0.002), 0.998)
+        error = (p * (1 - p) * (1 / 512 + 1 / 2048)) ** 0.5
+        assert abs(wins(scenario, size, name, 512) - expected) < 4 * error, name
+
+
+def test_scripted_agents_choose_what_they_say():
+    """focus the weakest within its weapon's range, nearest the nearest; Medivacs who is hurt most;
+    retreat walks away when hurt; all of it available."""
+    c = Combat("mmm", (8,), 64, seed=2)
+    c.reset()
+    checked = dict.fromkeys(("focus", "nearest", "heal", "run"), 0)
+    for _ in range(25):
+        snap, avail = c.snapshot, c.obs.avail
+        chosen = {name: POLICIES[name](c) for name in ("nearest", "focus", "retreat")}
+        for actions in chosen.values():
+            assert avail.gather(-1, actions[..., None]).all()
+        for b in range(0, 64, 7):
+            for i in range(SIDE):
+                if not snap.alive[b, i]:
+                    continue
+                x, y = (v[b].numpy().astype(float) for v in (snap.x, snap.y))
+                far = np.hypot(x - x[i], y - y[i])
+                kind = int(snap.type[b, i])
+                if kind == MEDIVAC:
+                    part = snap.health[b].numpy() / combat.HEALTH[snap.type[b].numpy()]
+                    able = [j for j in range(SIDE) if avail[b, i, 6 + int(snap.tag[b, j])]]
+                    hurt = [j for j in able if snap.alive[b, j] and part[j] < 1]
+                    if hurt:
+                        wanted = 6 + int(snap.tag[b, min(hurt, key=lambda j: part[j])])
+                        assert int(chosen["focus"][b, i]) == wanted
+                        checked["heal"] += 1
+                    continue
+                foes = [
+                    j
+                    for j in range(SIDE, SLOTS)
+                    if snap.alive[b, j]
+                    and avail[b, i, 6 + int(snap.tag[b, j])]
+                    # Medivacs last, and none of a Marauder
+                    and int(snap.type[b, j]) != MEDIVAC
+                ]
+                if not foes:
+                    continue
+                at = {j: 6 + int(snap.tag[b, j]) for j in foes}
+                assert int(chosen["nearest"][b, i]) == at[min(foes, key=lambda j: far[j])]
+                checked["nearest"] += 1
+                radius = combat.RADIUS[snap.type[b].numpy()]
+                within = [j for j in foes if far[j] - radius[i] - radius[j] <= combat.RANGE[kind]]
+                if within:
+                    weakest = min(float(snap.health[b, j]) for j in within)
+                    target = [j for j in foes if at[j] == int(chosen["focus"][b, i])]
+                    assert target[0] in within and float(snap.health[b, target[0]]) == weakest
+                    checked["focus"] += 1
+                if float(snap.health[b, i]) < 0.35 * combat.HEALTH[kind] and min(far[foes]) < 6:
+                    move = int(chosen["retreat"][b, i])
+                    assert move in range(1, 6)
+                    checked["run"] += move > 1
+        c.step(chosen["focus"])
+    assert min(checked.values()) > 10, checked
+
+
+def test_tables_of_results():
+    episodes = play(Combat("sz", (3,), 8, once=True), focus)
+    assert [e.battle for e in episodes] == list(range(8))
+    row = summarise(episodes)
+    assert row["win"] == np.mean([e.won for e in episodes]) and row["episodes"] == 8
+    assert 0 <= row["win_low"] <= row["win"] <= row["win_high"] <= 1
+    lines = table({"sz 3 focus": row}).splitlines()
+    assert len(lines) == 3 and "sz 3 focus" in lines[2]
+    assert list(scripted_policies(1)) == ["random", "nearest", "focus", "retreat"]
+
+
+# --- PettingZoo -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scenario", "sizes"), [("sz", (3, 4, 5)), ("mmm", (8,)), ("csz", (6,))])
+def test_pettingzoo(scenario, sizes):
+    matplotlib.use("Agg")
+    new = lambda **how: combat_parallel.parallel_env(scenario, sizes, **how)  # noqa: E731
+    turns = lambda **how: combat_parallel.env(scenario, sizes, **how)  # noqa: E731
+    parallel_api_test(new(), 200)
+    parallel_seed_test(new)
+    max_cycles_test(types.SimpleNamespace(parallel_env=new, env=turns))
+    render_test(turns)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Environment's m.* state space value is")  # unbounded
+        state_test(turns(), new())
+
+
+def test_pettingzoo_shows_the_battles_own():
+    """Observations, rewards and ends against a battle with the same seed; what is not available
+    becomes stop."""
+    env = combat_parallel.parallel_env("csz", (5,))
+    c = Combat("csz", (5,), 1, seed=9, once=True)
+    seen, _ = env.reset(seed=9)
+    obs, rng = c.reset(), np.random.default_rng(0)
+    while True:
+        for i, agent in enumerate(env.possible_agents):
+            rows = seen[agent]["observation"]
+            hidden = obs.obs_mask[0, i].numpy()
+            own = np.where(hidden[:, None], 0, obs.entities[0].numpy())
+            assert np.array_equal(rows, np.concatenate((own[i : i + 1], np.delete(own, i, 0))))
+            assert np.array_equal(seen[agent]["action_mask"], obs.avail[0, i].numpy())
+        if not env.agents:
+            break
+        wild = rng.integers(0, 14, 5)  # many of them not available
+        may = obs.avail[0].numpy()
+        fine = [a if may[i, a] else int(not may[i, 0]) for i, a in enumerate(wild)]
+        step = c.step(np.array([[*fine, 0, 0, 0]]))
+        seen, reward, over, late, _ = env.step(dict(zip(env.agents, wild)))
+        obs = step.obs
+        assert set(reward.values()) == {float(step.reward[0])}
+        assert set(over.values()) == {bool(step.terminated[0])}
+        assert set(late.values()) == {bool(step.truncated[0])}
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def test_pictures_show_what_they_say():
+    """Colours of both sides where units are, bars as long as what is left, a cross for the dead."""
+    c = Combat("sz", (3,), 1, seed=4)
+    c.reset()
+    image = draw(c.snapshot, 0)
+    assert image.shape == (480, 480, 3) and image.dtype == np.uint8
+    scale = 480 / 24
+
+    def at(i: int, picture: np.ndarray, dy: float = 0.0) -> tuple[int, ...]:
+        x, y = float(c.snapshot.x[0, i]) - 16, float(c.snapshot.y[0, i]) - 16
+        return tuple(picture[int((12 - y) * scale + dy), int((x + 12) * scale)].tolist())
+
+    for i in (*range(3), *range(8, 11)):
+        colour = at(i, image)
+        assert (colour[2] > colour[0] + 50) if i < SIDE else (colour[0] > colour[2] + 50)
+    green = lambda picture: (  # noqa: E731
+        (picture[..., 1] > 140) & (picture[..., 0] < 90) & (picture[..., 2] < 90)
+    ).sum()
+    full = green(image)
+    c.snapshot.health[0, :3] *= 0.5
+    assert 0.6 * full < green(draw(c.snapshot, 0)) < 0.9 * full
+    c.snapshot.alive[0, 8] = False
+    colour = at(8, draw(c.snapshot, 0))
+    assert max(colour) - min(colour) < 20  # grey
+    target = np.full(SIDE, 6 + int(c.snapshot.tag[0, 9]))
+    assert (draw(c.snapshot, 0, actions=target) != draw(c.snapshot, 0)).any()
+    c.units[0, 0]["missile_at"], c.units[0, 0]["missile_x"] = 9, 16.0
+    c.units[0, 0]["missile_y"] = 16.0
+    assert (draw(c.snapshot, 0, c.units[0]) != draw(c.snapshot, 0)).any()
+
+
+def test_film(tmp_path):
+    c = Combat("mmm", (4,), 2, seed=1)
+    c.reset()
+    film_battle(c, focus, tmp_path / "a" / "film.mp4")
+    d = Combat("mmm", (4,), 2, seed=1, once=True)
+    steps = play(d, focus)[0].length
+    frames = imageio.mimread(tmp_path / "a" / "film.mp4", memtest=False)
+    assert len(frames) == steps + 6 and frames[0].shape == (480, 480, 3)
+    assert (tmp_path / "a" / "film.mp4").stat().st_size < 1e6
+
+
+def test_policies_leave_torch_types():
+    c = Combat("csz", (8,), 3, seed=1)
+    c.reset()
+    for policy in POLICIES.values():
+        actions = policy(c)
+        assert isinstance(actions, torch.Tensor) and actions.shape == (3, SIDE)
