@@ -631,6 +631,8 @@ def push_apart(units):
             if me.alive:
                 me.x = min(max(me.x + me.push_x, 0.0), MAP)
                 me.y = min(max(me.y + me.push_y, 0.0), MAP)
+        if worst == 0.0:
+            break
     return worst
 
 
