@@ -93,9 +93,10 @@ def commands(figure: str, study: Study) -> list[dict[str, str]]:
     if figure == "fig7":
         for how in ("option", "concat", "bilinear"):
             first |= several("resource", f"3-{how}", f"--representation {how}", ("6", "9", "12"))
-    if figure == "fig8":
-        for names in (("6", "12"), ("6", "9", "12"), ("6", "9", "12", "15")):
-            first |= several("resource", f"of-{len(names)}", "", names)
+    if figure == "fig8":  # three games are fig. 7's with options, four those of figs. 2, 3 and 5
+        first |= several("resource", "of-2", "", ("6", "12"))
+        first |= several("resource", "3-option", "--representation option", ("6", "9", "12"))
+        first |= several("resource", "mra")
     return [first, then]
 
 

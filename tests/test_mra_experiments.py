@@ -173,7 +173,7 @@ def test_runs_of_the_figures(tmp_path):
     code, text, stderr = command("mra_runs", *figures, *words, "--dry-run")
     assert code == 0, stderr
     lines = text.splitlines()
-    assert len(lines) == len(set(lines)) == 2 * (3 * 5 + 3 + 3 + 6)
+    assert len(lines) == len(set(lines)) == 2 * (3 * 5 + 3 + 3 + 4)
     for line in lines:  # every one is a command that the scripts take
         script, *argv = line.split()[1:]
         if "--adapt" in argv:
