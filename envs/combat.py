@@ -38,6 +38,7 @@ SLOTS = 2 * SIDE
 FRAMES = 8  # of a step
 SECOND = 16.0  # frames of a second of the data
 MAP = 32.0  # width and height
+EDGE = MAP - 1e-3  # nobody gets beyond: a unit on the border itself would be in no cell of the map
 SIGHT, SHOOT = 9.0, 6.0  # centre to centre: what agents see, what they may order an attack on
 MOVE = 2.0  # how far a move order goes
 STOP, FIRST_MOVE, FIRST_TARGET = 1, 2, 6  # actions; 0: no-op
@@ -166,7 +167,7 @@ UNIT = np.dtype(
         ("y", "f4"),
         ("vx", "f4"),  # per frame; Medivacs only
         ("vy", "f4"),
-        ("push_x", "f4"),  # by others, in this pass
+        ("push_x", "f4"),  # how far it is about to move
         ("push_y", "f4"),
         ("goal_x", "f4"),  # of GO
         ("goal_y", "f4"),
@@ -178,7 +179,7 @@ UNIT = np.dtype(
         ("calm", "f4"),  # frames since it was damaged
         ("cooldown", "f4"),  # frames until it may attack; below 0: for how long, 1 at most
         ("winding", "f4"),  # frames since its attack began, or NEVER
-        ("backswing", "f4"),  # frames that it still stands after a hit
+        ("backswing", "f4"),  # frames that it still stands after a hit; below 0: it may walk
         ("second_in", "f4"),  # frames until the second hit, if second_at
         ("missile_at", "i1"),  # slot that its missile flies to
         ("beam_at", "i1"),  # slot that its beam is for
@@ -328,7 +329,7 @@ def give_orders(units, actions):
                     me.target = j
             me.order = ENGAGE if me.target != NOBODY else IDLE
             continue  # the same attack again resets nothing
-        me.order, me.target, me.backswing = IDLE, NOBODY, 0.0
+        me.order, me.target, me.backswing = IDLE, NOBODY, -1.0
         if action >= FIRST_MOVE:
             dx, dy = MOVES[action - FIRST_MOVE]
             me.order, me.goal_x, me.goal_y = GO, me.x + MOVE * dx, me.y + MOVE * dy
@@ -374,7 +375,8 @@ def choose_patient(units, i):
     me, best, least = units[i], NOBODY, 1.0
     if me.target != NOBODY:
         you = units[me.target]
-        needed = you.alive and you.health < HEALTH[you.type] and me.energy > 0.0
+        needed = you.alive and you.health < HEALTH[you.type]
+        needed = needed and me.energy >= HEAL_RATE * HEAL_COST
         if needed and gap(me, you) <= HEAL_SIGHT:
             return me.target
     if me.energy < HEAL_FROM:
@@ -402,7 +404,7 @@ def command_enemies(units, battle, enemy_ai):
             if me.target != NOBODY:
                 gone = math.sqrt((me.x - me.chase_x) ** 2 + (me.y - me.chase_y) ** 2)
                 if not units[me.target].alive or gone > LEASH:
-                    me.target = NOBODY
+                    me.target = before = NOBODY
             if me.target == NOBODY or (enemy_ai != 0 and me.winding == NEVER):
                 best, _ = choose_target(units, i, enemy_ai)
                 me.target = best if best != NOBODY else me.target
@@ -537,7 +539,7 @@ def use_weapons(units, battle, weapon_delay):
         if not me.alive or me.type == MEDIVAC:
             continue
         me.cooldown = max(me.cooldown - 1.0, -1.0)
-        me.backswing = max(me.backswing - 1.0, 0.0)
+        me.backswing = max(me.backswing - 1.0, -1.0)
         if me.second_at != NOBODY:
             me.second_in -= 1.0
             if me.second_in <= 0.0:
@@ -559,8 +561,18 @@ def use_weapons(units, battle, weapon_delay):
             me.cooldown = PERIOD[me.type] - me.winding
             if weapon_delay:
                 me.cooldown += DELAY[0] + (DELAY[1] - DELAY[0]) * uniform(battle)
-            me.backswing, me.winding = max(BACKSWING[me.type] - late, 0.0), NEVER
+            me.backswing, me.winding = BACKSWING[me.type] - late, NEVER
             fire(units, i, me.target, late)
+
+
+@njit(cache=True, nogil=True)
+def shift(units):
+    """All who live move at once, inside the map."""
+    for i in range(SLOTS):
+        me = units[i]
+        if me.alive:
+            me.x = min(max(me.x + me.push_x, 0.0), EDGE)
+            me.y = min(max(me.y + me.push_y, 0.0), EDGE)
 
 
 @njit(cache=True, nogil=True)
@@ -577,7 +589,7 @@ def move(units):
             you = units[me.target]
             if gap(me, you) > RANGE[me.type] or not serves(me, you):
                 dx, dy = you.x - me.x, you.y - me.y
-        far = math.sqrt(dx * dx + dy * dy) if me.backswing <= 0.0 else 0.0
+        far = math.sqrt(dx * dx + dy * dy) if me.backswing < 0.0 else 0.0
         pace = min(SPEED[me.type], far) / max(far, 1e-9)
         dx, dy = dx * pace, dy * pace
         if FLYING[me.type]:  # it gains and loses speed
@@ -587,8 +599,8 @@ def move(units):
                 ax, ay = ax * ACCELERATION / change, ay * ACCELERATION / change
             me.vx, me.vy = me.vx + ax, me.vy + ay
             dx, dy = me.vx, me.vy
-        me.x = min(max(me.x + dx, 0.0), MAP)
-        me.y = min(max(me.y + dy, 0.0), MAP)
+        me.push_x, me.push_y = dx, dy
+    shift(units)
 
 
 @njit(cache=True, nogil=True)
@@ -626,11 +638,7 @@ def push_apart(units):
                 a.push_y += dy * overlap * part
                 b.push_x -= dx * overlap * (1.0 - part)
                 b.push_y -= dy * overlap * (1.0 - part)
-        for i in range(SLOTS):
-            me = units[i]
-            if me.alive:
-                me.x = min(max(me.x + me.push_x, 0.0), MAP)
-                me.y = min(max(me.y + me.push_y, 0.0), MAP)
+        shift(units)
         if worst == 0.0:
             break
     return worst
@@ -724,7 +732,7 @@ def clear(me):
     me.alive, me.order, me.tag = False, IDLE, 0
     me.x = me.y = me.vx = me.vy = me.health = me.shield = me.energy = 0.0
     me.winding = me.beam_age = NEVER
-    me.cooldown, me.backswing, me.calm = -1.0, 0.0, 0.0
+    me.cooldown, me.backswing, me.calm = -1.0, -1.0, 0.0
 
 
 @njit(cache=True, nogil=True)
