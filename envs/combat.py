@@ -901,6 +901,9 @@ def advance(lo, hi, units, battles, actions, rules, setup, snap, final, obs, res
         give_orders(units[b], actions[b])
         for _ in range(FRAMES):
             frame(units[b], battle, rules)
+        for i in range(SLOTS):  # the dead stay where they were seen last, as in the game
+            if snap.alive[b, i] and not units[b, i].alive:
+                units[b, i].x, units[b, i].y = snap.x[b, i], snap.y[b, i]
         take(units[b], snap, b)
         take(units[b], final, b)
         battle.time += 1

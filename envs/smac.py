@@ -38,7 +38,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numba import njit
 
 from envs.combat import (
     EPISODE_LIMIT,
@@ -225,21 +224,19 @@ class StarCraft:
 # --- One game and the battle in it ----------------------------------------------------------------
 
 
-@njit(cache=True, nogil=True)
-def draw(units, battles, b, setup, points):
-    """What the simulator's next episode of battle b begins with: team and tags in units[b] and
-    battles[b]; in points (2, T, 2) where each group of a type stands before it is pushed apart."""
-    battle, episode = battles[b], battles[b].episode
-    begin(units[b], battle, b, setup)
-    battle.random = stream(setup.seed, setup.first_battle + b, episode)
+def draw(units: Any, battle: Any, number: int, setup: Any) -> np.ndarray:
+    """What the simulator's next episode of a battle begins with: team and tags in units (A+E,) and
+    battle; returns points (2, T, 2), where each side's groups are put (and then pushed apart)."""
+    points, episode = np.zeros((2, len(setup.types), 2)), battle["episode"]
+    begin(units, battle, number, setup)
+    battle["random"] = stream(setup.seed, setup.first_battle + number, episode)
     uniform(battle)  # the team
     angle = 2 * math.pi * uniform(battle)
-    for side in range(2):
+    for side, t in np.ndindex(points.shape[:2]):
         out = 7.0 - 14.0 * side
         x, y = MAP / 2 + out * math.cos(angle), MAP / 2 + out * math.sin(angle)
-        for t in range(len(setup.types)):
-            dx, dy = 2 * uniform(battle) - 1, 2 * uniform(battle) - 1
-            points[side, t, 0], points[side, t, 1] = x + dx, y + dy
+        points[side, t] = x + (2 * uniform(battle) - 1), y + (2 * uniform(battle) - 1)
+    return points
 
 
 def unit_ids(data: Any, family: Family, map_name: str) -> tuple[dict[int, int], dict[int, int]]:
@@ -511,10 +508,10 @@ class RealBattles(Combat):
 
     def _begin(self, b: int) -> None:
         """A new episode of battle b."""
-        points, snap = np.zeros((2, len(self.family.types), 2)), self._snap
-        draw(self.units, self.battles, b, self.setup, points)
+        snap, drawn = self._snap, self.units[b]
+        points = draw(drawn, self.battles[b], b, self.setup)
         self.battles["over"][b] = False
-        drawn, team = self.units[b], self.setup.teams[self.battles["team"][b]]
+        team = self.setup.teams[self.battles["team"][b]]
         while True:
             try:
                 game = self._game(b)
