@@ -1106,6 +1106,22 @@ def test_flags_of_battles(monkeypatch):
     assert (made["num_battles"], made["once"]) == (2, True) and "enemy_ai" not in made
 
 
+def test_a_game_that_fails_ends_the_run(monkeypatch, capfd):
+    """One sentence, where it cannot be begun or not be played on."""
+
+    def fails(*args, **options):
+        raise refil.BattleError("The game is gone.")
+
+    adapter = SimpleNamespace(make_battles=fails)
+    with monkeypatch.context() as patch:
+        patch.setitem(refil.sys.modules, "envs.smac", adapter)
+        assert refil.main(tiny("a", 32, "--backend", "sc2")) == 2
+    assert only_error(capfd.readouterr().err) == "error: The game is gone."
+    monkeypatch.setattr(refil, "collect", fails)
+    assert refil.main(tiny("b", 32)) == 1
+    assert only_error(capfd.readouterr().err) == "error: The game is gone."
+
+
 def test_device_threads_and_compile(monkeypatch):
     compiled = []
     monkeypatch.setattr(
@@ -1191,8 +1207,8 @@ QUICK += " --epsilon-steps 8000 --max-episode-steps 60 --eval-every 0 --final-ep
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_refil_learns(seed):
-    """Three against three, a minute: greedy agents earn twice what random ones do (at seeds 1 and 2
-    3.1 and 3.3, and 1.5)."""
+    """Three against three, a minute: greedy agents earn twice what random ones do (at seeds 1, 2, 3
+    3.1, 3.3, 4.0 against 1.5)."""
     argv = [*QUICK.split(), "--total-timesteps", "24000", "--seed", str(seed), "--run-dir", "run"]
     assert refil.main(argv) == 0
     results = json.loads(Path("run/summary.json").read_text())["eval"]
