@@ -1107,7 +1107,8 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         if saved:
             unpack(saved, replay, ended, rng)
             load_replay(run_dir, saved["replay"], replay, saved["episodes"])
-        about = {"device": str(device), "amp": agent.amp}
+        version = getattr(battles, "game_version", None)
+        about = {"device": str(device), "amp": agent.amp, "game_version": version}
         run_dir = run_dir or new_run_dir(args, args.scenario, **about)
         logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
         scalars, clock = collections.defaultdict(list), (time.monotonic(), timesteps)
