@@ -835,6 +835,7 @@ WRONG = {  # with words that the sentence has to contain
     "--resume {own} --run-dir other": "--resume --run-dir",
     "--resume {own} --gamma .5": "--gamma 0.99",
     "--resume {own} --team-sizes 3": "--team-sizes",
+    "--resume {own} --no-imagine": "--imagine True stays",
     "--resume {own} --backend sc2": "--backend sim",
     "--resume {runs}/empty": "empty checkpoint",
     "--eval-only {own} --final-episodes 0": "--eval-only --final-episodes",
