@@ -55,12 +55,13 @@ def parts(run_dir):
 # Killed -----------------------------------------------------------------------------------------
 
 
-def test_killed_twenty_times(tmp_path):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again(kills, tmp_path):
     """Half of the kills come at any moment, half while a file is being written. The run then ends
     where one ends that nobody killed, bit for bit."""
     rng, run_dir, reached = random.Random(1), tmp_path / "run", 0
     argv = tiny(BIDIST, run_dir, FOREVER, "--save-every", 1)
-    for kill in range(20):
+    for kill in range(kills):
         before = index(run_dir)
         with start(BIDIST, argv, tmp_path) as run:
             until(lambda: index(run_dir) != before, run)  # noqa: B023
@@ -78,7 +79,7 @@ def test_killed_twenty_times(tmp_path):
         reached = saved["timesteps"]
         argv = resume(run_dir, FOREVER)
     iterations = reached // STEPS + 2
-    assert reached >= 20 * STEPS
+    assert reached >= kills * STEPS
     assert script(BIDIST).main(resume(run_dir, iterations)) == 0
     assert script(BIDIST).main(tiny(BIDIST, tmp_path / "whole", iterations)) == 0
     assert differences(exact(run_dir), exact(tmp_path / "whole")) == []

@@ -900,7 +900,7 @@ def test_default_run_directory_and_args_json():
     stored = json.loads((found / "args.json").read_text())
     args = dataclasses.asdict(refil.parse(argv))
     assert {k: stored[k] for k in args} == json.loads(json.dumps(args))
-    assert stored["resolved"] == {"device": "cpu", "amp": False}
+    assert stored["resolved"] == {"device": "cpu", "amp": False, "game_version": None}
 
 
 def given(argv, monkeypatch):

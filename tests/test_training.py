@@ -345,7 +345,10 @@ QUICK = [*QUICK.split(), "--actor-lr", "2e-3", "--critic-lr", "2e-3", "--final-e
 QUICK += ["--eval-every", "4000", "--eval-episodes", "50"]
 
 
-@pytest.mark.parametrize("seed", range(1, 6))
+SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
 def test_the_optimum_of_the_toy_is_reached(script, seed, tmp_path):
     """Best is 1 per step; random play earns 2/9. Playing against itself, actions sampled, in the
