@@ -174,7 +174,7 @@ def validate(args: Args) -> None:
             "--mask-empty-slots is for --mixer linear",
         ),
         (
-            args.backend == "sc2" and args.enemy_ai != "sticky",
+            args.backend == "sc2" and args.enemy_ai != "sticky" and not args.eval_only,
             "--enemy-ai is for --backend sim, the game has its own",
         ),
         ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
@@ -302,7 +302,7 @@ def opened(battles: Any) -> Iterator[Any]:
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 
-NEVER = -1e9  # in the place of a score or a utility: not to be chosen
+MASKED = -1e9  # in the place of a score or a utility: not to be chosen
 CHUNK = 25  # times that the GRU is given at once
 
 
@@ -344,7 +344,7 @@ def in_views(mask: Tensor, groups: Tensor | None) -> Tensor:
     return torch.stack((mask, mask | apart, mask | ~apart), 1)
 
 
-def begin(inputs: int, *shape: int) -> nn.Parameter:
+def uniform_parameter(inputs: int, *shape: int) -> nn.Parameter:
     """Weights or biases of several linear layers side by side, as nn.Linear begins."""
     bound = 1 / math.sqrt(inputs)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
@@ -355,8 +355,8 @@ class Attention(nn.Module):
 
     def __init__(self, G: int, H: int, heads: int):
         super().__init__()
-        self.query, self.heads = begin(H, G, H, H), heads
-        self.pair = begin(H, G, H, 2 * H)  # keys and values
+        self.query, self.heads = uniform_parameter(H, G, H, H), heads
+        self.pair = uniform_parameter(H, G, H, 2 * H)  # keys and values
 
     def forward(self, x: Tensor, agents: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (G, M, h, A, d), keys and values (G, M, h, S, d) of x (M, S, G, H)."""
@@ -373,7 +373,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
     Scores are the same in all views; views are rows of one product with the values.
     """
     hidden = hidden[:, None]  # (M, 1, V, A, S)
-    scores = (query @ key.mT)[:, :, :, None].masked_fill(hidden, NEVER)  # (G, M, h, V, A, S)
+    scores = (query @ key.mT)[:, :, :, None].masked_fill(hidden, MASKED)  # (G, M, h, V, A, S)
     weights = scores.softmax(-1).masked_fill(hidden, 0.0)
     out = (weights.flatten(3, 4) @ value).unflatten(3, hidden.shape[2:4])  # (G, M, h, V, A, d)
     return out.permute(0, 1, 3, 4, 2, 5).flatten(-2)
@@ -429,10 +429,13 @@ class Mixer(nn.Module):
         G, H = 2 if args.mixer == "linear" else 4, args.hidden_size
         self.linear, self.empty_score = args.mixer == "linear", 0.0
         if args.mask_empty_slots:
-            self.empty_score = NEVER
+            self.empty_score = MASKED
         self.first, self.attention = nn.Linear(inputs, G * H), Attention(G, H, args.heads)
-        self.out, self.out_bias = begin(H, G, H, H), begin(H, G, H)
-        self.last, self.last_bias = begin(H, G, H, args.mixing_size), begin(H, G, args.mixing_size)
+        self.out, self.out_bias = uniform_parameter(H, G, H, H), uniform_parameter(H, G, H)
+        self.last, self.last_bias = (
+            uniform_parameter(H, G, H, args.mixing_size),
+            uniform_parameter(H, G, args.mixing_size),
+        )
 
     def forward(self, q: Tensor, view: View, groups: Tensor | None = None) -> Tensor:
         """Q_tot (1, M) of q (1, M, A); with groups and q (3, M, A) also Q_groups (2, M)."""
@@ -628,7 +631,7 @@ def player(agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = Non
             last = torch.full(obs.avail.shape[:2], -1)
         view = look(obs, last, torch.ones(1, len(last), dtype=torch.bool), agent.device)
         q, memory = agent.utility(view, None, memory)
-        actions = q[0].masked_fill(~view.avail, NEVER).argmax(-1).cpu()
+        actions = q[0].masked_fill(~view.avail, MASKED).argmax(-1).cpu()
         if rng:
             avail = obs.avail[:, : actions.shape[1]]
             any_of = torch.rand(avail.shape, generator=rng).masked_fill(~avail, -1.0).argmax(-1)
@@ -729,7 +732,7 @@ def draw_groups(view: View, rng: torch.Generator) -> Tensor:
 @torch.no_grad()
 def find_targets(args: Args, agent: Agent, batch: Batch, q: Tensor) -> Tensor:
     """y (K,); q (M, A, actions): the learning networks' utilities."""
-    best = q.masked_fill(~batch.view.avail, NEVER).argmax(-1)[batch.later]  # (K, A)
+    best = q.masked_fill(~batch.view.avail, MASKED).argmax(-1)[batch.later]  # (K, A)
     next_q = agent.target_utility(batch.view)[0][:, batch.later]
     # y = r + gamma Q_tot'(argmax_u Q_i)
     total = agent.target_mixer(pick(next_q, best), batch.view.rows(batch.later))[0]
@@ -796,7 +799,10 @@ def evaluate(
                 while len(episodes) < number:
                     alive()
                     episodes += play(battles, new_policy())
-            results[f"{size} {name}".rstrip()] = summarise(episodes[:number])
+                row = results[f"{size} {name}".rstrip()] = summarise(episodes[:number])
+                if args.backend == "sc2":  # those that a failing game cut short count as not won
+                    row["lost_to_failures"] = sum(battles.lost)
+                    tqdm.write(f"{battles.game_version}: {sum(battles.lost)} episodes lost")
         if args.capture_video:
             from envs.combat_view import film_battle
 
@@ -1079,19 +1085,29 @@ def report(scalars: dict[str, list], ended: list[Episode], seconds: float, steps
     return figures
 
 
-def train(args: Args) -> dict[str, dict[str, float]]:
-    """The run, with --resume from its checkpoint on; returns the last evaluation."""
-    _, _, device = start_processes(args)
-    source = args.resume or args.eval_only
+def load_source(args: Args, source: str) -> tuple[dict[str, Any], Path | None]:
+    """The checkpoint and directory of --resume or --eval-only; UsageError if it is of the other
+    backend and to be gone on with."""
     saved, run_dir = load_checkpoint(source) if source else ({}, None)
     if args.resume and saved["args"]["backend"] != args.backend:
         raise UsageError(f"{source} is a run with --backend {saved['args']['backend']}.")
+    return saved, run_dir
+
+
+def conclude(run_dir: Path, about: dict[str, float], results: dict[str, dict]) -> None:
+    """summary.json."""
+    write(run_dir / "summary.json", json.dumps(about | {"eval": results}, indent=1).encode())
+
+
+def train(args: Args) -> dict[str, dict[str, float]]:
+    """The run, with --resume from its checkpoint on; returns the last evaluation."""
+    (_, _, device), source = start_processes(args), args.resume or args.eval_only
+    saved, run_dir = load_source(args, source)
     iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
     began = time.monotonic() - saved.get("wall_s", 0)
     with contextlib.ExitStack() as stack:
-        battles = stack.enter_context(
-            opened(make_envs(args, args.team_sizes, args.num_envs, args.seed))
-        )
+        new = make_envs(args, args.team_sizes, args.num_envs, args.seed)
+        battles = stack.enter_context(opened(new))
         agent, ended = Agent(args, battles.family, device), []
         if saved:
             restore(agent.parts(), saved["agent"], source)
@@ -1108,12 +1124,10 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         if saved:
             unpack(saved, replay, ended, rng)
             load_replay(run_dir, saved["replay"], replay, saved["episodes"])
-        version = getattr(battles, "game_version", None)
-        about = {"device": str(device), "amp": agent.amp, "game_version": version}
-        run_dir = run_dir or new_run_dir(args, args.scenario, **about)
+        about = {"amp": agent.amp, "game_version": getattr(battles, "game_version", None)}
+        run_dir = run_dir or new_run_dir(args, args.scenario, device=str(device), **about)
         logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
         scalars, clock = collections.defaultdict(list), (time.monotonic(), timesteps)
-
         saved_at = timesteps if saved else -1
 
         def save() -> None:
@@ -1130,17 +1144,20 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         signals = stack.enter_context(stop_signals(stop))
         while timesteps < args.total_timesteps and not stop:
             epsilon, episodes = epsilon_at(args, timesteps), replay.episodes
-            played = collect(agent, replay, epsilon, rng)
+            try:
+                played = collect(agent, replay, epsilon, rng)
+            except BattleError:  # the game; what has been learned is kept
+                save()
+                raise
             ended += played
             if replay.size >= args.batch_size:
                 for name, x in update(args, agent, replay, rng).items():
                     scalars[name].append(x)
             if is_due(args.target_every, episodes, replay.episodes):
                 agent.copy_to_targets()
-            iteration += 1
-            steps = sum(episode.length for episode in played)
-            before, timesteps = timesteps, timesteps + steps
-            bar.update(steps)
+            iteration, before = iteration + 1, timesteps
+            timesteps += sum(episode.length for episode in played)
+            bar.update(timesteps - before)
             if is_due(args.log_every, before, timesteps):
                 now = time.monotonic()
                 figures = report(scalars, ended, now - clock[0], timesteps - clock[1])
@@ -1149,6 +1166,9 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             if is_due(args.save_every, before, timesteps):
                 save()
             if is_due(args.eval_every, before, timesteps):
+                if args.backend == "sc2":  # evaluations have games of their own
+                    save()
+                    battles.close()
                 with contextlib.suppress(KeyboardInterrupt):
                     logger.log_results(timesteps, "eval", judge("eval", timesteps, run_dir))
         save()
@@ -1157,8 +1177,7 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         signals()  # from here on Ctrl-C ends the run at once
         results = judge("final", timesteps, run_dir)
         logger.log_results(timesteps, "final", results)
-        summary = {"timesteps": timesteps, "wall_s": time.monotonic() - began, "eval": results}
-        write(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        conclude(run_dir, {"timesteps": timesteps, "wall_s": time.monotonic() - began}, results)
         return results
 
 

@@ -1068,10 +1068,11 @@ class Combat:
         return obs
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on."""
+        """All that the next steps and episodes depend on, but for the rules."""
         raw = {"units": self.units, "battles": self.battles}
         rows = {name: torch.from_numpy(x.view(np.uint8).copy()) for name, x in raw.items()}
-        return rows | {"teams": f"{self.family.name} {self.teams}"}
+        drawn_from = {"seed": self.setup.seed, "first_battle": self.setup.first_battle}
+        return rows | drawn_from | {"teams": f"{self.family.name} {self.teams}"}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on where state_dict() was taken; ValueError if that was of other battles."""
@@ -1081,6 +1082,8 @@ class Combat:
             raise ValueError(f"This state is not of {self.num_battles} battles of {mine['teams']}.")
         for name in raw:
             getattr(self, name).view(np.uint8)[:] = saved[name].numpy()
+        drawn_from = {name: saved[name] for name in ("seed", "first_battle")}
+        self.setup = self.setup._replace(**drawn_from)
         for b in range(self.num_battles):
             take(self.units[b], self._snap, b)
         observe_all(self._snap, self.setup, self._obs)

@@ -116,7 +116,7 @@ def focus(battles: Any) -> Tensor:
 
 
 def retreat(battles: Any) -> Tensor:
-    """As focus, but who has less than a third left walks away from the nearest enemy in sight."""
+    """As focus, but who has less than HURT left walks away from the nearest enemy in sight."""
     sight = _Sight(battles)
     actions = sight.actions(_focus(sight)).numpy()
     weak = (sight.left / sight.full)[:, :SIDE] < HURT

@@ -1,7 +1,7 @@
 """Speed of REFIL's learner beside two plain ones, and of whole training.
 
     python experiments/bench_refil.py
-    python experiments/bench_refil.py --limits 50 150 --team-sizes 8 --eval-team-sizes
+    python experiments/bench_refil.py --limits 50 150 --team-sizes 8
 
 First table: one update on 32 episodes of random play, CPU seconds on one thread. "steps" is the
 plain learner of tests/test_refil.py (a time, a mask and a hypernetwork at once, all slots, padded
@@ -130,7 +130,7 @@ def time_update(script: Any, limit: int, width: int, mixer: str, bench: Bench) -
     """Lines of the first table: fp32 and bf16."""
     flags = f"--mixer {mixer} --hidden-size {width} --max-episode-steps {limit} --amp "
     s = begin(script, flags + "--updates-per-iteration 1", bench, 8)
-    e, groups = episodes_of(s, bench.seed, 32), {}
+    e = episodes_of(s, bench.seed, 32)
     batch = s.replay.sample(torch.Generator().manual_seed(bench.seed), 32)
     groups = script.draw_groups(batch.view, s.rng)
     cells = ["", ""]
