@@ -224,8 +224,8 @@ def read_args(argv: list[str]) -> Any:
         own, given = saved["args"], vars(args)
         if changed := (own.keys() ^ given.keys()) - set(RESUMABLE):
             raise UsageError(f"{source} is of a version that differs in {', '.join(changed)}.")
-        flags = (word.partition("=")[0].lstrip("-").removeprefix("no-") for word in argv)
-        names = {flag.replace("-", "_") for flag in flags}
+        names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
+        names |= {name.removeprefix("no_") for name in names}
         for name in names & set(own) - set(RESUMABLE):
             if given[name] != own[name]:
                 flag = name.replace("_", "-")
