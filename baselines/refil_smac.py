@@ -18,8 +18,9 @@ group only, and those that see the other only, must together explain the same re
 
 Letters: T steps, B battles, M moments (of all battles, without padding), K steps between them, A
 agents, S entities (agents, then enemies), V views (all one sees; of it one's own group; of it the
-other group), D features of an entity, H hidden units, h heads of size d, R memory, G hypernetworks,
-E units of the mixer. What the paper leaves open follows the authors' code; worlds: docs/combat.md.
+other group), D features of an entity, H hidden units, R of the GRU, h heads of size d, G
+hypernetworks, E units of the mixer. What the paper leaves open follows the authors' code; worlds:
+docs/combat.md.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Args:
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
     hidden_size: Positive = 128  # H, of embeddings and attention
     heads: Positive = 4  # of attention
-    rnn_size: Positive = 64  # of the agents' memory
+    rnn_size: Positive = 64  # R, of the agents' GRU
     mixing_size: Positive = 32  # E
     # Base algorithm
     learning_rate: Amount = 5e-4  # RMSprop's
@@ -336,8 +337,8 @@ def look(obs: Observation, last: Tensor, played: Tensor, device: torch.device) -
 
 
 def in_views(mask: Tensor, groups: Tensor | None) -> Tensor:
-    """What is hidden, mask (M, A, S), in V views (M, V, A, S): V = 1, or, with groups (M, S) bool,
-    3: besides, the other group; besides, one's own."""
+    """mask (M, A, S), of what is not seen, in V views (M, V, A, S): V = 1, or, with groups (M, S)
+    bool, 3: that alone; with the other group; with one's own."""
     if groups is None:
         return mask[:, None]
     apart = groups[:, : mask.shape[1], None] != groups[:, None]  # (M, A, S)
@@ -367,15 +368,15 @@ class Attention(nn.Module):
         return split(query / math.sqrt(H // self.heads)), split(key), split(value)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
-    """Weighted values (G, M, V, A, H) in views with hidden (M, V, A, S); 0 where all is hidden.
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Weighted values (G, M, V, A, H) in views with mask (M, V, A, S); 0 where all is masked.
 
     Scores are the same in all views; views are rows of one product with the values.
     """
-    hidden = hidden[:, None]  # (M, 1, V, A, S)
-    scores = (query @ key.mT)[:, :, :, None].masked_fill(hidden, MASKED)  # (G, M, h, V, A, S)
-    weights = scores.softmax(-1).masked_fill(hidden, 0.0)
-    out = (weights.flatten(3, 4) @ value).unflatten(3, hidden.shape[2:4])  # (G, M, h, V, A, d)
+    mask = mask[:, None]  # (M, 1, V, A, S)
+    scores = (query @ key.mT)[:, :, :, None].masked_fill(mask, MASKED)  # (G, M, h, V, A, S)
+    weights = scores.softmax(-1).masked_fill(mask, 0.0)
+    out = (weights.flatten(3, 4) @ value).unflatten(3, mask.shape[2:4])  # (G, M, h, V, A, d)
     return out.permute(0, 1, 3, 4, 2, 5).flatten(-2)
 
 
@@ -391,22 +392,22 @@ class Utility(nn.Module):
         self.last = nn.Linear(args.rnn_size, actions)
 
     def forward(
-        self, view: View, groups: Tensor | None = None, memory: Tensor | None = None
+        self, view: View, groups: Tensor | None = None, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Utilities (V, M, A, actions) and the memory after them (1, B V A, R)."""
-        A, hidden = view.unseen.shape[1], in_views(view.unseen, groups)  # (M, V, A, S)
+        """Utilities (V, M, A, actions) and the hidden state after them (1, B V A, R)."""
+        A, mask = view.unseen.shape[1], in_views(view.unseen, groups)  # (M, V, A, S)
         x = F.relu(self.first(view.entities))[:, :, None]  # (M, S, 1, H)
-        x = attend(*self.attention(x, A), hidden)[0]  # (M, V, A, H)
+        x = attend(*self.attention(x, A), mask)[0]  # (M, V, A, H)
         with torch.autocast(x.device.type, enabled=False):  # utilities need their digits
             # Two linear layers with nothing between them are one.
             weight = self.second.weight @ self.out.weight
             bias = self.second.weight @ self.out.bias + self.second.bias
             x = F.relu(F.linear(x.to(weight.dtype), weight, bias))
-            x, memory = self.remember(x, view.played, memory)  # (M, V, A, R)
+            x, hidden = self.remember(x, view.played, hidden)  # (M, V, A, R)
             q = self.last(x).masked_fill(view.empty[:, None, :A, None], 0.0)
-        return q.movedim(1, 0), memory
+        return q.movedim(1, 0), hidden
 
-    def remember(self, x: Tensor, played: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    def remember(self, x: Tensor, played: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """The GRU over moments (M, V, A, R): chunks of time without the battles that ended before
         them. After one that ends within a chunk comes 0, which nobody reads."""
         chunks, found = played.split(CHUNK), []
@@ -415,10 +416,10 @@ class Utility(nn.Module):
             place = chunk[:, :B].flatten().nonzero()[:, 0].to(x.device)
             part = x.new_zeros(T * B, *x.shape[1:]).index_copy(0, place, part)
             part = part.view(T, -1, x.shape[-1])  # (T, B V A, R)
-            memory = memory if memory is None else memory[:, : part.shape[1]].contiguous()
-            part, memory = self.gru(part, memory)
+            hidden = hidden if hidden is None else hidden[:, : part.shape[1]].contiguous()
+            part, hidden = self.gru(part, hidden)
             found.append(part.reshape(T * B, *x.shape[1:])[place])
-        return torch.cat(found), memory
+        return torch.cat(found), hidden
 
 
 class Mixer(nn.Module):
@@ -442,9 +443,9 @@ class Mixer(nn.Module):
         A, G = view.unseen.shape[1], len(self.out)
         x = F.relu(self.first(view.entities)).unflatten(-1, (G, -1))  # (M, S, G, H)
         parts = self.attention(x, A)
-        hidden = in_views(view.empty[:, :A, None] | view.empty[:, None], groups)  # (M, V, A, S)
-        own = attend(*(x[:1] for x in parts), hidden)[0]  # (M, V, A, H)
-        rest = attend(*(x[1:] for x in parts), hidden[:, :1])[:, :, 0]  # (G - 1, M, A, H)
+        mask = in_views(view.empty[:, :A, None] | view.empty[:, None], groups)  # (M, V, A, S)
+        own = attend(*(x[:1] for x in parts), mask)[0]  # (M, V, A, H)
+        rest = attend(*(x[1:] for x in parts), mask[:, :1])[:, :, 0]  # (G - 1, M, A, H)
         filled = ~view.empty[:, :A]
         with torch.autocast(q.device.type, enabled=False):
             weight = self.out @ self.last  # (G, H, E), as in Utility
@@ -620,17 +621,17 @@ class Replay:
 
 
 def player(agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = None) -> Policy:
-    """Agents with a memory, for one episode of each battle; greedy but for epsilon."""
-    memory, last = None, None
+    """Recurrent agents, for one episode of each battle; greedy but for epsilon."""
+    hidden, last = None, None
 
     @torch.no_grad()
     def act(battles: Any) -> Tensor:
-        nonlocal memory, last
+        nonlocal hidden, last
         obs = battles.obs
         if last is None:
             last = torch.full(obs.avail.shape[:2], -1)
         view = look(obs, last, torch.ones(1, len(last), dtype=torch.bool), agent.device)
-        q, memory = agent.utility(view, None, memory)
+        q, hidden = agent.utility(view, None, hidden)
         actions = q[0].masked_fill(~view.avail, MASKED).argmax(-1).cpu()
         if rng:
             avail = obs.avail[:, : actions.shape[1]]

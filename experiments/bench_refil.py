@@ -50,20 +50,20 @@ class Bench:
 class Folded(Plain):
     """The same loss with times folded into the batch, as in the authors' code."""
 
-    def utilities(self, net: Any, e: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """(T + 1, V B, 8, actions) for hidden (T + 1, V B, 8, 16)."""
-        views = hidden.shape[1] // len(e.empty)
+    def utilities(self, net: Any, e: Any, mask: torch.Tensor) -> torch.Tensor:
+        """(T + 1, V B, 8, actions) for mask (T + 1, V B, 8, 16)."""
+        views = mask.shape[1] // len(e.empty)
         entities, empty = e.entities.repeat(1, views, 1, 1), e.empty.repeat(views, 1)
-        (T, B), agents = hidden.shape[:2], empty[:, :8, None]
+        (T, B), agents = mask.shape[:2], empty[:, :8, None]
         x = F.relu(net.first(entities)).flatten(0, 1)
         query, pair = net.attention.query[0], net.attention.pair[0]
-        x = net.out(self.attention(x, query, pair, hidden.flatten(0, 1))).unflatten(0, (T, B))
+        x = net.out(self.attention(x, query, pair, mask.flatten(0, 1))).unflatten(0, (T, B))
         x = F.relu(net.second(x.masked_fill(agents, 0.0))).flatten(1, 2)
-        memory, found = torch.zeros_like(x[0]), []
+        hidden, found = torch.zeros_like(x[0]), []
         cell = (net.gru.weight_ih_l0, net.gru.weight_hh_l0, net.gru.bias_ih_l0, net.gru.bias_hh_l0)
         for now in x:
-            memory = torch.gru_cell(now, memory, *cell)
-            found.append(memory)
+            hidden = torch.gru_cell(now, hidden, *cell)
+            found.append(hidden)
         q = net.last(torch.stack(found)).view(T, B, 8, -1)
         return q.masked_fill(agents, 0.0)
 

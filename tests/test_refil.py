@@ -239,9 +239,9 @@ def test_groups_partition_entities():
     assert not full.any() and (within ^ across).all()
     slot = torch.arange(4)
     assert not within[:, slot, slot].any(), "one is in one's own group"
-    hidden = refil.in_views(view.unseen, groups)
-    assert torch.equal(hidden[:, 1], view.unseen | within)
-    assert torch.equal(hidden[:, 2], view.unseen | across)
+    mask = refil.in_views(view.unseen, groups)
+    assert torch.equal(mask[:, 1], view.unseen | within)
+    assert torch.equal(mask[:, 2], view.unseen | across)
     many = refil.View(*synthetic()[:4], torch.ones(1, 4000, dtype=torch.bool))
     share = groups_of(many).float().mean(1)
     assert abs(share.mean() - 0.5) < 0.02
@@ -289,8 +289,8 @@ def weights_of(net):
     return {name: p.detach().double().numpy() for name, p in net.named_parameters()}
 
 
-def numpy_hyper(p, g, heads, entities, empty, hidden):
-    """One hypernetwork for one moment: entities (16, D), hidden (8, 16) -> (8, E), 0 if empty."""
+def numpy_hyper(p, g, heads, entities, empty, mask):
+    """One hypernetwork for one moment: entities (16, D), mask (8, 16) -> (8, E), 0 if empty."""
     H = p["out"].shape[-1]
     rows = slice(g * H, (g + 1) * H)
     x = np.maximum(entities @ p["first.weight"][rows].T + p["first.bias"][rows], 0)
@@ -303,7 +303,7 @@ def numpy_hyper(p, g, heads, entities, empty, hidden):
         for h in range(heads):
             of = slice(h * d, (h + 1) * d)
             query = x[i] @ p["attention.query"][g][:, of]
-            seen = [j for j in range(16) if not hidden[i, j]]
+            seen = [j for j in range(16) if not mask[i, j]]
             keys = x[seen] @ p["attention.pair"][g][:, of]
             values = x[seen] @ p["attention.pair"][g][:, H:][:, of]
             share = numpy_softmax(keys @ query / np.sqrt(d)) if seen else np.zeros(0)
@@ -321,8 +321,8 @@ def numpy_mix(p, args, q, entities, empty, gone, groups=None):
         apart = groups[:8, None] != groups[None]
         masks = [full | apart, full | ~apart]
     hyper = functools.partial(numpy_hyper, p, heads=args.heads, entities=entities, empty=empty)
-    w = np.concatenate([hyper(0, hidden=mask) for mask in masks])  # (8 or 16, E)
-    v = hyper(1, hidden=full).mean()
+    w = np.concatenate([hyper(0, mask=m) for m in masks])  # (8 or 16, E)
+    v = hyper(1, mask=full).mean()
     q = q.reshape(-1)
     if args.mixer == "linear":
         score, out = w.mean(-1), np.tile(gone, len(masks))
@@ -330,7 +330,7 @@ def numpy_mix(p, args, q, entities, empty, gone, groups=None):
         if args.mask_empty_slots:
             score = np.where(out & ~out.all(), -np.inf, score)
         return numpy_softmax(score) @ q + v
-    final, b = hyper(2, hidden=full).mean(0), hyper(3, hidden=full).mean(0)
+    final, b = hyper(2, mask=full).mean(0), hyper(3, mask=full).mean(0)
     x = q @ numpy_softmax(w) + b
     return np.where(x > 0, x, np.expm1(np.minimum(x, 0))) @ numpy_softmax(final) + v
 
@@ -441,34 +441,34 @@ class Plain:
     def __init__(self, args, agent):
         self.args, self.agent = args, agent
 
-    def attention(self, x, query, pair, hidden):
-        """x (B, 16, H), hidden (B, 8, 16) -> (B, 8, H)."""
+    def attention(self, x, query, pair, mask):
+        """x (B, 16, H), mask (B, 8, 16) -> (B, 8, H)."""
         H, heads = x.shape[-1], self.args.heads
         parts = (x[:, :8] @ query, *(x @ pair).chunk(2, -1))
         query, key, value = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in parts)
         scores = query @ key.transpose(-1, -2) / math.sqrt(H // heads)
-        weights = scores.masked_fill(hidden[:, None], -math.inf).softmax(-1).nan_to_num(0.0)
+        weights = scores.masked_fill(mask[:, None], -math.inf).softmax(-1).nan_to_num(0.0)
         return (weights @ value).transpose(1, 2).flatten(2)
 
-    def utilities(self, net, e, hidden):
-        """(T + 1, B, 8, actions) for hidden (T + 1, B, 8, 16)."""
+    def utilities(self, net, e, mask):
+        """(T + 1, B, 8, actions) for mask (T + 1, B, 8, 16)."""
         B, agents = len(e.empty), e.empty[:, :8, None]
-        memory, found = torch.zeros(B * 8, net.gru.hidden_size), []
+        hidden, found = torch.zeros(B * 8, net.gru.hidden_size), []
         cell = (net.gru.weight_ih_l0, net.gru.weight_hh_l0, net.gru.bias_ih_l0, net.gru.bias_hh_l0)
         for t in range(len(e.entities)):
             x = F.relu(net.first(e.entities[t]))
             query, pair = net.attention.query[0], net.attention.pair[0]
-            x = net.out(self.attention(x, query, pair, hidden[t])).masked_fill(agents, 0.0)
+            x = net.out(self.attention(x, query, pair, mask[t])).masked_fill(agents, 0.0)
             x = F.relu(net.second(x)).flatten(0, 1)
-            memory = torch.gru_cell(x, memory, *cell)
-            found.append(net.last(memory).view(B, 8, -1).masked_fill(agents, 0.0))
+            hidden = torch.gru_cell(x, hidden, *cell)
+            found.append(net.last(hidden).view(B, 8, -1).masked_fill(agents, 0.0))
         return torch.stack(found)
 
-    def hyper(self, net, g, entities, empty, hidden):
+    def hyper(self, net, g, entities, empty, mask):
         H = self.args.hidden_size
         rows = slice(g * H, (g + 1) * H)
         x = F.relu(F.linear(entities, net.first.weight[rows], net.first.bias[rows]))
-        x = self.attention(x, net.attention.query[g], net.attention.pair[g], hidden)
+        x = self.attention(x, net.attention.query[g], net.attention.pair[g], mask)
         x = (x @ net.out[g] + net.out_bias[g]).masked_fill(empty[:, :8, None], 0.0)
         return (x @ net.last[g] + net.last_bias[g]).masked_fill(empty[:, :8, None], 0.0)
 
@@ -643,10 +643,10 @@ def test_recurrent_replay_equals_stepping(monkeypatch):
     s, seen = setting(rounds=0, noise=0.5), []
     forward = s.agent.utility.forward
 
-    def watched(view, groups=None, memory=None):
-        q, memory = forward(view, groups, memory)
+    def watched(view, groups=None, hidden=None):
+        q, hidden = forward(view, groups, hidden)
         seen.append(q[0])
-        return q, memory
+        return q, hidden
 
     monkeypatch.setattr(s.agent.utility, "forward", watched)
     refil.collect(s.agent, s.replay, 0.3, s.rng)
