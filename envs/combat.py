@@ -889,6 +889,17 @@ def observe_all(snap, setup, obs):
 
 
 @njit(cache=True, nogil=True)
+def find_unavailable(actions, avail, battles):
+    """Battle and agent of the first action that cannot be taken; agent SIDE: there is none."""
+    for b in range(len(actions)):
+        for i in range(SIDE):
+            u = actions[b, i]
+            if not battles[b].over and not (0 <= u < avail.shape[2] and avail[b, i, u]):
+                return b, i
+    return 0, SIDE
+
+
+@njit(cache=True, nogil=True)
 def advance(lo, hi, units, battles, actions, rules, setup, snap, final, obs, results):
     """A step of battles lo to hi. results: reward, terminated, truncated, won."""
     for b in range(lo, hi):
@@ -1047,12 +1058,14 @@ class Combat:
     def step(self, actions: Tensor | np.ndarray) -> Step:
         """A step of all battles; actions (B, A) ints. ValueError for one that is not available,
         before anything has moved; nobody looks at those of battles that stand still."""
-        actions = np.asarray(actions)
+        actions = np.asarray(actions).astype(np.int64, copy=False)
         if actions.shape != (self.num_battles, SIDE) or not self.battles["episode"].all():
             wanted = (self.num_battles, SIDE)
             raise ValueError(f"After reset(), actions are {wanted}, not {actions.shape}.")
-        self._check(actions)
-        arrays = self.units, self.battles, actions.astype(np.int64), self.rules, self.setup
+        b, i = find_unavailable(actions, self._obs.avail, self.battles)
+        if i < SIDE:
+            raise ValueError(f"Battle {b}, agent {i}: action {actions[b, i]} is not available.")
+        arrays = self.units, self.battles, actions, self.rules, self.setup
         self._run(advance, *arrays, self._snap, self._final, self._obs, self._results)
         ended = self._results.terminated | self._results.truncated
         episodes = [self._episode(b) for b in np.flatnonzero(ended).tolist()] if ended.any() else []
@@ -1094,16 +1107,6 @@ class Combat:
             return
         for job in [self.pool.submit(kernel, lo, hi, *args) for lo, hi in self.parts]:
             job.result()
-
-    def _check(self, actions: np.ndarray) -> None:
-        limit = self.family.n_actions
-        wrong = (actions < 0) | (actions >= limit)
-        chosen = np.where(wrong, 0, actions)[..., None]
-        wrong |= ~np.take_along_axis(self._obs.avail, chosen, -1)[..., 0]
-        wrong &= ~self.battles["over"][:, None]
-        if wrong.any():
-            b, i = np.argwhere(wrong)[0].tolist()
-            raise ValueError(f"Battle {b}, agent {i}: action {actions[b, i]} is not available.")
 
     def _episode(self, b: int) -> Episode:
         r, alive = self._results, self._final.alive[b]

@@ -8,7 +8,7 @@ plain learner of tests/test_refil.py (a time, a mask and a hypernetwork at once,
 time); "folded" is arranged as the authors' code is (times folded into the batch, three masks as
 three batches, only the GRU step by step). Both in fp32, with gradients, clipping and RMSprop. The
 ratio is "folded" / ours. Second table: environment steps per CPU second of training, collecting and
-updating, without evaluations.
+updating, without evaluations. With --device cuda seconds are the clock's, in both tables.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
-from figures import Positive, Seed, check_bounds, load_script, one_line_errors
+from figures import Positive, Seed, UsageError, check_bounds, load_script, one_line_errors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from test_refil import Plain, all_slots, episodes_of
-
-CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +39,11 @@ class Bench:
     team_sizes: tuple[Positive, ...] = (3, 4, 5)
     widths: tuple[Positive, ...] = (128, 64)  # H: the paper's, and --preset cpu's
     repeats: Positive = 3  # of each measurement; the smallest counts
-    plain: bool = True  # whether the plain learners are timed, too
+    plain: bool = True  # whether the plain learners are timed, too; on a CPU only
     presets: tuple[str, ...] = ("cpu", "paper")  # of the second table; none: not at all
     iterations: Positive = 3  # that it times
     seed: Seed = 1
+    device: Literal["cpu", "cuda"] = "cpu"  # of learning
 
 
 class Folded(Plain):
@@ -100,13 +99,21 @@ def fold(e: Any, first: int, last: int) -> SimpleNamespace:
     return SimpleNamespace(entities=entities, avail=avail, empty=e.empty.repeat(T, 1))
 
 
-def cpu_s(function: Callable[[], Any], repeats: int) -> float:
-    """The smallest CPU time of several calls, after one that does not count."""
+def clock(bench: Bench) -> float:
+    """CPU time on a CPU; on a GPU the clock, when all that was asked of it is done."""
+    if bench.device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(function: Callable[[], Any], bench: Bench, repeats: int) -> float:
+    """The smallest time of several calls, after one that does not count."""
     times = []
     for _ in range(repeats + 1):
-        start = time.process_time()
+        start = clock(bench)
         function()
-        times.append(time.process_time() - start)
+        times.append(clock(bench) - start)
     return min(times[1:])
 
 
@@ -114,8 +121,9 @@ def begin(script: Any, flags: str, bench: Bench, rounds: int) -> SimpleNamespace
     """An agent and a replay of random play."""
     sizes = " ".join(map(str, bench.team_sizes))
     args = script.parse(script.with_preset(f"{flags} --team-sizes {sizes}".split()))
+    device = torch.device(bench.device)
     battles = script.make_envs(args, args.team_sizes, args.num_envs, bench.seed)
-    agent, replay = script.Agent(args, battles.family, CPU), script.Replay(args, battles, CPU)
+    agent, replay = script.Agent(args, battles.family, device), script.Replay(args, battles, device)
     rng = torch.Generator().manual_seed(bench.seed)
     for _ in range(rounds):
         script.collect(agent, replay, 1.0, rng)
@@ -135,13 +143,13 @@ def time_update(script: Any, limit: int, width: int, mixer: str, bench: Bench) -
     groups = script.draw_groups(batch.view, s.rng)
     cells = ["", ""]
     folded = 0.0
-    if bench.plain:
+    if bench.plain and bench.device == "cpu":
         full = all_slots(groups, batch.view, 32)
         plain, other = Plain(s.args, s.agent), Folded(s.args, s.agent)
         a, b = plain.loss(e, full).item(), other.loss(e, full).item()
         assert abs(a - b) < 1e-4 * abs(a), "the two plain learners differ"
-        steps = cpu_s(lambda: step(script, s, plain.loss(e, full)), 1)
-        folded = cpu_s(lambda: step(script, s, other.loss(e, full)), bench.repeats)
+        steps = seconds(lambda: step(script, s, plain.loss(e, full)), bench, 1)
+        folded = seconds(lambda: step(script, s, other.loss(e, full)), bench, bench.repeats)
         cells = [f"{steps:.2f}", f"{folded:.2f}"]
 
     def ours() -> None:
@@ -151,7 +159,7 @@ def time_update(script: Any, limit: int, width: int, mixer: str, bench: Bench) -
     fast = s.agent.amp
     for amp in (False, True) if fast else (False,):
         s.agent.amp = amp
-        mine = cpu_s(ours, bench.repeats)
+        mine = seconds(ours, bench, bench.repeats)
         name = f"{limit} ({len(batch.step)} of {32 * len(e.rewards)})"
         row = [name, str(width), mixer, "bf16" if amp else "fp32", *cells, f"{mine:.2f}"]
         print("| " + " | ".join([*row, f"{folded / mine:.1f}"]) + " |", flush=True)
@@ -160,19 +168,21 @@ def time_update(script: Any, limit: int, width: int, mixer: str, bench: Bench) -
 def time_training(script: Any, preset: str, bench: Bench) -> None:
     """A line of the second table."""
     s = begin(script, f"--preset {preset}", bench, 4)
-    steps, start = 0, time.process_time()
+    steps, start = 0, clock(bench)
     for _ in range(bench.iterations):
         episodes = script.collect(s.agent, s.replay, 1.0, s.rng)
         script.update(s.args, s.agent, s.replay, s.rng)
         steps += sum(episode.length for episode in episodes)
-    seconds = time.process_time() - start
-    print(f"| {preset} | {s.args.updates_per_iteration} | {steps / seconds:.0f} |", flush=True)
+    speed = steps / (clock(bench) - start)
+    print(f"| {preset} | {s.args.updates_per_iteration} | {speed:.0f} |", flush=True)
 
 
 def main(bench: Bench) -> None:
     """Print the tables."""
     check_bounds(bench)
     torch.set_num_threads(1)
+    if bench.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: there is no CUDA device here.")
     script = load_script("refil_smac")
     print("| limit (steps of padded) | H | mixer | ours in | steps | folded | ours | ratio |")
     print("|" + "---|" * 8)
@@ -181,9 +191,7 @@ def main(bench: Bench) -> None:
             for mixer in ("flex", "linear"):
                 time_update(script, limit, width, mixer, bench)
     if bench.presets:
-        print(
-            "\n| preset | updates an iteration | environment steps per CPU second |\n|---|---|---|"
-        )
+        print("\n| preset | updates an iteration | environment steps per second |\n|---|---|---|")
     for preset in bench.presets:
         time_training(script, preset, bench)
 
