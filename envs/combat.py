@@ -120,6 +120,12 @@ class Family:
         """D: tag, actions from 2 on, type, health, shield if any, energy, cooldown, place twice."""
         return SLOTS + self.n_actions - 2 + len(self.types) + 1 + self.has_shields + 2 + 4
 
+    @property
+    def type_columns(self) -> dict[str, int]:
+        """{name: the feature that says so}."""
+        first = SLOTS + self.n_actions - 2
+        return {NAMES[t].lower(): first + k for k, t in enumerate(self.types)}
+
     def teams(self, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
         """All teams of these sizes, as numbers of each of `types`; ValueError if a size has none.
 
