@@ -65,18 +65,10 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.combat import (
-    EPISODE_LIMIT,
-    FAMILIES,
-    SIDE,
-    EnemyAI,
-    Episode,
-    Family,
-    Observation,
-    Scenario,
-    Snapshot,
-)
-from envs.combat_episodes import Policy, play, scripted_policies, summarise, table
+from envs import combat_episodes, resource_collection
+from envs.combat import EPISODE_LIMIT, FAMILIES, SIDE, EnemyAI, Family, Observation
+from envs.combat_episodes import Policy
+from envs.combat_view import film_battle
 from envs.smac import BattleError
 
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
@@ -109,24 +101,24 @@ class Args:
     capture_video: bool = False  # an MP4 per team size with every evaluation
     # Environment
     backend: Literal["sim", "sc2"] = "sim"  # envs/combat.py or StarCraft II
-    scenario: Scenario = "sz"  # types of units: sz, csz or mmm
+    scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # units; Resource Collection
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
     enemy_ai: EnemyAI = "sticky"  # sim: as the game's, or whom its units attack
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
     num_envs: Positive = 8  # B, battles at a time
     env_threads: Positive = 1  # sim: over which they are spread
-    max_episode_steps: Positive = EPISODE_LIMIT  # of a battle
+    max_episode_steps: Positive = EPISODE_LIMIT  # of a battle; resource has 145
     # Method
     regularizer: Literal["mi", "entropy", "none"] = "mi"  # Eq. (3)'s; none: reward alone
-    alpha: Alpha | None = None  # in Eq. (16); default: .03, in mmm .1; inf: see nobody else
+    alpha: Alpha | None = None  # Eq. (16)'s; default .03, mmm .1, resource .05; inf: see oneself
     alpha_i: Alpha | None = None  # and in Eq. (18); default: alpha
     alpha_i_over_w: bool = False  # alpha_i / w_i in Eq. (18), as Lemma 2 needs
-    ba_iterations: Positive = 4  # M, alternations of Eqs. (12) and (13) per step of the critic
+    ba_iterations: Positive | None = None  # M of Eqs. (12), (13); default: 4, in resource 1
     literal_blahut_arimoto: bool = False  # networks run in all of them, not only in the last
     detach_actor_trunk: bool = False  # Eq. (18) does not move the layers shared with utilities
     sample_next_actions: bool = False  # u' of Eq. (16) is drawn, as printed; else its expectation
     policy: Literal["head", "greedy"] = "head"  # greedy: the action with the largest utility
-    imagine: bool = True  # imagined groups: of Eq. (17)'s teams, and REFIL's loss
+    imagine: bool = True  # imagined groups: of Eq. (17)'s teams, and REFIL's loss; not in resource
     imagine_weight: Share = 0.5  # lambda, of that
     mask_empty_slots: bool = False  # no weight for slots without a living agent
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
@@ -185,6 +177,10 @@ def validate(args: Args) -> None:
         ),
         (math.inf in (args.alpha_i,), "--alpha-i is finite"),
         (
+            args.backend == "sc2" and args.scenario == "resource",
+            "--scenario resource is no game of --backend sc2",
+        ),
+        (
             args.backend == "sc2" and args.enemy_ai != "sticky" and not args.eval_only,
             "--enemy-ai is for --backend sim, the game has its own",
         ),
@@ -193,7 +189,7 @@ def validate(args: Args) -> None:
         if wrong:
             raise UsageError(f"{sentence}.")
     try:
-        FAMILIES[args.scenario].teams((*args.team_sizes, *args.eval_team_sizes))
+        family_of(args.scenario).teams((*args.team_sizes, *args.eval_team_sizes))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -281,13 +277,21 @@ def read_args(argv: list[str]) -> Any:
 # --- 3. Worlds ------------------------------------------------------------------------------------
 
 
+def family_of(scenario: str) -> Family | resource_collection.Family:
+    """What is known of a world before there is one."""
+    return resource_collection.Family() if scenario == "resource" else FAMILIES[scenario]
+
+
 def make_envs(args: Args, sizes: tuple[int, ...], num_envs: int, seed: int) -> Any:
     """num_envs battles of teams of these sizes, which stand still when they have ended; UsageError
     if there are no such teams."""
-    options = {"scenario": args.scenario, "team_sizes": sizes, "num_battles": num_envs}
-    options |= {"seed": seed, "clip_regeneration": args.clip_regeneration, "once": True}
+    options = {"team_sizes": sizes, "num_battles": num_envs, "seed": seed, "once": True}
     options |= {"episode_limit": args.max_episode_steps}
     try:
+        if args.scenario == "resource":
+            limit = min(args.max_episode_steps, resource_collection.EPISODE_LIMIT)
+            return resource_collection.ResourceCollection(**options | {"episode_limit": limit})
+        options |= {"scenario": args.scenario, "clip_regeneration": args.clip_regeneration}
         if args.backend == "sc2":
             from envs.smac import make_battles
 
@@ -336,14 +340,15 @@ class View(NamedTuple):
 def look(args: Args, obs: Observation, last: Tensor, played: Tensor, device: torch.device) -> View:
     """Observations (M, ...) as networks read them; last (M, 8): the last actions, -1 where there
     was none; played (T, B) bool: which the M moments are. --alpha inf: nobody sees others."""
-    A = int((~obs.entity_mask).unflatten(-1, (2, SIDE)).sum(-1).max())
-    slots = torch.cat((torch.arange(A), SIDE + torch.arange(A)))
+    filled = (~obs.entity_mask).any(0).unflatten(0, (2, SIDE))
+    A, E = (int(x.nonzero().max()) + 1 for x in filled)
+    slots = torch.cat((torch.arange(A), SIDE + torch.arange(E)))
     acted = F.one_hot(last[:, :A] + 1, obs.avail.shape[-1] + 1)[..., 1:].float()
-    acted = F.pad(acted, (0, 0, 0, A))  # enemies' are unknown
+    acted = F.pad(acted, (0, 0, 0, E))  # others' are unknown
     entities = torch.cat((obs.entities[:, slots], acted), -1)
     unseen = obs.obs_mask[:, :A].index_select(-1, slots)
     if args.alpha == math.inf:
-        unseen = unseen | ~torch.eye(A, 2 * A, dtype=torch.bool)
+        unseen = unseen | ~torch.eye(A, A + E, dtype=torch.bool)
     parts = entities, unseen, obs.entity_mask[:, slots], obs.avail[:, :A]
     return View(*(x.to(device) for x in parts), played)
 
@@ -519,10 +524,12 @@ class Agent:
         self.marginal_optimiser = new(self.marginal.parameters())
         self.rng = torch.Generator().manual_seed(args.seed)  # of what the parent does not draw
         # Eq. (16)'s alpha and Eq. (18)'s
-        self.alpha = (0.1 if args.scenario == "mmm" else 0.03) if args.alpha is None else args.alpha
+        default = {"mmm": 0.1, "resource": 0.05}.get(args.scenario, 0.03)
+        self.alpha = default if args.alpha is None else args.alpha
         self.alpha_i = self.alpha if args.alpha_i is None else args.alpha_i
         if args.regularizer == "none" or self.alpha == math.inf:
             self.alpha = self.alpha_i = 0.0
+        self.alternations = args.ba_iterations or (1 if args.scenario == "resource" else 4)
         self.informed = args.regularizer == "mi" and self.alpha + self.alpha_i > 0
         self.types = family.type_columns
         if args.compile:
@@ -587,8 +594,6 @@ def policy_loss(log_pi: Tensor, log_marginal: Tensor, q: Tensor, alpha: Tensor |
 
 # --- 6. Data --------------------------------------------------------------------------------------
 
-MOVING = ("alive", "x", "y", "health", "shield", "energy", "cooldown")  # what changes in a Snapshot
-
 
 class Batch(NamedTuple):
     """B episodes: the K steps of all, between M = K + B moments."""
@@ -606,15 +611,13 @@ class Replay:
 
     def __init__(self, args: Args, battles: Any, device: torch.device):
         self.args, self.battles, self.device, self.episodes = args, battles, device, 0
-        N, T = args.buffer_size, args.max_episode_steps
-        new, S = torch.empty, 2 * SIDE
-        self.fixed = {
-            "length": new(N, dtype=torch.int64),
-            "type": new(N, S, dtype=torch.int8),
-            "tag": new(N, S, dtype=torch.int8),
-        }
-        self.states = {name: new(N, T + 1, S) for name in MOVING}
-        self.states["alive"] = new(N, T + 1, S, dtype=torch.bool)
+        N, T, new = args.buffer_size, args.max_episode_steps, torch.empty
+        self.fixed, self.states = {"length": new(N, dtype=torch.int64)}, {}
+        for name, x in battles.snapshot._asdict().items():
+            if name in battles.fixed:
+                self.fixed[name] = new(N, *x.shape[1:], dtype=x.dtype)
+            else:
+                self.states[name] = new(N, T + 1, *x.shape[1:], dtype=x.dtype)
         self.steps = {
             "actions": new(N, T, SIDE, dtype=torch.int8),
             "rewards": new(N, T),
@@ -625,14 +628,15 @@ class Replay:
     def size(self) -> int:
         return min(self.episodes, self.args.buffer_size)
 
-    def add(self, snapshots: list[Snapshot], steps: list[tuple], episodes: list[Episode]) -> None:
+    def add(self, snapshots: list, steps: list[tuple], episodes: list) -> None:
         """Store an episode of every battle: T + 1 snapshots, T steps; 0 after a battle's end."""
         place = torch.arange(self.episodes, self.episodes + len(episodes)) % self.args.buffer_size
         lengths = [e.length for e in sorted(episodes, key=lambda e: e.battle)]
-        length, first = torch.tensor(lengths), snapshots[0]
-        for name, x in zip(self.fixed, (length, first.type, first.tag)):
-            self.fixed[name][place] = x
-        states = {name: torch.stack([getattr(s, name) for s in snapshots], 1) for name in MOVING}
+        length = self.fixed["length"][place] = torch.tensor(lengths)
+        for name in self.battles.fixed:
+            self.fixed[name][place] = getattr(snapshots[0], name)
+        moving = self.states
+        states = {name: torch.stack([getattr(s, name) for s in snapshots], 1) for name in moving}
         played = dict(zip(self.steps, (torch.stack(x, 1) for x in zip(*steps))))
         after = torch.arange(len(snapshots)) > length[:, None]  # (B, T + 1)
         for store, new, end in ((self.states, states, after), (self.steps, played, after[:, 1:])):
@@ -652,8 +656,8 @@ class Replay:
         time = torch.arange(T + 1)[:, None]
         played = time <= length  # (T + 1, B)
         row = {name: x[index, : T + 1].transpose(0, 1)[played] for name, x in self.states.items()}
-        row |= {k: x.expand(T + 1, -1, -1)[played] for k, x in fixed.items()}
-        obs = self.battles.observe(Snapshot(**row))  # (M, ...)
+        row |= {k: x.expand(T + 1, *x.shape)[played] for k, x in fixed.items()}
+        obs = self.battles.observe(type(self.battles.snapshot)(**row))  # (M, ...)
         actions, rewards, over = (x[index, :T].transpose(0, 1) for x in self.steps.values())
         if self.args.timeout_terminates:
             over = over | (time[:-1] == length - 1)
@@ -685,7 +689,7 @@ class Replay:
 
     def _real(self) -> Tensor:
         """(size, T + 1) bool: observations that are no padding."""
-        time = torch.arange(self.states["x"].shape[1])
+        time = torch.arange(self.args.max_episode_steps + 1)
         return time <= self.fixed["length"][: self.size, None]
 
 
@@ -718,17 +722,18 @@ def player(agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = Non
     return act
 
 
-def collect(agent: Agent, replay: Replay, epsilon: float, rng: torch.Generator) -> list[Episode]:
-    """Play one episode of every battle into the replay."""
+def collect(agent: Agent, replay: Replay, epsilon: float, rng: torch.Generator) -> list:
+    """Play one episode of every battle into the replay. Returns them (battles.Episode)."""
     battles = replay.battles
     battles.reset()
     policy, episodes = player(agent, epsilon, rng), []
-    snapshots, steps = [Snapshot(*(x.clone() for x in battles.snapshot))], []
+    copy_of = lambda snapshot: type(snapshot)(*(x.clone() for x in snapshot))  # noqa: E731
+    snapshots, steps = [copy_of(battles.snapshot)], []
     while len(episodes) < battles.num_battles:
         actions = policy(battles)
         step = battles.step(actions)
         steps.append((actions, step.reward.clone(), step.terminated.clone()))
-        snapshots.append(Snapshot(*(x.clone() for x in step.final)))
+        snapshots.append(copy_of(step.final))
         episodes += step.episodes
     replay.add(snapshots, steps, episodes)
     return episodes
@@ -845,30 +850,41 @@ def critic_loss(
 
 
 class Seen(NamedTuple):
-    """What networks make of a minibatch."""
+    """What the trunks make of a minibatch."""
 
     q: Tensor  # (V, M, A, actions), utilities
     x: Tensor  # (V, M, A, R), what utilities and policy are read off
     own: Tensor | None  # (M, A, R), what the marginal is read off
 
-    def given(self) -> Seen:
+
+class Living(NamedTuple):
+    """The part of it that policy and marginal learn from: n agents, alive at a step of a battle."""
+
+    q: Tensor  # (n, actions), given
+    x: Tensor  # (n, R)
+    star: Tensor  # (n, R), in imagined teams, given
+    own: Tensor | None  # (n, R)
+
+    def given(self) -> Living:
         """The same, for the heads to learn from alone."""
-        return Seen(*(x if x is None else x.detach() for x in self))
+        return Living(*(x if x is None else x.detach() for x in self))
 
 
-def see(agent: Agent, view: View, groups: Tensor | None) -> Seen:
-    """Run the trunks."""
+def see(agent: Agent, view: View, groups: Tensor | None, rows: Tensor) -> tuple[Seen, Living]:
+    """Run the trunks; rows (n,): of (M, A), flattened."""
+    star = 0 if groups is None else 1  # s*: the view of one's own group
     with agent.autocast():
         q, x, _ = agent.utility(view, groups)
         own = agent.marginal(own_state(view))[1][0] if agent.informed else None
-    return Seen(q, x, own)
+    of = lambda x: None if x is None else x.flatten(0, 1)[rows]  # noqa: E731
+    return Seen(q, x, own), Living(of(q[0].detach()), of(x[0]), of(x[star].detach()), of(own))
 
 
-def log_marginal(agent: Agent, seen: Seen, avail: Tensor) -> Tensor:
-    """log m (M, A, actions); 0 without a marginal."""
-    if seen.own is None:
-        return torch.zeros_like(seen.q[0])
-    return log_probabilities(agent.marginal.last(seen.own), avail)
+def log_marginal(agent: Agent, own: Tensor | None, avail: Tensor) -> Tensor:
+    """log m (..., actions); 0 without a marginal."""
+    if own is None:
+        return torch.zeros_like(avail, dtype=torch.float32)
+    return log_probabilities(agent.marginal.last(own), avail)
 
 
 def move_all(args: Args, agent: Agent, loss: Tensor) -> Tensor:
@@ -886,64 +902,63 @@ def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict
     Alternations but the last move the two heads, on what the trunks gave once; the last moves the
     marginal's trunk, and its policy loss goes with the critic's loss through the trunk they share.
     """
-    view, step, literal = batch.view, batch.step, args.literal_blahut_arimoto
-    avail, star = view.avail, 0 if groups is None else 1  # s*: the view of one's own group
-    present = ~avail[step][..., 0]  # (K, A): living agents
-    mean = lambda x: (x * present).sum() / present.sum()  # noqa: E731
-    seen = see(agent, view, groups)
+    view, literal, clip = batch.view, args.literal_blahut_arimoto, args.max_grad_norm
+    present = ~view.avail[batch.step][..., 0]  # (K, A): agents that are alive
+    slot = torch.arange(present.shape[1], device=present.device)
+    rows = (batch.step[:, None] * len(slot) + slot)[present]  # (n,)
+    avail = view.avail.flatten(0, 1)[rows]  # (n, actions)
+    seen, living = see(agent, view, groups, rows)
     with torch.no_grad():
-        log_m = log_marginal(agent, seen, avail)
-        log_pi = agent.log_policy(seen.q, seen.x, avail)  # (V, M, A, actions)
-    y = find_targets(args, agent, batch, log_pi[0], log_m)
+        log_pi = agent.log_policy(seen.q[0], seen.x[0], view.avail)  # (M, A, actions)
+        log_m = log_marginal(agent, seen.own, view.avail)
+    y = find_targets(args, agent, batch, log_pi, log_m)
     loss, w, scalars = critic_loss(args, agent, batch, groups, seen.q, y)
+    w = w[present]  # (n,)
+    scalars |= measure(agent, view, rows, living, w)
     alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
-    scalars |= measure(agent, view.rows(step), log_pi[:, step], log_m[step], star, w)
     if literal or args.policy == "greedy":
         scalars["grad_norm"], loss = move_all(args, agent, loss), 0.0
-    for m in range(args.ba_iterations if args.policy == "head" else 0):
-        whole = literal or m == args.ba_iterations - 1
+    for m in range(agent.alternations if args.policy == "head" else 0):
+        whole = literal or m == agent.alternations - 1
         if literal:
-            seen = see(agent, view, groups)
-        now = seen if whole else seen.given()
+            seen, living = see(agent, view, groups, rows)
+        now = living if whole else living.given()
         if agent.informed:
             # Eq. (12)
-            log_pi = agent.log_policy(now.q[star], now.x[star], avail)
-            marginal = marginal_loss(log_pi[step], log_marginal(agent, now, avail)[step])
-            scalars["marginal_loss"] = mean(marginal)
-            net, optimiser = agent.marginal, agent.marginal_optimiser
-            descend(scalars["marginal_loss"], net, optimiser, args.max_grad_norm)
+            log_pi = log_probabilities(agent.policy(now.star), avail)
+            likelihood = marginal_loss(log_pi, log_marginal(agent, now.own, avail)).mean()
+            descend(likelihood, agent.marginal, agent.marginal_optimiser, clip)
+            scalars["marginal_loss"] = likelihood
         # Eq. (13)
-        x = now.x[0].detach() if args.detach_actor_trunk else now.x[0]
-        log_pi, log_m = (
-            agent.log_policy(now.q[0], x, avail),
-            log_marginal(agent, now.given(), avail),
+        log_m = log_marginal(agent, now.given().own, avail)
+        log_pi = log_probabilities(
+            agent.policy(now.x.detach() if args.detach_actor_trunk else now.x), avail
         )
-        policy = policy_loss(log_pi[step], log_m[step], now.q[0, step], alpha)
-        scalars["policy_loss"] = mean(policy)
+        scalars["policy_loss"] = policy_loss(log_pi, log_m, now.q, alpha).mean()
         if whole:
             scalars["grad_norm"] = move_all(args, agent, loss + scalars["policy_loss"])
         else:
-            net, optimiser = agent.policy, agent.policy_optimiser
-            descend(scalars["policy_loss"], net, optimiser, args.max_grad_norm)
+            descend(scalars["policy_loss"], agent.policy, agent.policy_optimiser, clip)
     return scalars
 
 
 @torch.no_grad()
-def measure(
-    agent: Agent, view: View, log_pi: Tensor, log_m: Tensor, star: int, w: Tensor
-) -> dict[str, Tensor]:
-    """What the method is about, averaged over living agents: mutual information by type of unit,
-    in imagined teams, the policy's divergence from its marginal, its entropy, w and alpha / w."""
-    present = ~view.avail[..., 0]
-    mean = lambda x, of: (x * of).sum() / of.sum().clamp(min=1)  # noqa: E731
-    scalars = {"entropy": mean(-divergence(log_pi[0], torch.zeros_like(log_m)), present)}
-    scalars |= {"w": mean(w, present), "alpha_over_w": mean(agent.alpha_i / w, present)}
+def measure(agent: Agent, view: View, rows: Tensor, living: Living, w: Tensor) -> dict[str, Tensor]:
+    """What the method is about, over living agents: mutual information in imagined teams, also by
+    type of unit, the policy's divergence from its marginal, its entropy, w and alpha / w."""
+    avail = view.avail.flatten(0, 1)[rows]
+    log_pi = agent.log_policy(living.q, living.x, avail)
+    entropy = -divergence(log_pi, torch.zeros_like(log_pi))
+    scalars = {"entropy": entropy.mean(), "w": w.mean(), "alpha_over_w": (agent.alpha_i / w).mean()}
     if agent.informed:
-        scalars["kl"] = mean(divergence(log_pi[0], log_m), present)
-        information = divergence(log_pi[star], log_m)
+        log_m = log_marginal(agent, living.own, avail)
+        scalars["kl"] = divergence(log_pi, log_m).mean()
+        information = divergence(log_probabilities(agent.policy(living.star), avail), log_m)
+        scalars["mi"] = information.mean()
+        entities = view.entities[:, : view.avail.shape[1]].flatten(0, 1)[rows]
         for name, column in agent.types.items():
-            has = present & (view.entities[:, : present.shape[1], column] > 0)
-            scalars[f"mi/{name}"] = mean(information, has)
+            of = entities[:, column]  # 1 where it is one
+            scalars[f"mi/{name}"] = (information * of).sum() / of.sum().clamp(min=1)
     return scalars
 
 
@@ -952,7 +967,8 @@ def update(args: Args, agent: Agent, replay: Replay, rng: torch.Generator) -> di
     found = collections.defaultdict(list)
     for _ in range(args.updates_per_iteration):
         batch = replay.sample(rng, args.batch_size)
-        groups = draw_groups(batch.view, rng) if args.imagine else None
+        imagine = args.imagine and args.scenario != "resource"
+        groups = draw_groups(batch.view, rng) if imagine else None
         for name, x in learn(args, agent, batch, groups).items():
             found[name].append(x.detach())
     return {name: torch.stack(x).mean() for name, x in found.items()}
@@ -961,21 +977,28 @@ def update(args: Args, agent: Agent, replay: Replay, rng: torch.Generator) -> di
 # --- 8. Evaluate ----------------------------------------------------------------------------------
 
 
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Markdown: one line per row name."""
+    battles = "win" in next(iter(results.values()))
+    return (combat_episodes if battles else resource_collection).table(results)
+
+
 def evaluate(
     args: Args, agent: Agent, alive: Callable, kind: str, timesteps: int, run_dir: Path
 ) -> dict[str, dict[str, float]]:
     """Greedy episodes of every team size, at the end beside scripted policies in the same battles.
 
     kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
-    Prints a table and returns {"size policy": envs.combat_episodes.summarise(...)}.
+    Prints a table and returns {"size policy": what summarise() makes of episodes}.
     """
+    world = resource_collection if args.scenario == "resource" else combat_episodes
     number = args.final_episodes if kind == "final" else args.eval_episodes
     rng = np.random.default_rng((args.seed, timesteps, ("eval", "final").index(kind)))
     seeds, results = rng.integers(2**31, size=2).tolist(), {}
     together = number if args.backend == "sim" else min(number, args.num_envs)
     policies: dict[str, Callable[[], Policy]] = {"": lambda: player(agent)}
     if kind == "final" and args.backend == "sim":
-        for name, policy in scripted_policies(seeds[1]).items():
+        for name, policy in world.scripted_policies(seeds[1]).items():
             policies[name] = lambda policy=policy: policy
     for size in dict.fromkeys((*args.team_sizes, *args.eval_team_sizes)):
         for name, new_policy in policies.items():
@@ -983,18 +1006,17 @@ def evaluate(
                 episodes = []
                 while len(episodes) < number:
                     alive()
-                    episodes += play(battles, new_policy())
-                row = results[f"{size} {name}".rstrip()] = summarise(episodes[:number])
+                    episodes += world.play(battles, new_policy())
+                row = results[f"{size} {name}".rstrip()] = world.summarise(episodes[:number])
                 if args.backend == "sc2":  # those that a failing game cut short count as not won
                     row["lost_to_failures"] = sum(battles.lost)
                     tqdm.write(f"{battles.game_version}: {sum(battles.lost)} episodes lost")
         if args.capture_video:
-            from envs.combat_view import film_battle
-
+            film = world.film if world is resource_collection else film_battle
             with opened(make_envs(args, (size,), 1, seeds[0])) as battles:
                 battles.reset()
                 path = run_dir / "videos" / f"{kind}-{timesteps}-{size}.mp4"
-                film_battle(battles, player(agent), path)
+                film(battles, player(agent), path)
     tqdm.write(f"{args.scenario}, seed {args.seed}, step {timesteps}\n{table(results)}")
     return results
 
@@ -1252,10 +1274,10 @@ def unpack(
     rng.set_state(saved["rngs"]["rng"])
     agent.rng.set_state(saved["rngs"]["method"])
     replay.battles.load_state_dict(saved["battles"])
-    ended += [Episode(*e) for e in saved["ended"]]
+    ended += [replay.battles.Episode(*e) for e in saved["ended"]]
 
 
-def report(scalars: dict[str, list], ended: list[Episode], seconds: float, steps: int) -> dict:
+def report(scalars: dict[str, list], ended: list, seconds: float, steps: int) -> dict:
     """What a line of metrics.jsonl holds, from here back to the last."""
     figures = {name: float(torch.stack(x).mean()) for name, x in scalars.items()}
     check_finite(**{name: torch.tensor(x) for name, x in figures.items()})
@@ -1265,7 +1287,8 @@ def report(scalars: dict[str, list], ended: list[Episode], seconds: float, steps
         by_size[f"/{sum(episode.team)}"].append(episode)
     for size, played in sorted(by_size.items()):
         figures[f"return{size}"] = sum(e.reward for e in played) / len(played)
-        figures[f"win{size}"] = sum(e.won for e in played) / len(played)
+        if hasattr(played[0], "won"):
+            figures[f"win{size}"] = sum(e.won for e in played) / len(played)
     if ended:
         figures["length"] = sum(e.length for e in ended) / len(ended)
     figures |= {"episodes": len(ended), "sps": steps / seconds}

@@ -65,18 +65,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.combat import (
-    EPISODE_LIMIT,
-    FAMILIES,
-    SIDE,
-    EnemyAI,
-    Episode,
-    Family,
-    Observation,
-    Scenario,
-    Snapshot,
-)
-from envs.combat_episodes import Policy, play, scripted_policies, summarise, table
+from envs import combat_episodes, resource_collection
+from envs.combat import EPISODE_LIMIT, FAMILIES, SIDE, EnemyAI, Family, Observation
+from envs.combat_episodes import Policy
+from envs.combat_view import film_battle
 from envs.smac import BattleError
 
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
@@ -108,13 +100,13 @@ class Args:
     capture_video: bool = False  # an MP4 per team size with every evaluation
     # Environment
     backend: Literal["sim", "sc2"] = "sim"  # envs/combat.py or StarCraft II
-    scenario: Scenario = "sz"  # types of units: sz, csz or mmm
+    scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # units; Resource Collection
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
     enemy_ai: EnemyAI = "sticky"  # sim: as the game's, or whom its units attack
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
     num_envs: Positive = 8  # B, battles at a time
     env_threads: Positive = 1  # sim: over which they are spread
-    max_episode_steps: Positive = EPISODE_LIMIT  # of a battle
+    max_episode_steps: Positive = EPISODE_LIMIT  # of a battle; resource has 145
     # Method
     imagine: bool = True  # imagined groups; without: AQMIX
     imagine_weight: Share = 0.5  # lambda, of their loss
@@ -175,6 +167,10 @@ def validate(args: Args) -> None:
             "--mask-empty-slots is for --mixer linear",
         ),
         (
+            args.backend == "sc2" and args.scenario == "resource",
+            "--scenario resource is no game of --backend sc2",
+        ),
+        (
             args.backend == "sc2" and args.enemy_ai != "sticky" and not args.eval_only,
             "--enemy-ai is for --backend sim, the game has its own",
         ),
@@ -183,7 +179,7 @@ def validate(args: Args) -> None:
         if wrong:
             raise UsageError(f"{sentence}.")
     try:
-        FAMILIES[args.scenario].teams((*args.team_sizes, *args.eval_team_sizes))
+        family_of(args.scenario).teams((*args.team_sizes, *args.eval_team_sizes))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -271,13 +267,21 @@ def read_args(argv: list[str]) -> Any:
 # --- 3. Worlds ------------------------------------------------------------------------------------
 
 
+def family_of(scenario: str) -> Family | resource_collection.Family:
+    """What is known of a world before there is one."""
+    return resource_collection.Family() if scenario == "resource" else FAMILIES[scenario]
+
+
 def make_envs(args: Args, sizes: tuple[int, ...], num_envs: int, seed: int) -> Any:
     """num_envs battles of teams of these sizes, which stand still when they have ended; UsageError
     if there are no such teams."""
-    options = {"scenario": args.scenario, "team_sizes": sizes, "num_battles": num_envs}
-    options |= {"seed": seed, "clip_regeneration": args.clip_regeneration, "once": True}
+    options = {"team_sizes": sizes, "num_battles": num_envs, "seed": seed, "once": True}
     options |= {"episode_limit": args.max_episode_steps}
     try:
+        if args.scenario == "resource":
+            limit = min(args.max_episode_steps, resource_collection.EPISODE_LIMIT)
+            return resource_collection.ResourceCollection(**options | {"episode_limit": limit})
+        options |= {"scenario": args.scenario, "clip_regeneration": args.clip_regeneration}
         if args.backend == "sc2":
             from envs.smac import make_battles
 
@@ -326,10 +330,11 @@ class View(NamedTuple):
 def look(obs: Observation, last: Tensor, played: Tensor, device: torch.device) -> View:
     """Observations (M, ...) as networks read them; last (M, 8): the last actions, -1 where there
     was none; played (T, B) bool: which the M moments are."""
-    A = int((~obs.entity_mask).unflatten(-1, (2, SIDE)).sum(-1).max())
-    slots = torch.cat((torch.arange(A), SIDE + torch.arange(A)))
+    filled = (~obs.entity_mask).any(0).unflatten(0, (2, SIDE))
+    A, E = (int(x.nonzero().max()) + 1 for x in filled)
+    slots = torch.cat((torch.arange(A), SIDE + torch.arange(E)))
     acted = F.one_hot(last[:, :A] + 1, obs.avail.shape[-1] + 1)[..., 1:].float()
-    acted = F.pad(acted, (0, 0, 0, A))  # enemies' are unknown
+    acted = F.pad(acted, (0, 0, 0, E))  # others' are unknown
     entities = torch.cat((obs.entities[:, slots], acted), -1)
     unseen = obs.obs_mask[:, :A].index_select(-1, slots)
     parts = entities, unseen, obs.entity_mask[:, slots], obs.avail[:, :A]
@@ -518,8 +523,6 @@ class Agent:
 
 # --- 6. Data --------------------------------------------------------------------------------------
 
-MOVING = ("alive", "x", "y", "health", "shield", "energy", "cooldown")  # what changes in a Snapshot
-
 
 class Batch(NamedTuple):
     """B episodes: the K steps of all, between M = K + B moments."""
@@ -537,15 +540,13 @@ class Replay:
 
     def __init__(self, args: Args, battles: Any, device: torch.device):
         self.args, self.battles, self.device, self.episodes = args, battles, device, 0
-        N, T = args.buffer_size, args.max_episode_steps
-        new, S = torch.empty, 2 * SIDE
-        self.fixed = {
-            "length": new(N, dtype=torch.int64),
-            "type": new(N, S, dtype=torch.int8),
-            "tag": new(N, S, dtype=torch.int8),
-        }
-        self.states = {name: new(N, T + 1, S) for name in MOVING}
-        self.states["alive"] = new(N, T + 1, S, dtype=torch.bool)
+        N, T, new = args.buffer_size, args.max_episode_steps, torch.empty
+        self.fixed, self.states = {"length": new(N, dtype=torch.int64)}, {}
+        for name, x in battles.snapshot._asdict().items():
+            if name in battles.fixed:
+                self.fixed[name] = new(N, *x.shape[1:], dtype=x.dtype)
+            else:
+                self.states[name] = new(N, T + 1, *x.shape[1:], dtype=x.dtype)
         self.steps = {
             "actions": new(N, T, SIDE, dtype=torch.int8),
             "rewards": new(N, T),
@@ -556,14 +557,15 @@ class Replay:
     def size(self) -> int:
         return min(self.episodes, self.args.buffer_size)
 
-    def add(self, snapshots: list[Snapshot], steps: list[tuple], episodes: list[Episode]) -> None:
+    def add(self, snapshots: list, steps: list[tuple], episodes: list) -> None:
         """Store an episode of every battle: T + 1 snapshots, T steps; 0 after a battle's end."""
         place = torch.arange(self.episodes, self.episodes + len(episodes)) % self.args.buffer_size
         lengths = [e.length for e in sorted(episodes, key=lambda e: e.battle)]
-        length, first = torch.tensor(lengths), snapshots[0]
-        for name, x in zip(self.fixed, (length, first.type, first.tag)):
-            self.fixed[name][place] = x
-        states = {name: torch.stack([getattr(s, name) for s in snapshots], 1) for name in MOVING}
+        length = self.fixed["length"][place] = torch.tensor(lengths)
+        for name in self.battles.fixed:
+            self.fixed[name][place] = getattr(snapshots[0], name)
+        moving = self.states
+        states = {name: torch.stack([getattr(s, name) for s in snapshots], 1) for name in moving}
         played = dict(zip(self.steps, (torch.stack(x, 1) for x in zip(*steps))))
         after = torch.arange(len(snapshots)) > length[:, None]  # (B, T + 1)
         for store, new, end in ((self.states, states, after), (self.steps, played, after[:, 1:])):
@@ -583,8 +585,8 @@ class Replay:
         time = torch.arange(T + 1)[:, None]
         played = time <= length  # (T + 1, B)
         row = {name: x[index, : T + 1].transpose(0, 1)[played] for name, x in self.states.items()}
-        row |= {k: x.expand(T + 1, -1, -1)[played] for k, x in fixed.items()}
-        obs = self.battles.observe(Snapshot(**row))  # (M, ...)
+        row |= {k: x.expand(T + 1, *x.shape)[played] for k, x in fixed.items()}
+        obs = self.battles.observe(type(self.battles.snapshot)(**row))  # (M, ...)
         actions, rewards, over = (x[index, :T].transpose(0, 1) for x in self.steps.values())
         if self.args.timeout_terminates:
             over = over | (time[:-1] == length - 1)
@@ -616,7 +618,7 @@ class Replay:
 
     def _real(self) -> Tensor:
         """(size, T + 1) bool: observations that are no padding."""
-        time = torch.arange(self.states["x"].shape[1])
+        time = torch.arange(self.args.max_episode_steps + 1)
         return time <= self.fixed["length"][: self.size, None]
 
 
@@ -644,17 +646,18 @@ def player(agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = Non
     return act
 
 
-def collect(agent: Agent, replay: Replay, epsilon: float, rng: torch.Generator) -> list[Episode]:
-    """Play one episode of every battle into the replay."""
+def collect(agent: Agent, replay: Replay, epsilon: float, rng: torch.Generator) -> list:
+    """Play one episode of every battle into the replay. Returns them (battles.Episode)."""
     battles = replay.battles
     battles.reset()
     policy, episodes = player(agent, epsilon, rng), []
-    snapshots, steps = [Snapshot(*(x.clone() for x in battles.snapshot))], []
+    copy_of = lambda snapshot: type(snapshot)(*(x.clone() for x in snapshot))  # noqa: E731
+    snapshots, steps = [copy_of(battles.snapshot)], []
     while len(episodes) < battles.num_battles:
         actions = policy(battles)
         step = battles.step(actions)
         steps.append((actions, step.reward.clone(), step.terminated.clone()))
-        snapshots.append(Snapshot(*(x.clone() for x in step.final)))
+        snapshots.append(copy_of(step.final))
         episodes += step.episodes
     replay.add(snapshots, steps, episodes)
     return episodes
@@ -777,21 +780,28 @@ def update(args: Args, agent: Agent, replay: Replay, rng: torch.Generator) -> di
 # --- 8. Evaluate ----------------------------------------------------------------------------------
 
 
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Markdown: one line per row name."""
+    battles = "win" in next(iter(results.values()))
+    return (combat_episodes if battles else resource_collection).table(results)
+
+
 def evaluate(
     args: Args, agent: Agent, alive: Callable, kind: str, timesteps: int, run_dir: Path
 ) -> dict[str, dict[str, float]]:
     """Greedy episodes of every team size, at the end beside scripted policies in the same battles.
 
     kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
-    Prints a table and returns {"size policy": envs.combat_episodes.summarise(...)}.
+    Prints a table and returns {"size policy": what summarise() makes of episodes}.
     """
+    world = resource_collection if args.scenario == "resource" else combat_episodes
     number = args.final_episodes if kind == "final" else args.eval_episodes
     rng = np.random.default_rng((args.seed, timesteps, ("eval", "final").index(kind)))
     seeds, results = rng.integers(2**31, size=2).tolist(), {}
     together = number if args.backend == "sim" else min(number, args.num_envs)
     policies: dict[str, Callable[[], Policy]] = {"": lambda: player(agent)}
     if kind == "final" and args.backend == "sim":
-        for name, policy in scripted_policies(seeds[1]).items():
+        for name, policy in world.scripted_policies(seeds[1]).items():
             policies[name] = lambda policy=policy: policy
     for size in dict.fromkeys((*args.team_sizes, *args.eval_team_sizes)):
         for name, new_policy in policies.items():
@@ -799,18 +809,17 @@ def evaluate(
                 episodes = []
                 while len(episodes) < number:
                     alive()
-                    episodes += play(battles, new_policy())
-                row = results[f"{size} {name}".rstrip()] = summarise(episodes[:number])
+                    episodes += world.play(battles, new_policy())
+                row = results[f"{size} {name}".rstrip()] = world.summarise(episodes[:number])
                 if args.backend == "sc2":  # those that a failing game cut short count as not won
                     row["lost_to_failures"] = sum(battles.lost)
                     tqdm.write(f"{battles.game_version}: {sum(battles.lost)} episodes lost")
         if args.capture_video:
-            from envs.combat_view import film_battle
-
+            film = world.film if world is resource_collection else film_battle
             with opened(make_envs(args, (size,), 1, seeds[0])) as battles:
                 battles.reset()
                 path = run_dir / "videos" / f"{kind}-{timesteps}-{size}.mp4"
-                film_battle(battles, player(agent), path)
+                film(battles, player(agent), path)
     tqdm.write(f"{args.scenario}, seed {args.seed}, step {timesteps}\n{table(results)}")
     return results
 
@@ -1064,10 +1073,10 @@ def unpack(saved: dict[str, Any], replay: Replay, ended: list, rng: torch.Genera
     """Put battles, generator and episodes where the checkpoint left them."""
     rng.set_state(saved["rngs"]["rng"])
     replay.battles.load_state_dict(saved["battles"])
-    ended += [Episode(*e) for e in saved["ended"]]
+    ended += [replay.battles.Episode(*e) for e in saved["ended"]]
 
 
-def report(scalars: dict[str, list], ended: list[Episode], seconds: float, steps: int) -> dict:
+def report(scalars: dict[str, list], ended: list, seconds: float, steps: int) -> dict:
     """What a line of metrics.jsonl holds, from here back to the last."""
     figures = {name: float(torch.stack(x).mean()) for name, x in scalars.items()}
     check_finite(**{name: torch.tensor(x) for name, x in figures.items()})
@@ -1077,7 +1086,8 @@ def report(scalars: dict[str, list], ended: list[Episode], seconds: float, steps
         by_size[f"/{sum(episode.team)}"].append(episode)
     for size, played in sorted(by_size.items()):
         figures[f"return{size}"] = sum(e.reward for e in played) / len(played)
-        figures[f"win{size}"] = sum(e.won for e in played) / len(played)
+        if hasattr(played[0], "won"):
+            figures[f"win{size}"] = sum(e.won for e in played) / len(played)
     if ended:
         figures["length"] = sum(e.length for e in ended) / len(ended)
     figures |= {"episodes": len(ended), "sps": steps / seconds}

@@ -998,6 +998,9 @@ class Combat:
     once               battles that have ended stand still until reset()
     """
 
+    Episode = Episode
+    fixed = ("type", "tag")  # fields of a Snapshot that last for an episode
+
     def __init__(
         self,
         scenario: Scenario = "sz",

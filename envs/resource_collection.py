@@ -321,6 +321,7 @@ class ResourceCollection:
     once            worlds that have ended stand still until reset()
     """
 
+    Episode = Episode
     fixed = ("present", "value", "speed")  # fields of a Snapshot that last for an episode
 
     def __init__(
@@ -353,15 +354,18 @@ class ResourceCollection:
         """Begin the worlds' streams of random numbers; reset() comes next."""
         key = mixed(mixed(torch.full_like(self.numbers, seed)) + GOLDEN * (self.numbers + 1))
         self.clocks = Clocks(key, torch.zeros_like(key), torch.zeros_like(key))
-        self.snapshot: Snapshot | None = None
+        self.snapshot, self.begun = fresh(self.clocks, self.sizes), False
+        zero = torch.zeros_like(key, dtype=torch.float64)
+        self.tally = Tally(zero, zero, zero, zero)
 
     @torch.no_grad()
     def reset(self) -> Observation:
         """A new episode in every world."""
         key, episode, time = self.clocks
         self.clocks = Clocks(key, episode + 1, torch.zeros_like(time))
-        self.snapshot, self.over = fresh(self.clocks, self.sizes), torch.zeros_like(self.over)
-        self.tally = Tally(*(torch.zeros_like(time, dtype=torch.float64) for _ in Tally._fields))
+        self.snapshot, self.begun = fresh(self.clocks, self.sizes), True
+        self.over = torch.zeros_like(self.over)
+        self.tally = Tally(*(torch.zeros_like(x) for x in self.tally))
         self.obs = observe(self.snapshot)
         return self.obs
 
@@ -370,7 +374,7 @@ class ResourceCollection:
         """A step of all worlds; actions (B, A) ints. ValueError for one that is not available,
         before anything has moved; nobody looks at those of worlds that stand still."""
         actions = torch.as_tensor(actions, device=self.device).long()
-        if actions.shape != (self.num_battles, SIDE) or self.snapshot is None:
+        if actions.shape != (self.num_battles, SIDE) or not self.begun:
             wanted = (self.num_battles, SIDE)
             raise ValueError(f"After reset(), actions are {wanted}, not {tuple(actions.shape)}.")
         legal = (actions >= 0) & (actions < len(MOVES))
@@ -403,9 +407,9 @@ class ResourceCollection:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next steps and episodes depend on, but for the rules."""
-        parts = (self.snapshot or fresh(self.clocks, self.sizes), self.clocks, self.tally_or_zero)
+        parts = self.snapshot, self.clocks, self.tally
         rows = {f"{type(x).__name__}.{k}": v.clone() for x in parts for k, v in x._asdict().items()}
-        about = {"begun": self.snapshot is not None, "teams": str(self.teams)}
+        about = {"begun": self.begun, "teams": str(self.teams)}
         return rows | {"over": self.over.clone(), "numbers": self.numbers.clone()} | about
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -420,16 +424,10 @@ class ResourceCollection:
         part = lambda kind: kind(  # noqa: E731
             *(saved[f"{kind.__name__}.{k}"].to(self.device) for k in kind._fields)
         )
-        self.clocks, self.tally = part(Clocks), part(Tally)
-        self.snapshot = part(Snapshot) if saved["begun"] else None
+        self.clocks, self.tally, self.snapshot = part(Clocks), part(Tally), part(Snapshot)
+        self.begun = saved["begun"]
         self.over, self.numbers = (saved[k].to(self.device) for k in ("over", "numbers"))
-        if self.snapshot is not None:
-            self.obs = observe(self.snapshot)
-
-    @property
-    def tally_or_zero(self) -> Tally:
-        zero = torch.zeros(self.num_battles, dtype=torch.float64, device=self.device)
-        return getattr(self, "tally", Tally(zero, zero, zero, zero))
+        self.obs = observe(self.snapshot)
 
     def _episode(self, b: int, final: Snapshot) -> Episode:
         size, counts = int(final.present[b].sum()), [float(x[b]) for x in self.tally]

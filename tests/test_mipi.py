@@ -86,9 +86,10 @@ def setting(flags="", rounds=3, double=False, noise=1.0):
 
 def forward(s):
     """What learn() begins with: Seen, log pi (V, M, A, actions), log m (M, A, actions)."""
-    seen = mipi.see(s.agent, s.batch.view, s.groups)
-    log_pi = s.agent.log_policy(seen.q, seen.x, s.batch.view.avail)
-    return seen, log_pi, mipi.log_marginal(s.agent, seen, s.batch.view.avail)
+    view = s.batch.view
+    seen, _ = mipi.see(s.agent, view, s.groups, torch.zeros(0, dtype=torch.long))
+    log_pi = s.agent.log_policy(seen.q, seen.x, view.avail)
+    return seen, log_pi, mipi.log_marginal(s.agent, seen.own, view.avail)
 
 
 def softmax(x):
@@ -282,38 +283,35 @@ def test_alpha_i_over_w():
 
 
 def test_mutual_information_is_exact_where_it_can_be_counted():
-    """A unit state with four teams, each as likely, and the marginal that is the mean policy: what
+    """Units with four teams, each as likely, and the marginal that is the mean policy: what
     measure() reports is I(u; s* | s+) of the table, by type of unit."""
     s = setting()
     rng = np.random.default_rng(0)
-    columns = list(s.agent.types.values())
-    A, U, teams, units = 2, 5, 4, 3
-    view = s.batch.view
-    entities = torch.zeros(teams * units, 2 * A, view.entities.shape[-1])
-    kind = np.array([[0, 1], [1, 1], [0, 0]])  # of agents, by state
-    pi = rng.dirichlet(np.ones(U - 1), size=(units, A, teams))
-    pi = np.concatenate((np.zeros((units, A, teams, 1)), pi), -1)  # no-op is for the dead
-    mean = pi.mean(2, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        information = np.nan_to_num(pi * np.log(pi / mean)).sum(-1).mean(2)  # (units, A)
-    for u in range(units):
-        for i in range(A):
-            entities[u * teams : (u + 1) * teams, i, columns[kind[u, i]]] = 1
-    avail = torch.ones(teams * units, A, U, dtype=torch.bool)
+    columns, types = list(s.agent.types.values()), np.array([0, 1, 1, 0, 0, 1])
+    U, teams, units = s.battles.family.n_actions, 4, len(types)
+    pi = rng.dirichlet(np.ones(U - 1), size=(units, teams))
+    pi = np.concatenate((np.zeros((units, teams, 1)), pi), -1)  # no-op is for the dead
+    mean = pi.mean(1, keepdims=True)
+    information = (pi * np.log(np.where(pi > 0, pi / np.maximum(mean, 1e-9), 1))).sum(-1).mean(1)
+    real = rng.dirichlet(np.ones(U - 1), size=units * teams)
+    n = units * teams
+    entities = torch.zeros(n, 2, s.batch.view.entities.shape[-1])
+    entities[torch.arange(n), 0, torch.tensor(columns)[np.repeat(types, teams)]] = 1
+    avail = torch.ones(n, 1, U, dtype=torch.bool)
     avail[..., 0] = False
-    small = view._replace(entities=entities, avail=avail)
-    log = lambda x: torch.from_numpy(np.log(np.maximum(x, 1e-300)))  # noqa: E731
-    rows = log(pi.transpose(0, 2, 1, 3).reshape(teams * units, A, U))
-    marginals = log(np.repeat(mean[:, :, 0], teams, 0))
-    w = torch.full((teams * units, A), 0.5)
-    both = torch.stack((torch.zeros_like(rows) - math.log(U), rows))
-    found = mipi.measure(s.agent, small, both, marginals, 1, w)
+    view = s.batch.view._replace(entities=entities, avail=avail)
+    log = lambda p: torch.from_numpy(np.log(np.maximum(p, 1e-300))).float()  # noqa: E731
+    s.agent.policy = s.agent.marginal.last = torch.nn.Identity()  # what they read is what they say
+    star, own = log(pi.reshape(n, U)), log(np.repeat(mean[:, 0], teams, 0))
+    x = log(np.concatenate((np.zeros((n, 1)), real), -1))
+    living = mipi.Living(torch.zeros(n, U), x, star, own)
+    found = mipi.measure(s.agent, view, torch.arange(n), living, torch.full((n,), 0.5))
     for k, name in enumerate(s.agent.types):
-        assert np.isclose(found[f"mi/{name}"].item(), information[kind == k].mean())
-    alone = mipi.measure(s.agent, small, rows[None], marginals, 0, w)
-    assert np.isclose(alone["kl"].item(), information.mean())
-    expected = -np.nan_to_num(pi * np.log(np.maximum(pi, 1e-300))).sum(-1).mean()
-    assert np.isclose(alone["entropy"].item(), expected)
+        assert np.isclose(found[f"mi/{name}"].item(), information[types == k].mean(), rtol=1e-5)
+    assert np.isclose(found["mi"].item(), information.mean(), rtol=1e-5)
+    assert np.isclose(found["entropy"].item(), -(real * np.log(real)).sum(-1).mean(), rtol=1e-5)
+    ratio = np.log(real / np.repeat(mean[:, 0, 1:], teams, 0))
+    assert np.isclose(found["kl"].item(), (real * ratio).sum(-1).mean(), rtol=1e-5)
 
 
 # --- Who learns from what -------------------------------------------------------------------------
@@ -468,6 +466,7 @@ MODES = {
     "sampled, mmm": "--sample-next-actions --scenario mmm --no-imagine",
     "entropy, csz, bf16": "--regularizer entropy --scenario csz --amp",
     "alone": "--alpha inf",
+    "mi, resource collection": "--scenario resource",
 }
 
 
@@ -497,10 +496,22 @@ def test_same_seed_same_bits():
     assert {x.split("/")[2] for x in differences(a, c) if x.startswith("/agent")} == set(a["agent"])
 
 
+def test_resource_collection_has_defaults_of_its_own():
+    """alpha .05, one alternation, no imagined groups: s* is s-."""
+    run("run", 64, "--scenario", "resource", "--log-every", 16)
+    logged = set().union(*metrics("run"))
+    assert {"mi", "kl", "policy_loss"} <= logged and not {"group_loss", "mi/zealot"} & logged
+    state = exact("run")["agent"]
+    steps = [state[f"{x}optimiser"]["state"][0]["step"] for x in ("policy_", "marginal_", "")]
+    assert steps[0] == steps[1] == steps[2] > 0
+    more = run("more", 64, "--scenario", "resource", "--ba-iterations", 3)["agent"]
+    assert more["policy_optimiser"]["state"][0]["step"] == 3 * steps[0]
+
+
 def test_what_is_logged():
     run("run", 64, "--log-every", 16, "--final-episodes", 2)
     logged = metrics("run")
-    names = {"mi/zealot", "mi/stalker", "entropy", "kl", "w", "alpha_over_w", "td_loss"}
+    names = {"mi", "mi/zealot", "mi/stalker", "entropy", "kl", "w", "alpha_over_w", "td_loss"}
     names |= {"group_loss", "policy_loss", "marginal_loss", "grad_norm", "q_total"}
     assert any(names <= set(line) for line in logged)
     assert {"final/3/win", "final/5/return"} <= set(logged[-1])
@@ -557,7 +568,7 @@ def test_numbers_out_of_bounds():
 
 def coefficients(flags):
     args = mipi.parse(flags.split())
-    agent = mipi.Agent(args, mipi.FAMILIES[args.scenario], CPU)
+    agent = mipi.Agent(args, mipi.family_of(args.scenario), CPU)
     return agent.alpha, agent.alpha_i
 
 
@@ -565,6 +576,7 @@ def test_alphas():
     """The paper's, one from the other, none."""
     assert coefficients("") == coefficients("--scenario csz") == (0.03, 0.03)
     assert coefficients("--scenario mmm --team-sizes 4") == (0.1, 0.1)
+    assert coefficients("--scenario resource") == (0.05, 0.05)
     assert coefficients("--alpha .2") == (0.2, 0.2)
     assert coefficients("--alpha .2 --alpha-i 0") == (0.2, 0)
     assert coefficients("--alpha-i .5") == (0.03, 0.5)

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from runs import differences, exact, index, metrics, not_finite, only_error, script, states
 from toolbox import sharpen
 
+from envs.combat import Snapshot
+
 NAME = "baselines.refil_smac"
 refil = script(NAME)
 CPU = torch.device("cpu")
@@ -212,7 +214,7 @@ def test_trimmed_slots_change_nothing():
     batch = s.replay.sample(torch.Generator().manual_seed(1), 4)
     assert batch.view.unseen.shape[1:] == (3, 6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refil.Tensor, "max", lambda x: torch.tensor(8), raising=True)
+        patch.setattr(refil.Tensor, "max", lambda x: torch.tensor(7), raising=True)
         full = s.replay.sample(torch.Generator().manual_seed(1), 4)
     assert full.view.unseen.shape[1:] == (8, 16)
     q, _ = s.agent.utility(batch.view)
@@ -363,7 +365,7 @@ def episodes_of(s, seed, size):
     for t in range(T + 1):
         now = {k: x[chosen, t].contiguous() for k, x in s.replay.states.items()}
         fixed = {k: s.replay.fixed[k][chosen] for k in ("type", "tag")}
-        obs = s.battles.observe(refil.Snapshot(**now, **fixed))
+        obs = s.battles.observe(Snapshot(**now, **fixed))
         last = torch.zeros(size, 16, n)
         if t:
             acted = s.replay.steps["actions"][chosen, t - 1].long()
@@ -714,6 +716,7 @@ MODES = {
     "aqmix": "--no-imagine --target-every 4",
     "linear, other families": "--mixer linear --mask-empty-slots --scenario mmm",
     "bootstrap, bf16": "--no-timeout-terminates --amp --scenario csz",
+    "resource collection": "--scenario resource",
 }
 MEANS = r"(td_loss|group_loss|q_total|grad_norm)"
 
@@ -808,7 +811,7 @@ def test_diverged(capfd):
 # --- The command line -----------------------------------------------------------------------------
 
 WRONG = {  # with words that the sentence has to contain
-    "--scenario zs": "'zs' sz csz mmm",
+    "--scenario zs": "'zs' sz csz mmm resource",
     "--backend game": "'game' sim sc2",
     "--team-sizes": "--team-sizes",
     "--team-sizes 0": "--team-sizes 0",
@@ -825,6 +828,8 @@ WRONG = {  # with words that the sentence has to contain
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",
     "--enemy-ai smart": "'smart' sticky closest focus",
     "--backend sc2 --enemy-ai focus": "--enemy-ai --backend sim",
+    "--backend sc2 --scenario resource": "--scenario resource --backend sc2",
+    "--scenario resource --team-sizes 9": "1 to 8 9",
     "--imagine": "--imagine",
     "--imagine-weight 1.5": "--imagine-weight 1.5",
     "--epsilon-final -.1": "--epsilon-final",
@@ -1165,6 +1170,28 @@ def test_rows_of_the_table(capfd):
     evals = [m for m in metrics("run") if "eval/3/win" in m]
     assert len(evals) == 2 and {"eval/4/return", "eval/5/win_low"} <= set(evals[0])
     assert not any("random" in k for k in evals[0])
+
+
+def test_resource_collection(capfd):
+    """The other world: its agents, things, table and scripts; 145 steps at most."""
+    flags = ["--scenario", "resource", "--max-episode-steps", 150, "--final-episodes", 2]
+    run("run", 290, *flags, "--log-every", 16, "--batch-size", 2)
+    replay = saved_replay("run")
+    assert replay["length"].tolist() == [145, 145] and replay["resources"].shape[1:] == (6, 2)
+    assert set(replay["present"].sum(1).tolist()) <= {3, 4}
+    results = json.loads(Path("run/summary.json").read_text())["eval"]
+    assert list(results) == [
+        f"{n}{who}" for n in (3, 4, 5) for who in ("", " random", " collector")
+    ]
+    assert "picked up" in capfd.readouterr().out
+    logged = set().union(*metrics("run"))
+    assert "return" in logged and "win" not in logged
+    s = setting("--scenario resource")
+    view = s.replay.sample(s.rng, 6).view
+    A = view.unseen.shape[1]
+    assert view.entities.shape[1:] == (A + 8, 23 + 6) and not view.empty[:, -1].any(), (
+        "home is last"
+    )
 
 
 def test_evaluation_alone_repeats(capfd):
