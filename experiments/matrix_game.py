@@ -67,6 +67,7 @@ class Study:
     ba_iterations: Positive = 1
     epsilon: Annotated[float, Interval(ge=0, le=1)] = 0.1  # share of random actions
     every: Positive = 50  # steps between points of the curves
+    grid: Positive = 40  # optima are among policies whose probabilities are multiples of 1 / grid
     exact: bool = False  # optima only
     out: Path = Path("matrix_game")  # .png, .csv and .md
 
@@ -159,7 +160,7 @@ def exact_rows(study: Study) -> list[dict[str, str]]:
     rows = []
     for objective in OBJECTIVES:
         for alpha in (0.0,) if objective == "none" else ALPHAS[1:]:
-            found = optima(PAYOFFS[study.payoffs], objective, alpha)
+            found = optima(PAYOFFS[study.payoffs], objective, alpha, study.grid)
             best, each = found[0], [", ".join(f"{x:.3g}" for x in p) for p in found[0].policies]
             row = {"objective": LABELS[objective], "alpha": f"{alpha:g}"}
             row |= {"value": f"{best.value:.3f}", "reward in training": f"{best.reward:.3f}"}
@@ -181,7 +182,7 @@ def main(study: Study) -> None:
     B, ends = TYPES.index("B"), []
     for k, objective in enumerate(OBJECTIVES):
         points = learn(study, objective)  # (points, n, 2, 2)
-        best = optimum(game, objective, study.alpha)
+        best = optimum(game, objective, study.alpha, study.grid)
         at, first, second = np.arange(len(points)) * study.every, *best.policies[:, B]
         greedy = np.array([[unseen_reward(game, p) for p in now] for now in points])
         soft = expected(game[UNSEEN], points[..., 0, B], points[..., 1, B])

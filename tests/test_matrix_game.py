@@ -155,7 +155,7 @@ def test_five_seeds_end_where_the_optimum_is(objective, action, earned):
 
 def test_command(tmp_path):
     """Three files and a table; --exact prints the optima alone; a wrong option is one sentence."""
-    script = [sys.executable, str(ROOT / "experiments/matrix_game.py")]
+    script = [sys.executable, str(ROOT / "experiments/matrix_game.py"), "--grid", "10"]
     flags = ["--steps", "20", "--every", "10", "--seeds", "1", "2", "--out", str(tmp_path / "x")]
     done = subprocess.run([*script, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

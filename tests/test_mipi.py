@@ -621,7 +621,11 @@ def plain(tmp_path_factory):
     return run(run_dir, 64), run_dir
 
 
-@pytest.mark.parametrize("field", EFFECTS)
+# The parent's flags are the parent's lines here, too: they are tried again in slow tests.
+FIELDS = [x if x in OWN else pytest.param(x, marks=pytest.mark.slow) for x in EFFECTS]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_flag_changes_what_it_names(field, plain, tmp_path):
     flags, measure, relation = EFFECTS[field]
     state = run(tmp_path / "run", 64, *flags.split())
