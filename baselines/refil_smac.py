@@ -146,8 +146,9 @@ class Args:
 
 PRESETS = {  # flags that come before those of the command line
     "paper": "",
-    "cpu": "--hidden-size 64 --amp --updates-per-iteration 2 --epsilon-steps 150000 "
-    "--eval-every 250000 --eval-episodes 32",
+    "cpu": "--hidden-size 64 --amp --num-envs 32 --batch-size 8 --updates-per-iteration 16 "
+    "--learning-rate 1e-3 --buffer-size 512 --epsilon-steps 100000 --eval-every 250000 "
+    "--eval-episodes 32",
 }
 
 
