@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -26,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import differences, exact, index, metrics, not_finite, only_error, script, states
+from runs import ROOT, differences, exact, index, metrics, not_finite, only_error, script, states
 from toolbox import sharpen
 
 from envs.combat import Snapshot
@@ -1242,3 +1243,31 @@ def test_refil_learns(seed):
     results = json.loads(Path("run/summary.json").read_text())["eval"]
     assert results["3 random"]["return"] < 2
     assert results["3"]["return"] > 1.5 * results["3 random"]["return"]
+
+
+# --- Whose orders cost battles --------------------------------------------------------------------
+
+
+def test_replaced_orders(capsys, monkeypatch):
+    """experiments/replace_orders.py: which orders are whose; with all replaced it is the script;
+    runs of other scripts are refused."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    study = importlib.import_module("replace_orders")
+    own = torch.tensor([[0, 1, 3, 6, 8, 6]])
+    other = torch.tensor([[0, 7, 7, 7, 2, 6]])
+    assert study.is_stop(own, other).tolist() == [[False, True, False, False, False, False]]
+    assert study.is_stop_or_move(own, other).tolist() == [[False, True, True, False, False, False]]
+    assert study.is_target(own, other).tolist() == [[False, False, False, True, False, True]]
+    battles = refil.make_envs(refil.parse([]), (3,), 4, 1)
+    battles.reset()
+    everything = study.replaced(lambda b: torch.ones(4, 8), lambda own, other: own >= 0)
+    assert torch.equal(everything(battles).long(), study.nearest(battles))
+    run("run", 16)
+    study.main(study.Study(Path("run"), team_sizes=(3,), episodes=4))
+    out = capsys.readouterr().out
+    rows = ("as it is", "stops replaced", "stops and moves replaced", "targets replaced", "focus")
+    assert all(f"| 3 {row} " in out for row in rows)
+    args = json.loads(Path("run/args.json").read_text())
+    Path("run/args.json").write_text(json.dumps(args | {"script": "maddpg_particle"}))
+    with pytest.raises(study.UsageError, match=r"maddpg_particle\.py"):
+        study.main(study.Study(Path("run")))
