@@ -130,7 +130,7 @@ class Args:
     learning_rate: Amount = 5e-4  # RMSprop's
     rmsprop_alpha: Share = 0.99  # decay of its mean square
     rmsprop_eps: Above = 1e-5  # added to its root
-    max_grad_norm: Above = 10.0  # of all networks together
+    max_grad_norm: Above = 10.0  # of critic, policy head and marginal, each
     gamma: Share = 0.99  # discount
     batch_size: Positive = 32  # episodes of a minibatch
     buffer_size: Positive = 5000  # episodes of the replay
@@ -176,7 +176,24 @@ def validate(args: Args) -> None:
             args.policy == "greedy" and args.regularizer != "none",
             "--policy greedy is for --regularizer none: its logarithm is not finite",
         ),
-        (math.inf in (args.alpha_i,), "--alpha-i is finite"),
+        (args.alpha_i == math.inf, "--alpha-i is finite"),
+        (
+            args.alpha == math.inf and (args.alpha_i is not None or args.regularizer != "mi"),
+            "--alpha inf is without --alpha-i and --regularizer: nothing is left to regularise",
+        ),
+        (
+            args.regularizer == "none" and (args.alpha, args.alpha_i) != (None, None),
+            "--regularizer none has no --alpha and no --alpha-i",
+        ),
+        (
+            args.alpha_i_over_w and (args.regularizer == "none" or args.alpha == math.inf),
+            "--alpha-i-over-w needs a regulariser",
+        ),
+        (
+            args.policy == "greedy"
+            and (args.ba_iterations or args.literal_blahut_arimoto or args.detach_actor_trunk),
+            "--policy greedy has no alternations, (12) and (13), to set",
+        ),
         (
             args.backend == "sc2" and args.scenario == "resource",
             "--scenario resource is no game of --backend sc2",
@@ -355,7 +372,7 @@ def look(args: Args, obs: Observation, last: Tensor, played: Tensor, device: tor
 
 
 def own_state(view: View) -> View:
-    """s+: agents, each of which sees itself only."""
+    """s+: agents, each of which sees itself only: entities (M, A, D), unseen (M, A, A)."""
     A = view.unseen.shape[1]
     others = ~torch.eye(A, dtype=torch.bool, device=view.unseen.device)
     unseen = view.unseen[..., :A] | others  # (M, A, A)
@@ -523,7 +540,8 @@ class Agent:
         new = functools.partial(torch.optim.RMSprop, lr=args.learning_rate, **options)
         self.policy_optimiser = new(self.policy.parameters())
         self.marginal_optimiser = new(self.marginal.parameters())
-        self.rng = torch.Generator().manual_seed(args.seed)  # of what the parent does not draw
+        own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
+        self.rng = torch.Generator().manual_seed(own_seed)  # of what the parent does not draw
         # Eq. (16)'s alpha and Eq. (18)'s
         default = {"mmm": 0.1, "resource": 0.05}.get(args.scenario, 0.03)
         self.alpha = default if args.alpha is None else args.alpha
@@ -531,8 +549,9 @@ class Agent:
         if args.regularizer == "none" or self.alpha == math.inf:
             self.alpha = self.alpha_i = 0.0
         self.alternations = args.ba_iterations or (1 if args.scenario == "resource" else 4)
+        # Whether there is a marginal to learn and to differ from.
         self.informed = args.regularizer == "mi" and self.alpha + self.alpha_i > 0
-        self.types = family.type_columns
+        self.types = family.type_columns  # {name: feature that says so}
         if args.compile:
             nets = self.utility, self.mixer, self.target_utility, self.target_mixer, self.marginal
             for net in nets:
@@ -542,7 +561,7 @@ class Agent:
         return nn.ModuleList((self.utility, self.mixer))
 
     def log_policy(self, q: Tensor, x: Tensor, avail: Tensor) -> Tensor:
-        """log pi (..., A, actions) where utilities are q and what they are read off is x."""
+        """log pi (..., actions) of utilities q (..., actions), which are read off x (..., R)."""
         if self.args.policy == "greedy":
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
@@ -570,7 +589,7 @@ def log_probabilities(logits: Tensor, avail: Tensor) -> Tensor:
 
 
 def divergence(log_pi: Tensor, log_marginal: Tensor) -> Tensor:
-    """E_pi log pi(u|s) / m(u|s+), (..., A); with log_marginal 0 it is minus pi's entropy."""
+    """E_pi log pi(u|s) / m(u|s+), (...), of (..., actions); of log_marginal 0 minus the entropy."""
     return (log_pi.exp() * (log_pi - log_marginal)).sum(-1)
 
 
@@ -581,13 +600,13 @@ def value_of(total: Tensor, cost: Tensor, alpha: float) -> Tensor:
 
 
 def marginal_loss(log_pi: Tensor, log_marginal: Tensor) -> Tensor:
-    """(..., A), of policies in imagined teams, which are given."""
+    """(...), of (..., actions); policies, in imagined teams, are given."""
     # Eq. (17), exact over actions: its minimum is Eq. (12), the mean of pi over s*
     return -(log_pi.detach().exp() * log_marginal).sum(-1)
 
 
 def policy_loss(log_pi: Tensor, log_marginal: Tensor, q: Tensor, alpha: Tensor | float) -> Tensor:
-    """(..., A); marginal and utilities are given; alpha: a number or (..., A)."""
+    """(...), of (..., actions); marginal and utilities are given; alpha: a number or (...)."""
     # Eq. (18), exact over actions: its minimum is Eq. (13)
     cost = divergence(log_pi, log_marginal.detach())
     return alpha * cost - (log_pi.exp() * q.detach()).sum(-1)
@@ -876,13 +895,13 @@ def see(agent: Agent, view: View, groups: Tensor | None, rows: Tensor) -> tuple[
     star = 0 if groups is None else 1  # s*: the view of one's own group
     with agent.autocast():
         q, x, _ = agent.utility(view, groups)
-        own = agent.marginal(own_state(view))[1][0] if agent.informed else None
+        own = agent.marginal(own_state(view))[1][0] if agent.informed else None  # [0]: its one view
     of = lambda x: None if x is None else x.flatten(0, 1)[rows]  # noqa: E731
     return Seen(q, x, own), Living(of(q[0].detach()), of(x[0]), of(x[star].detach()), of(own))
 
 
 def log_marginal(agent: Agent, own: Tensor | None, avail: Tensor) -> Tensor:
-    """log m (..., actions); 0 without a marginal."""
+    """log m (..., actions) of own (..., R); 0 without a marginal."""
     if own is None:
         return torch.zeros_like(avail, dtype=torch.float32)
     return log_probabilities(agent.marginal.last(own), avail)
@@ -914,11 +933,11 @@ def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict
         log_m = log_marginal(agent, seen.own, view.avail)
     y = find_targets(args, agent, batch, log_pi, log_m)
     loss, w, scalars = critic_loss(args, agent, batch, groups, seen.q, y)
-    w = w[present]  # (n,)
+    w = w[present].clamp(min=1e-6)  # (n,); a softmax can underflow
     scalars |= measure(agent, view, rows, living, w)
     alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
     if literal or args.policy == "greedy":
-        scalars["grad_norm"], loss = move_all(args, agent, loss), 0.0
+        scalars["grad_norm"], loss = move_all(args, agent, loss), 0.0  # the critic's
     for m in range(agent.alternations if args.policy == "head" else 0):
         whole = literal or m == agent.alternations - 1
         if literal:
@@ -926,7 +945,8 @@ def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict
         now = living if whole else living.given()
         if agent.informed:
             # Eq. (12)
-            log_pi = log_probabilities(agent.policy(now.star), avail)
+            with torch.no_grad():
+                log_pi = log_probabilities(agent.policy(now.star), avail)
             likelihood = marginal_loss(log_pi, log_marginal(agent, now.own, avail)).mean()
             descend(likelihood, agent.marginal, agent.marginal_optimiser, clip)
             scalars["marginal_loss"] = likelihood
@@ -937,7 +957,8 @@ def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict
         )
         scalars["policy_loss"] = policy_loss(log_pi, log_m, now.q, alpha).mean()
         if whole:
-            scalars["grad_norm"] = move_all(args, agent, loss + scalars["policy_loss"])
+            norm = move_all(args, agent, loss + scalars["policy_loss"])
+            scalars.setdefault("grad_norm", norm)
         else:
             descend(scalars["policy_loss"], agent.policy, agent.policy_optimiser, clip)
     return scalars
@@ -950,7 +971,7 @@ def measure(agent: Agent, view: View, rows: Tensor, living: Living, w: Tensor) -
     avail = view.avail.flatten(0, 1)[rows]
     log_pi = agent.log_policy(living.q, living.x, avail)
     entropy = -divergence(log_pi, torch.zeros_like(log_pi))
-    scalars = {"entropy": entropy.mean(), "w": w.mean(), "alpha_over_w": (agent.alpha_i / w).mean()}
+    scalars = {"entropy": entropy.mean(), "w": w.mean(), "alpha_over_w": (agent.alpha / w).mean()}
     if agent.informed:
         log_m = log_marginal(agent, living.own, avail)
         scalars["kl"] = divergence(log_pi, log_m).mean()
@@ -958,8 +979,8 @@ def measure(agent: Agent, view: View, rows: Tensor, living: Living, w: Tensor) -
         scalars["mi"] = information.mean()
         entities = view.entities[:, : view.avail.shape[1]].flatten(0, 1)[rows]
         for name, column in agent.types.items():
-            of = entities[:, column]  # 1 where it is one
-            scalars[f"mi/{name}"] = (information * of).sum() / of.sum().clamp(min=1)
+            if (of := entities[:, column] > 0).any():
+                scalars[f"mi/{name}"] = information[of].mean()
     return scalars
 
 
@@ -1338,6 +1359,8 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             unpack(saved, agent, replay, ended, rng)
             load_replay(run_dir, saved["replay"], replay, saved["episodes"])
         about = {"amp": agent.amp, "game_version": getattr(battles, "game_version", None)}
+        about |= {"alpha": agent.alpha, "alpha_i": agent.alpha_i}
+        about |= {"ba_iterations": agent.alternations}
         run_dir = run_dir or new_run_dir(args, args.scenario, device=str(device), **about)
         logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
         scalars, clock = collections.defaultdict(list), (time.monotonic(), timesteps)

@@ -16,7 +16,10 @@ a seed gives a world the same course whatever the number of worlds.
 
 Facts are those of COPA's code where MIPI is silent; ours: agents begin evenly spaced around home,
 the first at a random angle; agents do not collide; a resource that finds no free place among 16
-draws takes the last.
+draws takes the last; of several agents at a resource the first has it; however many touch the
+invader, it is caught once; it cannot be caught in the step in which it comes; what is beyond sight
+is hidden, home too; who is seen shows all its features; of several things one stands on, the last
+of home, types 1 to 3, invader is seen. Time is not.
 """
 
 from __future__ import annotations
@@ -355,6 +358,7 @@ class ResourceCollection:
         key = mixed(mixed(torch.full_like(self.numbers, seed)) + GOLDEN * (self.numbers + 1))
         self.clocks = Clocks(key, torch.zeros_like(key), torch.zeros_like(key))
         self.snapshot, self.begun = fresh(self.clocks, self.sizes), False
+        self.obs = observe(self.snapshot)
         zero = torch.zeros_like(key, dtype=torch.float64)
         self.tally = Tally(zero, zero, zero, zero)
 

@@ -24,6 +24,7 @@ import tyro
 from annotated_types import Interval
 from figures import (
     Above,
+    Amount,
     Positive,
     Seed,
     check_bounds,
@@ -60,7 +61,7 @@ class Study:
     payoffs: Literal["additive", "coordinated"] = "additive"
     seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
     steps: Positive = 2000  # of each learner
-    alpha: Annotated[float, Interval(ge=0)] = 0.5
+    alpha: Amount = 0.5
     batch_size: Positive = 64  # episodes of a step, all new
     learning_rate: Above = 3e-4
     hidden_size: Positive = 64

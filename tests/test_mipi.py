@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import itertools
 import json
 import math
@@ -245,7 +246,7 @@ def test_policy_and_marginal_losses_are_those_of_numpy():
     step, avail = s.batch.step, s.batch.view.avail.numpy()
     star = np.exp(log_pi[1].detach().numpy())  # in imagined teams
     log_m = log_m.detach().numpy()
-    q, x = seen.q[0].detach().numpy(), seen.x[0].detach()
+    q = seen.q[0].detach().numpy()
     likelihood = []
     there = [(m, i) for m in step.tolist() for i in range(avail.shape[1]) if not avail[m, i, 0]]
     for m, i in there:
@@ -263,7 +264,6 @@ def test_policy_and_marginal_losses_are_those_of_numpy():
         p = np.exp(pi[m, i][may])
         cost.append((p * (0.6 * (pi[m, i][may] - after) - q[m, i][may])).sum())
     assert np.isclose(scalars["policy_loss"].item(), np.mean(cost), rtol=1e-9)
-    assert x.shape[-1] == 6
 
 
 def test_alpha_i_over_w():
@@ -413,10 +413,11 @@ def test_what_the_policys_loss_moves(flags):
 @pytest.mark.parametrize("regularizer", ["entropy", "none"])
 def test_ablations(regularizer):
     """Entropy: E_pi log pi in the marginal's place; none: reward alone. No marginal learns."""
-    s = setting(f"--regularizer {regularizer} --ba-iterations 1 --alpha .5", double=True)
+    alpha = 0.5 if regularizer == "entropy" else 0.0
+    weight = f"--alpha {alpha}" if alpha else ""
+    s = setting(f"--regularizer {regularizer} --ba-iterations 1 {weight}", double=True)
     seen, log_pi, log_m = forward(s)
     assert (log_m == 0).all() and seen.own is None
-    alpha = 0.5 if regularizer == "entropy" else 0.0
     before = snapshot(s.agent)
     scalars = mipi.learn(s.args, s.agent, s.batch, s.groups)
     step, q = s.batch.step, seen.q[0]
@@ -430,7 +431,10 @@ def test_ablations(regularizer):
 # --- The parent -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", ["", "--no-imagine", "--mask-empty-slots --scenario mmm"])
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--no-imagine", "--mask-empty-slots --scenario mmm", "--scenario resource --no-imagine"],
+)
 def test_without_the_method_it_is_refil_with_the_linear_mixer(flags):
     """--regularizer none and the policy read off the utilities: utilities, mixer, targets, their
     optimiser, battles, replay and generator of whole runs, bit for bit."""
@@ -526,6 +530,11 @@ WRONG = {
     "--alpha nan": "--alpha",
     "--alpha-i inf": "--alpha-i finite",
     "--ba-iterations 0": "--ba-iterations 0",
+    "--alpha inf --alpha-i .1": "--alpha inf --alpha-i",
+    "--alpha inf --regularizer entropy": "--alpha inf --regularizer",
+    "--regularizer none --alpha .1": "--regularizer none --alpha",
+    "--regularizer none --alpha-i-over-w": "--alpha-i-over-w",
+    "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
     "--team-sizes 2": "3 to 8 2",
     "--mixer flex": "--mixer",
     "--resume {own} --alpha .5": "--alpha None stays",
@@ -557,13 +566,14 @@ def test_numbers_out_of_bounds():
     """No field takes a negative number; none takes NaN."""
     checked = 0
     for field, kind in typing.get_type_hints(mipi.Args, include_extras=True).items():
-        kinds = typing.get_args(kind) if typing.get_origin(kind) is typing.Annotated else (kind,)
-        for wrong in {int: ("-1",), float: ("-1e-3", "nan")}.get(kinds[0], ()):
+        while typing.get_args(kind) and typing.get_origin(kind) is not typing.Literal:
+            kind = typing.get_args(kind)[0]  # of Annotated, of a union with None, of a tuple
+        for wrong in {int: ("-1",), float: ("-1e-3", "nan")}.get(kind, ()):
             flag = "--" + field.replace("_", "-")
             with pytest.raises(mipi.UsageError, match=f"^{flag}[ :].*\\.$"):
                 mipi.parse([flag, wrong])
             checked += 1
-    assert checked > 35
+    assert checked == 45
 
 
 def coefficients(flags):
@@ -581,6 +591,17 @@ def test_alphas():
     assert coefficients("--alpha .2 --alpha-i 0") == (0.2, 0)
     assert coefficients("--alpha-i .5") == (0.03, 0.5)
     assert coefficients("--alpha inf") == coefficients("--regularizer none") == (0, 0)
+    run("run", 4)
+    resolved = json.loads(Path("run/args.json").read_text())["resolved"]
+    assert (resolved["alpha"], resolved["alpha_i"], resolved["ba_iterations"]) == (0.03, 0.03, 4)
+
+
+def test_the_method_draws_from_a_stream_of_its_own():
+    """Which is not the run's, and another with another seed."""
+    seeds = [mipi.Agent(mipi.Args(seed=k), mipi.family_of("sz"), CPU).rng for k in (1, 2)]
+    draws = [torch.rand(50, generator=rng) for rng in (*seeds, torch.Generator().manual_seed(1))]
+    for a, b in itertools.combinations(draws, 2):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.6 and not torch.isin(a, b).any()
 
 
 def resized(part, weight):
@@ -601,7 +622,6 @@ OWN = {  # of the method; None: the two must differ
     "literal_blahut_arimoto": ("--literal-blahut-arimoto", changed("marginal"), None),
     "detach_actor_trunk": ("--detach-actor-trunk", changed("utility"), None),
     "sample_next_actions": ("--sample-next-actions", changed("utility"), None),
-    "policy": ("--regularizer none --policy greedy", changed("utility"), None),
     "mask_empty_slots": ("--mask-empty-slots", changed("utility"), None),
     "hidden_size": ("--hidden-size 12", resized("mixer", "out"), ((2, 8, 8), (2, 12, 12))),
     "mixing_size": ("--mixing-size 6", resized("mixer", "last_bias"), ((2, 3), (2, 6))),
@@ -609,10 +629,34 @@ OWN = {  # of the method; None: the two must differ
 EFFECTS = {k: x for k, x in test_refil.EFFECTS.items() if k != "mixer"} | OWN
 
 
+ELSEWHERE = {**test_refil.ELSEWHERE, "policy": "test_without_the_method_it_is_refil..."}
+
+
 def test_every_flag_is_tested():
-    assert {x.name for x in dataclasses.fields(mipi.Args)} == set(EFFECTS) | set(
-        test_refil.ELSEWHERE
-    )
+    assert {x.name for x in dataclasses.fields(mipi.Args)} == set(EFFECTS) | set(ELSEWHERE)
+
+
+SAME = """with_preset family_of make_envs opened in_views Attention attend collect Replay epsilon_at
+has_bf16 descend pick draw_groups table evaluate save_run load_replay report load_source conclude
+main"""
+
+
+@pytest.mark.parametrize("name", SAME.split())
+def test_what_is_the_parents_is_tested_there(name):
+    """Presets, evaluation, replay, plumbing: the same text as in refil_smac.py, but for look()."""
+    mine, theirs = (inspect.getsource(getattr(x, name)) for x in (mipi, refil))
+    assert mine.replace("look(self.args, ", "look(") == theirs
+    assert (mipi.PRESETS, mipi.RESUMABLE, mipi.LINE) == (refil.PRESETS, refil.RESUMABLE, refil.LINE)
+
+
+def test_evaluation_alone_repeats(capfd):
+    """In Resource Collection: the figures of the run's end; nothing else is written."""
+    run("run", 32, "--scenario", "resource", "--final-episodes", 2)
+    before, first = sorted(Path("run").rglob("*")), capfd.readouterr().out
+    assert mipi.main(["--eval-only", "run"]) == 0
+    again = capfd.readouterr().out.strip()
+    assert again == first[first.index("resource, seed") :].strip() and "5 collector" in again
+    assert sorted(Path("run").rglob("*")) == before
 
 
 @pytest.fixture(scope="module")
