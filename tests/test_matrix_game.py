@@ -5,8 +5,8 @@ optima against closed forms and other enumerations, what five seeds of each lear
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from envs.matrix_game import (
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import matrix_game as study
+from figures import UsageError
 
 SETS = list(PAYOFFS)
 TEAMS = (*TRAINED, UNSEEN)
@@ -153,19 +154,18 @@ def test_five_seeds_end_where_the_optimum_is(objective, action, earned):
     assert np.abs(points[0] - exact).max() > 0.3, "it began elsewhere"
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, capsys, monkeypatch):
     """Three files and a table; --exact prints the optima alone; a wrong option is one sentence."""
-    script = [sys.executable, str(ROOT / "experiments/matrix_game.py"), "--grid", "10"]
-    flags = ["--steps", "20", "--every", "10", "--seeds", "1", "2", "--out", str(tmp_path / "x")]
-    done = subprocess.run([*script, *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "reward - mutual information" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    short = study.Study(steps=20, every=10, seeds=(1, 2), grid=10, out=Path("x"))
+    study.main(short)
+    assert "reward - mutual information" in capsys.readouterr().out
     assert {x.name for x in tmp_path.iterdir()} == {"x.png", "x.csv", "x.md"}
-    with Path(tmp_path / "x.csv").open() as file:
+    with Path("x.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 2 * 2 * 3, "learners, actions, seeds, points"
-    only = subprocess.run([*script, "--exact"], capture_output=True, text=True, cwd=tmp_path)
-    assert only.returncode == 0 and "seed" not in only.stdout and "0.800" in only.stdout
-    assert len(list(tmp_path.iterdir())) == 3
-    wrong = subprocess.run([*script, "--steps", "0"], capture_output=True, text=True, cwd=tmp_path)
-    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
+    study.main(dataclasses.replace(short, exact=True, out=Path("y")))
+    out = capsys.readouterr().out
+    assert "seed" not in out and "0.800" in out and not list(tmp_path.glob("y*"))
+    with pytest.raises(UsageError, match="--steps 0"):
+        study.main(dataclasses.replace(short, steps=0))
