@@ -14,9 +14,12 @@ import io
 import json
 import math
 import re
+import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,6 +135,42 @@ def read_log(run: Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
     except ValueError:
         raise UsageError(f"{path} is damaged.") from None
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def train(run: Path, command: str, timesteps: int, dry_run: bool) -> None:
+    """Start a run, or go on with one that was stopped; a finished one is kept. UsageError if it
+    fails. Its output goes to RUN.log."""
+    if (run / "summary.json").exists():
+        return
+    if (run / "checkpoints.json").exists():
+        command = f"{command.split()[0]} --resume {run} --total-timesteps {timesteps}"
+    print(f"python {command}", flush=True)
+    if dry_run:
+        return
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with beside(run, ".log").open("a") as log:
+        words = [sys.executable, *shlex.split(command)]
+        code = subprocess.run(words, stdout=log, stderr=log).returncode
+    if code:
+        raise UsageError(f"{run} ended with exit code {code}; see {beside(run, '.log')}.")
+
+
+def train_all(commands: dict[str, str], study: Any, timesteps: int) -> None:
+    """Runs {name: command, with SEED where the seed is meant} for all study.seeds, seed by seed,
+    study.jobs at a time, each in study.dir/{name}-s{seed}; with study.dry_run print them only."""
+    with ThreadPoolExecutor(study.jobs) as pool:
+        jobs = []
+        for seed in study.seeds:
+            for name, command in commands.items():
+                run = study.dir / f"{name}-s{seed}"
+                own = f"--seed {seed} --total-timesteps {timesteps} --run-dir {run}"
+                words = f"{command.replace('SEED', str(seed))} {own}".split()
+                jobs.append(pool.submit(train, run, " ".join(words), timesteps, study.dry_run))
+        for job in jobs:
+            job.result()
 
 
 # --- Output ---------------------------------------------------------------------------------------

@@ -19,17 +19,12 @@ finished one is kept, one that was stopped is resumed. What each figure compares
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from figures import Positive, Seed, UsageError, check_bounds, one_line_errors
+from figures import Positive, Seed, check_bounds, one_line_errors, train_all
 
-ROOT = Path(__file__).resolve().parents[1]
 MRA, MADDPG = "mra_maddpg_particle.py", "baselines/maddpg_particle.py"
 TRAINED = {
     "treasure": ("3", "6", "12", "24"),
@@ -100,47 +95,21 @@ def commands(figure: str, study: Study) -> list[dict[str, str]]:
     return [first, then]
 
 
-def start(name: str, command: str, study: Study, seed: int, timesteps: int) -> None:
-    """Train, unless that is done; UsageError if it fails."""
-    run = study.dir / f"{name}-s{seed}"
-    if (run / "summary.json").exists():
-        return
-    if (run / "checkpoints.json").exists():
-        script = command.split()[0]
-        command = f"{script} --resume {run} --total-timesteps {timesteps}"
-    else:
-        command = command.replace("SEED", str(seed))
-        preset = "" if "--adapt" in command else f"--preset {study.preset} "
-        command += f" {preset}--seed {seed} --total-timesteps {timesteps} --run-dir {run}"
-        command += f" {study.flags}"
-    command = " ".join(command.split())
-    print(f"python {command}", flush=True)
-    if not study.dry_run:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        with (study.dir / f"{run.name}.log").open("a") as log:
-            words = [sys.executable, *shlex.split(command)]
-            code = subprocess.run(words, stdout=log, stderr=log).returncode
-        if code:
-            raise UsageError(f"{run} ended with exit code {code}; see {study.dir}/{run.name}.log.")
+def with_flags(command: str, study: Study) -> str:
+    """The preset, which an adaptation takes from its source, and what --flags says."""
+    preset = "" if "--adapt" in command else f"--preset {study.preset}"
+    return f"{command} {preset} {study.flags}"
 
 
 def main(study: Study) -> None:
     """All runs of the figures, seed by seed."""
     check_bounds(study)
-    lengths = study.total_timesteps, study.adapt_timesteps
     stages = [{}, {}]
     for figure in study.figures:
         for stage, more in zip(stages, commands(figure, study)):
-            stage |= more
-    for stage, timesteps in zip(stages, lengths):
-        with ThreadPoolExecutor(study.jobs) as pool:
-            jobs = [
-                pool.submit(start, name, command, study, seed, timesteps)
-                for seed in study.seeds
-                for name, command in stage.items()
-            ]
-            for job in jobs:
-                job.result()
+            stage |= {name: with_flags(command, study) for name, command in more.items()}
+    for stage, timesteps in zip(stages, (study.total_timesteps, study.adapt_timesteps)):
+        train_all(stage, study, timesteps)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,244 @@
+"""The commands that train for MIPI's tables and print them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import shutil
+import sys
+import types
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from PIL import Image
+from runs import script
+from toolbox import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+mipi, refil = script("mipi_refil_smac"), script("baselines.refil_smac")
+TINY = "--scenario sz --preset cpu --hidden-size 8 --heads 2 --rnn-size 6 --mixing-size 5 "
+TINY += (
+    "--num-envs 4 --batch-size 4 --max-episode-steps 4 --updates-per-iteration 1 --save-every 0 "
+)
+TINY += "--team-sizes 3 4 --eval-team-sizes 6 --eval-every 32 --eval-episodes 4 --final-episodes 4 "
+TINY += "--total-timesteps 96 --log-every 32"
+
+RANDOM = ("/return", "/win")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Real runs of some updates, with made-up returns: untrained networks earn nothing."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(1)
+    folder = tmp_path_factory.mktemp("runs")
+    for name, module, flags in (
+        ("sz-mipi-s1", mipi, ""),
+        ("sz-mipi-s2", mipi, "--seed 2"),
+        ("sz-inf-s1", mipi, "--alpha inf"),
+        ("sz-same-s1", mipi, "--alpha .03"),
+        ("sz-warm-s1", mipi, "--regularizer entropy --alpha .5 --learning-rate 5e-4"),
+        ("sz-value-s1", mipi, "--regularizer none"),
+        ("sz-refil-s1", refil, ""),
+        ("sz-aqmix-s1", refil, "--no-imagine"),
+    ):
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert module.main(f"{TINY} {flags} --run-dir {folder / name}".split()) == 0
+        log, lines = folder / name / "metrics.jsonl", []
+        for line in map(json.loads, log.read_text().splitlines()):
+            names = [key for key in line if key.startswith("eval/") and key.endswith(RANDOM)]
+            lines.append(json.dumps(line | {key: rng.uniform() for key in names}))
+        log.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def command(name, kind, *words):
+    """An experiment's command line, in this process: exit code, standard output and error."""
+    module, out, err = importlib.import_module(name), io.StringIO(), io.StringIO()
+    argv = [str(word) for word in words]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        main = lambda: module.main(tyro.cli(getattr(module, kind), args=argv))  # noqa: E731
+        code = module.one_line_errors(main)
+    return code, out.getvalue(), err.getvalue()
+
+
+def logged(run, size, measure):
+    """A figure of every evaluation, read from the log."""
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [x[f"eval/{size}/{measure}"] for x in lines if f"eval/{size}/{measure}" in x]
+
+
+def rows_below(text, title):
+    """{second cell: cells} of the table under a title."""
+    lines = text.split(title)[1].strip().split("\n\n")[0].splitlines()
+    cells = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+    return {row[1]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+
+
+def test_tables(runs, tmp_path):
+    """Means over the last evaluations and over seeds, worked out here from the logs; rows that were
+    not run; the paper's figures as printed; names of rows."""
+    names = ("mipi-s1", "mipi-s2", "inf-s1", "warm-s1", "value-s1", "refil-s1", "aqmix-s1")
+    paths = [runs / f"sz-{name}" for name in names]
+    code, text, stderr = command(
+        "mipi_tables", "Tables", *paths, "--last", 2, "--out", tmp_path / "t"
+    )
+    assert code == 0, stderr
+    assert (tmp_path / "t.md").read_text().strip() == text.strip()
+    returns = rows_below(text, "SZ: return per episode")
+    own = {"MIPI", "alpha inf", "Value", "REFIL", "AQMIX"}
+    own.add("Entropy, alpha 0.5 --learning-rate 0.0005")  # the preset has another
+    scripts = {name for name in returns if name.endswith("(script)")}
+    assert set(returns) - scripts == own and len(scripts) >= 4
+    for column, sizes in {"3-4": (3, 4), "6": (6,)}.items():
+        each = []
+        for run in (runs / "sz-mipi-s1", runs / "sz-mipi-s2"):
+            assert len(logged(run, 3, "return")) >= 3  # more than --last takes
+            each.append(np.mean([logged(run, size, "return")[-2:] for size in sizes]))
+        expected = f"{np.mean(each):.2f} ({each[0]:.2f}, {each[1]:.2f})"
+        assert returns["MIPI"][column] == expected and each[0] != each[1]
+    summary = [json.loads((path / "summary.json").read_text())["eval"] for path in paths]
+    focus = np.mean([[x[f"{size} focus"]["return"] for size in (3, 4)] for x in summary])
+    assert returns["focus (script)"]["3-4"] == f"{focus:.2f}"
+    third = rows_below(text, "Table 3: share of battles won")
+    assert third["alpha 0.05"]["6"] == "not run" and third["alpha inf"]["6"] != "not run"
+    assert third["alpha 0.5"]["paper 3-5"] == ".175±.053"  # the paper's appendix
+    first = rows_below(text, "Table 1: share of battles won")
+    assert first["CollaQ"]["3-4"] == "not run" and first["CollaQ"]["paper 8"] == ".198±.097"
+    assert set(rows_below(text, "Table 2: share of battles won")) == {
+        "MIPI, alpha 0.03",
+        "Value",
+        "Entropy",
+    }
+    with Image.open(tmp_path / "t.png") as image:
+        assert min(image.size) > 300
+    assert (tmp_path / "t.csv").read_text().count("\n") > 50
+
+
+def test_tables_from_the_paper():
+    """The figures of Tables 1 to 3 against the paper's text, where it lies beside the project."""
+    paper = ROOT.parent / "shared" / "papers" / "mipi.txt"
+    if not paper.exists():
+        pytest.skip("the papers' texts are not part of the repository")
+    module = importlib.import_module("mipi_tables")
+    text = paper.read_text().replace(" \\pm ", "±")
+    found = {}
+    for title, after in (("Table 1:", "5.2 "), ("Table 2:", "5.2.2"), ("Table 3:", "Figure 5")):
+        task, rows = "", defaultdict(dict)
+        for line in text.split(title)[1].split(after)[0].splitlines():
+            cells = [x for x in line.split("\t") if x]
+            task = (
+                cells[0].lower() if line and line.split("\t")[0] in ("SZ", "CSZ", "MMM") else task
+            )
+            if task and "±" in line:
+                name = cells[-5].split(" (")[0]
+                numbers = [tuple(map(float, x.split("±"))) for x in cells[-4:]]
+                rows[task][name] = numbers
+        found[title[:-1]] = rows
+    aliases = {"0": "Value", "∞": "alpha inf"}
+    for title, table in module.TABLES.items():
+        for task, rows in table.items():
+            theirs = {aliases.get(k, k): x for k, x in found[title][task].items()}
+            if title == "Table 3":
+                alpha = f"{module.DEFAULT_ALPHA[task]:g}"
+                theirs = {f"alpha {k}" if k[0] in "0" else k: x for k, x in theirs.items()}
+                theirs["MIPI"] = theirs.pop(f"alpha {alpha}")
+            ours = {
+                k: [tuple(map(float, cell.split("±"))) for cell in x.split()]
+                for k, x in rows.items()
+                if "±" in x
+            }
+            assert ours == theirs, (title, task)
+
+
+def test_refused(runs, tmp_path):
+    """One sentence and exit code 2."""
+    shutil.copytree(runs / "sz-mipi-s1", tmp_path / "again-s1")
+    other = tmp_path / "world"
+    other.mkdir()
+    for words, sentence in (
+        ((runs / "sz-mipi-s1", "--last", 50), "fewer than --last 50"),
+        ((runs / "sz-mipi-s1", tmp_path / "again-s1", "--last", 1), "same run: one seed"),
+        ((runs / "sz-mipi-s1", runs / "sz-same-s1", "--last", 1), "same run: one seed"),
+        ((tmp_path / "nothing",), "is no run directory"),
+        ((other,), "is no run directory"),
+        ((runs / "sz-mipi-s1", "--last", 0), "--last 0"),
+        ((runs / "sz-mipi-s1", "--last", 1, "--out", "/proc/x/y"), "cannot be written"),
+    ):
+        if "--out" not in words:
+            words = (*words, "--out", tmp_path / "t")
+        code, _, stderr = command("mipi_tables", "Tables", *words)
+        assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
+
+
+def test_runs_of_the_tables(tmp_path):
+    """--dry-run names a command for every row of the tables that is one of these methods."""
+    words = ["--seeds", "1", "2", "--dir", tmp_path / "runs", "--dry-run"]
+    tables = ["table1", "table2", "table3", "d3", "collection"]
+    code, text, stderr = command("mipi_runs", "Study", *tables, *words)
+    assert code == 0, stderr
+    lines = text.splitlines()
+    module = importlib.import_module("mipi_tables")
+    wanted = {("resource", name) for name in ("MIPI", "REFIL", "AQMIX")}
+    for table in module.TABLES.values():
+        for task, rows in table.items():
+            wanted |= {(task, name) for name in rows if name not in ("CollaQ", "MAPPO")}
+    found = []
+    for line in lines:
+        path, *argv = line.split()[1:]
+        parent = refil if path.startswith("baselines") else mipi
+        args = parent.parse(parent.with_preset(argv))
+        assert args.eval_every * 10 == args.total_timesteps == 500_000 and args.num_envs == 32
+        plain = json.loads(json.dumps(vars(args))) | {"script": parent.__name__.split(".")[-1]}
+        found.append((args.scenario, module.method_of(plain), args.seed))
+    assert sorted(found) == sorted((*pair, seed) for pair in wanted for seed in (1, 2))
+
+
+SCRIPT = """
+import json, pathlib, sys
+words = sys.argv[1:]
+value = lambda flag: words[words.index(flag) + 1]
+run = pathlib.Path(value("--resume" if "--resume" in words else "--run-dir"))
+run.mkdir(exist_ok=True)
+with (run / "calls").open("a") as file:
+    file.write(" ".join(words) + "\\n")
+print("hello", file=sys.stderr)
+if "--fail" in words:
+    raise SystemExit(3)
+(run / "checkpoints.json").write_text("[]")
+if "--stop" not in words:
+    (run / "summary.json").write_text("{}")
+"""
+
+
+def test_a_study_starts_resumes_and_keeps(tmp_path, monkeypatch, capsys):
+    """New runs start, one that was stopped goes on, a finished one is kept, a failing one is named
+    with its log; a script that only notes how it was called stands in for training."""
+    figures = importlib.import_module("figures")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    study = types.SimpleNamespace(seeds=(1, 2), jobs=2, dir=tmp_path / "runs", dry_run=True)
+    commands = {"a": "script.py --from SEED", "b": "script.py --stop"}
+    figures.train_all(commands, study, 70)
+    assert not study.dir.exists()
+    assert capsys.readouterr().out.count("python script.py") == 4
+    study.dry_run = False
+    figures.train_all(commands, study, 70)
+    figures.train_all(commands, study, 90)
+    called = {path.parent.name: path.read_text().splitlines() for path in study.dir.rglob("calls")}
+    assert set(called) == {"a-s1", "a-s2", "b-s1", "b-s2"}
+    for seed in (1, 2):
+        own = f"--seed {seed} --total-timesteps 70 --run-dir {study.dir}"
+        assert called[f"a-s{seed}"] == [f"--from {seed} {own}/a-s{seed}"]
+        run = study.dir / f"b-s{seed}"
+        assert called[run.name][0] == f"--stop {own}/{run.name}"
+        assert called[run.name][1] == f"--resume {run} --total-timesteps 90"
+        assert (study.dir / f"{run.name}.log").read_text() == "hello\n" * 2
+    with pytest.raises(figures.UsageError, match=r"c-s1 ended with exit code 3; see .*c-s1\.log\."):
+        figures.train_all({"c": "script.py --fail"}, study, 70)
