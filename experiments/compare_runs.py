@@ -142,6 +142,7 @@ def seeds_table(runs: tuple[Path, ...], rows: tuple[str, ...]) -> str:
     found = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for name, row in read_results(run, rows).items():
+            name = re.sub(r"best z=.*", "best z", name)  # seeds may have chosen others
             for figure, title in columns_of(row).items():
                 column = f"{group_of(run)}, {title}"
                 found[name][column].append(row[figure])

@@ -160,6 +160,10 @@ def test_tables_by_seed(runs, tmp_path, capsys):
     text = (tmp_path / "c.md").read_text()
     assert "| | single, return |" in text
     assert f"| 4 | {np.mean(x):.2f} ({x[0]:.2f}, {x[1]:.2f}) |" in text
+    best = [e[next(k for k in e if k.startswith("4 best z="))]["return"] for e in evals]
+    compare.main(compare.Comparison(both, by_seed=True, **how))  # which z is the seed's affair
+    cell = f"{np.mean(best):.2f} ({best[0]:.2f}, {best[1]:.2f})"
+    assert f"| 4 best z | {cell} |" in (tmp_path / "c.md").read_text()
     compare.main(compare.Comparison(both, **how))
     row = evals[1]["4"]
     cell = f"{row['return']:.2f} [{row['return_low']:.2f}, {row['return_high']:.2f}]"
