@@ -153,6 +153,7 @@ def main(bench: Bench) -> None:
     check_bounds(bench)
     torch.set_num_threads(1)
     script = load_script("mra_maddpg_particle")
+    script.keep_freed_memory()
     if bench.cycles:
         cycle_table(script, bench)
         replay_table(script)

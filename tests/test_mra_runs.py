@@ -10,8 +10,10 @@ import io
 import itertools
 import json
 import os
+import platform
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -447,6 +449,33 @@ def test_flags_without_a_part_in_adapting(flag, runs, capfd):
     argv = ["--adapt", str(runs / "mra"), "--population", "4", *flag.split()]
     assert script(MRA).main(argv) == 2
     assert flag.split()[0] in only_error(capfd.readouterr().err)
+
+
+def test_adapting_compiles_what_its_source_did(runs, monkeypatch):
+    """--compile is inherited, and can be typed for a source without it."""
+    module = script(MRA)
+    saved, path = module.load_checkpoint(str(runs / "mra"), quiet=True)
+    for source in (False, True):
+        other = saved | {"args": saved["args"] | {"compile": source}}
+        monkeypatch.setattr(
+            module, "load_checkpoint", lambda *args, other=other, **kw: (other, path)
+        )
+        for typed in ("", "--compile"):
+            argv = ["--adapt", str(runs / "mra"), "--population", "4", *typed.split()]
+            assert module.inherit(module.parse(argv), argv).compile == (source or bool(typed))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_freed_memory_is_kept(name):
+    """With glibc: pages that the system hands out while tensors of 64 MB come and go."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("not glibc: nothing is kept there")
+    script(name).keep_freed_memory()
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)  # 16,384 pages
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2000
 
 
 def test_killed_between_checkpoint_and_index():
