@@ -10,7 +10,7 @@ marginal, which is the mutual information of its actions and the team, given its
     m_i      = E_s* pi_i(u|s+, s*):  maximum likelihood on imagined teams s*          (12), (17)
     pi_i     ~ m_i exp(Q_i / alpha):  minimise E_pi (alpha log pi_i / m_i - Q_i)      (13), (18)
 
-(12) and (13) alternate M times for every step of the critic (Blahut and Arimoto's algorithm).
+(12) and (13) alternate --ba-iterations times for every step of the critic (Blahut and Arimoto).
 
     python mipi_refil_smac.py --scenario sz --team-sizes 3 4 5 --eval-team-sizes 6 7 8
     python mipi_refil_smac.py --scenario mmm --preset cpu                    for CPUs
