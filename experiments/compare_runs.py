@@ -68,11 +68,13 @@ def group_of(run: Path) -> str:
 def draw(curves: dict[Path, dict[str, list[tuple]]], names: tuple[str, ...], path: Path) -> None:
     """A panel per scalar."""
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False)
-    groups = list(dict.fromkeys(map(group_of, curves)))
+    groups, shown = list(dict.fromkeys(map(group_of, curves))), set()
     for axis, name in zip(axes[0], names, strict=True):
         for number, group in enumerate(groups):
             members = [curves[run][name] for run in curves if group_of(run) == group]
             members = [points for points in members if points]
+            if not members:
+                continue
             colour = f"C{number}"
             for points in members:
                 ends, values = np.array(points).T
@@ -85,10 +87,13 @@ def draw(curves: dict[Path, dict[str, list[tuple]]], names: tuple[str, ...], pat
             label = f"{group} ({len(members)})"
             mean = [np.mean(means[end]) for end in ends]
             axis.plot(np.array(ends) / 1000, mean, color=colour, label=label)
+        handles, labels = axis.get_legend_handles_labels()
+        if not shown.issuperset(labels):  # where a curve first comes up
+            axis.legend(handles, labels, fontsize=8)
+        shown |= {*labels}
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("thousand environment steps")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
