@@ -505,7 +505,11 @@ class ParticleWorld:
         what = f"the world ({self.game.task}, {_name(self.game.population)})"
         self._advance = functools.partial(advance, self.game, horizon)
         if compiled:
-            self._advance = Compiled(self._advance, what)
+            # Inductor unrolls sums over fewer than 8: in observation() over the landmarks, each of
+            # which would then be worked out anew in every place.
+            few = self.game.num_landmarks < 8 and TASKS[task].observe is observation
+            options = {"unroll_reductions_threshold": 1} if few else {}
+            self._advance = Compiled(self._advance, what, options=options)
 
     @property
     def num_agents(self) -> int:
@@ -608,8 +612,11 @@ class Compiled:
     fails all who come after it: so a failure is tried again with a new cache.
     """
 
-    def __init__(self, function: Callable, what: str, dynamic: bool = False):
-        self.plain, self.what, self.dynamic = function, what, dynamic
+    def __init__(
+        self, function: Callable, what: str, dynamic: bool = False, options: dict | None = None
+    ):
+        self.plain, self.what = function, what
+        self.how = {"dynamic": dynamic, "options": options or None}
         self.call: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -620,7 +627,7 @@ class Compiled:
         print(f"Compiling {self.what}: some seconds.", flush=True)
         before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         for again in (False, True):
-            self.call = torch.compile(_copy(self.plain), dynamic=self.dynamic)
+            self.call = torch.compile(_copy(self.plain), **self.how)
             try:
                 return self.call(*args)
             except Exception as error:
