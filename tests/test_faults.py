@@ -55,7 +55,7 @@ def parts(run_dir):
 # Killed -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again(kills, tmp_path):
     """Half of the kills come at any moment, half while a file is being written. The run then ends
     where one ends that nobody killed, bit for bit."""

@@ -104,6 +104,7 @@ def test_variants_are_trained_skipped_and_drawn(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "runs/kl-s1/summary.json").read_text())["timesteps"] == 3 * STEPS
 
 
+@pytest.mark.slow  # ten seconds; test_faults.py kills runs, too
 def test_a_killed_run_goes_on(tmp_path, capsys):
     """Killed, then resumed by a real process, it ends at the weights of a run left alone."""
     whole = tmp_path / "whole"
