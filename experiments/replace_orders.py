@@ -66,36 +66,44 @@ def replaced(policy: Policy, where: Callable[[Tensor, Tensor], Tensor]) -> Polic
     return act
 
 
+def open_run(run: Path, size: int, episodes: int, seed: int) -> tuple[Any, Callable[[], Policy]]:
+    """Battles of teams of one size, an episode each, and what makes the greedy agents of a run's
+    last checkpoint (anew for every episode: they have a memory); UsageError for what is no run of
+    these scripts."""
+    name = read_args(run)["script"]
+    if name not in SCRIPTS:
+        raise UsageError(f"{run} is a run of {name}.py, not of {' or '.join(SCRIPTS)}.")
+    script = load_script(name)
+    try:
+        saved, _ = script.load_checkpoint(str(run))
+        args = script.read_args(["--eval-only", str(run), "--final-episodes", "1"])
+        battles = script.make_envs(args, (size,), episodes, seed)
+        agent = script.Agent(args, battles.family, torch.device("cpu"))
+        script.restore(agent.parts(), saved["agent"], str(run))
+    except script.RunError as error:
+        raise UsageError(str(error)) from None
+    return battles, lambda: script.player(agent)
+
+
 def main(study: Study) -> None:
     """Print a table per team size."""
     check_bounds(study)
     torch.set_num_threads(1)
-    name = read_args(study.run)["script"]
-    if name not in SCRIPTS:
-        raise UsageError(f"{study.run} is a run of {name}.py, not of {' or '.join(SCRIPTS)}.")
-    script = load_script(name)
-    try:
-        saved, _ = script.load_checkpoint(str(study.run))
-        args = script.read_args(["--eval-only", str(study.run), "--final-episodes", "1"])
-        for size in study.team_sizes:
-            battles = script.make_envs(args, (size,), study.episodes, study.seed)
-            agent = script.Agent(args, battles.family, torch.device("cpu"))
-            script.restore(agent.parts(), saved["agent"], str(study.run))
-            policies = {
-                "as it is": script.player(agent),
-                "stops replaced": replaced(script.player(agent), is_stop),
-                "stops and moves replaced": replaced(script.player(agent), is_stop_or_move),
-                "targets replaced": replaced(script.player(agent), is_target),
-                "nearest": nearest,
-                "focus": focus,
-            }
-            rows = {}
-            for who, policy in policies.items():
-                battles.seed(study.seed)
-                rows[f"{size} {who}"] = summarise(play(battles, policy))
-            print(table(rows), flush=True)
-    except script.RunError as error:
-        raise UsageError(str(error)) from None
+    for size in study.team_sizes:
+        battles, own = open_run(study.run, size, study.episodes, study.seed)
+        policies = {
+            "as it is": own(),
+            "stops replaced": replaced(own(), is_stop),
+            "stops and moves replaced": replaced(own(), is_stop_or_move),
+            "targets replaced": replaced(own(), is_target),
+            "nearest": nearest,
+            "focus": focus,
+        }
+        rows = {}
+        for who, policy in policies.items():
+            battles.seed(study.seed)
+            rows[f"{size} {who}"] = summarise(play(battles, policy))
+        print(table(rows), flush=True)
 
 
 if __name__ == "__main__":

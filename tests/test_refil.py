@@ -31,6 +31,7 @@ from runs import ROOT, differences, exact, index, metrics, not_finite, only_erro
 from toolbox import sharpen
 
 from envs.combat import Snapshot
+from envs.combat_episodes import focus, play
 
 NAME = "baselines.refil_smac"
 refil = script(NAME)
@@ -1271,3 +1272,61 @@ def test_replaced_orders(capsys, monkeypatch):
     Path("run/args.json").write_text(json.dumps(args | {"script": "maddpg_particle"}))
     with pytest.raises(study.UsageError, match=r"maddpg_particle\.py"):
         study.main(study.Study(Path("run")))
+
+
+def test_battle_progress(capsys, monkeypatch):
+    """experiments/battle_progress.py: figures of a moment against plain Python; a row every so
+    many steps until the last battle is over; the agents' memory begins anew with every episode."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    study = importlib.import_module("battle_progress")
+    battles = refil.make_envs(refil.parse([]), (4,), 16, 3)
+    rows, seen = study.progress(battles, focus, 10), {}
+    battles.seed(3)
+    step, going = 0, []
+    mean, median = ((lambda x, f=f: f(x) if x else math.nan) for f in (np.mean, np.median))
+
+    def watch(battles):
+        nonlocal step
+        actions = focus(battles)
+        if step % 10 == 0:
+            snap, lasting = battles.snapshot, 0
+            near, edge, able, fight, team = [], [], [], [], []
+            for b in range(16):
+                own, foes = ([i for i in r if snap.alive[b, i]] for r in (range(8), range(8, 16)))
+                lasting += bool(own and foes)
+                team += [(len(own), len(foes))] if own and foes else []
+                for i in own if foes else ():
+                    at = np.array([snap.x[b, i], snap.y[b, i]])
+                    ways = [np.array([snap.x[b, j], snap.y[b, j]]) - at for j in foes]
+                    near.append(min(np.linalg.norm(way) for way in ways))
+                    edge.append(min(*at, *(32 - at)))
+                    able.append(bool(battles.obs.avail[b, i, 6:].any()))
+                    fight += [int(actions[b, i]) >= 6] if able[-1] else []
+            seen[step] = {
+                "lasting": lasting / 16,
+                "own": mean([own for own, _ in team]),
+                "enemies": mean([foes for _, foes in team]),
+                "sees": mean([x <= 9 for x in near]),
+                "able": mean(able),
+                "attacks": mean(fight),
+                "nearest": median(near),
+                "edge": median(edge),
+            }
+            going.append(len(near))
+        step += 1
+        return actions
+
+    play(battles, watch)
+    assert list(rows) == list(seen) and len(rows) > 3 and going[0] == 64
+    for step, row in seen.items():
+        assert rows[step] == pytest.approx(row, abs=1e-4, nan_ok=True)
+    run("run", 16)
+    own = study.open_run(Path("run"), 3, 4, 1)
+    capsys.readouterr()
+    twice = []
+    for _ in range(2):
+        own[0].seed(1)
+        twice.append(study.progress(own[0], own[1](), 15))
+    assert str(twice[0]) == str(twice[1])
+    study.main(study.Study(Path("run"), team_sizes=(3,), episodes=4))
+    assert "| 3 agents | 0 | 1.00 | 3.00 | 3.00 |" in capsys.readouterr().out
