@@ -282,9 +282,9 @@ def draw(found: dict[str, dict[str, list[Run]]], measures: tuple[str, ...]) -> A
                 values = [[run.figure(measure, column, x) for x in run.evaluations] for run in runs]
                 for xs, ys in zip(times, values):
                     axis.plot(xs, ys, color=f"C{number}", alpha=0.35, linewidth=0.8)
-                length = min(map(len, times))
-                xs, ys = (np.mean([x[:length] for x in each], 0) for each in (times, values))
-                axis.plot(xs, ys, color=f"C{number}", label=f"{method} ({len(runs)})")
+                grid = [x for x in min(times, key=len) if x <= min(xs[-1] for xs in times)]
+                ys = np.mean([np.interp(grid, *each) for each in zip(times, values)], 0)
+                axis.plot(grid, ys, color=f"C{number}", label=f"{method} ({len(runs)})")
             axis.set_title(f"{task.upper()} {column}: {measure}", fontsize=9)
             axis.grid(alpha=0.3)
         panels[0].legend(fontsize=7)
