@@ -14,13 +14,16 @@ READY := .venv/ready
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint clean
+.PHONY: help setup setup-sc2 train test test-slow lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: $(READY)  ## make .venv with everything in it (0.5 GB to download, 3 GB with CUDA)
 	$(if $(JUST_MADE),,@$(PY) envs/install_meltingpot.py)
+
+setup-sc2: $(READY)  ## packages for --backend sc2 and its tests (docs/smac.md has the game)
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-sc2.txt
 
 train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, videos
 	$(PY) bidist_mappo_meltingpot.py --substrate coins --total-timesteps 96000 --final-episodes 16 \

@@ -106,6 +106,7 @@ class Args:
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
     num_envs: Positive = 8  # B, battles at a time
     env_threads: Positive = 1  # sim: over which they are spread
+    game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
     max_episode_steps: Positive = EPISODE_LIMIT  # of a battle; resource has 145
     # Method
     imagine: bool = True  # imagined groups; without: AQMIX
@@ -175,6 +176,10 @@ def validate(args: Args) -> None:
             args.backend == "sc2" and args.enemy_ai != "sticky" and not args.eval_only,
             "--enemy-ai is for --backend sim, the game has its own",
         ),
+        (
+            args.game_version and args.backend != "sc2" and not (args.resume or args.eval_only),
+            "--game-version is for --backend sc2",
+        ),
         ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
     ):
         if wrong:
@@ -188,9 +193,9 @@ def validate(args: Args) -> None:
 LINE = ("return", "win", "td_loss", "sps")  # scalars on standard output, without a terminal
 RESUMABLE = (  # what may differ from the run's own arguments with --resume and --eval-only
     *("total_timesteps", "run_dir", "resume", "eval_only", "track", "wandb_project", "wandb_mode"),
-    *("wandb_timeout", "capture_video", "backend", "env_threads", "log_every", "eval_every"),
-    *("eval_episodes", "final_episodes", "eval_team_sizes", "save_every", "device", "num_threads"),
-    "compile",
+    *("wandb_timeout", "capture_video", "backend", "env_threads", "game_version"),
+    *("log_every", "eval_every", "eval_episodes", "final_episodes", "eval_team_sizes"),
+    *("save_every", "device", "num_threads", "compile"),
 )
 
 
@@ -286,7 +291,7 @@ def make_envs(args: Args, sizes: tuple[int, ...], num_envs: int, seed: int) -> A
         if args.backend == "sc2":
             from envs.smac import make_battles
 
-            return make_battles(**options)
+            return make_battles(**options, game_version=args.game_version or None)
         from envs.combat import Combat
 
         return Combat(**options, enemy_ai=args.enemy_ai, threads=args.env_threads)
@@ -790,7 +795,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def evaluate(
     args: Args, agent: Agent, alive: Callable, kind: str, timesteps: int, run_dir: Path
 ) -> dict[str, dict[str, float]]:
-    """Greedy episodes of every team size, at the end beside scripted policies in the same battles.
+    """Greedy episodes of every team size; at the end, unless in the game, those of scripted
+    policies in the same battles beside them.
 
     kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
     Prints a table and returns {"size policy": what summarise() makes of episodes}.
@@ -1098,11 +1104,12 @@ def report(scalars: dict[str, list], ended: list, seconds: float, steps: int) ->
 
 
 def load_source(args: Args, source: str) -> tuple[dict[str, Any], Path | None]:
-    """The checkpoint and directory of --resume or --eval-only; UsageError if it is of the other
-    backend and to be gone on with."""
+    """The checkpoint and directory of --resume or --eval-only; UsageError if it is of another
+    backend, or version of the game, and to be gone on with."""
     saved, run_dir = load_checkpoint(source) if source else ({}, None)
-    if args.resume and saved["args"]["backend"] != args.backend:
-        raise UsageError(f"{source} is a run with --backend {saved['args']['backend']}.")
+    for name in ("backend", "game_version") if args.resume else ():
+        if getattr(args, name) != (own := saved["args"].get(name, "")):
+            raise UsageError(f"{source} is a run with --{name.replace('_', '-')} {own or 'unset'}.")
     return saved, run_dir
 
 
@@ -1187,6 +1194,8 @@ def train(args: Args) -> dict[str, dict[str, float]]:
         if stop or not args.final_episodes:
             return {}
         signals()  # from here on Ctrl-C ends the run at once
+        if args.backend == "sc2":
+            battles.close()
         results = judge("final", timesteps, run_dir)
         logger.log_results(timesteps, "final", results)
         conclude(run_dir, {"timesteps": timesteps, "wall_s": time.monotonic() - began}, results)

@@ -1068,9 +1068,11 @@ class Combat:
         """A step of all battles; actions (B, A) ints. ValueError for one that is not available,
         before anything has moved; nobody looks at those of battles that stand still."""
         actions = np.asarray(actions).astype(np.int64, copy=False)
-        if actions.shape != (self.num_battles, SIDE) or not self.battles["episode"].all():
+        if not self.battles["episode"].all():
+            raise ValueError("Before step() comes reset().")
+        if actions.shape != (self.num_battles, SIDE):
             wanted = (self.num_battles, SIDE)
-            raise ValueError(f"After reset(), actions are {wanted}, not {actions.shape}.")
+            raise ValueError(f"Actions are {wanted}, not {actions.shape}.")
         b, i = find_unavailable(actions, self._obs.avail, self.battles)
         if i < SIDE:
             raise ValueError(f"Battle {b}, agent {i}: action {actions[b, i]} is not available.")

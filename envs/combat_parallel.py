@@ -87,6 +87,8 @@ class CombatParallelEnv(ParallelEnv):
     def step(self, actions: dict[str, int]) -> tuple[dict, dict, dict, dict, dict]:
         chosen = np.zeros(SIDE, int)
         for agent, action in actions.items():
+            if agent not in self.action_spaces or not self.action_spaces[agent].contains(action):
+                raise ValueError(f"{agent} has no action {action}.")
             chosen[self.possible_agents.index(agent)] = action
         avail = self.battle.obs.avail[0].numpy()
         instead = np.where(avail[:, 0], 0, STOP)

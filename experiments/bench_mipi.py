@@ -2,6 +2,7 @@
 
     python experiments/bench_mipi.py
     python experiments/bench_mipi.py --widths 64 --limits 50
+    python experiments/bench_mipi.py --limits --iterations 10                 whole training only
 
 First table: seconds of one update on 32 episodes of random play, on one thread: REFIL with the
 linear mixer, and MIPI with M alternations, cached (heads only but in the last) and literal
@@ -96,7 +97,8 @@ def main(bench: Bench) -> None:
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: there is no CUDA device here.")
     fast = load_script("refil_smac").has_bf16(torch.device(bench.device))
-    print("| limit | H | in | update | seconds | to REFIL's |\n|---|---|---|---|---|---|")
+    if bench.limits:
+        print("| limit | H | in | update | seconds | to REFIL's |\n|---|---|---|---|---|---|")
     for limit in bench.limits:
         for width in bench.widths:
             for amp in (False, True) if fast else (False,):

@@ -2,6 +2,7 @@
 
     python experiments/bench_refil.py
     python experiments/bench_refil.py --limits 50 150 --team-sizes 8
+    python experiments/bench_refil.py --limits --iterations 10            whole training only
 
 First table: one update on 32 episodes of random play, CPU seconds on one thread. "steps" is the
 plain learner of tests/test_refil.py (a time, a mask and a hypernetwork at once, all slots, padded
@@ -14,6 +15,7 @@ updating, without evaluations. With --device cuda seconds are the clock's, in bo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -118,11 +120,14 @@ def seconds(function: Callable[[], Any], bench: Bench, repeats: int) -> float:
 
 
 def begin(script: Any, flags: str, bench: Bench, rounds: int) -> SimpleNamespace:
-    """An agent and a replay of random play."""
+    """An agent and a replay of random play; UsageError for flags that the script refuses."""
     sizes = " ".join(map(str, bench.team_sizes))
-    args = script.parse(script.with_preset(f"{flags} --team-sizes {sizes}".split()))
     device = torch.device(bench.device)
-    battles = script.make_envs(args, args.team_sizes, args.num_envs, bench.seed)
+    try:
+        args = script.parse(script.with_preset(f"{flags} --team-sizes {sizes}".split()))
+        battles = script.make_envs(args, args.team_sizes, args.num_envs, bench.seed)
+    except script.RunError as error:
+        raise UsageError(str(error)) from None
     agent, replay = script.Agent(args, battles.family, device), script.Replay(args, battles, device)
     rng = torch.Generator().manual_seed(bench.seed)
     for _ in range(rounds):
@@ -184,14 +189,15 @@ def main(bench: Bench) -> None:
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: there is no CUDA device here.")
     script = load_script("refil_smac")
-    print("| limit (steps of padded) | H | mixer | ours in | steps | folded | ours | ratio |")
-    print("|" + "---|" * 8)
-    for limit in bench.limits:
-        for width in bench.widths:
-            for mixer in ("flex", "linear"):
-                time_update(script, limit, width, mixer, bench)
+    if bench.limits:
+        print("| limit (steps of padded) | H | mixer | ours in | steps | folded | ours | ratio |")
+        print("|" + "---|" * 8)
+    for limit, width in itertools.product(bench.limits, bench.widths):
+        for mixer in ("flex", "linear"):
+            time_update(script, limit, width, mixer, bench)
     if bench.presets:
-        print("\n| preset | updates an iteration | environment steps per second |\n|---|---|---|")
+        print("\n| preset | updates an iteration | environment steps per second |")
+        print("|---|---|---|")
     for preset in bench.presets:
         time_training(script, preset, bench)
 

@@ -4,6 +4,7 @@ own tables."""
 
 import itertools
 import math
+import tracemalloc
 from typing import NamedTuple
 
 import numpy as np
@@ -1112,6 +1113,16 @@ def test_an_enemy_medivac_heals_the_worst_hurt_near_it():
     assert [c.units[0, slot]["health"] for slot in (9, 10, 0)] == [20, 20, 20]
 
 
+def test_an_enemy_medivac_looks_6_around_itself():
+    """Edge to edge: radii are .75 and .375."""
+    for gap, moves in ((5.95, True), (6.05, False)):
+        x = 10 + gap + TABLE[MEDIVAC].radius + TABLE[MARINE].radius
+        c = field((8, MEDIVAC, 10, 16), (9, MARINE, x, 16), goal=(10.0, 16.0))
+        c.units[0, 9]["health"] = 20
+        tick(c, ai=True)  # in which the Marine comes nearer, too
+        assert (at(c, 8)[0] > 10) == moves
+
+
 def test_an_enemy_medivac_starts_at_5_energy():
     """From 2, .5625 a second: after 5.33 s, 85.3 frames. Then it goes on below 5."""
     c = field((8, MEDIVAC, 16, 16), (9, MARAUDER, 17, 16))
@@ -1438,12 +1449,13 @@ def test_slots_tags_and_first_values(family):
 
 
 def overlap(snap):
-    """(B,): the deepest of two living units of a layer."""
+    """(B,): the deepest of two living units of a layer, as a share of their radii's sum: at 1 the
+    one stands in the other."""
     kind = np.where(snap.type < 0, 0, snap.type)
     radius = np.array([TABLE[k].separation for k in range(6)])[kind]
     layer = np.array([0 if k in GROUND else 1 + k for k in range(6)])[kind]
     d = np.hypot(snap.x[:, :, None] - snap.x[:, None], snap.y[:, :, None] - snap.y[:, None])
-    deep = radius[:, :, None] + radius[:, None] - d
+    deep = 1 - d / (radius[:, :, None] + radius[:, None])
     both = snap.alive[:, :, None] & snap.alive[:, None] & (layer[:, :, None] == layer[:, None])
     both &= ~np.eye(16, dtype=bool)
     return np.where(both, deep, 0).max((1, 2))
@@ -1727,20 +1739,38 @@ def test_actions_that_are_not_available():
     one_sentence(error)
 
 
+def test_a_step_allocates_no_arrays():
+    """What Python keeps during a step is a few small objects, whatever the number of battles."""
+    peaks = []
+    for battles in (16, 256):
+        c = Combat("mmm", SIZES, battles, seed=1)
+        c.reset()
+        rng = np.random.default_rng(1)
+        actions = [choose(c.obs.avail.numpy(), rng, 1.0)]
+        for _ in range(5):
+            c.step(actions[-1])
+            actions.append(choose(c.obs.avail.numpy(), rng, 1.0))
+        tracemalloc.start()
+        c.step(actions[-1])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 16_000 < c.units.nbytes
+
+
 # --- Long random play -----------------------------------------------------------------------------
 
-# Two passes a frame do not part a crowd that walks against one point. Over ten million steps of
-# random play, two of a layer overlapped by .88 at most (SZ; CSZ .71, MMM .58), where centres would
-# meet at .75 (Zealots) to 1.5 (Medivacs).
-DEEP = 1.0
+# Two passes a frame do not part a crowd that walks against one point. In a million random steps two
+# of a layer overlapped by .75 of their radii's sum at most, and in 99 % of the snapshots by no more
+# than .47; 4 to 8 % of the battles went on until time was out.
+DEEP, DEEP_99, LATE = 0.95, 0.55, 0.2
 
 
-def soak(family, steps, B, seed, limit=DEEP):
-    """Random play; the deepest overlap."""
+def soak(family, steps, B, seed):
+    """Random play: battles end, and nothing in them is impossible."""
     rng, c = np.random.default_rng(seed), Combat(family, SIZES, B, seed=seed)
     c.reset()
     top = {k: np.array([TABLE[kind][k] for kind in range(6)]) for k in (0, 1)}
-    deepest, ends, battle = 0.0, 0, np.zeros(B, int)
+    deepest, ends, late, battle = [], 0, 0, np.zeros(B, int)
     for t in range(steps // B):
         if t % 50 == 0:  # from nearly all attacks to nearly all moves
             eager = 10.0 ** rng.uniform(-1, 1)
@@ -1750,7 +1780,7 @@ def soak(family, steps, B, seed, limit=DEEP):
         done = step.terminated.numpy() | step.truncated.numpy()
         assert battle.max() <= 150
         battle[done] = 0
-        ends += done.sum()
+        ends, late = ends + done.sum(), late + step.truncated.numpy().sum()
         there, kind = snap.type >= 0, np.maximum(snap.type, 0)
         for x in (snap.x, snap.y):
             assert np.isfinite(x).all() and x.min() >= 0 and x.max() <= 32
@@ -1764,10 +1794,9 @@ def soak(family, steps, B, seed, limit=DEEP):
         assert (np.abs(obs.entities[..., -4:]) <= 1 + 1e-5).all()
         assert obs.avail.any(-1).all()
         if t % 4 == 0:
-            deepest = max(deepest, overlap(snap).max())
-    assert ends >= steps / 150 - B
-    assert deepest < limit
-    return deepest
+            deepest.append(overlap(snap))
+    assert ends >= steps / 150 - B and late < LATE * ends
+    assert np.max(deepest) < DEEP and np.quantile(deepest, 0.99) < DEEP_99
 
 
 @pytest.mark.parametrize("family", ["sz", "csz", "mmm"])

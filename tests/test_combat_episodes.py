@@ -14,7 +14,7 @@ from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_te
 from pettingzoo.test.state_test import state_test
 
 from envs import combat, combat_parallel
-from envs.combat import MEDIVAC, SIDE, SLOTS, Combat
+from envs.combat import ENGAGE, MEDIVAC, NEVER, SIDE, SLOTS, Combat
 from envs.combat_episodes import (
     focus,
     nearest,
@@ -233,6 +233,10 @@ def test_pettingzoo_shows_the_battles_own():
         assert set(reward.values()) == {float(step.reward[0])}
         assert set(over.values()) == {bool(step.terminated[0])}
         assert set(late.values()) == {bool(step.truncated[0])}
+    env.reset(seed=9)
+    for agent, action in ((env.agents[0], 99), (env.agents[0], -1), ("nobody", 1)):
+        with pytest.raises(ValueError, match=f"^{agent} has no action {action}.$"):
+            env.step({agent: action})
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -264,9 +268,49 @@ def test_pictures_show_what_they_say():
     assert max(colour) - min(colour) < 20  # grey
     target = np.full(SIDE, 6 + int(c.snapshot.tag[0, 9]))
     assert (draw(c.snapshot, 0, actions=target) != draw(c.snapshot, 0)).any()
+    blue = lambda picture: (  # noqa: E731
+        (abs(picture.astype(int) - (90, 150, 240)) < 40).all(-1).sum()
+    )
+    full = blue(draw(c.snapshot, 0))
+    c.snapshot.shield[0] *= 0.5
+    assert 0.3 * full < blue(draw(c.snapshot, 0)) < 0.7 * full
     c.units[0, 0]["missile_at"], c.units[0, 0]["missile_x"] = 9, 16.0
     c.units[0, 0]["missile_y"] = 16.0
     assert (draw(c.snapshot, 0, c.units[0]) != draw(c.snapshot, 0)).any()
+
+
+def test_every_type_has_a_shape_of_its_own():
+    c, shapes = Combat("csz", (3,), 1, seed=4), {}
+    c.reset()
+    for kind in range(6):
+        c.snapshot.type[0, :3] = kind
+        c.snapshot.alive[0, 1:] = False
+        c.snapshot.x[0], c.snapshot.y[0] = 16.0, 16.0
+        picture = draw(c.snapshot, 0)
+        shapes[kind] = (abs(picture.astype(int) - (31, 119, 180)) < 30).all(-1)
+        assert shapes[kind].sum() > 50
+    assert len({x.tobytes() for x in shapes.values()}) == 6
+
+
+def test_shots_are_drawn():
+    """Beams orange, across their target; attacks that wind up grey; healing green."""
+    c = Combat("csz", (3,), 1, seed=4)
+    c.reset()
+    plain = draw(c.snapshot, 0, c.units[0]).astype(int)
+    near = lambda colour: (  # noqa: E731
+        (abs(draw(c.snapshot, 0, c.units[0]).astype(int) - colour) < 40).all(-1)
+        & (abs(plain - colour) >= 40).any(-1)
+    ).sum()
+    me = c.units[0, 0]
+    assert near((250, 150, 40)) == near((120, 120, 120)) == near((60, 160, 60)) == 0
+    me["beam_age"], me["beam_x"], me["beam_y"] = 0, 16.0, 16.0
+    me["beam_dx"], me["beam_dy"] = 1.0, 0.0
+    assert near((250, 150, 40)) > 20
+    me["beam_age"] = NEVER
+    me["order"], me["target"], me["winding"] = ENGAGE, 8, 0
+    assert near((120, 120, 120)) > 20 and near((250, 150, 40)) == 0
+    me["type"] = MEDIVAC
+    assert near((60, 160, 60)) > 20
 
 
 def test_film(tmp_path):

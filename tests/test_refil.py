@@ -830,6 +830,7 @@ WRONG = {  # with words that the sentence has to contain
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",
     "--enemy-ai smart": "'smart' sticky closest focus",
     "--backend sc2 --enemy-ai focus": "--enemy-ai --backend sim",
+    "--game-version 4.10.0": "--game-version --backend sc2",
     "--backend sc2 --scenario resource": "--scenario resource --backend sc2",
     "--scenario resource --team-sizes 9": "1 to 8 9",
     "--imagine": "--imagine",
@@ -1108,8 +1109,9 @@ def test_flags_of_battles(monkeypatch):
     made = {}
     adapter = SimpleNamespace(make_battles=lambda **options: made.update(options) or battles)
     monkeypatch.setitem(refil.sys.modules, "envs.smac", adapter)
-    args = refil.parse(["--backend", "sc2", "--scenario", "mmm", "--clip-regeneration"])
-    assert refil.make_envs(args, (3,), 2, 9) is battles
+    game = ["--backend", "sc2", "--game-version", "4.6.2"]
+    args = refil.parse([*game, "--scenario", "mmm", "--clip-regeneration"])
+    assert refil.make_envs(args, (3,), 2, 9) is battles and made["game_version"] == "4.6.2"
     assert (made["scenario"], made["team_sizes"], made["clip_regeneration"]) == ("mmm", (3,), True)
     assert (made["num_battles"], made["once"]) == (2, True) and "enemy_ai" not in made
 

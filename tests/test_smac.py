@@ -6,6 +6,7 @@ file again in a process where it is.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import index, script
 
-from envs import smac
+from envs import combat_episodes, smac
 from envs.combat import FIRST_TARGET, SIDE, SLOTS, Combat, Snapshot, begin
 from envs.smac import FAILURES, BattleError, RealBattles, draw, make_battles
 
@@ -45,9 +47,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:StarCraft II:UserWarning")
 
 @pytest.mark.skipif(SPEAKS, reason="it runs here")
 @pytest.mark.skipif(not INSTALLED, reason="pysc2 is not installed: requirements-sc2.txt")
-def test_in_a_process_of_its_own(request):
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_a_process_of_its_own(which):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-m", request.config.option.markexpr]
+    command += ["-m", which]
     env = os.environ | IMPLEMENTATION
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -115,15 +118,16 @@ def check(mine: Snapshot, theirs: Snapshot) -> None:
 
 
 @spoken
-def test_a_win_pays_what_the_simulator_pays():
-    """Zealots that stand still are beaten; the return is 8.774 plus what shields regenerate."""
-    mine = real("sz", (3,), 8, once=True)
-    mine.reset()
-    rng, episodes = np.random.default_rng(1), []
-    while len(episodes) < 8:
-        actions = play(mine, rng)
-        episodes += mine.step(actions).episodes
-    assert all(not e.won or e.reward > 8.0 for e in episodes)
+@pytest.mark.parametrize("scenario", ["sz", "csz", "mmm"])
+def test_a_win_pays_what_the_simulator_pays(scenario):
+    """Units that fight win some battles, and lose some."""
+    mine, found = real(scenario, (3,), 24, once=True), []
+    sim = Combat(scenario, (3,), 24, seed=3, weapon_delay=False, once=True)
+    for battles in (mine, sim):
+        found.append(combat_episodes.play(battles, combat_episodes.focus))
+    assert found[0] == found[1]
+    wins = [e for e in found[0] if e.won]
+    assert 1 < len(wins) < 20 and all(e.reward > 6 and e.allies and not e.enemies for e in wins)
     mine.close()
 
 
@@ -475,3 +479,112 @@ def test_an_unknown_version(game_home):
     with pytest.raises(BattleError, match="Unknown game version") as error:
         make_battles("sc2", game_version="4.6.2")
     assert "\n" not in str(error.value)
+
+
+# --- Scripts --------------------------------------------------------------------------------------
+
+
+def tiny(run_dir: str, steps: int, *flags: str) -> list[str]:
+    """The command line of a run of a script in the game."""
+    argv = "--backend sc2 --num-envs 2 --batch-size 2 --buffer-size 6 --updates-per-iteration 1 "
+    argv += "--hidden-size 8 --heads 2 --rnn-size 4 --mixing-size 3 --max-episode-steps 6 "
+    argv += "--team-sizes 3 4 --eval-team-sizes 5 --eval-every 16 --eval-episodes 2 "
+    argv += "--final-episodes 3 --save-every 0 --log-every 8 --device cpu "
+    return [*argv.split(), "--total-timesteps", str(steps), "--run-dir", run_dir, *flags]
+
+
+@pytest.fixture
+def games(monkeypatch):
+    """What a script starts; no more of them at a time than --num-envs says."""
+    games, most = [], []
+
+    def launch():
+        games.append(SimulatedGame())
+        most.append(sum(not game.closed for game in games))
+        return games[-1]
+
+    def start(*args, game_version=None, **options):
+        assert game_version in (None, "4.10.0")
+        return RealBattles(*args, launch=launch, **options)
+
+    monkeypatch.setattr(smac, "make_battles", start)
+    yield games
+    assert max(most) <= 2 and all(game.closed for game in games)
+
+
+@spoken
+@pytest.mark.parametrize("name", ["baselines.refil_smac", "mipi_refil_smac"])
+@pytest.mark.parametrize("every", ["16", "0"])
+def test_a_script_plays_in_the_game(name, every, games, tmp_path, monkeypatch, capfd):
+    """Training, evaluations and the final one, never with more games than asked for; a run is gone
+    on with where its episodes were, in the same version, and can be evaluated."""
+    monkeypatch.chdir(tmp_path)
+    module = script(name)
+    torch.set_num_threads(1)
+    begun = tiny("run", 30, "--eval-every", every, "--game-version", "4.10.0")
+    assert module.main(begun) == 0
+    stored = json.loads(Path("run/args.json").read_text())
+    assert stored["game_version"] == "4.10.0" and stored["resolved"]["game_version"] == "none"
+    summary = json.loads(Path("run/summary.json").read_text())["eval"]
+    assert list(summary) == ["3", "4", "5"]  # scripted policies are the simulator's
+    assert {row["lost_to_failures"] for row in summary.values()} == {0}
+    first = index("run")[0]["timesteps"], len(games)
+    more = ["--resume", "run", "--total-timesteps", "60"]
+    assert module.main([*more, "--game-version", "4.6.2"]) == 2
+    assert "--game-version 4.10.0" in capfd.readouterr().err
+    assert module.main([*more, "--backend", "sim"]) == 2 and len(games) == first[1]
+    assert module.main(more) == 0
+    assert json.loads(Path("run/summary.json").read_text())["timesteps"] >= 60 > first[0]
+    before = len(games)
+    assert module.main(["--eval-only", "run", "--final-episodes", "2"]) == 0
+    assert len(games) == before + 3 * 2
+
+
+@spoken
+def test_a_script_counts_what_a_failing_game_cuts_short(tmp_path, monkeypatch, capfd):
+    """A game that quits loses its episode, and the run goes on; one that always does ends it, with
+    what has been learned saved."""
+    monkeypatch.chdir(tmp_path)
+    module, made = script("baselines.refil_smac"), []
+
+    def launch():
+        name, after = ("step", 8) if len(made) == 1 else ("create_game", 0 if len(made) > 2 else 9)
+        made.append(SimulatedGame(fail=failing(name, after)))
+        return made[-1]
+
+    start = lambda *args, game_version=None, **kw: RealBattles(*args, launch=launch, **kw)  # noqa: E731
+    monkeypatch.setattr(smac, "make_battles", start)
+    with pytest.warns(UserWarning, match="started again: it has quit"):
+        assert module.main(tiny("run", 400, "--eval-every", "0")) == 1
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "3 times in a row" in error and sentence(error)
+    assert index("run")[0]["timesteps"] > 12 and all(game.closed for game in made)
+
+
+@spoken
+def test_scripted_agents_in_the_game(monkeypatch, capsys):
+    """experiments/combat_scripts.py: the simulator's figures; a game that fails is a sentence."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    scripts = importlib.import_module("combat_scripts")
+    plan = {"scenarios": ("sz",), "team_sizes": (3,), "episodes": 4, "seed": 3}
+    make, fail = scripts.make_battles, [None]
+
+    def start(backend, *args, game_version=None, **options):
+        launch = lambda: SimulatedGame(fail=fail[0])  # noqa: E731
+        return RealBattles(*args, launch=launch, **options)
+
+    monkeypatch.setattr(scripts, "make_battles", start)
+    scripts.main(scripts.Scripts(**plan, backend="sc2", num_envs=2))
+    mine = capsys.readouterr()
+    assert mine.err == "" and "sz 3 focus" in mine.out
+    fail[0] = failing("observe", 30)
+    with pytest.raises(scripts.UsageError, match=r"3 times in a row"):
+        scripts.main(scripts.Scripts(**plan, backend="sc2", num_envs=2))
+    monkeypatch.setattr(scripts, "make_battles", make)
+    for wrong, said in (
+        ({"team_sizes": (9,)}, "not 9"),
+        ({"backend": "sc2", "enemy_ai": "focus"}, "--enemy-ai"),
+        ({"game_version": "4.10.0"}, "--backend sc2"),
+    ):
+        with pytest.raises(scripts.UsageError, match=said):
+            scripts.main(scripts.Scripts(**plan | wrong))
