@@ -1156,6 +1156,15 @@ def test_device_threads_and_compile(monkeypatch):
         assert refil.main(tiny("cuda", 32, "--device", "cuda")) == 2
 
 
+@pytest.mark.slow  # torch's compiler
+@pytest.mark.timeout(900)
+def test_compiled_networks_learn_the_same():
+    a, b = run("plain", 64), run("compiled", 64, "--compile")
+    for name, net in nets(b).items():
+        for key, x in net.items():
+            torch.testing.assert_close(a["agent"][name][key], x, atol=1e-4, rtol=1e-3)
+
+
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
