@@ -29,8 +29,8 @@ train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, v
 	$(PY) bidist_mappo_meltingpot.py --substrate coins --total-timesteps 96000 --final-episodes 16 \
 		--capture-video $(ARGS)
 
-test: $(READY)  ## all tests but the slow ones
-	$(PY) -m pytest -m "not slow" $(ARGS)
+test: $(READY)  ## all tests but the slow ones, in two processes
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
