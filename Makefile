@@ -17,7 +17,7 @@ unexport PYTHONPATH
 .PHONY: help setup setup-sc2 train test test-slow lint clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: $(READY)  ## make .venv with everything in it (0.5 GB to download, 3 GB with CUDA)
 	$(if $(JUST_MADE),,@$(PY) envs/install_meltingpot.py)
