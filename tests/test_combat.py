@@ -419,9 +419,8 @@ def test_backswing(attacker):
     while np.allclose(at(c, i), start):
         tick(c)
         n += 1
-    # The frame in which it ends, or the next; a Zealot's may count from its second hit.
-    late = 0.28 * SECOND if attacker == ZEALOT else 0.0
-    assert max(math.floor(still), fired) < n <= max(math.ceil(still + late), fired) + 1
+    # The frame in which it ends, or the next; a Zealot's counts from its first hit.
+    assert max(math.floor(still), fired) < n <= max(math.ceil(still), fired) + 1
     for action in (STOP, WEST):
         c, i, j, start = fled()
         tell(c, a0=action)
