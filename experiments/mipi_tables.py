@@ -282,7 +282,8 @@ def draw(found: dict[str, dict[str, list[Run]]], measures: tuple[str, ...]) -> A
                 values = [[run.figure(measure, column, x) for x in run.evaluations] for run in runs]
                 for xs, ys in zip(times, values):
                     axis.plot(xs, ys, color=f"C{number}", alpha=0.35, linewidth=0.8)
-                grid = [x for x in min(times, key=len) if x <= min(xs[-1] for xs in times)]
+                end = 1.02 * min(xs[-1] for xs in times)  # runs end with their last battles
+                grid = [x for x in min(times, key=len) if x <= end]
                 ys = np.mean([np.interp(grid, *each) for each in zip(times, values)], 0)
                 axis.plot(grid, ys, color=f"C{number}", label=f"{method} ({len(runs)})")
             axis.set_title(f"{task.upper()} {column}: {measure}", fontsize=9)
