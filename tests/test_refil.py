@@ -1242,7 +1242,7 @@ def test_everybody_meets_the_same_battles(monkeypatch):
 
 QUICK = "--team-sizes 3 --eval-team-sizes --hidden-size 32 --rnn-size 32 --mixing-size 16"
 QUICK += (
-    " --learning-rate 1e-3 --gamma .9 --batch-size 8 --updates-per-iteration 16 --target-every 8"
+    " --learning-rate 1e-3 --gamma .95 --batch-size 8 --updates-per-iteration 16 --target-every 8"
 )
 QUICK += " --epsilon-steps 8000 --max-episode-steps 60 --eval-every 0 --final-episodes 100"
 
