@@ -1270,8 +1270,8 @@ def stand_and_shoot(battles):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_refil_learns(seed, monkeypatch):
-    """Three against three weak ones, 24,000 steps: greedy agents (.84, .95, .90 at seeds 1, 2, 3) win
-    more than those that only stand and shoot (.67), who win more than random ones (.2)."""
+    """Three against three weak ones, 24,000 steps: greedy agents (.84, .95, .90 at seeds 1, 2, 3)
+    win more than those that only stand and shoot (.67), who win more than random ones (.2)."""
     monkeypatch.setattr("envs.combat.Combat", WeakEnemies)
     battles = WeakEnemies("sz", (3,), 400, seed=5, once=True, episode_limit=60)
     bar = summarise(play(battles, stand_and_shoot))["win"]
