@@ -646,7 +646,8 @@ def test_what_is_the_parents_is_tested_there(name):
     """Presets, evaluation, replay, plumbing: the same text as in refil_smac.py, but for look()."""
     mine, theirs = (inspect.getsource(getattr(x, name)) for x in (mipi, refil))
     assert mine.replace("look(self.args, ", "look(") == theirs
-    assert (mipi.PRESETS, mipi.RESUMABLE, mipi.LINE) == (refil.PRESETS, refil.RESUMABLE, refil.LINE)
+    assert (mipi.RESUMABLE, mipi.LINE) == (refil.RESUMABLE, refil.LINE)
+    assert {**refil.PRESETS, "cpu": refil.PRESETS["cpu"] + " --detach-actor-trunk"} == mipi.PRESETS
 
 
 def test_evaluation_alone_repeats(capfd):

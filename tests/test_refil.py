@@ -1051,6 +1051,7 @@ ELSEWHERE = {
     "run_dir": "every test here",
     "resume": "test_resumed_equals_uninterrupted",
     "eval_only": "test_evaluation_alone_repeats",
+    "game_version": "test_flags_of_battles",
     "preset": "test_presets",
     "amp": "test_amp",
     **dict.fromkeys(("enemy_ai", "clip_regeneration", "env_threads"), "test_flags_of_battles"),
