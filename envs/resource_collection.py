@@ -378,9 +378,11 @@ class ResourceCollection:
         """A step of all worlds; actions (B, A) ints. ValueError for one that is not available,
         before anything has moved; nobody looks at those of worlds that stand still."""
         actions = torch.as_tensor(actions, device=self.device).long()
-        if actions.shape != (self.num_battles, SIDE) or not self.begun:
+        if not self.begun:
+            raise ValueError("Before step() comes reset().")
+        if actions.shape != (self.num_battles, SIDE):
             wanted = (self.num_battles, SIDE)
-            raise ValueError(f"After reset(), actions are {wanted}, not {tuple(actions.shape)}.")
+            raise ValueError(f"Actions are {wanted}, not {tuple(actions.shape)}.")
         legal = (actions >= 0) & (actions < len(MOVES))
         may = self.obs.avail.gather(-1, (actions * legal)[..., None])[..., 0] & legal
         if (wrong := ~may & ~self.over[:, None]).any():
@@ -458,8 +460,9 @@ def towards(offset: Tensor) -> Tensor:
 
 
 def collector(world: ResourceCollection) -> Tensor:
-    """A script that sees everything: who holds something brings it home; the agent that can be at
-    the invader first goes for it; others take what pays most for the way, each something else."""
+    """A script that sees everything: the agent that can be at the invader first goes for it,
+    whatever it holds; others bring home what they hold, or take what pays most for the way, each
+    something else (when nothing is left, the first resource of the list)."""
     snap = world.snapshot
     places = torch.cat((snap.resources, snap.invader[:, None]), 1)
     way = torch.cdist(snap.position, places) / snap.speed.clamp(min=0.1)[..., None]  # (B, A, 7)

@@ -126,6 +126,7 @@ class Run:
     task: str
     method: str  # the row of the paper's tables
     flags: dict[str, Any]  # which that does not tell
+    known: frozenset[str]  # flags of its script
     seed: int
     steps: int  # environment steps of the last evaluation
     columns: dict[str, tuple[int, ...]]  # "3-5": the sizes that it was trained with, then others
@@ -180,6 +181,7 @@ def read_run(path: Path, last: int) -> Run:
         args["scenario"],
         method_of(args),
         other_flags(args),
+        frozenset(args),
         args["seed"],
         evaluations[-1]["timesteps"],
         columns,
@@ -220,14 +222,23 @@ def script_rows(task: str, runs: list[Run], measure: str) -> list[dict[str, str]
     return rows
 
 
+def words(flags: dict[str, Any]) -> list[str]:
+    """As on a command line."""
+    dashed = {name.replace("_", "-"): x for name, x in flags.items()}
+    return [
+        f"--{'no-' * (not x)}{k}" if isinstance(x, bool) else f"--{k} {x}"
+        for k, x in dashed.items()
+    ]
+
+
 def group(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
     """{task: {method, with flags in which the runs differ: runs, one per seed}}; UsageError for a
     seed that is there twice."""
     found: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.seed):
-        own = [k for k in run.flags if any(run.flags[k] != other.flags.get(k) for other in runs)]
-        words = [f"--{k.replace('_', '-')} {run.flags[k]}" for k in own]
-        members = found[run.task][" ".join([run.method, *words])]
+        others = {k: [x.flags.get(k) for x in runs if k in x.known] for k in run.flags}
+        own = {k: x for k, x in run.flags.items() if any(x != other for other in others[k])}
+        members = found[run.task][" ".join([run.method, *words(own)])]
         if any(run.seed == other.seed for other in members):
             raise UsageError(f"{run.path} and {members[-1].path} are the same run: one seed.")
         if members and members[0].columns != run.columns:
@@ -266,6 +277,11 @@ def all_rows(found: dict[str, dict[str, list[Run]]], measure: str, last: int) ->
         rows += script_rows(task, [run for runs in methods.values() for run in runs], measure)
         title = "share of battles won" if measure == "win" else "return per episode"
         text += f"{task.upper()}: {title}\n\n{markdown_table(rows)}\n"
+        for method, runs in methods.items():
+            if runs[0].flags:
+                text += (
+                    f"{method}: {', '.join(words(runs[0].flags))}, not as its preset has it.\n\n"
+                )
     return text
 
 

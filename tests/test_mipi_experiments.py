@@ -164,6 +164,34 @@ def test_runs_of_the_tables(tmp_path):
     assert sorted(found) == sorted((*pair, seed) for pair in wanted for seed in (1, 2))
 
 
+def test_rows_are_named_by_the_flags_in_which_runs_differ():
+    """Where all runs of a script have a flag that its preset has not, no row's name tells it; of
+    another script's runs, which do not know it, nothing follows."""
+    module = importlib.import_module("mipi_tables")
+
+    def run(method, seed, **flags):
+        known = frozenset({"gamma"} if method == "REFIL" else {"gamma", "detach", "rounds"})
+        return module.Run("x", "sz", method, flags, known, seed, 1, {"3": (3,)}, [], {})
+
+    refil = run("REFIL", 1)
+    names = lambda *runs: {k: len(x) for k, x in module.group([refil, *runs])["sz"].items()}  # noqa: E731
+    assert names(run("MIPI", 1, detach=False), run("MIPI", 2, detach=False)) == {
+        "REFIL": 1,
+        "MIPI": 2,
+    }
+    assert names(run("MIPI", 1, detach=False), run("MIPI", 1)) == {
+        "REFIL": 1,
+        "MIPI": 1,
+        "MIPI --no-detach": 1,
+    }
+    assert set(names(run("MIPI", 1, gamma=0.9))) == {"REFIL", "MIPI --gamma 0.9"}
+    assert set(names(run("MIPI", 1, rounds=2), run("Value", 1, rounds=3))) == {
+        "REFIL",
+        "MIPI --rounds 2",
+        "Value --rounds 3",
+    }
+
+
 SCRIPT = """
 import json, pathlib, sys
 words = sys.argv[1:]

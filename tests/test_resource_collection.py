@@ -445,7 +445,7 @@ def test_wrong_use():
     ):
         with pytest.raises(ValueError, match=sentence):
             rc.ResourceCollection(**options)
-    with pytest.raises(ValueError, match="After reset"):
+    with pytest.raises(ValueError, match=r"Before step\(\) comes reset"):
         rc.ResourceCollection((2,), 1).step(torch.zeros(1, 8))
 
 
