@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from annotated_types import MinLen
 from bench_refil import begin, clock
 from figures import Positive, Seed, UsageError, check_bounds, load_script, one_line_errors
 
@@ -29,7 +30,7 @@ class Bench:
     limits: tuple[Positive, ...] = (50, 150)  # steps of an episode, at most
     team_sizes: tuple[Positive, ...] = (3, 4, 5)
     widths: tuple[Positive, ...] = (128, 64)  # H: the paper's, and --preset cpu's
-    alternations: tuple[Positive, ...] = (1, 4)  # M
+    alternations: Annotated[tuple[Positive, ...], MinLen(1)] = (1, 4)  # M
     repeats: Positive = 3  # of each update
     presets: tuple[str, ...] = ("cpu", "paper")  # of the second table; none: not at all
     iterations: Positive = 3  # that it times

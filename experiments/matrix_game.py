@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 from figures import (
     Above,
     Amount,
@@ -59,7 +59,7 @@ class Study:
     """What to learn."""
 
     payoffs: Literal["additive", "coordinated"] = "additive"
-    seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (1, 2, 3, 4, 5)
     steps: Positive = 2000  # of each learner
     alpha: Amount = 0.5
     batch_size: Positive = 64  # episodes of a step, all new
@@ -68,7 +68,8 @@ class Study:
     ba_iterations: Positive = 1
     epsilon: Annotated[float, Interval(ge=0, le=1)] = 0.1  # share of random actions
     every: Positive = 50  # steps between points of the curves
-    grid: Positive = 40  # optima are among policies whose probabilities are multiples of 1 / grid
+    # Optima are among policies whose probabilities are multiples of 1 / grid.
+    grid: Annotated[int, Interval(ge=1, le=60)] = 40
     exact: bool = False  # optima only
     out: Path = Path("matrix_game")  # .png, .csv and .md
 
