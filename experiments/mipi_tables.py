@@ -278,10 +278,8 @@ def all_rows(found: dict[str, dict[str, list[Run]]], measure: str, last: int) ->
         title = "share of battles won" if measure == "win" else "return per episode"
         text += f"{task.upper()}: {title}\n\n{markdown_table(rows)}\n"
         for method, runs in methods.items():
-            if runs[0].flags:
-                text += (
-                    f"{method}: {', '.join(words(runs[0].flags))}, not as its preset has it.\n\n"
-                )
+            if untold := [x for x in words(runs[0].flags) if x not in method]:
+                text += f"{method}: {', '.join(untold)}, not as its preset has it.\n\n"
     return text
 
 
