@@ -19,7 +19,6 @@ import os
 import re
 import shlex
 import signal
-import time
 import typing
 from pathlib import Path
 from types import SimpleNamespace
@@ -1245,7 +1244,7 @@ QUICK = "--team-sizes 3 --eval-team-sizes --hidden-size 32 --rnn-size 32 --mixin
 QUICK += (
     " --learning-rate 1e-3 --gamma .95 --batch-size 8 --updates-per-iteration 16 --target-every 8"
 )
-QUICK += " --epsilon-steps 8000 --max-episode-steps 60 --eval-every 0 --final-episodes 100"
+QUICK += " --epsilon-steps 8000 --max-episode-steps 60 --eval-every 0 --final-episodes 400"
 
 
 class WeakEnemies(Combat):
@@ -1271,16 +1270,14 @@ def stand_and_shoot(battles):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_refil_learns(seed, monkeypatch):
-    """Three against three weak ones, 24,000 steps: greedy agents (.84, .95, .90 at seeds 1, 2, 3)
-    win more than those that only stand and shoot (.67), who win more than random ones (.2)."""
+    """Three against three weak ones, 18,000 steps, some 57 seconds: greedy agents (.84, .87, .76 at
+    seeds 1, 2, 3) win more than those that only stand and shoot (.67), and than random ones."""
     monkeypatch.setattr("envs.combat.Combat", WeakEnemies)
     battles = WeakEnemies("sz", (3,), 400, seed=5, once=True, episode_limit=60)
     bar = summarise(play(battles, stand_and_shoot))["win"]
-    argv = [*QUICK.split(), "--total-timesteps", "24000", "--seed", str(seed), "--run-dir", "run"]
-    began = time.process_time()
+    argv = [*QUICK.split(), "--total-timesteps", "18000", "--seed", str(seed), "--run-dir", "run"]
     assert refil.main(argv) == 0
     results = json.loads(Path("run/summary.json").read_text())["eval"]
-    print(results["3"]["win"], bar, time.process_time() - began)
     assert results["3 random"]["win"] < 0.4 < 0.6 < bar < 0.75
     assert results["3"]["win_low"] > bar
 
