@@ -164,6 +164,7 @@ PRESETS = {  # flags that come before those of the command line
 
 def validate(args: Args) -> None:
     """Raise UsageError for combinations that cannot be meant."""
+    resource, longest = args.scenario == "resource", resource_collection.EPISODE_LIMIT
     for wrong, sentence in (
         (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
         (args.resume and args.run_dir, "--resume goes on in its own directory, without --run-dir"),
@@ -191,8 +192,27 @@ def validate(args: Args) -> None:
             "--alpha-i-over-w needs a regulariser",
         ),
         (
+            args.alpha_i_over_w and (args.alpha if args.alpha_i is None else args.alpha_i) == 0,
+            "--alpha-i-over-w divides --alpha-i, which is 0",
+        ),
+        (
             args.policy == "greedy" and (args.ba_iterations or args.literal_blahut_arimoto),
             "--policy greedy has no alternations, (12) and (13), to set",
+        ),
+        (
+            args.imagine_weight != Args.imagine_weight and (resource or not args.imagine),
+            "--imagine-weight: neither --no-imagine nor --scenario resource has groups to weigh",
+        ),
+        *(
+            (
+                resource and getattr(args, name) != getattr(Args, name),
+                f"--{name.replace('_', '-')} is for battles, not for --scenario resource",
+            )
+            for name in ("clip_regeneration", "enemy_ai", "env_threads")
+        ),
+        (
+            resource and longest < args.max_episode_steps != EPISODE_LIMIT,
+            f"--max-episode-steps: an episode of --scenario resource has at most {longest}",
         ),
         (
             args.backend == "sc2" and args.scenario == "resource",
@@ -304,15 +324,18 @@ def family_of(scenario: str) -> Family | resource_collection.Family:
     return resource_collection.Family() if scenario == "resource" else FAMILIES[scenario]
 
 
-def make_envs(args: Args, sizes: tuple[int, ...], num_envs: int, seed: int) -> Any:
+def make_envs(
+    args: Args, sizes: tuple[int, ...], num_envs: int, seed: int, device: str | torch.device = "cpu"
+) -> Any:
     """num_envs battles of teams of these sizes, which stand still when they have ended; UsageError
-    if there are no such teams."""
+    if there are no such teams. Only Resource Collection can be on a GPU."""
     options = {"team_sizes": sizes, "num_battles": num_envs, "seed": seed, "once": True}
     options |= {"episode_limit": args.max_episode_steps}
     try:
         if args.scenario == "resource":
             limit = min(args.max_episode_steps, resource_collection.EPISODE_LIMIT)
-            return resource_collection.ResourceCollection(**options | {"episode_limit": limit})
+            options |= {"episode_limit": limit, "device": device}
+            return resource_collection.ResourceCollection(**options)
         options |= {"scenario": args.scenario, "clip_regeneration": args.clip_regeneration}
         if args.backend == "sc2":
             from envs.smac import make_battles
@@ -364,13 +387,13 @@ def look(args: Args, obs: Observation, last: Tensor, played: Tensor, device: tor
     was none; played (T, B) bool: which the M moments are. --alpha inf: nobody sees others."""
     filled = (~obs.entity_mask).any(0).unflatten(0, (2, SIDE))
     A, E = (int(x.nonzero().max()) + 1 for x in filled)
-    slots = torch.cat((torch.arange(A), SIDE + torch.arange(E)))
+    slots = torch.cat((torch.arange(A), SIDE + torch.arange(E))).to(filled.device)
     acted = F.one_hot(last[:, :A] + 1, obs.avail.shape[-1] + 1)[..., 1:].float()
     acted = F.pad(acted, (0, 0, 0, E))  # others' are unknown
     entities = torch.cat((obs.entities[:, slots], acted), -1)
     unseen = obs.obs_mask[:, :A].index_select(-1, slots)
     if args.alpha == math.inf:
-        unseen = unseen | ~torch.eye(A, A + E, dtype=torch.bool)
+        unseen = unseen | ~torch.eye(A, A + E, dtype=torch.bool, device=unseen.device)
     parts = entities, unseen, obs.entity_mask[:, slots], obs.avail[:, :A]
     return View(*(x.to(device) for x in parts), played)
 
@@ -727,7 +750,7 @@ def player(agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = Non
         nonlocal hidden, last
         obs = battles.obs
         if last is None:
-            last = torch.full(obs.avail.shape[:2], -1)
+            last = torch.full(obs.avail.shape[:2], -1, device=obs.avail.device)
         played = torch.ones(1, len(last), dtype=torch.bool)
         view = look(agent.args, obs, last, played, agent.device)
         q, x, hidden = agent.utility(view, None, hidden)
@@ -736,11 +759,12 @@ def player(agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = Non
             log_pi -= torch.empty_like(log_pi).exponential_(generator=agent.rng).log()
         actions = log_pi.argmax(-1)
         if rng:
-            avail = obs.avail[:, : actions.shape[1]]
+            avail = view.avail.cpu()
             any_of = torch.rand(avail.shape, generator=rng).masked_fill(~avail, -1.0).argmax(-1)
             explore = torch.rand(actions.shape, generator=rng) < epsilon
             actions = torch.where(explore, any_of, actions)
-        last = F.pad(actions, (0, SIDE - actions.shape[1]))  # empty slots: no-op
+        actions = F.pad(actions, (0, SIDE - actions.shape[1]))  # empty slots: no-op
+        last = actions.to(last.device)
         return last
 
     return act
@@ -751,12 +775,13 @@ def collect(agent: Agent, replay: Replay, epsilon: float, rng: torch.Generator) 
     battles = replay.battles
     battles.reset()
     policy, episodes = player(agent, epsilon, rng), []
-    copy_of = lambda snapshot: type(snapshot)(*(x.clone() for x in snapshot))  # noqa: E731
+    kept = functools.partial(torch.Tensor.to, device="cpu", copy=True)
+    copy_of = lambda snapshot: type(snapshot)(*map(kept, snapshot))  # noqa: E731
     snapshots, steps = [copy_of(battles.snapshot)], []
     while len(episodes) < battles.num_battles:
         actions = policy(battles)
         step = battles.step(actions)
-        steps.append((actions, step.reward.clone(), step.terminated.clone()))
+        steps.append(tuple(map(kept, (actions, step.reward, step.terminated))))
         snapshots.append(copy_of(step.final))
         episodes += step.episodes
     replay.add(snapshots, steps, episodes)
@@ -1029,7 +1054,7 @@ def evaluate(
             policies[name] = lambda policy=policy: policy
     for size in dict.fromkeys((*args.team_sizes, *args.eval_team_sizes)):
         for name, new_policy in policies.items():
-            with opened(make_envs(args, (size,), together, seeds[0])) as battles:
+            with opened(make_envs(args, (size,), together, seeds[0], agent.device)) as battles:
                 episodes = []
                 while len(episodes) < number:
                     alive()
@@ -1040,7 +1065,7 @@ def evaluate(
                     tqdm.write(f"{battles.game_version}: {sum(battles.lost)} episodes lost")
         if args.capture_video:
             film = world.film if world is resource_collection else film_battle
-            with opened(make_envs(args, (size,), 1, seeds[0])) as battles:
+            with opened(make_envs(args, (size,), 1, seeds[0], agent.device)) as battles:
                 battles.reset()
                 path = run_dir / "videos" / f"{kind}-{timesteps}-{size}.mp4"
                 film(battles, player(agent), path)
@@ -1346,7 +1371,7 @@ def train(args: Args) -> dict[str, dict[str, float]]:
     iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
     began = time.monotonic() - saved.get("wall_s", 0)
     with contextlib.ExitStack() as stack:
-        new = make_envs(args, args.team_sizes, args.num_envs, args.seed)
+        new = make_envs(args, args.team_sizes, args.num_envs, args.seed, device)
         battles = stack.enter_context(opened(new))
         agent, ended = Agent(args, battles.family, device), []
         if saved:

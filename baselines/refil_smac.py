@@ -155,6 +155,7 @@ PRESETS = {  # flags that come before those of the command line
 
 def validate(args: Args) -> None:
     """Raise UsageError for combinations that cannot be meant."""
+    resource, longest = args.scenario == "resource", resource_collection.EPISODE_LIMIT
     for wrong, sentence in (
         (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
         (args.resume and args.run_dir, "--resume goes on in its own directory, without --run-dir"),
@@ -167,6 +168,21 @@ def validate(args: Args) -> None:
         (
             args.mask_empty_slots and args.mixer != "linear",
             "--mask-empty-slots is for --mixer linear",
+        ),
+        (
+            not args.imagine and args.imagine_weight != Args.imagine_weight,
+            "--no-imagine has no --imagine-weight",
+        ),
+        *(
+            (
+                resource and getattr(args, name) != getattr(Args, name),
+                f"--{name.replace('_', '-')} is for battles, not for --scenario resource",
+            )
+            for name in ("clip_regeneration", "enemy_ai", "env_threads")
+        ),
+        (
+            resource and longest < args.max_episode_steps != EPISODE_LIMIT,
+            f"--max-episode-steps: an episode of --scenario resource has at most {longest}",
         ),
         (
             args.backend == "sc2" and args.scenario == "resource",
@@ -278,15 +294,18 @@ def family_of(scenario: str) -> Family | resource_collection.Family:
     return resource_collection.Family() if scenario == "resource" else FAMILIES[scenario]
 
 
-def make_envs(args: Args, sizes: tuple[int, ...], num_envs: int, seed: int) -> Any:
+def make_envs(
+    args: Args, sizes: tuple[int, ...], num_envs: int, seed: int, device: str | torch.device = "cpu"
+) -> Any:
     """num_envs battles of teams of these sizes, which stand still when they have ended; UsageError
-    if there are no such teams."""
+    if there are no such teams. Only Resource Collection can be on a GPU."""
     options = {"team_sizes": sizes, "num_battles": num_envs, "seed": seed, "once": True}
     options |= {"episode_limit": args.max_episode_steps}
     try:
         if args.scenario == "resource":
             limit = min(args.max_episode_steps, resource_collection.EPISODE_LIMIT)
-            return resource_collection.ResourceCollection(**options | {"episode_limit": limit})
+            options |= {"episode_limit": limit, "device": device}
+            return resource_collection.ResourceCollection(**options)
         options |= {"scenario": args.scenario, "clip_regeneration": args.clip_regeneration}
         if args.backend == "sc2":
             from envs.smac import make_battles
@@ -338,7 +357,7 @@ def look(obs: Observation, last: Tensor, played: Tensor, device: torch.device) -
     was none; played (T, B) bool: which the M moments are."""
     filled = (~obs.entity_mask).any(0).unflatten(0, (2, SIDE))
     A, E = (int(x.nonzero().max()) + 1 for x in filled)
-    slots = torch.cat((torch.arange(A), SIDE + torch.arange(E)))
+    slots = torch.cat((torch.arange(A), SIDE + torch.arange(E))).to(filled.device)
     acted = F.one_hot(last[:, :A] + 1, obs.avail.shape[-1] + 1)[..., 1:].float()
     acted = F.pad(acted, (0, 0, 0, E))  # others' are unknown
     entities = torch.cat((obs.entities[:, slots], acted), -1)
@@ -637,16 +656,17 @@ def player(agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = Non
         nonlocal hidden, last
         obs = battles.obs
         if last is None:
-            last = torch.full(obs.avail.shape[:2], -1)
+            last = torch.full(obs.avail.shape[:2], -1, device=obs.avail.device)
         view = look(obs, last, torch.ones(1, len(last), dtype=torch.bool), agent.device)
         q, hidden = agent.utility(view, None, hidden)
         actions = q[0].masked_fill(~view.avail, MASKED).argmax(-1).cpu()
         if rng:
-            avail = obs.avail[:, : actions.shape[1]]
+            avail = view.avail.cpu()
             any_of = torch.rand(avail.shape, generator=rng).masked_fill(~avail, -1.0).argmax(-1)
             explore = torch.rand(actions.shape, generator=rng) < epsilon
             actions = torch.where(explore, any_of, actions)
-        last = F.pad(actions, (0, SIDE - actions.shape[1]))  # empty slots: no-op
+        actions = F.pad(actions, (0, SIDE - actions.shape[1]))  # empty slots: no-op
+        last = actions.to(last.device)
         return last
 
     return act
@@ -657,12 +677,13 @@ def collect(agent: Agent, replay: Replay, epsilon: float, rng: torch.Generator) 
     battles = replay.battles
     battles.reset()
     policy, episodes = player(agent, epsilon, rng), []
-    copy_of = lambda snapshot: type(snapshot)(*(x.clone() for x in snapshot))  # noqa: E731
+    kept = functools.partial(torch.Tensor.to, device="cpu", copy=True)
+    copy_of = lambda snapshot: type(snapshot)(*map(kept, snapshot))  # noqa: E731
     snapshots, steps = [copy_of(battles.snapshot)], []
     while len(episodes) < battles.num_battles:
         actions = policy(battles)
         step = battles.step(actions)
-        steps.append((actions, step.reward.clone(), step.terminated.clone()))
+        steps.append(tuple(map(kept, (actions, step.reward, step.terminated))))
         snapshots.append(copy_of(step.final))
         episodes += step.episodes
     replay.add(snapshots, steps, episodes)
@@ -812,7 +833,7 @@ def evaluate(
             policies[name] = lambda policy=policy: policy
     for size in dict.fromkeys((*args.team_sizes, *args.eval_team_sizes)):
         for name, new_policy in policies.items():
-            with opened(make_envs(args, (size,), together, seeds[0])) as battles:
+            with opened(make_envs(args, (size,), together, seeds[0], agent.device)) as battles:
                 episodes = []
                 while len(episodes) < number:
                     alive()
@@ -823,7 +844,7 @@ def evaluate(
                     tqdm.write(f"{battles.game_version}: {sum(battles.lost)} episodes lost")
         if args.capture_video:
             film = world.film if world is resource_collection else film_battle
-            with opened(make_envs(args, (size,), 1, seeds[0])) as battles:
+            with opened(make_envs(args, (size,), 1, seeds[0], agent.device)) as battles:
                 battles.reset()
                 path = run_dir / "videos" / f"{kind}-{timesteps}-{size}.mp4"
                 film(battles, player(agent), path)
@@ -1125,7 +1146,7 @@ def train(args: Args) -> dict[str, dict[str, float]]:
     iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
     began = time.monotonic() - saved.get("wall_s", 0)
     with contextlib.ExitStack() as stack:
-        new = make_envs(args, args.team_sizes, args.num_envs, args.seed)
+        new = make_envs(args, args.team_sizes, args.num_envs, args.seed, device)
         battles = stack.enter_context(opened(new))
         agent, ended = Agent(args, battles.family, device), []
         if saved:

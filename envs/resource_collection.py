@@ -159,7 +159,8 @@ def uniform(clocks: Clocks, first: int, *shape: int) -> Tensor:
 def around(angle: Tensor, radius: Any) -> Tensor:
     """(..., 2) at angle (in turns) and radius from home."""
     turn = 2 * math.pi * angle
-    return torch.stack((turn.cos(), turn.sin()), -1) * torch.as_tensor(radius).unsqueeze(-1)
+    radius = torch.as_tensor(radius, device=angle.device).unsqueeze(-1)
+    return torch.stack((turn.cos(), turn.sin()), -1) * radius
 
 
 # --- Rules ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import typing
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import test_refil
@@ -172,10 +173,12 @@ def test_actions_are_drawn_from_policy_and_noise():
 # --- Losses against NumPy -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["", "--mask-empty-slots", "--sample-next-actions"])
+@pytest.mark.parametrize("how", ["", "--mask-empty-slots", "--sample-next-actions", "--no-imagine"])
 def test_critic_is_that_of_numpy(how):
     """Eqs. (15), (16): policies, marginals and utilities as given; the rest by loops."""
-    s = setting(f"--gamma .9 --alpha .7 --imagine-weight .3 {how}", double=True)
+    imagine = how != "--no-imagine"
+    weight = "--imagine-weight .3" if imagine else ""
+    s = setting(f"--gamma .9 --alpha .7 {weight} {how}", double=True)
     batch, view, alpha = s.batch, s.batch.view, 0.7
     seen, log_pi, log_m = (
         x if isinstance(x, mipi.Seen) else x.detach().numpy() for x in forward(s)
@@ -220,13 +223,14 @@ def test_critic_is_that_of_numpy(how):
             value = numpy_mix(target_p, args, utilities, **full(after)) - alpha * cost
         target = float(batch.rewards[k]) + 0.9 * value
         assert np.isclose(y[k].item(), target, atol=1e-8)
-        mine = np.zeros((3, 8))
-        mine[:, :A] = [[q[v, m, i, batch.actions[k, i]] for i in range(A)] for v in range(3)]
-        team = np.zeros(16, bool)
-        team[:A], team[8 : 8 + A] = s.groups[m, :A], s.groups[m, A:]
+        mine = np.zeros((len(q), 8))
+        mine[:, :A] = [[x[m, i, batch.actions[k, i]] for i in range(A)] for x in q]
         td.append((numpy_mix(p, args, mine[0], **full(m)) - target) ** 2)
-        both = numpy_mix(p, args, mine[1:], groups=team, **full(m))
-        imagined.append((both - target) ** 2)
+        if imagine:
+            team = np.zeros(16, bool)
+            team[:A], team[8 : 8 + A] = s.groups[m, :A], s.groups[m, A:]
+            both = numpy_mix(p, args, mine[1:], groups=team, **full(m))
+            imagined.append((both - target) ** 2)
         share = np.array(
             [
                 numpy_mix(p, args, np.eye(8)[i], **full(m))
@@ -236,15 +240,25 @@ def test_critic_is_that_of_numpy(how):
         )  # w_i, as the slope of Q_tot
         assert np.allclose(w[k], share, atol=1e-8)
     assert np.isclose(scalars["td_loss"].item(), np.mean(td), rtol=1e-8)
-    assert np.isclose(loss.item(), 0.7 * np.mean(td) + 0.3 * np.mean(imagined), rtol=1e-8)
+    parts = 0.7 * np.mean(td) + 0.3 * np.mean(imagined) if imagine else np.mean(td)
+    assert len(q) == (3 if imagine else 1) and np.isclose(loss.item(), parts, rtol=1e-8)
 
 
-def test_policy_and_marginal_losses_are_those_of_numpy():
-    """Eqs. (17), (18) by loops over available actions, as learn() reports them with M = 1."""
-    s = setting("--ba-iterations 1 --alpha .2 --alpha-i .6", double=True)
-    seen, log_pi, log_m = forward(s)
+@pytest.mark.parametrize("how", ["", "--no-imagine", "--literal-blahut-arimoto"])
+def test_policy_and_marginal_losses_are_those_of_numpy(how):
+    """Eqs. (17), (18) by loops over available actions, as learn() reports them with M = 1. The
+    literal form: after a step of the critic, with utilities as they are then."""
+    s, twin = (
+        setting(f"--ba-iterations 1 --alpha .2 --alpha-i .6 {how}", double=True) for _ in range(2)
+    )
+    if "literal" in how:
+        seen, log_pi, log_m = forward(twin)
+        y = mipi.find_targets(s.args, twin.agent, s.batch, log_pi[0].detach(), log_m.detach())
+        loss, *_ = mipi.critic_loss(s.args, twin.agent, s.batch, s.groups, seen.q, y)
+        mipi.move_all(s.args, twin.agent, loss)
+    seen, log_pi, log_m = forward(twin)
     step, avail = s.batch.step, s.batch.view.avail.numpy()
-    star = np.exp(log_pi[1].detach().numpy())  # in imagined teams
+    star = np.exp(log_pi[-1 if how == "--no-imagine" else 1].detach().numpy())  # in imagined teams
     log_m = log_m.detach().numpy()
     q = seen.q[0].detach().numpy()
     likelihood = []
@@ -534,6 +548,11 @@ WRONG = {
     "--alpha inf --regularizer entropy": "--alpha inf --regularizer",
     "--regularizer none --alpha .1": "--regularizer none --alpha",
     "--regularizer none --alpha-i-over-w": "--alpha-i-over-w",
+    "--alpha 0 --alpha-i-over-w": "--alpha-i-over-w --alpha-i 0",
+    "--alpha-i 0 --alpha-i-over-w": "--alpha-i-over-w --alpha-i 0",
+    "--no-imagine --imagine-weight .3": "--no-imagine --imagine-weight",
+    "--scenario resource --imagine-weight .3": "--scenario resource --imagine-weight",
+    "--scenario resource --env-threads 2": "--env-threads battles",
     "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
     "--team-sizes 2": "3 to 8 2",
     "--mixer flex": "--mixer",
@@ -660,6 +679,15 @@ def test_evaluation_alone_repeats(capfd):
     assert sorted(Path("run").rglob("*")) == before
 
 
+def test_films_of_resource_collection():
+    """One of each size with an evaluation, as long as an episode."""
+    flags = "--scenario resource --capture-video --final-episodes 1 --team-sizes 3"
+    run("run", 8, *flags.split(), "--eval-team-sizes", 6)
+    films = sorted(Path("run/videos").iterdir())
+    assert [x.name for x in films] == ["final-16-3.mp4", "final-16-6.mp4"]
+    assert [sum(1 for _ in iio.imiter(x)) for x in films] == [9, 9]  # the beginning, and 8 steps
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("plain") / "run"
@@ -694,6 +722,15 @@ def test_amp_and_compile(monkeypatch):
     amp = run("amp", 32, "--amp")
     assert differences(plain["agent"], amp["agent"])
     assert json.loads(Path("amp/args.json").read_text())["resolved"]["amp"]
+
+
+@pytest.mark.slow  # torch's compiler
+@pytest.mark.timeout(900)
+def test_compiled_networks_learn_the_same():
+    a, b = run("plain", 64)["agent"], run("compiled", 64, "--compile")["agent"]
+    for name in ("utility", "mixer", "policy", "marginal"):
+        for key, x in b[name].items():
+            torch.testing.assert_close(a[name][key], x, atol=1e-4, rtol=1e-3)
 
 
 def test_diverged(capfd):

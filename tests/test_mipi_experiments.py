@@ -18,6 +18,9 @@ from PIL import Image
 from runs import script
 from toolbox import ROOT
 
+from envs import resource_collection
+from envs.resource_collection import collector
+
 sys.path.insert(0, str(ROOT / "experiments"))
 
 mipi, refil = script("mipi_refil_smac"), script("baselines.refil_smac")
@@ -234,3 +237,34 @@ def test_a_study_starts_resumes_and_keeps(tmp_path, monkeypatch, capsys):
         assert (study.dir / f"{run.name}.log").read_text() == "hello\n" * 2
     with pytest.raises(figures.UsageError, match=r"c-s1 ended with exit code 3; see .*c-s1\.log\."):
         figures.train_all({"c": "script.py --fail"}, study, 70)
+
+
+# --- Reference points, speed ----------------------------------------------------------------------
+
+
+def test_scripts_of_resource_collection():
+    """Figures of the environment's own functions; bad sizes are refused."""
+    code, table, _ = command("collection_scripts", "Scripts", "--team-sizes", 3, "--episodes", 8)
+    worlds = resource_collection.ResourceCollection((3,), 8, 1, once=True)
+    earned = np.mean([e.reward for e in resource_collection.play(worlds, collector)])
+    row = next(line for line in table.splitlines() if "3 collector" in line)
+    assert code == 0 and f"| {earned:.1f} [" in row and row.rstrip(" |").endswith(" 8")
+    assert command("collection_scripts", "Scripts", "--team-sizes", 9)[::2] == (
+        2,
+        "error: Teams of resource have 1 to 8 agents: not 9.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "name, tables, lines",
+    [
+        ("bench_mipi", "--limits 2 --widths 8 --alternations 2", ["REFIL, linear", "MIPI, M = 2"]),
+        ("bench_refil", "--limits 2 --widths 8", ["fp32"]),
+    ],
+)
+def test_benchmarks_run(name, tables, lines):
+    """On episodes of two steps: what is asked for is printed. Speed is not judged."""
+    code, text, _ = command(name, "Bench", *tables.split(), "--repeats", 1, "--presets")
+    assert code == 0 and all(line in text for line in lines), text
+    code, _, error = command(name, "Bench", "--repeats", 0)
+    assert code == 2 and "--repeats 0" in error

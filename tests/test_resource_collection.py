@@ -412,6 +412,19 @@ def test_saved_states_go_on_alike(once):
     assert all(torch.equal(x, y) for x, y in zip(fresh.reset(), other.reset()))
 
 
+def test_all_tensors_are_made_on_the_worlds_device():
+    """torch's meta device has no values, but refuses what another device's tensors are mixed into:
+    a GPU's stand-in. step() itself asks for values and is not tried."""
+    zero = torch.zeros(4, dtype=torch.int64, device="meta")
+    clocks = rc.Clocks(zero, zero, zero)
+    snap = rc.fresh(clocks, torch.tensor([3, 5], device="meta"))
+    actions = torch.ones(4, 8, dtype=torch.int64, device="meta")
+    later, *rest = rc.advance(snap, actions, clocks)
+    script = rc.collector(types.SimpleNamespace(snapshot=later))
+    made = (*snap, *later, *rc.observe(later), rest[0], *rest[1], script)
+    assert {x.device.type for x in made} == {"meta"}
+
+
 def test_episodes_end_and_say_what_happened():
     w = world(3, B=5, episode_limit=40, once=True)
     total, episodes = torch.zeros(5), []
