@@ -7,7 +7,8 @@ A run's final figure is the mean of its last five evaluations on the way (greedy
 training column the mean over the sizes that it was trained with. Runs with the same arguments but
 for the seed make one row: the mean over seeds and, in brackets, each seed's. Beside win rates stand
 the paper's (mean and deviation of five seeds, in StarCraft II); rows of the paper without a run
-here are printed as not run. Scripted policies: from the runs' final evaluations. Writes OUT.md,
+here are printed as not run. Scripted policies: from the runs' final evaluations. With --until
+longer runs are read as if they had ended there; rows of unequal length are named. Writes OUT.md,
 OUT.csv (every evaluation) and OUT.png (their curves).
 """
 
@@ -116,6 +117,7 @@ class Tables:
     runs: Runs  # run directories
     out: Path = Path("mipi")  # writes OUT.md, OUT.csv and OUT.png
     last: Positive = 5  # evaluations that make the final figure
+    until: Positive | None = None  # environment steps; evaluations after them do not count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,14 +165,16 @@ def other_flags(args: dict[str, Any]) -> dict[str, Any]:
     return {k: args[k] for k in names if args[k] != usual[k]}
 
 
-def read_run(path: Path, last: int) -> Run:
+def read_run(path: Path, last: int, until: int | None) -> Run:
     """UsageError for what is no run of these scripts, or has too few evaluations."""
     args = read_args(path)
     if args["script"] not in ("mipi_refil_smac", "refil_smac"):
         raise UsageError(f"{path} is a run of {args['script']}.py.")
     evaluations = [x for x in read_log(path) if any(k.startswith("eval/") for k in x)]
+    evaluations = [x for x in evaluations if until is None or x["timesteps"] <= until]
     if len(evaluations) < last:
-        raise UsageError(f"{path} has {len(evaluations)} evaluations, fewer than --last {last}.")
+        found = f"{len(evaluations)} evaluations" + (f" until {until:,} steps" if until else "")
+        raise UsageError(f"{path} has {found}, fewer than --last {last}.")
     sizes = tuple(args["team_sizes"])
     columns = {f"{min(sizes)}-{max(sizes)}": sizes}
     columns |= {str(x): (x,) for x in args["eval_team_sizes"] if x not in sizes}
@@ -277,6 +281,9 @@ def all_rows(found: dict[str, dict[str, list[Run]]], measure: str, last: int) ->
         rows += script_rows(task, [run for runs in methods.values() for run in runs], measure)
         title = "share of battles won" if measure == "win" else "return per episode"
         text += f"{task.upper()}: {title}\n\n{markdown_table(rows)}\n"
+        steps = [run.steps for runs in methods.values() for run in runs]
+        if max(steps) > 1.1 * min(steps):
+            text += f"Not equally long: {min(steps):,} to {max(steps):,} steps.\n\n"
         for method, runs in methods.items():
             if untold := [x for x in words(runs[0].flags) if x not in method]:
                 text += f"{method}: {', '.join(untold)}, not as its preset has it.\n\n"
@@ -313,7 +320,7 @@ def main(study: Tables) -> None:
     """Read all runs, then write the three files."""
     check_bounds(study)
     check_out(study.out)
-    runs = [read_run(path, study.last) for path in study.runs]
+    runs = [read_run(path, study.last, study.until) for path in study.runs]
     measures = {("return",) if run.task == "resource" else ("win", "return") for run in runs}
     if len(measures) != 1:
         raise UsageError("Battles and Resource Collection do not go into one table.")

@@ -124,6 +124,26 @@ def test_tables(runs, tmp_path):
     assert (tmp_path / "t.csv").read_text().count("\n") > 50
 
 
+def test_tables_until(runs, tmp_path):
+    """Later evaluations do not count; rows of unequal length are named."""
+    one, short = runs / "sz-mipi-s1", tmp_path / "sz-value-s1"
+    shutil.copytree(runs / "sz-value-s1", short)
+    log = short / "metrics.jsonl"
+    log.write_text("\n".join(log.read_text().splitlines()[:3]) + "\n")
+    steps = [json.loads(x)["timesteps"] for x in log.read_text().splitlines() if "eval/" in x]
+    words = (one, short, "--last", 1, "--out", tmp_path / "t")
+    code, text, stderr = command("mipi_tables", "Tables", *words)
+    assert code == 0, stderr
+    assert f"Not equally long: {steps[-1]:,} to " in text
+    cut = command("mipi_tables", "Tables", *words, "--until", steps[-1])[1]
+    assert "Not equally long" not in cut
+    row = rows_below(cut, "SZ: return per episode")["MIPI"]
+    wanted = logged(one, 6, "return")[len(steps) - 1]
+    assert row["6"] == f"{wanted:.2f}" != f"{logged(one, 6, 'return')[-1]:.2f}"
+    code, _, stderr = command("mipi_tables", "Tables", *words, "--until", 1)
+    assert code == 2 and "0 evaluations until 1 steps, fewer than --last 1" in stderr
+
+
 def test_refused(runs, tmp_path):
     """One sentence and exit code 2."""
     shutil.copytree(runs / "sz-mipi-s1", tmp_path / "again-s1")
