@@ -7,9 +7,10 @@ A run's final figure is the mean of its last five evaluations on the way (greedy
 training column the mean over the sizes that it was trained with. Runs with the same arguments but
 for the seed make one row: the mean over seeds and, in brackets, each seed's. Beside win rates stand
 the paper's (mean and deviation of five seeds, in StarCraft II); rows of the paper without a run
-here are printed as not run. Scripted policies: from the runs' final evaluations. With --until
-longer runs are read as if they had ended there; rows of unequal length are named. Writes OUT.md,
-OUT.csv (every evaluation) and OUT.png (their curves).
+here are printed as not run. Scripted policies: from the runs' final evaluations. Then what training
+logged in the time of those evaluations: how much policies depend on their team (mi: in imagined
+teams, kl: in the real one). With --until longer runs are read as if they had ended there; rows of
+unequal length are named. Writes OUT.md, OUT.csv (every evaluation) and OUT.png (their curves).
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ class Run:
     steps: int  # environment steps of the last evaluation
     columns: dict[str, tuple[int, ...]]  # "3-5": the sizes that it was trained with, then others
     evaluations: list[dict[str, float]]  # of metrics.jsonl
+    learning: list[dict[str, float]]  # its lines of training
     scripts: dict[str, dict[str, float]]  # {"6 focus": figures}, if the run has ended
 
     def figure(self, measure: str, column: str, evaluation: dict[str, float]) -> float:
@@ -143,6 +145,12 @@ class Run:
     def final(self, measure: str, column: str, last: int) -> float:
         each = [self.figure(measure, column, x) for x in self.evaluations[-last:]]
         return float(np.mean(each))
+
+    def logged(self, name: str, last: int) -> float:
+        """The mean of what training logged in the time of those evaluations; NaN for nothing."""
+        first, end = (self.evaluations[k]["timesteps"] for k in (-last, -1))
+        lines = [x for x in self.learning if first <= x["timesteps"] <= end]
+        return float(np.mean([x[name] for x in lines if name in x] or [np.nan]))
 
 
 def method_of(args: dict[str, Any]) -> str:
@@ -170,7 +178,8 @@ def read_run(path: Path, last: int, until: int | None) -> Run:
     args = read_args(path)
     if args["script"] not in ("mipi_refil_smac", "refil_smac"):
         raise UsageError(f"{path} is a run of {args['script']}.py.")
-    evaluations = [x for x in read_log(path) if any(k.startswith("eval/") for k in x)]
+    log = read_log(path)
+    evaluations = [x for x in log if any(k.startswith("eval/") for k in x)]
     evaluations = [x for x in evaluations if until is None or x["timesteps"] <= until]
     if len(evaluations) < last:
         found = f"{len(evaluations)} evaluations" + (f" until {until:,} steps" if until else "")
@@ -190,6 +199,7 @@ def read_run(path: Path, last: int, until: int | None) -> Run:
         evaluations[-1]["timesteps"],
         columns,
         evaluations,
+        [x for x in log if "td_loss" in x],
         {name: row for name, row in results.items() if " " in name},
     )
 
@@ -290,6 +300,23 @@ def all_rows(found: dict[str, dict[str, list[Run]]], measure: str, last: int) ->
     return text
 
 
+def dependence(found: dict[str, dict[str, list[Run]]], last: int) -> str:
+    """What training logged of policies: how much they depend on their team, in nats."""
+    text = ""
+    for task, methods in found.items():
+        rows = []
+        for method, runs in methods.items():
+            names = {k for run in runs for x in run.learning for k in x}
+            names = sorted(names & {"mi", "kl", "entropy"} | {k for k in names if "mi/" in k})
+            if names:
+                cells = {k: f"{np.mean([run.logged(k, last) for run in runs]):.3f}" for k in names}
+                rows.append({"": task.upper(), "method": method} | cells)
+        if rows:
+            rows = [dict.fromkeys(max(rows, key=len), "") | row for row in rows]
+            text += f"{task.upper()}: policies, in training, nats\n\n{markdown_table(rows)}\n"
+    return text
+
+
 def draw(found: dict[str, dict[str, list[Run]]], measures: tuple[str, ...]) -> Any:
     """Curves of the evaluations: a row per task and measure, a panel per column."""
     lines = [(task, measure) for task in found for measure in measures]
@@ -328,6 +355,7 @@ def main(study: Tables) -> None:
     found = group(runs)
     text = win_tables(found, study.last) if "win" in measures else ""
     text += "".join(all_rows(found, measure, study.last) for measure in measures)
+    text += dependence(found, study.last)
     rows = [
         {"run": run.path.name, "timesteps": x["timesteps"], "size": column, "measure": measure}
         | {"mean": run.figure(measure, column, x)}

@@ -119,6 +119,16 @@ def test_tables(runs, tmp_path):
         "Value",
         "Entropy",
     }
+    policies = rows_below(text, "SZ: policies, in training, nats")
+    assert set(policies) == own - {"REFIL", "AQMIX"} and policies["Value"]["mi/zealot"] == ""
+    each = []
+    for run in (runs / "sz-mipi-s1", runs / "sz-mipi-s2"):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        start, end = [x["timesteps"] for x in lines if "eval/6/win" in x][-2:]
+        each.append(
+            np.mean([x["mi"] for x in lines if "mi" in x and start <= x["timesteps"] <= end])
+        )
+    assert policies["MIPI"]["mi"] == f"{np.mean(each):.3f}" != "0.000"
     with Image.open(tmp_path / "t.png") as image:
         assert min(image.size) > 300
     assert (tmp_path / "t.csv").read_text().count("\n") > 50
