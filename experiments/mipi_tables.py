@@ -9,8 +9,9 @@ for the seed make one row: the mean over seeds and, in brackets, each seed's. Be
 the paper's (mean and deviation of five seeds, in StarCraft II); rows of the paper without a run
 here are printed as not run. Scripted policies: from the runs' final evaluations. Then what training
 logged in the time of those evaluations: how much policies depend on their team (mi: in imagined
-teams, kl: in the real one). With --until longer runs are read as if they had ended there; rows of
-unequal length are named. Writes OUT.md, OUT.csv (every evaluation) and OUT.png (their curves).
+teams, kl: in the real one). Rows of unequal length are named. With --until longer runs are read as
+if they had ended there, with --every those that were evaluated more often as if they had not.
+Writes OUT.md, OUT.csv (every evaluation) and OUT.png (their curves).
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class Tables:
     out: Path = Path("mipi")  # writes OUT.md, OUT.csv and OUT.png
     last: Positive = 5  # evaluations that make the final figure
     until: Positive | None = None  # environment steps; evaluations after them do not count
+    every: Positive = 1  # environment steps; of evaluations between multiples the first counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,17 +175,20 @@ def other_flags(args: dict[str, Any]) -> dict[str, Any]:
     return {k: args[k] for k in names if args[k] != usual[k]}
 
 
-def read_run(path: Path, last: int, until: int | None) -> Run:
+def read_run(path: Path, study: Tables) -> Run:
     """UsageError for what is no run of these scripts, or has too few evaluations."""
     args = read_args(path)
     if args["script"] not in ("mipi_refil_smac", "refil_smac"):
         raise UsageError(f"{path} is a run of {args['script']}.py.")
     log = read_log(path)
     evaluations = [x for x in log if any(k.startswith("eval/") for k in x)]
-    evaluations = [x for x in evaluations if until is None or x["timesteps"] <= until]
-    if len(evaluations) < last:
-        found = f"{len(evaluations)} evaluations" + (f" until {until:,} steps" if until else "")
-        raise UsageError(f"{path} has {found}, fewer than --last {last}.")
+    periods = [0, *(x["timesteps"] // study.every for x in evaluations)]
+    evaluations = [x for x, a, b in zip(evaluations, periods, periods[1:]) if a < b]
+    evaluations = [x for x in evaluations if not study.until or x["timesteps"] <= study.until]
+    if len(evaluations) < study.last:
+        found = f"{len(evaluations)} evaluations"
+        found += f" until {study.until:,} steps" if study.until else ""
+        raise UsageError(f"{path} has {found}, fewer than --last {study.last}.")
     sizes = tuple(args["team_sizes"])
     columns = {f"{min(sizes)}-{max(sizes)}": sizes}
     columns |= {str(x): (x,) for x in args["eval_team_sizes"] if x not in sizes}
@@ -347,7 +352,7 @@ def main(study: Tables) -> None:
     """Read all runs, then write the three files."""
     check_bounds(study)
     check_out(study.out)
-    runs = [read_run(path, study.last, study.until) for path in study.runs]
+    runs = [read_run(path, study) for path in study.runs]
     measures = {("return",) if run.task == "resource" else ("win", "return") for run in runs}
     if len(measures) != 1:
         raise UsageError("Battles and Resource Collection do not go into one table.")

@@ -150,8 +150,24 @@ def test_tables_until(runs, tmp_path):
     row = rows_below(cut, "SZ: return per episode")["MIPI"]
     wanted = logged(one, 6, "return")[len(steps) - 1]
     assert row["6"] == f"{wanted:.2f}" != f"{logged(one, 6, 'return')[-1]:.2f}"
-    code, _, stderr = command("mipi_tables", "Tables", *words, "--until", 1)
+    code, _, stderr = command("mipi_tables", "Tables", one, "--last", 1, "--until", 1)
     assert code == 2 and "0 evaluations until 1 steps, fewer than --last 1" in stderr
+
+
+def test_tables_every(runs, tmp_path):
+    """Of evaluations that came too often, the first after each multiple counts."""
+    often = tmp_path / "often"
+    shutil.copytree(runs / "sz-value-s1", often)
+    line = next(x for x in (often / "metrics.jsonl").read_text().splitlines() if "eval/6/win" in x)
+    lines = [
+        json.dumps(json.loads(line) | {"timesteps": t, "eval/6/return": float(k)})
+        for k, t in enumerate((31, 62, 95, 121, 151))
+    ]
+    (often / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    words = (often, "--last", 2, "--every", 60, "--out", tmp_path / "t")
+    code, text, stderr = command("mipi_tables", "Tables", *words)
+    assert code == 0, stderr
+    assert rows_below(text, "SZ: return per episode")["Value"]["6"] == "2.00"  # of 1 and 3
 
 
 def test_refused(runs, tmp_path):
