@@ -16,7 +16,7 @@ import torch
 import tyro
 from PIL import Image
 from runs import script
-from toolbox import ROOT
+from toolbox import ROOT, sharpen
 
 from envs import resource_collection
 from envs.resource_collection import collector
@@ -314,3 +314,92 @@ def test_benchmarks_run(name, tables, lines):
     assert code == 0 and all(line in text for line in lines), text
     code, _, error = command(name, "Bench", "--repeats", 0)
     assert code == 2 and "--repeats 0" in error
+
+
+# --- Dependence on the team -----------------------------------------------------------------------
+
+
+def dependence(*words):
+    code, text, stderr = command("team_dependence", "Study", *words)
+    assert code == 0, stderr
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in text.splitlines()]
+    return {row[0]: dict(zip(lines[0], row)) for row in lines[2:]}
+
+
+def test_team_dependence(runs):
+    """Nobody depends on a team that is never seen; utilities say no probabilities; all runs are
+    asked about the same episodes, or each about its own."""
+    names = [runs / f"sz-{name}-s1" for name in ("mipi", "inf", "refil", "aqmix")]
+    own = dependence(*names, "--draws", 3)
+    same = dependence(*names, "--draws", 3, "--states", runs / "sz-refil-s1")
+    for rows in (own, same):
+        assert set(rows) == {path.name for path in names}
+        assert [rows["sz-inf-s1"][k].split()[0] for k in ("mates", "groups")] == ["0.000", "0.000"]
+        assert abs(float(rows["sz-inf-s1"]["nats"].split()[0])) < 1e-6
+        assert rows["sz-refil-s1"]["nats"] == rows["sz-aqmix-s1"]["nats"] == ""
+        assert float(rows["sz-mipi-s1"]["nats"].split()[0]) >= 0
+    assert own["sz-refil-s1"] == same["sz-refil-s1"]
+    study, seed_2 = importlib.import_module("team_dependence"), runs / "sz-mipi-s2"
+    mine, theirs, other = (
+        study.open_checkpoint(*pair).replay.steps["actions"][:8]
+        for pair in ((names[0], names[0]), (seed_2, seed_2), (names[0], seed_2))
+    )
+    assert torch.equal(other, theirs) and not torch.equal(other, mine)
+    for words, sentence in (
+        ((runs,), "is no run directory"),
+        ((runs / "sz-mipi-s1", "--states", runs / "nothing"), "is no run directory"),
+        ((runs / "sz-mipi-s1", "--draws", 0), "--draws 0"),
+    ):
+        code, _, stderr = command("team_dependence", "Study", *words)
+        assert code == 2 and stderr.count("\n") == 1 and sentence in stderr
+
+
+def test_what_team_dependence_measures(runs, monkeypatch):
+    """By loops: sharp agents, whose actions do change; teammates' features matter to nobody when
+    they are not seen, enemies' do."""
+    study = importlib.import_module("team_dependence")
+    opened = study.open_checkpoint(runs / "sz-mipi-s1", runs / "sz-mipi-s1")
+    for k, net in enumerate((opened.agent.utility, opened.agent.policy)):
+        sharpen(net, 1.0, k)
+    args = study.Study((), episodes=6, draws=3)
+    found = study.measure(opened, args)
+    rng = torch.Generator().manual_seed(1)
+    batch = opened.replay.sample(rng, 6)
+    view, A = batch.view, batch.view.unseen.shape[1]
+
+    def policy(view, groups=None):
+        with torch.no_grad():
+            q, x, _ = opened.agent.utility(view, groups)
+            seen = 0 if groups is None else 1
+            return opened.agent.log_policy(q[seen], x[seen], view.avail).exp().numpy()
+
+    alone = view._replace(unseen=view.unseen.clone())
+    for i in range(A):
+        for j in range(A):
+            alone.unseen[:, i, j] |= i != j
+    draws = [policy(view, mipi.draw_groups(view, rng)) for _ in range(3)]
+    real, hidden = policy(view), policy(alone)
+    battles, acts = view.played.nonzero()[:, 1].tolist(), set(batch.step.tolist())
+    each = {name: [[] for _ in range(6)] for name in found}
+    for m, b in enumerate(battles):
+        for i in range(A) if m in acts else ():
+            if view.avail[m, i, 0]:
+                continue  # dead, or nobody
+            best = real[m, i].argmax()
+            each["mates"][b].append(hidden[m, i].argmax() != best)
+            each["groups"][b].append(np.mean([p[m, i].argmax() != best for p in draws]))
+            mean = np.mean([p[m, i] for p in draws], 0)
+            may = mean > 0
+            ratios = [np.log(np.maximum(p[m, i], 1e-30)[may] / mean[may]) for p in draws]
+            each["nats"][b].append(np.mean([p[m, i][may] @ r for p, r in zip(draws, ratios)]))
+    for name, lists in each.items():
+        np.testing.assert_allclose(found[name], [np.mean(x) for x in lists], atol=1e-4)
+        assert found[name].mean() > 0.001, name
+    changed = alone.entities.clone()
+    changed[:, 1:A] = 3.0
+    mates = policy(alone._replace(entities=changed))
+    changed[:, A:] = 3.0
+    enemies = policy(alone._replace(entities=changed))
+    assert np.array_equal(mates[:, 0], hidden[:, 0]) and not np.allclose(
+        enemies[:, 0], hidden[:, 0]
+    )
