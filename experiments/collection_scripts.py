@@ -13,6 +13,8 @@ import tyro
 from figures import Positive, Seed, UsageError, check_bounds, one_line_errors
 
 from envs.resource_collection import (
+    NOOP,
+    STAY,
     ResourceCollection,
     play,
     scripted_policies,
@@ -30,6 +32,11 @@ class Scripts:
     seed: Seed = 1
 
 
+def still(world: ResourceCollection) -> torch.Tensor:
+    """Agents stay where they begin, around home, and touch the invaders that come by."""
+    return torch.where(world.snapshot.present, STAY, NOOP)
+
+
 def main(args: Scripts) -> None:
     """Print the table."""
     check_bounds(args)
@@ -40,7 +47,7 @@ def main(args: Scripts) -> None:
             worlds = ResourceCollection((size,), args.episodes, args.seed, once=True)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        for name, policy in scripted_policies(args.seed).items():
+        for name, policy in ({"still": still} | scripted_policies(args.seed)).items():
             worlds.seed(args.seed)  # all meet the same teams and places
             rows[f"{size} {name}"] = summarise(play(worlds, policy))
     print(table(rows))

@@ -295,6 +295,8 @@ def test_scripts_of_resource_collection():
     earned = np.mean([e.reward for e in resource_collection.play(worlds, collector)])
     row = next(line for line in table.splitlines() if "3 collector" in line)
     assert code == 0 and f"| {earned:.1f} [" in row and row.rstrip(" |").endswith(" 8")
+    still = next(line for line in table.splitlines() if "3 still" in line).split("|")
+    assert float(still[3]) == 0 < float(still[4])  # nothing is picked up, invaders are caught
     assert command("collection_scripts", "Scripts", "--team-sizes", 9)[::2] == (
         2,
         "error: Teams of resource have 1 to 8 agents: not 9.\n",
