@@ -220,7 +220,7 @@ def test_rows_are_named_by_the_flags_in_which_runs_differ():
 
     def run(method, seed, **flags):
         known = frozenset({"gamma"} if method == "REFIL" else {"gamma", "detach", "rounds"})
-        return module.Run("x", "sz", method, flags, known, seed, 1, {"3": (3,)}, [], {})
+        return module.Run("x", "sz", method, flags, known, seed, 1, {"3": (3,)}, [], [], {})
 
     refil = run("REFIL", 1)
     names = lambda *runs: {k: len(x) for k, x in module.group([refil, *runs])["sz"].items()}  # noqa: E731

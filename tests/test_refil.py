@@ -1232,9 +1232,9 @@ def test_everybody_meets_the_same_battles(monkeypatch):
     """One battle per episode, of one size, begun by the same seed for all."""
     made, make_envs = [], refil.make_envs
 
-    def watched(args, sizes, number, seed):
+    def watched(args, sizes, number, seed, device):
         made.append((sizes, number, seed))
-        return make_envs(args, sizes, number, seed)
+        return make_envs(args, sizes, number, seed, device)
 
     monkeypatch.setattr(refil, "make_envs", watched)
     run("run", 16, "--final-episodes", 3)
