@@ -71,6 +71,9 @@ def open_checkpoint(run: Path, states: Path) -> Opened:
     script, own, other = load_script(name), read_args(run), read_args(states)
     if own["scenario"] != other["scenario"]:
         raise UsageError(f"{run} is of {own['scenario']}, {states} of {other['scenario']}.")
+    for path, args in ((run, own), (states, other)):
+        if args["backend"] != "sim":
+            raise UsageError(f"{path} is of the game itself: only the simulator's runs are read.")
     try:
         saved, _ = script.load_checkpoint(str(run))
         source, folder = script.load_checkpoint(str(states))

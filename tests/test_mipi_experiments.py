@@ -328,7 +328,7 @@ def dependence(*words):
     return {row[0]: dict(zip(lines[0], row)) for row in lines[2:]}
 
 
-def test_team_dependence(runs):
+def test_team_dependence(runs, tmp_path):
     """Nobody depends on a team that is never seen; utilities say no probabilities; all runs are
     asked about the same episodes, or each about its own."""
     names = [runs / f"sz-{name}-s1" for name in ("mipi", "inf", "refil", "aqmix")]
@@ -347,7 +347,15 @@ def test_team_dependence(runs):
         for pair in ((names[0], names[0]), (seed_2, seed_2), (names[0], seed_2))
     )
     assert torch.equal(other, theirs) and not torch.equal(other, mine)
+    made = {"scenario": "csz", "backend": "sc2"}
+    for name, x in made.items():
+        shutil.copytree(runs / "sz-mipi-s1", tmp_path / x)
+        args = json.loads((tmp_path / x / "args.json").read_text()) | {name: x}
+        (tmp_path / x / "args.json").write_text(json.dumps(args))
     for words, sentence in (
+        ((tmp_path / "sc2",), "is of the game itself"),
+        ((names[0], "--states", tmp_path / "csz"), "is of sz"),
+        ((names[0], "--states", tmp_path / "sc2"), "is of the game itself"),
         ((runs,), "is no run directory"),
         ((runs / "sz-mipi-s1", "--states", runs / "nothing"), "is no run directory"),
         ((runs / "sz-mipi-s1", "--draws", 0), "--draws 0"),
