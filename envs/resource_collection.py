@@ -55,6 +55,7 @@ NEAR, FAR, APART, TRIES = 0.4, 0.55, 0.1, 16  # resources: radius NEAR + FAR U, 
 INVADER_START, INVADER_EDGE, INVADER_STEP = 1.42, 0.99, 0.05
 PAUSE = 10  # steps until the next invader, at most
 PICK_UP, DELIVERY, CATCH, ARRIVAL = 10.0, 1.0, 4.0, -4.0  # rewards
+ROUND, AHEAD = 0.75, 0.06  # radius of the forager's walk; how far it aims ahead, in turns
 
 
 class Snapshot(NamedTuple):
@@ -485,6 +486,28 @@ def collector(world: ResourceCollection) -> Tensor:
     return torch.where(there, towards(target - snap.position), NOOP)
 
 
+def forager(world: ResourceCollection) -> Tensor:
+    """A script that sees what agents see, and remembers nothing: a seen invader first, then home
+    with what it holds, then of the seen resources the one that pays most for the way; with nothing
+    to do it walks around home, where resources are."""
+    obs = world.obs
+    own, things = obs.entities[:, :SIDE], obs.entities[:, SIDE:]
+    place, holds, speed = own[..., 2:4], own[..., 5:8].any(-1), own[..., 17:18]
+    seen = ~obs.obs_mask[:, :SIDE, SIDE:]  # (B, A, E)
+    turn = torch.atan2(place[..., 1], place[..., 0]) / (2 * math.pi)
+    target = around(turn + AHEAD, torch.full_like(turn, ROUND))
+    way = torch.cdist(place, things[:, :6, 2:4]) / speed.clamp(min=0.1)
+    kinds = torch.tensor(KINDS, device=way.device) - 1
+    gain = (PICK_UP * own[..., 14:17][..., kinds] + DELIVERY) / (way + 1.0)  # (B, A, 6)
+    gain, k = gain.masked_fill(~seen[..., :6], -torch.inf).max(-1)
+    chosen = things[..., 2:4].gather(1, k[..., None].expand(-1, -1, 2))
+    target = torch.where((gain > 0)[..., None], chosen, target)
+    target = torch.where(holds[..., None], 0.0, target)
+    invader = things[:, INVADER - SIDE, None, 2:4]
+    target = torch.where(seen[..., INVADER - SIDE, None], invader, target)
+    return torch.where(obs.avail[..., NOOP], NOOP, towards(target - place))
+
+
 def random_policy(seed: int) -> Policy:
     """Every available action with the same probability."""
     rng = torch.Generator().manual_seed(seed)
@@ -498,7 +521,7 @@ def random_policy(seed: int) -> Policy:
 
 def scripted_policies(seed: int) -> dict[str, Policy]:
     """The reference points of every table."""
-    return {"random": random_policy(seed), "collector": collector}
+    return {"random": random_policy(seed), "forager": forager, "collector": collector}
 
 
 def play(world: ResourceCollection, policy: Policy) -> list[Episode]:

@@ -1200,7 +1200,7 @@ def test_resource_collection(capfd):
     assert set(replay["present"].sum(1).tolist()) <= {3, 4}
     results = json.loads(Path("run/summary.json").read_text())["eval"]
     assert list(results) == [
-        f"{n}{who}" for n in (3, 4, 5) for who in ("", " random", " collector")
+        f"{n}{who}" for n in (3, 4, 5) for who in ("", " random", " forager", " collector")
     ]
     assert "picked up" in capfd.readouterr().out
     logged = set().union(*metrics("run"))

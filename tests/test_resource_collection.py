@@ -421,7 +421,9 @@ def test_all_tensors_are_made_on_the_worlds_device():
     actions = torch.ones(4, 8, dtype=torch.int64, device="meta")
     later, *rest = rc.advance(snap, actions, clocks)
     script = rc.collector(types.SimpleNamespace(snapshot=later))
-    made = (*snap, *later, *rc.observe(later), rest[0], *rest[1], script)
+    obs = rc.observe(later)
+    short_sighted = rc.forager(types.SimpleNamespace(obs=obs))
+    made = (*snap, *later, *obs, rest[0], *rest[1], script, short_sighted)
     assert {x.device.type for x in made} == {"meta"}
 
 
@@ -463,17 +465,60 @@ def test_wrong_use():
 
 
 def test_scripts():
-    """The collector earns far more than random play, more with more agents (own figures, 64 worlds
-    of seed 1: docs/mipi.md has more)."""
+    """The collector earns far more than the forager, which sees no further than agents do, and that
+    far more than random play; more with more agents (64 worlds: docs/mipi.md has more)."""
     earned = {}
     for n in (3, 8):
         w = rc.ResourceCollection((n,), 64, 1, once=True)
         for name, policy in rc.scripted_policies(1).items():
             earned[n, name] = rc.summarise(rc.play(w, policy))
     assert earned[3, "random"]["return"] < 20 and earned[8, "random"]["return"] < 40
+    assert 45 < earned[3, "forager"]["return"] < 80 and 140 < earned[8, "forager"]["return"] < 190
     assert 90 < earned[3, "collector"]["return"] < 150
     assert 240 < earned[8, "collector"]["return"] < 340
     assert "| 3 collector" in rc.table({f"{n} {k}": x for (n, k), x in earned.items()})
+
+
+TWO = [[-0.4, 0.0], [-0.6, 0.0], *[[FAR, 0.0]] * 4]  # of types 1 and 2
+
+
+@pytest.mark.parametrize(
+    "fields, action",
+    [
+        ({}, 4),  # the walk around home goes on, anticlockwise
+        ({"position": [0.5, 0.0]}, 5),
+        ({"position": [0.3, 0.0]}, 3),  # out first
+        ({"resources": [[-0.4, 0.1 * k + 0.01] for k in range(6)]}, 3),  # the nearest
+        ({"resources": [[-0.29, 0.0]] * 6}, 4),  # beyond sight
+        ({"resources": TWO, "value": torch.tensor([0.9, 0.1, 0.9])}, 3),  # what pays more
+        ({"resources": TWO, "value": torch.tensor([0.1, 0.9, 0.9])}, 2),
+        ({"resources": [[-0.6, 0.0]] * 6, "holding": 1}, 3),  # home first
+        ({"invader": [-0.5, 0.15], "pause": 0, "holding": 1}, 5),  # the invader before all
+        ({"invader": [-0.5, 0.15], "pause": 3, "holding": 1}, 3),  # which has not come
+    ],
+)
+def test_forager(fields, action):
+    """What comes first, at (-.5, 0) if not told otherwise."""
+    where = fields.pop("position", [-0.5, 0.0])
+    w = quiet(position=torch.tensor(where), **fields)
+    assert rc.forager(w).tolist() == [[action] + [0] * 7]
+
+
+def test_the_forager_sees_what_agents_see():
+    """Whatever is beyond everybody's sight may be anywhere."""
+    w = rc.ResourceCollection((3, 4, 5), 64, 1)
+    w.reset()
+    acted = 0
+    for _ in range(60):
+        actions, snap = rc.forager(w), w.snapshot
+        hidden = w.obs.obs_mask[:, :8, 8:].all(1)  # (B, 8)
+        acted += int((~hidden[:, :7]).sum())
+        moved = torch.where(hidden[:, :6, None], 5.0, snap.resources)
+        invader = torch.where(hidden[:, 6:7], 7.0, snap.invader)
+        obs = rc.observe(snap._replace(resources=moved, invader=invader))
+        assert torch.equal(rc.forager(types.SimpleNamespace(obs=obs)), actions)
+        w.step(actions)
+    assert acted > 1000, "much was seen, too"
 
 
 # --- PettingZoo -----------------------------------------------------------------------------------
