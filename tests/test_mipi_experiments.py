@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -286,6 +287,55 @@ def test_a_study_starts_resumes_and_keeps(tmp_path, monkeypatch, capsys):
 
 
 # --- Reference points, speed ----------------------------------------------------------------------
+
+
+def taught(*flags):
+    """What is earned, {"3 taught": ...}, on the way, too, and what share of labels was met."""
+    small = ("--minibatches", 4, "--show", 1, "--every", 1, "--round", 2, "--episodes", 4)
+    flags = (*small, "--learning-rate", 5e-3, "--team-sizes", 3, "--eval-team-sizes", *flags)
+    code, out, error = command("collection_imitation", "Study", *flags)
+    assert code == 0, error
+    rows = [line.split("|") for line in out.splitlines() if line.startswith("| ")]
+    found = {r[1].strip(): float(r[2].split("[")[0]) for r in rows if r[1].strip() != "who"}
+    met = [float(line.split(":")[1]) for line in out.splitlines() if line.startswith("labels")]
+    return found, met
+
+
+def test_imitation_in_resource_collection(monkeypatch):
+    """Beside the scripts' own figures; options change what is learned; bad ones are refused. In
+    episodes of 20 steps, to be quick."""
+    short = functools.partial(resource_collection.ResourceCollection, episode_limit=20)
+    monkeypatch.setattr(
+        importlib.import_module("collection_imitation"), "ResourceCollection", short
+    )
+    rows, met = taught(6)
+    assert list(rows) == [f"after {n}" for n in (1, 2, 3, 4)] + [
+        f"{n} {who}" for n in (3, 6) for who in ("taught", "random", "forager", "collector")
+    ]
+    worlds = short((6,), 4, 2, once=True)
+    earned = [e.reward for e in resource_collection.play(worlds, resource_collection.forager)]
+    assert rows["6 forager"] == pytest.approx(np.mean(earned), abs=0.051)
+    changes = ("--teacher", "collector"), ("--learning-rate", 5e-4), ("--seed", 2)
+    for flags in (
+        *changes,
+        ("--preset", "paper"),
+        ("--round", 4),
+        ("--team-sizes", 2),
+        ("--every", 2),
+    ):
+        assert taught(*flags)[1] != met, flags
+    assert next(iter(taught("--show", 4, "--minibatches", 3)[0])) == "after 3"
+    for flags in (("--team-sizes", 9), ("--team-sizes",), ("--minibatches", 0)):
+        code, _, error = command("collection_imitation", "Study", *flags)
+        assert code == 2 and flags[0] in error
+
+
+@pytest.mark.slow
+def test_the_network_learns_resource_collection_from_labels():
+    """In a sixth of the minibatches of docs/mipi.md; random play earns 2."""
+    flags = ("--every", 50, "--round", 64, "--show", 500, "--episodes", 32)
+    rows, _ = taught("--minibatches", 500, "--learning-rate", 5e-4, *flags)
+    assert rows["3 taught"] > 3 * max(rows["3 random"], 3)
 
 
 def test_scripts_of_resource_collection():
