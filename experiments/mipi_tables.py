@@ -326,22 +326,25 @@ def draw(found: dict[str, dict[str, list[Run]]], measures: tuple[str, ...]) -> A
     """Curves of the evaluations: a row per task and measure, a panel per column."""
     lines = [(task, measure) for task in found for measure in measures]
     columns = next(iter(next(iter(found.values())).values()))[0].columns
-    size = 3.2 * len(columns), 2.6 * len(lines)
+    size = 3.2 * len(columns) + 1.2, 2.6 * len(lines)
+    every = list(dict.fromkeys(method for methods in found.values() for method in methods))
+    colours = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])
     figure, axes = plt.subplots(len(lines), len(columns), figsize=size, squeeze=False)
     for panels, (task, measure) in zip(axes, lines, strict=True):
         for axis, column in zip(panels, columns, strict=True):
-            for number, (method, runs) in enumerate(found[task].items()):
+            for method, runs in found[task].items():
+                colour = colours[every.index(method) % 20]  # the same in all tasks
                 times = [[x["timesteps"] / 1000 for x in run.evaluations] for run in runs]
                 values = [[run.figure(measure, column, x) for x in run.evaluations] for run in runs]
                 for xs, ys in zip(times, values):
-                    axis.plot(xs, ys, color=f"C{number}", alpha=0.35, linewidth=0.8)
+                    axis.plot(xs, ys, color=colour, alpha=0.35, linewidth=0.8)
                 end = 1.02 * min(xs[-1] for xs in times)  # runs end with their last battles
                 grid = [x for x in min(times, key=len) if x <= end]
                 ys = np.mean([np.interp(grid, *each) for each in zip(times, values)], 0)
-                axis.plot(grid, ys, color=f"C{number}", label=f"{method} ({len(runs)})")
+                axis.plot(grid, ys, color=colour, label=f"{method} ({len(runs)})")
             axis.set_title(f"{task.upper()} {column}: {measure}", fontsize=9)
             axis.grid(alpha=0.3)
-        panels[0].legend(fontsize=7)
+        panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.02))  # beside it
     for axis in axes[-1]:
         axis.set_xlabel("thousand environment steps", fontsize=8)
     figure.tight_layout()
