@@ -45,7 +45,7 @@ class Study:
 
     teacher: Literal["forager", "collector"] = "forager"
     minibatches: Positive = 3000
-    learning_rate: Above = 5e-4  # of RMSprop; refil_smac.py's
+    learning_rate: Above = 5e-4  # of RMSprop: the paper's, half of preset cpu's
     preset: Literal["cpu", "paper"] = "cpu"  # of refil_smac.py: network and minibatches
     round: Positive = 64  # episodes that are played at a time
     every: Positive = 50  # minibatches between rounds
