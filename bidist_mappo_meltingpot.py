@@ -106,6 +106,10 @@ class Args:
     all_fictitious: bool = False  # ablation v = 0
     mask_fictitious: bool = False  # fictitious samples do not train theta (Eq. 9: they do)
     dual_clip: Annotated[float, Interval(gt=1)] | None = None  # bounds r of theirs where A < 0
+    clip_centre: Literal["printed", "old"] = "printed"  # 1, or pi_theta_old / who acted
+    weight_cap: Above | None = None  # bounds that weight; with --advantages-per-population
+    advantages_per_population: bool = False  # normalised apart for theta's and phi's samples
+    copy_every: Count = 0  # control: phi is theta of every N-th iteration, not distilled; 0: off
     k_d: Positive = 5  # distillation interval in iterations
     forward_lr: Amount = 1e-3  # eta_f of Eq. (7)
     forward_epochs: Count = 5  # passes over the rollout in a forward phase
@@ -152,6 +156,7 @@ def validate(args: Args) -> None:
     """Raise UsageError for combinations that cannot be meant."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     redraw, dual = args.v_shared and args.v_redraw == "episode", args.dual_clip is not None
+    capped, old = args.weight_cap is not None, args.clip_centre == "old"
     for wrong, sentence in (
         (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
         (args.resume and args.run_dir, "--resume goes on in its own directory, without --run-dir"),
@@ -160,6 +165,17 @@ def validate(args: Args) -> None:
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (args.mask_fictitious and args.all_fictitious, "--mask-fictitious leaves no samples"),
         (args.mask_fictitious and dual, "--dual-clip has no samples with --mask-fictitious"),
+        (args.mask_fictitious and old, "--clip-centre has no samples with --mask-fictitious"),
+        (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
+        (
+            # E_phi[min(w, 1) grad log pi_theta] is not 0: an offset of A would be a gradient.
+            capped and not args.advantages_per_population,
+            "--weight-cap needs --advantages-per-population",
+        ),
+        (
+            args.copy_every and args.distilled_width != 1,
+            "--copy-every needs --distilled-width 1",
+        ),
         (args.all_fictitious and args.p is not None, "--p has no use with --all-fictitious"),
         (args.no_reverse and args.reverse_mode != "kl", "--no-reverse excludes --reverse-mode"),
         (redraw, "--v-shared excludes --v-redraw episode: worlds end at different times"),
@@ -396,6 +412,8 @@ class Agent:
         self.actor_optimiser = adam(self.actor.parameters(), args.actor_lr, eps=eps)
         self.critic_optimiser = adam(self.critic.parameters(), args.critic_lr, eps=eps)
         self.distilled = self.new_distilled(args.seed + 2**30)
+        if args.copy_every:
+            self.copy_actor()
 
     def new_actor(self, width: float = 1.0) -> RecurrentNet:
         spec, features = self.spec, self.spec.num_features + self.spec.num_agents
@@ -413,6 +431,10 @@ class Agent:
         for weight in self.distilled.parameters():
             noise = self.args.noise_std * torch.randn(weight.shape)
             weight.data.add_(noise.to(weight.device))
+
+    def copy_actor(self) -> None:
+        """phi becomes theta (a control)."""
+        self.distilled.load_state_dict(self.actor.state_dict())
 
     def autocast(self) -> torch.autocast:
         """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
@@ -452,7 +474,7 @@ def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Te
 def distillation_phase(args: Args, iteration: int) -> str | None:
     """What follows the update of iteration 1, 2, ...: "forward", "reverse" or nothing."""
     # Alg. 1 lines 9-13
-    if iteration % args.k_d:
+    if args.copy_every or iteration % args.k_d:
         return None
     if iteration // args.k_d % 2:
         return None if args.no_forward else "forward"
@@ -754,10 +776,41 @@ def descend(loss: Tensor, net: nn.Module, optimiser, max_norm: float) -> Tensor:
 # [shared] end
 
 
-def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Element by element; ratio: of pi_theta to the policy that acted."""
+def clip_objective(
+    ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor | float = 1.0
+) -> Tensor:
+    """Element by element; ratio: of pi_theta to the policy that acted; centre: what the ratio may
+    leave by a share of clip, 1 in the paper."""
     # Eq. (9), Sec. 4.5
-    return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
+    return torch.min(ratio * advantage, clipped * advantage)
+
+
+def ratio_and_centre(args: Args, log_prob: Tensor, part: Batch) -> tuple[Tensor, Tensor]:
+    """pi_theta / who acted, and the centre of its clip, (L, M, N) each."""
+    if args.clip_centre == "printed":
+        ratio = (log_prob - part.log_probs).exp()
+        return ratio, torch.ones_like(ratio)
+    # A fictitious sample's ratio starts at pi_theta_old / pi_phi. A clip around 1 lets only noise
+    # that leads back to phi pass; this one bounds how far theta goes from theta_old.
+    old = part.theta.gather(-1, part.actions[..., None])[..., 0]
+    weight = (old - part.log_probs).exp()  # 1 where theta acted
+    if args.weight_cap is not None:
+        weight = weight.clamp(max=args.weight_cap)
+    return weight * (log_prob - old).exp(), weight
+
+
+def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Tensor:
+    """(T, B, N), by mean and deviation of the samples that train theta, or of each population."""
+    groups = [trained if args.mask_fictitious else torch.ones_like(trained)]
+    if args.advantages_per_population:
+        groups = [trained, ~trained]
+    normalised = advantages
+    for group in groups:
+        _, mean, square = moments(advantages[group]).float()  # NaN of an empty group, not used
+        std = (square - mean**2).clamp(min=0).sqrt()
+        normalised = torch.where(group, (advantages - mean) / (std + 1e-5), normalised)
+    return normalised
 
 
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
@@ -775,8 +828,7 @@ def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -
     agent.value_norm.update(moments((values + advantages)[used]))
     mean, std = agent.value_norm.mean_std()
     batch.values, batch.targets = (values - mean) / std, (values + advantages - mean) / std
-    _, mean, square = moments(advantages[used]).float()
-    batch.advantages = (advantages - mean) / ((square - mean**2).clamp(min=0).sqrt() + 1e-5)
+    batch.advantages = normalise_advantages(args, advantages, batch.trained)
     check_finite(rewards=batch.rewards, features=batch.critic_features, advantages=advantages)
     scalars = collections.defaultdict(list)
     epochs = (minibatches(args, batch, rng) for _ in range(args.epochs))
@@ -786,15 +838,15 @@ def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -
         view = (part.tile_ids, part.actor_features, part.starts, part.actor_hidden)
         log_probs = agent.actor(*view, sprites())[0].log_softmax(-1)
         log_prob = log_probs.gather(-1, part.actions[..., None])[..., 0]
-        ratio = (log_prob - part.log_probs).exp()
-        objective = clip_objective(ratio, part.advantages, args.clip)
+        ratio, centre = ratio_and_centre(args, log_prob, part)
+        objective = clip_objective(ratio, part.advantages, args.clip, centre)
         if args.dual_clip is not None:
             bound = torch.max(objective, args.dual_clip * part.advantages)
             objective = torch.where(~part.trained & (part.advantages < 0), bound, objective)
         policy_loss = -objective[used].mean()
         entropy = -(log_probs.exp() * log_probs).sum(-1)[used].mean()
         first = agent.actor if not scalars else None
-        now = populations(ratio, objective, part.trained, args.clip, first)
+        now = populations(ratio, centre, objective, part.trained, args.clip, first)
         loss = policy_loss - args.entropy_coef * entropy
         actor_norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
 
@@ -811,18 +863,32 @@ def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -
             scalars[name].append(x.detach())
     scalars = {name: torch.stack(x) for name, x in scalars.items()}
     scalars = {k: x.max() if k.startswith("ratio_max") else x.mean() for k, x in scalars.items()}
+    scalars |= importance_weights(batch)
     check_finite(**{name: scalars[name] for name in ("policy_loss", "value_loss", "entropy")})
     return scalars
 
 
-def populations(ratio, objective, trained, clip: float, actor=None) -> dict[str, Tensor]:
+def importance_weights(batch: Batch) -> dict[str, Tensor]:
+    """Of the fictitious samples before the update: the largest weight pi_theta / pi_phi, and the
+    effective sample size (sum w)^2 / sum w^2 as a share of their number."""
+    fictitious = ~batch.trained
+    if not fictitious.any():
+        return {}
+    theta = batch.theta.gather(-1, batch.actions[..., None])[..., 0]
+    weight = (theta - batch.log_probs)[fictitious].exp()
+    effective = weight.sum() ** 2 / (weight**2).sum() / weight.numel()
+    return {"weight_max": weight.max(), "effective_samples": effective}
+
+
+def populations(ratio, centre, objective, trained, clip: float, actor=None) -> dict[str, Tensor]:
     """Largest ratio and clipped share of each population (where A < 0, clipping bounds no ratio);
     with actor the norm of the policy gradient that its samples cause, before clipping."""
     scalars = {}
     for name, who in (("trained", trained), ("fictitious", ~trained)):
         if who.any():
             scalars[f"ratio_max/{name}"] = ratio[who].max()
-            scalars[f"clipped/{name}"] = ((ratio[who] - 1).abs() > clip).float().mean()
+            moved = ratio[who] / centre[who]
+            scalars[f"clipped/{name}"] = ((moved - 1).abs() > clip).float().mean()
         if actor is not None:
             share, weights = (objective * who).mean(), list(actor.parameters())
             gradients = torch.autograd.grad(share, weights, retain_graph=True)
@@ -1277,6 +1343,9 @@ def train(args: Args) -> dict[str, dict[str, float]]:
             times.append(time.monotonic())
             scalars = update(args, agent, batch, carry, sprites, rngs["rng"], envs.check)
             iteration += 1
+            if args.copy_every and iteration % args.copy_every == 0:
+                agent.copy_actor()
+                carry["distilled_hidden"] = carry["actor_hidden"]
             if phase := distillation_phase(args, iteration):
                 what = (agent, batch, carry, sprites, rngs["method_rng"], envs.check)
                 scalars |= distill(args, phase, *what)

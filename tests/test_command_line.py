@@ -150,6 +150,10 @@ WRONG_IN_BIDIST = {
     "--reverse-mode KL": "--reverse-mode 'KL' kl entropy random noise",
     "--mask-fictitious --all-fictitious": "--mask-fictitious",
     "--mask-fictitious --dual-clip 3": "--mask-fictitious --dual-clip",
+    "--mask-fictitious --clip-centre old": "--mask-fictitious --clip-centre",
+    "--weight-cap 1 --advantages-per-population": "--weight-cap --clip-centre",
+    "--weight-cap 1 --clip-centre old": "--weight-cap --advantages-per-population",
+    "--copy-every 1 --distilled-width 0.5": "--copy-every --distilled-width",
     "--all-fictitious --p 0.3": "--all-fictitious --p",
     "--no-reverse --reverse-mode noise": "--no-reverse --reverse-mode",
     "--v-shared --v-redraw episode": "--v-shared --v-redraw",
@@ -302,6 +306,8 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
         "eval_every": (["0"], 0),
         "final_episodes": (["1"], 1),
         "dual_clip": (["3"], 3.0),
+        "clip_centre": (["old"], "old"),
+        "weight_cap": (["1"], 1.0),
         "device": (["cpu"], "cpu"),
         "wandb_mode": (["offline"], "offline"),
         "eval_scenarios": (["none"], "none"),
@@ -317,11 +323,12 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
     fixed = {"run_dir", "substrate", "total_timesteps", "final_episodes", "minibatches"}
     fixed |= {"num_envs", "rollout_steps", "chunk_length"}
     alone = {"all_fictitious", "mask_fictitious", "no_reverse", "v_shared", "num_threads"}
+    alone |= {"copy_every"}
     groups = [set(typed) - alone, fixed | {"num_threads"}]
     if name == BIDIST:
         groups += [
             fixed | {"all_fictitious", "no_reverse", "v_shared"},
-            fixed | {"mask_fictitious"},
+            fixed | {"mask_fictitious", "copy_every"},
         ]
     for number, group in enumerate(groups):
         argv = []

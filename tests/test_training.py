@@ -198,6 +198,9 @@ EFFECTS = {
     "all_fictitious": (["--all-fictitious"], lambda s, d: set(metrics(d)[0]), "fewer"),
     "mask_fictitious": (["--mask-fictitious"], changed("actor"), None),
     "dual_clip": (["--dual-clip", "1.00001", "--p", "0.9"], changed("actor"), None),
+    "clip_centre": (["--clip-centre", "old", "--p", "0.9"], changed("actor"), None),
+    "advantages_per_population": (["--advantages-per-population"], changed("actor"), None),
+    "copy_every": (["--copy-every", "1"], changed("distilled"), None),
     "k_d": (["--k-d", "1"], changed("distilled"), None),
     "distilled_width": (
         ["--distilled-width", "0.5"],
@@ -210,6 +213,7 @@ EFFECTS = {
 # Measured elsewhere, or on a machine that has what they need.
 ELSEWHERE = {
     "run_dir": "every test here",
+    "weight_cap": "test_clip_centre.py",
     "resume": "test_reproducible.py",
     "eval_only": "test_reproducible.py",
     "track": "test_wandb.py",
