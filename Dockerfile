@@ -16,7 +16,7 @@ ARG MELTINGPOT_ASSETS=auto
 
 # First what the environment is made from, so that a change elsewhere does not make it anew.
 COPY Makefile requirements-lock.txt ./
-COPY envs/install_meltingpot.py envs/
+COPY envs/meltingpot/install.py envs/meltingpot/
 RUN make setup PIP_ARGS=--no-cache-dir
 
 COPY . .

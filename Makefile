@@ -3,7 +3,7 @@
 #   make train ARGS="--substrate chicken_in_the_matrix__repeated"     ARGS goes to the command
 #   make setup PYTHON=python3.12                                      another Python than python3
 #   make setup PIP_ARGS="--extra-index-url URL"                       to pip, as for a CPU build of torch
-#   make setup MELTINGPOT_ASSETS=FILE                                 see envs/install_meltingpot.py
+#   make setup MELTINGPOT_ASSETS=FILE                                 see envs/meltingpot/install.py
 
 PYTHON ?= python3
 ARGS ?=
@@ -20,7 +20,7 @@ help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: $(READY)  ## make .venv with everything in it (0.5 GB to download, 3 GB with CUDA)
-	$(if $(JUST_MADE),,@$(PY) envs/install_meltingpot.py)
+	$(if $(JUST_MADE),,@$(PY) envs/meltingpot/install.py)
 
 setup-sc2: $(READY)  ## packages for --backend sc2 and its tests (docs/smac.md has the game)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-sc2.txt
@@ -58,7 +58,7 @@ endef
 
 # .venv/ready is written last. Without it a setup was interrupted, or the environment is somebody's
 # own: an unfinished one is made anew, a whole one gets what it lacks.
-$(READY): requirements-lock.txt envs/install_meltingpot.py
+$(READY): requirements-lock.txt envs/meltingpot/install.py
 	$(need_python)
 	$(eval JUST_MADE := yes)
 	@rm -f $(READY)
@@ -71,5 +71,5 @@ $(READY): requirements-lock.txt envs/install_meltingpot.py
 	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements-lock.txt \
 	    || { echo "pip could not install everything; Melting Pot's engine, dmlab2d, has builds for" \
 	    "Linux with glibc 2.35 or newer and for macOS 15 or newer on Apple silicon." >&2; exit 1; }
-	@$(PY) envs/install_meltingpot.py
+	@$(PY) envs/meltingpot/install.py
 	@rm -f .venv/unfinished && touch $(READY)

@@ -60,8 +60,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.particle import Compiled, Game, Observation, ParticleWorld, Step
-from envs.particle_episodes import Player, play, read_population, scripted_players, summarise, table
+from envs.particle.episodes import Player, play, read_population, scripted_players, summarise, table
+from envs.particle.worlds import Compiled, Game, Observation, ParticleWorld, Step
 
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 Count = Annotated[int, Interval(ge=0)]
@@ -1015,7 +1015,7 @@ def update(args, agent: Agent, now: list[Arena], arenas: list[Arena], rng, laten
 
 
 def net_player(agent: Agent, z: Tensor, seed: int, uniform: bool = False) -> Player:
-    """Our agents with latents z (B, N) as a player for envs.particle_episodes: sampled actions.
+    """Our agents with latents z (B, N) as a player for envs.particle.episodes: sampled actions.
     uniform: with a graph that knows nothing."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -1056,7 +1056,7 @@ def evaluate(
     the end also with the best z, beside scripted players, and in populations never met.
 
     kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
-    Prints a table and returns {"population player": envs.particle_episodes.summarise(...)}.
+    Prints a table and returns {"population player": envs.particle.episodes.summarise(...)}.
     """
     final = kind == "final"
     episodes = args.final_episodes if final else args.eval_episodes

@@ -59,8 +59,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.particle import Compiled, Game, Observation, ParticleWorld, Step
-from envs.particle_episodes import Player, play, read_population, scripted_players, summarise, table
+from envs.particle.episodes import Player, play, read_population, scripted_players, summarise, table
+from envs.particle.worlds import Compiled, Game, Observation, ParticleWorld, Step
 
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 Count = Annotated[int, Interval(ge=0)]
@@ -689,7 +689,7 @@ def update(args: Args, agent: Agent, arena: Arena, rng: torch.Generator) -> dict
 
 
 def net_player(agent: Agent, seed: int) -> Player:
-    """Our agents as a player for envs.particle_episodes: sampled actions."""
+    """Our agents as a player for envs.particle.episodes: sampled actions."""
     rng = torch.Generator().manual_seed(seed)
 
     def act(world: ParticleWorld) -> Tensor:
@@ -705,7 +705,7 @@ def evaluate(
     """Episodes without learning, at the end beside scripted players in the same worlds.
 
     kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
-    Prints a table and returns {"population player": envs.particle_episodes.summarise(...)}.
+    Prints a table and returns {"population player": envs.particle.episodes.summarise(...)}.
     """
     episodes = args.final_episodes if kind == "final" else args.eval_episodes
     rng = np.random.default_rng((args.seed, timesteps, ("eval", "final").index(kind)))

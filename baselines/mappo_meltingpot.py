@@ -56,9 +56,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.episodes import Player, count_episodes, play_pairs, random_player, summarise, table
-from envs.tile_tensors import Sprites, Windows
-from envs.tiles import WorldError
+from envs.meltingpot.episodes import (
+    Player,
+    count_episodes,
+    play_pairs,
+    random_player,
+    summarise,
+    table,
+)
+from envs.meltingpot.tile_tensors import Sprites, Windows
+from envs.meltingpot.tiles import WorldError
 
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 Count = Annotated[int, Interval(ge=0)]
@@ -219,10 +226,10 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
     """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
     options = {"first_world": first_world, "max_episode_steps": args.max_episode_steps}
     if args.substrate == "toy":
-        from envs.tile_game import TileGame
+        from envs.meltingpot.toy import TileGame
 
         return TileGame(num_envs, seed, **options)
-    from envs.meltingpot import MeltingPot
+    from envs.meltingpot.worlds import MeltingPot
 
     options |= {"num_workers": args.num_workers, "timeout": args.worker_timeout}
     try:
@@ -252,8 +259,8 @@ class TileCNN(nn.Module):
     kernel 8, stride 8 and of 32 channels, kernel 4, stride 1, and a linear layer of 64 units.
 
     It reads tile ids. As all images consist of 8x8 sprites, each layer has few different inputs
-    and becomes a table: computed once, then looked up (envs/tile_tensors.py). Weights, outputs and
-    gradients are those of convolutions on the pixels (--pixels).
+    and becomes a table: computed once, then looked up (envs/meltingpot/tile_tensors.py). Weights,
+    outputs and gradients are those of convolutions on the pixels (--pixels).
     """
 
     def __init__(self, grid: tuple[int, int], pixels: bool):
@@ -410,7 +417,7 @@ class Batch:
     truncated: Tensor  # (T, B) bool
     actor_hidden: Tensor  # (C, B, N, S) before each chunk
     finals: list  # where truncated: t, b, last world_ids (H', W') and critic_features (N * (F + A))
-    episodes: list  # envs.tiles.Episode, those that ended
+    episodes: list  # envs.meltingpot.tiles.Episode, those that ended
     critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest is set by update()
     values: Tensor | None = None  # (T, B, N) float32
     advantages: Tensor | None = None  # (T, B, N) float32
@@ -651,7 +658,7 @@ def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -
 
 
 def net_player(net: RecurrentNet, sprites: Sprites, num_ids: int, seed: int) -> Player:
-    """A network as a player for envs.episodes: sampled actions, a memory of its own."""
+    """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
     rng, hidden = torch.Generator().manual_seed(seed), None
 
     def play(obs, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -691,7 +698,7 @@ def find_scenarios(args: Any) -> tuple[list[str], Any]:
         if args.eval_scenarios not in ("all", "none"):
             raise UsageError("--eval-scenarios: the toy has none.")
         return [], None
-    from envs.scenarios import choose_bots, choose_scenarios, get_plan
+    from envs.meltingpot.scenarios import choose_bots, choose_scenarios, get_plan
 
     try:
         names = choose_scenarios(args.substrate, args.eval_scenarios, args.bots)
@@ -709,12 +716,12 @@ def announce_scenarios(args: Any, rank: int) -> Any:
 
 
 def play_scenarios(args: Any, agent: Any, alive, kind: str, timesteps: int, run_dir: Path, rng):
-    """Our actor beside the bots of each scenario -> {"SC0 scripted": envs.episodes.summarise()};
-    every episode goes to RUN_DIR/evaluation."""
+    """Our actor beside the bots of each scenario -> {"SC0 scripted":
+    envs.meltingpot.episodes.summarise()}; every episode goes to RUN_DIR/evaluation."""
     names, bots = find_scenarios(args)
     if not names:
         return {}
-    from envs.scenarios import play_scenarios, save_results
+    from envs.meltingpot.scenarios import play_scenarios, save_results
 
     def new_player(envs) -> Player:
         sprites, seed = Sprites(envs, agent.device), int(rng.integers(2**31))
@@ -742,7 +749,7 @@ def evaluate(
     then beside the bots of each of --eval-scenarios.
 
     kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
-    Prints a table and returns {"v co-player": envs.episodes.summarise(...)}.
+    Prints a table and returns {"v co-player": envs.meltingpot.episodes.summarise(...)}.
     """
     args = dataclasses.replace(args, max_episode_steps=0)
     episodes = args.final_episodes if kind == "final" else args.eval_episodes

@@ -65,11 +65,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs import combat_episodes, resource_collection
-from envs.combat import EPISODE_LIMIT, FAMILIES, SIDE, EnemyAI, Family, Observation
-from envs.combat_episodes import Policy
-from envs.combat_view import film_battle
-from envs.smac import BattleError
+from envs.smac import episodes as combat_episodes
+from envs.smac import resource_collection
+from envs.smac.combat import EPISODE_LIMIT, FAMILIES, SIDE, EnemyAI, Family, Observation
+from envs.smac.episodes import Policy
+from envs.smac.game import BattleError
+from envs.smac.views import film_battle
 
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 Count = Annotated[int, Interval(ge=0)]
@@ -99,7 +100,7 @@ class Args:
     wandb_timeout: Above = 10.0  # seconds until an unreachable server is given up
     capture_video: bool = False  # an MP4 per team size with every evaluation
     # Environment
-    backend: Literal["sim", "sc2"] = "sim"  # envs/combat.py or StarCraft II
+    backend: Literal["sim", "sc2"] = "sim"  # envs/smac/combat.py or StarCraft II
     scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # units; Resource Collection
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
     enemy_ai: EnemyAI = "sticky"  # sim: as the game's, or whom its units attack
@@ -308,10 +309,10 @@ def make_envs(
             return resource_collection.ResourceCollection(**options)
         options |= {"scenario": args.scenario, "clip_regeneration": args.clip_regeneration}
         if args.backend == "sc2":
-            from envs.smac import make_battles
+            from envs.smac.game import make_battles
 
             return make_battles(**options, game_version=args.game_version or None)
-        from envs.combat import Combat
+        from envs.smac.combat import Combat
 
         return Combat(**options, enemy_ai=args.enemy_ai, threads=args.env_threads)
     except (ValueError, BattleError) as error:

@@ -4,9 +4,9 @@
     observations, infos = env.reset(seed=1)
 
 Observations are {"observation": (A+E, D) float32, "action_mask": (actions,) int8}: all units as in
-envs.combat.Observation.entities, those hidden from the agent as zeros, its own row first. An action
-that is not available becomes stop (no-op of the dead). The dead stay until the battle ends and can
-do nothing else. Everybody earns the team's reward. For trying things out, not for speed.
+envs.smac.combat.Observation.entities, those hidden from the agent as zeros, its own row first. An
+action that is not available becomes stop (no-op of the dead). The dead stay until the battle ends
+and can do nothing else. Everybody earns the team's reward. For trying things out, not for speed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from gymnasium import spaces
 from pettingzoo import ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
-from envs.combat import EPISODE_LIMIT, NOBODY, SIDE, SLOTS, STOP, Combat, Scenario
-from envs.combat_view import draw
+from envs.smac.combat import EPISODE_LIMIT, NOBODY, SIDE, SLOTS, STOP, Combat, Scenario
+from envs.smac.views import draw
 
 
 def parallel_env(

@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
 
-from envs.meltingpot import SPRITE, Engine, get_spec
+from envs.meltingpot.worlds import SPRITE, Engine, get_spec
 
 
 def parallel_env(

@@ -4,9 +4,9 @@
     observations, infos = env.reset(seed=1)
 
 Observations are flat float32 vectors: what the agent sees of itself, (Ds,), then what it sees of
-each other agent in order, (De,) each: envs.particle.Observation says what is in them. An agent that
-is dead is zeros. Actions are 0 none, 1 left, 2 right, 3 down, 4 up. Dead Pac-Men leave `agents`.
-This is for trying things out, not for speed.
+each other agent in order, (De,) each: envs.particle.worlds.Observation says what is in them. An
+agent that is dead is zeros. Actions are 0 none, 1 left, 2 right, 3 down, 4 up. Dead Pac-Men leave
+`agents`. This is for trying things out, not for speed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gymnasium import spaces
 from pettingzoo import ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
-from envs.particle import ACTIONS, HORIZON, TASKS, ParticleWorld, draw
+from envs.particle.worlds import ACTIONS, HORIZON, TASKS, ParticleWorld, draw
 
 
 def parallel_env(

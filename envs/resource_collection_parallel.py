@@ -4,9 +4,9 @@
     observations, infos = env.reset(seed=1)
 
 Observations are {"observation": (A+E, D) float32, "action_mask": (actions,) int8}: all entities as
-in envs.resource_collection.Observation, those that the agent does not see as zeros, its own first.
-Actions are 1 stay, 2 left, 3 right, 4 down, 5 up; 0 is for empty slots and means stay. Everybody
-earns the team's reward. For trying things out, not for speed.
+in envs.smac.resource_collection.Observation, those that the agent does not see as zeros, its own
+first. Actions are 1 stay, 2 left, 3 right, 4 down, 5 up; 0 is for empty slots and means stay.
+Everybody earns the team's reward. For trying things out, not for speed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gymnasium import spaces
 from pettingzoo import ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
-from envs.resource_collection import (
+from envs.smac.resource_collection import (
     EPISODE_LIMIT,
     MOVES,
     SLOTS,

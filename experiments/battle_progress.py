@@ -30,8 +30,8 @@ from figures import Positive, Seed, check_bounds, markdown_table, one_line_error
 from replace_orders import open_run
 from torch import Tensor
 
-from envs.combat import FIRST_TARGET, MAP, SIDE, SIGHT
-from envs.combat_episodes import Policy, play, scripted_policies
+from envs.smac.combat import FIRST_TARGET, MAP, SIDE, SIGHT
+from envs.smac.episodes import Policy, play, scripted_policies
 
 Name = Literal["agents", "random", "nearest", "focus", "retreat"]
 

@@ -25,7 +25,7 @@ from figures import Above, Positive, check_bounds, one_line_errors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.combat import Combat, Scenario
+from envs.smac.combat import Combat, Scenario
 
 
 @dataclasses.dataclass(frozen=True)

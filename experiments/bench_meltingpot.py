@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bidist_mappo_meltingpot as bidist
 from baselines import mappo_meltingpot as mappo
-from envs.meltingpot import Engine, get_spec, import_meltingpot, quiet
-from envs.tiles import Observation, Palette
+from envs.meltingpot.tiles import Observation, Palette
+from envs.meltingpot.worlds import Engine, get_spec, import_meltingpot, quiet
 
 PAPER = (
     "chicken_in_the_matrix__repeated",

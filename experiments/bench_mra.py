@@ -26,7 +26,7 @@ from figures import Above, Positive, Seed, check_bounds, load_script, one_line_e
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.particle_episodes import play
+from envs.particle.episodes import play
 
 CPU = torch.device("cpu")
 

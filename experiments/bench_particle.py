@@ -34,7 +34,7 @@ from annotated_types import Interval
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.particle import (
+from envs.particle.worlds import (
     TASKS,
     Bodies,
     Game,

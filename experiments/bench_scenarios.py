@@ -22,8 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines import mappo_meltingpot as mappo
-from envs.meltingpot import get_spec
-from envs.scenarios import (
+from envs.meltingpot.scenarios import (
     PAPER,
     RANDOM,
     Scenarios,
@@ -33,6 +32,7 @@ from envs.scenarios import (
     play_scenarios,
     short,
 )
+from envs.meltingpot.worlds import get_spec
 
 
 @dataclasses.dataclass(frozen=True)

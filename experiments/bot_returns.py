@@ -46,10 +46,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.bots import puppet_kind
-from envs.meltingpot import get_spec, import_meltingpot
-from envs.scenarios import GOAL, RANDOM, Plan, ScenarioEngine, goal_names, unscripted
-from envs.tiles import Palette, Spec
+from envs.meltingpot.bots import puppet_kind
+from envs.meltingpot.scenarios import GOAL, RANDOM, Plan, ScenarioEngine, goal_names, unscripted
+from envs.meltingpot.tiles import Palette, Spec
+from envs.meltingpot.worlds import get_spec, import_meltingpot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from annotated_types import Interval
 from figures import Above, Positive, Seed, UsageError, check_bounds, load_script, one_line_errors
 from torch import Tensor
 
-from envs.resource_collection import (
+from envs.smac.resource_collection import (
     ResourceCollection,
     collector,
     forager,

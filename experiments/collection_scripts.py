@@ -12,7 +12,7 @@ import torch
 import tyro
 from figures import Positive, Seed, UsageError, check_bounds, one_line_errors
 
-from envs.resource_collection import (
+from envs.smac.resource_collection import (
     NOOP,
     STAY,
     ResourceCollection,

@@ -17,9 +17,9 @@ from figures import Positive, Seed, UsageError, check_bounds, one_line_errors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.combat import Combat, EnemyAI, Scenario
-from envs.combat_episodes import play, scripted_policies, summarise, table
-from envs.smac import BattleError, make_battles
+from envs.smac.combat import Combat, EnemyAI, Scenario
+from envs.smac.episodes import play, scripted_policies, summarise, table
+from envs.smac.game import BattleError, make_battles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,8 +36,8 @@ from figures import (
 from particle_agents import Trained, load, make_world
 from torch import Tensor
 
-from envs.particle import ParticleWorld
-from envs.particle_episodes import Player, play
+from envs.particle.episodes import Player, play
+from envs.particle.worlds import ParticleWorld
 
 
 @dataclasses.dataclass(frozen=True)

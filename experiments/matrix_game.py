@@ -37,7 +37,7 @@ from figures import (
 )
 from torch import Tensor, nn
 
-from envs.matrix_game import (
+from envs.smac.matrix_game import (
     OBJECTIVES,
     PAYOFFS,
     TRAINED,

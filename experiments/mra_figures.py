@@ -39,7 +39,7 @@ from figures import (
 )
 from particle_agents import Trained, load, make_world
 
-from envs.particle import TASKS, ParticleWorld, unpack
+from envs.particle.worlds import TASKS, ParticleWorld, unpack
 
 MOVES = {1: (-1, 0), 2: (1, 0), 3: (0, -1), 4: (0, 1)}  # of actions
 

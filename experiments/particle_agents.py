@@ -10,8 +10,8 @@ import torch
 from figures import UsageError, load_script, read_args
 from torch import Tensor
 
-from envs.particle import Game, ParticleWorld, make_game
-from envs.particle_episodes import Player, read_population
+from envs.particle.episodes import Player, read_population
+from envs.particle.worlds import Game, ParticleWorld, make_game
 
 SCRIPTS = ("mra_maddpg_particle", "maddpg_particle")
 

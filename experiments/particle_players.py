@@ -3,8 +3,8 @@
     python experiments/particle_players.py --out docs/data/particle_players
 
 Return per agent of each type and episode, with 95 % bootstrap intervals over episodes. Random play
-draws each action with the same probability; nearest-first and flee are envs/particle.py's. Writes
-OUT.csv and OUT.md.
+draws each action with the same probability; nearest-first and flee are envs/particle/worlds.py's.
+Writes OUT.csv and OUT.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scipy.stats import bootstrap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.particle import TASKS, ParticleWorld, flee, nearest_first
+from envs.particle.worlds import TASKS, ParticleWorld, flee, nearest_first
 
 POPULATIONS = {
     "treasure": (3, 6, 12, 24, 48),

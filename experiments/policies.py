@@ -45,7 +45,7 @@ from figures import (
     without_seed,
 )
 
-from envs.tiles import WorldError
+from envs.meltingpot.tiles import WorldError
 
 Several = Annotated[int, Interval(ge=2)]
 

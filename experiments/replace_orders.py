@@ -27,8 +27,8 @@ from figures import (
 )
 from torch import Tensor
 
-from envs.combat import FIRST_TARGET, STOP
-from envs.combat_episodes import Policy, focus, nearest, play, summarise, table
+from envs.smac.combat import FIRST_TARGET, STOP
+from envs.smac.episodes import Policy, focus, nearest, play, summarise, table
 
 SCRIPTS = ("refil_smac", "mipi_refil_smac")
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.particle import ParticleWorld, nearest_first, towards, unpack
-from envs.particle_episodes import Player, play, summarise
+from envs.particle.episodes import Player, play, summarise
+from envs.particle.worlds import ParticleWorld, nearest_first, towards, unpack
 
 SPEED, STARTING = 0.17, 1.0  # per step on a long way; steps lost in the beginning
 

@@ -52,7 +52,7 @@ from figures import (
     without_seed,
 )
 
-from envs.scenarios import PAPER
+from envs.meltingpot.scenarios import PAPER
 
 SEEDS = 5  # runs from which on intervals are over runs, too (docs/bidist.md)
 QUANTITIES = {

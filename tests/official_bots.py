@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from envs.meltingpot import import_meltingpot
+from envs.meltingpot.worlds import import_meltingpot
 
 import_meltingpot(bots=True)
 
@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow as tf
 from meltingpot.configs import bots as configs
 
-from envs.scenarios import ScenarioEngine, choose_bots, get_plan, missing_assets
-from envs.tiles import Palette
+from envs.meltingpot.scenarios import ScenarioEngine, choose_bots, get_plan, missing_assets
+from envs.meltingpot.tiles import Palette
 
 SUBSTRATE = "chicken_in_the_matrix__repeated"
 SEEN = {

@@ -127,10 +127,10 @@ HOST = """
 import atexit, importlib, json, os, resource, signal, sys, threading
 sys.path.insert(0, {root!r})
 main = importlib.import_module({name!r}).main
-import torch, wandb, envs.tile_game
+import torch, wandb, envs.meltingpot.toy
 # What a process does for seconds when it does it for the first time:
 torch.optim.Adam([torch.zeros(1, requires_grad=True)])
-envs.tile_game.TileGame(1)
+envs.meltingpot.toy.TileGame(1)
 for line in sys.stdin:
     order = json.loads(line)
     if order["do"] == "start":

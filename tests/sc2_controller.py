@@ -1,8 +1,8 @@
-"""A StarCraft II that is envs/combat.py in disguise: it speaks the game's own messages.
+"""A StarCraft II that is envs/smac/combat.py in disguise: it speaks the game's own messages.
 
-`SimulatedGame` has the nine methods that envs/smac.py uses. It knows of battles only what it is
-told in messages, as the game does: which units to create where, and what they are ordered. Run as
-a program it is a game's executable, with a websocket that speaks to pysc2:
+`SimulatedGame` has the nine methods that envs/smac/game.py uses. It knows of battles only what it
+is told in messages, as the game does: which units to create where, and what they are ordered. Run
+as a program it is a game's executable, with a websocket that speaks to pysc2:
 
     python tests/sc2_controller.py -listen 127.0.0.1 -port PORT
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from s2clientprotocol import common_pb2, data_pb2, debug_pb2, raw_pb2
 from s2clientprotocol import sc2api_pb2 as api
 
-from envs.combat import (
+from envs.smac.combat import (
     BATTLE,
     COLOSSUS,
     FIRST_MOVE,
@@ -52,7 +52,7 @@ from envs.combat import (
     give_orders,
     push_apart,
 )
-from envs.smac import GameFailed
+from envs.smac.game import GameFailed
 
 IDS = {COLOSSUS: 4, MARINE: 48, MARAUDER: 51, MEDIVAC: 54, ZEALOT: 73, STALKER: 74}
 CUSTOM = ("Baneling", "Colossus", "Hydralisk", "Marauder", "Marine", "Medivac", "Stalker", "Zealot")

@@ -1,8 +1,9 @@
-"""envs/bots_other.py in real games: every goal is reached, far better than by playing at random,
-and another goal makes the same puppet do something else. The bounds are half of what was measured,
-or less: the engine is not reproducible.
+"""envs/meltingpot/bots_other.py in real games: every goal is reached, far better than by playing at
+random, and another goal makes the same puppet do something else. The bounds are half of what was
+measured, or less: the engine is not reproducible.
 
-Also what half-transparent sprites look like (envs/sprite_names.py), against the engine's LAYER.
+Also what half-transparent sprites look like (envs/meltingpot/sprite_names.py), against the engine's
+LAYER.
 """
 
 from collections import Counter
@@ -10,11 +11,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from envs import bots_other
-from envs.meltingpot import get_spec, import_meltingpot
-from envs.scenarios import RANDOM, Plan, ScenarioEngine, Scenarios, choose_scenarios
-from envs.sprite_names import SpriteNames, cover, read_sprites
-from envs.tiles import SPRITE, Palette
+from envs.meltingpot.scenarios import RANDOM, Plan, ScenarioEngine, Scenarios, choose_scenarios
+from envs.meltingpot.sprite_names import SpriteNames, cover, read_sprites
+from envs.meltingpot.tiles import SPRITE, Palette
+from envs.meltingpot.worlds import bots_other, get_spec, import_meltingpot
 
 import_meltingpot()
 

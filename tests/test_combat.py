@@ -1,6 +1,6 @@
-"""envs/combat.py against shared/specs/combat.md, by measuring: its numbers are typed again here, in
-seconds of the data, and its geometry is done again in NumPy. Nothing is read from the simulator's
-own tables."""
+"""envs/smac/combat.py against shared/specs/combat.md, by measuring: its numbers are typed again
+here, in seconds of the data, and its geometry is done again in NumPy. Nothing is read from the
+simulator's own tables."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from envs.combat import (
+from envs.smac.combat import (
     COLOSSUS,
     ENGAGE,
     GO,
@@ -32,7 +32,7 @@ from envs.combat import (
     regenerate_and_bury,
     use_weapons,
 )
-from envs.combat import move as walk
+from envs.smac.combat import move as walk
 
 
 class Kind(NamedTuple):

@@ -13,9 +13,10 @@ import torch
 from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_test, render_test
 from pettingzoo.test.state_test import state_test
 
-from envs import combat, combat_parallel
-from envs.combat import ENGAGE, MEDIVAC, NEVER, SIDE, SLOTS, Combat
-from envs.combat_episodes import (
+from envs import combat_parallel
+from envs.smac import combat
+from envs.smac.combat import ENGAGE, MEDIVAC, NEVER, SIDE, SLOTS, Combat
+from envs.smac.episodes import (
     focus,
     nearest,
     play,
@@ -25,7 +26,7 @@ from envs.combat_episodes import (
     summarise,
     table,
 )
-from envs.combat_view import draw, film_battle
+from envs.smac.views import draw, film_battle
 
 SLOT_FIELDS = ("target", "winding_at", "second_at", "attacker", "missile_at", "beam_at")
 POLICIES = {"random": random_policy(7), "nearest": nearest, "focus": focus, "retreat": retreat}

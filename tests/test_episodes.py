@@ -1,5 +1,5 @@
-"""envs/episodes.py: which episodes count, who sits where, what is reported. On the toy, whose
-episodes last 6 to 10 steps, and on a substrate of eight players."""
+"""envs/meltingpot/episodes.py: which episodes count, who sits where, what is reported. On the toy,
+whose episodes last 6 to 10 steps, and on a substrate of eight players."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from envs.episodes import (
+from envs.meltingpot.episodes import (
     Result,
     Video,
     count_episodes,
@@ -20,9 +20,9 @@ from envs.episodes import (
     summarise,
     table,
 )
-from envs.meltingpot import Engine, MeltingPot, get_spec
-from envs.tile_game import TileGame
-from envs.tiles import Episode
+from envs.meltingpot.tiles import Episode
+from envs.meltingpot.toy import TileGame
+from envs.meltingpot.worlds import Engine, MeltingPot, get_spec
 
 ARENA = "prisoners_dilemma_in_the_matrix__arena"
 

@@ -33,7 +33,7 @@ from runs import (
     until,
 )
 
-import envs.tile_game
+import envs.meltingpot.toy
 
 FOREVER = 10**6  # iterations
 
@@ -269,7 +269,7 @@ def check_finite(run_dir, code, stderr, tensor):
 def test_reward_is_not_finite(name, poison, tmp_path, monkeypatch, capfd):
     """From the third iteration on one player of one world is paid with what is no number."""
 
-    class Poisoned(envs.tile_game.TileGame):
+    class Poisoned(envs.meltingpot.toy.TileGame):
         steps = 0
 
         def step(self, actions):
@@ -278,7 +278,7 @@ def test_reward_is_not_finite(name, poison, tmp_path, monkeypatch, capfd):
             step.reward[-1, 0] = poison if self.steps > 45 else step.reward[-1, 0]
             return step
 
-    monkeypatch.setattr(envs.tile_game, "TileGame", Poisoned)
+    monkeypatch.setattr(envs.meltingpot.toy, "TileGame", Poisoned)
     before = signal.getsignal(signal.SIGINT)
     code = script(name).main(tiny(name, tmp_path / "run", 6, "--save-every", 1))
     check_finite(tmp_path / "run", code, capfd.readouterr().err, "rewards")
@@ -289,13 +289,13 @@ def test_reward_is_not_finite(name, poison, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_feature_is_not_finite(name, tmp_path, monkeypatch, capfd):
-    class Poisoned(envs.tile_game.TileGame):
+    class Poisoned(envs.meltingpot.toy.TileGame):
         def _observe(self):
             obs = super()._observe()
             features = np.where(obs.features > 0.4, np.float32(np.nan), obs.features)
             return obs._replace(features=features)
 
-    monkeypatch.setattr(envs.tile_game, "TileGame", Poisoned)
+    monkeypatch.setattr(envs.meltingpot.toy, "TileGame", Poisoned)
     code = script(name).main(tiny(name, tmp_path / "run", 3, "--save-every", 1))
     check_finite(tmp_path / "run", code, capfd.readouterr().err, "features")
 
@@ -417,7 +417,7 @@ def test_worker_dies_or_hangs(name, number, tmp_path):
     with start(name, argv, tmp_path) as run:
         until(lambda: index(run_dir) and index(run_dir)[0]["timesteps"], run, pause=0.1)
         below = children(run.pid)
-        workers = sorted(pid for pid, line in below.items() if "envs.meltingpot" in line)
+        workers = sorted(pid for pid, line in below.items() if "envs.meltingpot.worlds" in line)
         assert len(workers) >= 2
         os.kill(workers[1], number)
         began = time.monotonic()

@@ -1,5 +1,5 @@
-"""envs/matrix_game.py and experiments/matrix_game.py: what the paper's text says of the payoffs,
-optima against closed forms and other enumerations, what five seeds of each learner end at.
+"""envs/smac/matrix_game.py and experiments/matrix_game.py: what the paper's text says of the
+payoffs, optima against closed forms and other enumerations, what five seeds of each learner end at.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 from runs import ROOT
 
-from envs.matrix_game import (
+from envs.smac.matrix_game import (
     OBJECTIVES,
     PAYOFFS,
     TRAINED,

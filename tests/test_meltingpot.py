@@ -1,4 +1,4 @@
-"""envs/meltingpot.py on the real engine: what it reads, how worlds end and begin again, what
+"""envs/meltingpot/worlds.py on the real engine: what it reads, how worlds end and begin again, what
 happens when processes die, and how it gets along without Melting Pot's dependencies.
 
 The engine is not reproducible, so readings are compared with the official wrapper's of the same
@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-import envs.meltingpot as ours
-from envs.meltingpot import Engine, MeltingPot, get_spec, import_meltingpot, quiet
-from envs.tiles import Observation, Palette, WorldError, ids_to_images
+import envs.meltingpot.worlds as ours
+from envs.meltingpot.tiles import Observation, Palette, WorldError, ids_to_images
+from envs.meltingpot.worlds import Engine, MeltingPot, get_spec, import_meltingpot, quiet
 
 import_meltingpot()
 
@@ -684,7 +684,7 @@ def test_workers_ignore_ctrl_c():
 TRAINER = """
 import sys, time
 import numpy as np
-from envs.meltingpot import MeltingPot, WorldError
+from envs.meltingpot.worlds import MeltingPot, WorldError
 envs = MeltingPot("chicken_in_the_matrix__repeated", 2, num_workers=2, timeout=float(sys.argv[1]))
 envs.reset()
 print(*(worker.process.pid for worker in envs.workers), flush=True)
@@ -768,7 +768,7 @@ def without(tmp_path, *packages):
 def test_placeholders_leave_no_trace_and_say_what_to_install(tmp_path):
     code = """if True:
         import importlib.util, sys
-        from envs.meltingpot import Engine, get_spec, import_meltingpot
+        from envs.meltingpot.worlds import Engine, get_spec, import_meltingpot
         import_meltingpot()
         print([name for name in sys.modules if name.split(".")[0] in ("tensorflow", "chex")])
         from meltingpot.utils.policies import saved_model_policy
@@ -797,7 +797,7 @@ def test_modules_that_were_there_before_are_there_afterwards():
     code = """if True:
         import sys, types
         sys.modules["tensorflow"] = real = types.ModuleType("tensorflow")
-        from envs.meltingpot import import_meltingpot
+        from envs.meltingpot.worlds import import_meltingpot
         import_meltingpot()
         print(sys.modules["tensorflow"] is real, "chex" in sys.modules)
     """
@@ -805,7 +805,7 @@ def test_modules_that_were_there_before_are_there_afterwards():
 
 
 def test_asking_for_official_bots_without_tensorflow_is_one_sentence(tmp_path):
-    code = "from envs.meltingpot import import_meltingpot; import_meltingpot(bots=True)"
+    code = "from envs.meltingpot.worlds import import_meltingpot; import_meltingpot(bots=True)"
     code, _, error = python(code, "-S", path=without(tmp_path, "tensorflow", "chex"))
     last = error.strip().splitlines()[-1]
     assert code == 1 and last.startswith("ModuleNotFoundError: tensorflow is needed by"), error

@@ -19,8 +19,8 @@ from PIL import Image
 from runs import script
 from toolbox import ROOT, sharpen
 
-from envs import resource_collection
-from envs.resource_collection import collector
+from envs.smac.game import resource_collection
+from envs.smac.resource_collection import collector
 
 sys.path.insert(0, str(ROOT / "experiments"))
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from toolbox import ROOT, load_script, sharpen, softmax, weights
 
-from envs.particle import make_game
+from envs.particle.worlds import make_game
 
 mra = load_script(ROOT / "mra_maddpg_particle.py")
 maddpg = load_script(ROOT / "baselines" / "maddpg_particle.py")
@@ -368,7 +368,7 @@ def test_mixtures_of_latents_mix_scores_of_heads(how, name):
 
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
 def test_views_are_the_worlds_observations(script):
-    """o_s, living others and o_ij as envs.particle gives them; z one-hot."""
+    """o_s, living others and o_ij as envs.particle.worlds gives them; z one-hot."""
     s = setting("pacman", "2,2", script=script, double=False)
     world = s.arenas[0].world
     for _ in range(12):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from toolbox import bidist, collect, mappo, setting, sharpen, softmax
 
-from envs.tiles import ids_to_images
+from envs.meltingpot.tiles import ids_to_images
 
 GRIDS = [(5, 5), (11, 11), (15, 23), (4, 4), (3, 5), (9, 2), (1, 1)]
 
@@ -78,8 +78,8 @@ def test_pixels_flag_gives_the_same(grid):
 
 
 def test_equality_on_real_views():
-    from envs.meltingpot import Engine, get_spec
-    from envs.tiles import Observation, Palette
+    from envs.meltingpot.tiles import Observation, Palette
+    from envs.meltingpot.worlds import Engine, get_spec
 
     spec, palette, rng = get_spec("coins"), Palette.private(), np.random.default_rng(0)
     engine, views = Engine(spec, (1, 0, 0)), []
@@ -98,7 +98,7 @@ def test_equality_on_real_views():
 
 
 def test_sizes_are_the_papers():
-    from envs.meltingpot import get_spec
+    from envs.meltingpot.worlds import get_spec
 
     args = bidist.parse([])
     agent = bidist.Agent(args, get_spec(args.substrate), torch.device("cpu"))

@@ -1,5 +1,5 @@
-"""envs/particle.py against mpe2's physics, and against plain loops over agents written here from
-docs/particle.md; its random numbers against SplitMix64 in NumPy; PettingZoo's own tests."""
+"""envs/particle/worlds.py against mpe2's physics, and against plain loops over agents written here
+from docs/particle.md; its random numbers against SplitMix64 in NumPy; PettingZoo's own tests."""
 
 import csv
 import functools
@@ -22,7 +22,7 @@ from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_te
 from pettingzoo.test.state_test import state_test
 
 from envs import particle_parallel
-from envs.particle import (
+from envs.particle.worlds import (
     TASKS,
     Bodies,
     Clocks,
@@ -486,7 +486,7 @@ def test_without_a_compiler_the_world_is_eager(tmp_path):
     """In a process that finds no C++ compiler, and an empty cache."""
     code = (
         "import torch\n"
-        "from envs.particle import ParticleWorld\n"
+        "from envs.particle.worlds import ParticleWorld\n"
         "world = ParticleWorld('treasure', 3, 4, compiled=True)\n"
         "world.reset()\n"
         "print(world.step(torch.zeros(4, 3, dtype=torch.int64)).reward.shape)\n"
@@ -649,7 +649,7 @@ def test_half_a_library_in_the_compilers_cache(tmp_path):
     """As a process leaves it that is killed while it compiles."""
     code = (
         "import torch\n"
-        "from envs.particle import ParticleWorld\n"
+        "from envs.particle.worlds import ParticleWorld\n"
         "world = ParticleWorld('treasure', 3, 4, compiled=True)\n"
         "world.reset()\n"
         "world.step(torch.zeros(4, 3, dtype=torch.int64))\n"

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from runs import ROOT, differences, exact, index, metrics, not_finite, only_error, script, states
 from toolbox import sharpen
 
-from envs.combat import SIDE, Combat, Snapshot
-from envs.combat_episodes import focus, play, summarise
+from envs.smac.combat import SIDE, Combat, Snapshot
+from envs.smac.episodes import focus, play, summarise
 
 NAME = "baselines.refil_smac"
 refil = script(NAME)
@@ -1114,7 +1114,7 @@ def test_flags_of_battles(monkeypatch):
     assert plain.rules.enemy_ai == 0 and not plain.rules.clip_regeneration and len(plain.parts) == 1
     made = {}
     adapter = SimpleNamespace(make_battles=lambda **options: made.update(options) or battles)
-    monkeypatch.setitem(refil.sys.modules, "envs.smac", adapter)
+    monkeypatch.setitem(refil.sys.modules, "envs.smac.game", adapter)
     game = ["--backend", "sc2", "--game-version", "4.6.2"]
     args = refil.parse([*game, "--scenario", "mmm", "--clip-regeneration"])
     assert refil.make_envs(args, (3,), 2, 9) is battles and made["game_version"] == "4.6.2"
@@ -1130,7 +1130,7 @@ def test_a_game_that_fails_ends_the_run(monkeypatch, capfd):
 
     adapter = SimpleNamespace(make_battles=fails)
     with monkeypatch.context() as patch:
-        patch.setitem(refil.sys.modules, "envs.smac", adapter)
+        patch.setitem(refil.sys.modules, "envs.smac.game", adapter)
         assert refil.main(tiny("a", 32, "--backend", "sc2")) == 2
     assert only_error(capfd.readouterr().err) == "error: The game is gone."
     monkeypatch.setattr(refil, "collect", fails)
@@ -1277,7 +1277,7 @@ def stand_and_shoot(battles):
 def test_refil_learns(seed, monkeypatch):
     """Three against three weak ones, 18,000 steps, some 57 seconds: greedy agents (.85, .83, .74 at
     seeds 1, 2, 3) win more than those that only stand and shoot (.67), and than random ones."""
-    monkeypatch.setattr("envs.combat.Combat", WeakEnemies)
+    monkeypatch.setattr("envs.smac.combat.Combat", WeakEnemies)
     battles = WeakEnemies("sz", (3,), 400, seed=5, once=True, episode_limit=60)
     bar = summarise(play(battles, stand_and_shoot))["win"]
     argv = [*QUICK.split(), "--total-timesteps", "18000", "--seed", str(seed), "--run-dir", "run"]

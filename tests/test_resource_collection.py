@@ -1,5 +1,5 @@
-"""envs/resource_collection.py: each rule measured, whole episodes against plain Python written from
-the specification, streams of random numbers, PettingZoo's tests.
+"""envs/smac/resource_collection.py: each rule measured, whole episodes against plain Python written
+from the specification, streams of random numbers, PettingZoo's tests.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_test, render_test
 from pettingzoo.test.state_test import state_test
 
-from envs import resource_collection as rc
 from envs import resource_collection_parallel as view
+from envs.smac.game import resource_collection as rc
 
 STAY, LEFT, RIGHT, DOWN, UP = 1, 2, 3, 4, 5
 FAR = 0.9  # where nothing happens

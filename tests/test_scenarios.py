@@ -1,7 +1,7 @@
-"""envs/scenarios.py, envs/bots.py, envs/sprite_names.py on the real engine: what scripted puppets
-see against the engine's own layers, where their beams hit against the beams that it draws, whether
-they reach their goals, whether Melting Pot's puppeteers switch those as configured, and what gets
-through to the focal side."""
+"""envs/meltingpot/scenarios.py, envs/meltingpot/bots.py, envs/meltingpot/sprite_names.py on the
+real engine: what scripted puppets see against the engine's own layers, where their beams hit
+against the beams that it draws, whether they reach their goals, whether Melting Pot's puppeteers
+switch those as configured, and what gets through to the focal side."""
 
 import contextlib
 import csv
@@ -24,10 +24,8 @@ import scipy.sparse.csgraph
 import torch
 from runs import BOTH, MAPPO, script
 
-from envs import bots
-from envs.episodes import BOT_COLOUR, FOCAL_COLOUR, Result, mark, play_all, random_player
-from envs.meltingpot import MeltingPot, get_spec, import_meltingpot
-from envs.scenarios import (
+from envs.meltingpot.episodes import BOT_COLOUR, FOCAL_COLOUR, Result, mark, play_all, random_player
+from envs.meltingpot.scenarios import (
     PAPER,
     RANDOM,
     Plan,
@@ -41,8 +39,9 @@ from envs.scenarios import (
     scenario_names,
     unscripted,
 )
-from envs.tile_game import TileGame
-from envs.tiles import Palette, ids_to_images
+from envs.meltingpot.tiles import Palette, ids_to_images
+from envs.meltingpot.toy import TileGame
+from envs.meltingpot.worlds import MeltingPot, bots, get_spec, import_meltingpot
 
 import_meltingpot()
 

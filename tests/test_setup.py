@@ -1,4 +1,4 @@
-"""Setting up: the pins, envs/install_meltingpot.py and the Makefile. Only the slow tests need the
+"""Setting up: the pins, envs/meltingpot/install.py and the Makefile. Only the slow tests need the
 network; servers here are real ones on the loopback interface."""
 
 import contextlib
@@ -22,10 +22,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from envs import install_meltingpot as installer
+from envs.meltingpot.worlds import install as installer
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "envs/install_meltingpot.py"
+SCRIPT = ROOT / "envs/meltingpot/install.py"
 MODEL = "assets/saved_models/chicken_in_the_matrix__repeated/puppet_1/saved_model.pb"
 DATA = bytes(range(256)) * 4000  # about 1 MB
 
@@ -464,7 +464,7 @@ def project(tmp_path):
 
 def write_installer(project, extra=""):
     text = f"import os, signal\nopen('runs.txt', 'a').write('x')\n{extra}\n"
-    (project / "envs/install_meltingpot.py").write_text(text)
+    (project / "envs/meltingpot/install.py").write_text(text)
 
 
 def make(folder, *args, path=None):

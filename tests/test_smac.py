@@ -19,9 +19,10 @@ import pytest
 import torch
 from runs import index, script
 
-from envs import combat_episodes, smac
-from envs.combat import FIRST_TARGET, SIDE, SLOTS, Combat, Snapshot, begin
-from envs.smac import FAILURES, BattleError, RealBattles, draw, make_battles
+from envs.smac import episodes as combat_episodes
+from envs.smac import game as smac
+from envs.smac.combat import FIRST_TARGET, SIDE, SLOTS, Combat, Snapshot, begin
+from envs.smac.game import FAILURES, BattleError, RealBattles, draw, make_battles
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (3, 4, 5, 6, 7, 8)
@@ -378,7 +379,7 @@ def test_missing_packages(monkeypatch):
 
 @pytest.mark.skipif(not INSTALLED, reason="pysc2 is not installed: requirements-sc2.txt")
 def test_other_implementation_of_protobuf():
-    code = "from envs.smac import make_battles; make_battles('sc2')"
+    code = "from envs.smac.game import make_battles; make_battles('sc2')"
     env = os.environ | {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "upb"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True

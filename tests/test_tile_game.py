@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from envs.tile_game import MAX_LENGTH, MIN_LENGTH, OPTIMUM, TileGame
+from envs.meltingpot.toy import MAX_LENGTH, MIN_LENGTH, OPTIMUM, TileGame
 
 
 def test_rules():

@@ -1,5 +1,5 @@
-"""envs/tiles.py and envs/tile_tensors.py: ids mean what they say, in one process and in many, and
-tables over windows of ids equal the plain computation."""
+"""envs/meltingpot/tiles.py and envs/meltingpot/tile_tensors.py: ids mean what they say, in one
+process and in many, and tables over windows of ids equal the plain computation."""
 
 import fcntl
 import os
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from envs.meltingpot import Engine, SharedArrays, get_spec
-from envs.tile_game import TileGame
-from envs.tile_tensors import Sprites, Windows
-from envs.tiles import CAPACITY, Palette, Spec, WorldError, ids_to_images
+from envs.meltingpot.tile_tensors import Sprites, Windows
+from envs.meltingpot.tiles import CAPACITY, Palette, Spec, WorldError, ids_to_images
+from envs.meltingpot.toy import TileGame
+from envs.meltingpot.worlds import Engine, SharedArrays, get_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ("coins", "chicken_in_the_matrix__repeated", "prisoners_dilemma_in_the_matrix__arena")
@@ -194,7 +194,7 @@ def test_ids_keep_their_meaning_in_a_new_process(real_images, tmp_path):
     np.savez(tmp_path / "in.npz", pixels=palette.pixels(), old=frames, new=fresh)
     code = """if True:
         import sys, numpy as np
-        from envs.tiles import Palette
+        from envs.meltingpot.tiles import Palette
         data, palette = np.load(sys.argv[1]), Palette.private()
         palette.load(data["pixels"])
         views = {}
@@ -236,8 +236,8 @@ SPEC = Spec("none", ("default",), (True,), ({},), (1, 1), (1, 1), ())  # for the
 SHARED = f"""if True:
     import os, sys, time
     import numpy as np
-    from envs.meltingpot import SharedArrays
-    from envs.tiles import Palette, Spec
+    from envs.meltingpot.worlds import SharedArrays
+    from envs.meltingpot.tiles import Palette, Spec
     arrays = SharedArrays({SPEC}, 8, int(sys.argv[1]))
     palette = Palette(arrays.sprites, arrays.num_sprites, arrays.fd)
 """

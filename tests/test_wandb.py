@@ -15,7 +15,7 @@ import pytest
 from runs import BIDIST, BOTH, STEPS, metrics, resume, sentences, start, tiny
 from wandb.proto import wandb_internal_pb2
 
-from envs.episodes import table
+from envs.meltingpot.episodes import table
 
 LIMIT = 1  # --wandb-timeout, in seconds
 KEY = 40 * "a"

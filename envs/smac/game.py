@@ -5,9 +5,9 @@
     step = battles.step(actions)
     battles.close()
 
-`RealBattles` is envs/combat.py's `Combat` with a game where its kernels are: the draw of teams,
-places and tags, rewards, ends, observations, masks and available actions are the simulator's own
-lines, on a Snapshot that is read from the game. The procedure is that of REFIL (Iqbal et al.,
+`RealBattles` is envs/smac/combat.py's `Combat` with a game where its kernels are: the draw of
+teams, places and tags, rewards, ends, observations, masks and available actions are the simulator's
+own lines, on a Snapshot that is read from the game. The procedure is that of REFIL (Iqbal et al.,
 2021): kill all, create the teams by debug commands, send the enemy once to where the agents stand,
 then raw unit commands, 8 frames a step.
 
@@ -39,7 +39,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from envs.combat import (
+from envs.smac.combat import (
     EPISODE_LIMIT,
     FIRST_TARGET,
     FRAMES,

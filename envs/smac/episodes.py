@@ -14,7 +14,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from envs.combat import (
+from envs.smac.combat import (
     BIOLOGICAL,
     FIRST_MOVE,
     FIRST_TARGET,

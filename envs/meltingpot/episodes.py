@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from envs.tiles import Episode, Observation
+from envs.meltingpot.tiles import Episode, Observation
 
 Player = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
 

@@ -1,5 +1,5 @@
 """A tiny two-player matrix game on tiles (`--substrate toy`), with the interface of
-envs/meltingpot.py.
+envs/meltingpot/worlds.py.
 
 For tests, and for machines without Melting Pot's engine: it is reproducible bit for bit, its state
 can be saved and its optimum is known.
@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from envs.tiles import EpisodeCounter, Observation, Palette, Spec, Step, ids_to_images
+from envs.meltingpot.tiles import EpisodeCounter, Observation, Palette, Spec, Step, ids_to_images
 
 BLACK, WALL, ME, OTHER = 0, 4, 5, 6  # sprites; 1, 2, 3 are the colours
 COLOURS = (

@@ -1,4 +1,4 @@
-"""Scripted puppets of five more substrates; envs/bots.py has what they are made of.
+"""Scripted puppets of five more substrates; envs/meltingpot/bots.py has what they are made of.
 
 What a goal asks for is nowhere written down but in its name ("CLAIM_FAR"), in what the bots that
 use it are called and in the rules of the substrate; the docstrings say what we made of it. The maps
@@ -13,8 +13,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from envs.bots import DX, DY, PATIENCE, THING, UNREAD, WALL, Kind, Memory, Puppet, first_step
-from envs.sprite_names import components
+from envs.meltingpot.bots import (
+    DX,
+    DY,
+    PATIENCE,
+    THING,
+    UNREAD,
+    WALL,
+    Kind,
+    Memory,
+    Puppet,
+    first_step,
+)
+from envs.meltingpot.sprite_names import components
 
 
 class Shooter(Puppet):

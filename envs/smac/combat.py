@@ -12,8 +12,8 @@ of the frame counts for what follows.
 
 Rules are one battle's plain loops (`frame` lists them in order), compiled by Numba. Units are
 records: those of battle b are units[b], allies in slots 0..7, enemies in 8..15. What agents see,
-may do and are paid for comes from a Snapshot alone, which envs/smac.py also makes of the real game
-and which a replay keeps.
+may do and are paid for comes from a Snapshot alone, which envs/smac/game.py also makes of the real
+game and which a replay keeps.
 
 Battles that end begin anew by themselves (`once`: stand still); Step.final is then the snapshot at
 their end. Each episode is made of (seed, battle, episode): the same seed gives a battle the same

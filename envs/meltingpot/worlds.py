@@ -18,8 +18,8 @@ step nothing. Each episode has its own seed (seed, world, episode), from which c
 colours and its map; the engine itself is not reproducible, whatever its seeds.
 
     envs = MeltingPot("coins", num_envs=16, seed=1)
-    obs = envs.reset()              # envs.tiles.Observation: tile_ids, world_ids, features
-    step = envs.step(actions)       # (B, N) ints -> envs.tiles.Step: obs, reward, terminated, ...
+    obs = envs.reset() # tiles.Observation: tile_ids, world_ids, features
+    step = envs.step(actions) # (B, N) ints -> tiles.Step: obs, reward, terminated, ...
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from envs.tiles import (
+from envs.meltingpot.tiles import (
     CAPACITY,
     SPRITE,
     WORDS,
@@ -63,7 +63,7 @@ from envs.tiles import (
     ids_to_images,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # What counts as a pick-up: the engine's events, each with the key that names the player (1-based).
 PICK_UPS = {
@@ -451,7 +451,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         fds = (theirs.fileno(), memory_fd)
         # -P: the working directory may hold another `envs`.
-        command = [sys.executable, "-P", "-m", "envs.meltingpot", *map(str, fds)]
+        command = [sys.executable, "-P", "-m", "envs.meltingpot.worlds", *map(str, fds)]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         env = {**os.environ, "PYTHONPATH": path}
         self.process = subprocess.Popen(command, env=env, pass_fds=fds, stdin=subprocess.DEVNULL)
@@ -747,6 +747,8 @@ class MeltingPot:
 
 
 if __name__ == "__main__":
-    from envs.meltingpot import worker_main as main  # under its own name, so that pickles agree
+    from envs.meltingpot.worlds import (
+        worker_main as main,  # under its own name, so that pickles agree
+    )
 
     main(int(sys.argv[1]), int(sys.argv[2]))

@@ -6,7 +6,7 @@ the worker processes, from their own observations, so neither their views nor th
 the focal side. Episode carries their returns separately.
 
 Scenario, bot configuration and puppeteer are Melting Pot's own. The puppet, which pursues the goals
-that the puppeteer sets, is the official SavedModel or a rule of envs/bots.py:
+that the puppeteer sets, is the official SavedModel or a rule of envs/meltingpot/bots.py:
 
     official   needs Melting Pot's assets and tensorflow
     scripted   needs nothing, and exists for scenarios all of whose bots are puppets
@@ -33,9 +33,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from envs import bots as scripted
-from envs.episodes import Player, Result, Video, play_all
-from envs.meltingpot import (
+from envs.meltingpot.episodes import Player, Result, Video, play_all
+from envs.meltingpot.sprite_names import read_sprites
+from envs.meltingpot.tiles import Observation, Palette, Spec
+from envs.meltingpot.worlds import (
     Engine,
     MeltingPot,
     PlainEngines,
@@ -44,8 +45,7 @@ from envs.meltingpot import (
     import_meltingpot,
     quiet,
 )
-from envs.sprite_names import read_sprites
-from envs.tiles import Observation, Palette, Spec
+from envs.meltingpot.worlds import bots as scripted
 
 Kind = Literal["official", "scripted"]
 Wanted = Literal["auto", "official", "scripted"]
@@ -417,7 +417,7 @@ def play_scenarios(
 
     new_player(envs) makes the focal player for worlds (ids have their meaning there); scenarios
     with equally many focal seats share worlds. Returns the results by row name, "SC0 scripted".
-    Further arguments as of envs.episodes.play_all() and MeltingPot.
+    Further arguments as of envs.meltingpot.episodes.play_all() and MeltingPot.
     """
     groups: dict[tuple, list[str]] = {}
     for name in scenarios:

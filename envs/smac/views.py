@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.combat import (
+from envs.smac.combat import (
     BEAM_HALF,
     COLOSSUS,
     ENGAGE,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from envs.tiles import SPRITE
+from envs.meltingpot.tiles import SPRITE
 
 COMPASS = "NESW"
 # In which order the engine draws (base_simulation.lua); layers that a substrate adds come last.

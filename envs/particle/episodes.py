@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.particle import TASKS, ParticleWorld, draw, flee, nearest_first
+from envs.particle.worlds import TASKS, ParticleWorld, draw, flee, nearest_first
 
 Player = Callable[[ParticleWorld], Tensor]
 

@@ -1,8 +1,8 @@
 """Install Melting Pot into the Python that runs this file, with or without its official bots.
 
-    python envs/install_meltingpot.py                    the bots' files if their host answers
-    python envs/install_meltingpot.py --assets none      without them, and without asking
-    python envs/install_meltingpot.py --assets FILE|URL  from an archive of one's own
+    python envs/meltingpot/install.py                    the bots' files if their host answers
+    python envs/meltingpot/install.py --assets none      without them, and without asking
+    python envs/meltingpot/install.py --assets FILE|URL  from an archive of one's own
 
 dm-meltingpot is a source package: while it builds, it downloads the archive of its official bots,
 without any time-out, unless a file of the archive's name lies in the temporary folder. So this file
@@ -40,7 +40,7 @@ TIMEOUT = 15.0  # seconds to connect, and between two pieces of a download
 MIN_SPEED, PATIENCE = 20e3, 60.0  # a download below so many bytes/s after so many s is given up
 MB = 1e6
 LATER = (
-    "to add them later, run `python envs/install_meltingpot.py --reinstall` where that host can "
+    "to add them later, run `python envs/meltingpot/install.py --reinstall` where that host can "
     f"be reached, or pass --assets FILE with a copy of {HOST}"
 )
 

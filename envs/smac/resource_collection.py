@@ -9,10 +9,10 @@ walks home. Whoever touches a resource with empty hands picks it up, which pays 
 that agent's value for the type; to bring it home pays 1; to touch the invader pays 4, its arrival
 costs 4. Agents differ in values and speed. An episode has 145 steps.
 
-The interface is that of envs.combat.Combat, so that the same scripts train here: what agents see
-comes from a Snapshot alone, which a replay keeps. All worlds are batched in tensors on a device.
-Lengths are those of the square, time is in steps. Each world has its own stream of random numbers:
-a seed gives a world the same course whatever the number of worlds.
+The interface is that of envs.smac.combat.Combat, so that the same scripts train here: what agents
+see comes from a Snapshot alone, which a replay keeps. All worlds are batched in tensors on a
+device. Lengths are those of the square, time is in steps. Each world has its own stream of random
+numbers: a seed gives a world the same course whatever the number of worlds.
 
 Facts are those of COPA's code where MIPI is silent; ours: agents begin evenly spaced around home,
 the first at a random angle; agents do not collide; a resource that finds no free place among 16
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.particle import GOLDEN, mixed
+from envs.particle.worlds import GOLDEN, mixed
 
 SIDE = 8  # slots of agents
 OTHERS = 8  # six resources, the invader, home

@@ -3,7 +3,7 @@
 An official bot is a puppeteer, plain Python in the meltingpot package, that sets a goal in every
 step ("COLLECT_DOVE"), and a puppet, a SavedModel that pursues it. The models are assets that not
 everybody has; here are puppets that pursue the same goals by rule. What one of them knows: its own
-view (RGB, read through envs.sprite_names), what the substrate shows its players besides
+view (RGB, read through envs.meltingpot.sprite_names), what the substrate shows its players besides
 (INVENTORY, READY_TO_SHOOT and the like), its position and orientation, and what it remembers of the
 map. It sees no global view and no other player's observations.
 
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from envs.sprite_names import Sprite, SpriteNames, components
-from envs.tiles import CAPACITY, SPRITE, Palette, Spec
+from envs.meltingpot.sprite_names import Sprite, SpriteNames, components
+from envs.meltingpot.tiles import CAPACITY, SPRITE, Palette, Spec
 
 # Kinds of cells; from THING on: position in Sight.things.
 FREE, WALL, AVATAR, UNKNOWN, THING = 0, 1, 2, 3, 4
@@ -535,7 +535,7 @@ def puppet_kind(substrate: str) -> Kind | None:
     """Who plays a substrate's goals; None if nobody can."""
     if "_in_the_matrix__" in substrate:
         return Kind(MatrixPuppet, "resource_class")
-    from envs.bots_other import OTHERS  # they are made of what is above
+    from envs.meltingpot.bots_other import OTHERS  # they are made of what is above
 
     kinds = {"coins": Kind(CoinsPuppet, "coin_"), "coop_mining": Kind(MiningPuppet)}
     return (kinds | OTHERS).get(substrate)
