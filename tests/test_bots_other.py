@@ -11,10 +11,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from envs.meltingpot import bots_other
 from envs.meltingpot.scenarios import RANDOM, Plan, ScenarioEngine, Scenarios, choose_scenarios
 from envs.meltingpot.sprite_names import SpriteNames, cover, read_sprites
 from envs.meltingpot.tiles import SPRITE, Palette
-from envs.meltingpot.worlds import bots_other, get_spec, import_meltingpot
+from envs.meltingpot.worlds import get_spec, import_meltingpot
 
 import_meltingpot()
 

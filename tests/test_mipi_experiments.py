@@ -19,7 +19,7 @@ from PIL import Image
 from runs import script
 from toolbox import ROOT, sharpen
 
-from envs.smac.game import resource_collection
+from envs.smac import resource_collection
 from envs.smac.resource_collection import collector
 
 sys.path.insert(0, str(ROOT / "experiments"))

@@ -14,7 +14,7 @@ from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_te
 from pettingzoo.test.state_test import state_test
 
 from envs import resource_collection_parallel as view
-from envs.smac.game import resource_collection as rc
+from envs.smac import resource_collection as rc
 
 STAY, LEFT, RIGHT, DOWN, UP = 1, 2, 3, 4, 5
 FAR = 0.9  # where nothing happens

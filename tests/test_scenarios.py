@@ -24,6 +24,7 @@ import scipy.sparse.csgraph
 import torch
 from runs import BOTH, MAPPO, script
 
+from envs.meltingpot import bots
 from envs.meltingpot.episodes import BOT_COLOUR, FOCAL_COLOUR, Result, mark, play_all, random_player
 from envs.meltingpot.scenarios import (
     PAPER,
@@ -41,7 +42,7 @@ from envs.meltingpot.scenarios import (
 )
 from envs.meltingpot.tiles import Palette, ids_to_images
 from envs.meltingpot.toy import TileGame
-from envs.meltingpot.worlds import MeltingPot, bots, get_spec, import_meltingpot
+from envs.meltingpot.worlds import MeltingPot, get_spec, import_meltingpot
 
 import_meltingpot()
 

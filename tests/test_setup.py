@@ -22,7 +22,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from envs.meltingpot.worlds import install as installer
+from envs.meltingpot import install as installer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "envs/meltingpot/install.py"

@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from envs.meltingpot import bots as scripted
 from envs.meltingpot.episodes import Player, Result, Video, play_all
 from envs.meltingpot.sprite_names import read_sprites
 from envs.meltingpot.tiles import Observation, Palette, Spec
@@ -45,7 +46,6 @@ from envs.meltingpot.worlds import (
     import_meltingpot,
     quiet,
 )
-from envs.meltingpot.worlds import bots as scripted
 
 Kind = Literal["official", "scripted"]
 Wanted = Literal["auto", "official", "scripted"]
