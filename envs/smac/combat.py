@@ -1053,6 +1053,14 @@ class Combat:
         """(B,) bool: with `once`, who has ended."""
         return torch.from_numpy(self.battles["over"].copy())
 
+    @property
+    def time(self) -> Tensor:
+        """(B,) steps since the present episodes began."""
+        return torch.from_numpy(self.battles["time"].copy())
+
+    def close(self) -> None:
+        """Nothing: games have to be ended (envs/smac/game.py), not these battles."""
+
     def seed(self, seed: int) -> None:
         """Begin the battles' streams of random numbers; reset() comes next."""
         self.setup = self.setup._replace(seed=seed)
