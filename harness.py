@@ -200,8 +200,7 @@ def show_help(path: Path) -> None:
     """Answer --help and leave, before torch is imported: of the script only the class Args is
     executed, and what it needs of the standard library and of this file."""
     script = types.ModuleType("script_for_help")
-    script.__file__ = str(path)
-    vars(script).update(globals(), __name__="script_for_help")
+    vars(script).update(globals(), __name__="script_for_help", __file__=str(path))
     sys.modules["script_for_help"] = script
     for node in ast.parse(path.read_text()).body:
         names = [alias.name for alias in getattr(node, "names", [])]
