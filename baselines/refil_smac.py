@@ -389,7 +389,7 @@ class Utility(nn.Module):
             x = F.relu(self.to_gru(x))
             x, hidden = self.remember(x, features.played, hidden)  # (M, V, A, R)
             q = self.head(x).masked_fill(features.empty[:, None, :A, None], 0.0)
-        return Views(*q.unbind(1)), hidden
+        return Views(*q.movedim(1, 0)), hidden
 
     # [shared: utility] begin
     def to_gru(self, x: Tensor) -> Tensor:
@@ -423,7 +423,7 @@ class Mixed(NamedTuple):
     """What a mixer makes of utilities."""
 
     q_total: Tensor  # (M,)
-    q_groups: Tensor | None  # (M,), with imagined groups
+    q_groups: Tensor | None = None  # (M,), with imagined groups
 
 
 class Mixer(nn.Module):
@@ -460,13 +460,14 @@ class Mixer(nn.Module):
             rest = (rest.to(weight.dtype) * filled[..., None]).sum(2) / SIDE  # (G - 1, M, H)
             share = filled.sum(-1, keepdim=True) / SIDE  # (M, 1)
             rest = rest @ weight[1:] + share * bias[1:, None]  # (G - 1, M, E)
-            utilities = torch.stack(q.present(), dim=1)  # (M, V, A)
+            utilities = torch.stack(q.present()).movedim(0, 1)  # (M, V, A)
             if self.linear:
                 totals = self.mix_linear(utilities, w, features)
             else:
                 totals = self.mix_flex(utilities, w, w_final=rest[1], b=rest[2])
-            totals = totals + rest[0].mean(-1, keepdim=True)  # V
-        return Mixed(totals[:, 0], None if groups is None else totals[:, 1])
+            v = rest[0].mean(-1, keepdim=True)  # (M, 1)
+            totals = (totals + v).T  # (1 or 2, M)
+        return Mixed(*totals)
 
     def mix_flex(self, q: Tensor, w: Tensor, w_final: Tensor, b: Tensor) -> Tensor:
         """w_final . ELU(sum_i Q_i w_i + b) (M, 1); (M, 2) with that of the 2 A utilities of groups;

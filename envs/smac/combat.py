@@ -1045,8 +1045,8 @@ class Combat:
         rows = {name: ((), kind) for name, kind in kinds.items()}
         self.results, self._results = shared(Results, num_battles, **rows)
         bounds = np.linspace(0, num_battles, min(threads, num_battles) + 1).astype(int).tolist()
-        self.parts = list(pairwise(bounds))
-        self.pool = ThreadPoolExecutor(len(self.parts)) if len(self.parts) > 1 else None
+        self.spans = list(pairwise(bounds))
+        self.pool = ThreadPoolExecutor(len(self.spans)) if len(self.spans) > 1 else None
 
     @property
     def over(self) -> Tensor:
@@ -1124,7 +1124,7 @@ class Combat:
         if self.pool is None:
             kernel(0, self.num_battles, *args)
             return
-        for job in [self.pool.submit(kernel, lo, hi, *args) for lo, hi in self.parts]:
+        for job in [self.pool.submit(kernel, lo, hi, *args) for lo, hi in self.spans]:
             job.result()
 
     def _episode(self, b: int) -> Episode:

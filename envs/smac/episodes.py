@@ -133,7 +133,13 @@ def scripted_policies(seed: int) -> dict[str, Policy]:
     return {"random": random_policy(seed), **named}
 
 
-def play(battles: Any, policy: Policy, progress: Callable[[int], Any] = int) -> list[Episode]:
+def tell_nobody(episodes: int) -> None:
+    """How far one is interests nobody."""
+
+
+def play(
+    battles: Any, policy: Policy, progress: Callable[[int], None] = tell_nobody
+) -> list[Episode]:
     """One episode of every battle (made with once=True), in the order of battles; progress(n) is
     called when n of them have ended."""
     battles.reset()

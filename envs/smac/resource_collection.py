@@ -532,8 +532,12 @@ def scripted_policies(seed: int) -> dict[str, Policy]:
     return {"random": random_policy(seed), "forager": forager, "collector": collector}
 
 
+def tell_nobody(episodes: int) -> None:
+    """How far one is interests nobody."""
+
+
 def play(
-    world: ResourceCollection, policy: Policy, progress: Callable[[int], Any] = int
+    world: ResourceCollection, policy: Policy, progress: Callable[[int], None] = tell_nobody
 ) -> list[Episode]:
     """One episode of every world (made with once=True), in the order of worlds; progress(n) is
     called when n of them have ended."""
