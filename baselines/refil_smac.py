@@ -512,13 +512,13 @@ class Agent:
         self.mixer = Mixer(inputs, args).to(device)
         self.target_utility = copy.deepcopy(self.utility)
         self.target_mixer = copy.deepcopy(self.mixer)
-        self.optimiser = torch.optim.RMSprop(
-            self.critic().parameters(),
-            lr=args.learning_rate,
-            alpha=args.rmsprop_alpha,
-            eps=args.rmsprop_eps,
-            foreach=True,
-        )
+        options = {
+            "lr": args.learning_rate,
+            "alpha": args.rmsprop_alpha,
+            "eps": args.rmsprop_eps,
+            "foreach": True,
+        }
+        self.optimiser = torch.optim.RMSprop(self.critic().parameters(), **options)
         if args.compile:
             for net in (self.utility, self.mixer, self.target_utility, self.target_mixer):
                 net.compile(dynamic=True)
