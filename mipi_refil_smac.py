@@ -594,7 +594,7 @@ class Agent:
         return nn.ModuleList((self.utility, self.mixer))
 
     def log_policy(self, q: Tensor, memory: Tensor, avail: Tensor) -> Tensor:
-        """log pi (..., actions), with utilities q (..., actions) that are read off memory (..., R)."""
+        """log pi (..., actions), of memory (..., R) and utilities (..., actions) read off it."""
         if self.args.policy == "greedy":
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
@@ -845,8 +845,8 @@ def to_cpu(x: Tensor) -> Tensor:
 
 
 def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> tuple[list[Any], Tensor]:
-    """Play one episode of every battle into the buffer; returns them (battles.Episode) in the order
-    of battles, and all rewards (B, T)."""
+    """Play one episode of every battle into the buffer; returns them (battles.Episode), in the order
+    in which they ended, and all rewards (B, T)."""
     battles.reset()
     snapshots = [battles.snapshot._make(map(to_cpu, battles.snapshot))]
     steps, episodes = [], []
@@ -856,8 +856,8 @@ def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> tuple[list[An
         steps.append(Played(to_cpu(actions), to_cpu(step.reward), to_cpu(step.terminated)))
         snapshots.append(step.final._make(map(to_cpu, step.final)))
         episodes += step.episodes
-    episodes.sort(key=lambda episode: episode.battle)
-    buffer.add(snapshots, steps, [episode.length for episode in episodes])
+    length_of = {episode.battle: episode.length for episode in episodes}
+    buffer.add(snapshots, steps, [length_of[b] for b in range(battles.num_battles)])
     return episodes, torch.stack([step.rewards for step in steps], dim=1)
 
 
@@ -989,7 +989,7 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
 def critic_loss(
     args: Args, agent: Agent, batch: Batch, groups: Tensor | None, q: Views, y: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The loss, w (K, A), and what the loss is made of; q (M, A, actions), groups (M, S), y (K,)."""
+    """The loss, w (K, A), and what it is made of; groups (M, S), q (M, A, actions), y (K,)."""
     features, now = batch.features, batch.now
     chosen = q.map(lambda x: pick(x[now], batch.actions))  # (K, A) each
     groups_now = None if groups is None else groups[now]

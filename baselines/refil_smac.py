@@ -730,8 +730,8 @@ def to_cpu(x: Tensor) -> Tensor:
 
 
 def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> tuple[list[Any], Tensor]:
-    """Play one episode of every battle into the buffer; returns them (battles.Episode) in the order
-    of battles, and all rewards (B, T)."""
+    """Play one episode of every battle into the buffer; returns them (battles.Episode), in the order
+    in which they ended, and all rewards (B, T)."""
     battles.reset()
     snapshots = [battles.snapshot._make(map(to_cpu, battles.snapshot))]
     steps, episodes = [], []
@@ -741,8 +741,8 @@ def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> tuple[list[An
         steps.append(Played(to_cpu(actions), to_cpu(step.reward), to_cpu(step.terminated)))
         snapshots.append(step.final._make(map(to_cpu, step.final)))
         episodes += step.episodes
-    episodes.sort(key=lambda episode: episode.battle)
-    buffer.add(snapshots, steps, [episode.length for episode in episodes])
+    length_of = {episode.battle: episode.length for episode in episodes}
+    buffer.add(snapshots, steps, [length_of[b] for b in range(battles.num_battles)])
     return episodes, torch.stack([step.rewards for step in steps], dim=1)
 
 
