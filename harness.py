@@ -576,8 +576,9 @@ class Logger:
         for line in self.path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 scalars = json.loads(line)
+                is_past = scalars["timesteps"] <= timesteps
                 is_final = any(name.startswith("final/") for name in scalars)
-                if scalars["timesteps"] <= timesteps and not is_final and line.endswith(b"\n"):
+                if is_past and not is_final and line.endswith(b"\n"):
                     kept.append(line)
         if not self.path.is_symlink():  # to a device, say
             write(self.path, b"".join(kept))
