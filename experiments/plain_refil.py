@@ -1,13 +1,17 @@
 """REFIL's loss as one would write it first: all 16 slots, padded time, a step, a mask and a
 hypernetwork at a time. What baselines/refil_smac.py does at once is tested and timed against it.
 
-    episodes = episodes_of(buffer, seed=3, size=6)      the minibatch that buffer.sample() draws
-    loss = PlainRefil(args, agent).loss(episodes, groups)
+    episodes = episodes_of(s, seed=3, size=6)      the minibatch that s.buffer.sample() draws
+    loss = Plain(s.args, s.agent).loss(episodes, groups)
+
+`Folded` is arranged as the authors' code is: times folded into the batch, three masks as three
+batches, only the GRU step by step.
 """
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +39,9 @@ class Episodes(NamedTuple):
         return torch.arange(len(self.rewards))[:, None] < self.length
 
 
-def episodes_of(buffer: Any, seed: int, size: int) -> Episodes:
-    """What buffer.sample() draws with a generator of this seed, from what the buffer stores."""
+def episodes_of(s: Any, seed: int, size: int) -> Episodes:
+    """What s.buffer.sample() draws with a generator of this seed, from what the buffer stores."""
+    buffer = s.buffer
     rng = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(buffer.size, generator=rng)[:size]
     length = buffer.fixed["length"][chosen]
@@ -76,7 +81,7 @@ def all_slots(groups: Tensor, features: Any, size: int) -> Tensor:
     return full
 
 
-class PlainRefil:
+class Plain:
     """The loss of an agent of baselines/refil_smac.py; no network is run by its own forward()."""
 
     def __init__(self, args: Any, agent: Any):
@@ -165,11 +170,68 @@ class PlainRefil:
             if groups is not None:
                 both = torch.cat((chosen[1][t], chosen[2][t]), dim=-1)
                 imagined.append(self.mix(agent.mixer, both, episodes, t, groups) - y)
-        td_loss = mean_square(td, episodes.played)
+        td_loss = mean_square(torch.stack(td), episodes.played)
         if groups is None:
             return td_loss
         weight = args.imagine_weight
-        return (1 - weight) * td_loss + weight * mean_square(imagined, episodes.played)
+        group_loss = mean_square(torch.stack(imagined), episodes.played)
+        return (1 - weight) * td_loss + weight * group_loss
+
+
+class Folded(Plain):
+    """The same loss, of groups, with times folded into the batch."""
+
+    def utilities(self, net: nn.Module, episodes: Episodes, mask: Tensor) -> Tensor:
+        """(T + 1, V B, 8, actions) for mask (T + 1, V B, 8, 16)."""
+        views = mask.shape[1] // len(episodes.empty)
+        nobody = episodes.empty.repeat(views, 1)[:, :SIDE, None]
+        T, B = mask.shape[:2]
+        x = F.relu(net.embed(episodes.entities.repeat(1, views, 1, 1))).flatten(0, 1)
+        query, key_value = net.attention.query[0], net.attention.key_value[0]
+        x = self.attention(x, query, key_value, mask.flatten(0, 1))
+        x = net.project(x).unflatten(0, (T, B)).masked_fill(nobody, 0.0)
+        x = F.relu(net.gru_input(x)).flatten(1, 2)
+        hidden, found = torch.zeros_like(x[0]), []
+        for now in x:
+            hidden = gru_cell(net.gru, now, hidden)
+            found.append(hidden)
+        q = net.head(torch.stack(found)).view(T, B, SIDE, -1)
+        return q.masked_fill(nobody, 0.0)
+
+    def loss(self, episodes: Episodes, groups: Tensor) -> Tensor:
+        """groups (B, 16)."""
+        agent, args = self.agent, self.args
+        T, B = episodes.rewards.shape
+        apart = groups[:, :SIDE, None] != groups[:, None]
+        unseen = episodes.unseen
+        masks = torch.cat((unseen, unseen | apart, unseen | ~apart), dim=1)
+        q = self.utilities(agent.utility, episodes, masks)
+        with torch.no_grad():
+            target_q = self.utilities(agent.target_utility, episodes, unseen)
+            best = q[:, :B].masked_fill(~episodes.avail_actions, -1e9).argmax(-1)
+            next_q = pick(target_q[1:], best[1:]).flatten(0, 1)
+            later = fold(episodes, 1, T + 1)
+            later = self.mix(agent.target_mixer, next_q, later, 0).view(T, B)
+            over = episodes.terminated | (torch.arange(1, T + 1)[:, None] == episodes.length)
+            y = episodes.rewards + args.gamma * later * ~over
+        chosen = pick(q[:-1], episodes.actions.repeat(1, 3, 1))
+        full_view, own_group, other_group = chosen.chunk(3, dim=1)
+        both = torch.cat((own_group, other_group), dim=-1).flatten(0, 1)
+        now = fold(episodes, 0, T)
+        q_total = self.mix(agent.mixer, full_view.flatten(0, 1), now, 0).view(T, B)
+        q_groups = self.mix(agent.mixer, both, now, 0, groups.repeat(T, 1)).view(T, B)
+        td_loss = mean_square(q_total - y, episodes.played)
+        group_loss = mean_square(q_groups - y, episodes.played)
+        return (1 - args.imagine_weight) * td_loss + args.imagine_weight * group_loss
+
+
+def fold(episodes: Episodes, first: int, last: int) -> SimpleNamespace:
+    """Some times of a minibatch as the episodes of one."""
+    return SimpleNamespace(
+        entities=episodes.entities[first:last].flatten(0, 1)[None],
+        avail_actions=episodes.avail_actions[first:last].flatten(0, 1)[None],
+        empty=episodes.empty.repeat(last - first, 1),
+    )
 
 
 def gru_cell(gru: nn.GRU, x: Tensor, hidden: Tensor) -> Tensor:
@@ -184,6 +246,6 @@ def pick(q: Tensor, actions: Tensor) -> Tensor:
     return q.gather(-1, actions[..., None])[..., 0]
 
 
-def mean_square(errors: list[Tensor], played: Tensor) -> Tensor:
-    """Over steps that were played (T, B)."""
-    return (torch.stack(errors).square() * played).sum() / played.sum()
+def mean_square(errors: Tensor, played: Tensor) -> Tensor:
+    """Of errors (T, B) where steps were played (T, B)."""
+    return (errors.square() * played).sum() / played.sum()
