@@ -287,7 +287,9 @@ def test_final_and_first_observations_are_those_of_the_engines():
     spec = get_spec(CHICKEN)
     arrays = ours.SharedArrays(spec, 2)
     new_engine = ours.PlainEngines(spec)
-    host = ours.Host(new_engine, spec, 2, 1, 0, 15, arrays.fd)
+    host = ours.Host(
+        new_engine, spec, num_envs=2, seed=1, first_world=0, max_steps=15, fd=arrays.fd
+    )
 
     def tell(letter, world=0, episode=0):
         host.handle(letter + np.array([world, episode], np.int32).tobytes())
