@@ -35,6 +35,7 @@ import itertools
 import math
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -140,10 +141,9 @@ PRESETS = {
 }
 LINE = ("return", "critic_loss", "entropy", "sps")  # scalars on standard output, without a terminal
 RESUMABLE = ("eval_populations", "plain", "compile")
-# What networks are made for: --adapt cannot change it.
-FIXED = ("task", "populations", "latent_size", "representation", "latent_prior")
-FIXED += ("hidden_size", "key_size", "share_parameters")
-IDLE = ("phi_gradient", "reptile_step")  # without a part in --adapt
+# With --adapt: what networks are made for, and what has no part in it.
+FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "hidden_size")
+FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -164,26 +164,15 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 def read_adapting(argv: list[str], given: Args) -> Args:
     """The command line on top of the arguments of the run that --adapt names."""
     source, own = given.adapt, saved_args(given.adapt, Args)
-    check(
-        [
-            (not given.population, "--adapt and --population need each other"),
-            (
-                not own.share_parameters,
-                f"{source} has parameters per agent, which fit no other population",
-            ),
-        ]
-    )
+    if not own.share_parameters:
+        raise UsageError(f"{source} has parameters per agent, which fit no other population.")
     new = {field.name: getattr(given, field.name) for field in dataclasses.fields(RunArgs)}
-    new |= {"adapt": source, "population": given.population, "phi_gradient": "actor"}
-    new |= {"eval_populations": given.eval_populations}
+    new |= {"population": "", "eval_populations": (), "phi_gradient": "actor"}
     default = dataclasses.replace(own, **new | PRESETS[given.preset])
     args = read_flags(Args, argv, default)
     for name in FIXED:
-        if getattr(args, name) != getattr(own, name):
-            raise UsageError(f"{as_flag(name)} is {getattr(own, name)} in {source} and stays so.")
-    for name in IDLE:
-        if getattr(args, name) != getattr(default, name):
-            raise UsageError(f"{as_flag(name)} has no part in --adapt.")
+        if getattr(args, name) != (value := getattr(default, name)):
+            raise UsageError(f"{as_flag(name)} is {value} where {source} is adapted.")
     check(validate(args))
     return args
 
@@ -317,13 +306,14 @@ class Pairs:
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
-        keys = torch.einsum("mijh,ihk->mijk", self.hidden, per_agent(key, self.counts))
+        key = per_agent(key, self.counts)
+        keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
         return torch.einsum("mik,mijk->mij", query, keys)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
-        values = torch.einsum("mijh,iho->mijo", self.hidden, per_agent(weight, self.counts))
-        values = values + per_agent(bias, self.counts)[:, None]
+        weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
+        values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
         return torch.einsum("mij,mijo->mio", g, values)
 
 
@@ -345,8 +335,9 @@ class RelationGraph(nn.Module):
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
         H, K, Z = args.hidden_size, args.key_size, args.latent_size
-        self.pairs, self.key_size, self.latents = pairs_class(args), K, Z
-        self.representation = args.representation
+        self.pairs = pairs_class(args)
+        self.key_size = K
+        self.latents, self.representation = Z, args.representation
         self.heads = Z if args.representation == "option" else 1
         if args.representation == "concat":
             own_size = own_size + Z
@@ -386,18 +377,19 @@ class RelationGraph(nn.Module):
         if self.representation == "concat":
             shift = self.entity_z(view.z, view.counts)
         if self.representation == "bilinear":
-            weight = per_agent(weight.unflatten(0, (-1, self.latents)), view.counts)
-            bias = per_agent(bias.unflatten(0, (-1, self.latents)), view.counts)
+            weight = weight.unflatten(0, (-1, self.latents))  # (S, Z, De, H)
+            bias = bias.unflatten(0, (-1, self.latents))
+            weight, bias = per_agent(weight, view.counts), per_agent(bias, view.counts)
             weight = torch.einsum("mnz,nzdh->mndh", view.z, weight)
-            shift = torch.einsum("mnz,nzh->mnh", view.z, bias)
-            bias = None
+            shift, bias = torch.einsum("mnz,nzh->mnh", view.z, bias), None
         return self.pairs(view.others, weight, bias, view.counts, shift=shift)
 
     def normalise(self, scores: Tensor, view: View) -> Tensor:
         """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
         # Eq. (1)
         scores = scores / math.sqrt(self.key_size)
-        return scores.masked_fill(~view.mask, -1e9).softmax(-1) * view.mask
+        scores = scores.masked_fill(~view.mask, -1e9)
+        return scores.softmax(-1) * view.mask
 
     def forward(self, view: View) -> Tensor:
         """The graph g (M, N, N) of view.z."""
@@ -412,7 +404,8 @@ class RelationGraph(nn.Module):
         """The graphs (Z, M, N, N) that there are with each z for everybody."""
         if self.heads == 1:
             eye = torch.eye(self.latents, device=view.z.device, dtype=view.z.dtype)
-            return torch.stack([self(view._replace(z=z.expand_as(view.z))) for z in eye])
+            views = [view._replace(z=z.expand_as(view.z)) for z in eye]
+            return torch.stack([self(each) for each in views])
         pairs, queries = self.entities(view), self.queries(view).unbind(2)
         keys = self.split_heads(self.key.weight).unbind(1)
         heads = [pairs.scores(query, key) for query, key in zip(queries, keys)]
@@ -424,7 +417,13 @@ class GraphNet(nn.Module):
     e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z."""
 
     def __init__(
-        self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
+        self,
+        sets: int,
+        own_size: int,
+        entity_size: int,
+        outputs: int,
+        gain: float,
+        args: Args,
     ):
         super().__init__()
         H = args.hidden_size
@@ -449,7 +448,9 @@ class GraphNet(nn.Module):
             e = e * view.mask.any(-1, keepdim=True)
             return self.out(F.relu(x + e), view.counts)
 
-        return read(g) if g.dim() == 3 else torch.stack([read(each) for each in g])
+        if g.dim() == 3:
+            return read(g)
+        return torch.stack([read(each) for each in g])
 
 
 class LatentPrior(nn.Module):
@@ -458,7 +459,11 @@ class LatentPrior(nn.Module):
     def __init__(self, types: int, latents: int):
         super().__init__()
         self.types = types
-        self.net = nn.Sequential(nn.Linear(types, 32), nn.ReLU(), nn.Linear(32, types * latents))
+        self.net = nn.Sequential(
+            nn.Linear(types, 32),
+            nn.ReLU(),
+            nn.Linear(32, types * latents),
+        )
 
     def forward(self, population: tuple[int, ...]) -> Tensor:
         """log p(z|m) (types, Z)."""
@@ -501,7 +506,8 @@ class Agent:
         self.target_critic = copy.deepcopy(self.critic)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         attention = {"params": self.attention.parameters(), "lr": args.phi_learning_rate}
-        self.actor_optimiser = adam([{"params": self.actor.parameters()}, attention])
+        actor = {"params": self.actor.parameters()}
+        self.actor_optimiser = adam([actor, attention])
         self.critic_optimiser = adam(self.critic.parameters())
         types, number = len(game.population), len(args.populations)
         self.learns_prior = number > 1 and args.latent_prior == "learned"
@@ -540,8 +546,10 @@ class Agent:
     def follow(self) -> None:
         """Target networks take a step, or jump, towards the others."""
         step = self.args.polyak if self.args.target == "polyak" else 1.0
-        for target, net in ((self.target_actor, self.actor), (self.target_critic, self.critic)):
-            torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), step)
+        pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
+        for target, net in pairs:
+            slow, fast = list(target.parameters()), list(net.parameters())
+            torch._foreach_lerp_(slow, fast, step)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -620,7 +628,8 @@ class Batch(NamedTuple):
 
 
 def sum_by_type(x: Tensor, game: Game) -> Tensor:  # (..., N) -> (types,)
-    return torch.stack([part.sum() for part in x.split(game.population, -1)])
+    parts = x.split(game.population, -1)
+    return torch.stack([part.sum() for part in parts])
 
 
 class ReplayBuffer:
@@ -651,12 +660,14 @@ class ReplayBuffer:
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
         """Store a step of all worlds; alive (B, N)."""
         B, size = len(alive), self.args.buffer_size
-        place = torch.arange(self.steps, self.steps + B, device=self.device) % size
+        place = torch.arange(B, device=self.device)
+        place = (self.steps + place) % size
         for name, x in row.items():
             self.rows[name][place] = x.to(self.rows[name].dtype)
         rewards = (row["rewards"] * alive).double()
         powers = (alive.double(), rewards, rewards * rewards)
-        self.reward_sums += torch.stack([sum_by_type(x, self.game) for x in powers])
+        sums = [sum_by_type(x, self.game) for x in powers]
+        self.reward_sums += torch.stack(sums)
         self.steps += B
 
     def deviation(self) -> Tensor:
@@ -664,14 +675,16 @@ class ReplayBuffer:
         # paper is silent: no mean is taken off, games that end early would change
         count, total, square = self.reward_sums
         variance = square / count - (total / count) ** 2
-        std = variance.clamp(min=0).sqrt().clamp(min=0.01).float()
+        std = variance.clamp(min=0).sqrt().float()
+        std = std.clamp(min=0.01)
         if not self.args.scale_rewards:
             std = torch.ones_like(std)
-        return torch.cat([x.expand(n) for x, n in zip(std, self.game.population)])
+        return per_agent(std, self.game.population)
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
-        index = torch.randint(0, self.size, (size,), generator=rng).to(self.device)
+        index = torch.randint(0, self.size, (size,), generator=rng)
+        index = index.to(self.device)
         row = {name: x[index] for name, x in self.rows.items()}
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])
@@ -784,7 +797,12 @@ def pick(x: Tensor, actions: Tensor) -> Tensor:  # (M, N, A), (M, N) -> (M, N)
 
 
 def critic_loss(
-    args: Args, agent: Agent, batch: Batch, g: Tensor, next_g: Tensor, rng: torch.Generator
+    args: Args,
+    agent: Agent,
+    batch: Batch,
+    g: Tensor,
+    next_g: Tensor,
+    rng: torch.Generator,
 ) -> Tensor:
     """Eq. (8), with the entropy of a' in the target as in the authors' code; g, next_g (M, N, N)
     of o and o'."""
@@ -797,7 +815,8 @@ def critic_loss(
         goes_on = next_view.alive * ~batch.terminated[:, None]
         target = batch.rewards + args.gamma * next_q * goes_on
     # Eq. (8)
-    q = pick(agent.critic(batch.view, g, batch.actions), batch.actions)
+    q = agent.critic(batch.view, g, batch.actions)
+    q = pick(q, batch.actions)
     return mean((q - target).square(), batch.view.alive)
 
 
@@ -917,15 +936,18 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
         p = log_prior.exp()  # (N, Z)
         priors.append(p.mean(0))
         if agent.learns_prior:
-            guess = agent.population_classifier(view, agent.attention.all(view)).argmax(-1)
-            right = (p.T[:, None] * (guess == label)).sum(0)  # (M, N) of (Z, M, N)
+            g = agent.attention.all(view)
+            guess = agent.population_classifier(view, g).argmax(-1)  # (Z, M, N)
+            right = (p.T[:, None] * (guess == label)).sum(0)  # (M, N)
             scalars[f"xi_accuracy/{name}"] = mean(right, view.alive)
             guess = agent.population_classifier(view, uniform_graph(view)).argmax(-1)
             scalars[f"xi_accuracy_uniform_g/{name}"] = mean(guess == label, view.alive)
             for kind, row in enumerate(agent.latent_prior(game.population).exp()):
                 for z, x in enumerate(row):  # psi's own, without --prior-floor
                     scalars[f"prior/{name}/{kind}/{z}"] = x
-    distances = [(p - q).abs().sum() / 2 for p, q in itertools.combinations(priors, 2)]
+    distances = []
+    for p, q in itertools.combinations(priors, 2):
+        distances.append((p - q).abs().sum() / 2)
     if distances:
         scalars["prior_distance"] = torch.stack(distances).mean()
     check_finite(**scalars)
@@ -955,40 +977,19 @@ def same_latents(game: Game, episodes: int, z: tuple[int, ...], device: torch.de
 
 
 def best_latents(
-    args: Args,
-    agent: Agent,
-    population: str,
-    seeds: tuple[int, int],
-    progress: Callable[[int], None],
+    args: Args, agent: Agent, evaluation: Evaluation, population: str, seeds: list[int]
 ) -> tuple[int, ...]:
     """The z, one for each type, with the largest return (mean of types) in --eval-episodes other
-    episodes; seeds of worlds and of players."""
-    world_seed, player_seed = seeds
-    worlds = make_envs(args, population, args.eval_episodes, world_seed)
+    episodes; seeds: of worlds, of players."""
+    worlds = make_envs(args, population, args.eval_episodes, seeds[0])
     types, found = len(worlds.game.population), {}
+    evaluation.expect(args.eval_episodes * args.latent_size**types)
     for z in itertools.product(range(args.latent_size), repeat=types):
-        worlds.seed(world_seed)
+        worlds.seed(seeds[0])
         latents = same_latents(worlds.game, args.eval_episodes, z, agent.device)
-        player = net_player(agent, latents, player_seed)
-        found[z] = play(worlds, player, progress=progress).mean()
+        player = net_player(agent, latents, seeds[1])
+        found[z] = play(worlds, player, progress=evaluation.progress).mean()
     return max(found, key=found.get)
-
-
-def expect_episodes(
-    args: Args, agent: Agent, evaluation: Evaluation, populations: list[str]
-) -> None:
-    """Tell how many episodes evaluate() will play: z drawn and a uniform graph, each z, and at the
-    end the best z, after a search, and scripted players."""
-    Z = args.latent_size
-    for population in populations:
-        types = len(read_population(population))
-        rows = 2 + (Z if Z > 1 else 0)
-        if evaluation.final:
-            rows += len(scripted_players(0))
-        if evaluation.final and Z > 1:
-            rows += 1
-            evaluation.expect(args.eval_episodes * Z**types)
-        evaluation.expect(evaluation.episodes * rows)
 
 
 def evaluate(
@@ -998,31 +999,30 @@ def evaluate(
     the end also with the best z, beside scripted players, and in populations never met. Returns
     {"population player": envs.particle.episodes.summarise(...)}."""
     Z, episodes, results = args.latent_size, evaluation.episodes, {}
-    seeds = evaluation.rng.integers(2**31, size=6).tolist()
-    world_seed, player_seed, scripted_seed, search_seed, searcher_seed, latent_seed = seeds
-    latent_rng = torch.Generator().manual_seed(latent_seed)
+    world_seed, player_seed, *seeds = evaluation.rng.integers(2**31, size=6).tolist()
+    latent_rng = torch.Generator().manual_seed(seeds[3])
     own = {collector.name: collector for collector in collectors}
     unseen = args.eval_populations if evaluation.final else ()
-    populations = list(dict.fromkeys((*own, *unseen)))
-    expect_episodes(args, agent, evaluation, populations)
-    for population in populations:
+    for population in dict.fromkeys((*own, *unseen)):
         worlds = make_envs(args, population, episodes, world_seed)
         game = worlds.game
         z = draw_latents(agent, game, (episodes,), latent_rng)
         if args.adapt and population in own:  # theirs for good
             z = own[population].z[:1].expand(episodes, -1)
         players = {"": net_player(agent, z, player_seed)}
-        same = {f"z={k}": (k,) * len(game.population) for k in range(Z if Z > 1 else 0)}
+        same = {}
+        for k in range(Z) if Z > 1 else ():
+            same[f"z={k}"] = (k,) * len(game.population)
         if evaluation.final and Z > 1:
-            search = (search_seed, searcher_seed)
-            best = best_latents(args, agent, population, search, evaluation.progress)
+            best = best_latents(args, agent, evaluation, population, seeds[1:3])
             same[f"best z={','.join(map(str, best))}"] = best
         for name, one in same.items():
             latents = same_latents(game, episodes, one, agent.device)
             players[name] = net_player(agent, latents, player_seed)
         players["uniform g"] = net_player(agent, z, player_seed, uniform=True)
         if evaluation.final:
-            players |= scripted_players(scripted_seed)
+            players |= scripted_players(seeds[0])
+        evaluation.expect(len(players) * episodes)
         for name, player in players.items():
             worlds.seed(world_seed)  # all meet the same episodes
             film = None
@@ -1037,7 +1037,8 @@ def evaluate(
 def load_agent(path: str) -> tuple[Args, Agent]:
     """Arguments and networks of a run or checkpoint, on the CPU; UsageError if it is of another
     script."""
-    args = dataclasses.replace(saved_args(path, Args), device="cpu", compile=False)
+    args = saved_args(path, Args)
+    args = dataclasses.replace(args, device="cpu", compile=False)
     game = make_envs(args, args.populations[0], num_envs=1, seed=1).game
     agent = Agent(args, game, torch.device("cpu"))
     saved, _ = load_checkpoint(path)
@@ -1047,25 +1048,18 @@ def load_agent(path: str) -> tuple[Args, Agent]:
 
 def load_player(path: str, seed: int = 1) -> Player:
     """The policy of a run or checkpoint as a player for envs.particle.episodes, in any population:
-    where an episode begins, latents are drawn from p(z|m); an adapted population keeps its own."""
-    args, agent = load_agent(path)
-    saved, _ = load_checkpoint(path)
+    where an episode begins, latents are drawn from p(z|m)."""
+    _, agent = load_agent(path)
     rng = torch.Generator().manual_seed(seed)
     latent_rng = torch.Generator().manual_seed(seed + 2**32)
-    adapted = read_population(args.population) if args.adapt else ()
-    playing: dict[ParticleWorld, Tensor] = {}  # the worlds that were played in last: z (B, N)
+    latents = weakref.WeakKeyDictionary()  # of worlds that it plays in: z (B, N)
 
     def act(worlds: ParticleWorld) -> Tensor:  # (B, N)
         B = worlds.num_worlds
-        z = draw_latents(agent, worlds.game, (B,), latent_rng)
-        if worlds.game.population == adapted:
-            z = saved["ranks"][0]["collectors"][args.population]["z"][:1].expand(B, -1)
-        elif worlds in playing:
-            begins = worlds.clocks.time[:B, None] == 0
-            z = torch.where(begins, z, playing[worlds])
-        playing.clear()
-        playing[worlds] = z
-        view = agent.view(worlds.game, worlds.obs, z)
+        new = draw_latents(agent, worlds.game, (B,), latent_rng)
+        begins = worlds.clocks.time[:B, None] == 0
+        latents[worlds] = torch.where(begins, new, latents.get(worlds, new))
+        view = agent.view(worlds.game, worlds.obs, latents[worlds])
         logits = agent.actor(view, agent.attention(view))
         return sample(logits.log_softmax(-1), rng)
 
@@ -1075,20 +1069,17 @@ def load_player(path: str, seed: int = 1) -> Player:
 # --- 9. Train -------------------------------------------------------------------------------------
 
 
-def begin_adapting(args: Args, agent: Agent, collector: Collector) -> None:
-    """Take over networks and sizes of rewards of the run that is adapted (Algorithm 5)."""
-    saved, _ = load_checkpoint(args.adapt)
-    nets = {name: part for name, part in agent.parts().items() if isinstance(part, nn.Module)}
-    restore(nets, saved["agent"], args.adapt)
-    source = saved["ranks"][0]["collectors"].values()
-    sums = torch.stack([each["rewards"] for each in source])
-    collector.buffer.reward_sums += sums.mean(0).to(agent.device)
-
-
-def begin_episodes(
+def begin(
     args: Args, agent: Agent, collectors: list[Collector], latent_rng: torch.Generator
 ) -> None:
-    """The first latents of each population; with --adapt the same in all episodes."""
+    """The first latents; with --adapt those of all episodes, and networks and sizes of rewards of
+    the run that is adapted (Algorithm 5)."""
+    if args.adapt:
+        saved, _ = load_checkpoint(args.adapt)
+        nets = {name: part for name, part in agent.parts().items() if isinstance(part, nn.Module)}
+        restore(nets, saved["agent"], args.adapt)
+        sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]
+        collectors[0].buffer.reward_sums += torch.stack(sums).mean(0).to(agent.device)
     for collector in collectors:
         B = 1 if args.adapt else args.num_envs
         z = draw_latents(agent, collector.game, (B,), latent_rng)
@@ -1126,9 +1117,7 @@ def train(args: Args) -> int:
             run.restore_own(own)  # an adapted population keeps its latents
             return run.evaluate_only(judge)
         if not args.resume:
-            if args.adapt:
-                begin_adapting(args, agent, collectors[0])
-            begin_episodes(args, agent, collectors, latent_rng)
+            begin(args, agent, collectors, latent_rng)
         run.begin(
             args.task,
             parts={"agent": agent},

@@ -250,13 +250,14 @@ class Pairs:
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
-        keys = torch.einsum("mijh,ihk->mijk", self.hidden, per_agent(key, self.counts))
+        key = per_agent(key, self.counts)
+        keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
         return torch.einsum("mik,mijk->mij", query, keys)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
-        values = torch.einsum("mijh,iho->mijo", self.hidden, per_agent(weight, self.counts))
-        values = values + per_agent(bias, self.counts)[:, None]
+        weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
+        values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
         return torch.einsum("mij,mijo->mio", g, values)
 
 
@@ -277,7 +278,8 @@ class RelationGraph(nn.Module):
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
         H, K = args.hidden_size, args.key_size
-        self.pairs, self.key_size = pairs_class(args), K
+        self.pairs = pairs_class(args)
+        self.key_size = K
         self.own = Linear(sets, own_size, H, gain=RELU)
         self.query = Linear(sets, H, K, gain=args.head_gain)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
@@ -292,7 +294,8 @@ class RelationGraph(nn.Module):
         scores = pairs.scores(query, self.key.weight)
         # Eq. (1)
         scores = scores / math.sqrt(self.key_size)
-        return scores.masked_fill(~view.mask, -1e9).softmax(-1) * view.mask
+        scores = scores.masked_fill(~view.mask, -1e9)
+        return scores.softmax(-1) * view.mask
 
 
 class GraphNet(nn.Module):
@@ -300,7 +303,13 @@ class GraphNet(nn.Module):
     without others."""
 
     def __init__(
-        self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
+        self,
+        sets: int,
+        own_size: int,
+        entity_size: int,
+        outputs: int,
+        gain: float,
+        args: Args,
     ):
         super().__init__()
         H = args.hidden_size
@@ -357,7 +366,8 @@ class Agent:
         self.target_critic = copy.deepcopy(self.critic)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         attention = {"params": self.attention.parameters(), "lr": args.phi_learning_rate}
-        self.actor_optimiser = adam([{"params": self.actor.parameters()}, attention])
+        actor = {"params": self.actor.parameters()}
+        self.actor_optimiser = adam([actor, attention])
         self.critic_optimiser = adam(self.critic.parameters())
 
     def view(self, game: Game, obs: Observation) -> View:
@@ -375,8 +385,10 @@ class Agent:
     def follow(self) -> None:
         """Target networks take a step, or jump, towards the others."""
         step = self.args.polyak if self.args.target == "polyak" else 1.0
-        for target, net in ((self.target_actor, self.actor), (self.target_critic, self.critic)):
-            torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), step)
+        pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
+        for target, net in pairs:
+            slow, fast = list(target.parameters()), list(net.parameters())
+            torch._foreach_lerp_(slow, fast, step)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -397,7 +409,8 @@ class Batch(NamedTuple):
 
 
 def sum_by_type(x: Tensor, game: Game) -> Tensor:  # (..., N) -> (types,)
-    return torch.stack([part.sum() for part in x.split(game.population, -1)])
+    parts = x.split(game.population, -1)
+    return torch.stack([part.sum() for part in parts])
 
 
 class ReplayBuffer:
@@ -427,12 +440,14 @@ class ReplayBuffer:
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
         """Store a step of all worlds; alive (B, N)."""
         B, size = len(alive), self.args.buffer_size
-        place = torch.arange(self.steps, self.steps + B, device=self.device) % size
+        place = torch.arange(B, device=self.device)
+        place = (self.steps + place) % size
         for name, x in row.items():
             self.rows[name][place] = x.to(self.rows[name].dtype)
         rewards = (row["rewards"] * alive).double()
         powers = (alive.double(), rewards, rewards * rewards)
-        self.reward_sums += torch.stack([sum_by_type(x, self.game) for x in powers])
+        sums = [sum_by_type(x, self.game) for x in powers]
+        self.reward_sums += torch.stack(sums)
         self.steps += B
 
     def deviation(self) -> Tensor:
@@ -440,14 +455,16 @@ class ReplayBuffer:
         # paper is silent: no mean is taken off, games that end early would change
         count, total, square = self.reward_sums
         variance = square / count - (total / count) ** 2
-        std = variance.clamp(min=0).sqrt().clamp(min=0.01).float()
+        std = variance.clamp(min=0).sqrt().float()
+        std = std.clamp(min=0.01)
         if not self.args.scale_rewards:
             std = torch.ones_like(std)
-        return torch.cat([x.expand(n) for x, n in zip(std, self.game.population)])
+        return per_agent(std, self.game.population)
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
-        index = torch.randint(0, self.size, (size,), generator=rng).to(self.device)
+        index = torch.randint(0, self.size, (size,), generator=rng)
+        index = index.to(self.device)
         row = {name: x[index] for name, x in self.rows.items()}
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])
@@ -550,7 +567,12 @@ def pick(x: Tensor, actions: Tensor) -> Tensor:  # (M, N, A), (M, N) -> (M, N)
 
 
 def critic_loss(
-    args: Args, agent: Agent, batch: Batch, g: Tensor, next_g: Tensor, rng: torch.Generator
+    args: Args,
+    agent: Agent,
+    batch: Batch,
+    g: Tensor,
+    next_g: Tensor,
+    rng: torch.Generator,
 ) -> Tensor:
     """Eq. (8), with the entropy of a' in the target as in the authors' code; g, next_g (M, N, N)
     of o and o'."""
@@ -563,7 +585,8 @@ def critic_loss(
         goes_on = next_view.alive * ~batch.terminated[:, None]
         target = batch.rewards + args.gamma * next_q * goes_on
     # Eq. (8)
-    q = pick(agent.critic(batch.view, g, batch.actions), batch.actions)
+    q = agent.critic(batch.view, g, batch.actions)
+    q = pick(q, batch.actions)
     return mean((q - target).square(), batch.view.alive)
 
 
@@ -597,13 +620,13 @@ def actor_loss(
 
 
 def update(
-    args: Args, agent: Agent, buffer: ReplayBuffer, rng: torch.Generator
+    args: Args, agent: Agent, collector: Collector, rng: torch.Generator
 ) -> dict[str, Tensor]:
     """K steps of critic and actor, then of the target networks. Returns scalars; RunError if one
     of them or a reward is not finite."""
     scalars = collections.defaultdict(list)
     policy = nn.ModuleList((agent.actor, agent.attention))
-    limit = args.max_grad_norm
+    limit, buffer = args.max_grad_norm, collector.buffer
     for _ in range(args.inner_steps):
         batch = buffer.sample(agent, rng, args.batch_size)
         g = agent.attention(batch.view)
@@ -662,7 +685,8 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
 def load_agent(path: str) -> tuple[Args, Agent]:
     """Arguments and networks of a run or checkpoint, on the CPU; UsageError if it is of another
     script."""
-    args = dataclasses.replace(saved_args(path, Args), device="cpu", compile=False)
+    args = saved_args(path, Args)
+    args = dataclasses.replace(args, device="cpu", compile=False)
     game = make_envs(args, args.population, num_envs=1, seed=1).game
     agent = Agent(args, game, torch.device("cpu"))
     saved, _ = load_checkpoint(path)
@@ -703,7 +727,7 @@ def train(args: Args) -> int:
             run.lap("collect_s")
             is_due = buffer.steps // args.update_every > updates
             if is_due and buffer.size >= args.batch_size:
-                run.note(update(args, agent, buffer, rng))
+                run.note(update(args, agent, collector, rng))
             run.lap("learn_s")
             run.advance(args.num_envs)
             if run.is_due(args.log_every):
