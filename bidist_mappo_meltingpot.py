@@ -29,6 +29,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -61,6 +62,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from envs.meltingpot.episodes import Player, count_episodes, play_pairs, random_player, table
+from envs.meltingpot.scenarios import find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
@@ -127,30 +129,23 @@ class Args(RunArgs):
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that cannot be meant, and the sentence for each."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
-    capped, old = args.weight_cap is not None, args.clip_centre == "old"
-    by_episode = args.v_redraw == "episode"
-    apart = args.advantages_per_population
+    masked, old = args.mask_fictitious, args.clip_centre == "old"
+    capped, apart = args.weight_cap is not None, args.advantages_per_population
+    replaced = args.reverse_mode != "kl"
+    redrawn = args.v_redraw == "episode"
+    narrow = args.distilled_width != 1
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
-        (args.mask_fictitious and args.all_fictitious, "--mask-fictitious leaves no samples"),
-        (args.mask_fictitious and old, "--clip-centre has no samples with --mask-fictitious"),
+        (masked and args.all_fictitious, "--mask-fictitious leaves no samples"),
+        (masked and old, "--clip-centre has no samples with --mask-fictitious"),
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
         # E_phi[min(w, 1) grad log pi_theta] is not 0: an offset of A would be a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
-        (
-            args.copy_every and args.distilled_width != 1,
-            "--copy-every needs --distilled-width 1",
-        ),
+        (args.copy_every and narrow, "--copy-every needs --distilled-width 1"),
         (args.all_fictitious and args.p is not None, "--p has no use with --all-fictitious"),
-        (
-            not args.reverse and args.reverse_mode != "kl",
-            "--no-reverse excludes --reverse-mode",
-        ),
-        (
-            args.v_shared and by_episode,
-            "--v-shared excludes --v-redraw episode: worlds end at different times",
-        ),
+        (replaced and not args.reverse, "--no-reverse excludes --reverse-mode"),
+        (args.v_shared and redrawn, "--v-shared excludes --v-redraw episode: worlds end apart"),
     ]
 
 
@@ -170,9 +165,8 @@ RESUMABLE = (  # flags of this script that may differ with --resume and --eval-o
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
 
-# [shared: worlds_meltingpot] begin
 
-
+# [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
     """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
     options = {"first_world": first_world, "max_episode_steps": args.max_episode_steps}
@@ -189,19 +183,7 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
         raise UsageError(str(error)) from None
 
 
-def find_scenarios(args: Args) -> tuple[list[str], str | None]:
-    """The scenarios of --eval-scenarios and the kind of bots in them; UsageError if they cannot be
-    had here."""
-    from envs.meltingpot import scenarios
-
-    try:
-        return scenarios.find_scenarios(args)
-    except (ValueError, ModuleNotFoundError) as error:
-        raise UsageError(str(error)) from None
-
-
-# [shared: worlds_meltingpot] end
-
+# [shared: meltingpot_worlds] end
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 
@@ -285,9 +267,7 @@ class Actor(nn.Module):
         return self.out(F.relu(self.head(states))), states
 
 
-# [shared: networks_meltingpot] begin
-
-
+# [shared: meltingpot_networks] begin
 class Views(NamedTuple):
     """What an actor sees of each agent, or the critic of each world."""
 
@@ -367,17 +347,16 @@ class ValueNorm(nn.Module):
         return (mean / weight).float(), variance.clamp(min=1e-2).sqrt().float()
 
 
-# [shared: networks_meltingpot] end
-
-
+# [shared: meltingpot_networks] end
 class Agent:
-    """The networks and their optimisers."""
+    """The networks and their optimisers; sprites: of the worlds where they learn."""
 
-    def __init__(self, args: Args, spec: Spec, device: torch.device):
-        self.args, self.spec, self.device = args, spec, device
+    def __init__(self, args: Args, envs: Any, device: torch.device):
+        self.args, self.spec, self.device = args, envs.spec, device
+        self.sprites = Sprites(envs, device)
         torch.manual_seed(args.seed)
         self.actor = self.new_actor()
-        self.critic = Critic(spec, args.plain).to(device)
+        self.critic = Critic(self.spec, args.plain).to(device)
         self.value_norm = ValueNorm().to(device)
         eps = args.adam_eps
         self.actor_optimiser = torch.optim.Adam(self.actor.parameters(), args.actor_lr, eps=eps)
@@ -481,13 +460,7 @@ def distillation_loss(mode: str, theta: Tensor, phi: Tensor) -> Tensor:
 
 
 def distill(
-    args: Args,
-    agent: Agent,
-    batch: Batch,
-    state: RolloutState,
-    phase: str,
-    sprites: Sprites,
-    rng: torch.Generator,
+    args: Args, agent: Agent, batch: Batch, state: RolloutState, phase: str, rng: torch.Generator
 ) -> tuple[dict[str, Tensor], RolloutState]:
     """A forward or reverse phase on the last rollout; returns compare() before and after it, and
     the state with phi's new memory."""
@@ -495,7 +468,7 @@ def distill(
 
     def run(net: Actor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, states before each chunk, the last state."""
-        logits, before, after = replay(args, net, batch.actor_views(), hidden[0], sprites)
+        logits, before, after = replay(args, net, batch.actor_views(), hidden[0], agent.sprites)
         return logits.log_softmax(-1), before, after[-1]
 
     theta, _, _ = run(agent.actor, batch.actor_hidden)  # the teacher: the updated theta
@@ -513,7 +486,7 @@ def distill(
             chunks = dataclasses.replace(batch, theta=theta, distilled_hidden=hidden)
             for part in minibatches(args, chunks, rng):
                 views = part.actor_views()
-                logits, _ = agent.distilled(views, part.distilled_hidden, sprites())
+                logits, _ = agent.distilled(views, part.distilled_hidden, agent.sprites())
                 loss = distillation_loss(mode, part.theta, logits.log_softmax(-1))
                 descend(loss, agent.distilled, optimiser, args.max_grad_norm)
             # phi's states before each chunk are computed anew under its new weights
@@ -646,9 +619,75 @@ class Batch:
         return Views(self.world_ids, self.critic_features, self.starts)
 
 
-# [shared: data_meltingpot] begin
+def collect(
+    args: Args,
+    envs: Any,
+    agent: Agent,
+    state: RolloutState,
+    rng: torch.Generator,
+    method_rng: torch.Generator,
+) -> tuple[Batch, RolloutState]:
+    """Play T steps in every world; the state is that behind them."""
+    device, shape = agent.device, state.previous.shape
+    num_actions = envs.spec.num_actions
+    record = collections.defaultdict(list)
+    finals, episodes = [], []
+
+    def add(**tensors: Tensor) -> None:
+        for name, x in tensors.items():
+            record[name].append(x)
+
+    trained = state.trained
+    if args.v_redraw == "iteration":
+        trained = draw_trained(args, shape, method_rng).to(device)
+    for t in range(args.rollout_steps + 1):
+        tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
+        joint = joint_features(features, state.previous, num_actions)
+        add(world_ids=world_ids, critic_features=joint, starts=state.starts)
+        if t == args.rollout_steps:
+            break
+        if args.v_redraw == "episode" and state.starts.any():
+            drawn = draw_trained(args, shape, method_rng).to(device)
+            trained = torch.where(state.starts[:, None], drawn, trained)
+        if t % args.chunk_length == 0:
+            add(actor_hidden=state.actor_hidden, distilled_hidden=state.distilled_hidden)
+        views = Views(tile_ids, actor_features, state.starts)
+        theta, actor_hidden = act(agent.actor, views, state.actor_hidden, agent.sprites)
+        hidden = state.distilled_hidden
+        phi, distilled_hidden = act(agent.distilled, views, hidden, agent.sprites)
+        acting = torch.where(trained[..., None], theta, phi)  # Eq. (6)
+        actions = sample(acting, rng)
+        log_probs = acting.gather(-1, actions[..., None])[..., 0]
+        add(tile_ids=tile_ids, actor_features=actor_features, actions=actions, log_probs=log_probs)
+        add(trained=trained, theta=theta, phi=phi)
+
+        step = envs.step(actions.cpu().numpy())
+        rewards = torch.from_numpy(step.reward).to(device)
+        terminated = torch.from_numpy(step.terminated).to(device)
+        truncated = torch.from_numpy(step.truncated).to(device)
+        if args.team_reward:
+            rewards = rewards.sum(1, keepdim=True).expand(shape)
+        add(rewards=rewards.float(), terminated=terminated, truncated=truncated)
+        if step.truncated.any():
+            _, _, world_ids, features = observe(step.final, device)
+            joint = joint_features(features, actions, num_actions)
+            for b in np.flatnonzero(step.truncated):
+                finals.append(Final(t, b, world_ids[b], joint[b]))
+        episodes += step.episodes
+        ended = terminated | truncated
+        state = dataclasses.replace(
+            state,
+            starts=ended,
+            previous=actions.masked_fill(ended[:, None], -1),
+            actor_hidden=actor_hidden,
+            distilled_hidden=distilled_hidden,
+            trained=trained,
+        )
+    tensors = {name: torch.stack(x) for name, x in record.items()}
+    return Batch(**tensors, finals=finals, episodes=episodes), state
 
 
+# [shared: meltingpot_data] begin
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
     """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
     (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
@@ -702,80 +741,6 @@ def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Ten
     return logits[0].log_softmax(-1), states[0]
 
 
-# [shared: data_meltingpot] end
-
-
-def collect(
-    args: Args,
-    envs: Any,
-    agent: Agent,
-    state: RolloutState,
-    sprites: Sprites,
-    rng: torch.Generator,
-    method_rng: torch.Generator,
-) -> tuple[Batch, RolloutState]:
-    """Play T steps in every world; the state is that behind them."""
-    device, shape = agent.device, state.previous.shape
-    num_actions = envs.spec.num_actions
-    record = collections.defaultdict(list)
-    finals, episodes = [], []
-
-    def add(**tensors: Tensor) -> None:
-        for name, x in tensors.items():
-            record[name].append(x)
-
-    trained = state.trained
-    if args.v_redraw == "iteration":
-        trained = draw_trained(args, shape, method_rng).to(device)
-    for t in range(args.rollout_steps + 1):
-        tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
-        joint = joint_features(features, state.previous, num_actions)
-        add(world_ids=world_ids, critic_features=joint, starts=state.starts)
-        if t == args.rollout_steps:
-            break
-        if args.v_redraw == "episode" and state.starts.any():
-            drawn = draw_trained(args, shape, method_rng).to(device)
-            trained = torch.where(state.starts[:, None], drawn, trained)
-        if t % args.chunk_length == 0:
-            add(actor_hidden=state.actor_hidden, distilled_hidden=state.distilled_hidden)
-        views = Views(tile_ids, actor_features, state.starts)
-        theta, actor_hidden = act(agent.actor, views, state.actor_hidden, sprites)
-        phi, distilled_hidden = act(agent.distilled, views, state.distilled_hidden, sprites)
-        acting = torch.where(trained[..., None], theta, phi)  # Eq. (6)
-        actions = sample(acting, rng)
-        log_probs = acting.gather(-1, actions[..., None])[..., 0]
-        add(tile_ids=tile_ids, actor_features=actor_features, actions=actions, log_probs=log_probs)
-        add(trained=trained, theta=theta, phi=phi)
-
-        step = envs.step(actions.cpu().numpy())
-        rewards = torch.from_numpy(step.reward).to(device)
-        terminated = torch.from_numpy(step.terminated).to(device)
-        truncated = torch.from_numpy(step.truncated).to(device)
-        if args.team_reward:
-            rewards = rewards.sum(1, keepdim=True).expand(shape)
-        add(rewards=rewards.float(), terminated=terminated, truncated=truncated)
-        if step.truncated.any():
-            _, _, world_ids, features = observe(step.final, device)
-            joint = joint_features(features, actions, num_actions)
-            for b in np.flatnonzero(step.truncated):
-                finals.append(Final(t, b, world_ids[b], joint[b]))
-        episodes += step.episodes
-        ended = terminated | truncated
-        state = dataclasses.replace(
-            state,
-            starts=ended,
-            previous=actions.masked_fill(ended[:, None], -1),
-            actor_hidden=actor_hidden,
-            distilled_hidden=distilled_hidden,
-            trained=trained,
-        )
-    tensors = {name: torch.stack(x) for name, x in record.items()}
-    return Batch(**tensors, finals=finals, episodes=episodes), state
-
-
-# [shared: estimates_meltingpot] begin
-
-
 @torch.no_grad()
 def replay(
     args: Args, net: nn.Module, views: Views, hidden: Tensor, sprites: Sprites
@@ -794,39 +759,28 @@ def replay(
     return torch.cat(outputs), torch.stack(before), torch.cat(after)
 
 
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> Tensor:
-    """Generalised advantages (T, B, N), in raw units.
-
-    next_values (T, B, N): of the state after each step, which at a truncation is the ended
-    episode's last, not the next one's first. terminated, truncated: (T, B) bool.
-    """
-    terminated, truncated = terminated[..., None], truncated[..., None]
-    delta = rewards + gamma * next_values * ~terminated - values
+def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor:
+    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
+    which at a truncation is the ended episode's last, not the next one's first."""
+    goes_on = ~(batch.terminated | batch.truncated)[..., None]
+    delta = batch.rewards + args.gamma * next_values * ~batch.terminated[..., None] - values
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
-        running = delta[t] + gamma * gae_lambda * running * ~(terminated[t] | truncated[t])
+        running = delta[t] + args.gamma * args.gae_lambda * running * goes_on[t]
         advantages[t] = running
     return advantages
 
 
 @torch.no_grad()
 def estimate(
-    args: Args, agent: Agent, batch: Batch, hidden: Tensor, sprites: Sprites
+    args: Args, agent: Agent, batch: Batch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values and advantages (T, B, N) in raw units, and the critic's states before each chunk and
     before the next rollout (C + 1, B, N, S); hidden (B, N, S): before this one."""
     views = batch.critic_views()
     mean, std = agent.value_norm.mean_std()
     with agent.autocast():
-        outputs, before, after = replay(args, agent.critic, views, hidden, sprites)
+        outputs, before, after = replay(args, agent.critic, views, hidden, agent.sprites)
         values = outputs * std + mean  # (T + 1, B, N)
         next_values = values[1:].clone()
         for final in batch.finals:
@@ -835,23 +789,14 @@ def estimate(
                 features=final.critic_features[None, None],
                 starts=torch.zeros(1, 1, dtype=torch.bool, device=agent.device),
             )
-            output, _ = agent.critic(view, after[final.step, final.world, None], sprites())
+            hidden = after[final.step, final.world, None]
+            output, _ = agent.critic(view, hidden, agent.sprites())
             next_values[final.step, final.world] = output[0, 0] * std + mean
-    advantages = gae(
-        batch.rewards,
-        values[:-1],
-        next_values,
-        terminated=batch.terminated,
-        truncated=batch.truncated,
-        gamma=args.gamma,
-        gae_lambda=args.gae_lambda,
-    )
+    advantages = gae(args, batch, values[:-1], next_values)
     return values[:-1], advantages, before
 
 
-# [shared: estimates_meltingpot] end
-
-
+# [shared: meltingpot_data] end
 def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Tensor:
     """(T, B, N), by mean and deviation of the samples that train theta, or of each population."""
     groups = [trained if args.mask_fictitious else torch.ones_like(trained)]
@@ -866,12 +811,11 @@ def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Ten
 
 
 def prepare(
-    args: Args, agent: Agent, batch: Batch, state: RolloutState, sprites: Sprites
+    args: Args, agent: Agent, batch: Batch, state: RolloutState
 ) -> tuple[Batch, RolloutState]:
     """The rollout with what the losses need, and the state with the critic's new memory; takes the
     returns into agent.value_norm."""
-    hidden = state.critic_hidden
-    values, advantages, hidden = estimate(args, agent, batch, hidden, sprites)
+    values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
     # paper is silent: statistics of returns and advantages, once before the epochs
     agent.value_norm.update(moments(training_samples(args, returns, batch.trained)))
@@ -899,9 +843,6 @@ def clip_objective(
     return torch.min(ratio * advantage, clipped * advantage)
 
 
-# [shared: value_loss_meltingpot] begin
-
-
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
     """Clipped Huber loss, element by element, in normalised units."""
     clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
@@ -911,17 +852,12 @@ def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: f
     )
 
 
-# [shared: value_loss_meltingpot] end
-
-
-def update(
-    args: Args, agent: Agent, batch: Batch, sprites: Sprites, rng: torch.Generator
-) -> dict[str, Tensor]:
+def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
     """PPO epochs over one rollout of prepare(); returns scalars."""
     scalars = collections.defaultdict(list)
     for _ in range(args.epochs):
         for part in minibatches(args, batch, rng):
-            logits, _ = agent.actor(part.actor_views(), part.actor_hidden, sprites())
+            logits, _ = agent.actor(part.actor_views(), part.actor_hidden, agent.sprites())
             log_probs = logits.log_softmax(-1)  # (L, M, N, A)
             log_prob = log_probs.gather(-1, part.actions[..., None])[..., 0]
             ratio, centre = ratio_and_centre(args, log_prob, part)
@@ -933,7 +869,8 @@ def update(
             actor_norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
 
             with agent.autocast():
-                value, _ = agent.critic(part.critic_views(), part.critic_hidden, sprites())
+                views = part.critic_views()
+                value, _ = agent.critic(views, part.critic_hidden, agent.sprites())
             losses = value_loss(
                 value, part.values, part.targets, clip=args.value_clip, delta=args.huber_delta
             )
@@ -955,9 +892,8 @@ def update(
 
 # --- 8. Evaluate ----------------------------------------------------------------------------------
 
-# [shared: players_meltingpot] begin
 
-
+# [shared: meltingpot_players] begin
 class NetPlayer:
     """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
 
@@ -977,15 +913,13 @@ class NetPlayer:
         return sample(log_probs, self.rng).cpu().numpy()
 
 
-# [shared: players_meltingpot] end
-
-
+# [shared: meltingpot_players] end
 def load_player(path: str, envs: Any, seed: int = 0, network: str = "actor") -> Player:
     """The actor ("distilled": phi) of a run directory or checkpoint, for these worlds."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
     with make_envs(args, 1, 1) as trained_in:
-        agent = Agent(args, trained_in.spec, torch.device("cpu"))
+        agent = Agent(args, trained_in, torch.device("cpu"))
     restore(agent.parts()[network], saved["agent"][network], path)
     return NetPlayer(agent.parts()[network], Sprites(envs, agent.device), seed)
 
@@ -1011,8 +945,6 @@ def evaluate(
     """Full natural episodes without learning: everyone ours, then beside each of --background, then
     beside the bots of each of --eval-scenarios; {"v co-player":
     envs.meltingpot.episodes.summarise(...)}."""
-    from envs.meltingpot.scenarios import scenario_rows
-
     args = dataclasses.replace(args, max_episode_steps=0)
     rng, episodes = evaluation.rng, evaluation.episodes
 
@@ -1064,15 +996,6 @@ def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
     return figures | count_episodes(batch.episodes)
 
 
-def describe(phase: str, scalars: dict[str, Tensor]) -> str:
-    """What a phase of distillation has done, in one line."""
-    changes = []
-    for label, name in (("KL", "kl"), ("preference shift", "shift")):
-        before, after = scalars[f"{phase}/{name}_before"], scalars[f"{phase}/{name}_after"]
-        changes.append(f"{label} {before:.3g} -> {after:.3g}")
-    return f"{phase} distillation: {', '.join(changes)}"
-
-
 def new_generators(seed: int, rank: int) -> list[torch.Generator]:
     """A process's own; the method has one for itself, so that the parent's draws stay."""
     seeds = np.random.SeedSequence((seed, rank)).generate_state(2).tolist()
@@ -1084,7 +1007,7 @@ def train(args: Args) -> int:
     with Run(args, table, LINE) as run:
         first_world = run.rank * args.num_envs
         envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
-        agent = Agent(args, envs.spec, run.device)
+        agent = Agent(args, envs, run.device)
         run.restore(agent=agent)
         others, (scenarios, bots) = load_background(args, agent), find_scenarios(args)
         if scenarios:
@@ -1093,15 +1016,15 @@ def train(args: Args) -> int:
         if args.eval_only:
             return run.evaluate_only(judge)
 
-        sprites = Sprites(envs, run.device)
         rng, method_rng = new_generators(args.seed, run.rank)
         state = new_state(agent, args.num_envs)
         if not args.resume:
             envs.reset()
+        own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state}
         run.begin(
             args.substrate,
             parts={"agent": agent},
-            own={"rng": rng, "method_rng": method_rng, "envs": envs, "state": vars(state)},
+            own=own,
             bots=bots,
             fictitious_probability=fictitious_probability(args, envs.spec.num_agents),
         )
@@ -1110,25 +1033,24 @@ def train(args: Args) -> int:
         share = fictitious_share(args, envs.spec.num_agents)
         run.say(f"{run.dir}: {share:.0%} of all agents will be fictitious")
         while run.goes_on():
-            batch, state = collect(
-                args, envs, agent, state, sprites=sprites, rng=rng, method_rng=method_rng
-            )
+            batch, state = collect(args, envs, agent, state, rng=rng, method_rng=method_rng)
             run.lap("collect_s")
             envs.check()  # workers build next episodes while we learn
-            batch, state = prepare(args, agent, batch, state, sprites)
-            scalars = update(args, agent, batch, sprites, rng)
+            batch, state = prepare(args, agent, batch, state)
+            scalars = update(args, agent, batch, rng)
             if args.copy_every and (run.iteration + 1) % args.copy_every == 0:
                 agent.copy_actor()
                 state = dataclasses.replace(state, distilled_hidden=state.actor_hidden)
             if phase := distillation_phase(args, run.iteration + 1):
-                found, state = distill(
-                    args, agent, batch, state, phase=phase, sprites=sprites, rng=method_rng
-                )
+                found, state = distill(args, agent, batch, state, phase=phase, rng=method_rng)
                 scalars |= found
-                run.say(describe(phase, scalars))
+                before, after = found[f"{phase}/kl_before"], found[f"{phase}/kl_after"]
+                run.say(f"{phase} distillation: KL {before:.3g} -> {after:.3g}")
+            own["state"] = state
             run.lap("learn_s")
             run.advance(args.rollout_steps * args.num_envs * run.size)
-            run.log(report(batch, scalars))
+            if run.is_due(args.log_every):
+                run.log(report(batch, scalars))
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
@@ -1136,13 +1058,14 @@ def train(args: Args) -> int:
         return run.finish(judge)
 
 
-def parse(argv: list[str] | None = None) -> Args:
+def parse(argv: list[str]) -> Args:
     return read_args(Args, argv, validate, resumable=RESUMABLE)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    return call(lambda: train(parse(argv)), WorldError)
+    given = sys.argv[1:] if argv is None else argv
+    return call(lambda: train(parse(given)), WorldError)
 
 
 if __name__ == "__main__":

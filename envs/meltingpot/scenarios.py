@@ -44,7 +44,7 @@ from envs.meltingpot.episodes import (
     summarise,
 )
 from envs.meltingpot.sprite_names import read_sprites
-from envs.meltingpot.tiles import Observation, Palette, Spec
+from envs.meltingpot.tiles import NoWorldError, Observation, Palette, Spec, WorldError
 from envs.meltingpot.worlds import (
     Engine,
     MeltingPot,
@@ -456,14 +456,17 @@ def play_scenarios(
 
 
 def find_scenarios(args: Any) -> tuple[list[str], Kind | None]:
-    """The scenarios of a script's --eval-scenarios and the kind of bots in them; ValueError, with
-    one sentence, if there are none of that name, or no such bots."""
+    """The scenarios of a script's --eval-scenarios and the kind of bots in them; NoWorldError if
+    there are none of that name, or no such bots."""
     if args.substrate == "toy":
         if args.eval_scenarios not in ("all", "none"):
-            raise ValueError("--eval-scenarios: the toy has none.")
+            raise NoWorldError("--eval-scenarios: the toy has none.")
         return [], None
-    names = choose_scenarios(args.substrate, args.eval_scenarios, args.bots)
-    kind = choose_bots([get_plan(name) for name in names], args.bots) if names else None
+    try:
+        names = choose_scenarios(args.substrate, args.eval_scenarios, args.bots)
+        kind = choose_bots([get_plan(name) for name in names], args.bots) if names else None
+    except (ValueError, ModuleNotFoundError) as error:
+        raise NoWorldError(str(error)) from None
     return names, kind
 
 
@@ -496,14 +499,18 @@ def scenario_rows(
         num_workers=args.num_workers,
         timeout=args.worker_timeout,
     )
-    save_results(
-        evaluation.run_dir / "evaluation",
-        evaluation.kind,
-        args.substrate,
-        seed=args.seed,
-        timesteps=evaluation.timesteps,
-        results=played,
-    )
+    folder = evaluation.run_dir / "evaluation"
+    try:
+        save_results(
+            folder,
+            evaluation.kind,
+            args.substrate,
+            seed=args.seed,
+            timesteps=evaluation.timesteps,
+            results=played,
+        )
+    except OSError as error:
+        raise WorldError(f"{folder} cannot be written: {error.strerror or error}.") from None
     return {row: summarise(results) for row, results in played.items()}
 
 
