@@ -228,7 +228,8 @@ class TileCNN(nn.Module):
     def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
         """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
         tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
-        images = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # (M, 3, 8H, 8W)
+        images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
+        images = images.flatten(4, 5).flatten(2, 3)
         x = F.relu(self.conv1(images))  # (M, 16, H, W)
         x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
         x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
@@ -260,8 +261,8 @@ class Actor(nn.Module):
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B, N, S) before the first step -> logits (T, B, N, A) and the states after each
         step (T, B, N, S)."""
-        x = F.relu(self.mlp(self.cnn(views.ids.flatten(0, 2), sprites)))
-        x = x.unflatten(0, views.ids.shape[:3])
+        x = self.cnn(views.ids.flatten(0, 2), sprites)
+        x = F.relu(self.mlp(x)).unflatten(0, views.ids.shape[:3])
         x = torch.cat([x, self.norm(views.features)], -1)
         states = run_gru(self.gru, x, views.starts, hidden)
         return self.out(F.relu(self.head(states))), states
@@ -294,12 +295,14 @@ class Critic(nn.Module):
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B, N, S) before the first step -> values (T, B, N), normalised, and the states
         after each step (T, B, N, S)."""
-        x = F.relu(self.mlp(self.cnn(views.ids.flatten(0, 1), sprites)))
-        x = x.unflatten(0, views.ids.shape[:2])
-        x = torch.cat([x, self.norm(views.features).to(x.dtype)], -1)  # (T, B, .)
-        x = x[:, :, None].expand(-1, -1, self.num_ids, -1)
-        one_hot = torch.eye(self.num_ids, dtype=x.dtype, device=x.device)
-        x = torch.cat([x, one_hot.expand(*x.shape[:2], -1, -1)], -1)  # (T, B, N, .)
+        steps, worlds = views.starts.shape
+        x = self.cnn(views.ids.flatten(0, 1), sprites)
+        x = F.relu(self.mlp(x)).unflatten(0, (steps, worlds))
+        features = self.norm(views.features).to(x.dtype)
+        x = torch.cat([x, features], -1)[:, :, None]  # (T, B, 1, .)
+        ids = torch.eye(self.num_ids, dtype=x.dtype, device=x.device)
+        ids = ids.expand(steps, worlds, -1, -1)
+        x = torch.cat([x.expand(-1, -1, self.num_ids, -1), ids], -1)  # (T, B, N, .)
         states = run_gru(self.gru, x, views.starts, hidden)
         values = self.out(F.relu(self.head(states)))[..., 0]
         dtype = self.out.weight.dtype  # with --amp the layers' results are bf16
@@ -310,15 +313,22 @@ def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
     """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
     where an episode starts (T, B)."""
     # Without a break between steps at which some world begins an episode.
-    cuts = sorted({0, len(x), *starts.any(1).nonzero()[:, 0].tolist()})
+    begins = starts.any(1).nonzero()[:, 0].tolist()
+    cuts = sorted({0, len(x), *begins})
     states = []
     for first, last in itertools.pairwise(cuts):
-        hidden = (hidden * ~starts[first, :, None, None]).to(x.dtype)
-        part, _ = gru(x[first:last].flatten(1, 2), hidden.flatten(0, 1)[None])
-        part = part.unflatten(1, hidden.shape[:2])
-        states.append(part)
-        hidden = part[-1]
+        goes_on = ~starts[first, :, None, None]
+        hidden = (hidden * goes_on).to(x.dtype)
+        rows = x[first:last].flatten(1, 2)  # (., B * N, .)
+        part, _ = gru(rows, hidden.flatten(0, 1)[None])
+        states.append(part.unflatten(1, hidden.shape[:2]))
+        hidden = states[-1][-1]
     return torch.cat(states)
+
+
+def chosen(log_probs: Tensor, actions: Tensor) -> Tensor:
+    """Of log-probabilities (..., A) those of actions (...)."""
+    return log_probs.gather(-1, actions[..., None])[..., 0]
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
@@ -342,9 +352,12 @@ class ValueNorm(nn.Module):
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
         """0 and 1 before the first update."""
-        weight, mean, square = self.sums if self.sums[0] > 0 else self.sums.new_tensor([1, 0, 1])
+        weight, mean, square = self.sums
+        if weight == 0:
+            return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
         variance = square / weight - (mean / weight) ** 2
-        return (mean / weight).float(), variance.clamp(min=1e-2).sqrt().float()
+        std = variance.clamp(min=1e-2).sqrt()
+        return (mean / weight).float(), std.float()
 
 
 # [shared: meltingpot_networks] end
@@ -358,15 +371,17 @@ class Agent:
         self.actor = self.new_actor()
         self.critic = Critic(self.spec, args.plain).to(device)
         self.value_norm = ValueNorm().to(device)
-        eps = args.adam_eps
-        self.actor_optimiser = torch.optim.Adam(self.actor.parameters(), args.actor_lr, eps=eps)
-        self.critic_optimiser = torch.optim.Adam(self.critic.parameters(), args.critic_lr, eps=eps)
+        self.actor_optimiser = self.new_optimiser(self.actor, args.actor_lr)
+        self.critic_optimiser = self.new_optimiser(self.critic, args.critic_lr)
         self.distilled = self.new_distilled(args.seed + 2**30)
         if args.copy_every:
             self.copy_actor()
 
     def new_actor(self, width: float = 1.0) -> Actor:
         return Actor(self.spec, self.args.plain, width).to(self.device)
+
+    def new_optimiser(self, net: nn.Module, lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps)
 
     def new_distilled(self, seed: int) -> Actor:
         """phi's weights are drawn independently of theta's."""
@@ -481,7 +496,7 @@ def distill(
         lr = args.forward_lr if mode == "forward" else args.reverse_lr
         epochs = args.forward_epochs if mode == "forward" else args.reverse_epochs
         # paper is silent: Adam without a memory of earlier phases
-        optimiser = torch.optim.Adam(agent.distilled.parameters(), lr, eps=args.adam_eps)
+        optimiser = agent.new_optimiser(agent.distilled, lr)
         for _ in range(epochs):
             chunks = dataclasses.replace(batch, theta=theta, distilled_hidden=hidden)
             for part in minibatches(args, chunks, rng):
@@ -512,7 +527,7 @@ def ratio_and_centre(args: Args, log_prob: Tensor, part: Batch) -> tuple[Tensor,
         return ratio, torch.ones_like(ratio)
     # A fictitious sample's ratio starts at pi_theta_old / pi_phi. A clip around 1 lets only noise
     # that leads back to phi pass; this one bounds how far theta goes from theta_old.
-    old = part.theta.gather(-1, part.actions[..., None])[..., 0]
+    old = chosen(part.theta, part.actions)
     weight = (old - part.log_probs).exp()  # 1 where theta acted
     if args.weight_cap is not None:
         weight = weight.clamp(max=args.weight_cap)
@@ -532,8 +547,8 @@ def diagnose(
     for name, who in (("trained", trained), ("fictitious", ~trained)):
         if who.any():
             yield f"ratio_max/{name}", ratio[who].max()
-            moved = ratio[who] / centre[who]
-            yield f"clipped/{name}", ((moved - 1).abs() > args.clip).float().mean()
+            moved = (ratio[who] / centre[who] - 1).abs()
+            yield f"clipped/{name}", (moved > args.clip).float().mean()
 
 
 def importance_weights(batch: Batch) -> dict[str, Tensor]:
@@ -542,7 +557,7 @@ def importance_weights(batch: Batch) -> dict[str, Tensor]:
     fictitious = ~batch.trained
     if not fictitious.any():
         return {}
-    theta = batch.theta.gather(-1, batch.actions[..., None])[..., 0]
+    theta = chosen(batch.theta, batch.actions)
     weight = (theta - batch.log_probs)[fictitious].exp()
     effective = weight.sum() ** 2 / (weight**2).sum() / weight.numel()
     return {"weight_max": weight.max(), "effective_samples": effective}
@@ -657,8 +672,8 @@ def collect(
         phi, distilled_hidden = act(agent.distilled, views, hidden, agent.sprites)
         acting = torch.where(trained[..., None], theta, phi)  # Eq. (6)
         actions = sample(acting, rng)
-        log_probs = acting.gather(-1, actions[..., None])[..., 0]
-        add(tile_ids=tile_ids, actor_features=actor_features, actions=actions, log_probs=log_probs)
+        add(tile_ids=tile_ids, actor_features=actor_features)
+        add(actions=actions, log_probs=chosen(acting, actions))
         add(trained=trained, theta=theta, phi=phi)
 
         step = envs.step(actions.cpu().numpy())
@@ -721,7 +736,10 @@ def observe(
     """
     tile_ids, world_ids, features = (torch.from_numpy(x).to(device) for x in obs)
     one_hot = torch.eye(num_ids or features.shape[1], device=device)
-    ids = one_hot.expand(len(features), -1, -1) if ids is None else one_hot[ids]
+    if ids is None:
+        ids = one_hot.expand(len(features), -1, -1)
+    else:
+        ids = one_hot[ids]
     return tile_ids, torch.cat([features, ids], -1), world_ids, features
 
 
@@ -859,7 +877,7 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
         for part in minibatches(args, batch, rng):
             logits, _ = agent.actor(part.actor_views(), part.actor_hidden, agent.sprites())
             log_probs = logits.log_softmax(-1)  # (L, M, N, A)
-            log_prob = log_probs.gather(-1, part.actions[..., None])[..., 0]
+            log_prob = chosen(log_probs, part.actions)
             ratio, centre = ratio_and_centre(args, log_prob, part)
             objective = clip_objective(ratio, part.advantages, args.clip, centre)
             policy_loss = -training_samples(args, objective, part.trained).mean()
@@ -884,8 +902,10 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             scalars["critic_grad_norm"].append(critic_norm)
             for name, x in diagnose(args, ratio.detach(), centre, part.trained):
                 scalars[name].append(x)
-    found = {name: torch.stack(x) for name, x in scalars.items()}
-    found = {k: x.max() if k.startswith("ratio_max") else x.mean() for k, x in found.items()}
+    found = {}
+    for name, x in scalars.items():
+        x = torch.stack(x)
+        found[name] = x.max() if name.startswith("ratio_max") else x.mean()
     check_finite(rewards=batch.rewards, features=batch.critic_features, **found)
     return found
 
@@ -951,7 +971,8 @@ def evaluate(
     def player(net: Actor, sprites: Sprites) -> NetPlayer:
         return NetPlayer(net, sprites, seed=int(rng.integers(2**31)))
 
-    with make_envs(args, min(args.num_envs, episodes), int(rng.integers(2**31))) as envs:
+    seed = int(rng.integers(2**31))
+    with make_envs(args, min(args.num_envs, episodes), seed) as envs:
         sprites = Sprites(envs, agent.device)
         pairs = {"self-play": (player(agent.actor, sprites), None)}
         for name in args.background:
