@@ -236,12 +236,6 @@ class TileCNN(nn.Module):
         return F.relu(self.linear(x))
 
 
-def new_cnn(grid: tuple[int, int], plain: bool, width: float = 1.0) -> nn.Module:
-    """TileCNN, or what computes the same faster."""
-    cnn = TileCNN(grid, width)
-    return cnn if plain else TileTables(cnn)
-
-
 class Actor(nn.Module):
     """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
     (App. B.2)."""
@@ -251,7 +245,8 @@ class Actor(nn.Module):
         units = scale(64, width)
         self.num_ids, self.hidden_size = spec.num_agents, scale(128, width)
         features = spec.num_features + self.num_ids
-        self.cnn = new_cnn(spec.grid, plain, width)
+        cnn = TileCNN(spec.grid, width)
+        self.cnn = cnn if plain else TileTables(cnn)
         self.mlp = orthogonal(nn.Linear(units, units), RELU)
         self.norm = nn.LayerNorm(features)  # observation normalisation (App. B.1)
         self.gru = orthogonal(nn.GRU(units + features, self.hidden_size), 1.0)
@@ -285,7 +280,8 @@ class Critic(nn.Module):
         super().__init__()
         self.num_ids, self.hidden_size = spec.num_agents, 128
         features = spec.num_agents * (spec.num_features + spec.num_actions)
-        self.cnn = new_cnn(spec.world_grid, plain)
+        cnn = TileCNN(spec.world_grid)
+        self.cnn = cnn if plain else TileTables(cnn)
         self.mlp = orthogonal(nn.Linear(64, 64), RELU)
         self.norm = nn.LayerNorm(features)
         self.gru = orthogonal(nn.GRU(64 + features + self.num_ids, self.hidden_size), 1.0)
@@ -361,6 +357,8 @@ class ValueNorm(nn.Module):
 
 
 # [shared: meltingpot_networks] end
+
+
 class Agent:
     """The networks and their optimisers; sprites: of the worlds where they learn."""
 
@@ -539,16 +537,22 @@ def training_samples(args: Args, x: Tensor, trained: Tensor) -> Tensor:
     return x[trained] if args.mask_fictitious else x
 
 
-def diagnose(
-    args: Args, ratio: Tensor, centre: Tensor, trained: Tensor
-) -> Iterator[tuple[str, Tensor]]:
-    """Largest ratio and clipped share of each population in a minibatch; where A < 0, clipping
-    bounds no ratio."""
-    for name, who in (("trained", trained), ("fictitious", ~trained)):
-        if who.any():
-            yield f"ratio_max/{name}", ratio[who].max()
-            moved = (ratio[who] / centre[who] - 1).abs()
-            yield f"clipped/{name}", (moved > args.clip).float().mean()
+def diagnose(args: Args, ratios: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Largest ratio and clipped share of each population, from ratios, centres and v (L, M, N) of
+    all minibatches; where A < 0, clipping bounds no ratio."""
+    figures = {}
+    for name in ("trained", "fictitious"):
+        largest, clipped = [], []
+        for ratio, centre, trained in ratios:
+            who = trained if name == "trained" else ~trained
+            if who.any():
+                largest.append(ratio[who].max())
+                moved = (ratio[who] / centre[who] - 1).abs()
+                clipped.append((moved > args.clip).float().mean())
+        if largest:
+            figures[f"ratio_max/{name}"] = torch.stack(largest).max()
+            figures[f"clipped/{name}"] = torch.stack(clipped).mean()
+    return figures
 
 
 def importance_weights(batch: Batch) -> dict[str, Tensor]:
@@ -591,15 +595,6 @@ def new_state(agent: Agent, num_envs: int) -> RolloutState:
     )
 
 
-class Final(NamedTuple):
-    """What a truncated episode would have gone on from."""
-
-    step: int
-    world: int
-    world_ids: Tensor  # (H', W')
-    critic_features: Tensor  # (N * (F + A),)
-
-
 @dataclasses.dataclass
 class Batch:
     """One rollout. T + 1: with the step after it, for bootstrapping."""
@@ -619,7 +614,7 @@ class Batch:
     phi: Tensor  # (T, B, N, A) float32
     actor_hidden: Tensor  # (C, B, N, S) before each chunk
     distilled_hidden: Tensor  # (C, B, N, S) of phi
-    finals: list[Final]  # where truncated
+    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what would have come, T = B = 1
     episodes: list[Episode]  # those that ended
     critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
     values: Tensor | None = None  # (T, B, N) float32, normalised
@@ -686,8 +681,11 @@ def collect(
         if step.truncated.any():
             _, _, world_ids, features = observe(step.final, device)
             joint = joint_features(features, actions, num_actions)
+            goes_on = torch.zeros(1, 1, dtype=torch.bool, device=device)
             for b in np.flatnonzero(step.truncated):
-                finals.append(Final(t, b, world_ids[b], joint[b]))
+                finals.append(
+                    (t, b, Views(world_ids[b, None, None], joint[b, None, None], goes_on))
+                )
         episodes += step.episodes
         ended = terminated | truncated
         state = dataclasses.replace(
@@ -700,6 +698,39 @@ def collect(
         )
     tensors = {name: torch.stack(x) for name, x in record.items()}
     return Batch(**tensors, finals=finals, episodes=episodes), state
+
+
+def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Tensor:
+    """(T, B, N), by mean and deviation of the samples that train theta, or of each population."""
+    groups = [trained if args.mask_fictitious else torch.ones_like(trained)]
+    if args.advantages_per_population:
+        groups = [trained, ~trained]
+    normalised = advantages
+    for group in groups:
+        _, mean, square = moments(advantages[group]).float()  # NaN of an empty group, not used
+        std = (square - mean**2).clamp(min=0).sqrt()
+        normalised = torch.where(group, (advantages - mean) / (std + 1e-5), normalised)
+    return normalised
+
+
+def prepare(
+    args: Args, agent: Agent, batch: Batch, state: RolloutState
+) -> tuple[Batch, RolloutState]:
+    """The rollout with what the losses need, and the state with the critic's new memory; takes the
+    returns into agent.value_norm."""
+    values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
+    returns = values + advantages
+    # paper is silent: statistics of returns and advantages, once before the epochs
+    agent.value_norm.update(moments(training_samples(args, returns, batch.trained)))
+    mean, std = agent.value_norm.mean_std()
+    batch = dataclasses.replace(
+        batch,
+        critic_hidden=hidden[:-1],
+        values=(values - mean) / std,
+        targets=(returns - mean) / std,
+        advantages=normalise_advantages(args, advantages, batch.trained),
+    )
+    return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
 
 
 # [shared: meltingpot_data] begin
@@ -801,52 +832,14 @@ def estimate(
         outputs, before, after = replay(args, agent.critic, views, hidden, agent.sprites)
         values = outputs * std + mean  # (T + 1, B, N)
         next_values = values[1:].clone()
-        for final in batch.finals:
-            view = Views(
-                ids=final.world_ids[None, None],
-                features=final.critic_features[None, None],
-                starts=torch.zeros(1, 1, dtype=torch.bool, device=agent.device),
-            )
-            hidden = after[final.step, final.world, None]
-            output, _ = agent.critic(view, hidden, agent.sprites())
-            next_values[final.step, final.world] = output[0, 0] * std + mean
+        for t, b, view in batch.finals:
+            output, _ = agent.critic(view, after[t, b, None], agent.sprites())
+            next_values[t, b] = output[0, 0] * std + mean
     advantages = gae(args, batch, values[:-1], next_values)
     return values[:-1], advantages, before
 
 
 # [shared: meltingpot_data] end
-def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Tensor:
-    """(T, B, N), by mean and deviation of the samples that train theta, or of each population."""
-    groups = [trained if args.mask_fictitious else torch.ones_like(trained)]
-    if args.advantages_per_population:
-        groups = [trained, ~trained]
-    normalised = advantages
-    for group in groups:
-        _, mean, square = moments(advantages[group]).float()  # NaN of an empty group, not used
-        std = (square - mean**2).clamp(min=0).sqrt()
-        normalised = torch.where(group, (advantages - mean) / (std + 1e-5), normalised)
-    return normalised
-
-
-def prepare(
-    args: Args, agent: Agent, batch: Batch, state: RolloutState
-) -> tuple[Batch, RolloutState]:
-    """The rollout with what the losses need, and the state with the critic's new memory; takes the
-    returns into agent.value_norm."""
-    values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
-    returns = values + advantages
-    # paper is silent: statistics of returns and advantages, once before the epochs
-    agent.value_norm.update(moments(training_samples(args, returns, batch.trained)))
-    mean, std = agent.value_norm.mean_std()
-    batch = dataclasses.replace(
-        batch,
-        critic_hidden=hidden[:-1],
-        values=(values - mean) / std,
-        targets=(returns - mean) / std,
-        advantages=normalise_advantages(args, advantages, batch.trained),
-    )
-    return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
-
 
 # --- 7. Update ------------------------------------------------------------------------------------
 
@@ -872,7 +865,7 @@ def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: f
 
 def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
     """PPO epochs over one rollout of prepare(); returns scalars."""
-    scalars = collections.defaultdict(list)
+    scalars, ratios = collections.defaultdict(list), []
     for _ in range(args.epochs):
         for part in minibatches(args, batch, rng):
             logits, _ = agent.actor(part.actor_views(), part.actor_hidden, agent.sprites())
@@ -900,14 +893,10 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             scalars["entropy"].append(entropy.detach())
             scalars["actor_grad_norm"].append(actor_norm)
             scalars["critic_grad_norm"].append(critic_norm)
-            for name, x in diagnose(args, ratio.detach(), centre, part.trained):
-                scalars[name].append(x)
-    found = {}
-    for name, x in scalars.items():
-        x = torch.stack(x)
-        found[name] = x.max() if name.startswith("ratio_max") else x.mean()
-    check_finite(rewards=batch.rewards, features=batch.critic_features, **found)
-    return found
+            ratios.append((ratio.detach(), centre, part.trained))
+    means = {name: torch.stack(x).mean() for name, x in scalars.items()}
+    check_finite(rewards=batch.rewards, features=batch.critic_features, **means)
+    return means | diagnose(args, ratios)
 
 
 # --- 8. Evaluate ----------------------------------------------------------------------------------
@@ -917,8 +906,8 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
 class NetPlayer:
     """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
 
-    def __init__(self, net: Actor, sprites: Sprites, seed: int):
-        self.net, self.sprites = net, sprites
+    def __init__(self, net: Actor, envs: Any, device: torch.device, seed: int):
+        self.net, self.sprites = net, Sprites(envs, device)
         self.rng = torch.Generator().manual_seed(seed)
         self.hidden: Tensor | None = None  # (B, N, S)
 
@@ -934,6 +923,8 @@ class NetPlayer:
 
 
 # [shared: meltingpot_players] end
+
+
 def load_player(path: str, envs: Any, seed: int = 0, network: str = "actor") -> Player:
     """The actor ("distilled": phi) of a run directory or checkpoint, for these worlds."""
     args = saved_args(path, Args)
@@ -941,7 +932,7 @@ def load_player(path: str, envs: Any, seed: int = 0, network: str = "actor") -> 
     with make_envs(args, 1, 1) as trained_in:
         agent = Agent(args, trained_in, torch.device("cpu"))
     restore(agent.parts()[network], saved["agent"][network], path)
-    return NetPlayer(agent.parts()[network], Sprites(envs, agent.device), seed)
+    return NetPlayer(agent.parts()[network], envs, agent.device, seed)
 
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
@@ -968,22 +959,21 @@ def evaluate(
     args = dataclasses.replace(args, max_episode_steps=0)
     rng, episodes = evaluation.rng, evaluation.episodes
 
-    def player(net: Actor, sprites: Sprites) -> NetPlayer:
-        return NetPlayer(net, sprites, seed=int(rng.integers(2**31)))
+    def player(net: Actor, envs: Any) -> NetPlayer:
+        return NetPlayer(net, envs, agent.device, seed=int(rng.integers(2**31)))
 
     seed = int(rng.integers(2**31))
     with make_envs(args, min(args.num_envs, episodes), seed) as envs:
-        sprites = Sprites(envs, agent.device)
-        pairs = {"self-play": (player(agent.actor, sprites), None)}
+        pairs = {"self-play": (player(agent.actor, envs), None)}
         for name in args.background:
             if name == "random":
                 them = random_player(envs.spec.num_actions, rng)
                 pairs["random v random"] = (them, them)
             elif name == "distilled":
-                them = player(agent.distilled, sprites)
+                them = player(agent.distilled, envs)
             else:
-                them = player(others[name], sprites)
-            pairs[f"v {name}"] = (player(agent.actor, sprites), them)
+                them = player(others[name], envs)
+            pairs[f"v {name}"] = (player(agent.actor, envs), them)
         evaluation.expect(episodes * len(pairs))
         results = play_pairs(
             envs,
@@ -997,11 +987,8 @@ def evaluate(
             progress=evaluation.progress,
         )
 
-    def new_player(envs: Any) -> Player:
-        return player(agent.actor, Sprites(envs, agent.device))
-
-    num_ids = agent.spec.num_agents
-    return results | scenario_rows(args, evaluation, new_player, num_ids)
+    new_player = functools.partial(player, agent.actor)
+    return results | scenario_rows(args, evaluation, new_player, num_ids=agent.spec.num_agents)
 
 
 # --- 9. Train -------------------------------------------------------------------------------------
@@ -1030,7 +1017,8 @@ def train(args: Args) -> int:
         envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
         agent = Agent(args, envs, run.device)
         run.restore(agent=agent)
-        others, (scenarios, bots) = load_background(args, agent), find_scenarios(args)
+        others = load_background(args, agent)
+        scenarios, bots = find_scenarios(args)
         if scenarios:
             run.say(f"{bots} bots will play in {', '.join(scenarios)}")
         judge = functools.partial(evaluate, args, agent, others)
