@@ -432,7 +432,8 @@ def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Te
     index = torch.rand(rows, agents, generator=rng).argsort(1)  # "randomize agents' indexes"
     v = torch.rand(rows, agents, generator=rng) >= fictitious_probability(args, agents)
     v[:, -1] |= ~v[:, :-1].any(1)  # delta_N = 0: the last is trained if all others are fictitious
-    return v.gather(1, index).expand(shape) & (not args.all_fictitious)
+    v = v.gather(1, index).expand(shape)
+    return v & (not args.all_fictitious)
 
 
 def distillation_phase(args: Args, iteration: int) -> str | None:
@@ -448,7 +449,8 @@ def distillation_phase(args: Args, iteration: int) -> str | None:
 def kl_divergence(theta: Tensor, phi: Tensor) -> Tensor:
     """Mean KL(pi_theta || pi_phi), exact over actions, from log-probabilities (..., A)."""
     # Eq. (7), Sec. 4.2
-    return (theta.exp() * (theta - phi)).sum(-1).mean()
+    divergences = (theta.exp() * (theta - phi)).sum(-1)
+    return divergences.mean()
 
 
 def compare(theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
@@ -563,8 +565,8 @@ def importance_weights(batch: Batch) -> dict[str, Tensor]:
         return {}
     theta = chosen(batch.theta, batch.actions)
     weight = (theta - batch.log_probs)[fictitious].exp()
-    effective = weight.sum() ** 2 / (weight**2).sum() / weight.numel()
-    return {"weight_max": weight.max(), "effective_samples": effective}
+    effective = weight.sum() ** 2 / (weight**2).sum()
+    return {"weight_max": weight.max(), "effective_samples": effective / weight.numel()}
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -614,7 +616,7 @@ class Batch:
     phi: Tensor  # (T, B, N, A) float32
     actor_hidden: Tensor  # (C, B, N, S) before each chunk
     distilled_hidden: Tensor  # (C, B, N, S) of phi
-    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what would have come, T = B = 1
+    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
     episodes: list[Episode]  # those that ended
     critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
     values: Tensor | None = None  # (T, B, N) float32, normalised
@@ -683,9 +685,8 @@ def collect(
             joint = joint_features(features, actions, num_actions)
             goes_on = torch.zeros(1, 1, dtype=torch.bool, device=device)
             for b in np.flatnonzero(step.truncated):
-                finals.append(
-                    (t, b, Views(world_ids[b, None, None], joint[b, None, None], goes_on))
-                )
+                view = Views(world_ids[b, None, None], joint[b, None, None], goes_on)
+                finals.append((t, b, view))
         episodes += step.episodes
         ended = terminated | truncated
         state = dataclasses.replace(

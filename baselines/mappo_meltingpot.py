@@ -378,7 +378,7 @@ class Batch:
     terminated: Tensor  # (T, B) bool
     truncated: Tensor  # (T, B) bool
     actor_hidden: Tensor  # (C, B, N, S) before each chunk
-    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what would have come, T = B = 1
+    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
     episodes: list[Episode]  # those that ended
     critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
     values: Tensor | None = None  # (T, B, N) float32, normalised
@@ -432,9 +432,8 @@ def collect(
             joint = joint_features(features, actions, num_actions)
             goes_on = torch.zeros(1, 1, dtype=torch.bool, device=device)
             for b in np.flatnonzero(step.truncated):
-                finals.append(
-                    (t, b, Views(world_ids[b, None, None], joint[b, None, None], goes_on))
-                )
+                view = Views(world_ids[b, None, None], joint[b, None, None], goes_on)
+                finals.append((t, b, view))
         episodes += step.episodes
         ended = terminated | truncated
         state = dataclasses.replace(
