@@ -65,6 +65,12 @@ def update(s: SimpleNamespace, batch) -> dict[str, torch.Tensor]:
     return s.script.update(s.args, s.agent, s.batch, s.rng)
 
 
+def distill(s: SimpleNamespace, batch, phase: str) -> dict[str, torch.Tensor]:
+    """A phase of distillation on a rollout of a setting, whose state goes on."""
+    found, s.state = bidist.distill(s.args, s.agent, batch, s.state, phase=phase, rng=s.method_rng)
+    return found
+
+
 def weights(net: torch.nn.Module) -> torch.Tensor:
     """All parameters in one vector."""
     return torch.cat([p.detach().flatten() for p in net.parameters()])
