@@ -788,6 +788,7 @@ class Run:
                 raise UsageError(f"{self.dir} holds a run already: --resume it, or name another.")
             about = {"device": str(self.device), "processes": self.size} | resolved
             write(self.dir / "args.json", describe_run(self.args, about))
+        self.dir = gather(self.dir)[0]  # the first process has named it
         if self.rank == 0:
             self.logger = Logger(self.args, self.dir, self.timesteps, self.line)
             self.stack.callback(self.logger.close)
