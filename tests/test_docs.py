@@ -216,7 +216,7 @@ PATH = r"(?:envs|tests|experiments|baselines|docs|\.ci)/[\w/.*{},-]*\.(?:py|md|c
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_tests_and_functions_named_in_the_text_exist(page):
-    """`path`, `path::test`; on method pages also `name()`."""
+    """`path`, `path::test`; on method pages also `name()` and `Name`."""
     sources = [*SCRIPTS.values(), ROOT / "harness.py", *(ROOT / "envs").rglob("*.py")]
     sources += (ROOT / "experiments").glob("*.py")
     defined = "\n".join(path.read_text() for path in sources)
@@ -226,7 +226,9 @@ def test_files_tests_and_functions_named_in_the_text_exist(page):
             assert paths, code
             assert not found[2] or f"def {found[2]}(" in Path(paths[0]).read_text(), code
         elif page.name in METHODS and (found := re.fullmatch(r"(?:\w+\.)?(\w+)\(\)", code)):
-            assert re.search(rf"def {found[1]}\(|class {found[1]}\b", defined), code
+            assert f"def {found[1]}(" in defined, code
+        elif page.name in METHODS and re.fullmatch(r"[A-Z]+[a-z]\w*", code):
+            assert f"class {code}" in defined, code
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
