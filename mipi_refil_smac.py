@@ -124,11 +124,11 @@ class Args(RunArgs):
     compile: bool = False  # compile the networks; for GPUs, on a CPU it gains nothing
     # Evaluation and checkpoints (every: environment steps)
     eval_team_sizes: tuple[Positive, ...] = (6, 7, 8)  # unseen ones, evaluated beside team_sizes
-    eval_every: Count = 50_000
-    eval_episodes: Positive = 160
-    final_episodes: Count = 160
-    log_every: Positive = 10_000
-    save_every: Count = 500_000
+    eval_every: Count = 50_000  # evaluations on the way; 0: never
+    eval_episodes: Positive = 160  # in those, of each team size
+    final_episodes: Count = 160  # of each size at the end and with --eval-only
+    log_every: Positive = 10_000  # lines of metrics.jsonl
+    save_every: Count = 500_000  # checkpoints, of which the last two are kept; 0: at the end
 
 
 PRESETS = {
