@@ -455,7 +455,7 @@ def running(folder):
 @pytest.fixture
 def project(tmp_path):
     """The Makefile with an empty lock and an installer that only counts its runs."""
-    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs/meltingpot").mkdir(parents=True)
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements-lock.txt").write_text("# nothing\n")
     write_installer(tmp_path)

@@ -1,0 +1,993 @@
+"""What a script needs around its method: a command line, a run directory, checkpoints, a log,
+signals, processes, progress. Nothing in here knows a method, a network or a world.
+
+    args = read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
+    with Run(args, table, LINE) as run:
+        run.restore(agent=agent)                   from --resume or --eval-only
+        if args.eval_only:
+            return run.evaluate_only(judge)
+        run.begin(world, parts={"agent": agent}, own={"rng": rng, "envs": envs})
+        while run.goes_on():                       until --total-timesteps or a signal
+            ...                                    the script's: collect, learn
+            run.advance(steps)
+            run.log(scalars)
+            if run.is_due(args.save_every):
+                run.save()
+            if run.is_due(args.eval_every):
+                run.evaluate(judge, "eval")
+        return run.finish(judge)                   the final evaluation, summary.json
+
+judge(evaluation) -> {row: {figure: number}} is the script's own evaluate(). Under torchrun all
+processes do the same, each with worlds and generators of its own, and the first one writes. What
+is saved: `parts`, which are alike in all processes, and of each process its `own` and its replays.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import math
+import os
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import tyro
+from annotated_types import Interval
+
+ROOT = Path(__file__).resolve().parent
+
+
+def started_script() -> Path | None:
+    """The file of this project that Python was started with, if it was one."""
+    path = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+    is_ours = ROOT in path.parents and path.suffix == ".py" and path.name != "__main__.py"
+    return path if is_ours else None
+
+
+if started_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C while torch is imported, below, ends the script without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+Count = Annotated[int, Interval(ge=0, le=10**12)]
+Positive = Annotated[int, Interval(ge=1, le=10**12)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Amount = Annotated[float, Interval(ge=0, lt=math.inf)]
+Above = Annotated[float, Interval(gt=0, lt=math.inf)]
+Device = Annotated[str, pydantic.StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+FINISHED, FAILED, WRONG_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes
+FORMAT = 2  # of checkpoints
+
+
+class RunError(Exception):
+    """The run cannot go on; the message is one sentence."""
+
+    code = FAILED
+
+
+class UsageError(RunError):
+    """The command line asks for what cannot be done."""
+
+    code = WRONG_USAGE
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArgs:
+    """Flags that every script has and no method reads (every: environment steps)."""
+
+    preset: Literal["paper", "cpu"] = "paper"  # other flags override it
+    seed: Seed = 1  # fixes all that is drawn on our side
+    total_timesteps: Positive = 10_000_000  # environment steps of all worlds and processes
+    run_dir: str = ""  # default: runs/{world}__{script}__s{seed}__{UTC time}__{4 hex}
+    resume: str = ""  # run directory to go on with; its own arguments hold
+    eval_only: str = ""  # run directory or checkpoint to evaluate, without training
+    log_every: Positive = 1  # lines of metrics.jsonl; at most one an iteration
+    eval_every: Count = 160_000  # evaluations on the way; 0: never
+    eval_episodes: Positive = 2  # in those, per row of their table
+    final_episodes: Count = 50  # the same at the end and with --eval-only
+    save_every: Count = 160_000  # checkpoints, of which the last two are kept; 0: at the end
+    capture_video: bool = False  # an MP4 with every evaluation
+    track: bool = False  # log to Weights & Biases too
+    wandb_project: str = "unseen"  # project there
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` later
+    wandb_timeout: Above = 10.0  # seconds until an unreachable server is given up
+    device: Device = "auto"  # auto, cpu, cuda or e.g. cuda:1; auto: cuda where there is one
+    num_threads: Positive = 1  # torch's; on a busy machine more is slower
+
+
+FIXED = ("preset", "seed")  # with --resume
+Validate = Callable[[Any], list[tuple[Any, str]]]  # args -> (whether it is wrong, sentence)
+Presets = dict[str, dict[str, Any]]  # name -> values of flags
+
+
+def read_args(
+    cls: type,
+    argv: list[str],
+    validate: Validate,
+    resumable: tuple[str, ...] = (),
+    presets: Presets | None = None,
+) -> Any:
+    """The command line, on top of its --preset; with --resume or --eval-only on top of the run's
+    own arguments, of which only RunArgs' and the resumable ones may change. UsageError for values
+    out of bounds and combinations that validate() finds wrong; tyro itself leaves with code 2."""
+    args = read_flags(cls, argv)
+    check(
+        [
+            (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
+            (args.resume and args.run_dir, "--resume goes on in its own directory, not --run-dir"),
+        ]
+    )
+    if args.resume or args.eval_only:
+        args = read_resumed(cls, argv, args.resume or args.eval_only, resumable)
+    elif args.preset != "paper":
+        if args.preset not in (presets or {}):
+            raise UsageError(f"--preset {args.preset}: this script has none of that name.")
+        default = cls(**presets[args.preset], preset=args.preset)
+        args = read_flags(cls, argv, default)
+    check([(args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes")])
+    check(validate(args))
+    return args
+
+
+def read_flags(cls: type, argv: list[str], default: Any = None) -> Any:
+    """The command line on top of `default`; UsageError for empty values and those out of bounds."""
+    for position, word in enumerate(argv):
+        flag = argv[position - 1] if position and not word else word.removesuffix("=")
+        if not word or (word.startswith("--") and word.endswith("=")):
+            raise UsageError(f"{flag} has an empty value (an unset variable?).")
+    options = {} if default is None else {"default": default}
+    args = tyro.cli(cls, args=argv, **options)
+    try:
+        pydantic.TypeAdapter(cls).validate_python(dataclasses.asdict(args))
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        flag = as_flag(str(wrong["loc"][0]))
+        raise UsageError(f"{flag} {wrong['input']}: {wrong['msg'].lower()}.") from None
+    return args
+
+
+def read_resumed(cls: type, argv: list[str], source: str, resumable: tuple[str, ...]) -> Any:
+    """The command line on top of a run's own arguments; UsageError where one is not resumable."""
+    own = dataclasses.replace(saved_args(source, cls), run_dir="", resume="", eval_only="")
+    args = read_flags(cls, argv, default=own)
+    free = {field.name for field in dataclasses.fields(RunArgs)} - set(FIXED) | set(resumable)
+    for name, value in vars(own).items():
+        if name not in free and getattr(args, name) != value:
+            raise UsageError(f"{as_flag(name)} is {value} in {source} and stays so.")
+    return args
+
+
+def saved_args(source: str, cls: type) -> Any:
+    """The arguments of a run or checkpoint; UsageError if another script's or version's."""
+    saved, _ = load_checkpoint(source, quiet=True)
+    script = script_of(cls).stem
+    if saved["script"] != script:
+        raise UsageError(f"{source} is a run of {saved['script']}.py, not of {script}.py.")
+    own = saved["args"]
+    names = {field.name for field in dataclasses.fields(cls)}
+    if different := sorted(names ^ own.keys()):
+        raise UsageError(f"{source} is of a version that differs in {', '.join(different)}.")
+    return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
+
+
+def check(wrong: list[tuple[Any, str]]) -> None:
+    """UsageError with the first sentence whose condition holds."""
+    for condition, sentence in wrong:
+        if condition:
+            raise UsageError(f"{sentence}.")
+
+
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def script_of(cls: type) -> Path:
+    """The script whose Args these are."""
+    return Path(inspect.getfile(cls))
+
+
+def show_help(path: Path) -> None:
+    """Answer --help and leave, before torch is imported: of the script only the class Args is
+    executed, and what it needs of the standard library and of this file."""
+    script = types.ModuleType("script_for_help")
+    vars(script).update(globals(), __name__="script_for_help", __file__=str(path))
+    sys.modules["script_for_help"] = script
+    for node in ast.parse(path.read_text()).body:
+        names = [alias.name for alias in getattr(node, "names", [])]
+        is_import = isinstance(node, ast.Import) and set(names) <= sys.stdlib_module_names
+        is_import |= isinstance(node, ast.ImportFrom) and node.module in sys.stdlib_module_names
+        is_args = isinstance(node, ast.ClassDef) and node.name == "Args"
+        if is_import or is_args or isinstance(node, ast.Assign):
+            code = ast.Module([node], type_ignores=[])
+            try:
+                exec(compile(code, str(path), "exec", dont_inherit=False), vars(script))
+            except Exception:  # it needs more: answer later, when all has been imported
+                if is_args:
+                    return
+    if inspect.isclass(vars(script).get("Args")):
+        tyro.cli(script.Args, args=["--help"])
+
+
+if {"-h", "--help"} & set(sys.argv[1:]) and (path := started_script()):
+    show_help(path)
+
+# What follows takes seconds to import; wandb and TensorBoard wait until they are needed.
+import collections  # noqa: E402
+import contextlib  # noqa: E402
+import datetime  # noqa: E402
+import fcntl  # noqa: E402
+import hashlib  # noqa: E402
+import io  # noqa: E402
+import json  # noqa: E402
+import secrets  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+from importlib.metadata import distributions  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+
+def call(function: Callable[[], int], *errors: type[Exception]) -> int:
+    """The exit code of function(); RunError and these errors end in one sentence."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and started_script():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return function()
+    except (RunError, *errors) as error:
+        say_error(str(error))
+        return getattr(error, "code", FAILED)
+    except SystemExit as leaving:  # tyro, which has said why
+        return int(leaving.code or FINISHED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
+        if not is_about_memory(error):
+            raise
+        say_error(f"this does not fit into memory: {first_line(error)}.")
+        return FAILED
+
+
+def is_about_memory(error: Exception) -> bool:
+    """Whether NumPy or torch could not make an array of the size that was asked for."""
+    text = str(error).lower()
+    words = ("allocate", "out of memory", "calculation overflow", "multiplication overflow")
+    words += ("array is too big", "maximum allowed dimension", "int too large")
+    return isinstance(error, MemoryError) or any(word in text for word in words)
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
+def say_error(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+
+
+def leave(code: int) -> None:
+    """Exit; at once under torchrun, where gloo's threads sometimes crash the interpreter's end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        if code == FINISHED:  # else others may still be waiting for us
+            dist.destroy_process_group()
+        os._exit(code)
+    sys.exit(code)
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
+    """Rank, number of processes, device; joins torchrun's process group where there is one."""
+    torch.set_num_threads(args.num_threads)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {args.device}: there is no CUDA device here.")
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and ":" in args.device:
+        raise UsageError("Under torchrun each process has its own device: --device cuda.")
+    device = torch.device("cpu")
+    if args.device != "cpu" and torch.cuda.is_available():
+        _, _, number = args.device.partition(":")
+        device = torch.device(f"cuda:{number or os.environ.get('LOCAL_RANK', 0)}")
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} here.")
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        # The others wait while the first evaluates; who is dead, torchrun finds out.
+        patience = datetime.timedelta(days=1)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    return rank, size, device
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """x itself, summed in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x: Any) -> list[Any]:
+    """What all processes have, by rank."""
+    if not dist.is_initialized():
+        return [x]
+    everybody = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, x)
+    return everybody
+
+
+def moments(x: Tensor) -> Tensor:
+    """1, mean and mean square over all processes -> (3,) float64."""
+    x = x.double()
+    sums = sum_over_processes(torch.stack([torch.ones_like(x).sum(), x.sum(), (x * x).sum()]))
+    return sums / sums[0]
+
+
+def descend(
+    loss: Tensor, net: nn.Module, optimiser: torch.optim.Optimizer, max_norm: float
+) -> Tensor:
+    """A step on gradients averaged over processes, then clipped; returns their norm before that."""
+    optimiser.zero_grad()
+    loss.backward()
+    parameters = [p for p in net.parameters() if p.grad is not None]
+    if dist.is_initialized():  # one flat all-reduce
+        flat = sum_over_processes(torch.cat([p.grad.flatten() for p in parameters]))
+        parts = (flat / dist.get_world_size()).split([p.numel() for p in parameters])
+        for p, part in zip(parameters, parts):
+            p.grad.copy_(part.view_as(p))
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimiser.step()
+    return norm
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """End the run, in all processes, if a tensor holds NaN or infinity, and name it. All are
+    looked at before the one wait for a device."""
+    tensors = {name: x for name, x in tensors.items() if x.is_floating_point()}
+    if not tensors:
+        return
+    device = next(iter(tensors.values())).device
+    wrong = torch.stack([has_no_number(x.detach()).to(device) for x in tensors.values()])
+    counts = sum_over_processes(wrong.int()).tolist()
+    for name, count in zip(tensors, counts):
+        if count:
+            raise RunError(f"{name} is not finite; the last checkpoint is from before.")
+
+
+def has_no_number(x: Tensor) -> Tensor:
+    """Whether there is NaN or infinity in x -> () bool; piece by piece, as replays are large."""
+    pieces = x.flatten().split(2**22)
+    return torch.stack([~torch.isfinite(piece).all() for piece in pieces]).any()
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """End the run with one sentence if this cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
+def write_file(path: Path, fill: Callable[[Any], Any]) -> None:
+    """Replace a file by one that fill(file) has written whole, or leave it as it was."""
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        try:
+            with part.open("wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch wraps a full disk into the latter
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise error if isinstance(error, OSError) else OSError(first_line(error)) from None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file, or leave it as it was."""
+    write_file(path, lambda file: file.write(data))
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file; "" if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def is_intact(run_dir: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file is what an entry of the index says."""
+    return sha256_of(run_dir / entry["name"]) == entry["sha256"]
+
+
+def read_index(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of checkpoints.json, newest first; none if it is missing or garbled."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        index = json.loads((run_dir / "checkpoints.json").read_text())
+        names = ("name", "timesteps", "sha256", "replays")
+        return [{name: entry[name] for name in names} for entry in index]
+    return []
+
+
+def load_checkpoint(
+    path: str, quiet: bool = False, with_replays: bool = False
+) -> tuple[dict[str, Any], Path]:
+    """The newest intact state of a run directory, or that of one file, and the directory;
+    with_replays: those must be intact, too."""
+    file = Path(path)
+    run_dir = file if file.is_dir() and not file.name.endswith(".pt") else file.parent
+    for entry in read_index(run_dir):
+        if file not in (run_dir, run_dir / entry["name"]):
+            continue
+        needed = [entry, *(entry["replays"] if with_replays else [])]
+        damaged = [part["name"] for part in needed if not is_intact(run_dir, part)]
+        if not damaged:
+            return read_state(run_dir / entry["name"]), run_dir
+        if not quiet:
+            text = f"{run_dir / damaged[0]} is damaged: its sha256 differs."
+            print(text, file=sys.stderr)
+    raise UsageError(f"{path} holds no intact checkpoint.")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state; UsageError if it is none, or of an older format. No code in it is
+    executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version, _ = state.get("format"), state["args"]
+    except Exception:  # whatever the file holds
+        raise UsageError(f"{path} is no checkpoint of these scripts.") from None
+    if version != FORMAT:
+        commit = "the commit in its args.json"
+        raise UsageError(f"{path} has an older format; it needs the scripts of {commit}.")
+    return state
+
+
+def lock(run_dir: Path) -> Any:
+    """The open file that keeps other writers out of a run directory until this process ends."""
+    with writing(run_dir / "lock"):
+        file = (run_dir / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{run_dir} is being written by another process.") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def describe_run(args: RunArgs, resolved: dict[str, Any]) -> bytes:
+    """What args.json holds; resolved: what defaults have come to mean."""
+    script = script_of(type(args))
+    about = {"script": script.stem, "resolved": resolved, "commit": ""}
+    with contextlib.suppress(OSError):  # no git
+        git = ["git", "-C", str(script.parent), "describe", "--always", "--dirty"]
+        about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
+    return json.dumps(dataclasses.asdict(args) | about, indent=1).encode()
+
+
+def new_run_dir(args: RunArgs, world: str) -> Path:
+    """The run's directory, which may exist but holds no run."""
+    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    script = script_of(type(args)).stem
+    name = f"{world}__{script}__s{args.seed}__{when}__{secrets.token_hex(2)}"
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}.") from None
+    return run_dir
+
+
+def pack(x: Any) -> Any:
+    """What a checkpoint keeps: of networks, optimisers and worlds their state_dict(), of objects
+    with parts() and dataclasses those, of generators their state, the rest as it is."""
+    if hasattr(x, "parts"):
+        x = x.parts()
+    if dataclasses.is_dataclass(x):
+        x = vars(x)
+    if isinstance(x, dict):
+        return {name: pack(part) for name, part in x.items()}
+    if isinstance(x, torch.Generator):
+        return x.get_state()
+    if isinstance(x, Tensor):
+        return x.detach().cpu()
+    return x.state_dict() if hasattr(x, "state_dict") else x
+
+
+def restore(x: Any, saved: Any, source: str) -> None:
+    """Put back what pack() took, into x itself; UsageError if it does not fit."""
+    if hasattr(x, "parts"):
+        x = x.parts()
+    if dataclasses.is_dataclass(x):
+        x = vars(x)
+    try:
+        if isinstance(x, torch.Generator):
+            x.set_state(saved)
+        elif not isinstance(x, dict):
+            x.load_state_dict(saved)
+        for name in x if isinstance(x, dict) else ():
+            if is_plain(x[name]):
+                device = getattr(x[name], "device", None)
+                x[name] = saved[name].to(device) if device is not None else saved[name]
+            else:
+                restore(x[name], saved[name], source)
+    except (KeyError, ValueError, RuntimeError, AttributeError, TypeError):
+        raise UsageError(f"{source} does not fit: its networks have other shapes.") from None
+
+
+def is_plain(x: Any) -> bool:
+    """Whether a checkpoint holds x itself, not its parts."""
+    has_parts = hasattr(x, "parts") or hasattr(x, "state_dict") or dataclasses.is_dataclass(x)
+    return isinstance(x, Tensor) or not (has_parts or isinstance(x, (dict, torch.Generator)))
+
+
+def tensors_in(x: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of what pack() returned."""
+    if isinstance(x, Tensor):
+        yield where, x
+    for name, part in x.items() if isinstance(x, dict) else ():
+        yield from tensors_in(part, f"{where}.{name}" if where else str(name))
+
+
+# --- Log ------------------------------------------------------------------------------------------
+
+
+class Logger:
+    """Scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
+
+    def __init__(self, args: RunArgs, run_dir: Path, timesteps: int, line: tuple[str, ...]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.dir, self.path = run_dir, run_dir / "metrics.jsonl"
+        self.line = () if sys.stderr.isatty() else line  # a terminal has a bar
+        self.wandb = start_wandb(args, run_dir) if args.track else None
+        if self.path.exists():
+            self.forget_after(timesteps)
+        self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
+
+    def forget_after(self, timesteps: int) -> None:
+        """Drop the lines of what will happen again: after the checkpoint, and the final
+        evaluation; and what is no line, as a crash of the machine may leave it."""
+        kept = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                scalars = json.loads(line)
+                is_past = scalars["timesteps"] <= timesteps
+                is_final = any(name.startswith("final/") for name in scalars)
+                if is_past and not is_final and line.endswith(b"\n"):
+                    kept.append(line)
+        if not self.path.is_symlink():  # to a device, say
+            write(self.path, b"".join(kept))
+
+    def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
+        """A line of each."""
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
+        line = [f"{name} {scalars[name]:.4g}" for name in self.line if name in scalars]
+        if line:
+            print(f"step {timesteps}  " + "  ".join(line), flush=True)
+        with writing(self.dir):
+            for name, x in scalars.items():
+                self.board.add_scalar(name, x, timesteps)
+        if self.wandb:
+            self.wandb.log({"timesteps": timesteps, **scalars, **(media or {})})
+
+    def log_results(
+        self, timesteps: int, kind: str, results: dict[str, dict[str, float]], text: str
+    ) -> None:
+        """An evaluation, kind "eval" or "final": its figures; to wandb table and videos, too."""
+        media = {}
+        if self.wandb:  # no wandb.Table: to log one asks the server, and waits
+            import wandb
+
+            media[f"{kind}/table"] = wandb.Html(f"<pre>{text}</pre>")
+            for path in (self.dir / "videos").glob(f"{kind}-{timesteps}-*.mp4"):
+                media[f"video/{path.stem}"] = wandb.Video(str(path), format="mp4")
+        figures = {}
+        for row, numbers in results.items():
+            figures |= {f"{kind}/{row}/{name}": x for name, x in numbers.items()}
+        self.log(timesteps, figures, media)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(args: RunArgs, run_dir: Path) -> Any:
+    """A wandb run; offline if its server does not answer in time."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry outwaits every timeout
+    import wandb
+
+    limit = args.wandb_timeout
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    options = {
+        "project": args.wandb_project,
+        "name": run_dir.name,
+        "id": run_dir.name,
+        "config": dataclasses.asdict(args),
+        "dir": run_dir,
+        "settings": {
+            "console": "off",
+            "silent": True,
+            "init_timeout": limit,
+            "finish_timeout": limit,
+        },
+    }
+    try:
+        if args.wandb_mode == "online":
+            with contextlib.suppress(urllib.error.HTTPError):  # an error, too, is an answer
+                urllib.request.urlopen(url, timeout=limit).close()
+        run = wandb.init(mode=args.wandb_mode, resume="allow", **options)
+    except (OSError, ValueError, http.client.HTTPException, wandb.Error) as error:
+        text = f"wandb at {url}: {first_line(error)}; logging offline, for `wandb sync`."
+        print(text, file=sys.stderr)
+        wandb.teardown()  # the service holds the run's name
+        run = wandb.init(mode="offline", **options)
+    run.define_metric("*", step_metric="timesteps")
+    return run
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """What a script's evaluate() is told, and whom it tells how far it is.
+
+    kind       "eval" on the way or "final", which plays other episodes
+    episodes   to be played for each row of the table
+    rng        of this evaluation: the same for the same seed, step and kind
+    videos     the folder for films, whose names begin with `stem`; None: no films
+    """
+
+    INTERVAL = 15.0  # seconds between lines where there is no terminal
+
+    def __init__(self, args: RunArgs, kind: str, timesteps: int, run_dir: Path):
+        self.kind, self.timesteps, self.run_dir = kind, timesteps, run_dir
+        self.final = kind == "final"
+        self.episodes = args.final_episodes if self.final else args.eval_episodes
+        self.rng = np.random.default_rng((args.seed, timesteps, int(self.final)))
+        self.videos = run_dir / "videos" if args.capture_video else None
+        self.stem = f"{kind}-{timesteps}"
+        self.said = time.monotonic()
+        self.bar = tqdm(
+            total=0, desc=f"{kind} evaluation", unit=" episodes", leave=False, disable=None
+        )
+        self.expected = self.played = 0
+
+    def expect(self, episodes: int) -> None:
+        """So many more episodes will be played."""
+        self.expected += episodes
+        self.bar.total = self.expected
+        self.bar.refresh()
+
+    def progress(self, episodes: int = 1) -> None:
+        """So many more have been played."""
+        self.played += episodes
+        self.bar.update(episodes)
+        now = time.monotonic()
+        if self.bar.disable and now > self.said + self.INTERVAL:
+            print(f"{self.kind} evaluation: {self.played} of {self.expected} episodes", flush=True)
+            self.said = now
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+Judge = Callable[[Evaluation], dict[str, dict[str, float]]]
+
+
+# --- Run ------------------------------------------------------------------------------------------
+
+
+class Run:
+    """How far a run is, what is due, where its data go. The loop is the script's."""
+
+    def __init__(
+        self,
+        args: RunArgs,
+        table: Callable[[dict[str, dict[str, float]]], str],
+        line: tuple[str, ...] = (),
+    ):
+        """table: Markdown of an evaluation's results. line: scalars for standard output."""
+        self.args, self.table, self.line = args, table, line
+        self.rank, self.size, self.device = start_processes(args)
+        self.stack = contextlib.ExitStack()  # what ends with the run
+        self.source = args.resume or args.eval_only
+        self.saved: dict[str, Any] = {}  # the checkpoint that the run goes on from
+        self.dir = Path()
+        self.known: list[dict[str, Any]] = []  # entries of the index that are this run's
+        if args.resume and self.rank == 0 and Path(args.resume).exists():
+            given = Path(args.resume)
+            self.stack.enter_context(lock(given if given.is_dir() else given.parent))
+        if self.source:
+            resumes = bool(args.resume)
+            self.saved, self.dir = load_checkpoint(self.source, with_replays=resumes)
+        self.iteration = self.saved.get("iteration", 0)
+        self.timesteps = self.saved.get("timesteps", 0)
+        self.began = time.monotonic() - self.saved.get("wall_s", 0)
+        self.before = self.logged = self.timesteps  # of the last iteration, of the last line
+        self.saved_at = self.timesteps if self.saved else -1
+        self.noted: dict[str, list[Tensor]] = collections.defaultdict(list)
+        self.laps: dict[str, float] = collections.defaultdict(float)
+        self.mark = self.busy = 0.0  # clock of laps; seconds of iterations since the last line
+        self.stopped = self.evaluating = False
+        self.logger: Logger | None = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    def close_at_end(self, worlds: Any) -> Any:
+        """A context manager that ends with the run."""
+        return self.stack.enter_context(worlds)
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def restore(self, **parts: Any) -> None:
+        """Give what is alike in all processes its state from --resume or --eval-only."""
+        for name, part in parts.items() if self.saved else ():
+            restore(part, self.saved[name], self.source)
+
+    def restore_own(self, own: dict[str, Any]) -> None:
+        """Give what is this process's own its state; begin() does it, too."""
+        if self.saved:
+            restore(own, self.saved["ranks"][self.rank], self.source)
+
+    def begin(
+        self,
+        world: str,
+        parts: dict[str, Any],
+        own: dict[str, Any],
+        replays: dict[str, Any] | None = None,
+        **resolved: Any,
+    ) -> None:
+        """The run's directory and its log; a first checkpoint, or what is this process's own from
+        the last one. replays: objects with filled(), tensors whose rows are a replay's filled
+        part, and refill(tensors). resolved: what defaults have come to mean, for args.json."""
+        self.parts, self.own, self.replays = parts, own, replays or {}
+        if self.saved:
+            self.resume()
+        elif self.rank == 0:
+            self.dir = new_run_dir(self.args, world)
+            self.stack.enter_context(lock(self.dir))
+            if (self.dir / "checkpoints.json").exists():
+                raise UsageError(f"{self.dir} holds a run already: --resume it, or name another.")
+            about = {"device": str(self.device), "processes": self.size} | resolved
+            write(self.dir / "args.json", describe_run(self.args, about))
+        if self.rank == 0:
+            self.logger = Logger(self.args, self.dir, self.timesteps, self.line)
+            self.stack.callback(self.logger.close)
+        if not self.saved:
+            self.save()
+        self.bar = tqdm(
+            total=self.args.total_timesteps,
+            initial=self.timesteps,
+            unit=" steps",
+            disable=True if self.rank else None,  # None: where there is no terminal
+        )
+        self.stack.callback(self.bar.close)
+        self.catch_signals()
+
+    def resume(self) -> None:
+        """What is this process's own, and its replay, from the checkpoint."""
+        if (ranks := len(self.saved["ranks"])) != self.size:
+            raise UsageError(f"{ranks} processes began this run; {self.size} cannot go on.")
+        self.restore_own(self.own)
+        for name, x in self.saved["ranks"][self.rank]["noted"].items():
+            self.noted[name] = list(x.unbind())
+        if self.replays:
+            path = self.dir / self.replay_name(self.timesteps)
+            filled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            for name, replay in self.replays.items():
+                replay.refill(filled[name])
+        for entry in read_index(self.dir):
+            if entry["timesteps"] <= self.timesteps and is_intact(self.dir, entry):
+                self.known.append(entry)
+        if self.rank == 0 and self.timesteps < self.args.total_timesteps:
+            (self.dir / "summary.json").unlink(missing_ok=True)
+
+    def catch_signals(self) -> None:
+        """Ctrl-C, SIGTERM and SIGHUP end the run behind its iteration, evaluations at once; a
+        second one does what it always does."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        old = {number: signal.getsignal(number) for number in numbers}
+
+        def stop(number: int, frame: Any) -> None:
+            for each, handler in old.items():
+                signal.signal(each, handler)
+            self.stopped = True
+            if self.rank == 0:  # not by print(), which a signal may interrupt
+                os.write(2, b"\nStopping after this iteration; a second signal ends it at once.\n")
+            if self.evaluating:
+                raise KeyboardInterrupt
+
+        for number in numbers:
+            signal.signal(number, stop)
+            self.stack.callback(signal.signal, number, old[number])
+
+    def goes_on(self) -> bool:
+        """Whether there is another iteration, in all processes; if not, the last is saved."""
+        if self.size > 1:
+            stopped = torch.tensor(int(self.stopped), device=self.device)
+            self.stopped = bool(sum_over_processes(stopped))
+        self.before, self.mark = self.timesteps, time.monotonic()
+        if not self.stopped and self.timesteps < self.args.total_timesteps:
+            return True
+        self.save()
+        return False
+
+    def lap(self, name: str) -> None:
+        """The seconds since the last lap, or since the iteration began, are logged as this."""
+        now = time.monotonic()
+        self.laps[name] += now - self.mark
+        self.busy += now - self.mark
+        self.mark = now
+
+    def advance(self, steps: int) -> None:
+        """An iteration is over that took this many environment steps of all processes."""
+        self.iteration += 1
+        self.timesteps += steps
+        now = time.monotonic()
+        self.busy += now - self.mark
+        self.mark = now
+        self.bar.update(steps)
+
+    def is_due(self, every: int) -> bool:
+        """Whether a multiple of `every` steps lies in the last iteration; never if 0."""
+        return every > 0 and self.timesteps // every > self.before // every
+
+    def note(self, scalars: dict[str, Tensor]) -> None:
+        """The next line of the log gets their mean."""
+        for name, x in scalars.items():
+            self.noted[name].append(x.detach())
+
+    def log(self, scalars: dict[str, Tensor | float]) -> None:
+        """A line of the log, with the means of what was noted since the last one. sps: environment
+        steps per second of iterations, without evaluations and checkpoints."""
+        means = {name: torch.stack(x).mean() for name, x in self.noted.items()}
+        seconds = dict(self.laps) | {"wall_s": time.monotonic() - self.began}
+        seconds["sps"] = (self.timesteps - self.logged) / max(self.busy, 1e-9)
+        if self.logger:
+            figures = {name: float(x) for name, x in (means | scalars).items()}
+            self.logger.log(self.timesteps, figures | seconds)
+        self.logged, self.busy = self.timesteps, 0.0
+        self.noted.clear()
+        self.laps.clear()
+
+    def replay_name(self, timesteps: int) -> str:
+        rank = f"-{self.rank}" if self.size > 1 else ""
+        return f"replay-{timesteps}{rank}.pt"
+
+    def save(self) -> None:
+        """A checkpoint, if there is none of this step; RunError if a number is not finite."""
+        if self.timesteps == self.saved_at:
+            return
+        parts = pack(self.parts)
+        noted = {name: torch.stack(x) for name, x in self.noted.items()}
+        own = pack(self.own) | {"noted": pack(noted)}
+        filled = {name: replay.filled() for name, replay in self.replays.items()}
+        check_finite(**dict(tensors_in(parts | own | {"replay": filled}, "")))
+        if self.rank == 0 and self.saved and self.saved_at == self.saved["timesteps"]:
+            self.write_index()  # newer checkpoints, if there were any, are of another future
+        replay = [self.save_replay(filled)] if filled else []
+        ranks, replays = gather(own), gather(replay)
+        if self.rank == 0:
+            state = parts | {"format": FORMAT, "ranks": ranks}
+            state |= {"script": script_of(type(self.args)).stem}
+            state |= {"args": dataclasses.asdict(self.args)}
+            state |= {"iteration": self.iteration, "timesteps": self.timesteps}
+            state |= {"wall_s": time.monotonic() - self.began}
+            self.save_state(state, [entry for replay in replays for entry in replay])
+        self.saved_at = self.timesteps
+
+    def save_replay(self, filled: dict[str, dict[str, Tensor]]) -> dict[str, str]:
+        """Write this process's replays, tensor by tensor without a copy; returns name, sha256."""
+        exact = {
+            # A tensor of its own storage: torch writes the whole storage of a view.
+            name: {key: torch.from_numpy(x.cpu().numpy()) for key, x in tensors.items()}
+            for name, tensors in filled.items()
+        }
+        path = self.dir / self.replay_name(self.timesteps)
+        write_file(path, lambda file: torch.save(exact, file))
+        return {"name": path.name, "sha256": sha256_of(path)}
+
+    def save_state(self, state: dict[str, Any], replays: list[dict[str, str]]) -> None:
+        """Write a checkpoint, then the index that names the last two, then delete the rest."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        entry = {
+            "name": f"checkpoint-{self.timesteps}.pt",
+            "timesteps": self.timesteps,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "replays": replays,
+        }
+        write(self.dir / entry["name"], data)
+        others = [old for old in self.known if old["name"] != entry["name"]]
+        self.known = [entry, *others[:1]]
+        self.write_index()
+        kept = {file["name"] for old in self.known for file in (old, *old["replays"])}
+        for pattern in ("checkpoint-*.pt", "replay-*.pt"):
+            for path in self.dir.glob(pattern):
+                if path.name not in kept and path.is_file():
+                    path.unlink()
+
+    def write_index(self) -> None:
+        write(self.dir / "checkpoints.json", json.dumps(self.known, indent=1).encode())
+
+    def evaluate(self, judge: Judge, kind: str) -> dict[str, dict[str, float]]:
+        """Print and log what judge() finds, in the first process; nothing if the run is stopped
+        before or meanwhile."""
+        if self.rank or self.stopped:
+            return {}
+        evaluation = Evaluation(self.args, kind, self.timesteps, self.dir)
+        try:
+            try:
+                self.evaluating = True
+                results = judge(evaluation)
+            finally:
+                self.evaluating = False
+                evaluation.close()
+        except KeyboardInterrupt:
+            if not self.stopped:
+                raise
+            return {}
+        text = self.table(results)
+        tqdm.write(f"{self.dir}, step {self.timesteps}\n{text}")
+        if self.logger:
+            self.logger.log_results(self.timesteps, kind, results, text)
+        return results
+
+    def evaluate_only(self, judge: Judge) -> int:
+        """The final evaluation of a run that is not trained; returns the exit code."""
+        self.evaluate(judge, "final")
+        return FINISHED
+
+    def finish(self, judge: Judge) -> int:
+        """The final evaluation and summary.json, of a run that was not stopped; returns the exit
+        code."""
+        results = {}
+        if self.args.final_episodes:
+            results = self.evaluate(judge, "final")
+        if self.stopped:
+            return STOPPED
+        if self.rank == 0:
+            summary = {"timesteps": self.timesteps, "wall_s": time.monotonic() - self.began}
+            data = json.dumps(summary | {"eval": results}, indent=1).encode()
+            write(self.dir / "summary.json", data)
+        return FINISHED
