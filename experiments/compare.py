@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from runs import (
+    Positive,
     Run,
     Runs,
     check_out,
@@ -34,7 +35,6 @@ from runs import (
 )
 
 from envs.statistics import with_interval
-from harness import Positive
 
 
 @dataclasses.dataclass(frozen=True)
