@@ -89,14 +89,22 @@ def run_command(function: Callable, argv: list[str] | None, text: str) -> int:
     return call(run)
 
 
-def run_subcommand(functions: dict[str, Callable], argv: list[str] | None, text: str) -> int:
-    """The exit code of the command that argv names; every function has options of its own kind."""
+def run_subcommand(
+    functions: dict[str, Callable], argv: list[str] | None, text: str, **more: Any
+) -> int:
+    """The exit code of the command that argv names; every function has options of its own kind, of
+    which `more` are set where a kind has them."""
     kinds = {name: options_of(function) for name, function in functions.items()}
 
     def run() -> int:
         study = tyro.extras.subcommand_cli_from_dict(kinds, args=argv, description=text)
-        check_bounds(study)
         (function,) = (f for name, f in functions.items() if kinds[name] is type(study))
+        for name, value in more.items():
+            if hasattr(study, name):
+                study = dataclasses.replace(study, **{name: value})
+            elif value:
+                raise UsageError(f"{as_flag(name)} is not for this command.")
+        check_bounds(study)
         function(study)
         return FINISHED
 
