@@ -77,7 +77,7 @@ class Train:
 
     Every run of a figure has the same number of environment steps in total, whatever its number of
     populations (the paper's "equal episodes": divide by 20). Runs go to
-    DIR/{task}-{method}-s{seed}: a finished one is kept, one that was stopped goes on. What each figure compares:
+    DIR/{task}-{method}-s{seed}: a finished one is kept, one that was stopped goes on. Figures:
 
     fig2: MRA, Reptile, the single-game baseline and MADDPG in one game of each world;
     fig3: MRA and uni-MRA in all training games;
