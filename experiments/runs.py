@@ -395,17 +395,22 @@ def pack_lines(run: Run, curves: tuple[str, ...]) -> list[tuple]:
     for name in names:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in curves):
             for at, value in thinned(run.log, name):
-                lines.append((run.name, "curve", at, "", name, f"{value:.9g}"))
+                lines.append((run.name, "curve", at, "", name, as_text(value)))
     for row, figures in run.summary["eval"].items():
         for figure, value in figures.items():
             at = run.summary["timesteps"]
-            lines.append((run.name, "final", at, row, figure, f"{value:.9g}"))
+            lines.append((run.name, "final", at, row, figure, as_text(value)))
     for timesteps, scenario, bots, returns, lengths in run.evaluations:
         row = f"{scenario} {bots}"
         for x, length in zip(returns, lengths, strict=True):
-            lines.append((run.name, "episode", timesteps, row, "return", f"{x:.9g}"))
-            lines.append((run.name, "episode", timesteps, row, "length", f"{length:g}"))
+            lines.append((run.name, "episode", timesteps, row, "return", as_text(x)))
+            lines.append((run.name, "episode", timesteps, row, "length", as_text(length)))
     return lines
+
+
+def as_text(x: float) -> str:
+    """A figure with as many digits as tables could show of it."""
+    return f"{x:.9g}" if np.float32(x) == x else f"{x:.12g}"
 
 
 def thinned(log: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
