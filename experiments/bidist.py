@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import itertools
 import json
 import sys
@@ -475,12 +476,13 @@ class Loaded(NamedTuple):
     args: Any
     envs: Any
     agent: Any
-    rngs: list[torch.Generator]  # of a script: its own, and its method's
+    rngs: dict[str, torch.Generator]  # a script's own, and its method's
 
     def play(self, state: Any) -> tuple[Any, Any]:
         """One rollout of the training population, and the state behind it."""
-        rngs = self.rngs[: len(self.script.new_generators(0, 0))]
-        return self.script.collect(self.args, self.envs, self.agent, state, *rngs)
+        wanted = inspect.signature(self.script.collect).parameters
+        rngs = {name: rng for name, rng in self.rngs.items() if name in wanted}
+        return self.script.collect(self.args, self.envs, self.agent, state, **rngs)
 
     def last_of(self, rollouts: int) -> tuple[Any, Any]:
         """Several rollouts from the worlds' beginning, the last of which is returned."""
@@ -509,7 +511,8 @@ def loaded(run: Run, num_envs: int, seed: int) -> Iterator[Loaded]:
         with script.make_envs(args, num_envs, seed + 10**6) as envs:
             agent = script.Agent(args, envs, torch.device("cpu"))
             harness.restore(agent, saved["agent"], str(run.path))
-            rngs = [torch.Generator().manual_seed(seed + k) for k in (0, 1)]
+            seeds = {"rng": seed, "method_rng": seed + 1}
+            rngs = {name: torch.Generator().manual_seed(x) for name, x in seeds.items()}
             envs.reset()
             yield Loaded(script, args, envs, agent, rngs)
     except WorldError as error:
@@ -1031,7 +1034,7 @@ def reverse_run(run: Run, study: Reverse) -> list[dict[str, Any]]:
     near = copy.deepcopy(lagged)
     starts = {"initial": agent.new_distilled(study.seed + 2**31), "lagged": lagged, "near": near}
     agent.distilled = near
-    script.distill(args, agent, batch, state, phase="forward", rng=found.rngs[1])
+    script.distill(args, agent, batch, state, phase="forward", rng=found.rngs["method_rng"])
     # phi's state before the rollout is zero for every start: none has lived through the past.
     fresh = dataclasses.replace(batch, distilled_hidden=torch.zeros_like(batch.distilled_hidden))
     for start, rate, epochs in itertools.product(starts, study.rates, study.epochs):
