@@ -29,21 +29,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+import harness
+from harness import Above, Count, Positive, Seed, UsageError
+
 import numpy as np
 import torch
 import tyro
 from annotated_types import Interval, MinLen
-from runs import (
-    Above,
-    Count,
-    Positive,
-    Seed,
-    UsageError,
-    harness,
-    load_script,
-    run_subcommand,
-    script_args,
-)
 
 from envs.meltingpot.scenarios import (
     PAPER,
@@ -70,6 +64,7 @@ from envs.particle.worlds import (
 )
 from envs.particle.worlds import Observation as ParticleObservation
 from envs.smac.combat import Combat, Scenario
+from experiments.runs import load_script, run_subcommand, script_args
 
 CPU = torch.device("cpu")
 

@@ -31,27 +31,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+import harness
+from harness import Above, Amount, Count, Positive, Seed, UsageError, as_flag
+
 import numpy as np
-import scenario_table as tables
 import torch
 import tyro
 from annotated_types import Interval
-from runs import (
-    Above,
-    Amount,
-    Count,
+
+import experiments.scenario_table as tables
+from envs.meltingpot.tiles import WorldError
+from envs.statistics import draw_rows, markdown_table, mean_interval
+from experiments.runs import (
     Job,
-    Positive,
     Run,
     Runs,
-    Seed,
-    UsageError,
-    as_flag,
     as_words,
     beside,
     check_out,
     finish,
-    harness,
     load_script,
     method_of,
     plt,
@@ -63,9 +63,6 @@ from runs import (
     training_flags,
     without_seed,
 )
-
-from envs.meltingpot.tiles import WorldError
-from envs.statistics import draw_rows, markdown_table, mean_interval
 
 SCRIPT = "bidist_mappo_meltingpot"
 Several = Annotated[int, Interval(ge=2)]

@@ -21,20 +21,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+from harness import Positive
+
 import numpy as np
-from runs import (
-    Positive,
-    Run,
-    Runs,
-    check_out,
-    finish,
-    plt,
-    read_runs,
-    run_command,
-    without_seed,
-)
 
 from envs.statistics import with_interval
+from experiments.runs import Run, Runs, check_out, finish, plt, read_runs, run_command, without_seed
 
 
 @dataclasses.dataclass(frozen=True)

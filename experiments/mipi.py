@@ -24,33 +24,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+import harness
+from harness import Above, Amount, Positive, Seed, Share, UsageError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from annotated_types import Interval, MinLen
-from runs import (
-    Above,
-    Amount,
-    Job,
-    Positive,
-    Run,
-    Runs,
-    Seed,
-    Share,
-    UsageError,
-    as_words,
-    check_out,
-    finish,
-    free_flags,
-    harness,
-    load_script,
-    plt,
-    read_runs,
-    run_subcommand,
-    script_args,
-    train_all,
-)
 from torch import Tensor, nn
 
 from envs.smac.matrix_game import (
@@ -75,6 +58,21 @@ from envs.smac.resource_collection import (
 )
 from envs.smac.resource_collection import table as resource_table
 from envs.statistics import accelerated_interval, markdown_table
+from experiments.runs import (
+    Job,
+    Run,
+    Runs,
+    as_words,
+    check_out,
+    finish,
+    free_flags,
+    load_script,
+    plt,
+    read_runs,
+    run_subcommand,
+    script_args,
+    train_all,
+)
 
 # --- Training -------------------------------------------------------------------------------------
 

@@ -19,19 +19,23 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+from harness import Count, Positive, Seed, Share, UsageError
+
 import numpy as np
 import torch
 import tyro
 from annotated_types import Interval
-from runs import (
-    Count,
+from torch import Tensor
+
+from envs.particle.episodes import Player, play
+from envs.particle.worlds import TASKS, ParticleWorld, unpack
+from envs.statistics import markdown_table
+from experiments.runs import (
     Job,
-    Positive,
     Run,
     Runs,
-    Seed,
-    Share,
-    UsageError,
     beside,
     check_out,
     finish,
@@ -44,11 +48,6 @@ from runs import (
     without_seed,
     write_rows,
 )
-from torch import Tensor
-
-from envs.particle.episodes import Player, play
-from envs.particle.worlds import TASKS, ParticleWorld, unpack
-from envs.statistics import markdown_table
 
 MRA, MADDPG = "mra_maddpg_particle.py", "baselines/maddpg_particle.py"
 

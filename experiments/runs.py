@@ -36,20 +36,7 @@ from typing import Annotated, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
 import harness
-from harness import (  # Above to Share: for commands, which import them from here
-    FINISHED,
-    STOPPED,
-    Above,
-    Amount,
-    Count,
-    Positive,
-    RunError,
-    Seed,
-    Share,
-    UsageError,
-    as_flag,
-    call,
-)
+from harness import FINISHED, STOPPED, RunError, UsageError, as_flag, call
 
 import matplotlib
 import numpy as np
@@ -63,7 +50,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-__all__ = ["Above", "Amount", "Count", "Positive", "Seed", "Share"]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, studies
 POINTS = 100  # of a packed curve, at most
 

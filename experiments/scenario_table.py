@@ -33,14 +33,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+from harness import Count, Positive, Seed, UsageError
+
 import numpy as np
-from runs import (
-    Count,
-    Positive,
+
+from envs.meltingpot.scenarios import PAPER
+from envs.statistics import clustered_interval
+from experiments.runs import (
     Run,
     Runs,
-    Seed,
-    UsageError,
     beside,
     check_out,
     finish,
@@ -51,9 +54,6 @@ from runs import (
     script_file,
     without_seed,
 )
-
-from envs.meltingpot.scenarios import PAPER
-from envs.statistics import clustered_interval
 
 SEEDS = 5  # runs from which on intervals are over runs, too (docs/bidist.md)
 QUANTITIES = {

@@ -23,11 +23,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+from harness import Count, Positive, Seed, UsageError
+
 import numpy as np
 import torch
 import tyro
 from annotated_types import Interval
-from runs import Count, Positive, Seed, UsageError, check_out, finish, run_subcommand
 from tqdm import tqdm
 
 from envs.meltingpot.bots import puppet_kind
@@ -42,6 +45,7 @@ from envs.smac.combat import EnemyAI, Scenario
 from envs.smac.game import BattleError, make_battles
 from envs.smac.resource_collection import NOOP, STAY, ResourceCollection
 from envs.statistics import draw_rows, markdown_table, mean_interval, ratio_interval
+from experiments.runs import check_out, finish, run_subcommand
 
 # --- Melting Pot ----------------------------------------------------------------------------------
 
