@@ -611,7 +611,7 @@ def finish(out: Path, text: str, rows: list[dict[str, Any]], figure: Any = None)
 def write_rows(path: Path, rows: list[dict[str, Any]], digits: int = 6) -> None:
     """A CSV; empty cells for NaN."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, rows[0].keys() if rows else ())
         writer.writeheader()
         for row in rows:
             plain = {k: f"{x:.{digits}g}" if isinstance(x, float) else x for k, x in row.items()}

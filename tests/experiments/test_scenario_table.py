@@ -1,48 +1,15 @@
 """The table of returns beside scenarios' co-players, against plain NumPy on made-up evaluations."""
 
-import csv
-import dataclasses
-import importlib
 import json
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from runs import BIDIST, MAPPO, ROOT, script
+from made_up import HEADER, experiment, fake_evaluation, fake_run, rows
+from runs import BIDIST, MAPPO, ROOT
 
-sys.path.insert(0, str(ROOT / "experiments"))
-tables = importlib.import_module("scenario_table")
-
-HEADER = (
-    "scenario,bots,seed,timesteps,episode,focal_return,background_return,focal_pick_ups,"
-    "background_pick_ups,length"
-)
-
-
-def fake_run(path, name=BIDIST, seed=1, substrate="coins", **flags):
-    """A run directory that has only its arguments."""
-    args = dataclasses.asdict(script(name).Args(seed=seed, substrate=substrate, **flags))
-    path.mkdir(parents=True)
-    (path / "args.json").write_text(json.dumps(args | {"script": name.rpartition(".")[2]}))
-    return path
-
-
-def fake_evaluation(run, scenario, returns, lengths=None, bots="scripted", timesteps=1000):
-    """The file of one scenario, as the scripts write it."""
-    args = json.loads((run / "args.json").read_text())
-    lengths = np.full(len(returns), 500) if lengths is None else lengths
-    name = f"{args['substrate']}_{scenario.removeprefix('SC')}"
-    lines = [HEADER]
-    for episode, (x, length) in enumerate(zip(returns, lengths)):
-        lines.append(
-            f"{name},{bots},{args['seed']},{timesteps},{episode},{x!r},1.0,2.0,3.0,{length}"
-        )
-    path = run / "evaluation" / f"final-{timesteps}-{scenario}-{bots}.csv"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-    return path
+tables, runs = experiment("scenario_table"), experiment("runs")
 
 
 def make(out, *argv):
@@ -52,9 +19,7 @@ def make(out, *argv):
 
 def figures(path):
     """The CSV: {(scenario, method, run, quantity): row}."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    return {(r["scenario"], r["method"], r["run"], r["quantity"]): r for r in rows}
+    return {(r["scenario"], r["method"], r["run"], r["quantity"]): r for r in rows(path)}
 
 
 def bounds(row):
@@ -110,7 +75,7 @@ def test_normalised_by_hand(tmp_path):
     paths = []
     for name, flags, x in (
         (BIDIST, {}, 5.0),
-        (BIDIST, {"k_d": 10, "no_reverse": True}, 11.0),
+        (BIDIST, {"k_d": 10, "reverse": False}, 11.0),
         (MAPPO, {}, 2.0),
     ):
         run = fake_run(tmp_path / f"run{len(paths)}-s1", name, **flags)
@@ -219,20 +184,40 @@ def test_last_evaluation_or_another(tmp_path):
 
 
 def test_methods(tmp_path):
-    """Named by script and flags; an older run's script stands in its checkpoint."""
+    """Named by script and flags, or by the directory."""
     flags = {"reverse_lr": 1e-4, "team_reward": True, "final_episodes": 7, "background": ()}
     run = fake_run(tmp_path / "name-s1", total_timesteps=5, num_threads=2, **flags)
     expected = "bidist_mappo --team-reward --reverse-lr 0.0001"
-    assert tables.method_of(tables.read_args(run)) == expected
-    args = json.loads((run / "args.json").read_text())
-    del args["script"]
-    (run / "args.json").write_text(json.dumps(args))
-    torch.save({"script": BIDIST}, run / "checkpoint-5.pt")
-    (run / "checkpoints.json").write_text(json.dumps([{"name": "checkpoint-5.pt"}]))
-    assert tables.method_of(tables.read_args(run)) == expected
+    assert runs.method_of(runs.Run(run).args) == expected
     fake_evaluation(run, "SC0", [1.0])
     assert make(tmp_path / "x", run, "--group-by", "name") == 0
     assert ("SC0", "name", "", "return") in figures(tmp_path / "x.csv")
+
+
+def test_a_study_says_what_its_runs_say(tmp_path):
+    """The files of runs and of the CSV they were packed into are the same."""
+    rng, paths = np.random.default_rng(2), []
+    for name, script in (("a-s1", BIDIST), ("a-s2", BIDIST), ("b-s1", MAPPO)):
+        paths.append(fake_run(tmp_path / name, script, seed=int(name[-1]), team_reward=True))
+        for scenario in ("SC0", "SC2"):
+            lengths = rng.integers(300, 900, 40)
+            returns = [float(x) for x in rng.normal(size=40)]
+            fake_evaluation(paths[-1], scenario, returns, lengths)
+            fake_evaluation(paths[-1], scenario, returns[:5], timesteps=500)
+    study = tmp_path / "study.csv"
+    assert runs.main(["pack", str(study), *map(str, paths)]) == 0
+    for steps in ((), ("--timesteps", 500)):
+        assert make(tmp_path / "x", *paths, *steps) == 0
+        assert make(tmp_path / "y", study, *steps) == 0
+        for ending in ("md", "csv", "png"):
+            files = [(tmp_path / f"{name}.{ending}").read_bytes() for name in "xy"]
+            assert files[0] == files[1], ending
+    only = ("--only", "b-*", "a-s2")
+    assert make(tmp_path / "y", study, *only) == 0
+    assert list(dict.fromkeys(r["run"] for r in rows(tmp_path / "y.csv") if r["run"])) == [
+        "b-s1",
+        "a-s2",
+    ]
 
 
 def test_several_substrates(tmp_path):
@@ -257,10 +242,7 @@ def spoil(text):
     return change
 
 
-def gone(run):
-    for path in run.iterdir():
-        path.unlink()
-    run.rmdir()
+gone = shutil.rmtree
 
 
 def rewrite(**new):
@@ -274,7 +256,12 @@ def rewrite(**new):
 
 ERRORS = {
     "no directory": (gone, (), "a-s1 is no run directory."),
-    "no run": (lambda run: (run / "args.json").unlink(), (), "it has no args.json with a script."),
+    "no run": (lambda run: (run / "args.json").unlink(), (), "a-s1 is no run directory."),
+    "no script's name": (
+        lambda run: (run / "args.json").write_text("{}"),
+        (),
+        "it has no args.json with a script.",
+    ),
     "no script": (rewrite(script="mine"), (), "mine.py is not in this repository: use --group-by"),
     "no evaluation": (
         lambda run: None,
@@ -301,6 +288,17 @@ ERRORS = {
         "has no evaluation after 77 steps, but after 1,000.",
     ),
     "twice": (spoil(lambda text: text), ("{run}",), "A run directory is named twice."),
+    "no study": (
+        spoil(lambda text: text),
+        ("{run}/no.csv",),
+        "no.csv cannot be read: No such file",
+    ),
+    "another CSV": (
+        spoil(lambda text: text),
+        ("{run}/evaluation/final-1000-SC0-scripted.csv",),
+        "scripted.csv is no study: runs.py pack makes one.",
+    ),
+    "only": (spoil(lambda text: text), ("--only", "b*"), "--only b*: no run has such a name."),
 }
 
 
@@ -341,4 +339,4 @@ def test_parent_is_found_in_baselines(tmp_path, capsys):
     run = fake_run(tmp_path / "a-s1", MAPPO)
     assert make(tmp_path / "x", run) == 2
     assert "python baselines/mappo_meltingpot.py --eval-only" in capsys.readouterr().err
-    assert Path(ROOT / tables.script_file("mappo_meltingpot")).exists()
+    assert Path(ROOT / runs.script_file("mappo_meltingpot")).exists()

@@ -1,70 +1,50 @@
-"""Figures 5 and 7, on runs of the toy world."""
+"""Figs. 5 and 7, and what distillation does, on runs of the toy world."""
 
-import csv
 import dataclasses
-import importlib
 import itertools
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from runs import BIDIST, ROOT, script, tiny
+from made_up import experiment, is_png, rows
+from runs import BIDIST, script, tiny
 
-sys.path.insert(0, str(ROOT / "experiments"))
-policies = importlib.import_module("policies")
-
-
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def is_png(path):
-    return path.read_bytes()[:4] == b"\x89PNG"
+bidist, runs = experiment("bidist"), experiment("runs")
+harness = bidist.harness
 
 
 # Figure 7 ---------------------------------------------------------------------------------------
 
 
-def softmax(x):
-    x = np.exp(x - x.max(-1, keepdims=True))
-    return x / x.sum(-1, keepdims=True)
-
-
 def probabilities(path, which, study):
     """A network's on the rollout, step by step, from the run's checkpoint: (T B N, A)."""
-    bidist = script(BIDIST)
-    saved, _ = bidist.load_checkpoint(str(path))
-    args = bidist.Args(
-        **{k: tuple(x) if isinstance(x, list) else x for k, x in saved["args"].items()}
-    )
-    args = dataclasses.replace(args, num_envs=study.num_envs)
-    envs = bidist.make_envs(args, study.num_envs, study.seed + 10**6)
-    agent = bidist.Agent(args, envs.spec, torch.device("cpu"))
-    bidist.restore(agent.parts(), saved["agent"], "")
-    sprites, carry = bidist.Sprites(envs, agent.device), bidist.new_carry(agent, study.num_envs)
-    rngs = [torch.Generator().manual_seed(study.seed + k) for k in (0, 1)]
-    envs.reset()
-    for _ in range(study.warm_up + 1):
-        hidden = carry[f"{which}_hidden"]
-        batch = bidist.collect(args, envs, agent, carry, sprites, *rngs)
-    net, found = getattr(agent, which), []
-    with torch.no_grad():
-        for t in range(args.rollout_steps):
-            view = (batch.tile_ids[t, None], batch.actor_features[t, None], batch.starts[t, None])
-            logits, states = net(*view, hidden, sprites())
-            hidden = states[-1]
-            found.append(logits[0].double().numpy())
-    return softmax(np.stack(found)).reshape(-1, envs.spec.num_actions)
+    module = script(BIDIST)
+    saved, _ = harness.load_checkpoint(str(path))
+    args = dataclasses.replace(harness.saved_args(str(path), module.Args), num_envs=study.num_envs)
+    with module.make_envs(args, study.num_envs, study.seed + 10**6) as envs:
+        agent = module.Agent(args, envs, torch.device("cpu"))
+        harness.restore(agent, saved["agent"], "")
+        state = module.new_state(agent, study.num_envs)
+        rngs = [torch.Generator().manual_seed(study.seed + k) for k in (0, 1)]
+        envs.reset()
+        for _ in range(study.warm_up + 1):
+            hidden = getattr(state, f"{which}_hidden")
+            batch, state = module.collect(args, envs, agent, state, *rngs)
+        net, views, found = getattr(agent, which), batch.actor_views(), []
+        with torch.no_grad():
+            for t in range(args.rollout_steps):
+                now = module.Views(views.ids[t], views.features[t], views.starts[t])
+                log_probs, hidden = module.act(net, now, hidden, agent.sprites)
+                found.append(log_probs.exp().double().numpy())
+    return np.stack(found).reshape(-1, envs.spec.num_actions)
 
 
 def test_heat_maps(trained, tmp_path, capsys):
     argv = [str(trained[0]), "--num-envs", "3", "--reverse-lr", "0.01", "--noise-std", "0.5"]
-    study = policies.Fig7(trained[0], num_envs=3, reverse_lr=0.01, noise_std=0.5)
-    about, theta, phis, scalars = policies.reverse_phases(study)
+    study = bidist.Fig7(trained[0], num_envs=3, reverse_lr=0.01, noise_std=0.5)
+    about, theta, phis, scalars = bidist.reverse_phases(study)
     assert theta.shape == (20 * 3 * 2, 3) and about["reverse_epochs"] == 1
     for x in (theta, *phis.values()):
         assert np.allclose(x.sum(1), 1, atol=1e-6) and (x > 0).all()
@@ -80,7 +60,7 @@ def test_heat_maps(trained, tmp_path, capsys):
     entropy = {mode: -(x * np.log(x)).sum(1).mean() for mode, x in phis.items()}
     assert entropy["entropy"] > entropy["before"]
 
-    assert policies.main(["fig7", *argv, "--out", str(tmp_path / "x")]) == 0
+    assert bidist.main(["fig7", *argv, "--out", str(tmp_path / "x")]) == 0
     found, surest = rows(tmp_path / "x.csv"), int(theta.max(1).argmax())
     assert f"in observation {surest} θ prefers" in capsys.readouterr().out
     assert len(found) == 5 * 2 * 3 * 3
@@ -99,9 +79,9 @@ def test_heat_maps(trained, tmp_path, capsys):
             assert values == pytest.approx([scaled[place] for place in places], abs=1e-4)
     assert is_png(tmp_path / "x.png")
 
-    assert policies.main(["fig7", *argv, "--observation", "120"]) == 2
+    assert bidist.main(["fig7", *argv, "--observation", "120"]) == 2
     assert "error: --observation 120: the rollout has 0 to 119." in capsys.readouterr().err
-    assert policies.main(["fig7", str(trained[2])]) == 2
+    assert bidist.main(["fig7", str(trained[2])]) == 2
     assert "is not a run of bidist_mappo_meltingpot.py, and has no phi." in capsys.readouterr().err
 
 
@@ -111,14 +91,14 @@ def test_heat_maps(trained, tmp_path, capsys):
 def test_distributions(trained, tmp_path, capsys):
     argv = ["--samples", "30", "--num-envs", "4", "--rollouts", "2", "--perplexity", "5"]
     argv = ["fig5", *map(str, trained), *argv]
-    assert policies.main([*argv, "--out", str(tmp_path / "x")]) == 0
+    assert bidist.main([*argv, "--out", str(tmp_path / "x")]) == 0
     text, found = capsys.readouterr().out, rows(tmp_path / "x.csv")
     assert [sum(r["run"] == p.name for r in found) for p in trained] == [30] * 3
     mixed = [int(r["fictitious"]) for r in found]
     assert set(mixed[:60]) == {0, 1} and set(mixed[60:]) == {0}  # never both of two
-    study = policies.Fig5(tuple(trained), samples=30, rollouts=2, num_envs=4)
+    study = bidist.Fig5(tuple(trained), samples=30, rollouts=2, num_envs=4)
     for path in trained:
-        sample = policies.sample_population(path, study)
+        sample = bidist.sample_population(runs.Run(path), study)
         assert sample.points.shape == (30, 2 * 3) and sample.agents == 2
         assert np.allclose(sample.points.reshape(30, 2, 3).sum(-1), 1, atol=1e-5)
         pairs = list(itertools.combinations(sample.points, 2))
@@ -128,33 +108,32 @@ def test_distributions(trained, tmp_path, capsys):
         assert f"| 30 | {distance:.4f} | {total:.4f} |" in line
     assert is_png(tmp_path / "x.png")
     # The same seed draws the same samples and places.
-    assert policies.main([*argv, "--out", str(tmp_path / "y")]) == 0
+    assert bidist.main([*argv, "--out", str(tmp_path / "y")]) == 0
     assert rows(tmp_path / "y.csv") == found
 
 
 def test_samples_are_of_who_acted(trained):
     """With all agents trained the samples are theta's, with all fictitious phi's."""
-    bidist = script(BIDIST)
-    study = policies.Fig5((trained[0],), samples=80, rollouts=1, num_envs=2, warm_up=0)
-    with policies.loaded(trained[0], 2, 1) as (_, args, envs, agent, *rest):
-        batch = policies.play(bidist, args, envs, agent, *rest)
-    points = policies.sample_population(trained[0], dataclasses.replace(study, samples=40))
+    study = bidist.Fig5((trained[0],), samples=80, rollouts=1, num_envs=2, warm_up=0)
+    with bidist.loaded(runs.Run(trained[0]), 2, 1) as found:
+        batch, _ = found.last_of(1)
+    points = bidist.sample_population(runs.Run(trained[0]), dataclasses.replace(study, samples=40))
     acting = torch.where(batch.trained[..., None], batch.theta, batch.phi).exp()
     expected = {tuple(np.round(x, 5)) for x in acting.flatten(2).flatten(0, 1).double().numpy()}
     assert {tuple(np.round(x, 5)) for x in points.points} == expected
-    with pytest.raises(policies.UsageError, match=r"^--samples 80: the rollouts"):
-        policies.sample_population(trained[0], study)
+    with pytest.raises(bidist.UsageError, match=r"^--samples 80: the rollouts"):
+        bidist.sample_population(runs.Run(trained[0]), study)
 
 
 def test_errors_of_distributions(trained, tmp_path, capsys):
     other = shutil.copytree(trained[0], tmp_path / "other-s1")
     args = json.loads((other / "args.json").read_text())
     (other / "args.json").write_text(json.dumps(args | {"substrate": "coins"}))
-    assert policies.main(["fig5", str(trained[0]), str(other)]) == 2
+    assert bidist.main(["fig5", str(trained[0]), str(other)]) == 2
     assert "fig5 compares runs on one substrate, and these are on sev" in capsys.readouterr().err
-    assert policies.main(["fig5", str(trained[0]), "--samples", "10"]) == 2
+    assert bidist.main(["fig5", str(trained[0]), "--samples", "10"]) == 2
     assert "--perplexity 30 is not less than 10 samples." in capsys.readouterr().err
-    assert policies.main(["fig5", str(tmp_path / "nowhere")]) == 2
+    assert bidist.main(["fig5", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is no run directory." in capsys.readouterr().err
 
 
@@ -184,7 +163,7 @@ WRONG = [
 @pytest.mark.parametrize(("figure", "flags", "sentence"), WRONG)
 def test_wrong_options_are_one_sentence(trained, tmp_path, capsys, figure, flags, sentence):
     argv = [figure, str(trained[0]), "--out", str(tmp_path / "x"), "--num-envs", "2"]
-    assert policies.main([*argv, *flags.split()]) == 2
+    assert bidist.main([*argv, *flags.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {sentence}") and line.endswith(".")
     assert not list(tmp_path.iterdir())
@@ -197,7 +176,7 @@ def test_out_that_cannot_be_written(trained, tmp_path, capsys, figure):
         (tmp_path / "file/x", "cannot be written: File exists."),
         (".", "names a directory, not the files' common beginning."),
     ):
-        assert policies.main([figure, str(trained[0]), "--out", str(out)]) == 2
+        assert bidist.main([figure, str(trained[0]), "--out", str(out)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line == f"error: --out {out} {sentence}"
 
@@ -206,6 +185,79 @@ def test_minibatches_without_a_chunk(tmp_path, capsys):
     """One world has two chunks, too few for the run's four minibatches: their loss would be NaN."""
     assert script(BIDIST).main(tiny(BIDIST, tmp_path / "run", 1, "--minibatches", 4)) == 0
     argv = ["fig7", str(tmp_path / "run"), "--num-envs", "1", "--out", str(tmp_path / "x")]
-    assert policies.main(argv) == 2
+    assert bidist.main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: --minibatches exceeds the 2 chunks of a rollout."
+
+
+# Distillation over training ---------------------------------------------------------------------
+
+
+def test_shift_is_what_was_logged(trained, tmp_path, capsys):
+    run = shutil.copytree(trained[0], tmp_path / "begun-s1")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"timesteps": 99')  # being written
+    paths = (trained[1], run)
+    assert bidist.main(["shift", *map(str, paths), "--out", str(tmp_path / "x")]) == 0
+    text, found = capsys.readouterr().out, rows(tmp_path / "x.csv")
+    count = 0
+    for path, source in ((trained[1], trained[1]), (run, trained[0])):
+        log = [json.loads(x) for x in (source / "metrics.jsonl").read_text().splitlines()]
+        for name in ("kl", "shift", "theta_prefers", "phi_prefers"):
+            for phase, when in (
+                ("", ""),
+                *itertools.product(("forward", "reverse"), ("before", "after")),
+            ):
+                key = f"{phase}/{name}_{when}" if phase else name
+                expected = [(m["timesteps"], m[key]) for m in log if key in m]
+                assert len(expected) == (4 if phase else 8)
+                where = (path.name, name, phase, when)
+                own = [r for r in found if (r["run"], r["scalar"], r["phase"], r["when"]) == where]
+                assert [int(r["timesteps"]) for r in own] == [t for t, _ in expected]
+                values = [float(r["value"]) for r in own]
+                assert values == pytest.approx([x for _, x in expected], rel=1e-5)
+                count += len(own)
+        before = np.mean([m["reverse/kl_before"] for m in log if "reverse/kl_before" in m])
+        after = np.mean([m["reverse/kl_after"] for m in log if "reverse/kl_after" in m])
+        assert f"| {path.name} | reverse, all | 4 | {before:.3g} -> {after:.3g} |" in text
+    assert count == len(found)
+    assert is_png(tmp_path / "x.png")
+    assert bidist.main(["shift", str(trained[2])]) == 2
+    assert "logs no KL: it is not a run of bidist_mappo_meltingpot.py" in capsys.readouterr().err
+
+
+def test_errors_of_shift_are_one_sentence(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for argv, sentence in (
+        ([], "Name at least one run directory or study."),
+        ([tmp_path / "nowhere"], f"{tmp_path}/nowhere is no run directory."),
+        (
+            [trained[0], "--out", tmp_path / "file/x"],
+            f"--out {tmp_path}/file/x cannot be written: File exists.",
+        ),
+    ):
+        assert bidist.main(["shift", "--out", str(tmp_path / "x"), *map(str, argv)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: {sentence}"
+
+
+# When reverse distillation shifts preferences ---------------------------------------------------
+
+
+def test_reverse_distillation(trained, tmp_path, capsys):
+    two = trained[:2]
+    argv = ["reverse", *map(str, two), "--rates", "1e-5", "1e-2", "--epochs", "2"]
+    argv += ["--num-envs", "4", "--out", str(tmp_path / "new/reverse")]
+    assert bidist.main(argv) == 0
+    found = rows(tmp_path / "new/reverse.csv")
+    assert len(found) == 2 * 3 * 2  # runs, distances, rates
+    for slow, fast in zip(found[::2], found[1::2]):
+        assert slow["kl_before"] == fast["kl_before"]
+        assert float(fast["kl_after"]) > float(slow["kl_after"]) > 0
+    assert is_png(tmp_path / "new/reverse.png")
+    table = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| initial")]
+    assert len(table) == 2  # a line per rate: the mean over runs
+    mean = np.mean([float(r["kl_after"]) for r in found if r["phi"] == "initial"][1::2])
+    assert f"-> {mean:.3f} |" in table[1]
+    assert bidist.main(["reverse", str(trained[2])]) == 2
+    assert "has no phi." in capsys.readouterr().err
