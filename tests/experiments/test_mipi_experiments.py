@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import io
 import json
+import shlex
 import shutil
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
-import tyro
+from made_up import command, experiment
 from PIL import Image
-from runs import script
-from toolbox import ROOT, sharpen
+from toolbox import sharpen
 
 from envs.smac import resource_collection
-from envs.smac.resource_collection import collector
 
-sys.path.insert(0, str(ROOT / "experiments"))
-
-mipi, refil = script("mipi_refil_smac"), script("baselines.refil_smac")
+study, runs_module = experiment("mipi"), experiment("runs")
+mipi, refil = (runs_module.load_script(name) for name in ("mipi_refil_smac", "refil_smac"))
 TINY = "--scenario sz --preset cpu --hidden-size 8 --heads 2 --rnn-size 6 --mixing-size 5 "
 TINY += (
     "--num-envs 4 --batch-size 4 --max-episode-steps 4 --updates-per-iteration 1 --save-every 0 "
@@ -44,7 +39,7 @@ def runs(tmp_path_factory):
     for name, module, flags in (
         ("sz-mipi-s1", mipi, ""),
         ("sz-mipi-s2", mipi, "--seed 2"),
-        ("sz-inf-s1", mipi, "--alpha inf"),
+        ("sz-inf-s1", mipi, "--observe-self-only"),
         ("sz-same-s1", mipi, "--alpha .03"),
         ("sz-warm-s1", mipi, "--regularizer entropy --alpha .5 --learning-rate 5e-4"),
         ("sz-value-s1", mipi, "--regularizer none"),
@@ -59,16 +54,6 @@ def runs(tmp_path_factory):
             lines.append(json.dumps(line | {key: rng.uniform() for key in names}))
         log.write_text("\n".join(lines) + "\n")
     return folder
-
-
-def command(name, kind, *words):
-    """An experiment's command line, in this process: exit code, standard output and error."""
-    module, out, err = importlib.import_module(name), io.StringIO(), io.StringIO()
-    argv = [str(word) for word in words]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        main = lambda: module.main(tyro.cli(getattr(module, kind), args=argv))  # noqa: E731
-        code = module.one_line_errors(main)
-    return code, out.getvalue(), err.getvalue()
 
 
 def logged(run, size, measure):
@@ -89,9 +74,7 @@ def test_tables(runs, tmp_path):
     not run; the paper's figures as printed; names of rows."""
     names = ("mipi-s1", "mipi-s2", "inf-s1", "warm-s1", "value-s1", "refil-s1", "aqmix-s1")
     paths = [runs / f"sz-{name}" for name in names]
-    code, text, stderr = command(
-        "mipi_tables", "Tables", *paths, "--last", 2, "--out", tmp_path / "t"
-    )
+    code, text, stderr = command("mipi", "tables", *paths, "--last", 2, "--out", tmp_path / "t")
     assert code == 0, stderr
     assert (tmp_path / "t.md").read_text().strip() == text.strip()
     returns = rows_below(text, "SZ: return per episode")
@@ -143,15 +126,15 @@ def test_tables_until(runs, tmp_path):
     log.write_text("\n".join(log.read_text().splitlines()[:3]) + "\n")
     steps = [json.loads(x)["timesteps"] for x in log.read_text().splitlines() if "eval/" in x]
     words = (one, short, "--last", 1, "--out", tmp_path / "t")
-    code, text, stderr = command("mipi_tables", "Tables", *words)
+    code, text, stderr = command("mipi", "tables", *words)
     assert code == 0, stderr
     assert f"Not equally long: {steps[-1]:,} to " in text
-    cut = command("mipi_tables", "Tables", *words, "--until", steps[-1])[1]
+    cut = command("mipi", "tables", *words, "--until", steps[-1])[1]
     assert "Not equally long" not in cut
     row = rows_below(cut, "SZ: return per episode")["MIPI"]
     wanted = logged(one, 6, "return")[len(steps) - 1]
     assert row["6"] == f"{wanted:.2f}" != f"{logged(one, 6, 'return')[-1]:.2f}"
-    code, _, stderr = command("mipi_tables", "Tables", one, "--last", 1, "--until", 1)
+    code, _, stderr = command("mipi", "tables", one, "--last", 1, "--until", 1)
     assert code == 2 and "0 evaluations until 1 steps, fewer than --last 1" in stderr
 
 
@@ -166,7 +149,7 @@ def test_tables_every(runs, tmp_path):
     ]
     (often / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     words = (often, "--last", 2, "--every", 60, "--out", tmp_path / "t")
-    code, text, stderr = command("mipi_tables", "Tables", *words)
+    code, text, stderr = command("mipi", "tables", *words)
     assert code == 0, stderr
     assert rows_below(text, "SZ: return per episode")["Value"]["6"] == "2.00"  # of 1 and 3
 
@@ -187,7 +170,7 @@ def test_refused(runs, tmp_path):
     ):
         if "--out" not in words:
             words = (*words, "--out", tmp_path / "t")
-        code, _, stderr = command("mipi_tables", "Tables", *words)
+        code, _, stderr = command("mipi", "tables", *words)
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
 
 
@@ -195,36 +178,46 @@ def test_runs_of_the_tables(tmp_path):
     """--dry-run names a command for every row of the tables that is one of these methods."""
     words = ["--seeds", "1", "2", "--dir", tmp_path / "runs", "--dry-run"]
     tables = ["table1", "table2", "table3", "d3", "collection"]
-    code, text, stderr = command("mipi_runs", "Study", *tables, *words)
+    code, text, stderr = command("mipi", "train", *tables, *words)
     assert code == 0, stderr
-    lines = text.splitlines()
-    module = importlib.import_module("mipi_tables")
     wanted = {("resource", name) for name in ("MIPI", "REFIL", "AQMIX")}
-    for table in module.TABLES.values():
+    for table in study.TABLES.values():
         for task, rows in table.items():
             wanted |= {(task, name) for name in rows if name not in ("CollaQ", "MAPPO")}
     found = []
-    for line in lines:
-        path, *argv = line.split()[1:]
+    for line in text.splitlines():
+        path, *argv = shlex.split(line)[1:]
         parent = refil if path.startswith("baselines") else mipi
-        args = parent.parse(parent.with_preset(argv))
+        args = runs_module.script_args(parent, argv)
         assert args.eval_every * 10 == args.total_timesteps == 500_000 and args.num_envs == 32
         plain = json.loads(json.dumps(vars(args))) | {"script": parent.__name__.split(".")[-1]}
-        found.append((args.scenario, module.method_of(plain), args.seed))
+        found.append((args.scenario, study.row_name(plain), args.seed))
     assert sorted(found) == sorted((*pair, seed) for pair in wanted for seed in (1, 2))
 
 
 def test_rows_are_named_by_the_flags_in_which_runs_differ():
     """Where all runs of a script have a flag that its preset has not, no row's name tells it; of
     another script's runs, which do not know it, nothing follows."""
-    module = importlib.import_module("mipi_tables")
 
     def run(method, seed, **flags):
         known = frozenset({"gamma"} if method == "REFIL" else {"gamma", "detach", "rounds"})
-        return module.Run("x", "sz", method, flags, known, seed, 1, {"3": (3,)}, [], [], {})
+        return study.Evaluated(
+            name="x",
+            where="x",
+            task="sz",
+            method=method,
+            flags=flags,
+            known=known,
+            seed=seed,
+            steps=1,
+            columns={"3": (3,)},
+            evaluations=[],
+            learning=[],
+            scripts={},
+        )
 
     refil = run("REFIL", 1)
-    names = lambda *runs: {k: len(x) for k, x in module.group([refil, *runs])["sz"].items()}  # noqa: E731
+    names = lambda *runs: {k: len(x) for k, x in study.group([refil, *runs])["sz"].items()}  # noqa: E731
     assert names(run("MIPI", 1, detach=False), run("MIPI", 2, detach=False)) == {
         "REFIL": 1,
         "MIPI": 2,
@@ -242,48 +235,15 @@ def test_rows_are_named_by_the_flags_in_which_runs_differ():
     }
 
 
-SCRIPT = """
-import json, pathlib, sys
-words = sys.argv[1:]
-value = lambda flag: words[words.index(flag) + 1]
-run = pathlib.Path(value("--resume" if "--resume" in words else "--run-dir"))
-run.mkdir(exist_ok=True)
-with (run / "calls").open("a") as file:
-    file.write(" ".join(words) + "\\n")
-print("hello", file=sys.stderr)
-if "--fail" in words:
-    raise SystemExit(3)
-(run / "checkpoints.json").write_text("[]")
-if "--stop" not in words:
-    (run / "summary.json").write_text("{}")
-"""
-
-
-def test_a_study_starts_resumes_and_keeps(tmp_path, monkeypatch, capsys):
-    """New runs start, one that was stopped goes on, a finished one is kept, a failing one is named
-    with its log; a script that only notes how it was called stands in for training."""
-    figures = importlib.import_module("figures")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    study = types.SimpleNamespace(seeds=(1, 2), jobs=2, dir=tmp_path / "runs", dry_run=True)
-    commands = {"a": "script.py --from SEED", "b": "script.py --stop"}
-    figures.train_all(commands, study, 70)
-    assert not study.dir.exists()
-    assert capsys.readouterr().out.count("python script.py") == 4
-    study.dry_run = False
-    figures.train_all(commands, study, 70)
-    figures.train_all(commands, study, 90)
-    called = {path.parent.name: path.read_text().splitlines() for path in study.dir.rglob("calls")}
-    assert set(called) == {"a-s1", "a-s2", "b-s1", "b-s2"}
-    for seed in (1, 2):
-        own = f"--seed {seed} --total-timesteps 70 --run-dir {study.dir}"
-        assert called[f"a-s{seed}"] == [f"--from {seed} {own}/a-s{seed}"]
-        run = study.dir / f"b-s{seed}"
-        assert called[run.name][0] == f"--stop {own}/{run.name}"
-        assert called[run.name][1] == f"--resume {run} --total-timesteps 90"
-        assert (study.dir / f"{run.name}.log").read_text() == "hello\n" * 2
-    with pytest.raises(figures.UsageError, match=r"c-s1 ended with exit code 3; see .*c-s1\.log\."):
-        figures.train_all({"c": "script.py --fail"}, study, 70)
+def test_a_study_of_runs_makes_the_same_tables(runs, tmp_path):
+    """From directories and from the CSV they were packed into."""
+    paths = sorted(runs.glob("sz-mipi-s?")) + [runs / "sz-refil-s1"]
+    assert command("runs", "pack", tmp_path / "sz.csv", *paths)[0] == 0
+    texts = [
+        command("mipi", "tables", *source, "--last", 2, "--out", tmp_path / "t")[1]
+        for source in (paths, [tmp_path / "sz.csv"])
+    ]
+    assert texts[0] == texts[1] and "AQMIX" in texts[0]
 
 
 # --- Reference points, speed ----------------------------------------------------------------------
@@ -293,7 +253,7 @@ def taught(*flags):
     """What is earned, {"3 taught": ...}, on the way, too, and what share of labels was met."""
     small = ("--minibatches", 4, "--show", 1, "--every", 1, "--round", 2, "--episodes", 4)
     flags = (*small, "--learning-rate", 5e-3, "--team-sizes", 3, "--eval-team-sizes", *flags)
-    code, out, error = command("collection_imitation", "Study", *flags)
+    code, out, error = command("mipi", "imitation", *flags)
     assert code == 0, error
     rows = [line.split("|") for line in out.splitlines() if line.startswith("| ")]
     found = {r[1].strip(): float(r[2].split("[")[0]) for r in rows if r[1].strip() != "who"}
@@ -305,9 +265,7 @@ def test_imitation_in_resource_collection(monkeypatch):
     """Beside the scripts' own figures; options change what is learned; bad ones are refused. In
     episodes of 20 steps, to be quick."""
     short = functools.partial(resource_collection.ResourceCollection, episode_limit=20)
-    monkeypatch.setattr(
-        importlib.import_module("collection_imitation"), "ResourceCollection", short
-    )
+    monkeypatch.setattr(study, "ResourceCollection", short)
     rows, met = taught(6)
     assert list(rows) == [f"after {n}" for n in (1, 2, 3, 4)] + [
         f"{n} {who}" for n in (3, 6) for who in ("taught", "random", "forager", "collector")
@@ -326,7 +284,7 @@ def test_imitation_in_resource_collection(monkeypatch):
         assert taught(*flags)[1] != met, flags
     assert next(iter(taught("--show", 4, "--minibatches", 3)[0])) == "after 3"
     for flags in (("--team-sizes", 9), ("--team-sizes",), ("--minibatches", 0)):
-        code, _, error = command("collection_imitation", "Study", *flags)
+        code, _, error = command("mipi", "imitation", *flags)
         assert code == 2 and flags[0] in error
 
 
@@ -338,41 +296,11 @@ def test_the_network_learns_resource_collection_from_labels():
     assert rows["3 taught"] > 3 * max(rows["3 random"], 3)
 
 
-def test_scripts_of_resource_collection():
-    """Figures of the environment's own functions; bad sizes are refused."""
-    code, table, _ = command("collection_scripts", "Scripts", "--team-sizes", 3, "--episodes", 8)
-    worlds = resource_collection.ResourceCollection((3,), 8, 1, once=True)
-    earned = np.mean([e.reward for e in resource_collection.play(worlds, collector)])
-    row = next(line for line in table.splitlines() if "3 collector" in line)
-    assert code == 0 and f"| {earned:.1f} [" in row and row.rstrip(" |").endswith(" 8")
-    still = next(line for line in table.splitlines() if "3 still" in line).split("|")
-    assert float(still[3]) == 0 < float(still[4])  # nothing is picked up, invaders are caught
-    assert command("collection_scripts", "Scripts", "--team-sizes", 9)[::2] == (
-        2,
-        "error: Teams of resource have 1 to 8 agents: not 9.\n",
-    )
-
-
-@pytest.mark.parametrize(
-    "name, tables, lines",
-    [
-        ("bench_mipi", "--limits 2 --widths 8 --alternations 2", ["REFIL, linear", "MIPI, M = 2"]),
-        ("bench_refil", "--limits 2 --widths 8", ["fp32"]),
-    ],
-)
-def test_benchmarks_run(name, tables, lines):
-    """On episodes of two steps: what is asked for is printed. Speed is not judged."""
-    code, text, _ = command(name, "Bench", *tables.split(), "--repeats", 1, "--presets")
-    assert code == 0 and all(line in text for line in lines), text
-    code, _, error = command(name, "Bench", "--repeats", 0)
-    assert code == 2 and "--repeats 0" in error
-
-
 # --- Dependence on the team -----------------------------------------------------------------------
 
 
 def dependence(*words):
-    code, text, stderr = command("team_dependence", "Study", *words)
+    code, text, stderr = command("mipi", "dependence", *words)
     assert code == 0, stderr
     lines = [[x.strip() for x in line.strip("|").split("|")] for line in text.splitlines()]
     return {row[0]: dict(zip(lines[0], row)) for row in lines[2:]}
@@ -391,9 +319,9 @@ def test_team_dependence(runs, tmp_path):
         assert rows["sz-refil-s1"]["nats"] == rows["sz-aqmix-s1"]["nats"] == ""
         assert float(rows["sz-mipi-s1"]["nats"].split()[0]) >= 0
     assert own["sz-refil-s1"] == same["sz-refil-s1"]
-    study, seed_2 = importlib.import_module("team_dependence"), runs / "sz-mipi-s2"
+    seed_2 = runs / "sz-mipi-s2"
     mine, theirs, other = (
-        study.open_checkpoint(*pair).replay.steps["actions"][:8]
+        study.open_checkpoint(*map(runs_module.Run, pair)).buffer.steps["actions"][:8]
         for pair in ((names[0], names[0]), (seed_2, seed_2), (names[0], seed_2))
     )
     assert torch.equal(other, theirs) and not torch.equal(other, mine)
@@ -410,28 +338,28 @@ def test_team_dependence(runs, tmp_path):
         ((runs / "sz-mipi-s1", "--states", runs / "nothing"), "is no run directory"),
         ((runs / "sz-mipi-s1", "--draws", 0), "--draws 0"),
     ):
-        code, _, stderr = command("team_dependence", "Study", *words)
+        code, _, stderr = command("mipi", "dependence", *words)
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr
 
 
 def test_what_team_dependence_measures(runs, monkeypatch):
     """By loops: sharp agents, whose actions do change; teammates' features matter to nobody when
     they are not seen, enemies' do."""
-    study = importlib.import_module("team_dependence")
-    opened = study.open_checkpoint(runs / "sz-mipi-s1", runs / "sz-mipi-s1")
+    run = runs_module.Run(runs / "sz-mipi-s1")
+    opened = study.open_checkpoint(run, run)
     for k, net in enumerate((opened.agent.utility, opened.agent.policy)):
         sharpen(net, 1.0, k)
-    args = study.Study((), episodes=6, draws=3)
+    args = study.Dependence((), episodes=6, draws=3)
     found = study.measure(opened, args)
     rng = torch.Generator().manual_seed(1)
-    batch = opened.replay.sample(rng, 6)
-    view, A = batch.view, batch.view.unseen.shape[1]
+    batch = opened.buffer.sample(rng, 6)
+    view, A = batch.features, batch.features.unseen.shape[1]
 
     def policy(view, groups=None):
         with torch.no_grad():
             q, x, _ = opened.agent.utility(view, groups)
             seen = 0 if groups is None else 1
-            return opened.agent.log_policy(q[seen], x[seen], view.avail).exp().numpy()
+            return opened.agent.log_policy(q[seen], x[seen], view.avail_actions).exp().numpy()
 
     alone = view._replace(unseen=view.unseen.clone())
     for i in range(A):
@@ -439,11 +367,11 @@ def test_what_team_dependence_measures(runs, monkeypatch):
             alone.unseen[:, i, j] |= i != j
     draws = [policy(view, mipi.draw_groups(view, rng)) for _ in range(3)]
     real, hidden = policy(view), policy(alone)
-    battles, acts = view.played.nonzero()[:, 1].tolist(), set(batch.step.tolist())
+    battles, acts = view.played.nonzero()[:, 1].tolist(), set(batch.now.tolist())
     each = {name: [[] for _ in range(6)] for name in found}
     for m, b in enumerate(battles):
         for i in range(A) if m in acts else ():
-            if view.avail[m, i, 0]:
+            if view.avail_actions[m, i, 0]:
                 continue  # dead, or nobody
             best = real[m, i].argmax()
             each["mates"][b].append(hidden[m, i].argmax() != best)

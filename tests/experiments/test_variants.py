@@ -1,8 +1,6 @@
 """Figures 6, 8, C.1 and C.2, on runs of the toy world and on made-up evaluations."""
 
-import csv
 import dataclasses
-import importlib
 import itertools
 import json
 import shutil
@@ -12,32 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up import experiment, fake_evaluation, fake_run, is_png, rows
 from runs import BIDIST, ROOT, STEPS, Run, differences, exact, script, start, until
 
-sys.path.insert(0, str(ROOT / "experiments"))
-variants = importlib.import_module("variants")
-made_up = importlib.import_module("test_scenario_table")
+bidist, runs = experiment("bidist"), experiment("runs")
 
 EXTRA = "--num-envs 2 --rollout-steps 20 --minibatches 2 --epochs 1 --k-d 1 --forward-epochs 1"
 EXTRA = (*EXTRA.split(), "--reverse-epochs", "1", "--final-episodes", "2")
 
 
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def is_png(path):
-    return path.read_bytes()[:4] == b"\x89PNG"
-
-
 def processes(kind):
-    """In the place of the module subprocess, for variants alone."""
+    """In the place of the module subprocess, for experiments alone."""
     return types.SimpleNamespace(Popen=kind, DEVNULL=-3, STDOUT=-2)
 
 
 class Hosted:
-    """What variants wants of subprocess.Popen, forked from a host that has all imported."""
+    """What training wants of subprocess.Popen, forked from a host that has all imported."""
 
     started = ()
 
@@ -58,11 +46,11 @@ class Hosted:
 def fig6(tmp_path, *argv, iterations=2, extra=EXTRA):
     argv = [*map(str, argv), "--substrate", "toy", "--runs-dir", str(tmp_path / "runs")]
     argv += ["--total-timesteps", str(iterations * STEPS), "--out", str(tmp_path / "x")]
-    return variants.main(["fig6", *argv, "--extra", *extra])
+    return bidist.main(["fig6", *argv, "--extra", *extra])
 
 
 def test_variants_are_trained_skipped_and_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(variants, "subprocess", processes(Hosted))
+    monkeypatch.setattr(runs, "subprocess", processes(Hosted))
     monkeypatch.setattr(Hosted, "started", ())
     extra, seeds = (*EXTRA, "--eval-every", str(STEPS)), ("--seeds", 1, 2)
     assert fig6(tmp_path, "--seeds", 1, "--only", "kl", "noise", extra=extra) == 0
@@ -87,7 +75,7 @@ def test_variants_are_trained_skipped_and_drawn(tmp_path, monkeypatch, capsys):
             assert float(row["mean"]) == pytest.approx(result["return_per_1000"], rel=1e-5)
             assert float(row["low"]) == pytest.approx(result["return_per_1000_low"], rel=1e-5)
             own.append(result["return_per_1000"])
-            points = variants.read_progress(run, "self-play", "return_per_1000")
+            points = bidist.read_progress(runs.Run(run), "self-play", "return_per_1000")
             assert [steps for steps, _ in points] == [STEPS, 2 * STEPS]
         assert float(found[mode, ""]["mean"]) == pytest.approx(np.mean(own), rel=1e-5)
         assert found[mode, ""]["low"] == ""  # fewer than five runs
@@ -95,7 +83,7 @@ def test_variants_are_trained_skipped_and_drawn(tmp_path, monkeypatch, capsys):
     assert is_png(tmp_path / "x.png")
     # The same from the runs alone.
     paths = sorted(map(str, (tmp_path / "runs").glob("*-s?")))
-    assert variants.main(["fig6", "--out", str(tmp_path / "y"), "--runs", *paths]) == 0
+    assert bidist.main(["fig6", "--out", str(tmp_path / "y"), "--runs", *paths]) == 0
     again = rows(tmp_path / "y.csv")
     assert sorted(map(str, again)) == sorted(map(str, found.values()))
     # A longer figure goes on with the same runs.
@@ -128,7 +116,7 @@ def test_a_killed_run_goes_on(tmp_path, capsys):
 def test_another_run_is_not_taken(tmp_path, monkeypatch, capsys):
     """A run with other --extra flags is refused, finished or not; how it was evaluated and how long
     it is may differ, and then nothing is trained or only the rest."""
-    monkeypatch.setattr(variants, "subprocess", processes(Hosted))
+    monkeypatch.setattr(runs, "subprocess", processes(Hosted))
     monkeypatch.setattr(Hosted, "started", ())
     run = tmp_path / "runs/kl-s1"
 
@@ -166,16 +154,16 @@ def test_another_run_is_not_taken(tmp_path, monkeypatch, capsys):
     assert Hosted.started[1][:2] == ["--resume", str(run)]
     assert json.loads((run / "summary.json").read_text())["timesteps"] == 3 * STEPS
     # A flag that the run's version of the script did not have was at its default.
-    del args["dual_clip"], args["p_means"]
+    del args["weight_cap"], args["p_means"]
     (run / "args.json").write_text(json.dumps(args))
     assert fig(*first) == 0
-    assert refused(*first, "--dual-clip", "2") == f"{where} dual_clip is None, not 2.0."
+    other = ("--p-means", "trained")
+    assert refused(*first, *other) == f"{where} p_means is fictitious, not trained."
 
 
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        ("--gama 0.9", "Unrecognized options: --gama, 0.9"),
         ("--k-d -3", "--k-d -3: input should be greater than or equal to 1."),
         ("--chunk-length 7", "--chunk-length must divide --rollout-steps."),
         ("--seed 9", "--seed is the figure's own: not after --extra."),
@@ -206,9 +194,15 @@ def test_wrong_options_are_one_sentence(tmp_path, capsys, flags, sentence):
     (tmp_path / "file").touch()
     argv = ["--substrate", "toy", "--only", "kl", "--out", str(tmp_path / "x")]
     argv += ["--runs-dir", str(tmp_path / "runs"), *flags.format(tmp=tmp_path).split()]
-    assert variants.main(["fig6", *argv]) == 2
+    assert bidist.main(["fig6", *argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: {sentence.format(tmp=tmp_path)}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_extra_flags_are_refused_before_training(tmp_path, capsys):
+    assert fig6(tmp_path, "--only", "kl", extra=("--gama", "0.9")) == 2
+    assert "Unrecognized options: --gama" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -228,22 +222,22 @@ def test_errors_of_variants(tmp_path, monkeypatch, capsys, trained):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    monkeypatch.setattr(variants, "subprocess", processes(failing(1)))
+    monkeypatch.setattr(runs, "subprocess", processes(failing(1)))
     assert fig6(tmp_path, "--seeds", 1, 2, "--only", "kl") == 2
     sentence = error()
     assert "runs/kl-s1 ended with code 1: see" in sentence and "runs/kl-s2 ended" in sentence
     assert fig6(tmp_path, "--only", "louder") == 2
     assert "fig6 trains no variant louder: there are kl, entropy, random, noise." in error()
-    with variants.alone((tmp_path / "runs/kl-s1").resolve()):
-        assert fig6(tmp_path, "--seeds", 1, "--only", "kl") == 2
-    assert "runs/kl-s1 is being trained by another process." in error()
+    monkeypatch.setattr(runs, "subprocess", processes(failing(75)))
+    assert fig6(tmp_path, "--seeds", 1, 2, "--only", "kl") == 75
+    assert error() == "error: 2 of 2 runs were stopped; the same command goes on."
     shutil.copytree(trained[0], tmp_path / "runs/noise-s1")
     assert fig6(tmp_path, "--seeds", 1, "--only", "noise") == 2
     assert "noise-s1 holds another run: its reverse_mode is kl, not noise." in error()
-    assert variants.main(["fig6", "--runs", str(trained[2])]) == 2
+    assert bidist.main(["fig6", "--runs", str(trained[2])]) == 2
     assert "mappo_meltingpot-s1 is mappo --num-envs 2" in (sentence := error())
     assert sentence.endswith(", no variant of fig6.")
-    assert variants.main(["fig6", "--runs", str(trained[0]), "--extra", "--p", "1"]) == 2
+    assert bidist.main(["fig6", "--runs", str(trained[0]), "--extra", "--p", "1"]) == 2
     assert "--extra is for runs to train, and --runs names finished ones." in error()
 
 
@@ -252,19 +246,21 @@ def test_dry_run(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and not (tmp_path / "runs").exists()
     for line, mode in zip(lines, ("kl", "entropy", "random", "noise")):
-        assert f"--seed 3 --reverse-mode {mode} " in line and line.endswith(" ".join(EXTRA))
+        assert line.startswith("python bidist_mappo_meltingpot.py --run-dir ")
+        assert " ".join(EXTRA) in line and " --seed 3 " in line
+        assert (f"--reverse-mode {mode} " in line) == (mode != "kl")
 
 
-@pytest.mark.parametrize("name, kind", [(k.__name__.lower(), k) for k in variants.FIGURES])
+@pytest.mark.parametrize("name, kind", [(k.__name__.lower(), k) for k in bidist.FIGURES])
 def test_commands_make_their_variants(tmp_path, name, kind):
     """What a command line means to the script is what the figure takes for the variant."""
     study = kind(substrate="toy", seeds=(1,), runs_dir=tmp_path)
-    jobs = variants.jobs_of(study)
+    jobs = bidist.jobs_of(study)
     assert len(jobs) == {"fig6": 4, "fig8": 4, "c1": 5, "c2": 6}[name]
     for job in jobs:
-        argv = variants.command_of(job)[2:]
-        args = dataclasses.asdict(script(BIDIST).parse(argv))
-        assert variants.variant_of(args | {"script": BIDIST}, study, tmp_path) == job.variant
+        args = dataclasses.asdict(script(BIDIST).parse(job.command()[1:]))
+        variant = bidist.variant_of(args | {"script": BIDIST}, study, "")
+        assert job.run.name == f"{variant}-s1"
         assert args["run_dir"] == str(job.run) and args["total_timesteps"] == 10_000_000
 
 
@@ -272,15 +268,15 @@ def test_bars_beside_scenarios(tmp_path, capsys):
     """Five runs of one variant: an interval over runs, too; RPM has no script; kinds apart."""
     rng, paths, returns = np.random.default_rng(0), [], {}
     for seed in range(1, 6):
-        paths.append(made_up.fake_run(tmp_path / f"full-s{seed}", seed=seed))
-    paths.append(made_up.fake_run(tmp_path / "v0-s1", all_fictitious=True, team_reward=True))
+        paths.append(fake_run(tmp_path / f"full-s{seed}", seed=seed))
+    paths.append(fake_run(tmp_path / "v0-s1", all_fictitious=True, team_reward=True))
     for run in paths:
         for scenario, bots in itertools.product(("SC0", "SC1"), ("scripted", "official")):
             x = rng.normal(size=20) * 3 + 10
-            made_up.fake_evaluation(run, scenario, [float(y) for y in x], None, bots)
+            fake_evaluation(run, scenario, [float(y) for y in x], None, bots)
             returns[run.name, scenario, bots] = x.mean()
     argv = ["fig8", "--quantity", "return", "--out", str(tmp_path / "x"), "--runs"]
-    assert variants.main([*argv, *map(str, paths)]) == 0
+    assert bidist.main([*argv, *map(str, paths)]) == 0
     text = capsys.readouterr().out
     assert text.count("| RPM |  |  | not run: no script yet |") == 4
     assert "Note: the runs differ in more than what is compared here: --team-reward." in text
@@ -298,7 +294,7 @@ def test_bars_beside_scenarios(tmp_path, capsys):
 
 
 def test_extra():
-    assert variants.split_extra(["fig6", "--jobs", "2"]) == (["fig6", "--jobs", "2"], [])
-    assert variants.split_extra(["fig6", "--extra"]) == (["fig6"], [])
+    assert bidist.split_extra(["fig6", "--jobs", "2"]) == (["fig6", "--jobs", "2"], [])
+    assert bidist.split_extra(["fig6", "--extra"]) == (["fig6"], [])
     argv = ["fig6", "--extra", "--p", "0", "--extra"]
-    assert variants.split_extra(argv) == (["fig6"], ["--p", "0", "--extra"])
+    assert bidist.split_extra(argv) == (["fig6"], ["--p", "0", "--extra"])
