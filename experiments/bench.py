@@ -952,7 +952,7 @@ def check_device(bench: Any) -> None:
 
 def time_plain(script: Any, s: SimpleNamespace, groups: Any, bench: Refil) -> tuple[float, float]:
     """Seconds of an update of both plain learners."""
-    import plain_refil
+    from experiments import plain_refil
 
     e = plain_refil.episodes_of(s, bench.seed, 32)
     full = plain_refil.all_slots(groups, s.batch.features, 32)
