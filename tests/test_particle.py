@@ -1,5 +1,5 @@
 """envs/particle/worlds.py against mpe2's physics, and against plain loops over agents written here
-from docs/particle.md; its random numbers against SplitMix64 in NumPy; PettingZoo's own tests."""
+from docs/particle.md; its random numbers against SplitMix64 in NumPy."""
 
 import csv
 import math
@@ -7,19 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import types
-import warnings
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from mpe2._mpe_utils.core import Agent, World
-from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_test, render_test
-from pettingzoo.test.state_test import state_test
 
-from envs import particle_parallel
 from envs.particle.worlds import (
     TASKS,
     Bodies,
@@ -558,71 +552,6 @@ def test_scripted_players():
     fleeing, hunting = mean_return("pacman", (4, 2), flee)
     assert fleeing > pac_men and hunting < ghosts
     assert ghosts > mean_return("pacman", (4, 2), None)[1] + 2
-
-
-@pytest.mark.parametrize(
-    ("task", "population"), [("treasure", 3), ("resource", 6), ("pacman", (4, 2))]
-)
-def test_pettingzoo(task, population):
-    matplotlib.use("Agg")
-    new = lambda **how: particle_parallel.parallel_env(task, population, **how)  # noqa: E731
-    turns = lambda **how: particle_parallel.env(task, population, **how)  # noqa: E731
-    parallel_api_test(new(), 60)
-    parallel_seed_test(new)
-    max_cycles_test(types.SimpleNamespace(parallel_env=new, env=turns))
-    render_test(turns)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Environment's m.* state space value is")  # unbounded
-        state_test(turns(), new())
-
-
-def test_pettingzoo_shows_the_worlds_own():
-    """Observations and state against a world with the same seed."""
-    env, world = (
-        particle_parallel.parallel_env("pacman", (4, 2)),
-        ParticleWorld("pacman", (4, 2), 1, seed=5),
-    )
-    seen, _ = env.reset(seed=5)
-    obs, rng = world.reset(), np.random.default_rng(0)
-    while True:
-        for i, agent in enumerate(env.possible_agents):
-            if agent in seen:
-                others = (obs.entities() * obs.mask()[..., None])[0, i]
-                flat = torch.cat(
-                    (obs.own[0, i], torch.cat((others[:i], others[i + 1 :])).flatten())
-                )
-                assert np.array_equal(seen[agent], flat.numpy())
-        if not env.agents:
-            break
-        actions = rng.integers(0, 5, 6)
-        acted = [env.possible_agents.index(agent) for agent in env.agents]
-        seen, reward, *_ = env.step({env.possible_agents[i]: actions[i] for i in acted})
-        step = world.step(torch.from_numpy(actions)[None])
-        obs = step.final
-        assert [reward[env.possible_agents[i]] for i in acted] == step.reward[0, acted].tolist()
-        assert np.array_equal(env.state(), step.final_state[0].numpy())
-
-
-def test_dead_pac_men_leave():
-    env = particle_parallel.parallel_env("pacman", (2, 8))
-    left, zeros = 0, 0
-    for seed in range(10):
-        env.reset(seed=seed)
-        while env.agents:
-            before = list(env.agents)
-            obs, reward, terminated, truncated, _ = env.step(dict.fromkeys(before, 1))
-            assert list(obs) == list(reward) == before
-            dead = [agent for agent in before if terminated[agent] and agent.startswith("pac")]
-            left += len(dead)
-            assert not any(truncated[agent] for agent in dead)
-            if env.agents:
-                assert env.agents == [agent for agent in before if agent not in dead]
-                game = env.world.game
-                others = obs["ghost_0"][game.own_features :].reshape(-1, game.entity_features)
-                gone = [f"pac_man_{k}" not in env.agents for k in (0, 1)]
-                assert [not row.any() for row in others[:2]] == gone
-                zeros += sum(gone)
-    assert left > 3 and zeros > 3
 
 
 def test_pictures_have_a_fixed_window():

@@ -375,7 +375,7 @@ def test_full_disk_under_metrics(capfd):
 MEASURE = """
 import resource, sys
 sys.path.insert(0, {root!r})
-import torch, harness
+import torch, harness, torch.utils.tensorboard
 rows = {rows}
 
 class Replay:
