@@ -407,7 +407,7 @@ class Battles:
     episodes: Positive = 2048  # of each cell
     seed: Seed = 1
     enemy_ai: EnemyAI = "sticky"  # of the simulator
-    backend: Literal["sim", "sc2"] = "sim"  # docs/smac.md
+    backend: Literal["sim", "sc2"] = "sim"  # docs/battles.md
     num_envs: Positive = 4  # sc2: games at a time
     game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
 

@@ -30,8 +30,8 @@ from envs.smac.combat import (
     STOP,
     Episode,
 )
-from envs.statistics import aligned_table, share_interval, with_interval
 from envs.smac.views import film as film  # as resource_collection.film
+from envs.statistics import aligned_table, share_interval, with_interval
 
 Policy = Callable[[Any], Tensor]
 HURT = 0.35  # part of hit points and shields below which a unit retreats
