@@ -1,5 +1,5 @@
-"""The command lines of both scripts: what is wrong gets one sentence and leaves nothing behind. What
-every script refuses: tests/harness/test_command_line.py."""
+"""The command lines of both scripts: what is wrong gets one sentence and leaves nothing behind.
+What every script refuses: tests/harness/test_command_line.py."""
 
 import ast
 import dataclasses

@@ -1,5 +1,5 @@
-"""What a run in Melting Pot leaves behind when it is stopped, loses its workers or runs out of numbers.
-Damage, full disks and signals in general: tests/harness."""
+"""What a run in Melting Pot leaves behind when it is stopped, loses its workers or runs out of
+numbers. Damage, full disks and signals in general: tests/harness."""
 
 import os
 import signal
