@@ -3,12 +3,20 @@
 #   make train ARGS="--substrate chicken_in_the_matrix__repeated"     ARGS goes to the command
 #   make setup PYTHON=python3.12                                      another Python than python3
 #   make setup PIP_ARGS="--extra-index-url URL"                       to pip, as for a CPU build of torch
+#   make setup UV=                                                    with pip alone (uv is quicker)
 #   make setup MELTINGPOT_ASSETS=FILE                                 see envs/meltingpot/install.py
 
 PYTHON ?= python3
 ARGS ?=
 PIP_ARGS ?=
+UV ?= uv==0.13.9
 PY := .venv/bin/python
+PIP = $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS)
+TORCH = $(shell grep '^torch==' requirements-lock.txt)
+# pip picks the build of torch, as PIP_ARGS and its own settings say; uv, which does not read those,
+# what is left. Where it fails (it may reach no index), pip does everything.
+WITH_UV = { $(PIP) -q $(UV) && $(if $(TORCH),$(PIP) --no-deps $(TORCH) &&) \
+	$(PY) -m uv pip install --python $(PY) -r requirements-lock.txt; }
 READY := .venv/ready
 # Packages of another Python must not get in.
 unexport PYTHONPATH
@@ -68,7 +76,7 @@ $(READY): requirements-lock.txt envs/meltingpot/install.py
 	@$(PY) -c 'import pip' 2>/dev/null || $(PY) -m ensurepip --default-pip >/dev/null
 	@echo "Installing into .venv: about 0.5 GB to download and 2 GB on disk, some minutes (on Linux"
 	@echo "PyPI's PyTorch adds 2.5 GB of CUDA libraries; for a build without, see README.md)."
-	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements-lock.txt \
+	@$(if $(UV),$(WITH_UV) ||) $(PIP) -r requirements-lock.txt \
 	    || { echo "pip could not install everything; Melting Pot's engine, dmlab2d, has builds for" \
 	    "Linux with glibc 2.35 or newer and for macOS 15 or newer on Apple silicon." >&2; exit 1; }
 	@$(PY) envs/meltingpot/install.py

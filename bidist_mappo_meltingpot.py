@@ -25,79 +25,54 @@ baselines/mappo_meltingpot.py` shows is the method and nothing else.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import datetime
 import functools
-import hashlib
-import http.client
-import io
 import itertools
-import json
 import math
-import os
-import re
-import secrets
-import signal
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from importlib.metadata import distributions
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
+
+from harness import (
+    Above,
+    Amount,
+    Count,
+    Evaluation,
+    Positive,
+    Run,
+    RunArgs,
+    Share,
+    UsageError,
+    call,
+    check_finite,
+    descend,
+    leave,
+    load_checkpoint,
+    moments,
+    read_args,
+    restore,
+    saved_args,
+    sum_over_processes,
+)
 
 import numpy as np
-import pydantic
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
-import wandb
 from annotated_types import Interval
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from envs.meltingpot.episodes import (
-    Player,
-    count_episodes,
-    play_pairs,
-    random_player,
-    summarise,
-    table,
-)
-from envs.meltingpot.tile_tensors import Sprites, Windows
-from envs.meltingpot.tiles import WorldError
-
-Seed = Annotated[int, Interval(ge=0, lt=2**32)]
-Count = Annotated[int, Interval(ge=0)]
-Positive = Annotated[int, Interval(ge=1)]
-Share = Annotated[float, Interval(ge=0, le=1)]
-Amount = Annotated[float, Interval(ge=0, lt=math.inf)]
-Above = Annotated[float, Interval(gt=0, lt=math.inf)]
-
+from envs.meltingpot.episodes import Player, count_episodes, play_pairs, random_player, table
+from envs.meltingpot.scenarios import find_scenarios, scenario_rows
+from envs.meltingpot.tile_tensors import Sprites, TileTables
+from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(RunArgs):
     """BiDist on MAPPO in Melting Pot. Defaults are the paper's (Tables B.1 and B.2)."""
 
-    # Run
-    seed: Seed = 1  # fixes all that is drawn on our side (the engine drifts all the same)
-    total_timesteps: Positive = 10_000_000  # environment steps of all worlds and processes
-    run_dir: str = ""  # default: runs/{world}__{script}__s{seed}__{UTC time}__{4 hex}
-    resume: str = ""  # run directory to go on with; its own arguments hold
-    eval_only: str = ""  # run directory or checkpoint to evaluate, without training
-    track: bool = False  # log to Weights & Biases too
-    wandb_project: str = "unseen"  # project there
-    wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` later
-    wandb_timeout: Above = 10.0  # seconds until an unreachable server is given up
-    capture_video: bool = False  # an MP4 with every evaluation
     # Environment
     substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, or toy
     num_envs: Positive = 16  # B, worlds per process (rollout threads)
@@ -112,18 +87,17 @@ class Args:
     v_redraw: Literal["iteration", "episode"] = "iteration"  # when v is drawn (Alg. 1: iteration)
     all_fictitious: bool = False  # ablation v = 0
     mask_fictitious: bool = False  # fictitious samples do not train theta (Eq. 9: they do)
-    dual_clip: Annotated[float, Interval(gt=1)] | None = None  # bounds r of theirs where A < 0
     clip_centre: Literal["printed", "old"] = "printed"  # 1, or pi_theta_old / who acted
     weight_cap: Above | None = None  # bounds that weight; with --advantages-per-population
     advantages_per_population: bool = False  # normalised apart for theta's and phi's samples
     copy_every: Count = 0  # control: phi is theta of every N-th iteration, not distilled; 0: off
     k_d: Positive = 5  # distillation interval in iterations
+    forward: bool = True  # without: ablation -F, odd multiples of k_d do nothing
     forward_lr: Amount = 1e-3  # eta_f of Eq. (7)
     forward_epochs: Count = 5  # passes over the rollout in a forward phase
-    no_forward: bool = False  # ablation -F: odd multiples of k_d do nothing
+    reverse: bool = True  # without: ablation -R, even multiples of k_d do nothing
     reverse_lr: Amount = 1e-5  # eta_r of Eq. (8)
     reverse_epochs: Count = 5  # passes over the rollout in a reverse phase
-    no_reverse: bool = False  # ablation -R: even multiples of k_d do nothing
     reverse_mode: Literal["kl", "entropy", "random", "noise"] = "kl"  # kl: Eq. (8), else Fig. 6
     noise_std: Amount = 0.1  # of mode noise, added to every weight of phi
     distilled_width: Annotated[float, Interval(gt=0, le=4)] = 1.0  # of phi's layers (Fig. C.1)
@@ -142,131 +116,57 @@ class Args:
     huber_delta: Above = 10.0  # of the value loss
     entropy_coef: Amount = 0.01  # entropy bonus
     max_grad_norm: Above = 10.0  # of each network
-    # Evaluation and checkpoints (every: environment steps, 0 for never)
-    eval_every: Count = 160_000  # evaluations on the way
-    eval_episodes: Positive = 2  # per co-player, in those
-    final_episodes: Count = 50  # per co-player, at the end and with --eval-only
+    plain: bool = False  # convolutions on images, not tables: the same results, slower
+    amp: bool = False  # critic in bf16
+    # Evaluation
     background: tuple[str, ...] = ("random", "distilled")  # co-players; also run directories
     num_focal: Count = 0  # seats that we take beside them; 0: N - 1
     eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
     eval_scenarios: str = "all"  # Melting Pot's, beside bots: all, none or e.g. SC0,SC3
     bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official where they can be had
-    save_every: Count = 160_000  # checkpoints; the last two are kept
-    # System
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    num_threads: Positive = 1  # torch's; on a busy machine more is slower
-    pixels: bool = False  # plain convolutions on images: the same results, slower
-    amp: bool = False  # critic in bf16
 
 
-def validate(args: Args) -> None:
-    """Raise UsageError for combinations that cannot be meant."""
+def validate(args: Args) -> list[tuple[Any, str]]:
+    """Combinations that cannot be meant, and the sentence for each."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
-    redraw, dual = args.v_shared and args.v_redraw == "episode", args.dual_clip is not None
-    capped, old = args.weight_cap is not None, args.clip_centre == "old"
-    for wrong, sentence in (
-        (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
-        (args.resume and args.run_dir, "--resume goes on in its own directory, without --run-dir"),
-        (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
+    masked, old = args.mask_fictitious, args.clip_centre == "old"
+    capped, apart = args.weight_cap is not None, args.advantages_per_population
+    replaced = args.reverse_mode != "kl"
+    redrawn = args.v_redraw == "episode"
+    narrow = args.distilled_width != 1
+    return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
-        (args.mask_fictitious and args.all_fictitious, "--mask-fictitious leaves no samples"),
-        (args.mask_fictitious and dual, "--dual-clip has no samples with --mask-fictitious"),
-        (args.mask_fictitious and old, "--clip-centre has no samples with --mask-fictitious"),
+        (masked and args.all_fictitious, "--mask-fictitious leaves no samples"),
+        (masked and old, "--clip-centre has no samples with --mask-fictitious"),
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
-        (
-            # E_phi[min(w, 1) grad log pi_theta] is not 0: an offset of A would be a gradient.
-            capped and not args.advantages_per_population,
-            "--weight-cap needs --advantages-per-population",
-        ),
-        (
-            args.copy_every and args.distilled_width != 1,
-            "--copy-every needs --distilled-width 1",
-        ),
+        # E_phi[min(w, 1) grad log pi_theta] is not 0: an offset of A would be a gradient.
+        (capped and not apart, "--weight-cap needs --advantages-per-population"),
+        (args.copy_every and narrow, "--copy-every needs --distilled-width 1"),
         (args.all_fictitious and args.p is not None, "--p has no use with --all-fictitious"),
-        (args.no_reverse and args.reverse_mode != "kl", "--no-reverse excludes --reverse-mode"),
-        (redraw, "--v-shared excludes --v-redraw episode: worlds end at different times"),
-    ):
-        if wrong:
-            raise UsageError(f"{sentence}.")
+        (replaced and not args.reverse, "--no-reverse excludes --reverse-mode"),
+        (args.v_shared and redrawn, "--v-shared excludes --v-redraw episode: worlds end apart"),
+    ]
 
 
 LINE = ("episode/return", "entropy", "kl", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = (  # what may differ from the run's own arguments with --resume and --eval-only
-    *("total_timesteps", "run_dir", "resume", "eval_only", "track", "wandb_project", "wandb_mode"),
-    *("wandb_timeout", "capture_video", "num_workers", "worker_timeout", "eval_every"),
-    *("eval_episodes", "final_episodes", "background", "num_focal", "eval_ids", "eval_scenarios"),
-    *("bots", "save_every", "device", "num_threads", "pixels", "amp"),
+RESUMABLE = (  # flags of this script that may differ with --resume and --eval-only
+    "num_workers",
+    "worker_timeout",
+    "plain",
+    "amp",
+    "background",
+    "num_focal",
+    "eval_ids",
+    "eval_scenarios",
+    "bots",
 )
-
-# [shared] begin
-
-
-class RunError(Exception):
-    """The run cannot go on; the message is one sentence."""
-
-    code = 1  # the script's exit code
-
-
-class UsageError(RunError):
-    """The command line asks for what cannot be done."""
-
-    code = 2
-
-
-def parse(argv: list[str]) -> Any:
-    """tyro, then pydantic for the bounds in annotations; their errors as one sentence."""
-    box, flags = io.StringIO(), (tyro.conf.FlagCreatePairsOff,)
-    try:
-        with contextlib.redirect_stderr(box):
-            args = tyro.cli(Args, args=argv, config=flags)
-        pydantic.TypeAdapter(Args).validate_python(dataclasses.asdict(args))
-    except pydantic.ValidationError as error:
-        wrong = error.errors()[0]
-        flag = str(wrong["loc"][0]).replace("_", "-")
-        raise UsageError(f"--{flag} {wrong['input']}: {wrong['msg'].lower()}.") from None
-    except SystemExit as error:
-        if not error.code:
-            raise
-        lines = " ".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:])
-        sentence, _, rest = lines.partition(" ──")
-        near = re.search(r"--[a-z-]+", rest) if "Unrecognized" in sentence else None
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise UsageError(sentence.removeprefix("Error parsing ").rstrip(".") + hint) from None
-    validate(args)
-    return args
-
-
-def read_args(argv: list[str]) -> Any:
-    """The command line; with --resume or --eval-only on top of the run's own arguments."""
-    args = parse(argv)
-    if source := args.resume or args.eval_only:
-        saved, script = load_checkpoint(source, quiet=True)[0], Path(__file__).stem
-        if saved["script"] != script:
-            raise UsageError(f"{source} is a run of {saved['script']}.py, not of {script}.py.")
-        own, given = saved["args"], vars(args)
-        if changed := (own.keys() ^ given.keys()) - set(RESUMABLE):
-            raise UsageError(f"{source} is of a version that differs in {', '.join(changed)}.")
-        names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
-        names |= {name.removeprefix("no_") for name in names}
-        for name in names & set(own) - set(RESUMABLE):
-            if given[name] != own[name]:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} is {own[name]} in {source} and stays so.")
-        own = {k: tuple(x) if isinstance(x, list) else x for k, x in own.items() if k in given}
-        typed = {name: given[name] for name in names & set(own)}
-        fresh = {"run_dir": "", "resume": "", "eval_only": ""}
-        args = dataclasses.replace(args, **own | fresh | typed)
-        validate(args)
-    return args
-
-
-# [shared] end
 
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
 
 
+# [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
     """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
     options = {"first_world": first_world, "max_episode_steps": args.max_episode_steps}
@@ -282,6 +182,8 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
     except (ValueError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from None
 
+
+# [shared: meltingpot_worlds] end
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 
@@ -299,84 +201,130 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
     return layer
 
 
-class TileCNN(nn.Module):
-    """The paper's CNN and the layer after it (App. B.2), with ReLU: convolutions of 16 channels,
-    kernel 8, stride 8 and of 32 channels, kernel 4, stride 1, and a linear layer of 64 units.
+def scale(units: int, width: float) -> int:
+    """How many units a layer of this relative width has."""
+    return max(1, round(units * width))
 
-    It reads tile ids. As all images consist of 8x8 sprites, each layer has few different inputs
-    and becomes a table: computed once, then looked up (envs/meltingpot/tile_tensors.py). Weights,
-    outputs and gradients are those of convolutions on the pixels (--pixels).
+
+class TileCNN(nn.Module):
+    """The paper's CNN and the layer after it (App. B.2), with ReLU.
+
+    It gets images as tile ids, for all of them consist of 8 x 8 sprites. By default TileTables
+    computes the same function, only faster; whoever changes this one runs it with --plain.
     """
 
-    def __init__(self, grid: tuple[int, int], width: float, pixels: bool):
+    def __init__(self, grid: tuple[int, int], width: float = 1.0):
         super().__init__()
-        c1, c2, units = (max(1, round(n * width)) for n in (16, 32, 64))
-        h, w = (max(size, KERNEL) for size in grid)  # black tiles beside views narrower than KERNEL
-        self.padding, self.pixels = (0, w - grid[1], 0, h - grid[0]), pixels
-        positions = (h - KERNEL + 1) * (w - KERNEL + 1)
+        self.grid = grid
+        rows, columns = (max(size, KERNEL) for size in grid)
+        # Views narrower than the kernel get black tiles below and to the right.
+        self.padding = (0, columns - grid[1], 0, rows - grid[0])
+        c1, c2 = scale(16, width), scale(32, width)
+        inputs = c2 * (rows - KERNEL + 1) * (columns - KERNEL + 1)
         self.conv1 = orthogonal(nn.Conv2d(3, c1, 8, stride=8), RELU)
         self.conv2 = orthogonal(nn.Conv2d(c1, c2, KERNEL), RELU)
-        self.linear = orthogonal(nn.Linear(positions * c2, units), RELU)  # position by position
+        self.linear = orthogonal(nn.Linear(inputs, scale(64, width)), RELU)
 
-    def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:  # (M, H, W), (P, 3, 8, 8) -> (M, 64)
-        ids = F.pad(ids.long(), self.padding)
-        if self.pixels:
-            images = (
-                sprites[ids].permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-            )  # (M, 3, 8H, 8W)
-            x = F.relu(self.conv2(F.relu(self.conv1(images))))
-            return F.relu(self.linear(x.flatten(2).transpose(1, 2).flatten(1)))
-        windows = Windows(ids, KERNEL)
-        x = F.relu(self.conv1(sprites)).flatten(1)  # (P, 16), a row per sprite
-        x = x.index_select(0, windows.ids.flatten()).view(len(windows.ids), -1)
-        kernel = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)
-        x = F.relu(F.linear(x, kernel, self.conv2.bias))  # (U, 32), a row per window
-        x = windows.linear(x, self.linear.weight)  # (D, 64), a row per position and window
-        return F.relu(windows.sum(x) + self.linear.bias)
+    def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
+        """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
+        tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
+        images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
+        images = images.flatten(4, 5).flatten(2, 3)
+        x = F.relu(self.conv1(images))  # (M, 16, H, W)
+        x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
+        x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
+        return F.relu(self.linear(x))
 
 
-class RecurrentNet(nn.Module):
-    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output and features -> MLP 64 (App. B.2).
+class Actor(nn.Module):
+    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
+    (App. B.2)."""
 
-    An actor has one row per view, and its agent id among the features. The critic sees a world
-    once and has a row for each of its agents, whose ids it adds itself.
-    """
-
-    def __init__(
-        self, grid, features: int, outputs: int, gain: float, rows=1, width=1.0, pixels=False
-    ):
+    def __init__(self, spec: Spec, plain: bool, width: float = 1.0):
         super().__init__()
-        units, self.hidden_size = max(1, round(64 * width)), max(1, round(128 * width))
-        self.rows = rows  # of the critic: N
-        self.cnn = TileCNN(grid, width, pixels)
+        units = scale(64, width)
+        self.num_ids, self.hidden_size = spec.num_agents, scale(128, width)
+        features = spec.num_features + self.num_ids
+        cnn = TileCNN(spec.grid, width)
+        self.cnn = cnn if plain else TileTables(cnn)
         self.mlp = orthogonal(nn.Linear(units, units), RELU)
         self.norm = nn.LayerNorm(features)  # observation normalisation (App. B.1)
-        inputs = units + features + (rows if rows > 1 else 0)
-        self.gru = orthogonal(nn.GRU(inputs, self.hidden_size), 1.0)
+        self.gru = orthogonal(nn.GRU(units + features, self.hidden_size), 1.0)
         self.head = orthogonal(nn.Linear(self.hidden_size, units), RELU)
-        self.out = orthogonal(nn.Linear(units, outputs), gain)
+        self.out = orthogonal(nn.Linear(units, spec.num_actions), 0.01)
 
-    def forward(self, ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
-        """Views ids (T, B, N, H, W), features (T, B, N, F), starts (T, B) bool: an episode begins,
-        hidden (B, N, S) before the first step; critic: ids (T, B, H', W'), features (T, B, F)
-        -> outputs (T, B, N, .) and the states after each step (T, B, N, S)."""
-        x = F.relu(self.mlp(self.cnn(ids.flatten(0, -3), sprites)))
-        x = torch.cat([x.view(*features.shape[:-1], -1), self.norm(features).to(x.dtype)], -1)
-        steps, worlds, agents = len(x), *hidden.shape[:2]
-        if self.rows > 1:
-            one_hot = torch.eye(agents, dtype=x.dtype, device=x.device)
-            one_hot = one_hot.expand(steps, worlds, -1, -1)
-            x = torch.cat([x[:, :, None].expand(-1, -1, agents, -1), one_hot], -1)
-        # The GRU runs without a break between steps at which some world begins an episode.
-        cuts, states = sorted({0, steps, *starts.any(1).nonzero()[:, 0].tolist()}), []
-        for first, last in itertools.pairwise(cuts):
-            hidden = (hidden * ~starts[first, :, None, None]).to(x.dtype)
-            part, _ = self.gru(x[first:last].flatten(1, 2), hidden.flatten(0, 1)[None])
-            states.append(part.unflatten(1, (worlds, agents)))
-            hidden = states[-1][-1]
-        states = torch.cat(states)
-        outputs = self.out(F.relu(self.head(states)))
-        return outputs.to(self.out.weight.dtype), states.to(self.out.weight.dtype)
+    def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, N, S) before the first step -> logits (T, B, N, A) and the states after each
+        step (T, B, N, S)."""
+        x = self.cnn(views.ids.flatten(0, 2), sprites)
+        x = F.relu(self.mlp(x)).unflatten(0, views.ids.shape[:3])
+        x = torch.cat([x, self.norm(views.features)], -1)
+        states = run_gru(self.gru, x, views.starts, hidden)
+        return self.out(F.relu(self.head(states))), states
+
+
+# [shared: meltingpot_networks] begin
+class Views(NamedTuple):
+    """What an actor sees of each agent, or the critic of each world."""
+
+    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), uint16 tile ids
+    features: Tensor  # actor: (T, B, N, F + N), critic: (T, B, N * (F + A)), float32
+    starts: Tensor  # (T, B) bool, an episode begins
+
+
+class Critic(nn.Module):
+    """Layers as the actor's, over a global view and all agents' features. It sees a world once and
+    has a value for each of its agents, which it tells apart by their ids."""
+
+    def __init__(self, spec: Spec, plain: bool):
+        super().__init__()
+        self.num_ids, self.hidden_size = spec.num_agents, 128
+        features = spec.num_agents * (spec.num_features + spec.num_actions)
+        cnn = TileCNN(spec.world_grid)
+        self.cnn = cnn if plain else TileTables(cnn)
+        self.mlp = orthogonal(nn.Linear(64, 64), RELU)
+        self.norm = nn.LayerNorm(features)
+        self.gru = orthogonal(nn.GRU(64 + features + self.num_ids, self.hidden_size), 1.0)
+        self.head = orthogonal(nn.Linear(self.hidden_size, 64), RELU)
+        self.out = orthogonal(nn.Linear(64, 1), 1.0)
+
+    def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, N, S) before the first step -> values (T, B, N), normalised, and the states
+        after each step (T, B, N, S)."""
+        steps, worlds = views.starts.shape
+        x = self.cnn(views.ids.flatten(0, 1), sprites)
+        x = F.relu(self.mlp(x)).unflatten(0, (steps, worlds))
+        features = self.norm(views.features).to(x.dtype)
+        x = torch.cat([x, features], -1)[:, :, None]  # (T, B, 1, .)
+        ids = torch.eye(self.num_ids, dtype=x.dtype, device=x.device)
+        ids = ids.expand(steps, worlds, -1, -1)
+        x = torch.cat([x.expand(-1, -1, self.num_ids, -1), ids], -1)  # (T, B, N, .)
+        states = run_gru(self.gru, x, views.starts, hidden)
+        values = self.out(F.relu(self.head(states)))[..., 0]
+        dtype = self.out.weight.dtype  # with --amp the layers' results are bf16
+        return values.to(dtype), states.to(dtype)
+
+
+def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
+    """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
+    where an episode starts (T, B)."""
+    # Without a break between steps at which some world begins an episode.
+    begins = starts.any(1).nonzero()[:, 0].tolist()
+    cuts = sorted({0, len(x), *begins})
+    states = []
+    for first, last in itertools.pairwise(cuts):
+        goes_on = ~starts[first, :, None, None]
+        hidden = (hidden * goes_on).to(x.dtype)
+        rows = x[first:last].flatten(1, 2)  # (., B * N, .)
+        part, _ = gru(rows, hidden.flatten(0, 1)[None])
+        states.append(part.unflatten(1, hidden.shape[:2]))
+        hidden = states[-1][-1]
+    return torch.cat(states)
+
+
+def chosen(log_probs: Tensor, actions: Tensor) -> Tensor:
+    """Of log-probabilities (..., A) those of actions (...)."""
+    return log_probs.gather(-1, actions[..., None])[..., 0]
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
@@ -390,44 +338,50 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
 class ValueNorm(nn.Module):
     """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
 
-    def update(self, new: Tensor) -> None:  # (3,): 1, mean and mean square of new returns
+    def update(self, new: Tensor) -> None:
+        """new (3,): 1, mean and mean square of new returns."""
         self.sums.lerp_(new, 1 - 0.99999)
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
         """0 and 1 before the first update."""
-        weight, mean, square = self.sums if self.sums[0] > 0 else self.sums.new_tensor([1, 0, 1])
+        weight, mean, square = self.sums
+        if weight == 0:
+            return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
         variance = square / weight - (mean / weight) ** 2
-        return (mean / weight).float(), variance.clamp(min=1e-2).sqrt().float()
+        std = variance.clamp(min=1e-2).sqrt()
+        return (mean / weight).float(), std.float()
+
+
+# [shared: meltingpot_networks] end
 
 
 class Agent:
-    """The networks and their optimisers."""
+    """The networks and their optimisers; sprites: of the worlds where they learn."""
 
-    def __init__(self, args: Args, spec, device: torch.device):
-        self.args, self.spec, self.device = args, spec, device
+    def __init__(self, args: Args, envs: Any, device: torch.device):
+        self.args, self.spec, self.device = args, envs.spec, device
+        self.sprites = Sprites(envs, device)
         torch.manual_seed(args.seed)
         self.actor = self.new_actor()
-        joint = spec.num_agents * (spec.num_features + spec.num_actions)
-        shape = (spec.world_grid, joint, 1, 1.0, spec.num_agents)
-        self.critic = RecurrentNet(*shape, pixels=args.pixels).to(device)
+        self.critic = Critic(self.spec, args.plain).to(device)
         self.value_norm = ValueNorm().to(device)
-        adam, eps = torch.optim.Adam, args.adam_eps
-        self.actor_optimiser = adam(self.actor.parameters(), args.actor_lr, eps=eps)
-        self.critic_optimiser = adam(self.critic.parameters(), args.critic_lr, eps=eps)
+        self.actor_optimiser = self.new_optimiser(self.actor, args.actor_lr)
+        self.critic_optimiser = self.new_optimiser(self.critic, args.critic_lr)
         self.distilled = self.new_distilled(args.seed + 2**30)
         if args.copy_every:
             self.copy_actor()
 
-    def new_actor(self, width: float = 1.0) -> RecurrentNet:
-        spec, features = self.spec, self.spec.num_features + self.spec.num_agents
-        net = RecurrentNet(spec.grid, features, spec.num_actions, 0.01, 1, width, self.args.pixels)
-        return net.to(self.device)
+    def new_actor(self, width: float = 1.0) -> Actor:
+        return Actor(self.spec, self.args.plain, width).to(self.device)
 
-    def new_distilled(self, seed: int) -> RecurrentNet:
+    def new_optimiser(self, net: nn.Module, lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps)
+
+    def new_distilled(self, seed: int) -> Actor:
         """phi's weights are drawn independently of theta's."""
         torch.manual_seed(seed)  # paper is silent: where phi begins
         return self.new_actor(self.args.distilled_width)
@@ -457,8 +411,10 @@ class Agent:
 
 def fictitious_probability(args: Args, num_agents: int) -> float:
     """P(v_i = 0)."""
+    p = args.p
+    if p is None:
+        p = 0.4 if num_agents <= 2 else 0.2
     # paper and paper differ: in Eq. (4) p is the trained share, for App. B.3 the fictitious one
-    p = args.p if args.p is not None else 0.4 if num_agents <= 2 else 0.2
     return 1 - p if args.p_means == "trained" else p
 
 
@@ -471,11 +427,13 @@ def fictitious_share(args: Args, num_agents: int) -> float:
 def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
     """v for B worlds of N agents -> (B, N) bool, True for trained."""
     # Eqs. (3)-(5), Alg. 1 lines 2-6; paper is silent: one v per world, or for all
-    rows = 1 if args.v_shared else shape[0]
-    index = torch.rand(rows, shape[1], generator=rng).argsort(1)  # "randomize agents' indexes"
-    v = torch.rand(rows, shape[1], generator=rng) >= fictitious_probability(args, shape[1])
+    worlds, agents = shape
+    rows = 1 if args.v_shared else worlds
+    index = torch.rand(rows, agents, generator=rng).argsort(1)  # "randomize agents' indexes"
+    v = torch.rand(rows, agents, generator=rng) >= fictitious_probability(args, agents)
     v[:, -1] |= ~v[:, :-1].any(1)  # delta_N = 0: the last is trained if all others are fictitious
-    return v.gather(1, index).expand(shape) & (not args.all_fictitious)
+    v = v.gather(1, index).expand(shape)
+    return v & (not args.all_fictitious)
 
 
 def distillation_phase(args: Args, iteration: int) -> str | None:
@@ -484,14 +442,15 @@ def distillation_phase(args: Args, iteration: int) -> str | None:
     if args.copy_every or iteration % args.k_d:
         return None
     if iteration // args.k_d % 2:
-        return None if args.no_forward else "forward"
-    return None if args.no_reverse else "reverse"
+        return "forward" if args.forward else None
+    return "reverse" if args.reverse else None
 
 
 def kl_divergence(theta: Tensor, phi: Tensor) -> Tensor:
     """Mean KL(pi_theta || pi_phi), exact over actions, from log-probabilities (..., A)."""
     # Eq. (7), Sec. 4.2
-    return (theta.exp() * (theta - phi)).sum(-1).mean()
+    divergences = (theta.exp() * (theta - phi)).sum(-1)
+    return divergences.mean()
 
 
 def compare(theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
@@ -506,65 +465,136 @@ def compare(theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
     }
 
 
-def distill(args: Args, phase: str, agent, batch, carry, sprites, rng, alive) -> dict[str, Tensor]:
-    """A forward or reverse phase on the last rollout; returns compare() before and after it."""
-    mode = "forward" if phase == "forward" else args.reverse_mode
-    views = (batch.tile_ids, batch.actor_features, batch.starts[:-1])
+def distillation_loss(mode: str, theta: Tensor, phi: Tensor) -> Tensor:
+    """What phi descends on, from log-probabilities (..., A)."""
+    if mode == "forward":
+        return kl_divergence(theta, phi)  # Eq. (7)
+    if mode == "kl":
+        return -kl_divergence(theta, phi)  # Eq. (8)
+    return (phi.exp() * phi).sum(-1).mean()  # Fig. 6: maximise the entropy
 
-    def run(net: RecurrentNet, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits, before, after = replay(net, views, hidden[0], args.chunk_length, sprites)
+
+def distill(
+    args: Args, agent: Agent, batch: Batch, state: RolloutState, phase: str, rng: torch.Generator
+) -> tuple[dict[str, Tensor], RolloutState]:
+    """A forward or reverse phase on the last rollout; returns compare() before and after it, and
+    the state with phi's new memory."""
+    mode = "forward" if phase == "forward" else args.reverse_mode
+
+    def run(net: Actor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, states before each chunk, the last state."""
+        logits, before, after = replay(args, net, batch.actor_views(), hidden[0], agent.sprites)
         return logits.log_softmax(-1), before, after[-1]
 
     theta, _, _ = run(agent.actor, batch.actor_hidden)  # the teacher: the updated theta
-    phi, states, last = run(agent.distilled, batch.distilled_hidden)
+    phi, hidden, last = run(agent.distilled, batch.distilled_hidden)
     scalars = {f"{phase}/{name}_before": x for name, x in compare(theta, phi).items()}
-    epochs, rate = args.reverse_epochs, args.reverse_lr
-    if mode == "forward":
-        epochs, rate = args.forward_epochs, args.forward_lr
-    elif mode in ("random", "noise"):  # Fig. 6: once, without a gradient
-        seed = torch.randint(2**31, (), generator=rng).to(agent.device)
-        seed = int(sum_over_processes(seed))  # the same in all processes
-        if mode == "random":
-            agent.distilled = agent.new_distilled(seed)
-        else:
-            agent.perturb_distilled(seed)
-        epochs, (phi, states, last) = 0, run(agent.distilled, batch.distilled_hidden)
-    # paper is silent: Adam without a memory of earlier phases
-    optimiser = torch.optim.Adam(agent.distilled.parameters(), rate, eps=args.adam_eps)
-    for _ in range(epochs):
-        chunks = dataclasses.replace(batch, theta=theta, distilled_hidden=states)
-        for part in minibatches(args, chunks, rng):
-            alive()
-            view = (part.tile_ids, part.actor_features, part.starts, part.distilled_hidden)
-            log_probs = agent.distilled(*view, sprites())[0].log_softmax(-1)
-            if mode == "entropy":
-                loss = (log_probs.exp() * log_probs).sum(-1).mean()  # Fig. 6: maximise the entropy
-            else:
-                kl = kl_divergence(part.theta, log_probs)
-                loss = kl if mode == "forward" else -kl  # Eq. (7), Eq. (8)
-            descend(loss, agent.distilled, optimiser, args.max_grad_norm)
-        # phi's states before each chunk are computed anew under its new weights
-        phi, states, last = run(agent.distilled, batch.distilled_hidden)
-    carry["distilled_hidden"] = last
-    return scalars | {f"{phase}/{name}_after": x for name, x in compare(theta, phi).items()}
+    if mode in ("random", "noise"):
+        replace_distilled(agent, mode, rng)
+        phi, hidden, last = run(agent.distilled, batch.distilled_hidden)
+    else:
+        lr = args.forward_lr if mode == "forward" else args.reverse_lr
+        epochs = args.forward_epochs if mode == "forward" else args.reverse_epochs
+        # paper is silent: Adam without a memory of earlier phases
+        optimiser = agent.new_optimiser(agent.distilled, lr)
+        for _ in range(epochs):
+            chunks = dataclasses.replace(batch, theta=theta, distilled_hidden=hidden)
+            for part in minibatches(args, chunks, rng):
+                views = part.actor_views()
+                logits, _ = agent.distilled(views, part.distilled_hidden, agent.sprites())
+                loss = distillation_loss(mode, part.theta, logits.log_softmax(-1))
+                descend(loss, agent.distilled, optimiser, args.max_grad_norm)
+            # phi's states before each chunk are computed anew under its new weights
+            phi, hidden, last = run(agent.distilled, batch.distilled_hidden)
+    scalars |= {f"{phase}/{name}_after": x for name, x in compare(theta, phi).items()}
+    return scalars, dataclasses.replace(state, distilled_hidden=last)
+
+
+def replace_distilled(agent: Agent, mode: str, rng: torch.Generator) -> None:
+    """Fig. 6: draw phi anew ("random") or add noise to it, in all processes alike."""
+    seed = torch.randint(2**31, (), generator=rng).to(agent.device)
+    seed = int(sum_over_processes(seed))
+    if mode == "random":
+        agent.distilled = agent.new_distilled(seed)
+    else:
+        agent.perturb_distilled(seed)
+
+
+def ratio_and_centre(args: Args, log_prob: Tensor, part: Batch) -> tuple[Tensor, Tensor]:
+    """pi_theta / who acted, and the centre of its clip, (L, M, N) each."""
+    if args.clip_centre == "printed":
+        ratio = (log_prob - part.log_probs).exp()
+        return ratio, torch.ones_like(ratio)
+    # A fictitious sample's ratio starts at pi_theta_old / pi_phi. A clip around 1 lets only noise
+    # that leads back to phi pass; this one bounds how far theta goes from theta_old.
+    old = chosen(part.theta, part.actions)
+    weight = (old - part.log_probs).exp()  # 1 where theta acted
+    if args.weight_cap is not None:
+        weight = weight.clamp(max=args.weight_cap)
+    return weight * (log_prob - old).exp(), weight
+
+
+def training_samples(args: Args, x: Tensor, trained: Tensor) -> Tensor:
+    """Those of x (..., N) that train theta: all of them in Eq. (9)."""
+    return x[trained] if args.mask_fictitious else x
+
+
+def diagnose(args: Args, ratios: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Largest ratio and clipped share of each population, from ratios, centres and v (L, M, N) of
+    all minibatches; where A < 0, clipping bounds no ratio."""
+    figures = {}
+    for name in ("trained", "fictitious"):
+        largest, clipped = [], []
+        for ratio, centre, trained in ratios:
+            who = trained if name == "trained" else ~trained
+            if who.any():
+                largest.append(ratio[who].max())
+                moved = (ratio[who] / centre[who] - 1).abs()
+                clipped.append((moved > args.clip).float().mean())
+        if largest:
+            figures[f"ratio_max/{name}"] = torch.stack(largest).max()
+            figures[f"clipped/{name}"] = torch.stack(clipped).mean()
+    return figures
+
+
+def importance_weights(batch: Batch) -> dict[str, Tensor]:
+    """Of the fictitious samples before the update: the largest weight pi_theta / pi_phi, and the
+    effective sample size (sum w)^2 / sum w^2 as a share of their number."""
+    fictitious = ~batch.trained
+    if not fictitious.any():
+        return {}
+    theta = chosen(batch.theta, batch.actions)
+    weight = (theta - batch.log_probs)[fictitious].exp()
+    effective = weight.sum() ** 2 / (weight**2).sum()
+    return {"weight_max": weight.max(), "effective_samples": effective / weight.numel()}
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
 
 
-def new_carry(agent: Agent, num_envs: int) -> dict[str, Tensor]:
-    """What passes from one rollout to the next: here, the beginning of episodes in all worlds."""
-    shape = (num_envs, agent.spec.num_agents)
-    carry = {
-        "starts": torch.ones(num_envs, dtype=torch.bool),  # (B,), an episode is about to begin
-        "previous": torch.full(shape, -1),  # (B, N), last actions; -1: none yet
-        # (B, N, S):
-        "actor_hidden": torch.zeros(*shape, agent.actor.hidden_size),
-        "critic_hidden": torch.zeros(*shape, agent.critic.hidden_size),
-        "distilled_hidden": torch.zeros(*shape, agent.distilled.hidden_size),
-        "trained": torch.ones(shape, dtype=torch.bool),  # (B, N), v
-    }
-    return {name: x.to(agent.device) for name, x in carry.items()}
+@dataclasses.dataclass
+class RolloutState:
+    """What passes from one rollout to the next."""
+
+    starts: Tensor  # (B,) bool, an episode is about to begin
+    previous: Tensor  # (B, N) int64, last actions; -1: none yet
+    actor_hidden: Tensor  # (B, N, S)
+    critic_hidden: Tensor  # (B, N, S)
+    distilled_hidden: Tensor  # (B, N, S) of phi
+    trained: Tensor  # (B, N) bool, v
+
+
+def new_state(agent: Agent, num_envs: int) -> RolloutState:
+    """The beginning of episodes in all worlds."""
+    shape, device = (num_envs, agent.spec.num_agents), agent.device
+    return RolloutState(
+        starts=torch.ones(num_envs, dtype=torch.bool, device=device),
+        previous=torch.full(shape, -1, device=device),
+        actor_hidden=torch.zeros(*shape, agent.actor.hidden_size, device=device),
+        critic_hidden=torch.zeros(*shape, agent.critic.hidden_size, device=device),
+        distilled_hidden=torch.zeros(*shape, agent.distilled.hidden_size, device=device),
+        trained=torch.ones(shape, dtype=torch.bool, device=device),
+    )
 
 
 @dataclasses.dataclass
@@ -586,225 +616,89 @@ class Batch:
     phi: Tensor  # (T, B, N, A) float32
     actor_hidden: Tensor  # (C, B, N, S) before each chunk
     distilled_hidden: Tensor  # (C, B, N, S) of phi
-    finals: list  # where truncated: t, b, last world_ids (H', W') and critic_features (N * (F + A))
-    episodes: list  # envs.meltingpot.tiles.Episode, those that ended
-    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest is set by update()
-    values: Tensor | None = None  # (T, B, N) float32
-    advantages: Tensor | None = None  # (T, B, N) float32
-    targets: Tensor | None = None  # (T, B, N) float32, returns
+    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
+    episodes: list[Episode]  # those that ended
+    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
+    values: Tensor | None = None  # (T, B, N) float32, normalised
+    targets: Tensor | None = None  # (T, B, N) float32, returns, normalised
+    advantages: Tensor | None = None  # (T, B, N) float32, normalised
+
+    def actor_views(self) -> Views:
+        starts = self.starts[: len(self.tile_ids)]
+        return Views(self.tile_ids, self.actor_features, starts)
+
+    def critic_views(self) -> Views:
+        return Views(self.world_ids, self.critic_features, self.starts)
 
 
-def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
-    (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
-    # paper is silent: how a rollout is cut for recurrent networks
-    chunks, worlds, length = *batch.actor_hidden.shape[:2], args.chunk_length
-    for pairs in torch.randperm(chunks * worlds, generator=rng).tensor_split(args.minibatches):
-        chunk, world = pairs // worlds, pairs % worlds
-        parts = {}
-        for name, x in vars(batch).items():
-            if name.endswith("hidden"):
-                parts[name] = x[chunk, world] if x is not None else None
-            elif isinstance(x, Tensor):
-                x = x[: chunks * length].unflatten(0, (chunks, length))
-                parts[name] = x[chunk, :, world].transpose(0, 1)
-        yield dataclasses.replace(batch, **parts)
-
-
-def observe(obs, device, ids=None, num_ids=None) -> tuple[Tensor, ...]:
-    """Views, features with one-hot agent ids (B, N), by default the seats -> (B, N, F + N), global
-    views and plain features. A scenario has fewer seats than there are ids."""
-    tile_ids, world_ids, features = (torch.from_numpy(x).to(device) for x in obs)
-    one_hot = torch.eye(num_ids or features.shape[1], device=device)
-    ids = one_hot.expand(len(features), -1, -1) if ids is None else one_hot[ids]
-    return tile_ids, torch.cat([features, ids], -1), world_ids, features
-
-
-def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
-    """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
-    -> (B, N * (F + A))."""
-    # paper is silent: which actions the critic sees
-    actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
-    return torch.cat([features, actions.to(features.dtype)], -1).flatten(-2)
-
-
-@torch.no_grad()
-def act(net: RecurrentNet, tile_ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
-    """One step -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
-    logits, states = net(tile_ids[None], features[None], starts[None], hidden, sprites())
-    return logits[0].log_softmax(-1), states[0]
-
-
-def collect(args: Args, envs, agent: Agent, carry, sprites, rng, method_rng) -> Batch:
-    """Play T steps in every world."""
-    device, shape, num_actions = agent.device, carry["previous"].shape, envs.spec.num_actions
-    record, finals, episodes = collections.defaultdict(list), [], []
+def collect(
+    args: Args,
+    envs: Any,
+    agent: Agent,
+    state: RolloutState,
+    rng: torch.Generator,
+    method_rng: torch.Generator,
+) -> tuple[Batch, RolloutState]:
+    """Play T steps in every world; the state is that behind them."""
+    device, shape = agent.device, state.previous.shape
+    num_actions = envs.spec.num_actions
+    record = collections.defaultdict(list)
+    finals, episodes = [], []
 
     def add(**tensors: Tensor) -> None:
         for name, x in tensors.items():
             record[name].append(x)
 
+    trained = state.trained
     if args.v_redraw == "iteration":
-        carry["trained"] = draw_trained(args, shape, method_rng).to(device)
+        trained = draw_trained(args, shape, method_rng).to(device)
     for t in range(args.rollout_steps + 1):
-        starts = carry["starts"]
-        tile_ids, seen, world_ids, features = observe(envs.obs, device)
-        joint = joint_features(features, carry["previous"], num_actions)
-        add(world_ids=world_ids, critic_features=joint, starts=starts)
+        tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
+        joint = joint_features(features, state.previous, num_actions)
+        add(world_ids=world_ids, critic_features=joint, starts=state.starts)
         if t == args.rollout_steps:
             break
-        if args.v_redraw == "episode" and starts.any():
+        if args.v_redraw == "episode" and state.starts.any():
             drawn = draw_trained(args, shape, method_rng).to(device)
-            carry["trained"] = torch.where(starts[:, None], drawn, carry["trained"])
-        trained = carry["trained"]
-        states = {name: carry[name] for name in ("actor_hidden", "distilled_hidden")}
+            trained = torch.where(state.starts[:, None], drawn, trained)
         if t % args.chunk_length == 0:
-            add(**states)
-        view = (tile_ids, seen, starts)
-        theta, carry["actor_hidden"] = act(agent.actor, *view, states["actor_hidden"], sprites)
-        phi, carry["distilled_hidden"] = act(
-            agent.distilled, *view, states["distilled_hidden"], sprites
-        )
+            add(actor_hidden=state.actor_hidden, distilled_hidden=state.distilled_hidden)
+        views = Views(tile_ids, actor_features, state.starts)
+        theta, actor_hidden = act(agent.actor, views, state.actor_hidden, agent.sprites)
+        hidden = state.distilled_hidden
+        phi, distilled_hidden = act(agent.distilled, views, hidden, agent.sprites)
         acting = torch.where(trained[..., None], theta, phi)  # Eq. (6)
         actions = sample(acting, rng)
-        log_probs = acting.gather(-1, actions[..., None])[..., 0]
-        add(tile_ids=tile_ids, actor_features=seen, actions=actions, log_probs=log_probs)
+        add(tile_ids=tile_ids, actor_features=actor_features)
+        add(actions=actions, log_probs=chosen(acting, actions))
         add(trained=trained, theta=theta, phi=phi)
 
         step = envs.step(actions.cpu().numpy())
-        rewards, terminated, truncated = (torch.from_numpy(x).to(device) for x in step[1:4])
-        rewards = rewards.sum(1, keepdim=True).expand(shape) if args.team_reward else rewards
+        rewards = torch.from_numpy(step.reward).to(device)
+        terminated = torch.from_numpy(step.terminated).to(device)
+        truncated = torch.from_numpy(step.truncated).to(device)
+        if args.team_reward:
+            rewards = rewards.sum(1, keepdim=True).expand(shape)
         add(rewards=rewards.float(), terminated=terminated, truncated=truncated)
-        if step.truncated.any():  # keep what the ended episodes would have gone on from
+        if step.truncated.any():
             _, _, world_ids, features = observe(step.final, device)
             joint = joint_features(features, actions, num_actions)
-            finals += [(t, b, world_ids[b], joint[b]) for b in np.flatnonzero(step.truncated)]
+            goes_on = torch.zeros(1, 1, dtype=torch.bool, device=device)
+            for b in np.flatnonzero(step.truncated):
+                view = Views(world_ids[b, None, None], joint[b, None, None], goes_on)
+                finals.append((t, b, view))
         episodes += step.episodes
-        carry["starts"] = ended = terminated | truncated
-        carry["previous"] = actions.masked_fill(ended[:, None], -1)
+        ended = terminated | truncated
+        state = dataclasses.replace(
+            state,
+            starts=ended,
+            previous=actions.masked_fill(ended[:, None], -1),
+            actor_hidden=actor_hidden,
+            distilled_hidden=distilled_hidden,
+            trained=trained,
+        )
     tensors = {name: torch.stack(x) for name, x in record.items()}
-    return Batch(**tensors, finals=finals, episodes=episodes)
-
-
-@torch.no_grad()
-def replay(net: RecurrentNet, views, hidden: Tensor, length: int, sprites) -> tuple[Tensor, ...]:
-    """Run net over a rollout, chunk by chunk -> outputs (T, B, N, .), states before each chunk
-    (C, B, N, S) and after each step (T, B, N, S)."""
-    outputs, before, after = [], [], []
-    for chunk in zip(*(x.split(length) for x in views)):
-        before.append(hidden)
-        output, states = net(*chunk, hidden, sprites())
-        outputs.append(output)
-        after.append(states)
-        hidden = states[-1]
-    return torch.cat(outputs), torch.stack(before), torch.cat(after)
-
-
-def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda) -> Tensor:
-    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
-    which at a truncation is the ended episode's last, not the next one's first."""
-    terminated, truncated = terminated[..., None], truncated[..., None]
-    delta = rewards + gamma * next_values * ~terminated - values
-    advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        running = delta[t] + gamma * gae_lambda * running * ~(terminated[t] | truncated[t])
-        advantages[t] = running
-    return advantages
-
-
-@torch.no_grad()
-def estimate(args: Args, agent: Agent, batch: Batch, carry, sprites) -> tuple[Tensor, Tensor]:
-    """Values and advantages (T, B, N) in raw units; batch and carry get the critic's states."""
-    views, hidden = (batch.world_ids, batch.critic_features, batch.starts), carry["critic_hidden"]
-    mean, std = agent.value_norm.mean_std()
-    with agent.autocast():
-        outputs, before, after = replay(agent.critic, views, hidden, args.chunk_length, sprites)
-        values = outputs[..., 0] * std + mean  # (T + 1, B, N)
-        next_values = values[1:].clone()
-        goes_on = torch.zeros(1, 1, dtype=torch.bool, device=values.device)
-        for t, b, world_ids, joint in batch.finals:
-            view = (world_ids[None, None], joint[None, None], goes_on)
-            output, _ = agent.critic(*view, after[t, b, None], sprites())
-            next_values[t, b] = output[0, 0, :, 0] * std + mean
-    batch.critic_hidden, carry["critic_hidden"] = before[:-1], before[-1]  # the last: before step T
-    ends = (batch.terminated, batch.truncated, args.gamma, args.gae_lambda)
-    return values[:-1], gae(batch.rewards, values[:-1], next_values, *ends)
-
-
-# --- 7. Update ------------------------------------------------------------------------------------
-# [shared] begin
-
-
-def start_processes(args: Any) -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device; joins torchrun's process group where there is one."""
-    torch.set_num_threads(args.num_threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: there is no CUDA device here.")
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
-        # The others wait while the first evaluates; who is dead, torchrun finds out.
-        patience = datetime.timedelta(days=1)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-    return rank, size, device
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def moments(x: Tensor) -> Tensor:
-    """1, mean and mean square over all processes -> (3,) float64."""
-    x = x.double()
-    sums = sum_over_processes(torch.stack([torch.ones_like(x).sum(), x.sum(), (x * x).sum()]))
-    return sums / sums[0]
-
-
-def descend(loss: Tensor, net: nn.Module, optimiser, max_norm: float) -> Tensor:
-    """A step on gradients averaged over processes, then clipped; returns their norm before that."""
-    optimiser.zero_grad()
-    loss.backward()
-    parameters = [p for p in net.parameters() if p.grad is not None]
-    if dist.is_initialized():  # one flat all-reduce
-        flat = sum_over_processes(torch.cat([p.grad.flatten() for p in parameters]))
-        parts = (flat / dist.get_world_size()).split([p.numel() for p in parameters])
-        for p, part in zip(parameters, parts):
-            p.grad.copy_(part.view_as(p))
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimiser.step()
-    return norm
-
-
-# [shared] end
-
-
-def clip_objective(
-    ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor | float = 1.0
-) -> Tensor:
-    """Element by element; ratio: of pi_theta to the policy that acted; centre: what the ratio may
-    leave by a share of clip, 1 in the paper."""
-    # Eq. (9), Sec. 4.5
-    clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
-    return torch.min(ratio * advantage, clipped * advantage)
-
-
-def ratio_and_centre(args: Args, log_prob: Tensor, part: Batch) -> tuple[Tensor, Tensor]:
-    """pi_theta / who acted, and the centre of its clip, (L, M, N) each."""
-    if args.clip_centre == "printed":
-        ratio = (log_prob - part.log_probs).exp()
-        return ratio, torch.ones_like(ratio)
-    # A fictitious sample's ratio starts at pi_theta_old / pi_phi. A clip around 1 lets only noise
-    # that leads back to phi pass; this one bounds how far theta goes from theta_old.
-    old = part.theta.gather(-1, part.actions[..., None])[..., 0]
-    weight = (old - part.log_probs).exp()  # 1 where theta acted
-    if args.weight_cap is not None:
-        weight = weight.clamp(max=args.weight_cap)
-    return weight * (log_prob - old).exp(), weight
+    return Batch(**tensors, finals=finals, episodes=episodes), state
 
 
 def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Tensor:
@@ -820,110 +714,230 @@ def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Ten
     return normalised
 
 
+def prepare(
+    args: Args, agent: Agent, batch: Batch, state: RolloutState
+) -> tuple[Batch, RolloutState]:
+    """The rollout with what the losses need, and the state with the critic's new memory; takes the
+    returns into agent.value_norm."""
+    values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
+    returns = values + advantages
+    # paper is silent: statistics of returns and advantages, once before the epochs
+    agent.value_norm.update(moments(training_samples(args, returns, batch.trained)))
+    mean, std = agent.value_norm.mean_std()
+    batch = dataclasses.replace(
+        batch,
+        critic_hidden=hidden[:-1],
+        values=(values - mean) / std,
+        targets=(returns - mean) / std,
+        advantages=normalise_advantages(args, advantages, batch.trained),
+    )
+    return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
+
+
+# [shared: meltingpot_data] begin
+def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
+    """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
+    (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
+    # paper is silent: how a rollout is cut for recurrent networks
+    chunks, worlds = batch.actor_hidden.shape[:2]
+    length = args.chunk_length
+    for pairs in torch.randperm(chunks * worlds, generator=rng).tensor_split(args.minibatches):
+        chunk, world = pairs // worlds, pairs % worlds
+        parts = {}
+        for name, x in vars(batch).items():
+            if not isinstance(x, Tensor):
+                continue
+            if name.endswith("hidden"):
+                parts[name] = x[chunk, world]
+            else:
+                x = x[: chunks * length].unflatten(0, (chunks, length))
+                parts[name] = x[chunk, :, world].transpose(0, 1)
+        yield dataclasses.replace(batch, **parts)
+
+
+def observe(
+    obs: Observation,
+    device: torch.device,
+    ids: Tensor | None = None,
+    num_ids: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views (B, N, H, W), features with one-hot agent ids (B, N, F + N), global views (B, H', W')
+    and features without ids.
+
+    ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
+    """
+    tile_ids, world_ids, features = (torch.from_numpy(x).to(device) for x in obs)
+    one_hot = torch.eye(num_ids or features.shape[1], device=device)
+    if ids is None:
+        ids = one_hot.expand(len(features), -1, -1)
+    else:
+        ids = one_hot[ids]
+    return tile_ids, torch.cat([features, ids], -1), world_ids, features
+
+
+def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
+    """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
+    -> (B, N * (F + A))."""
+    # paper is silent: which actions the critic sees
+    actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
+    return torch.cat([features, actions.to(features.dtype)], -1).flatten(-2)
+
+
+@torch.no_grad()
+def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Tensor, Tensor]:
+    """One step, views without T -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
+    views = Views(views.ids[None], views.features[None], views.starts[None])
+    logits, states = net(views, hidden, sprites())
+    return logits[0].log_softmax(-1), states[0]
+
+
+@torch.no_grad()
+def replay(
+    args: Args, net: nn.Module, views: Views, hidden: Tensor, sprites: Sprites
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run net over a rollout, chunk by chunk, from hidden (B, N, S) on -> outputs (T, B, N, ...),
+    states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
+    outputs, before, after = [], [], []
+    for first in range(0, len(views.starts), args.chunk_length):
+        steps = slice(first, first + args.chunk_length)
+        chunk = Views(views.ids[steps], views.features[steps], views.starts[steps])
+        output, states = net(chunk, hidden, sprites())
+        outputs.append(output)
+        before.append(hidden)
+        after.append(states)
+        hidden = states[-1]
+    return torch.cat(outputs), torch.stack(before), torch.cat(after)
+
+
+def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor:
+    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
+    which at a truncation is the ended episode's last, not the next one's first."""
+    goes_on = ~(batch.terminated | batch.truncated)[..., None]
+    delta = batch.rewards + args.gamma * next_values * ~batch.terminated[..., None] - values
+    advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        running = delta[t] + args.gamma * args.gae_lambda * running * goes_on[t]
+        advantages[t] = running
+    return advantages
+
+
+@torch.no_grad()
+def estimate(
+    args: Args, agent: Agent, batch: Batch, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and advantages (T, B, N) in raw units, and the critic's states before each chunk and
+    before the next rollout (C + 1, B, N, S); hidden (B, N, S): before this one."""
+    views = batch.critic_views()
+    mean, std = agent.value_norm.mean_std()
+    with agent.autocast():
+        outputs, before, after = replay(args, agent.critic, views, hidden, agent.sprites)
+        values = outputs * std + mean  # (T + 1, B, N)
+        next_values = values[1:].clone()
+        for t, b, view in batch.finals:
+            output, _ = agent.critic(view, after[t, b, None], agent.sprites())
+            next_values[t, b] = output[0, 0] * std + mean
+    advantages = gae(args, batch, values[:-1], next_values)
+    return values[:-1], advantages, before
+
+
+# [shared: meltingpot_data] end
+
+# --- 7. Update ------------------------------------------------------------------------------------
+
+
+def clip_objective(
+    ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor | float = 1.0
+) -> Tensor:
+    """Element by element; ratio: of pi_theta to the policy that acted; centre: what the ratio may
+    leave by a share of clip, 1 in the paper."""
+    # Eq. (9), Sec. 4.5
+    clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
+    return torch.min(ratio * advantage, clipped * advantage)
+
+
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
     """Clipped Huber loss, element by element, in normalised units."""
     clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
-    losses = (F.huber_loss(x, target, reduction="none", delta=delta) for x in (value, clipped))
-    return torch.max(*losses)
+    return torch.max(
+        F.huber_loss(value, target, reduction="none", delta=delta),
+        F.huber_loss(clipped, target, reduction="none", delta=delta),
+    )
 
 
-def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -> dict[str, Tensor]:
-    """PPO epochs over one rollout; alive() is called before each minibatch. Returns scalars."""
-    values, advantages = estimate(args, agent, batch, carry, sprites)
-    used = batch.trained if args.mask_fictitious else ...  # ...: all samples
-    # paper is silent: statistics of returns and advantages, once before the epochs
-    agent.value_norm.update(moments((values + advantages)[used]))
-    mean, std = agent.value_norm.mean_std()
-    batch.values, batch.targets = (values - mean) / std, (values + advantages - mean) / std
-    batch.advantages = normalise_advantages(args, advantages, batch.trained)
-    check_finite(rewards=batch.rewards, features=batch.critic_features, advantages=advantages)
-    scalars = collections.defaultdict(list)
-    epochs = (minibatches(args, batch, rng) for _ in range(args.epochs))
-    for part in itertools.chain.from_iterable(epochs):
-        alive()
-        used = part.trained if args.mask_fictitious else ...
-        view = (part.tile_ids, part.actor_features, part.starts, part.actor_hidden)
-        log_probs = agent.actor(*view, sprites())[0].log_softmax(-1)
-        log_prob = log_probs.gather(-1, part.actions[..., None])[..., 0]
-        ratio, centre = ratio_and_centre(args, log_prob, part)
-        objective = clip_objective(ratio, part.advantages, args.clip, centre)
-        if args.dual_clip is not None:
-            bound = torch.max(objective, args.dual_clip * part.advantages)
-            objective = torch.where(~part.trained & (part.advantages < 0), bound, objective)
-        policy_loss = -objective[used].mean()
-        entropy = -(log_probs.exp() * log_probs).sum(-1)[used].mean()
-        first = agent.actor if not scalars else None
-        now = populations(ratio, centre, objective, part.trained, args.clip, first)
-        loss = policy_loss - args.entropy_coef * entropy
-        actor_norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
+def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    """PPO epochs over one rollout of prepare(); returns scalars."""
+    scalars, ratios = collections.defaultdict(list), []
+    for _ in range(args.epochs):
+        for part in minibatches(args, batch, rng):
+            logits, _ = agent.actor(part.actor_views(), part.actor_hidden, agent.sprites())
+            log_probs = logits.log_softmax(-1)  # (L, M, N, A)
+            log_prob = chosen(log_probs, part.actions)
+            ratio, centre = ratio_and_centre(args, log_prob, part)
+            objective = clip_objective(ratio, part.advantages, args.clip, centre)
+            policy_loss = -training_samples(args, objective, part.trained).mean()
+            entropies = -(log_probs.exp() * log_probs).sum(-1)
+            entropy = training_samples(args, entropies, part.trained).mean()
+            loss = policy_loss - args.entropy_coef * entropy
+            actor_norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
 
-        with agent.autocast():
-            view = (part.world_ids, part.critic_features, part.starts, part.critic_hidden)
-            value = agent.critic(*view, sprites())[0][..., 0]
-        losses = value_loss(value, part.values, part.targets, args.value_clip, args.huber_delta)
-        loss = losses[used].mean()
-        critic_norm = descend(loss, agent.critic, agent.critic_optimiser, args.max_grad_norm)
+            with agent.autocast():
+                views = part.critic_views()
+                value, _ = agent.critic(views, part.critic_hidden, agent.sprites())
+            losses = value_loss(
+                value, part.values, part.targets, clip=args.value_clip, delta=args.huber_delta
+            )
+            loss = training_samples(args, losses, part.trained).mean()
+            critic_norm = descend(loss, agent.critic, agent.critic_optimiser, args.max_grad_norm)
 
-        now |= {"policy_loss": policy_loss, "value_loss": loss, "entropy": entropy}
-        now |= {"actor_grad_norm": actor_norm, "critic_grad_norm": critic_norm}
-        for name, x in now.items():
-            scalars[name].append(x.detach())
-    scalars = {name: torch.stack(x) for name, x in scalars.items()}
-    scalars = {k: x.max() if k.startswith("ratio_max") else x.mean() for k, x in scalars.items()}
-    scalars |= importance_weights(batch)
-    check_finite(**{name: scalars[name] for name in ("policy_loss", "value_loss", "entropy")})
-    return scalars
-
-
-def importance_weights(batch: Batch) -> dict[str, Tensor]:
-    """Of the fictitious samples before the update: the largest weight pi_theta / pi_phi, and the
-    effective sample size (sum w)^2 / sum w^2 as a share of their number."""
-    fictitious = ~batch.trained
-    if not fictitious.any():
-        return {}
-    theta = batch.theta.gather(-1, batch.actions[..., None])[..., 0]
-    weight = (theta - batch.log_probs)[fictitious].exp()
-    effective = weight.sum() ** 2 / (weight**2).sum() / weight.numel()
-    return {"weight_max": weight.max(), "effective_samples": effective}
-
-
-def populations(ratio, centre, objective, trained, clip: float, actor=None) -> dict[str, Tensor]:
-    """Largest ratio and clipped share of each population (where A < 0, clipping bounds no ratio);
-    with actor the norm of the policy gradient that its samples cause, before clipping."""
-    scalars = {}
-    for name, who in (("trained", trained), ("fictitious", ~trained)):
-        if who.any():
-            scalars[f"ratio_max/{name}"] = ratio[who].max()
-            moved = ratio[who] / centre[who]
-            scalars[f"clipped/{name}"] = ((moved - 1).abs() > clip).float().mean()
-        if actor is not None:
-            share, weights = (objective * who).mean(), list(actor.parameters())
-            gradients = torch.autograd.grad(share, weights, retain_graph=True)
-            scalars[f"policy_grad/{name}"] = torch.stack([g.norm() for g in gradients]).norm()
-    return scalars
+            scalars["policy_loss"].append(policy_loss.detach())
+            scalars["value_loss"].append(loss.detach())
+            scalars["entropy"].append(entropy.detach())
+            scalars["actor_grad_norm"].append(actor_norm)
+            scalars["critic_grad_norm"].append(critic_norm)
+            ratios.append((ratio.detach(), centre, part.trained))
+    means = {name: torch.stack(x).mean() for name, x in scalars.items()}
+    check_finite(rewards=batch.rewards, features=batch.critic_features, **means)
+    return means | diagnose(args, ratios)
 
 
 # --- 8. Evaluate ----------------------------------------------------------------------------------
 
 
-def net_player(net: RecurrentNet, sprites: Sprites, num_ids: int, seed: int) -> Player:
+# [shared: meltingpot_players] begin
+class NetPlayer:
     """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
-    rng, hidden = torch.Generator().manual_seed(seed), None
 
-    def play(obs, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        nonlocal hidden
-        starts, ids = (torch.from_numpy(x).to(sprites.device) for x in (starts, ids))
-        if hidden is None:
-            hidden = torch.zeros(*ids.shape, net.hidden_size, device=sprites.device)
-        tile_ids, features, _, _ = observe(obs, sprites.device, ids, num_ids)
-        log_probs, hidden = act(net, tile_ids, features, starts, hidden, sprites)
-        return sample(log_probs, rng).cpu().numpy()
+    def __init__(self, net: Actor, envs: Any, device: torch.device, seed: int):
+        self.net, self.sprites = net, Sprites(envs, device)
+        self.rng = torch.Generator().manual_seed(seed)
+        self.hidden: Tensor | None = None  # (B, N, S)
 
-    return play
+    def __call__(self, obs: Observation, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        device = self.sprites.device
+        ids = torch.from_numpy(ids).to(device)
+        if self.hidden is None:
+            self.hidden = torch.zeros(*ids.shape, self.net.hidden_size, device=device)
+        tile_ids, features, _, _ = observe(obs, device, ids, self.net.num_ids)
+        views = Views(tile_ids, features, torch.from_numpy(starts).to(device))
+        log_probs, self.hidden = act(self.net, views, self.hidden, self.sprites)
+        return sample(log_probs, self.rng).cpu().numpy()
 
 
-def load_background(args: Args, agent: Agent) -> dict[str, RecurrentNet]:
-    """The networks of the run directories and checkpoints among --background."""
+# [shared: meltingpot_players] end
+
+
+def load_player(path: str, envs: Any, seed: int = 0, network: str = "actor") -> Player:
+    """The actor ("distilled": phi) of a run directory or checkpoint, for these worlds."""
+    args = saved_args(path, Args)
+    saved, _ = load_checkpoint(path)
+    with make_envs(args, 1, 1) as trained_in:
+        agent = Agent(args, trained_in, torch.device("cpu"))
+    restore(agent.parts()[network], saved["agent"][network], path)
+    return NetPlayer(agent.parts()[network], envs, agent.device, seed)
+
+
+def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
+    """The actors of the run directories and checkpoints among --background."""
     if args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
@@ -933,462 +947,135 @@ def load_background(args: Args, agent: Agent) -> dict[str, RecurrentNet]:
         if saved["args"]["substrate"] != args.substrate:
             raise UsageError(f"{path} was not trained on {args.substrate}.")
         others[path] = agent.new_actor()
-        restore({"actor": others[path]}, saved["agent"], path)
+        restore(others[path], saved["agent"]["actor"], path)
     return others
 
 
-# [shared: meltingpot] begin
-
-
-def find_scenarios(args: Any) -> tuple[list[str], Any]:
-    """The scenarios of --eval-scenarios and the kind of bots in them; UsageError if there are none
-    of that name, or no such bots."""
-    if args.eval_scenarios == "none" or args.substrate == "toy":
-        if args.eval_scenarios not in ("all", "none"):
-            raise UsageError("--eval-scenarios: the toy has none.")
-        return [], None
-    from envs.meltingpot.scenarios import choose_bots, choose_scenarios, get_plan
-
-    try:
-        names = choose_scenarios(args.substrate, args.eval_scenarios, args.bots)
-        return names, choose_bots([get_plan(name) for name in names], args.bots) if names else None
-    except (ValueError, ModuleNotFoundError) as error:
-        raise UsageError(str(error)) from None
-
-
-def announce_scenarios(args: Any, rank: int) -> Any:
-    """Print in which scenarios which kind of bots will play; returns the kind."""
-    names, bots = find_scenarios(args)
-    if names and rank == 0:
-        tqdm.write(f"{bots} bots will play in {', '.join(names)}")
-    return bots
-
-
-def play_scenarios(args: Any, agent: Any, alive, kind: str, timesteps: int, run_dir: Path, rng):
-    """Our actor beside the bots of each scenario -> {"SC0 scripted":
-    envs.meltingpot.episodes.summarise()}; every episode goes to RUN_DIR/evaluation."""
-    names, bots = find_scenarios(args)
-    if not names:
-        return {}
-    from envs.meltingpot.scenarios import play_scenarios, save_results
-
-    def new_player(envs) -> Player:
-        sprites, seed = Sprites(envs, agent.device), int(rng.integers(2**31))
-        return net_player(agent.actor, sprites, agent.spec.num_agents, seed)
-
-    episodes = args.final_episodes if kind == "final" else args.eval_episodes
-    options = {"num_workers": args.num_workers, "timeout": args.worker_timeout, "alive": alive}
-    options |= {"videos": run_dir / "videos" if args.capture_video else None}
-    options |= {"stem": f"{kind}-{timesteps}", "shuffle_ids": args.eval_ids == "random"}
-    how = (episodes, args.num_envs, rng, agent.spec.num_agents)
-    played = play_scenarios(names, bots, new_player, *how, **options)
-    about = (kind, args.substrate, args.seed, timesteps)
-    with writing(run_dir / "evaluation"):
-        save_results(run_dir / "evaluation", *about, played)
-    return {row: summarise(results) for row, results in played.items()}
-
-
-# [shared: meltingpot] end
-
-
 def evaluate(
-    args: Args, agent: Agent, others: dict, alive, kind: str, timesteps: int, run_dir: Path
+    args: Args, agent: Agent, others: dict[str, Actor], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Full natural episodes without learning: everyone ours, then beside each of --background,
-    then beside the bots of each of --eval-scenarios.
-
-    kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
-    Prints a table and returns {"v co-player": envs.meltingpot.episodes.summarise(...)}.
-    """
+    """Full natural episodes without learning: everyone ours, then beside each of --background, then
+    beside the bots of each of --eval-scenarios; {"v co-player":
+    envs.meltingpot.episodes.summarise(...)}."""
     args = dataclasses.replace(args, max_episode_steps=0)
-    episodes = args.final_episodes if kind == "final" else args.eval_episodes
-    rng = np.random.default_rng((args.seed, timesteps, ("eval", "final").index(kind)))
-    with make_envs(args, min(args.num_envs, episodes), int(rng.integers(2**31))) as envs:
-        sprites = Sprites(envs, agent.device)
-        ids = agent.spec.num_agents
-        player = lambda net: net_player(net, sprites, ids, int(rng.integers(2**31)))  # noqa: E731
-        pairs = {"self-play": (player(agent.actor), None)}
+    rng, episodes = evaluation.rng, evaluation.episodes
+
+    def player(net: Actor, envs: Any) -> NetPlayer:
+        return NetPlayer(net, envs, agent.device, seed=int(rng.integers(2**31)))
+
+    seed = int(rng.integers(2**31))
+    with make_envs(args, min(args.num_envs, episodes), seed) as envs:
+        pairs = {"self-play": (player(agent.actor, envs), None)}
         for name in args.background:
             if name == "random":
                 them = random_player(envs.spec.num_actions, rng)
                 pairs["random v random"] = (them, them)
             elif name == "distilled":
-                them = player(agent.distilled)
+                them = player(agent.distilled, envs)
             else:
-                them = player(others[name])
-            pairs[f"v {name}"] = (player(agent.actor), them)
-        seats = args.num_focal or max(1, envs.spec.num_agents - 1)
-        shuffle = args.eval_ids == "random"
-        videos = run_dir / "videos" if args.capture_video else None
-        film = (videos, f"{kind}-{timesteps}")
-        results = play_pairs(envs, pairs, seats, episodes, rng, shuffle, *film, alive)
-    results |= play_scenarios(args, agent, alive, kind, timesteps, run_dir, rng)
-    tqdm.write(f"{args.substrate}, seed {args.seed}, step {timesteps}\n{table(results)}")
-    return results
+                them = player(others[name], envs)
+            pairs[f"v {name}"] = (player(agent.actor, envs), them)
+        evaluation.expect(episodes * len(pairs))
+        results = play_pairs(
+            envs,
+            pairs,
+            num_focal=args.num_focal or max(1, envs.spec.num_agents - 1),
+            episodes=episodes,
+            rng=rng,
+            shuffle_ids=args.eval_ids == "random",
+            videos=evaluation.videos,
+            stem=evaluation.stem,
+            progress=evaluation.progress,
+        )
+
+    new_player = functools.partial(player, agent.actor)
+    return results | scenario_rows(args, evaluation, new_player, num_ids=agent.spec.num_agents)
 
 
-# --- 9. Plumbing ----------------------------------------------------------------------------------
-# [shared] begin
+# --- 9. Train -------------------------------------------------------------------------------------
 
 
-def check_finite(**tensors: Tensor) -> None:
-    """End the run, in all processes, at the first tensor with NaN or infinity, and name it."""
-    for name, x in tensors.items():
-        if sum_over_processes((~torch.isfinite(x)).sum()):
-            raise RunError(f"{name} is not finite; the last checkpoint is from before.")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """End the run with one sentence if this cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from None
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a file by one that is whole, or leave it as it was."""
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        try:
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
-
-
-def read_intact(run_dir: Path, entry: dict[str, Any]) -> bytes:
-    """A checkpoint of the index; nothing if it is not what was written."""
-    path = run_dir / entry["name"]
-    data = path.read_bytes() if path.exists() else b""
-    return data if hashlib.sha256(data).hexdigest() == entry["sha256"] else b""
-
-
-def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, then the index that names the last two intact, then delete the rest."""
-    buffer, index = io.BytesIO(), run_dir / "checkpoints.json"
-    torch.save(state, buffer)
-    name, sha256 = f"checkpoint-{state['timesteps']}.pt", hashlib.sha256(buffer.getvalue())
-    entry = {"name": name, "timesteps": state["timesteps"], "sha256": sha256.hexdigest()}
-    known = json.loads(index.read_text()) if index.exists() else []
-    if known and known[0]["name"] == name and read_intact(run_dir, known[0]):
-        return  # saved already
-    others = (old for old in known if old["name"] != name and read_intact(run_dir, old))
-    known = [entry, *itertools.islice(others, 1)]
-    write(run_dir / name, buffer.getvalue())
-    write(index, json.dumps(known, indent=1).encode())
-    for path in set(run_dir.glob("checkpoint-*.pt")) - {run_dir / old["name"] for old in known}:
-        path.unlink()
-
-
-def load_checkpoint(path: str, quiet: bool = False) -> tuple[dict[str, Any], Path]:
-    """The newest intact state of a run directory, or that of one file, and the directory."""
-    file = Path(path)
-    run_dir = file if file.is_dir() else file.parent
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        for entry in json.loads((run_dir / "checkpoints.json").read_text()):
-            part = run_dir / entry["name"]
-            if file in (run_dir, part):
-                if data := read_intact(run_dir, entry):
-                    return torch.load(io.BytesIO(data), "cpu", weights_only=True), run_dir
-                if not quiet:
-                    print(f"{part} is damaged: its sha256 differs.", file=sys.stderr)
-    raise UsageError(f"{path} holds no intact checkpoint.")
-
-
-def restore(parts: dict[str, Any], states: dict[str, Any], source: str) -> None:
-    """Give networks and optimisers their states; UsageError if these do not fit."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(states[name])
-    except (KeyError, ValueError, RuntimeError):
-        raise UsageError(f"{source} does not fit: its networks have other shapes.") from None
-
-
-class Logger:
-    """Scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
-
-    def __init__(self, args: Any, run_dir: Path, timesteps: int):
-        self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
-        self.path, self.terminal = run_dir / "metrics.jsonl", sys.stderr.isatty()
-        if timesteps and self.path.exists():  # what came after the checkpoint happens again
-            kept = (line for line in self.path.read_bytes().splitlines(True) if line[-1:] == b"\n")
-            kept = [line for line in kept if json.loads(line)["timesteps"] <= timesteps]
-            write(self.path, b"".join(kept))
-        self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
-
-    def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
-        with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
-        line = [f"{name} {scalars[name]:.4g}" for name in LINE if name in scalars]
-        if line and not self.terminal:
-            print(f"step {timesteps}  " + "  ".join(line), flush=True)
-        with writing(self.dir):
-            for name, x in scalars.items():
-                self.board.add_scalar(name, x, timesteps)
-        if self.wandb:
-            self.wandb.log({"timesteps": timesteps, **scalars, **(media or {})})
-
-    def log_results(self, timesteps: int, kind: str, results: dict[str, dict]) -> None:
-        """An evaluation, kind "eval" or "final": its figures; to wandb table and videos, too."""
-        media = {}
-        if self.wandb:  # no wandb.Table: to log one asks the server, and waits
-            media[f"{kind}/table"] = wandb.Html(f"<pre>{table(results)}</pre>")
-            for path in (self.dir / "videos").glob(f"{kind}-{timesteps}-*.mp4"):
-                media[f"video/{path.stem}"] = wandb.Video(str(path), format="mp4")
-        flat = {f"{kind}/{k}/{name}": x for k, row in results.items() for name, x in row.items()}
-        self.log(timesteps, flat, media)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def start_wandb(args: Any, run_dir: Path) -> Any:
-    """A wandb run; offline if its server does not answer in time."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry outwaits every timeout
-    limit, url = args.wandb_timeout, os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    settings = {"console": "off", "silent": True, "init_timeout": limit, "finish_timeout": limit}
-    options = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name}
-    options |= {"config": dataclasses.asdict(args), "dir": run_dir, "settings": settings}
-    try:
-        if args.wandb_mode == "online":
-            with contextlib.suppress(urllib.error.HTTPError):  # an error, too, is an answer
-                urllib.request.urlopen(url, timeout=limit).close()
-        run = wandb.init(mode=args.wandb_mode, resume="allow", **options)
-    except (OSError, ValueError, http.client.HTTPException, wandb.Error) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        print(f"wandb at {url}: {reason}; logging offline, for `wandb sync`.", file=sys.stderr)
-        wandb.teardown()  # the service holds the run's name
-        run = wandb.init(mode="offline", **options)
-    run.define_metric("*", step_metric="timesteps")
-    return run
-
-
-def new_run_dir(args: Any, world: str, **resolved: Any) -> Path:
-    """The run's directory with its args.json; resolved: what defaults have come to mean."""
-    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    name = f"{world}__{Path(__file__).stem}__s{args.seed}__{when}__{secrets.token_hex(2)}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}.") from None
-    if (run_dir / "checkpoints.json").exists():
-        raise UsageError(f"{run_dir} holds a run already: --resume it, or name another.")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    about = {"script": Path(__file__).stem, "resolved": resolved, "commit": ""}
-    with contextlib.suppress(OSError):  # no git
-        about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
-    write(run_dir / "args.json", json.dumps(dataclasses.asdict(args) | about, indent=1).encode())
-    return run_dir
-
-
-def leave(code: int) -> None:
-    """Exit; at once under torchrun, where gloo's threads sometimes crash the interpreter's end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if dist.is_initialized():
-        if code == 0:  # else others may still be waiting for us
-            dist.destroy_process_group()
-        os._exit(code)
-    sys.exit(code)
-
-
-@contextlib.contextmanager
-def stop_signals(wanted: list[int]) -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM append to the list; a second one of them does what it always does, and
-    after a call of what this yields the first does, too."""
-
-    def handler(number: int, frame: Any) -> None:
-        wanted.append(number)
-        signal.signal(number, old[number])
-
-    def restore() -> None:
-        for number in old:
-            signal.signal(number, old[number])
-
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield restore
-    finally:
-        restore()
-
-
-def progress_bar(timesteps: int, total: int, rank: int) -> tqdm:
-    """A bar of environment steps, of the first process and only on a terminal."""
-    return tqdm(total=total, initial=timesteps, unit=" steps", disable=True if rank else None)
-
-
-def is_due(every: int, before: int, now: int) -> bool:
-    """Whether a multiple of `every` lies between two numbers of environment steps; never if 0."""
-    return every > 0 and now // every > before // every
-
-
-# [shared] end
-
-
-# --- 10. Train ------------------------------------------------------------------------------------
-
-
-def report(batch: Batch, scalars: dict[str, Tensor], times: list[float], size: int) -> dict:
-    """What an iteration logs; times: when the run and it began, had collected, had learnt."""
-    for phase in ("forward", "reverse"):
-        if f"{phase}/kl_before" in scalars:
-            kl, shift = (
-                f"{scalars[f'{phase}/{name}_before']:.3g} -> {scalars[f'{phase}/{name}_after']:.3g}"
-                for name in ("kl", "shift")
-            )
-            tqdm.write(f"{phase} distillation: KL {kl}, preference shift {shift}")
-    scalars |= compare(batch.theta, batch.phi)
+def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
+    """What an iteration logs."""
+    figures = scalars | importance_weights(batch) | compare(batch.theta, batch.phi)
     for name, who in (("trained", batch.trained), ("fictitious", ~batch.trained)):
         if who.any():
-            scalars[f"reward_per_1000/{name}"] = 1000 * batch.rewards[who].mean()
-    scalars["reward_per_1000/all"] = 1000 * batch.rewards.mean()
-    start, began, collected, learnt = times
-    seconds = {"collect_s": collected - began, "learn_s": learnt - collected}
-    seconds["wall_s"] = learnt - start
-    floats = {name: float(x) for name, x in scalars.items()} | count_episodes(batch.episodes)
-    return floats | seconds | {"sps": size * batch.terminated.numel() / (learnt - began)}
+            figures[f"reward_per_1000/{name}"] = 1000 * batch.rewards[who].mean()
+    figures["reward_per_1000/all"] = 1000 * batch.rewards.mean()
+    return figures | count_episodes(batch.episodes)
 
 
-def new_generators(seed: int, rank: int) -> dict[str, torch.Generator]:
+def new_generators(seed: int, rank: int) -> list[torch.Generator]:
     """A process's own; the method has one for itself, so that the parent's draws stay."""
     seeds = np.random.SeedSequence((seed, rank)).generate_state(2).tolist()
-    return {name: torch.Generator().manual_seed(x) for name, x in zip(("rng", "method_rng"), seeds)}
+    return [torch.Generator().manual_seed(x) for x in seeds]
 
 
-def pack(args: Args, agent: Agent, envs, carry, rngs, size: int) -> dict[str, Any]:
-    """What a checkpoint holds of all processes; RunError if a weight is not finite."""
-    for name, part in agent.parts().items():
-        if isinstance(part, nn.Module):
-            check_finite(**{f"{name}.{key}": x for key, x in part.state_dict().items()})
-    own = {name: rng.get_state() for name, rng in rngs.items()}
-    own |= {"carry": {name: x.cpu() for name, x in carry.items()}, "envs": envs.state_dict()}
-    ranks = [own] * size
-    if size > 1:
-        dist.all_gather_object(ranks, own)
-    parts = {name: part.state_dict() for name, part in agent.parts().items()}
-    about = {"script": Path(__file__).stem, "args": dataclasses.asdict(args)}
-    return about | {"agent": parts, "ranks": ranks}
-
-
-def unpack(ranks: list, rank: int, size: int, envs, carry, rngs) -> dict[str, Tensor]:
-    """Put worlds and generators where a process's checkpoint left them; returns its carry."""
-    if len(ranks) != size:
-        raise UsageError(f"{len(ranks)} processes began this run; {size} cannot go on with it.")
-    own = ranks[rank]
-    for name, rng in rngs.items():
-        rng.set_state(own[name])
-    envs.load_state_dict(own["envs"])
-    if not envs.reproducible:  # all worlds have begun new episodes, as carry says
-        return carry
-    return {name: own["carry"][name].to(x.device) for name, x in carry.items()}
-
-
-def train(args: Args) -> dict[str, dict[str, float]]:
-    """The run, with --resume from its checkpoint on; returns the last evaluation."""
-    rank, size, device = start_processes(args)
-    source = args.resume or args.eval_only
-    saved, run_dir = load_checkpoint(source) if source else ({}, None)
-    iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
-    began = time.monotonic() - saved.get("wall_s", 0)
-    with contextlib.ExitStack() as stack:
-        envs = stack.enter_context(make_envs(args, args.num_envs, args.seed, rank * args.num_envs))
-        agent, sprites = Agent(args, envs.spec, device), Sprites(envs, device)
-        if saved:
-            restore(agent.parts(), saved["agent"], source)
-        others, bots = load_background(args, agent), announce_scenarios(args, rank)
-
-        stop: list[int] = []  # signals that asked for it
-
-        def alive() -> None:
-            envs.check()
-            if stop:
-                raise KeyboardInterrupt
-
-        judge = functools.partial(evaluate, args, agent, others, alive)
+def train(args: Args) -> int:
+    """The run, with --resume from its checkpoint on; returns the exit code."""
+    with Run(args, table, LINE) as run:
+        first_world = run.rank * args.num_envs
+        envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
+        agent = Agent(args, envs, run.device)
+        run.restore(agent=agent)
+        others = load_background(args, agent)
+        scenarios, bots = find_scenarios(args)
+        if scenarios:
+            run.say(f"{bots} bots will play in {', '.join(scenarios)}")
+        judge = functools.partial(evaluate, args, agent, others)
         if args.eval_only:
-            return judge("final", timesteps, run_dir) if rank == 0 else {}
-        carry = new_carry(agent, args.num_envs)
-        rngs = new_generators(args.seed, rank)
-        if saved:
-            carry = unpack(saved["ranks"], rank, size, envs, carry, rngs)
-        else:
+            return run.evaluate_only(judge)
+
+        rng, method_rng = new_generators(args.seed, run.rank)
+        state = new_state(agent, args.num_envs)
+        if not args.resume:
             envs.reset()
-        if rank == 0:
-            q = fictitious_probability(args, envs.spec.num_agents)
-            names = {"device": str(device), "bots": bots, "fictitious_probability": q}
-            run_dir = run_dir or new_run_dir(args, args.substrate, **names)
-            logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
-
-        def save() -> None:
-            state = pack(args, agent, envs, carry, rngs, size)
-            state |= {"iteration": iteration, "timesteps": timesteps}
-            if rank == 0:
-                save_checkpoint(run_dir, state | {"wall_s": time.monotonic() - began})
-
-        if not saved:
-            save()
-        if rank == 0:
-            share = fictitious_share(args, envs.spec.num_agents)
-            tqdm.write(f"{run_dir}: {share:.0%} of all agents will be fictitious")
-        bar = progress_bar(timesteps, args.total_timesteps, rank)
-        signals = stack.enter_context(stop_signals(stop))
-        while timesteps < args.total_timesteps and (size > 1 or not stop):
-            times = [began, time.monotonic()]
-            batch = collect(args, envs, agent, carry, sprites, **rngs)
-            times.append(time.monotonic())
-            scalars = update(args, agent, batch, carry, sprites, rngs["rng"], envs.check)
-            iteration += 1
-            if args.copy_every and iteration % args.copy_every == 0:
+        own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state}
+        run.begin(
+            args.substrate,
+            parts={"agent": agent},
+            own=own,
+            bots=bots,
+            fictitious_probability=fictitious_probability(args, envs.spec.num_agents),
+        )
+        if not envs.reproducible:  # all worlds begin new episodes
+            state = new_state(agent, args.num_envs)
+        share = fictitious_share(args, envs.spec.num_agents)
+        run.say(f"{run.dir}: {share:.0%} of all agents will be fictitious")
+        while run.goes_on():
+            batch, state = collect(args, envs, agent, state, rng=rng, method_rng=method_rng)
+            run.lap("collect_s")
+            envs.check()  # workers build next episodes while we learn
+            batch, state = prepare(args, agent, batch, state)
+            scalars = update(args, agent, batch, rng)
+            if args.copy_every and (run.iteration + 1) % args.copy_every == 0:
                 agent.copy_actor()
-                carry["distilled_hidden"] = carry["actor_hidden"]
-            if phase := distillation_phase(args, iteration):
-                what = (agent, batch, carry, sprites, rngs["method_rng"], envs.check)
-                scalars |= distill(args, phase, *what)
-            times.append(time.monotonic())
-            before, timesteps = timesteps, timesteps + args.rollout_steps * args.num_envs * size
-            if rank == 0:
-                logger.log(timesteps, report(batch, scalars, times, size))
-                bar.update(timesteps - before)
-            if is_due(args.save_every, before, timesteps):
-                save()
-            if is_due(args.eval_every, before, timesteps) and rank == 0:
-                with contextlib.suppress(KeyboardInterrupt):
-                    logger.log_results(timesteps, "eval", judge("eval", timesteps, run_dir))
-            if size > 1 and sum_over_processes(torch.tensor(len(stop), device=device)):
-                break  # all processes at the same iteration
-        save()
-        if rank > 0 or stop or not args.final_episodes:
-            return {}
-        signals()  # from here on Ctrl-C ends the run at once
-        results = judge("final", timesteps, run_dir)
-        logger.log_results(timesteps, "final", results)
-        summary = {"timesteps": timesteps, "wall_s": time.monotonic() - began, "eval": results}
-        write(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
-        return results
+                state = dataclasses.replace(state, distilled_hidden=state.actor_hidden)
+            if phase := distillation_phase(args, run.iteration + 1):
+                found, state = distill(args, agent, batch, state, phase=phase, rng=method_rng)
+                scalars |= found
+                before, after = found[f"{phase}/kl_before"], found[f"{phase}/kl_after"]
+                run.say(f"{phase} distillation: KL {before:.3g} -> {after:.3g}")
+            own["state"] = state
+            run.lap("learn_s")
+            run.advance(args.rollout_steps * args.num_envs * run.size)
+            if run.is_due(args.log_every):
+                run.log(report(batch, scalars))
+            if run.is_due(args.save_every):
+                run.save()
+            if run.is_due(args.eval_every):
+                run.evaluate(judge, "eval")
+        return run.finish(judge)
+
+
+def parse(argv: list[str]) -> Args:
+    return read_args(Args, argv, validate, resumable=RESUMABLE)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    try:
-        train(read_args(sys.argv[1:] if argv is None else argv))
-    except (RunError, WorldError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 1)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    given = sys.argv[1:] if argv is None else argv
+    return call(lambda: train(parse(given)), WorldError)
 
 
 if __name__ == "__main__":

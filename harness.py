@@ -565,7 +565,7 @@ class Logger:
         self.dir, self.path = run_dir, run_dir / "metrics.jsonl"
         self.line = () if sys.stderr.isatty() else line  # a terminal has a bar
         self.wandb = start_wandb(args, run_dir) if args.track else None
-        if self.path.exists():
+        if self.path.is_file():
             self.forget_after(timesteps)
         self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
 
@@ -576,11 +576,11 @@ class Logger:
         for line in self.path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 scalars = json.loads(line)
+                is_past = scalars["timesteps"] <= timesteps
                 is_final = any(name.startswith("final/") for name in scalars)
-                if scalars["timesteps"] <= timesteps and not is_final and line.endswith(b"\n"):
+                if is_past and not is_final and line.endswith(b"\n"):
                     kept.append(line)
-        if not self.path.is_symlink():  # to a device, say
-            write(self.path, b"".join(kept))
+        write(self.path, b"".join(kept))
 
     def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
         """A line of each."""
@@ -788,6 +788,7 @@ class Run:
                 raise UsageError(f"{self.dir} holds a run already: --resume it, or name another.")
             about = {"device": str(self.device), "processes": self.size} | resolved
             write(self.dir / "args.json", describe_run(self.args, about))
+        self.dir = gather(self.dir)[0]  # the first process has named it
         if self.rank == 0:
             self.logger = Logger(self.args, self.dir, self.timesteps, self.line)
             self.stack.callback(self.logger.close)

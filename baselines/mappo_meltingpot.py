@@ -18,81 +18,55 @@ and tables are those of BiDist (Feng et al., AAMAS 2025).
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import datetime
 import functools
-import hashlib
-import http.client
-import io
 import itertools
-import json
 import math
-import os
-import re
-import secrets
-import signal
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from importlib.metadata import distributions
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import numpy as np
-import pydantic
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import tyro
-import wandb
-from annotated_types import Interval
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.meltingpot.episodes import (
-    Player,
-    count_episodes,
-    play_pairs,
-    random_player,
-    summarise,
-    table,
+from harness import (
+    Above,
+    Amount,
+    Count,
+    Evaluation,
+    Positive,
+    Run,
+    RunArgs,
+    Share,
+    UsageError,
+    call,
+    check_finite,
+    descend,
+    leave,
+    load_checkpoint,
+    moments,
+    read_args,
+    restore,
+    saved_args,
 )
-from envs.meltingpot.tile_tensors import Sprites, Windows
-from envs.meltingpot.tiles import WorldError
 
-Seed = Annotated[int, Interval(ge=0, lt=2**32)]
-Count = Annotated[int, Interval(ge=0)]
-Positive = Annotated[int, Interval(ge=1)]
-Share = Annotated[float, Interval(ge=0, le=1)]
-Amount = Annotated[float, Interval(ge=0, lt=math.inf)]
-Above = Annotated[float, Interval(gt=0, lt=math.inf)]
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from envs.meltingpot.episodes import Player, count_episodes, play_pairs, random_player, table
+from envs.meltingpot.scenarios import find_scenarios, scenario_rows
+from envs.meltingpot.tile_tensors import Sprites, TileTables
+from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(RunArgs):
     """MAPPO in Melting Pot. Defaults are the paper's (Table B.1)."""
 
-    # Run
-    seed: Seed = 1  # fixes all that is drawn on our side (the engine drifts all the same)
-    total_timesteps: Positive = 10_000_000  # environment steps of all worlds and processes
-    run_dir: str = ""  # default: runs/{world}__{script}__s{seed}__{UTC time}__{4 hex}
-    resume: str = ""  # run directory to go on with; its own arguments hold
-    eval_only: str = ""  # run directory or checkpoint to evaluate, without training
-    track: bool = False  # log to Weights & Biases too
-    wandb_project: str = "unseen"  # project there
-    wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` later
-    wandb_timeout: Above = 10.0  # seconds until an unreachable server is given up
-    capture_video: bool = False  # an MP4 with every evaluation
     # Environment
     substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, or toy
     num_envs: Positive = 16  # B, worlds per process (rollout threads)
@@ -115,113 +89,43 @@ class Args:
     huber_delta: Above = 10.0  # of the value loss
     entropy_coef: Amount = 0.01  # entropy bonus
     max_grad_norm: Above = 10.0  # of each network
-    # Evaluation and checkpoints (every: environment steps, 0 for never)
-    eval_every: Count = 160_000  # evaluations on the way
-    eval_episodes: Positive = 2  # per co-player, in those
-    final_episodes: Count = 50  # per co-player, at the end and with --eval-only
+    plain: bool = False  # convolutions on images, not tables: the same results, slower
+    amp: bool = False  # critic in bf16
+    # Evaluation
     background: tuple[str, ...] = ("random",)  # co-players; also run directories
     num_focal: Count = 0  # seats that we take beside them; 0: N - 1
     eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
     eval_scenarios: str = "all"  # Melting Pot's, beside bots: all, none or e.g. SC0,SC3
     bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official where they can be had
-    save_every: Count = 160_000  # checkpoints; the last two are kept
-    # System
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    num_threads: Positive = 1  # torch's; on a busy machine more is slower
-    pixels: bool = False  # plain convolutions on images: the same results, slower
-    amp: bool = False  # critic in bf16
 
 
-def validate(args: Args) -> None:
-    """Raise UsageError for combinations that cannot be meant."""
+def validate(args: Args) -> list[tuple[Any, str]]:
+    """Combinations that cannot be meant, and the sentence for each."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
-    for wrong, sentence in (
-        (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
-        (args.resume and args.run_dir, "--resume goes on in its own directory, without --run-dir"),
-        (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
+    return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
-    ):
-        if wrong:
-            raise UsageError(f"{sentence}.")
+    ]
 
 
 LINE = ("episode/return", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = (  # what may differ from the run's own arguments with --resume and --eval-only
-    *("total_timesteps", "run_dir", "resume", "eval_only", "track", "wandb_project", "wandb_mode"),
-    *("wandb_timeout", "capture_video", "num_workers", "worker_timeout", "eval_every"),
-    *("eval_episodes", "final_episodes", "background", "num_focal", "eval_ids", "eval_scenarios"),
-    *("bots", "save_every", "device", "num_threads", "pixels", "amp"),
+RESUMABLE = (  # flags of this script that may differ with --resume and --eval-only
+    "num_workers",
+    "worker_timeout",
+    "plain",
+    "amp",
+    "background",
+    "num_focal",
+    "eval_ids",
+    "eval_scenarios",
+    "bots",
 )
-
-# [shared] begin
-
-
-class RunError(Exception):
-    """The run cannot go on; the message is one sentence."""
-
-    code = 1  # the script's exit code
-
-
-class UsageError(RunError):
-    """The command line asks for what cannot be done."""
-
-    code = 2
-
-
-def parse(argv: list[str]) -> Any:
-    """tyro, then pydantic for the bounds in annotations; their errors as one sentence."""
-    box, flags = io.StringIO(), (tyro.conf.FlagCreatePairsOff,)
-    try:
-        with contextlib.redirect_stderr(box):
-            args = tyro.cli(Args, args=argv, config=flags)
-        pydantic.TypeAdapter(Args).validate_python(dataclasses.asdict(args))
-    except pydantic.ValidationError as error:
-        wrong = error.errors()[0]
-        flag = str(wrong["loc"][0]).replace("_", "-")
-        raise UsageError(f"--{flag} {wrong['input']}: {wrong['msg'].lower()}.") from None
-    except SystemExit as error:
-        if not error.code:
-            raise
-        lines = " ".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:])
-        sentence, _, rest = lines.partition(" ──")
-        near = re.search(r"--[a-z-]+", rest) if "Unrecognized" in sentence else None
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise UsageError(sentence.removeprefix("Error parsing ").rstrip(".") + hint) from None
-    validate(args)
-    return args
-
-
-def read_args(argv: list[str]) -> Any:
-    """The command line; with --resume or --eval-only on top of the run's own arguments."""
-    args = parse(argv)
-    if source := args.resume or args.eval_only:
-        saved, script = load_checkpoint(source, quiet=True)[0], Path(__file__).stem
-        if saved["script"] != script:
-            raise UsageError(f"{source} is a run of {saved['script']}.py, not of {script}.py.")
-        own, given = saved["args"], vars(args)
-        if changed := (own.keys() ^ given.keys()) - set(RESUMABLE):
-            raise UsageError(f"{source} is of a version that differs in {', '.join(changed)}.")
-        names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
-        names |= {name.removeprefix("no_") for name in names}
-        for name in names & set(own) - set(RESUMABLE):
-            if given[name] != own[name]:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} is {own[name]} in {source} and stays so.")
-        own = {k: tuple(x) if isinstance(x, list) else x for k, x in own.items() if k in given}
-        typed = {name: given[name] for name in names & set(own)}
-        fresh = {"run_dir": "", "resume": "", "eval_only": ""}
-        args = dataclasses.replace(args, **own | fresh | typed)
-        validate(args)
-    return args
-
-
-# [shared] end
 
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
 
 
+# [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
     """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
     options = {"first_world": first_world, "max_episode_steps": args.max_episode_steps}
@@ -237,6 +141,8 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
     except (ValueError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from None
 
+
+# [shared: meltingpot_worlds] end
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 
@@ -255,80 +161,122 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
 
 
 class TileCNN(nn.Module):
-    """The paper's CNN and the layer after it (App. B.2), with ReLU: convolutions of 16 channels,
-    kernel 8, stride 8 and of 32 channels, kernel 4, stride 1, and a linear layer of 64 units.
+    """The paper's CNN and the layer after it (App. B.2), with ReLU.
 
-    It reads tile ids. As all images consist of 8x8 sprites, each layer has few different inputs
-    and becomes a table: computed once, then looked up (envs/meltingpot/tile_tensors.py). Weights,
-    outputs and gradients are those of convolutions on the pixels (--pixels).
+    It gets images as tile ids, for all of them consist of 8 x 8 sprites. By default TileTables
+    computes the same function, only faster; whoever changes this one runs it with --plain.
     """
 
-    def __init__(self, grid: tuple[int, int], pixels: bool):
+    def __init__(self, grid: tuple[int, int]):
         super().__init__()
-        h, w = (max(size, KERNEL) for size in grid)  # black tiles beside views narrower than KERNEL
-        self.padding, self.pixels = (0, w - grid[1], 0, h - grid[0]), pixels
-        positions = (h - KERNEL + 1) * (w - KERNEL + 1)
+        self.grid = grid
+        rows, columns = (max(size, KERNEL) for size in grid)
+        # Views narrower than the kernel get black tiles below and to the right.
+        self.padding = (0, columns - grid[1], 0, rows - grid[0])
+        inputs = 32 * (rows - KERNEL + 1) * (columns - KERNEL + 1)
         self.conv1 = orthogonal(nn.Conv2d(3, 16, 8, stride=8), RELU)
         self.conv2 = orthogonal(nn.Conv2d(16, 32, KERNEL), RELU)
-        self.linear = orthogonal(nn.Linear(positions * 32, 64), RELU)  # position by position
+        self.linear = orthogonal(nn.Linear(inputs, 64), RELU)
 
-    def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:  # (M, H, W), (P, 3, 8, 8) -> (M, 64)
-        ids = F.pad(ids.long(), self.padding)
-        if self.pixels:
-            images = (
-                sprites[ids].permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-            )  # (M, 3, 8H, 8W)
-            x = F.relu(self.conv2(F.relu(self.conv1(images))))
-            return F.relu(self.linear(x.flatten(2).transpose(1, 2).flatten(1)))
-        windows = Windows(ids, KERNEL)
-        x = F.relu(self.conv1(sprites)).flatten(1)  # (P, 16), a row per sprite
-        x = x.index_select(0, windows.ids.flatten()).view(len(windows.ids), -1)
-        kernel = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)
-        x = F.relu(F.linear(x, kernel, self.conv2.bias))  # (U, 32), a row per window
-        x = windows.linear(x, self.linear.weight)  # (D, 64), a row per position and window
-        return F.relu(windows.sum(x) + self.linear.bias)
+    def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
+        """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
+        tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
+        images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
+        images = images.flatten(4, 5).flatten(2, 3)
+        x = F.relu(self.conv1(images))  # (M, 16, H, W)
+        x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
+        x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
+        return F.relu(self.linear(x))
 
 
-class RecurrentNet(nn.Module):
-    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output and features -> MLP 64 (App. B.2).
+class Actor(nn.Module):
+    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
+    (App. B.2)."""
 
-    An actor has one row per view, and its agent id among the features. The critic sees a world
-    once and has a row for each of its agents, whose ids it adds itself.
-    """
-
-    def __init__(self, grid, features: int, outputs: int, gain: float, rows=1, pixels=False):
+    def __init__(self, spec: Spec, plain: bool):
         super().__init__()
-        units, self.hidden_size = 64, 128
-        self.rows = rows  # of the critic: N
-        self.cnn = TileCNN(grid, pixels)
-        self.mlp = orthogonal(nn.Linear(units, units), RELU)
+        self.num_ids, self.hidden_size = spec.num_agents, 128
+        features = spec.num_features + self.num_ids
+        cnn = TileCNN(spec.grid)
+        self.cnn = cnn if plain else TileTables(cnn)
+        self.mlp = orthogonal(nn.Linear(64, 64), RELU)
         self.norm = nn.LayerNorm(features)  # observation normalisation (App. B.1)
-        inputs = units + features + (rows if rows > 1 else 0)
-        self.gru = orthogonal(nn.GRU(inputs, self.hidden_size), 1.0)
-        self.head = orthogonal(nn.Linear(self.hidden_size, units), RELU)
-        self.out = orthogonal(nn.Linear(units, outputs), gain)
+        self.gru = orthogonal(nn.GRU(64 + features, self.hidden_size), 1.0)
+        self.head = orthogonal(nn.Linear(self.hidden_size, 64), RELU)
+        self.out = orthogonal(nn.Linear(64, spec.num_actions), 0.01)
 
-    def forward(self, ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
-        """Views ids (T, B, N, H, W), features (T, B, N, F), starts (T, B) bool: an episode begins,
-        hidden (B, N, S) before the first step; critic: ids (T, B, H', W'), features (T, B, F)
-        -> outputs (T, B, N, .) and the states after each step (T, B, N, S)."""
-        x = F.relu(self.mlp(self.cnn(ids.flatten(0, -3), sprites)))
-        x = torch.cat([x.view(*features.shape[:-1], -1), self.norm(features).to(x.dtype)], -1)
-        steps, worlds, agents = len(x), *hidden.shape[:2]
-        if self.rows > 1:
-            one_hot = torch.eye(agents, dtype=x.dtype, device=x.device)
-            one_hot = one_hot.expand(steps, worlds, -1, -1)
-            x = torch.cat([x[:, :, None].expand(-1, -1, agents, -1), one_hot], -1)
-        # The GRU runs without a break between steps at which some world begins an episode.
-        cuts, states = sorted({0, steps, *starts.any(1).nonzero()[:, 0].tolist()}), []
-        for first, last in itertools.pairwise(cuts):
-            hidden = (hidden * ~starts[first, :, None, None]).to(x.dtype)
-            part, _ = self.gru(x[first:last].flatten(1, 2), hidden.flatten(0, 1)[None])
-            states.append(part.unflatten(1, (worlds, agents)))
-            hidden = states[-1][-1]
-        states = torch.cat(states)
-        outputs = self.out(F.relu(self.head(states)))
-        return outputs.to(self.out.weight.dtype), states.to(self.out.weight.dtype)
+    def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, N, S) before the first step -> logits (T, B, N, A) and the states after each
+        step (T, B, N, S)."""
+        x = self.cnn(views.ids.flatten(0, 2), sprites)
+        x = F.relu(self.mlp(x)).unflatten(0, views.ids.shape[:3])
+        x = torch.cat([x, self.norm(views.features)], -1)
+        states = run_gru(self.gru, x, views.starts, hidden)
+        return self.out(F.relu(self.head(states))), states
+
+
+# [shared: meltingpot_networks] begin
+class Views(NamedTuple):
+    """What an actor sees of each agent, or the critic of each world."""
+
+    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), uint16 tile ids
+    features: Tensor  # actor: (T, B, N, F + N), critic: (T, B, N * (F + A)), float32
+    starts: Tensor  # (T, B) bool, an episode begins
+
+
+class Critic(nn.Module):
+    """Layers as the actor's, over a global view and all agents' features. It sees a world once and
+    has a value for each of its agents, which it tells apart by their ids."""
+
+    def __init__(self, spec: Spec, plain: bool):
+        super().__init__()
+        self.num_ids, self.hidden_size = spec.num_agents, 128
+        features = spec.num_agents * (spec.num_features + spec.num_actions)
+        cnn = TileCNN(spec.world_grid)
+        self.cnn = cnn if plain else TileTables(cnn)
+        self.mlp = orthogonal(nn.Linear(64, 64), RELU)
+        self.norm = nn.LayerNorm(features)
+        self.gru = orthogonal(nn.GRU(64 + features + self.num_ids, self.hidden_size), 1.0)
+        self.head = orthogonal(nn.Linear(self.hidden_size, 64), RELU)
+        self.out = orthogonal(nn.Linear(64, 1), 1.0)
+
+    def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, N, S) before the first step -> values (T, B, N), normalised, and the states
+        after each step (T, B, N, S)."""
+        steps, worlds = views.starts.shape
+        x = self.cnn(views.ids.flatten(0, 1), sprites)
+        x = F.relu(self.mlp(x)).unflatten(0, (steps, worlds))
+        features = self.norm(views.features).to(x.dtype)
+        x = torch.cat([x, features], -1)[:, :, None]  # (T, B, 1, .)
+        ids = torch.eye(self.num_ids, dtype=x.dtype, device=x.device)
+        ids = ids.expand(steps, worlds, -1, -1)
+        x = torch.cat([x.expand(-1, -1, self.num_ids, -1), ids], -1)  # (T, B, N, .)
+        states = run_gru(self.gru, x, views.starts, hidden)
+        values = self.out(F.relu(self.head(states)))[..., 0]
+        dtype = self.out.weight.dtype  # with --amp the layers' results are bf16
+        return values.to(dtype), states.to(dtype)
+
+
+def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
+    """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
+    where an episode starts (T, B)."""
+    # Without a break between steps at which some world begins an episode.
+    begins = starts.any(1).nonzero()[:, 0].tolist()
+    cuts = sorted({0, len(x), *begins})
+    states = []
+    for first, last in itertools.pairwise(cuts):
+        goes_on = ~starts[first, :, None, None]
+        hidden = (hidden * goes_on).to(x.dtype)
+        rows = x[first:last].flatten(1, 2)  # (., B * N, .)
+        part, _ = gru(rows, hidden.flatten(0, 1)[None])
+        states.append(part.unflatten(1, hidden.shape[:2]))
+        hidden = states[-1][-1]
+    return torch.cat(states)
+
+
+def chosen(log_probs: Tensor, actions: Tensor) -> Tensor:
+    """Of log-probabilities (..., A) those of actions (...)."""
+    return log_probs.gather(-1, actions[..., None])[..., 0]
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
@@ -342,39 +290,45 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
 class ValueNorm(nn.Module):
     """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
 
-    def update(self, new: Tensor) -> None:  # (3,): 1, mean and mean square of new returns
+    def update(self, new: Tensor) -> None:
+        """new (3,): 1, mean and mean square of new returns."""
         self.sums.lerp_(new, 1 - 0.99999)
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
         """0 and 1 before the first update."""
-        weight, mean, square = self.sums if self.sums[0] > 0 else self.sums.new_tensor([1, 0, 1])
+        weight, mean, square = self.sums
+        if weight == 0:
+            return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
         variance = square / weight - (mean / weight) ** 2
-        return (mean / weight).float(), variance.clamp(min=1e-2).sqrt().float()
+        std = variance.clamp(min=1e-2).sqrt()
+        return (mean / weight).float(), std.float()
+
+
+# [shared: meltingpot_networks] end
 
 
 class Agent:
-    """The networks and their optimisers."""
+    """The networks and their optimisers; sprites: of the worlds where they learn."""
 
-    def __init__(self, args: Args, spec, device: torch.device):
-        self.args, self.spec, self.device = args, spec, device
+    def __init__(self, args: Args, envs: Any, device: torch.device):
+        self.args, self.spec, self.device = args, envs.spec, device
+        self.sprites = Sprites(envs, device)
         torch.manual_seed(args.seed)
         self.actor = self.new_actor()
-        joint = spec.num_agents * (spec.num_features + spec.num_actions)
-        shape = (spec.world_grid, joint, 1, 1.0, spec.num_agents)
-        self.critic = RecurrentNet(*shape, pixels=args.pixels).to(device)
+        self.critic = Critic(self.spec, args.plain).to(device)
         self.value_norm = ValueNorm().to(device)
-        adam, eps = torch.optim.Adam, args.adam_eps
-        self.actor_optimiser = adam(self.actor.parameters(), args.actor_lr, eps=eps)
-        self.critic_optimiser = adam(self.critic.parameters(), args.critic_lr, eps=eps)
+        self.actor_optimiser = self.new_optimiser(self.actor, args.actor_lr)
+        self.critic_optimiser = self.new_optimiser(self.critic, args.critic_lr)
 
-    def new_actor(self) -> RecurrentNet:
-        spec, features = self.spec, self.spec.num_features + self.spec.num_agents
-        net = RecurrentNet(spec.grid, features, spec.num_actions, 0.01, 1, self.args.pixels)
-        return net.to(self.device)
+    def new_actor(self) -> Actor:
+        return Actor(self.spec, self.args.plain).to(self.device)
+
+    def new_optimiser(self, net: nn.Module, lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps)
 
     def autocast(self) -> torch.autocast:
         """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
@@ -388,17 +342,25 @@ class Agent:
 # --- 6. Data --------------------------------------------------------------------------------------
 
 
-def new_carry(agent: Agent, num_envs: int) -> dict[str, Tensor]:
-    """What passes from one rollout to the next: here, the beginning of episodes in all worlds."""
-    shape = (num_envs, agent.spec.num_agents)
-    carry = {
-        "starts": torch.ones(num_envs, dtype=torch.bool),  # (B,), an episode is about to begin
-        "previous": torch.full(shape, -1),  # (B, N), last actions; -1: none yet
-        # (B, N, S):
-        "actor_hidden": torch.zeros(*shape, agent.actor.hidden_size),
-        "critic_hidden": torch.zeros(*shape, agent.critic.hidden_size),
-    }
-    return {name: x.to(agent.device) for name, x in carry.items()}
+@dataclasses.dataclass
+class RolloutState:
+    """What passes from one rollout to the next."""
+
+    starts: Tensor  # (B,) bool, an episode is about to begin
+    previous: Tensor  # (B, N) int64, last actions; -1: none yet
+    actor_hidden: Tensor  # (B, N, S)
+    critic_hidden: Tensor  # (B, N, S)
+
+
+def new_state(agent: Agent, num_envs: int) -> RolloutState:
+    """The beginning of episodes in all worlds."""
+    shape, device = (num_envs, agent.spec.num_agents), agent.device
+    return RolloutState(
+        starts=torch.ones(num_envs, dtype=torch.bool, device=device),
+        previous=torch.full(shape, -1, device=device),
+        actor_hidden=torch.zeros(*shape, agent.actor.hidden_size, device=device),
+        critic_hidden=torch.zeros(*shape, agent.critic.hidden_size, device=device),
+    )
 
 
 @dataclasses.dataclass
@@ -416,37 +378,134 @@ class Batch:
     terminated: Tensor  # (T, B) bool
     truncated: Tensor  # (T, B) bool
     actor_hidden: Tensor  # (C, B, N, S) before each chunk
-    finals: list  # where truncated: t, b, last world_ids (H', W') and critic_features (N * (F + A))
-    episodes: list  # envs.meltingpot.tiles.Episode, those that ended
-    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest is set by update()
-    values: Tensor | None = None  # (T, B, N) float32
-    advantages: Tensor | None = None  # (T, B, N) float32
-    targets: Tensor | None = None  # (T, B, N) float32, returns
+    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
+    episodes: list[Episode]  # those that ended
+    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
+    values: Tensor | None = None  # (T, B, N) float32, normalised
+    targets: Tensor | None = None  # (T, B, N) float32, returns, normalised
+    advantages: Tensor | None = None  # (T, B, N) float32, normalised
+
+    def actor_views(self) -> Views:
+        starts = self.starts[: len(self.tile_ids)]
+        return Views(self.tile_ids, self.actor_features, starts)
+
+    def critic_views(self) -> Views:
+        return Views(self.world_ids, self.critic_features, self.starts)
 
 
+def collect(
+    args: Args, envs: Any, agent: Agent, state: RolloutState, rng: torch.Generator
+) -> tuple[Batch, RolloutState]:
+    """Play T steps in every world; the state is that behind them."""
+    device, shape = agent.device, state.previous.shape
+    num_actions = envs.spec.num_actions
+    record = collections.defaultdict(list)
+    finals, episodes = [], []
+
+    def add(**tensors: Tensor) -> None:
+        for name, x in tensors.items():
+            record[name].append(x)
+
+    for t in range(args.rollout_steps + 1):
+        tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
+        joint = joint_features(features, state.previous, num_actions)
+        add(world_ids=world_ids, critic_features=joint, starts=state.starts)
+        if t == args.rollout_steps:
+            break
+        if t % args.chunk_length == 0:
+            add(actor_hidden=state.actor_hidden)
+        views = Views(tile_ids, actor_features, state.starts)
+        acting, actor_hidden = act(agent.actor, views, state.actor_hidden, agent.sprites)
+        actions = sample(acting, rng)
+        add(tile_ids=tile_ids, actor_features=actor_features)
+        add(actions=actions, log_probs=chosen(acting, actions))
+
+        step = envs.step(actions.cpu().numpy())
+        rewards = torch.from_numpy(step.reward).to(device)
+        terminated = torch.from_numpy(step.terminated).to(device)
+        truncated = torch.from_numpy(step.truncated).to(device)
+        if args.team_reward:
+            rewards = rewards.sum(1, keepdim=True).expand(shape)
+        add(rewards=rewards.float(), terminated=terminated, truncated=truncated)
+        if step.truncated.any():
+            _, _, world_ids, features = observe(step.final, device)
+            joint = joint_features(features, actions, num_actions)
+            goes_on = torch.zeros(1, 1, dtype=torch.bool, device=device)
+            for b in np.flatnonzero(step.truncated):
+                view = Views(world_ids[b, None, None], joint[b, None, None], goes_on)
+                finals.append((t, b, view))
+        episodes += step.episodes
+        ended = terminated | truncated
+        state = dataclasses.replace(
+            state,
+            starts=ended,
+            previous=actions.masked_fill(ended[:, None], -1),
+            actor_hidden=actor_hidden,
+        )
+    tensors = {name: torch.stack(x) for name, x in record.items()}
+    return Batch(**tensors, finals=finals, episodes=episodes), state
+
+
+def prepare(
+    args: Args, agent: Agent, batch: Batch, state: RolloutState
+) -> tuple[Batch, RolloutState]:
+    """The rollout with what the losses need, and the state with the critic's new memory; takes the
+    returns into agent.value_norm."""
+    values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
+    returns = values + advantages
+    # paper is silent: statistics of returns and advantages, once before the epochs
+    agent.value_norm.update(moments(returns))
+    mean, std = agent.value_norm.mean_std()
+    _, centre, square = moments(advantages).float()
+    deviation = (square - centre**2).clamp(min=0).sqrt()
+    batch = dataclasses.replace(
+        batch,
+        critic_hidden=hidden[:-1],
+        values=(values - mean) / std,
+        targets=(returns - mean) / std,
+        advantages=(advantages - centre) / (deviation + 1e-5),
+    )
+    return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
+
+
+# [shared: meltingpot_data] begin
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
     """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
     (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
     # paper is silent: how a rollout is cut for recurrent networks
-    chunks, worlds, length = *batch.actor_hidden.shape[:2], args.chunk_length
+    chunks, worlds = batch.actor_hidden.shape[:2]
+    length = args.chunk_length
     for pairs in torch.randperm(chunks * worlds, generator=rng).tensor_split(args.minibatches):
         chunk, world = pairs // worlds, pairs % worlds
         parts = {}
         for name, x in vars(batch).items():
+            if not isinstance(x, Tensor):
+                continue
             if name.endswith("hidden"):
-                parts[name] = x[chunk, world] if x is not None else None
-            elif isinstance(x, Tensor):
+                parts[name] = x[chunk, world]
+            else:
                 x = x[: chunks * length].unflatten(0, (chunks, length))
                 parts[name] = x[chunk, :, world].transpose(0, 1)
         yield dataclasses.replace(batch, **parts)
 
 
-def observe(obs, device, ids=None, num_ids=None) -> tuple[Tensor, ...]:
-    """Views, features with one-hot agent ids (B, N), by default the seats -> (B, N, F + N), global
-    views and plain features. A scenario has fewer seats than there are ids."""
+def observe(
+    obs: Observation,
+    device: torch.device,
+    ids: Tensor | None = None,
+    num_ids: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views (B, N, H, W), features with one-hot agent ids (B, N, F + N), global views (B, H', W')
+    and features without ids.
+
+    ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
+    """
     tile_ids, world_ids, features = (torch.from_numpy(x).to(device) for x in obs)
     one_hot = torch.eye(num_ids or features.shape[1], device=device)
-    ids = one_hot.expand(len(features), -1, -1) if ids is None else one_hot[ids]
+    if ids is None:
+        ids = one_hot.expand(len(features), -1, -1)
+    else:
+        ids = one_hot[ids]
     return tile_ids, torch.cat([features, ids], -1), world_ids, features
 
 
@@ -459,222 +518,155 @@ def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tens
 
 
 @torch.no_grad()
-def act(net: RecurrentNet, tile_ids, features, starts, hidden, sprites) -> tuple[Tensor, Tensor]:
-    """One step -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
-    logits, states = net(tile_ids[None], features[None], starts[None], hidden, sprites())
+def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Tensor, Tensor]:
+    """One step, views without T -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
+    views = Views(views.ids[None], views.features[None], views.starts[None])
+    logits, states = net(views, hidden, sprites())
     return logits[0].log_softmax(-1), states[0]
 
 
-def collect(args: Args, envs, agent: Agent, carry, sprites, rng) -> Batch:
-    """Play T steps in every world."""
-    device, shape, num_actions = agent.device, carry["previous"].shape, envs.spec.num_actions
-    record, finals, episodes = collections.defaultdict(list), [], []
-
-    def add(**tensors: Tensor) -> None:
-        for name, x in tensors.items():
-            record[name].append(x)
-
-    for t in range(args.rollout_steps + 1):
-        starts = carry["starts"]
-        tile_ids, seen, world_ids, features = observe(envs.obs, device)
-        joint = joint_features(features, carry["previous"], num_actions)
-        add(world_ids=world_ids, critic_features=joint, starts=starts)
-        if t == args.rollout_steps:
-            break
-        if t % args.chunk_length == 0:
-            add(actor_hidden=carry["actor_hidden"])
-        view = (tile_ids, seen, starts)
-        acting, carry["actor_hidden"] = act(agent.actor, *view, carry["actor_hidden"], sprites)
-        actions = sample(acting, rng)
-        log_probs = acting.gather(-1, actions[..., None])[..., 0]
-        add(tile_ids=tile_ids, actor_features=seen, actions=actions, log_probs=log_probs)
-
-        step = envs.step(actions.cpu().numpy())
-        rewards, terminated, truncated = (torch.from_numpy(x).to(device) for x in step[1:4])
-        rewards = rewards.sum(1, keepdim=True).expand(shape) if args.team_reward else rewards
-        add(rewards=rewards.float(), terminated=terminated, truncated=truncated)
-        if step.truncated.any():  # keep what the ended episodes would have gone on from
-            _, _, world_ids, features = observe(step.final, device)
-            joint = joint_features(features, actions, num_actions)
-            finals += [(t, b, world_ids[b], joint[b]) for b in np.flatnonzero(step.truncated)]
-        episodes += step.episodes
-        carry["starts"] = ended = terminated | truncated
-        carry["previous"] = actions.masked_fill(ended[:, None], -1)
-    tensors = {name: torch.stack(x) for name, x in record.items()}
-    return Batch(**tensors, finals=finals, episodes=episodes)
-
-
 @torch.no_grad()
-def replay(net: RecurrentNet, views, hidden: Tensor, length: int, sprites) -> tuple[Tensor, ...]:
-    """Run net over a rollout, chunk by chunk -> outputs (T, B, N, .), states before each chunk
-    (C, B, N, S) and after each step (T, B, N, S)."""
+def replay(
+    args: Args, net: nn.Module, views: Views, hidden: Tensor, sprites: Sprites
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run net over a rollout, chunk by chunk, from hidden (B, N, S) on -> outputs (T, B, N, ...),
+    states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
     outputs, before, after = [], [], []
-    for chunk in zip(*(x.split(length) for x in views)):
-        before.append(hidden)
-        output, states = net(*chunk, hidden, sprites())
+    for first in range(0, len(views.starts), args.chunk_length):
+        steps = slice(first, first + args.chunk_length)
+        chunk = Views(views.ids[steps], views.features[steps], views.starts[steps])
+        output, states = net(chunk, hidden, sprites())
         outputs.append(output)
+        before.append(hidden)
         after.append(states)
         hidden = states[-1]
     return torch.cat(outputs), torch.stack(before), torch.cat(after)
 
 
-def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda) -> Tensor:
+def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor:
     """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
     which at a truncation is the ended episode's last, not the next one's first."""
-    terminated, truncated = terminated[..., None], truncated[..., None]
-    delta = rewards + gamma * next_values * ~terminated - values
+    goes_on = ~(batch.terminated | batch.truncated)[..., None]
+    delta = batch.rewards + args.gamma * next_values * ~batch.terminated[..., None] - values
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
-        running = delta[t] + gamma * gae_lambda * running * ~(terminated[t] | truncated[t])
+        running = delta[t] + args.gamma * args.gae_lambda * running * goes_on[t]
         advantages[t] = running
     return advantages
 
 
 @torch.no_grad()
-def estimate(args: Args, agent: Agent, batch: Batch, carry, sprites) -> tuple[Tensor, Tensor]:
-    """Values and advantages (T, B, N) in raw units; batch and carry get the critic's states."""
-    views, hidden = (batch.world_ids, batch.critic_features, batch.starts), carry["critic_hidden"]
+def estimate(
+    args: Args, agent: Agent, batch: Batch, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and advantages (T, B, N) in raw units, and the critic's states before each chunk and
+    before the next rollout (C + 1, B, N, S); hidden (B, N, S): before this one."""
+    views = batch.critic_views()
     mean, std = agent.value_norm.mean_std()
     with agent.autocast():
-        outputs, before, after = replay(agent.critic, views, hidden, args.chunk_length, sprites)
-        values = outputs[..., 0] * std + mean  # (T + 1, B, N)
+        outputs, before, after = replay(args, agent.critic, views, hidden, agent.sprites)
+        values = outputs * std + mean  # (T + 1, B, N)
         next_values = values[1:].clone()
-        goes_on = torch.zeros(1, 1, dtype=torch.bool, device=values.device)
-        for t, b, world_ids, joint in batch.finals:
-            view = (world_ids[None, None], joint[None, None], goes_on)
-            output, _ = agent.critic(*view, after[t, b, None], sprites())
-            next_values[t, b] = output[0, 0, :, 0] * std + mean
-    batch.critic_hidden, carry["critic_hidden"] = before[:-1], before[-1]  # the last: before step T
-    ends = (batch.terminated, batch.truncated, args.gamma, args.gae_lambda)
-    return values[:-1], gae(batch.rewards, values[:-1], next_values, *ends)
+        for t, b, view in batch.finals:
+            output, _ = agent.critic(view, after[t, b, None], agent.sprites())
+            next_values[t, b] = output[0, 0] * std + mean
+    advantages = gae(args, batch, values[:-1], next_values)
+    return values[:-1], advantages, before
 
+
+# [shared: meltingpot_data] end
 
 # --- 7. Update ------------------------------------------------------------------------------------
-# [shared] begin
-
-
-def start_processes(args: Any) -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device; joins torchrun's process group where there is one."""
-    torch.set_num_threads(args.num_threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: there is no CUDA device here.")
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
-        # The others wait while the first evaluates; who is dead, torchrun finds out.
-        patience = datetime.timedelta(days=1)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-    return rank, size, device
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def moments(x: Tensor) -> Tensor:
-    """1, mean and mean square over all processes -> (3,) float64."""
-    x = x.double()
-    sums = sum_over_processes(torch.stack([torch.ones_like(x).sum(), x.sum(), (x * x).sum()]))
-    return sums / sums[0]
-
-
-def descend(loss: Tensor, net: nn.Module, optimiser, max_norm: float) -> Tensor:
-    """A step on gradients averaged over processes, then clipped; returns their norm before that."""
-    optimiser.zero_grad()
-    loss.backward()
-    parameters = [p for p in net.parameters() if p.grad is not None]
-    if dist.is_initialized():  # one flat all-reduce
-        flat = sum_over_processes(torch.cat([p.grad.flatten() for p in parameters]))
-        parts = (flat / dist.get_world_size()).split([p.numel() for p in parameters])
-        for p, part in zip(parameters, parts):
-            p.grad.copy_(part.view_as(p))
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimiser.step()
-    return norm
-
-
-# [shared] end
 
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """Element by element; ratio: of pi_theta to the policy that acted."""
     # Eq. (9), Sec. 4.5
-    return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.min(ratio * advantage, clipped * advantage)
 
 
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
     """Clipped Huber loss, element by element, in normalised units."""
     clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
-    losses = (F.huber_loss(x, target, reduction="none", delta=delta) for x in (value, clipped))
-    return torch.max(*losses)
+    return torch.max(
+        F.huber_loss(value, target, reduction="none", delta=delta),
+        F.huber_loss(clipped, target, reduction="none", delta=delta),
+    )
 
 
-def update(args: Args, agent: Agent, batch: Batch, carry, sprites, rng, alive) -> dict[str, Tensor]:
-    """PPO epochs over one rollout; alive() is called before each minibatch. Returns scalars."""
-    values, advantages = estimate(args, agent, batch, carry, sprites)
-    # paper is silent: statistics of returns and advantages, once before the epochs
-    agent.value_norm.update(moments(values + advantages))
-    mean, std = agent.value_norm.mean_std()
-    batch.values, batch.targets = (values - mean) / std, (values + advantages - mean) / std
-    _, mean, square = moments(advantages).float()
-    batch.advantages = (advantages - mean) / ((square - mean**2).clamp(min=0).sqrt() + 1e-5)
-    check_finite(rewards=batch.rewards, features=batch.critic_features, advantages=advantages)
+def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    """PPO epochs over one rollout of prepare(); returns scalars."""
     scalars = collections.defaultdict(list)
-    epochs = (minibatches(args, batch, rng) for _ in range(args.epochs))
-    for part in itertools.chain.from_iterable(epochs):
-        alive()
-        view = (part.tile_ids, part.actor_features, part.starts, part.actor_hidden)
-        log_probs = agent.actor(*view, sprites())[0].log_softmax(-1)
-        log_prob = log_probs.gather(-1, part.actions[..., None])[..., 0]
-        ratio = (log_prob - part.log_probs).exp()
-        objective = clip_objective(ratio, part.advantages, args.clip)
-        policy_loss = -objective.mean()
-        entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-        loss = policy_loss - args.entropy_coef * entropy
-        actor_norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
+    for _ in range(args.epochs):
+        for part in minibatches(args, batch, rng):
+            logits, _ = agent.actor(part.actor_views(), part.actor_hidden, agent.sprites())
+            log_probs = logits.log_softmax(-1)  # (L, M, N, A)
+            log_prob = chosen(log_probs, part.actions)
+            ratio = (log_prob - part.log_probs).exp()
+            objective = clip_objective(ratio, part.advantages, args.clip)
+            policy_loss = -objective.mean()
+            entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+            loss = policy_loss - args.entropy_coef * entropy
+            actor_norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
 
-        with agent.autocast():
-            view = (part.world_ids, part.critic_features, part.starts, part.critic_hidden)
-            value = agent.critic(*view, sprites())[0][..., 0]
-        losses = value_loss(value, part.values, part.targets, args.value_clip, args.huber_delta)
-        loss = losses.mean()
-        critic_norm = descend(loss, agent.critic, agent.critic_optimiser, args.max_grad_norm)
+            with agent.autocast():
+                views = part.critic_views()
+                value, _ = agent.critic(views, part.critic_hidden, agent.sprites())
+            losses = value_loss(
+                value, part.values, part.targets, clip=args.value_clip, delta=args.huber_delta
+            )
+            loss = losses.mean()
+            critic_norm = descend(loss, agent.critic, agent.critic_optimiser, args.max_grad_norm)
 
-        now = {"policy_loss": policy_loss, "value_loss": loss, "entropy": entropy}
-        now |= {"actor_grad_norm": actor_norm, "critic_grad_norm": critic_norm}
-        for name, x in now.items():
-            scalars[name].append(x.detach())
-    scalars = {name: torch.stack(x).mean() for name, x in scalars.items()}
-    check_finite(**{name: scalars[name] for name in ("policy_loss", "value_loss", "entropy")})
-    return scalars
+            scalars["policy_loss"].append(policy_loss.detach())
+            scalars["value_loss"].append(loss.detach())
+            scalars["entropy"].append(entropy.detach())
+            scalars["actor_grad_norm"].append(actor_norm)
+            scalars["critic_grad_norm"].append(critic_norm)
+    means = {name: torch.stack(x).mean() for name, x in scalars.items()}
+    check_finite(rewards=batch.rewards, features=batch.critic_features, **means)
+    return means
 
 
 # --- 8. Evaluate ----------------------------------------------------------------------------------
 
 
-def net_player(net: RecurrentNet, sprites: Sprites, num_ids: int, seed: int) -> Player:
+# [shared: meltingpot_players] begin
+class NetPlayer:
     """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
-    rng, hidden = torch.Generator().manual_seed(seed), None
 
-    def play(obs, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        nonlocal hidden
-        starts, ids = (torch.from_numpy(x).to(sprites.device) for x in (starts, ids))
-        if hidden is None:
-            hidden = torch.zeros(*ids.shape, net.hidden_size, device=sprites.device)
-        tile_ids, features, _, _ = observe(obs, sprites.device, ids, num_ids)
-        log_probs, hidden = act(net, tile_ids, features, starts, hidden, sprites)
-        return sample(log_probs, rng).cpu().numpy()
+    def __init__(self, net: Actor, envs: Any, device: torch.device, seed: int):
+        self.net, self.sprites = net, Sprites(envs, device)
+        self.rng = torch.Generator().manual_seed(seed)
+        self.hidden: Tensor | None = None  # (B, N, S)
 
-    return play
+    def __call__(self, obs: Observation, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        device = self.sprites.device
+        ids = torch.from_numpy(ids).to(device)
+        if self.hidden is None:
+            self.hidden = torch.zeros(*ids.shape, self.net.hidden_size, device=device)
+        tile_ids, features, _, _ = observe(obs, device, ids, self.net.num_ids)
+        views = Views(tile_ids, features, torch.from_numpy(starts).to(device))
+        log_probs, self.hidden = act(self.net, views, self.hidden, self.sprites)
+        return sample(log_probs, self.rng).cpu().numpy()
 
 
-def load_background(args: Args, agent: Agent) -> dict[str, RecurrentNet]:
-    """The networks of the run directories and checkpoints among --background."""
+# [shared: meltingpot_players] end
+
+
+def load_player(path: str, envs: Any, seed: int = 0) -> Player:
+    """The actor of a run directory or checkpoint, for these worlds."""
+    args = saved_args(path, Args)
+    saved, _ = load_checkpoint(path)
+    with make_envs(args, 1, 1) as trained_in:
+        agent = Agent(args, trained_in, torch.device("cpu"))
+    restore(agent.actor, saved["agent"]["actor"], path)
+    return NetPlayer(agent.actor, envs, agent.device, seed)
+
+
+def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
+    """The actors of the run directories and checkpoints among --background."""
     if args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
@@ -684,438 +676,113 @@ def load_background(args: Args, agent: Agent) -> dict[str, RecurrentNet]:
         if saved["args"]["substrate"] != args.substrate:
             raise UsageError(f"{path} was not trained on {args.substrate}.")
         others[path] = agent.new_actor()
-        restore({"actor": others[path]}, saved["agent"], path)
+        restore(others[path], saved["agent"]["actor"], path)
     return others
 
 
-# [shared: meltingpot] begin
-
-
-def find_scenarios(args: Any) -> tuple[list[str], Any]:
-    """The scenarios of --eval-scenarios and the kind of bots in them; UsageError if there are none
-    of that name, or no such bots."""
-    if args.eval_scenarios == "none" or args.substrate == "toy":
-        if args.eval_scenarios not in ("all", "none"):
-            raise UsageError("--eval-scenarios: the toy has none.")
-        return [], None
-    from envs.meltingpot.scenarios import choose_bots, choose_scenarios, get_plan
-
-    try:
-        names = choose_scenarios(args.substrate, args.eval_scenarios, args.bots)
-        return names, choose_bots([get_plan(name) for name in names], args.bots) if names else None
-    except (ValueError, ModuleNotFoundError) as error:
-        raise UsageError(str(error)) from None
-
-
-def announce_scenarios(args: Any, rank: int) -> Any:
-    """Print in which scenarios which kind of bots will play; returns the kind."""
-    names, bots = find_scenarios(args)
-    if names and rank == 0:
-        tqdm.write(f"{bots} bots will play in {', '.join(names)}")
-    return bots
-
-
-def play_scenarios(args: Any, agent: Any, alive, kind: str, timesteps: int, run_dir: Path, rng):
-    """Our actor beside the bots of each scenario -> {"SC0 scripted":
-    envs.meltingpot.episodes.summarise()}; every episode goes to RUN_DIR/evaluation."""
-    names, bots = find_scenarios(args)
-    if not names:
-        return {}
-    from envs.meltingpot.scenarios import play_scenarios, save_results
-
-    def new_player(envs) -> Player:
-        sprites, seed = Sprites(envs, agent.device), int(rng.integers(2**31))
-        return net_player(agent.actor, sprites, agent.spec.num_agents, seed)
-
-    episodes = args.final_episodes if kind == "final" else args.eval_episodes
-    options = {"num_workers": args.num_workers, "timeout": args.worker_timeout, "alive": alive}
-    options |= {"videos": run_dir / "videos" if args.capture_video else None}
-    options |= {"stem": f"{kind}-{timesteps}", "shuffle_ids": args.eval_ids == "random"}
-    how = (episodes, args.num_envs, rng, agent.spec.num_agents)
-    played = play_scenarios(names, bots, new_player, *how, **options)
-    about = (kind, args.substrate, args.seed, timesteps)
-    with writing(run_dir / "evaluation"):
-        save_results(run_dir / "evaluation", *about, played)
-    return {row: summarise(results) for row, results in played.items()}
-
-
-# [shared: meltingpot] end
-
-
 def evaluate(
-    args: Args, agent: Agent, others: dict, alive, kind: str, timesteps: int, run_dir: Path
+    args: Args, agent: Agent, others: dict[str, Actor], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Full natural episodes without learning: everyone ours, then beside each of --background,
-    then beside the bots of each of --eval-scenarios.
-
-    kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
-    Prints a table and returns {"v co-player": envs.meltingpot.episodes.summarise(...)}.
-    """
+    """Full natural episodes without learning: everyone ours, then beside each of --background, then
+    beside the bots of each of --eval-scenarios; {"v co-player":
+    envs.meltingpot.episodes.summarise(...)}."""
     args = dataclasses.replace(args, max_episode_steps=0)
-    episodes = args.final_episodes if kind == "final" else args.eval_episodes
-    rng = np.random.default_rng((args.seed, timesteps, ("eval", "final").index(kind)))
-    with make_envs(args, min(args.num_envs, episodes), int(rng.integers(2**31))) as envs:
-        sprites = Sprites(envs, agent.device)
-        ids = agent.spec.num_agents
-        player = lambda net: net_player(net, sprites, ids, int(rng.integers(2**31)))  # noqa: E731
-        pairs = {"self-play": (player(agent.actor), None)}
+    rng, episodes = evaluation.rng, evaluation.episodes
+
+    def player(net: Actor, envs: Any) -> NetPlayer:
+        return NetPlayer(net, envs, agent.device, seed=int(rng.integers(2**31)))
+
+    seed = int(rng.integers(2**31))
+    with make_envs(args, min(args.num_envs, episodes), seed) as envs:
+        pairs = {"self-play": (player(agent.actor, envs), None)}
         for name in args.background:
             if name == "random":
                 them = random_player(envs.spec.num_actions, rng)
                 pairs["random v random"] = (them, them)
             else:
-                them = player(others[name])
-            pairs[f"v {name}"] = (player(agent.actor), them)
-        seats = args.num_focal or max(1, envs.spec.num_agents - 1)
-        shuffle = args.eval_ids == "random"
-        videos = run_dir / "videos" if args.capture_video else None
-        film = (videos, f"{kind}-{timesteps}")
-        results = play_pairs(envs, pairs, seats, episodes, rng, shuffle, *film, alive)
-    results |= play_scenarios(args, agent, alive, kind, timesteps, run_dir, rng)
-    tqdm.write(f"{args.substrate}, seed {args.seed}, step {timesteps}\n{table(results)}")
-    return results
+                them = player(others[name], envs)
+            pairs[f"v {name}"] = (player(agent.actor, envs), them)
+        evaluation.expect(episodes * len(pairs))
+        results = play_pairs(
+            envs,
+            pairs,
+            num_focal=args.num_focal or max(1, envs.spec.num_agents - 1),
+            episodes=episodes,
+            rng=rng,
+            shuffle_ids=args.eval_ids == "random",
+            videos=evaluation.videos,
+            stem=evaluation.stem,
+            progress=evaluation.progress,
+        )
+
+    new_player = functools.partial(player, agent.actor)
+    return results | scenario_rows(args, evaluation, new_player, num_ids=agent.spec.num_agents)
 
 
-# --- 9. Plumbing ----------------------------------------------------------------------------------
-# [shared] begin
+# --- 9. Train -------------------------------------------------------------------------------------
 
 
-def check_finite(**tensors: Tensor) -> None:
-    """End the run, in all processes, at the first tensor with NaN or infinity, and name it."""
-    for name, x in tensors.items():
-        if sum_over_processes((~torch.isfinite(x)).sum()):
-            raise RunError(f"{name} is not finite; the last checkpoint is from before.")
+def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
+    """What an iteration logs."""
+    figures = scalars | {"reward_per_1000/all": 1000 * batch.rewards.mean()}
+    return figures | count_episodes(batch.episodes)
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """End the run with one sentence if this cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from None
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a file by one that is whole, or leave it as it was."""
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        try:
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
-
-
-def read_intact(run_dir: Path, entry: dict[str, Any]) -> bytes:
-    """A checkpoint of the index; nothing if it is not what was written."""
-    path = run_dir / entry["name"]
-    data = path.read_bytes() if path.exists() else b""
-    return data if hashlib.sha256(data).hexdigest() == entry["sha256"] else b""
-
-
-def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, then the index that names the last two intact, then delete the rest."""
-    buffer, index = io.BytesIO(), run_dir / "checkpoints.json"
-    torch.save(state, buffer)
-    name, sha256 = f"checkpoint-{state['timesteps']}.pt", hashlib.sha256(buffer.getvalue())
-    entry = {"name": name, "timesteps": state["timesteps"], "sha256": sha256.hexdigest()}
-    known = json.loads(index.read_text()) if index.exists() else []
-    if known and known[0]["name"] == name and read_intact(run_dir, known[0]):
-        return  # saved already
-    others = (old for old in known if old["name"] != name and read_intact(run_dir, old))
-    known = [entry, *itertools.islice(others, 1)]
-    write(run_dir / name, buffer.getvalue())
-    write(index, json.dumps(known, indent=1).encode())
-    for path in set(run_dir.glob("checkpoint-*.pt")) - {run_dir / old["name"] for old in known}:
-        path.unlink()
-
-
-def load_checkpoint(path: str, quiet: bool = False) -> tuple[dict[str, Any], Path]:
-    """The newest intact state of a run directory, or that of one file, and the directory."""
-    file = Path(path)
-    run_dir = file if file.is_dir() else file.parent
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        for entry in json.loads((run_dir / "checkpoints.json").read_text()):
-            part = run_dir / entry["name"]
-            if file in (run_dir, part):
-                if data := read_intact(run_dir, entry):
-                    return torch.load(io.BytesIO(data), "cpu", weights_only=True), run_dir
-                if not quiet:
-                    print(f"{part} is damaged: its sha256 differs.", file=sys.stderr)
-    raise UsageError(f"{path} holds no intact checkpoint.")
-
-
-def restore(parts: dict[str, Any], states: dict[str, Any], source: str) -> None:
-    """Give networks and optimisers their states; UsageError if these do not fit."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(states[name])
-    except (KeyError, ValueError, RuntimeError):
-        raise UsageError(f"{source} does not fit: its networks have other shapes.") from None
-
-
-class Logger:
-    """Scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
-
-    def __init__(self, args: Any, run_dir: Path, timesteps: int):
-        self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
-        self.path, self.terminal = run_dir / "metrics.jsonl", sys.stderr.isatty()
-        if timesteps and self.path.exists():  # what came after the checkpoint happens again
-            kept = (line for line in self.path.read_bytes().splitlines(True) if line[-1:] == b"\n")
-            kept = [line for line in kept if json.loads(line)["timesteps"] <= timesteps]
-            write(self.path, b"".join(kept))
-        self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
-
-    def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
-        with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
-        line = [f"{name} {scalars[name]:.4g}" for name in LINE if name in scalars]
-        if line and not self.terminal:
-            print(f"step {timesteps}  " + "  ".join(line), flush=True)
-        with writing(self.dir):
-            for name, x in scalars.items():
-                self.board.add_scalar(name, x, timesteps)
-        if self.wandb:
-            self.wandb.log({"timesteps": timesteps, **scalars, **(media or {})})
-
-    def log_results(self, timesteps: int, kind: str, results: dict[str, dict]) -> None:
-        """An evaluation, kind "eval" or "final": its figures; to wandb table and videos, too."""
-        media = {}
-        if self.wandb:  # no wandb.Table: to log one asks the server, and waits
-            media[f"{kind}/table"] = wandb.Html(f"<pre>{table(results)}</pre>")
-            for path in (self.dir / "videos").glob(f"{kind}-{timesteps}-*.mp4"):
-                media[f"video/{path.stem}"] = wandb.Video(str(path), format="mp4")
-        flat = {f"{kind}/{k}/{name}": x for k, row in results.items() for name, x in row.items()}
-        self.log(timesteps, flat, media)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def start_wandb(args: Any, run_dir: Path) -> Any:
-    """A wandb run; offline if its server does not answer in time."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry outwaits every timeout
-    limit, url = args.wandb_timeout, os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    settings = {"console": "off", "silent": True, "init_timeout": limit, "finish_timeout": limit}
-    options = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name}
-    options |= {"config": dataclasses.asdict(args), "dir": run_dir, "settings": settings}
-    try:
-        if args.wandb_mode == "online":
-            with contextlib.suppress(urllib.error.HTTPError):  # an error, too, is an answer
-                urllib.request.urlopen(url, timeout=limit).close()
-        run = wandb.init(mode=args.wandb_mode, resume="allow", **options)
-    except (OSError, ValueError, http.client.HTTPException, wandb.Error) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        print(f"wandb at {url}: {reason}; logging offline, for `wandb sync`.", file=sys.stderr)
-        wandb.teardown()  # the service holds the run's name
-        run = wandb.init(mode="offline", **options)
-    run.define_metric("*", step_metric="timesteps")
-    return run
-
-
-def new_run_dir(args: Any, world: str, **resolved: Any) -> Path:
-    """The run's directory with its args.json; resolved: what defaults have come to mean."""
-    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    name = f"{world}__{Path(__file__).stem}__s{args.seed}__{when}__{secrets.token_hex(2)}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}.") from None
-    if (run_dir / "checkpoints.json").exists():
-        raise UsageError(f"{run_dir} holds a run already: --resume it, or name another.")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    about = {"script": Path(__file__).stem, "resolved": resolved, "commit": ""}
-    with contextlib.suppress(OSError):  # no git
-        about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
-    write(run_dir / "args.json", json.dumps(dataclasses.asdict(args) | about, indent=1).encode())
-    return run_dir
-
-
-def leave(code: int) -> None:
-    """Exit; at once under torchrun, where gloo's threads sometimes crash the interpreter's end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if dist.is_initialized():
-        if code == 0:  # else others may still be waiting for us
-            dist.destroy_process_group()
-        os._exit(code)
-    sys.exit(code)
-
-
-@contextlib.contextmanager
-def stop_signals(wanted: list[int]) -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM append to the list; a second one of them does what it always does, and
-    after a call of what this yields the first does, too."""
-
-    def handler(number: int, frame: Any) -> None:
-        wanted.append(number)
-        signal.signal(number, old[number])
-
-    def restore() -> None:
-        for number in old:
-            signal.signal(number, old[number])
-
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield restore
-    finally:
-        restore()
-
-
-def progress_bar(timesteps: int, total: int, rank: int) -> tqdm:
-    """A bar of environment steps, of the first process and only on a terminal."""
-    return tqdm(total=total, initial=timesteps, unit=" steps", disable=True if rank else None)
-
-
-def is_due(every: int, before: int, now: int) -> bool:
-    """Whether a multiple of `every` lies between two numbers of environment steps; never if 0."""
-    return every > 0 and now // every > before // every
-
-
-# [shared] end
-
-
-# --- 10. Train ------------------------------------------------------------------------------------
-
-
-def report(batch: Batch, scalars: dict[str, Tensor], times: list[float], size: int) -> dict:
-    """What an iteration logs; times: when the run and it began, had collected, had learnt."""
-    scalars["reward_per_1000/all"] = 1000 * batch.rewards.mean()
-    start, began, collected, learnt = times
-    seconds = {"collect_s": collected - began, "learn_s": learnt - collected}
-    seconds["wall_s"] = learnt - start
-    floats = {name: float(x) for name, x in scalars.items()} | count_episodes(batch.episodes)
-    return floats | seconds | {"sps": size * batch.terminated.numel() / (learnt - began)}
-
-
-def new_generators(seed: int, rank: int) -> dict[str, torch.Generator]:
+def new_generator(seed: int, rank: int) -> torch.Generator:
     """A process's own."""
-    seed = np.random.SeedSequence((seed, rank)).generate_state(2).tolist()[0]
-    return {"rng": torch.Generator().manual_seed(seed)}
+    seeds = np.random.SeedSequence((seed, rank)).generate_state(1).tolist()
+    return torch.Generator().manual_seed(seeds[0])
 
 
-def pack(args: Args, agent: Agent, envs, carry, rngs, size: int) -> dict[str, Any]:
-    """What a checkpoint holds of all processes; RunError if a weight is not finite."""
-    for name, part in agent.parts().items():
-        if isinstance(part, nn.Module):
-            check_finite(**{f"{name}.{key}": x for key, x in part.state_dict().items()})
-    own = {name: rng.get_state() for name, rng in rngs.items()}
-    own |= {"carry": {name: x.cpu() for name, x in carry.items()}, "envs": envs.state_dict()}
-    ranks = [own] * size
-    if size > 1:
-        dist.all_gather_object(ranks, own)
-    parts = {name: part.state_dict() for name, part in agent.parts().items()}
-    about = {"script": Path(__file__).stem, "args": dataclasses.asdict(args)}
-    return about | {"agent": parts, "ranks": ranks}
-
-
-def unpack(ranks: list, rank: int, size: int, envs, carry, rngs) -> dict[str, Tensor]:
-    """Put worlds and generators where a process's checkpoint left them; returns its carry."""
-    if len(ranks) != size:
-        raise UsageError(f"{len(ranks)} processes began this run; {size} cannot go on with it.")
-    own = ranks[rank]
-    for name, rng in rngs.items():
-        rng.set_state(own[name])
-    envs.load_state_dict(own["envs"])
-    if not envs.reproducible:  # all worlds have begun new episodes, as carry says
-        return carry
-    return {name: own["carry"][name].to(x.device) for name, x in carry.items()}
-
-
-def train(args: Args) -> dict[str, dict[str, float]]:
-    """The run, with --resume from its checkpoint on; returns the last evaluation."""
-    rank, size, device = start_processes(args)
-    source = args.resume or args.eval_only
-    saved, run_dir = load_checkpoint(source) if source else ({}, None)
-    iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
-    began = time.monotonic() - saved.get("wall_s", 0)
-    with contextlib.ExitStack() as stack:
-        envs = stack.enter_context(make_envs(args, args.num_envs, args.seed, rank * args.num_envs))
-        agent, sprites = Agent(args, envs.spec, device), Sprites(envs, device)
-        if saved:
-            restore(agent.parts(), saved["agent"], source)
-        others, bots = load_background(args, agent), announce_scenarios(args, rank)
-
-        stop: list[int] = []  # signals that asked for it
-
-        def alive() -> None:
-            envs.check()
-            if stop:
-                raise KeyboardInterrupt
-
-        judge = functools.partial(evaluate, args, agent, others, alive)
+def train(args: Args) -> int:
+    """The run, with --resume from its checkpoint on; returns the exit code."""
+    with Run(args, table, LINE) as run:
+        first_world = run.rank * args.num_envs
+        envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
+        agent = Agent(args, envs, run.device)
+        run.restore(agent=agent)
+        others = load_background(args, agent)
+        scenarios, bots = find_scenarios(args)
+        if scenarios:
+            run.say(f"{bots} bots will play in {', '.join(scenarios)}")
+        judge = functools.partial(evaluate, args, agent, others)
         if args.eval_only:
-            return judge("final", timesteps, run_dir) if rank == 0 else {}
-        carry = new_carry(agent, args.num_envs)
-        rngs = new_generators(args.seed, rank)
-        if saved:
-            carry = unpack(saved["ranks"], rank, size, envs, carry, rngs)
-        else:
+            return run.evaluate_only(judge)
+
+        rng = new_generator(args.seed, run.rank)
+        state = new_state(agent, args.num_envs)
+        if not args.resume:
             envs.reset()
-        if rank == 0:
-            run_dir = run_dir or new_run_dir(args, args.substrate, device=str(device), bots=bots)
-            logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
+        own = {"rng": rng, "envs": envs, "state": state}
+        run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots)
+        if not envs.reproducible:  # all worlds begin new episodes
+            state = new_state(agent, args.num_envs)
+        while run.goes_on():
+            batch, state = collect(args, envs, agent, state, rng)
+            run.lap("collect_s")
+            envs.check()  # workers build next episodes while we learn
+            batch, state = prepare(args, agent, batch, state)
+            scalars = update(args, agent, batch, rng)
+            own["state"] = state
+            run.lap("learn_s")
+            run.advance(args.rollout_steps * args.num_envs * run.size)
+            if run.is_due(args.log_every):
+                run.log(report(batch, scalars))
+            if run.is_due(args.save_every):
+                run.save()
+            if run.is_due(args.eval_every):
+                run.evaluate(judge, "eval")
+        return run.finish(judge)
 
-        def save() -> None:
-            state = pack(args, agent, envs, carry, rngs, size)
-            state |= {"iteration": iteration, "timesteps": timesteps}
-            if rank == 0:
-                save_checkpoint(run_dir, state | {"wall_s": time.monotonic() - began})
 
-        if not saved:
-            save()
-        bar = progress_bar(timesteps, args.total_timesteps, rank)
-        signals = stack.enter_context(stop_signals(stop))
-        while timesteps < args.total_timesteps and (size > 1 or not stop):
-            times = [began, time.monotonic()]
-            batch = collect(args, envs, agent, carry, sprites, **rngs)
-            times.append(time.monotonic())
-            scalars = update(args, agent, batch, carry, sprites, rngs["rng"], envs.check)
-            iteration += 1
-            times.append(time.monotonic())
-            before, timesteps = timesteps, timesteps + args.rollout_steps * args.num_envs * size
-            if rank == 0:
-                logger.log(timesteps, report(batch, scalars, times, size))
-                bar.update(timesteps - before)
-            if is_due(args.save_every, before, timesteps):
-                save()
-            if is_due(args.eval_every, before, timesteps) and rank == 0:
-                with contextlib.suppress(KeyboardInterrupt):
-                    logger.log_results(timesteps, "eval", judge("eval", timesteps, run_dir))
-            if size > 1 and sum_over_processes(torch.tensor(len(stop), device=device)):
-                break  # all processes at the same iteration
-        save()
-        if rank > 0 or stop or not args.final_episodes:
-            return {}
-        signals()  # from here on Ctrl-C ends the run at once
-        results = judge("final", timesteps, run_dir)
-        logger.log_results(timesteps, "final", results)
-        summary = {"timesteps": timesteps, "wall_s": time.monotonic() - began, "eval": results}
-        write(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
-        return results
+def parse(argv: list[str]) -> Args:
+    return read_args(Args, argv, validate, resumable=RESUMABLE)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    try:
-        train(read_args(sys.argv[1:] if argv is None else argv))
-    except (RunError, WorldError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 1)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    given = sys.argv[1:] if argv is None else argv
+    return call(lambda: train(parse(given)), WorldError)
 
 
 if __name__ == "__main__":

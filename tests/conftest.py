@@ -1,7 +1,10 @@
 """Runs that several tests read and none changes."""
 
 import pytest
+import torch
 from runs import BIDIST, MAPPO, script, tiny
+
+torch.set_num_threads(1)  # as runs do; on a busy machine two wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The centre of Eq. (9)'s clip: against NumPy, and on bandits that one can solve on paper."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -127,15 +129,16 @@ def test_advantages_per_population():
         s, batch = rollout(*flags)
         batch.rewards = batch.rewards + 3.0 * ~batch.trained
         update(s, batch)
+        advantages = s.batch.advantages
         for who in (batch.trained, ~batch.trained):
-            mean, std = float(batch.advantages[who].mean()), float(batch.advantages[who].std())
+            mean, std = float(advantages[who].mean()), float(advantages[who].std())
             assert (abs(mean) < 1e-3 and abs(std - 1) < 1e-2) == apart
-        assert abs(float(batch.advantages.mean())) < 1e-3
+        assert abs(float(advantages.mean())) < 1e-3
 
 
 def test_importance_weights():
     s, batch = rollout()
-    found = update(s, batch)
+    found = bidist.importance_weights(batch)
     w = np.exp(gathered(batch.theta, batch) - gathered(batch.phi, batch))
     w = w[~batch.trained.numpy()]
     assert float(found["weight_max"]) == pytest.approx(w.max(), rel=1e-3)
@@ -155,6 +158,6 @@ def test_copy_every_makes_phi_a_copy_of_theta(every):
     lagging = collect(s)
     assert not torch.equal(lagging.theta, lagging.phi)
     s.agent.copy_actor()
-    s.carry["distilled_hidden"] = s.carry["actor_hidden"]
+    s.state = dataclasses.replace(s.state, distilled_hidden=s.state.actor_hidden)
     batch = collect(s)
     assert torch.equal(batch.theta, batch.phi)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from toolbox import bidist, collect, mappo, setting, sharpen, softmax
 
-from envs.meltingpot.tiles import ids_to_images
+from envs.meltingpot.tile_tensors import TileTables
+from envs.meltingpot.tiles import Observation, WorldError, ids_to_images
 
 GRIDS = [(5, 5), (11, 11), (15, 23), (4, 4), (3, 5), (9, 2), (1, 1)]
 
@@ -42,14 +45,18 @@ def convolutions_on_pixels(net, ids: np.ndarray, pixels: np.ndarray):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
+@pytest.mark.parametrize("plain", [False, True], ids=["tables", "plain"])
 @pytest.mark.parametrize(
     ("dtype", "output_error", "gradient_error"),
     [(torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-4)],
 )
-def test_tables_equal_convolutions_on_pixels(script, grid, dtype, output_error, gradient_error):
+def test_both_forms_equal_torchs_layers_on_pixels(
+    script, grid, plain, dtype, output_error, gradient_error
+):
+    """Outputs and gradients of the script's network and of the tables that run by default."""
     ids, pixels = random_views(grid, images=30, sprites=40, seed=sum(grid))
-    width = (1.0,) if script is bidist else ()
-    net = script.TileCNN(grid, *width, False).to(dtype)
+    net = script.TileCNN(grid)
+    net = (net if plain else TileTables(net)).to(dtype)
     sharpen(net, 0.3)
     sprites = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(dtype) / 255
     expected, layers, positions = convolutions_on_pixels(net, ids, pixels)
@@ -66,19 +73,54 @@ def test_tables_equal_convolutions_on_pixels(script, grid, dtype, output_error, 
             assert (mine - reference).abs().max() <= gradient_error * reference.abs().max(), name
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_pixels_flag_gives_the_same(grid):
-    ids, pixels = random_views(grid, images=20, sprites=30, seed=1)
-    sprites = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255
-    tables = bidist.TileCNN(grid, 1.0, pixels=False).double()
-    plain = bidist.TileCNN(grid, 1.0, pixels=True).double()
-    plain.load_state_dict(tables.state_dict())
-    ids = torch.from_numpy(ids)
-    assert torch.allclose(tables(ids, sprites), plain(ids, sprites), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
+def test_plain_flag_gives_the_same(script):
+    """The same names of parameters, so that either form reads the other's checkpoints, and the same
+    policies and values on what a rollout shows."""
+    tables, plain = (setting(*flags, script=script) for flags in ([], ["--plain"]))
+    for name in ("actor", "critic"):
+        one, other = getattr(tables.agent, name), getattr(plain.agent, name)
+        assert type(one.cnn) is TileTables and type(other.cnn) is script.TileCNN
+        sharpen(one)
+        other.load_state_dict(one.state_dict())
+    batch = collect(tables)
+    for name, views in (("actor", batch.actor_views()), ("critic", batch.critic_views())):
+        nets = [getattr(s.agent, name) for s in (tables, plain)]
+        hidden = torch.zeros(4, 2, 128)
+        one, other = (net(views, hidden, tables.agent.sprites())[0] for net in nets)
+        assert torch.allclose(one, other, rtol=0, atol=1e-4)
+        gradients = []
+        for net, output in zip(nets, (one, other)):
+            output.square().sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
+
+
+def changed(change):
+    """TileCNN of a fork."""
+
+    class Changed(bidist.TileCNN):
+        def __init__(self, grid):
+            super().__init__(grid)
+            if change == "a layer":
+                self.conv3 = torch.nn.Conv2d(32, 32, 1)
+
+        def forward(self, ids, sprites):
+            return super().forward(ids, sprites) * (2 if change == "the function" else 1)
+
+    return Changed((7, 7))
+
+
+@pytest.mark.parametrize("change", ["a layer", "the function"])
+def test_tables_refuse_another_network(change):
+    """Whoever changes TileCNN is told that --plain is needed; else the change would never run."""
+    TileTables(changed("nothing"))
+    with pytest.raises(WorldError, match="--plain"):
+        TileTables(changed(change))
 
 
 def test_equality_on_real_views():
-    from envs.meltingpot.tiles import Observation, Palette
+    from envs.meltingpot.tiles import Palette
     from envs.meltingpot.worlds import Engine, get_spec
 
     spec, palette, rng = get_spec("coins"), Palette.private(), np.random.default_rng(0)
@@ -91,7 +133,7 @@ def test_equality_on_real_views():
         engine.observe(palette, out)
         views.append(out.tile_ids.copy())
     views = np.concatenate(views)
-    net = bidist.TileCNN(spec.grid, 1.0, False).double()
+    net = TileTables(bidist.TileCNN(spec.grid)).double()
     sprites = torch.from_numpy(palette.pixels()).permute(0, 3, 1, 2).double() / 255
     expected, _, _ = convolutions_on_pixels(net, views, palette.pixels())
     assert torch.allclose(net(torch.from_numpy(views), sprites), expected, rtol=0, atol=1e-9)
@@ -101,7 +143,8 @@ def test_sizes_are_the_papers():
     from envs.meltingpot.worlds import get_spec
 
     args = bidist.parse([])
-    agent = bidist.Agent(args, get_spec(args.substrate), torch.device("cpu"))
+    envs = SimpleNamespace(spec=get_spec(args.substrate), palette=None)
+    agent = bidist.Agent(args, envs, torch.device("cpu"))
     for net, grid in ((agent.actor, (5, 5)), (agent.critic, (15, 23))):
         positions = (grid[0] - 3) * (grid[1] - 3)
         shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
@@ -140,7 +183,7 @@ def test_initialisation_is_orthogonal_with_the_papers_gain():
 
 def random_sequence(net, steps, worlds, agents, dtype, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    views = (worlds,) if net.rows > 1 else (worlds, agents)
+    views = (worlds,) if isinstance(net, bidist.Critic) else (worlds, agents)
     features = torch.randn(steps, *views, net.norm.normalized_shape[0], generator=rng, dtype=dtype)
     starts = torch.rand(steps, worlds, generator=rng) < 0.15
     hidden = torch.randn(worlds, agents, net.hidden_size, generator=rng, dtype=dtype)
@@ -157,19 +200,22 @@ def test_stepping_and_replaying_agree(which):
     views, features, starts, hidden = random_sequence(net, steps, worlds, agents, torch.float64)
     grid = s.envs.spec.grid if which == "actor" else s.envs.spec.world_grid
     ids = torch.randint(0, 7, (steps, *views, *grid), generator=torch.Generator().manual_seed(3))
-    sprites = s.sprites().double()
-    outputs, states = net(ids, features, starts, hidden, sprites)
+    sprites = s.agent.sprites().double()
+    outputs, states = net(bidist.Views(ids, features, starts), hidden, sprites)
     assert outputs.shape[:3] == states.shape[:3] == (steps, worlds, agents)
     state = hidden
     for t in range(steps):
         # The plain form: a state is dropped where an episode begins, then one step of the GRU.
         state = torch.where(starts[t, :, None, None], torch.zeros_like(state), state)
         never = torch.zeros_like(starts[:1])
-        output, after = net(ids[t : t + 1], features[t : t + 1], never, state, sprites)
+        view = bidist.Views(ids[t : t + 1], features[t : t + 1], never)
+        output, after = net(view, state, sprites)
         state = after[0]
         assert torch.allclose(output[0], outputs[t], rtol=0, atol=1e-12)
         assert torch.allclose(state, states[t], rtol=0, atol=1e-12)
-    replayed = bidist.replay(net, (ids, features, starts), hidden, 10, lambda: sprites)
+    views = bidist.Views(ids, features, starts)
+    replayed = bidist.replay(s.args, net, views, hidden, lambda: sprites)
+    assert s.args.chunk_length == 10
     assert torch.allclose(replayed[0], outputs, rtol=0, atol=1e-12)
     assert torch.equal(replayed[1][0], hidden)
     assert torch.allclose(replayed[1][1:], states[[9, 19]], rtol=0, atol=1e-12)
@@ -179,13 +225,14 @@ def test_stepping_and_replaying_agree(which):
 
 def test_an_episode_start_forgets_everything_before():
     s = setting()
-    net, sprites = s.agent.actor, s.sprites()
+    net, sprites = s.agent.actor, s.agent.sprites()
     ids = torch.randint(0, 7, (3, 4, 2, *s.envs.spec.grid))
     features = torch.randn(3, 4, 2, 3)
     starts = torch.tensor([[False] * 4, [True, False, True, False], [False] * 4])
     one, two = torch.randn(4, 2, 128), torch.randn(4, 2, 128)
-    a, _ = net(ids, features, starts, one, sprites)
-    b, _ = net(ids, features, starts, two, sprites)
+    views = bidist.Views(ids, features, starts)
+    a, _ = net(views, one, sprites)
+    b, _ = net(views, two, sprites)
     begun = starts[1]
     assert torch.equal(a[1:, begun], b[1:, begun]), "worlds that began a new episode"
     assert not torch.equal(a[1:, ~begun], b[1:, ~begun]), "worlds that went on"
@@ -194,17 +241,18 @@ def test_an_episode_start_forgets_everything_before():
 
 def test_critic_sees_the_world_once_and_tells_agents_by_their_id():
     s = setting()
-    critic, sprites = s.agent.critic, s.sprites()
+    critic, sprites = s.agent.critic, s.agent.sprites()
     sharpen(critic)
     ids = torch.randint(0, 7, (2, 4, *s.envs.spec.world_grid))
     features = torch.randn(2, 4, critic.norm.normalized_shape[0])
     never, hidden = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(4, 2, 128)
-    values, _ = critic(ids, features, never, hidden, sprites)
-    assert values.shape == (2, 4, 2, 1)
+    views = bidist.Views(ids, features, never)
+    values, _ = critic(views, hidden, sprites)
+    assert values.shape == (2, 4, 2)
     assert not torch.equal(values[:, :, 0], values[:, :, 1]), "agents have values of their own"
     units = critic.gru.weight_ih_l0
     units.data[:, -2:] = 0  # the columns that read the agent id
-    values, _ = critic(ids, features, never, hidden, sprites)
+    values, _ = critic(views, hidden, sprites)
     assert torch.equal(values[:, :, 0], values[:, :, 1]), "nothing else tells them apart"
 
 
@@ -215,7 +263,7 @@ def test_inputs_against_loops():
     previous = rng.integers(-1, A, (B, N))
     ids = np.stack([rng.permutation(N) for _ in range(B)])
     joint = bidist.joint_features(torch.from_numpy(features), torch.from_numpy(previous), A)
-    obs = (np.zeros((B, N, 3, 3), np.uint16), np.zeros((B, 4, 4), np.uint16), features)
+    obs = Observation(np.zeros((B, N, 3, 3), np.uint16), np.zeros((B, 4, 4), np.uint16), features)
     seen = bidist.observe(obs, torch.device("cpu"), torch.from_numpy(ids))[1]
     seated = bidist.observe(obs, torch.device("cpu"))[1]
     for b in range(B):
@@ -254,7 +302,7 @@ def test_amp_is_the_critics_only():
         s.batch = collect(s)
     assert torch.equal(plain.batch.log_probs, half.batch.log_probs)
     estimates = [
-        bidist.estimate(s.args, s.agent, s.batch, s.carry, s.sprites)[0] for s in (plain, half)
+        bidist.estimate(s.args, s.agent, s.batch, torch.zeros(4, 2, 128))[0] for s in (plain, half)
     ]
     assert not torch.equal(*estimates)
     assert torch.allclose(*estimates, atol=2e-2), "bf16 keeps about three digits"

@@ -143,7 +143,7 @@ def test_lock_pins_versions_not_builds(name):
     versions = pins(name)
     assert not [v for v in versions.values() if "+" in v or "/" in v or "@" in v]
     assert not [n for n in versions if re.match(r"nvidia|cuda|triton|dm-meltingpot|pip$", n)]
-    assert not re.search(r"://|file:|/\w+/\w+|\.org|\.com", (ROOT / name).read_text())
+    assert not re.search(r"://|file:|(^|\s)/\w+/\w+|\.org|\.com", (ROOT / name).read_text())
 
 
 def test_lock_is_complete():
@@ -455,7 +455,7 @@ def running(folder):
 @pytest.fixture
 def project(tmp_path):
     """The Makefile with an empty lock and an installer that only counts its runs."""
-    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs/meltingpot").mkdir(parents=True)
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements-lock.txt").write_text("# nothing\n")
     write_installer(tmp_path)
@@ -467,7 +467,8 @@ def write_installer(project, extra=""):
     (project / "envs/meltingpot/install.py").write_text(text)
 
 
-def make(folder, *args, path=None):
+def make(folder, *args, path=None, uv=""):
+    """uv: of the Makefile; "" leaves all to pip."""
     if not shutil.which("make"):
         pytest.skip("needs make")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "PYTHON"))}
@@ -475,6 +476,7 @@ def make(folder, *args, path=None):
         env["PATH"] = f"{path}{os.pathsep}{env['PATH']}"
     else:
         args = (f"PYTHON={sys.executable}", *args)
+    args = (f"UV={uv}", *args)
     return subprocess.run(
         ["make", *args], cwd=folder, env=env, capture_output=True, text=True, timeout=200
     )
@@ -552,6 +554,24 @@ def test_setup_once_then_quick_then_repaired(project):
     write_installer(project)
     assert make(project, "setup").returncode == 0
     assert not canary.exists() and ready.exists()
+
+
+def test_without_uv_pip_does_it(project):
+    """uv that cannot be had, or that fails, is no error."""
+    (project / "requirements-lock.txt").write_text("iniconfig==2.3.1\n")
+    done = make(project, "setup", uv="no-such-package-as-this==1.0")
+    assert done.returncode == 0 and (project / ".venv/ready").exists(), done.stderr
+    assert "Successfully installed iniconfig" in done.stdout
+
+
+@pytest.mark.slow
+def test_uv_installs_what_the_lock_says(project):
+    (project / "requirements-lock.txt").write_text("iniconfig==2.3.1\n")
+    pin = re.search(r"^UV \?= (.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    done = make(project, "setup", uv=pin)
+    assert done.returncode == 0 and "+ iniconfig==2.3.1" in done.stderr, done.stderr
+    show = [project / ".venv/bin/python", "-m", "pip", "show", "iniconfig"]
+    assert "Version: 2.3.1" in subprocess.run(show, capture_output=True, text=True).stdout
 
 
 # The real thing ---------------------------------------------------------------------------------

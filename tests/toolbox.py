@@ -33,29 +33,42 @@ def setting(*flags: str, script: ModuleType = bidist, seed: int = 0) -> SimpleNa
     """Worlds, networks and generators as train() makes them, ready to collect."""
     args = script.parse([*TINY, *flags])
     envs = script.make_envs(args, args.num_envs, args.seed)
-    agent = script.Agent(args, envs.spec, torch.device("cpu"))
+    agent = script.Agent(args, envs, torch.device("cpu"))
     envs.reset()
     return SimpleNamespace(
         script=script,
         args=args,
         envs=envs,
         agent=agent,
-        sprites=script.Sprites(envs, agent.device),
-        carry=script.new_carry(agent, args.num_envs),
+        state=script.new_state(agent, args.num_envs),
         rng=torch.Generator().manual_seed(seed),
         method_rng=torch.Generator().manual_seed(seed + 1),
     )
 
 
 def collect(s: SimpleNamespace):
-    """One rollout of a setting."""
-    generators = (s.rng, s.method_rng) if s.script is bidist else (s.rng,)
-    return s.script.collect(s.args, s.envs, s.agent, s.carry, s.sprites, *generators)
+    """One rollout of a setting, whose state goes on."""
+    method = {"method_rng": s.method_rng} if s.script is bidist else {}
+    batch, s.state = s.script.collect(s.args, s.envs, s.agent, s.state, rng=s.rng, **method)
+    return batch
+
+
+def prepare(s: SimpleNamespace, batch):
+    """The rollout with what the losses need."""
+    batch, s.state = s.script.prepare(s.args, s.agent, batch, s.state)
+    return batch
 
 
 def update(s: SimpleNamespace, batch) -> dict[str, torch.Tensor]:
-    """One update of a setting."""
-    return s.script.update(s.args, s.agent, batch, s.carry, s.sprites, s.rng, lambda: None)
+    """One update of a setting; s.batch is what it was trained on."""
+    s.batch = prepare(s, batch)
+    return s.script.update(s.args, s.agent, s.batch, s.rng)
+
+
+def distill(s: SimpleNamespace, batch, phase: str) -> dict[str, torch.Tensor]:
+    """A phase of distillation on a rollout of a setting, whose state goes on."""
+    found, s.state = bidist.distill(s.args, s.agent, batch, s.state, phase=phase, rng=s.method_rng)
+    return found
 
 
 def weights(net: torch.nn.Module) -> torch.Tensor:

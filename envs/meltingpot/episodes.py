@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,11 @@ import numpy as np
 from envs.meltingpot.tiles import Episode, Observation
 
 Player = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
+Progress = Callable[[int], None]  # told how many more episodes are done
+
+
+def ignore(episodes: int) -> None:
+    """Nobody wants to know."""
 
 
 class Result(NamedTuple):
@@ -59,13 +63,22 @@ def play(
     rng: np.random.Generator,
     shuffle_ids: bool = True,
     video: Video | None = None,
-    alive: Callable[[], None] = lambda: None,
+    progress: Progress = ignore,
 ) -> list[Result]:
     """Play `episodes` episodes to their end and return one Result each: play_all() for worlds that
     are all alike."""
-    videos = {"": video} if video is not None else {}
-    how = (rng, shuffle_ids, 0, videos, alive)
-    return play_all(envs, focal, background, num_focal, episodes, *how)[""]
+    results = play_all(
+        envs,
+        focal,
+        background,
+        num_focal=num_focal,
+        episodes=episodes,
+        rng=rng,
+        shuffle_ids=shuffle_ids,
+        videos={"": video} if video is not None else {},
+        progress=progress,
+    )
+    return results[""]
 
 
 def play_all(
@@ -78,13 +91,13 @@ def play_all(
     shuffle_ids: bool = True,
     num_ids: int = 0,
     videos: Mapping[str, Video] | None = None,
-    alive: Callable[[], None] = lambda: None,
+    progress: Progress = ignore,
 ) -> dict[str, list[Result]]:
     """Play `episodes` episodes with each label of envs.labels (worlds of one scenario have the same
     label; without labels it is "") to their end; returns one Result each, by label.
 
-    alive() is called about twice a second; what it raises ends the play. videos has a film for some
-    of the labels.
+    progress(1) is called when an episode that counts is over; what it raises ends the play. videos
+    has a film for some of the labels.
 
     With `background`, num_focal seats drawn anew for every episode are focal (in a scenario: those
     it names) and the others are played by it; with None everyone is focal but the bots that envs
@@ -119,11 +132,7 @@ def play_all(
     for world in range(worlds):
         begin(world)
     obs, starts = envs.reset(), np.ones(worlds, bool)
-    checked = time.monotonic()
     while counted.any():
-        if time.monotonic() > checked + 0.5:
-            alive()
-            checked = time.monotonic()
         for world, film in films.items():
             if film.open and counted[world]:
                 image = envs.images(obs.world_ids[world])
@@ -146,6 +155,7 @@ def play_all(
                     for who in (us, ~us)
                 ]
                 results[labels[world]].append(Result(*map(float, means), episode.length))
+                progress(1)
                 counted[world] = counts(world)
                 if world in films:
                     films[world].stop()
@@ -177,13 +187,23 @@ def play_pairs(
     shuffle_ids: bool = True,
     videos: Path | None = None,
     stem: str = "",
-    alive: Callable[[], None] = lambda: None,
+    progress: Progress = ignore,
 ) -> dict[str, dict[str, float]]:
     """play() and summarise() for each named (focal, background) pair, with films in `videos`."""
     summaries = {}
     for name, (focal, background) in pairs.items():
         video = Video() if videos else None
-        results = play(envs, focal, background, num_focal, episodes, rng, shuffle_ids, video, alive)
+        results = play(
+            envs,
+            focal,
+            background,
+            num_focal=num_focal,
+            episodes=episodes,
+            rng=rng,
+            shuffle_ids=shuffle_ids,
+            video=video,
+            progress=progress,
+        )
         summaries[name] = summarise(results)
         if video:
             video.save(videos / f"{stem}-{re.sub('[^a-zA-Z0-9_.]+', '-', name)}.mp4")

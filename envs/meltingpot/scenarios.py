@@ -34,9 +34,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from envs.meltingpot import bots as scripted
-from envs.meltingpot.episodes import Player, Result, Video, play_all
+from envs.meltingpot.episodes import (
+    Player,
+    Progress,
+    Result,
+    Video,
+    ignore,
+    play_all,
+    summarise,
+)
 from envs.meltingpot.sprite_names import read_sprites
-from envs.meltingpot.tiles import Observation, Palette, Spec
+from envs.meltingpot.tiles import NoWorldError, Observation, Palette, Spec, WorldError
 from envs.meltingpot.worlds import (
     Engine,
     MeltingPot,
@@ -410,7 +418,7 @@ def play_scenarios(
     shuffle_ids: bool = True,
     videos: Path | None = None,
     stem: str = "",
-    alive: Callable[[], None] = lambda: None,
+    progress: Progress = ignore,
     **options: Any,
 ) -> dict[str, list[Result]]:
     """Play `episodes` episodes of each scenario of a substrate, about num_envs at a time.
@@ -428,13 +436,82 @@ def play_scenarios(
         worlds = len(names) * max(1, min(episodes, num_envs // len(names)))
         with Scenarios(names, worlds, int(rng.integers(2**31)), bots, **options) as envs:
             films = {name: Video() for name in names} if videos else {}
-            how = (rng, shuffle_ids, num_ids, films, alive)
-            played = play_all(envs, new_player(envs), None, 0, episodes, *how)
+            played = play_all(
+                envs,
+                new_player(envs),
+                None,
+                num_focal=0,
+                episodes=episodes,
+                rng=rng,
+                shuffle_ids=shuffle_ids,
+                num_ids=num_ids,
+                videos=films,
+                progress=progress,
+            )
         results |= {f"{short(name)} {bots}": played[name] for name in names}
         for name, film in films.items():
             film.save(videos / f"{stem}-{short(name)}-{bots}.mp4")
     order = [f"{short(name)} {bots}" for name in scenarios]
     return {name: results[name] for name in order}
+
+
+def find_scenarios(args: Any) -> tuple[list[str], Kind | None]:
+    """The scenarios of a script's --eval-scenarios and the kind of bots in them; NoWorldError if
+    there are none of that name, or no such bots."""
+    if args.substrate == "toy":
+        if args.eval_scenarios not in ("all", "none"):
+            raise NoWorldError("--eval-scenarios: the toy has none.")
+        return [], None
+    try:
+        names = choose_scenarios(args.substrate, args.eval_scenarios, args.bots)
+        kind = choose_bots([get_plan(name) for name in names], args.bots) if names else None
+    except (ValueError, ModuleNotFoundError) as error:
+        raise NoWorldError(str(error)) from None
+    return names, kind
+
+
+def scenario_rows(
+    args: Any, evaluation: Any, new_player: Callable[[Any], Player], num_ids: int
+) -> dict[str, dict[str, float]]:
+    """{"SC0 scripted": envs.meltingpot.episodes.summarise()} of new_player(envs) beside the bots of
+    each scenario; every episode goes to RUN_DIR/evaluation.
+
+    args: a script's, with substrate, seed, num_envs, num_workers, worker_timeout, eval_ids,
+    eval_scenarios and bots. evaluation: harness.Evaluation, with how much is played and where it
+    goes. num_ids: how many agent ids the player knows.
+    """
+    names, bots = find_scenarios(args)
+    if not names:
+        return {}
+    evaluation.expect(evaluation.episodes * len(names))
+    played = play_scenarios(
+        names,
+        bots,
+        new_player,
+        episodes=evaluation.episodes,
+        num_envs=args.num_envs,
+        rng=evaluation.rng,
+        num_ids=num_ids,
+        shuffle_ids=args.eval_ids == "random",
+        videos=evaluation.videos,
+        stem=evaluation.stem,
+        progress=evaluation.progress,
+        num_workers=args.num_workers,
+        timeout=args.worker_timeout,
+    )
+    folder = evaluation.run_dir / "evaluation"
+    try:
+        save_results(
+            folder,
+            evaluation.kind,
+            args.substrate,
+            seed=args.seed,
+            timesteps=evaluation.timesteps,
+            results=played,
+        )
+    except OSError as error:
+        raise WorldError(f"{folder} cannot be written: {error.strerror or error}.") from None
+    return {row: summarise(results) for row, results in played.items()}
 
 
 COLUMNS = ("scenario", "bots", "seed", "timesteps", "episode", *Result._fields)

@@ -3,8 +3,8 @@
 A Melting Pot view has few different sprites, and at each position few different windows of 4 x 4
 tiles. A layer that depends on a window alone, or on a window and its position, is therefore
 computed once for each different one and looked up: exact, and an order of magnitude less work than
-at every position of every image. Letters: M images, K = size * size tiles per window, Q positions,
-D different (position, window) pairs.
+at every position of every image. Letters: M images, P sprites, K = size * size tiles per window, Q
+positions, U different windows, D different (position, window) pairs.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from envs.meltingpot.tiles import WorldError
 
 
 class Sprites:
-    """A world's palette as a tensor, kept up to date as it grows: sprites()  # (P, 3, 8, 8) in [0,
-    1]."""
+    """A world's palette as a tensor, kept up to date as it grows:
+
+    sprites()  # (P, 3, 8, 8) in [0, 1]
+    """
 
     def __init__(self, envs: Any, device: torch.device):
         self.palette, self.device = envs.palette, device
@@ -30,6 +34,46 @@ class Sprites:
             pixels = torch.from_numpy(self.palette.pixels()).to(self.device)
             self.tensor = pixels.permute(0, 3, 1, 2).float() / 255
         return self.tensor
+
+
+class TileTables(nn.Module):
+    """The scripts' TileCNN, computed with tables: the same parameters and forward(ids, sprites),
+    the same outputs and gradients, faster.
+
+    It knows three layers with ReLU and nothing else. WorldError if the network that it is given
+    computes anything different, so that nobody trains a network that never runs.
+    """
+
+    def __init__(self, cnn: nn.Module):
+        super().__init__()
+        self.conv1 = cnn.conv1  # a sprite each: 8 x 8 pixels, stride 8
+        self.conv2 = cnn.conv2  # windows of sprites, stride 1
+        self.linear = cnn.linear  # of all windows, position by position
+        self.grid, self.padding = cnn.grid, cnn.padding
+        if not self._agrees_with(cnn):
+            raise WorldError("TileCNN is not what tables can compute: run it with --plain.")
+
+    def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
+        """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
+        windows = Windows(F.pad(ids.long(), self.padding), self.conv2.kernel_size[0])
+        x = F.relu(self.conv1(sprites)).flatten(1)  # (P, 16), a row per sprite
+        x = x.index_select(0, windows.ids.flatten()).view(len(windows.ids), -1)
+        kernel = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)
+        x = F.relu(F.linear(x, kernel, self.conv2.bias))  # (U, 32), a row per window
+        x = windows.linear(x, self.linear.weight)  # (D, 64), a row per position and window
+        return F.relu(windows.sum(x) + self.linear.bias)
+
+    @torch.no_grad()
+    def _agrees_with(self, cnn: nn.Module) -> bool:
+        """Whether both compute the same on a few random images."""
+        if {"conv1", "conv2", "linear"} != dict(cnn.named_children()).keys():
+            return False
+        rng = torch.Generator().manual_seed(0)
+        sprites = torch.rand(9, *self.conv1.weight.shape[1:], generator=rng)
+        ids = torch.randint(0, 9, (3, *self.grid), generator=rng)
+        expected = cnn(ids, sprites)
+        error = (self(ids, sprites) - expected).abs().max()
+        return bool(error <= 1e-3 * expected.abs().max())
 
 
 class Windows:
@@ -46,11 +90,9 @@ class Windows:
         code = torch.zeros_like(ids[:, :rows, :columns])
         for k, factor in enumerate(factors.tolist()):
             i, j = divmod(k, size)
-            code.add_(
-                ids[:, i : i + rows, j : j + columns], alpha=factor
-            )  # wraps around, as a hash may
-        # Sorted by position, then hash, equal pairs are neighbours. (Q, M) and stable sorts keep it
-        # cheap.
+            # Sums wrap around, as a hash may.
+            code.add_(ids[:, i : i + rows, j : j + columns], alpha=factor)
+        # Sorted by position, then hash, equal pairs are neighbours; (Q, M) keeps that cheap.
         code, order = code.flatten(1).t().contiguous().sort(1)
         first = torch.ones_like(code, dtype=torch.bool)
         first[:, 1:] = code[:, 1:] != code[:, :-1]
@@ -61,14 +103,9 @@ class Windows:
         self.position = self.offsets // self.images  # (D,) ascending
         codes, self.window = torch.unique(code.flatten()[self.offsets], return_inverse=True)  # (D,)
         pairs = torch.arange(len(self.window), device=ids.device)
-        some = torch.empty_like(codes).scatter_(
-            0, self.window, pairs
-        )  # a pair that shows the window
-        image, i, j = (
-            self.image[self.offsets[some]],
-            self.position[some] // columns,
-            self.position[some] % columns,
-        )
+        some = torch.empty_like(codes).scatter_(0, self.window, pairs)  # one that shows the window
+        image = self.image[self.offsets[some]]
+        i, j = self.position[some] // columns, self.position[some] % columns
         self.ids = ids.unfold(1, size, 1).unfold(2, size, 1)[image, i, j].flatten(1)  # (U, K)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:

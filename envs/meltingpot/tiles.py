@@ -23,6 +23,12 @@ class WorldError(RuntimeError):
     """A world cannot go on (a dead worker, too many sprites); the message is one sentence."""
 
 
+class NoWorldError(WorldError):
+    """What was asked for cannot be had here; the message is one sentence."""
+
+    code = 2  # of a script that ends with it: wrong usage
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """Sizes and names of a world."""

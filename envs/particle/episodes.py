@@ -42,21 +42,33 @@ def scripted_players(seed: int) -> dict[str, Player]:
     return {"random": random_player(seed), "nearest-first": nearest_first, "flee": flee}
 
 
+def tell_nobody(episodes: int) -> None:
+    """What play() calls if nobody wants to know how far it is."""
+
+
 @torch.no_grad()
-def play(world: ParticleWorld, player: Player, film: Path | None = None) -> np.ndarray:
+def play(
+    world: ParticleWorld,
+    player: Player,
+    film: Path | None = None,
+    progress: Callable[[int], None] = tell_nobody,
+) -> np.ndarray:
     """Returns (B, types) of one episode in each world: undiscounted sums, per agent of a type. The
-    film, an MP4, is of the first world."""
+    film, an MP4, is of the first world. progress(n): n more episodes are played, B in all; as they
+    run side by side, a step counts as its share of them."""
     world.reset()
+    B = world.num_worlds
     shape = (world.num_worlds, world.num_agents)
     total = torch.zeros(shape, device=world.device)
     goes_on = torch.ones(world.num_worlds, 1, dtype=torch.bool, device=world.device)
     frames = [draw(world.game, world.state[0].cpu().numpy())] if film else []
-    for _ in range(world.horizon):
+    for t in range(world.horizon):
         step = world.step(player(world))
         total += step.reward * goes_on
         if film and goes_on[0]:
             frames.append(draw(world.game, step.final_state[0].cpu().numpy()))
         goes_on &= ~step.terminated[:, None]
+        progress(B * (t + 1) // world.horizon - B * t // world.horizon)
     if film:
         save_film(film, frames)
     parts = total.split(world.game.population, 1)

@@ -31,6 +31,7 @@ from envs.smac.combat import (
     STOP,
     Episode,
 )
+from envs.smac.views import film as film  # as resource_collection.film
 
 Policy = Callable[[Any], Tensor]
 HURT = 0.35  # part of hit points and shields below which a unit retreats
@@ -132,12 +133,21 @@ def scripted_policies(seed: int) -> dict[str, Policy]:
     return {"random": random_policy(seed), **named}
 
 
-def play(battles: Any, policy: Policy) -> list[Episode]:
-    """One episode of every battle (made with once=True), in the order of battles."""
+def tell_nobody(episodes: int) -> None:
+    """How far one is interests nobody."""
+
+
+def play(
+    battles: Any, policy: Policy, progress: Callable[[int], None] = tell_nobody
+) -> list[Episode]:
+    """One episode of every battle (made with once=True), in the order of battles; progress(n) is
+    called when n of them have ended."""
     battles.reset()
     episodes: list[Episode] = []
     while len(episodes) < battles.num_battles:
-        episodes += battles.step(policy(battles)).episodes
+        ended = battles.step(policy(battles)).episodes
+        progress(len(ended))
+        episodes += ended
     return sorted(episodes, key=lambda episode: episode.battle)
 
 

@@ -355,6 +355,14 @@ class ResourceCollection:
         self.over = torch.zeros(num_battles, dtype=torch.bool, device=self.device)
         self.seed(seed)
 
+    @property
+    def time(self) -> Tensor:
+        """(B,) steps since the present episodes began."""
+        return self.clocks.time
+
+    def close(self) -> None:
+        """Nothing: as Combat has it, for games."""
+
     def seed(self, seed: int) -> None:
         """Begin the worlds' streams of random numbers; reset() comes next."""
         key = mixed(mixed(torch.full_like(self.numbers, seed)) + GOLDEN * (self.numbers + 1))
@@ -524,12 +532,21 @@ def scripted_policies(seed: int) -> dict[str, Policy]:
     return {"random": random_policy(seed), "forager": forager, "collector": collector}
 
 
-def play(world: ResourceCollection, policy: Policy) -> list[Episode]:
-    """One episode of every world (made with once=True), in the order of worlds."""
+def tell_nobody(episodes: int) -> None:
+    """How far one is interests nobody."""
+
+
+def play(
+    world: ResourceCollection, policy: Policy, progress: Callable[[int], None] = tell_nobody
+) -> list[Episode]:
+    """One episode of every world (made with once=True), in the order of worlds; progress(n) is
+    called when n of them have ended."""
     world.reset()
     episodes: list[Episode] = []
     while len(episodes) < world.num_battles:
-        episodes += world.step(policy(world)).episodes
+        ended = world.step(policy(world)).episodes
+        progress(len(ended))
+        episodes += ended
     return sorted(episodes, key=lambda episode: episode.battle)
 
 
@@ -602,9 +619,10 @@ def draw(snap: Snapshot, b: int, size: int = 480) -> np.ndarray:
 
 
 def film(world: ResourceCollection, policy: Policy, path: Path, fps: int = 12) -> None:
-    """An MP4 of the first world's episode, which has begun."""
+    """An MP4 of an episode of the first world."""
     import imageio.v2 as imageio
 
+    world.reset()
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(path, fps=fps, codec="libx264", quality=6) as writer:
         writer.append_data(draw(world.snapshot, 0))

@@ -27,6 +27,7 @@ from harness import (
     read_args,
 )
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -121,7 +122,20 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
             total += arm * args.scale
             evaluation.progress(1)
         results[row] = {"return": total / evaluation.episodes, "episodes": evaluation.episodes}
+        if evaluation.videos:
+            save_video(evaluation.videos / f"{evaluation.stem}-{row}.mp4")
     return results
+
+
+def save_video(path: Path) -> None:
+    """Ten frames of noise."""
+    import imageio.v2 as imageio
+
+    path.parent.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    with imageio.get_writer(path, fps=5, codec="libx264") as writer:
+        for _ in range(10):
+            writer.append_data(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -1,0 +1,409 @@
+"""What a run leaves when it is killed, damaged, out of disk, resumed, or started twice."""
+
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import harness
+
+import pytest
+import torch
+from runs import (
+    ROOT,
+    differences,
+    exact,
+    finish,
+    index,
+    metrics,
+    only_error,
+    sentences,
+    start,
+    states,
+    until,
+)
+
+from tests.harness.tools import FOREVER, NAME, PULLS, flags, learner, resume, run
+
+
+def test_half_and_resumed_is_whole():
+    """Networks, optimisers, generators, replays, running means and the log."""
+    more = ("--log-every", 3 * PULLS, "--save-every", 0)
+    assert run(*flags("whole", 10, *more)) == 0
+    for cut in range(1, 10):
+        assert run(*flags(f"half{cut}", cut, *more)) == 0
+        assert run(*resume(f"half{cut}", 10)) == 0
+        assert differences(exact("whole"), exact(f"half{cut}")) == []
+        assert metrics("whole") == metrics(f"half{cut}")
+        replays = [torch.load(f"{name}/replay-40.pt") for name in ("whole", f"half{cut}")]
+        assert differences(*replays) == []
+
+
+def test_another_seed_is_another_run():
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(*flags(name, 4, "--seed", seed)) == 0
+    assert differences(exact("a"), exact("b")) == []
+    changed = differences(exact("a"), exact("c"))
+    assert {"/agent/actor/weight", "/ranks/0/rng"} <= set(changed)
+
+
+def parts(run_dir):
+    return [path.name for path in Path(run_dir).glob("*.part")]
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_again_and_again(kills, tmp_path):
+    """Half of the kills come at any moment, half while a file is being written. The run then ends
+    where one ends that nobody killed, bit for bit, with each line of the log once."""
+    rng, reached = random.Random(1), 0
+    argv = flags("run", FOREVER, "--save-every", PULLS, "--log-every", PULLS)
+    for kill in range(kills):
+        before = index("run")
+        with start(NAME, argv, tmp_path) as process:
+            until(lambda: index("run") != before, process)  # noqa: B023
+            if kill % 2:
+                until(lambda: parts("run"), process, pause=0)
+                time.sleep(rng.uniform(0, 0.005))
+            else:
+                time.sleep(rng.uniform(0, 0.3))
+            process.send(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        assert states("run")[0]["timesteps"] >= reached  # and all that are listed are intact
+        reached = index("run")[0]["timesteps"]
+        argv = resume("run", FOREVER)
+    iterations = reached // PULLS + 2
+    assert run(*resume("run", iterations)) == 0
+    assert run(*flags("whole", iterations, "--save-every", 0)) == 0
+    assert differences(exact("run"), exact("whole")) == []
+    assert metrics("run") == metrics("whole")
+    assert len(list(Path("run").glob("checkpoint-*"))) == 2 and parts("run") == []
+    assert len(list(Path("run").glob("replay-*"))) == 2
+
+
+def test_killed_before_the_first_save_on_the_way(tmp_path):
+    """Lines after checkpoint-0 are dropped, too: they happen again."""
+    argv = flags("run", FOREVER, "--save-every", 0, "--pause", 0.01)
+    with start(NAME, argv, tmp_path) as process:
+        until(lambda: Path("run/metrics.jsonl").exists() and len(metrics("run")) > 2, process)
+        process.send(signal.SIGKILL)
+        process.wait()
+    assert run(*resume("run", 5, "--pause", 0)) == 0
+    assert [line["timesteps"] for line in metrics("run")] == [4, 8, 12, 16, 20]
+
+
+# Damaged ------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def turn_into_a_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "flipped": flip,
+    "empty": empty,
+    "deleted": Path.unlink,
+    "a directory": turn_into_a_directory,
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run of six iterations with its last two checkpoints."""
+    assert run(*flags("run", 6)) == 0
+    assert [entry["timesteps"] // PULLS for entry in index("run")] == [6, 4]
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["checkpoint", "replay"])
+def test_newest_damaged(kind, damage, run_dir, capfd):
+    """One sentence, and the run goes on from the older one to the same end."""
+    path = run_dir / f"{kind}-24.pt"
+    DAMAGES[damage](path)
+    assert run(*resume(run_dir, 8, "--save-every", 0)) == 0
+    (line,) = sentences(capfd.readouterr().err)
+    assert path.name in line and line.endswith(".")
+    assert run(*flags("whole", 8)) == 0
+    assert differences(exact(run_dir), exact("whole")) == []
+    assert metrics(run_dir) == metrics("whole")
+    assert [entry["timesteps"] // PULLS for entry in index(run_dir)] == [8, 4]
+    assert len(states(run_dir)) == 2
+
+
+def test_damaged_checkpoint_takes_no_place(run_dir):
+    """Of the two that are kept, none is known to be damaged."""
+    flip(run_dir / index(run_dir)[0]["name"])
+    assert run(*resume(run_dir, 9, "--save-every", 0)) == 0
+    assert [state["timesteps"] // PULLS for state in states(run_dir)] == [9, 4]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("flag", ["--resume", "--eval-only"])
+def test_both_damaged(flag, damage, run_dir, capfd):
+    for entry in index(run_dir):
+        DAMAGES[damage](run_dir / entry["name"])
+    before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+    assert run(flag, run_dir, "--final-episodes", 1) == 2
+    out, err = capfd.readouterr()
+    *notes, last = sentences(err)
+    assert last.startswith("error: ") and str(run_dir) in last and out == ""
+    assert "Traceback" not in err and len(notes) <= 2
+    assert {path: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
+
+
+def test_evaluation_needs_no_replay(run_dir):
+    for path in run_dir.glob("replay-*"):
+        path.unlink()
+    assert run("--eval-only", run_dir, "--final-episodes", 1) == 0
+    assert run("--eval-only", run_dir / index(run_dir)[1]["name"], "--final-episodes", 1) == 0
+
+
+def test_who_names_a_file_does_not_want_another(run_dir, capfd):
+    newest, oldest = (run_dir / entry["name"] for entry in index(run_dir))
+    flip(newest)
+    assert run("--eval-only", newest, "--final-episodes", 1) == 2
+    assert sentences(capfd.readouterr().err)[-1].startswith("error: ")
+    assert run("--eval-only", oldest, "--final-episodes", 1) == 0
+    assert sentences(capfd.readouterr().err) == []
+
+
+GARBLED = {
+    "empty": b"",
+    "cut": b'[{"name": "checkpo',
+    "not text": bytes(range(128, 256)),
+    "null": b"null",
+    "no list": b"{}",
+    "no entries": b"[1, 2]",
+    "no names": b'[{"timesteps": 80}]',
+    "no sha256": b'[{"name": "checkpoint-24.pt", "timesteps": 24}]',
+}
+
+
+@pytest.mark.parametrize("garbled", GARBLED)
+def test_garbled_index(garbled, run_dir, capfd):
+    (run_dir / "checkpoints.json").write_bytes(GARBLED[garbled])
+    for flag in ("--resume", "--eval-only"):
+        assert run(flag, run_dir, "--final-episodes", 1) == 2
+        out, err = capfd.readouterr()
+        assert str(run_dir) in only_error(err) and out == ""
+    # Nor does a new run take the directory for an empty one.
+    assert run(*flags(run_dir, 1)) == 2
+    assert str(run_dir) in only_error(capfd.readouterr().err)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_checkpoint_with_other_content(run_dir, capfd):
+    """Its sha256 fits, what it holds does not: one sentence, and no code of it is executed."""
+    older = torch.load(run_dir / "checkpoint-24.pt", weights_only=True)
+    contents = [
+        [1, 2],
+        {"args": {}},
+        {**older, "format": 1},
+        {k: x for k, x in older.items() if k != "format"},
+        {k: x for k, x in older.items() if k != "args"},
+        torch.zeros(3),
+        Malicious(),
+    ]
+    for content in contents:
+        path = run_dir / "checkpoint-24.pt"
+        torch.save(content, path)
+        if isinstance(content, Malicious):
+            path.write_bytes(pickle.dumps(content))
+        entries = index(run_dir)
+        entries[0]["sha256"] = harness.sha256_of(path)
+        (run_dir / "checkpoints.json").write_text(json.dumps(entries))
+        for flag in ("--resume", "--eval-only"):
+            assert run(flag, run_dir, "--final-episodes", 1) == 2
+            assert "checkpoint-24.pt" in only_error(capfd.readouterr().err)
+    assert not Path("executed").exists()
+
+
+def test_lines_that_are_none(run_dir):
+    """As a crash of the machine may leave them."""
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0\0\0\n[1]\n{}\n" + b'{"timesteps": 24, "cut": 1')
+    assert run(*resume(run_dir, 8)) == 0
+    assert run(*flags("whole", 8)) == 0
+    assert metrics(run_dir) == metrics("whole")
+
+
+# Resumed from the older one -----------------------------------------------------------------------
+
+
+def test_resume_of_the_older_checkpoint(run_dir):
+    """What was trained anew is kept, whatever came of the first attempt; newer files stay until
+    the first save, and go with it."""
+    older, newer = run_dir / "checkpoint-16.pt", run_dir / "checkpoint-24.pt"
+    abandoned = harness.sha256_of(newer)
+    more = ("--learning-rate", 0.1)  # as it was; another future comes from another replay
+    (replay,) = (run_dir / "replay-16.pt",)
+    kept = torch.load(replay, weights_only=True)
+    kept["pulls"]["rewards"] += 1.0
+    torch.save(kept, replay)
+    entries = index(run_dir)
+    entries[1]["replays"][0]["sha256"] = harness.sha256_of(replay)
+    (run_dir / "checkpoints.json").write_text(json.dumps(entries))
+    assert run(*resume(older, 6, *more)) == 0
+    assert harness.sha256_of(newer) != abandoned
+    assert [entry["timesteps"] for entry in index(run_dir)] == [24, 16]
+    assert states(run_dir)[0]["iteration"] == 6
+    assert [line["timesteps"] for line in metrics(run_dir)] == [4, 8, 12, 16, 20, 24]
+    assert run(*resume(run_dir, 7)) == 0  # the newest fits its replay
+
+
+def test_an_abandoned_future_goes_with_the_first_save(run_dir):
+    assert run(*resume(run_dir / "checkpoint-16.pt", 5)) == 0
+    assert sorted(path.name for path in run_dir.glob("*.pt")) == [
+        "checkpoint-16.pt",
+        "checkpoint-20.pt",
+        "replay-16.pt",
+        "replay-20.pt",
+    ]
+
+
+# One writer ---------------------------------------------------------------------------------------
+
+
+def test_one_writer(tmp_path, capfd):
+    """A second start and a second --resume are refused; to evaluate is allowed."""
+    with start(NAME, flags("run", FOREVER, "--pause", 0.05), tmp_path) as process:
+        until(lambda: len(index("run")) > 1, process)
+        for argv in (flags("run", 3), resume("run", FOREVER)):
+            assert run(*argv) == 2
+            assert "run" in only_error(capfd.readouterr().err)
+        assert run("--eval-only", "run", "--final-episodes", 1, "--pause", 0) == 0
+        process.send(signal.SIGKILL)
+        process.wait()
+    capfd.readouterr()
+    steps = [line["timesteps"] for line in metrics("run")]
+    assert steps == sorted(set(steps))
+    assert run(*resume("run", steps[-1] // PULLS + 1, "--pause", 0)) == 0  # the lock went with it
+
+
+def test_two_starts_at_once(tmp_path):
+    """One of them trains, the other one leaves with code 2 and has changed nothing."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, learner.__file__, *flags("run", 40, "--pause", 0.05)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2], errors
+    steps = [line["timesteps"] for line in metrics("run")]
+    assert steps == list(range(4, 164, 4))
+
+
+# Out of disk --------------------------------------------------------------------------------------
+
+
+def check_full(run_dir, code, stderr, words):
+    assert code == 1
+    assert [word for word in words if word not in only_error(stderr)] == []
+    assert parts(run_dir) == []
+    assert states(run_dir)[0]["timesteps"] == index(run_dir)[0]["timesteps"]
+
+
+def test_file_size_limit(tmp_path):
+    """The replay grows until a file may not be as large."""
+    argv = flags("run", FOREVER, "--num-envs", 64, "--buffer-size", 10**5, "--save-every", 640)
+    process = finish(NAME, argv, tmp_path, file_size=100_000)
+    check_full("run", process.code, process.stderr(), ["File too large"])
+    iterations = index("run")[0]["timesteps"] // PULLS + 32
+    assert run(*resume("run", iterations)) == 0  # with room again
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux and unshare")
+def test_full_disk(tmp_path):
+    """A file system with room for some checkpoints, in a namespace of its own."""
+    (tmp_path / "disk").mkdir()
+    argv = flags("disk/run", FOREVER, "--save-every", 640, "--num-envs", 64)
+    argv += ["--buffer-size", "10000000"]
+    shell = 'mount -t tmpfs -o size=400k none "$1" || exit 77; from=$1; to=$2; shift 2; "$@"'
+    shell += '; code=$?; cp -a "$from/run" "$to"; exit $code'
+    line = ["unshare", "-rm", "sh", "-c", shell, "sh", "disk", "."]
+    line += [sys.executable, learner.__file__, *argv]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("may not mount a file system here")
+    check_full("run", done.returncode, done.stderr, ["No space left"])
+    iterations = index("run")[0]["timesteps"] // PULLS + 16
+    assert run(*resume("run", iterations, "--save-every", 0)) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_under_metrics(capfd):
+    """The log is what a full disk meets first."""
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").symlink_to("/dev/full")
+    code = run(*flags("run", 2))
+    check_full("run", code, capfd.readouterr().err, ["No space left"])
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch, harness, torch.utils.tensorboard
+rows = {rows}
+
+class Replay:
+    def __init__(self):
+        self.x = {{name: torch.full((rows, 16), 0.5) for name in "ab"}}
+    def filled(self):
+        return {{name: x[: rows - 1] for name, x in self.x.items()}}
+    def refill(self, tensors):
+        for name, x in tensors.items():
+            self.x[name][: len(x)] = x
+
+run = harness.Run(harness.RunArgs(total_timesteps=10, final_episodes=0, **{args}), str)
+replay = Replay()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run.begin("memory", parts={{}}, own={{}}, replays={{"all": replay}})
+while run.goes_on():
+    run.advance(5)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((peak - before) * 1024 / sum(4 * x.numel() for x in replay.x.values()))
+"""
+
+
+def test_a_replay_is_saved_and_loaded_without_a_second_copy():
+    """Peak memory while saving and resuming: at most a fifth of the replay above it."""
+    for args in ({"run_dir": "run"}, {"resume": "run"}):
+        code = MEASURE.format(root=str(ROOT), rows=2_000_000, args=args)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if args.get("run_dir"):  # pages of a mapped file count while loading, but can be dropped
+            assert float(done.stdout) < 0.2
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0

@@ -1,0 +1,178 @@
+"""Flags, presets, what a resumed run inherits, and what is refused in one sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import index, only_error
+
+from tests.harness.tools import PULLS, flags, learner, resume, run
+
+
+def stored(run_dir):
+    return json.loads((Path(run_dir) / "args.json").read_text())
+
+
+def test_every_flag_arrives():
+    typed = {
+        "seed": "3",
+        "total_timesteps": "8",
+        "run_dir": "run",
+        "log_every": "4",
+        "eval_every": "4",
+        "eval_episodes": "1",
+        "final_episodes": "1",
+        "save_every": "4",
+        "wandb_project": "elsewhere",
+        "wandb_mode": "offline",
+        "wandb_timeout": "3.5",
+        "device": "cpu",
+        "num_threads": "2",
+        "learning_rate": "0.5",
+    }
+    argv = []
+    for name, value in typed.items():
+        argv += [f"--{name.replace('_', '-')}", value]
+    assert run(*argv, "--capture-video", "--arms", "a", "b", "c", "--no-use-replay") == 0
+    found = stored("run")
+    assert {name: str(found[name]) for name in typed} == typed
+    assert found["capture_video"] is True and found["use_replay"] is False
+    assert found["arms"] == ["a", "b", "c"] and found["track"] is False
+    assert found["resolved"] == {"device": "cpu", "processes": 1, "arms": 3}
+    assert found["script"] == "learner" and "torch" in found["packages"]
+
+
+def test_preset_and_what_overrides_it():
+    for name, more in (("a", ()), ("b", ("--preset", "cpu")), ("c", ("--num-envs", 2))):
+        preset = () if name == "a" else ("--preset", "cpu")
+        assert run(*flags(name, 4, *preset, *(more if name == "c" else ()))) == 0
+    values = [(stored(x)["num_envs"], stored(x)["learning_rate"]) for x in "abc"]
+    assert values == [(4, 0.1), (8, 0.2), (2, 0.2)]
+
+
+def test_a_resumed_run_keeps_its_own():
+    assert run(*flags("run", 2, "--preset", "cpu", "--no-use-replay", "--arms", "x", "y")) == 0
+    assert run(*resume("run", 6)) == 0
+    assert index("run")[0]["timesteps"] == 24
+    # Typed once more, as it is, and what may differ.
+    again = ("--num-envs", 8, "--no-use-replay", "--arms", "x", "y", "--preset", "cpu")
+    assert run(*resume("run", 8, *again, "--pause", 0.001, "--log-every", 16)) == 0
+
+
+REFUSED = {  # what is typed with --resume: what the sentence names
+    "--seed 2": "--seed is 1",
+    "--num-envs 8": "--num-envs is 4",
+    "--use-replay": "--use-replay is False",
+    "--arms num_envs": "--arms is ('x',)",
+    "--preset cpu": "--preset is paper",
+    "--run-dir elsewhere": "--run-dir",
+}
+
+
+@pytest.mark.parametrize("typed", REFUSED)
+def test_what_may_not_differ(typed, capfd):
+    assert run(*flags("run", 2, "--no-use-replay", "--arms", "x")) == 0
+    capfd.readouterr()
+    assert run(*resume("run", 4, *typed.split())) == 2
+    error = only_error(capfd.readouterr().err)
+    assert REFUSED[typed] in error
+    assert not Path("elsewhere").exists()
+
+
+def test_a_value_that_is_also_a_flags_name():
+    """It is a value: nothing else changes by it."""
+    assert run(*flags("run", 2, "--arms", "pause", "scale", "--scale", 2)) == 0
+    assert run(*resume("run", 4, "--wandb-project", "scale")) == 0
+    assert index("run")[0]["timesteps"] == 4 * PULLS
+
+
+WRONG = {  # what is typed: what the message names; in one sentence unless tyro says it
+    "--num-envs 0": "--num-envs 0",
+    "--num-envs -1": "--num-envs -1",
+    "--num-envs 1.5": "--num-envs",
+    "--num-envs 99999999999999999999999": "--num-envs",
+    "--buffer-size 999999999999": "memory",
+    "--buffer-size 99999999999999999": "--buffer-size",
+    "--learning-rate nan": "--learning-rate nan",
+    "--learning-rate inf": "--learning-rate inf",
+    "--seed 4294967296": "--seed",
+    "--device gpu": "--device gpu",
+    "--device cuda:x": "--device cuda:x",
+    "--num-env 3": "--num-envs",
+    "--num-envs 8 --buffer-size 4": "--num-envs exceeds --buffer-size",
+    "--resume=": "--resume has an empty value",
+    "--eval-only=": "--eval-only has an empty value",
+    "--run-dir=": "--run-dir has an empty value",
+    "--resume nowhere": "nowhere holds no intact checkpoint",
+    "--eval-only nowhere": "nowhere holds no intact checkpoint",
+    "--resume a --eval-only b": "exclude each other",
+    "--wandb-mode later": "--wandb-mode",
+    "--no-pause": "--no-pause",
+    "word": "word",
+    "--run-dir /proc/nobody/run": "cannot be made",
+    "--preset gpu": "--preset",
+}
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_wrong(typed, tmp_path, capfd):
+    code = run(*typed.split())
+    _, err = capfd.readouterr()
+    assert code == (1 if "memory" in WRONG[typed] else 2)
+    assert WRONG[typed] in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    if "╭" not in err:
+        only_error(err)
+
+
+def test_empty_word(tmp_path, capfd):
+    """As a shell hands over an unset variable in quotes."""
+    assert run("--resume", "") == 2
+    assert "--resume has an empty value" in only_error(capfd.readouterr().err)
+
+
+@pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is one here")
+def test_no_cuda_device(capfd):
+    for device in ("cuda", "cuda:1"):
+        assert run("--device", device) == 2
+        assert f"--device {device}" in only_error(capfd.readouterr().err)
+
+
+def test_another_scripts_run_and_another_versions(capfd):
+    assert run(*flags("run", 2)) == 0
+    import harness
+
+    import torch
+
+    for change, word in (
+        ({"script": "other"}, "other.py"),
+        ({"script": "learner", "args": {"seed": 1}}, "version that differs in"),
+    ):
+        path = Path("run/checkpoint-8.pt")
+        torch.save(torch.load(path, weights_only=True) | change, path)
+        entries = index("run")
+        entries[0]["sha256"] = harness.sha256_of(path)
+        Path("run/checkpoints.json").write_text(json.dumps(entries))
+        capfd.readouterr()
+        assert run(*resume("run", 4)) == 2
+        assert word in only_error(capfd.readouterr().err)
+
+
+def test_help_needs_no_torch():
+    """It names every flag with its comment, before what is slow to import."""
+    line = [sys.executable, "-X", "importtime", learner.__file__, "--help"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0
+    imported = {x.split("|")[-1].strip() for x in done.stderr.splitlines() if "import time" in x}
+    assert not imported & {"torch", "wandb", "numpy", "tensorboard"} and "tyro" in imported
+    text = " ".join(word for word in done.stdout.split() if word != "│")
+    for words in ("--total-timesteps", "pulls of all worlds", "fixes all that is drawn", "--seed"):
+        assert words in text
+    assert "--use-replay, --no-use-replay" in text and "learn from earlier pulls, too" in text
+
+
+def test_help_in_process(capfd):
+    assert run("--help") == 0
+    assert "pulls of all worlds" in capfd.readouterr().out

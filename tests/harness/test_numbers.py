@@ -1,0 +1,95 @@
+"""NaN and infinity end a run by name and never reach a checkpoint."""
+
+from pathlib import Path
+
+import harness
+
+import pytest
+import torch
+from runs import differences, exact, index, metrics, only_error, states
+
+from tests.harness.tools import PULLS, flags, resume, run
+
+
+def all_finite(x):
+    if isinstance(x, dict):
+        return all(map(all_finite, x.values()))
+    if isinstance(x, list):
+        return all(map(all_finite, x))
+    is_float = isinstance(x, torch.Tensor) and x.is_floating_point()
+    return not is_float or bool(x.isfinite().all())
+
+
+@pytest.mark.parametrize("poison", ["nan", "inf"])
+@pytest.mark.parametrize("use_replay", ["--use-replay", "--no-use-replay"])
+def test_a_reward_that_is_not_finite(use_replay, poison, tmp_path, capfd):
+    """Whether or not the update happens to draw it: weights, optimisers, replays and running
+    means in all checkpoints are finite, and the run can go on from there."""
+    more = ("--poison", poison, "--save-every", PULLS, use_replay, "--buffer-size", 10**4)
+    assert run(*flags("run", 40, "--poison-at", 4, *more)) == 1
+    error = only_error(capfd.readouterr().err)
+    assert "rewards is not finite" in error
+    for state in states("run"):
+        assert all_finite(state)
+        assert all_finite(torch.load(f"run/replay-{state['timesteps']}.pt"))
+    assert not Path("run/summary.json").exists()
+    reached = index("run")[0]["timesteps"] // PULLS
+    assert reached >= 3
+    assert run(*resume("run", 8, "--poison-at", 0)) == 0
+    assert run(*flags("whole", 8, *more)) == 0
+    assert differences(exact("run"), exact("whole")) == []
+    assert metrics("run") == metrics("whole")
+
+
+def test_weights_that_overflow(tmp_path, capfd):
+    assert run(*flags("run", 40, "--learning-rate", 1e37, "--save-every", PULLS)) == 1
+    assert "is not finite" in only_error(capfd.readouterr().err)
+    assert all(all_finite(state) for state in states("run"))
+
+
+def test_check_finite_names_the_first_and_looks_at_all():
+    fine, wrong = torch.ones(3, 5), torch.ones(3, 5)
+    harness.check_finite(a=fine, b=torch.tensor(1), c=torch.zeros(0))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        wrong[1, 2] = value
+        with pytest.raises(harness.RunError, match="b is not finite"):
+            harness.check_finite(a=fine, b=wrong, c=wrong)
+    large = torch.ones(2**22 + 3)
+    large[-1] = float("nan")
+    with pytest.raises(harness.RunError, match="large"):
+        harness.check_finite(large=large)
+
+
+def test_moments_are_numpys():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    one, mean, square = harness.moments(x).tolist()
+    values = x.numpy().astype("float64")
+    assert one == 1
+    assert mean == pytest.approx(values.mean(), rel=1e-12)
+    assert square == pytest.approx((values**2).mean(), rel=1e-12)
+
+
+def test_descend_is_torchs_own_step():
+    """Clipping and Adam by hand on the same gradients."""
+    nets = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(4, 2)
+        adam = torch.optim.Adam(net.parameters(), lr=0.1)
+        for step in range(5):
+            x = torch.arange(8.0).view(2, 4) + step
+            loss = (net(x) ** 2).mean()
+            if ours:
+                norm = harness.descend(loss, net, adam, 0.5)
+            else:
+                adam.zero_grad()
+                loss.backward()
+                gradients = torch.cat([p.grad.flatten() for p in net.parameters()])
+                scale = min(1.0, 0.5 / float(gradients.norm()))
+                for p in net.parameters():
+                    p.grad.mul_(scale)
+                adam.step()
+        nets.append((net, float(norm), float(gradients.norm()) if not ours else 0.0))
+    (a, norm, _), (b, _, expected) = nets
+    assert norm == pytest.approx(expected, rel=1e-4)
+    assert all(torch.allclose(p, q, rtol=1e-4) for p, q in zip(a.parameters(), b.parameters()))

@@ -1,0 +1,165 @@
+"""Runs that are asked to stop, and how they say what they do meanwhile."""
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import harness
+
+import pytest
+from runs import differences, exact, index, metrics, start, until
+
+from tests.harness.tools import FOREVER, NAME, PULLS, flags, learner, resume, run
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+def lines(run_dir):
+    path = Path(run_dir) / "metrics.jsonl"
+    return metrics(run_dir) if path.exists() else []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_stop_says_so_saves_and_resumes(number, tmp_path):
+    """Code 75 and no summary, so that nobody takes it for finished; a line at once."""
+    argv = flags("run", FOREVER, "--pause", 1.5)
+    with start(NAME, argv, tmp_path) as process:
+        until(lambda: lines("run"), process)
+        process.send(number)
+        began = time.monotonic()
+        until(lambda: "Stopping" in process.stderr(), process)
+        assert time.monotonic() - began < 1.4, "not only after the iteration"
+        assert process.wait() == 75
+    assert "Traceback" not in process.stderr() and not Path("run/summary.json").exists()
+    done = index("run")[0]["timesteps"]
+    assert done == lines("run")[-1]["timesteps"] > 0
+    iterations = done // PULLS + 2
+    assert run(*resume("run", iterations, "--pause", 0)) == 0
+    assert run(*flags("whole", iterations)) == 0
+    assert differences(exact("run"), exact("whole")) == []
+    assert metrics("run") == metrics("whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_ends_it_at_once(number, tmp_path):
+    with start(NAME, flags("run", FOREVER, "--pause", 300), tmp_path) as process:
+        until(lambda: index("run"), process)
+        time.sleep(0.5)
+        process.send(number)
+        until(lambda: "Stopping" in process.stderr(), process)
+        assert process.poll() is None
+        process.send(number)
+        assert process.wait() == (130 if number == signal.SIGINT else -number)
+    assert index("run")[0]["timesteps"] == 0
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("kind", ["eval", "final"])
+def test_stop_in_an_evaluation(kind, number, tmp_path):
+    """At once, not after its episodes; the weights are saved. Resumed, it is finished."""
+    argv = flags("run", 2, "--final-episodes", 1000, "--pause", 0.3)
+    argv += ["--eval-every", "4", "--eval-episodes", "1000" if kind == "eval" else "1"]
+    with start(NAME, argv, tmp_path) as process:
+        wanted = 1 if kind == "eval" else 4  # lines: 2 iterations, 2 evaluations
+        until(lambda: len(lines("run")) == wanted, process)
+        time.sleep(0.8)
+        process.send(number)
+        began = time.monotonic()
+        assert process.wait() == 75
+        assert time.monotonic() - began < 5
+    assert "Traceback" not in process.stderr() and not Path("run/summary.json").exists()
+    assert index("run")[0]["timesteps"] == (4 if kind == "eval" else 8)
+    more = ("--pause", 0, "--final-episodes", 3, "--eval-episodes", 1)
+    assert run(*resume("run", 2, *more)) == 0
+    assert json.loads(Path("run/summary.json").read_text())["timesteps"] == 8
+    finals = [line for line in lines("run") if any(name.startswith("final/") for name in line)]
+    assert len(finals) == 1
+
+
+def test_a_finished_run_has_a_summary_and_a_resumed_one_has_none_until_it_has_finished(tmp_path):
+    assert run(*flags("run", 2)) == 0
+    summary = Path("run/summary.json")
+    assert json.loads(summary.read_text())["eval"] == {}
+    assert run(*resume("run", 2, "--final-episodes", 2)) == 0  # evaluated once more
+    assert run(*resume("run", 2, "--final-episodes", 3)) == 0
+    assert json.loads(summary.read_text())["eval"]["greedy"]["episodes"] == 3
+    assert len([line for line in lines("run") if "final/greedy/return" in line]) == 1
+    with start(NAME, resume("run", FOREVER, "--pause", 0.1), tmp_path) as process:
+        until(lambda: len(lines("run")) > 4, process)
+        assert not summary.exists()
+        process.send(signal.SIGTERM)
+        assert process.wait() == 75
+    assert not summary.exists()
+
+
+def test_ctrl_c_while_importing(tmp_path):
+    """No traceback of whatever torch was doing."""
+    for delay in (0.1, 0.4, 0.8):
+        with subprocess.Popen(
+            [sys.executable, learner.__file__, *flags("run", FOREVER)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            until(lambda: "harness" in maps(process.pid), pause=0.005)
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        assert "Traceback" not in err and process.returncode in (-signal.SIGINT, 130, 75), err
+
+
+def maps(pid):
+    """What says that a process has got as far as importing the harness: its SIGINT is no longer
+    caught (a bit of SigCgt)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "harness"
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    started = Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    is_caught = int(caught.split()[1], 16) >> (signal.SIGINT - 1) & 1
+    modules = Path(f"/proc/{pid}/maps").read_text()
+    return "harness" if started and not is_caught and "pydantic_core" in modules else ""
+
+
+# Progress -----------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_says_how_far_it_is(tmp_path, monkeypatch, capfd):
+    """Without a terminal: a line now and then."""
+    monkeypatch.setattr(harness.Evaluation, "INTERVAL", 0.2)
+    assert run(*flags("run", 1, "--final-episodes", 10, "--pause", 0.05)) == 0
+    out = [x for x in capfd.readouterr().out.splitlines() if x.startswith("final evaluation: ")]
+    assert 3 <= len(out) <= 6 and all(line.endswith("of 20 episodes") for line in out)
+    played = [int(line.split()[2]) for line in out]
+    assert played == sorted(set(played))
+
+
+def test_bars_on_a_terminal(tmp_path):
+    """One of environment steps, one of episodes."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(main, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    argv = flags("run", 20, "--final-episodes", 10, "--pause", 0.05)
+    process = subprocess.Popen(
+        [sys.executable, learner.__file__, *argv], stderr=terminal, stdout=terminal
+    )
+    os.close(terminal)
+    said = b""
+    while True:
+        try:
+            said += os.read(main, 4096)
+        except OSError:  # it has ended
+            break
+    assert process.wait() == 0
+    text = said.decode()
+    assert "80/80" in text and " steps/s" in text
+    assert "final evaluation" in text and "/20 [" in text and " episodes/s" in text
+    assert "step 4 " not in text, "the bar is enough"
