@@ -882,7 +882,9 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
         if evaluation.videos:
             with contextlib.closing(new_battles(sizes=(size,), num_envs=1)) as battles:
                 path = evaluation.videos / f"{evaluation.stem}-{size}.mp4"
+                evaluation.expect(1)
                 world.film(battles, Player(agent), path)
+                evaluation.progress(1)
     return results
 
 
