@@ -922,7 +922,7 @@ class Trunks(NamedTuple):
 
 
 class LivingAgents(NamedTuple):
-    """The part of it that policy and marginal learn from: n agents, each alive at a step."""
+    """What policy and marginal learn from: n agents, each alive at a step of a minibatch."""
 
     own_state: Tensor  # (n, D)
     avail_actions: Tensor  # (n, actions) bool
@@ -932,7 +932,7 @@ class LivingAgents(NamedTuple):
     own_memory: Tensor | None  # (n, R)
 
     def detach(self) -> LivingAgents:
-        """For heads to learn from alone."""
+        """What only heads can learn from: no gradient gets to the trunks."""
         own_memory = None if self.own_memory is None else self.own_memory.detach()
         return self._replace(memory=self.memory.detach(), own_memory=own_memory)
 
@@ -949,7 +949,7 @@ def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunk
 
 
 def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
-    """Those of alive (K, A)."""
+    """The agents that are alive (K, A) at the steps of a minibatch, a row each."""
     features = batch.features
     A = alive.shape[1]
     slot = torch.arange(A, device=alive.device)
