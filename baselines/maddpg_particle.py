@@ -1,94 +1,83 @@
 """MADDPG (Lowe et al., 2017) with relational representations, the parent of mra_maddpg_particle.py.
 
-Each agent attends to the others: a graph g_i from phi weights what theta and zeta read of them.
+Every agent attends to the others: a graph g_i from phi weights what actor (theta) and critic (zeta)
+read of them. The critic of each agent also sees what all others do, in training.
 
-    L(zeta)  = E (Q_zeta(o, a) - y)^2,  y = r + gamma Q_zeta'(o', a'), a' ~ pi_theta'       Eq. (8)
-    dJ       = E grad_theta log pi_theta(a_i | o_i, g_i) Q_zeta(o, a)                        Eq. (9)
-    dJ       = the same for omega = {theta, phi}, with g_i = phi(o_i)                       Eq. (10)
+    g_ij     = softmax_j q_i . k_ij,   k_ij = K(o_ij),  o_ij = [p_j - p_i, v_j, ...]       Eq. (1)
+    e_i      = sum_j g_ij V(o_ij),     pi and Q read o_i and e_i
+    L(zeta)  = E (Q(o, a) - y)^2,      y = r + gamma Q'(o', a'),  a' ~ pi'                 Eq. (8)
+    dJ       = E grad log pi(a_i | o_i, g_i) Q(o, a), of theta                             Eq. (9)
+    dJ       = the same, of omega = {theta, phi}, as g_i = phi(o_i)                        Eq. (10)
+
+L(zeta) moves the critic, dJ the actor and, by way of g, phi. Targets Q' and pi' follow.
 
     python baselines/maddpg_particle.py --task treasure --population 6       the paper's settings
-    python baselines/maddpg_particle.py --task pacman --population 8,4 --preset fast
+    python baselines/maddpg_particle.py --task pacman --population 8,4 --preset cpu
     python baselines/maddpg_particle.py --resume runs/RUN --total-timesteps 2000000
     python baselines/maddpg_particle.py --eval-only runs/RUN
 
-Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, S parameter
-sets, Ds De features of oneself and of others. What the paper leaves open is decided in docs/mra.md;
-the worlds: docs/particle.md. Equations are those of MRA (TMLR).
+Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
+key, S parameter sets, Ds De features of oneself and of others. What the paper leaves open is
+decided in docs/mra.md; the worlds: docs/particle.md. Equations are those of MRA (TMLR).
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
-import ctypes
 import dataclasses
-import datetime
 import functools
-import hashlib
-import http.client
-import io
-import itertools
-import json
 import math
 import os
-import re
-import secrets
-import signal
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from importlib.metadata import distributions
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-
-import numpy as np
-import pydantic
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import tyro
-import wandb
-from annotated_types import Interval
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness import (
+    Above,
+    Amount,
+    Count,
+    Evaluation,
+    Positive,
+    Run,
+    RunArgs,
+    Share,
+    UsageError,
+    call,
+    check_finite,
+    descend,
+    leave,
+    load_checkpoint,
+    read_args,
+    restore,
+    saved_args,
+)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from envs.particle.episodes import Player, play, read_population, scripted_players, summarise, table
-from envs.particle.worlds import Compiled, Game, Observation, ParticleWorld, Step
-
-Seed = Annotated[int, Interval(ge=0, lt=2**32)]
-Count = Annotated[int, Interval(ge=0)]
-Positive = Annotated[int, Interval(ge=1)]
-Share = Annotated[float, Interval(ge=0, le=1)]
-Amount = Annotated[float, Interval(ge=0, lt=math.inf)]
-Above = Annotated[float, Interval(gt=0, lt=math.inf)]
-
+from envs.particle.pairs import FastPairs, keep_freed_memory
+from envs.particle.worlds import Game, Observation, ParticleWorld, Step
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(RunArgs):
     """MADDPG with relational representations in particle worlds."""
 
     # Run
-    seed: Seed = 1  # fixes everything that is drawn
     total_timesteps: Positive = 1_000_000  # environment steps of all worlds
-    run_dir: str = ""  # default: runs/{world}__{script}__s{seed}__{UTC time}__{4 hex}
-    resume: str = ""  # run directory to go on with; its own arguments hold
-    eval_only: str = ""  # run directory or checkpoint to evaluate, without training
-    preset: Literal["paper", "fast"] = "paper"  # fast: for CPUs; other flags override it
-    track: bool = False  # log to Weights & Biases too
-    wandb_project: str = "unseen"  # project there
-    wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` later
-    wandb_timeout: Above = 10.0  # seconds until an unreachable server is given up
-    capture_video: bool = False  # an MP4 with every evaluation
+    log_every: Positive = 10_000  # lines of metrics.jsonl
+    eval_every: Count = 100_000  # evaluations on the way
+    eval_episodes: Positive = 100  # in those, per row of their table
+    final_episodes: Count = 1000  # the same at the end and with --eval-only
+    save_every: Count = 200_000  # checkpoints, of which the last two are kept
     # Environment
     task: str = "treasure"  # treasure, resource or pacman
     population: str = "6"  # agents; in pacman Pac-Men and ghosts, as 8,4
@@ -99,13 +88,14 @@ class Args:
     # Method
     share_parameters: bool = False  # one parameter set per type instead of per agent
     actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # of Eq. (9): how
-    phi_gradient: Literal["actor", "mi"] = "actor"  # phi learns by Eq. (10) / not from returns
-    target: Literal["polyak", "hard"] = "polyak"  # how delayed networks follow
+    target: Literal["polyak", "hard"] = "polyak"  # how target networks follow
     polyak: Share = 0.01  # their step, with --target polyak
     inner_steps: Positive = 1  # K, minibatches per update
     hidden_size: Positive = 64  # H
     key_size: Positive = 16  # of queries and keys
     head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
+    plain: bool = False  # networks of pairs as written below, not their fast exact form
+    compile: bool = False  # compile that form (once, some 20 s) and, on a GPU, worlds
     # Base algorithm
     learning_rate: Amount = 3e-4  # Adam
     phi_learning_rate: Amount = 3e-4  # phi's
@@ -116,134 +106,63 @@ class Args:
     entropy_coef: Amount = 1 / 30  # of targets and actor
     scale_rewards: bool = True  # divide by their running standard deviation
     max_grad_norm: Above = 10.0  # of each loss's networks together
-    # Evaluation and checkpoints (every: environment steps, 0 for never)
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    eval_every: Count = 100_000  # evaluations on the way
-    eval_episodes: Positive = 100  # in those
-    final_episodes: Count = 1000  # at the end and with --eval-only
-    save_every: Count = 200_000  # checkpoints; the last two are kept
-    # System
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    num_threads: Positive = 1  # torch's; on a busy machine more is slower
-    compile: bool = False  # compile pair kernels (once, some 20 s) and, on a GPU, worlds
 
 
-PRESETS = {  # flags that come before those of the command line
-    "paper": "",
-    "fast": "--num-envs 64 --learning-rate 1e-3 --batch-size 512 --update-every 256 "
-    "--target polyak --polyak .02 --inner-steps 4 --compile --phi-learning-rate 1e-3",
+PRESETS = {
+    "paper": {},
+    "cpu": {
+        "num_envs": 64,
+        "learning_rate": 1e-3,
+        "phi_learning_rate": 1e-3,
+        "batch_size": 512,
+        "update_every": 256,
+        "target": "polyak",
+        "polyak": 0.02,
+        "inner_steps": 4,
+        "compile": True,
+    },
 }
-
-
-def validate(args: Args) -> None:
-    """Raise UsageError for combinations that cannot be meant."""
-    for wrong, sentence in (
-        (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
-        (args.resume and args.run_dir, "--resume goes on in its own directory, without --run-dir"),
-        (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
-        (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
-        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
-    ):
-        if wrong:
-            raise UsageError(f"{sentence}.")
-
-
 LINE = ("return", "critic_loss", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = (  # what may differ from the run's own arguments with --resume and --eval-only
-    *("total_timesteps", "run_dir", "resume", "eval_only", "track", "wandb_project", "wandb_mode"),
-    *("wandb_timeout", "capture_video", "log_every", "eval_every", "eval_episodes"),
-    *("final_episodes", "save_every", "device", "num_threads", "compile"),
-)
+RESUMABLE = ("plain", "compile")
 
 
-def with_preset(argv: list[str]) -> list[str]:
-    """The flags of --preset, then argv, whose flags override them."""
-    name = re.search(r"--preset[= ](\w+)", " ".join(argv))
-    return PRESETS.get(name[1] if name else "paper", "").split() + argv
-
-
-# [shared] begin
-
-
-class RunError(Exception):
-    """The run cannot go on; the message is one sentence."""
-
-    code = 1  # the script's exit code
-
-
-class UsageError(RunError):
-    """The command line asks for what cannot be done."""
-
-    code = 2
-
-
-def parse(argv: list[str]) -> Any:
-    """tyro, then pydantic for the bounds in annotations; their errors as one sentence."""
-    box, flags = io.StringIO(), (tyro.conf.FlagCreatePairsOff,)
-    try:
-        with contextlib.redirect_stderr(box):
-            args = tyro.cli(Args, args=argv, config=flags)
-        pydantic.TypeAdapter(Args).validate_python(dataclasses.asdict(args))
-    except pydantic.ValidationError as error:
-        wrong = error.errors()[0]
-        flag = str(wrong["loc"][0]).replace("_", "-")
-        raise UsageError(f"--{flag} {wrong['input']}: {wrong['msg'].lower()}.") from None
-    except SystemExit as error:
-        if not error.code:
-            raise
-        lines = " ".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:])
-        sentence, _, rest = lines.partition(" ──")
-        near = re.search(r"--[a-z-]+", rest) if "Unrecognized" in sentence else None
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise UsageError(sentence.removeprefix("Error parsing ").rstrip(".") + hint) from None
-    validate(args)
-    return args
-
-
-def read_args(argv: list[str]) -> Any:
-    """The command line; with --resume or --eval-only on top of the run's own arguments."""
-    args = parse(argv)
-    if source := args.resume or args.eval_only:
-        saved, script = load_checkpoint(source, quiet=True)[0], Path(__file__).stem
-        if saved["script"] != script:
-            raise UsageError(f"{source} is a run of {saved['script']}.py, not of {script}.py.")
-        own, given = saved["args"], vars(args)
-        if changed := (own.keys() ^ given.keys()) - set(RESUMABLE):
-            raise UsageError(f"{source} is of a version that differs in {', '.join(changed)}.")
-        names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
-        names |= {name.removeprefix("no_") for name in names}
-        for name in names & set(own) - set(RESUMABLE):
-            if given[name] != own[name]:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} is {own[name]} in {source} and stays so.")
-        own = {k: tuple(x) if isinstance(x, list) else x for k, x in own.items() if k in given}
-        typed = {name: given[name] for name in names & set(own)}
-        fresh = {"run_dir": "", "resume": "", "eval_only": ""}
-        args = dataclasses.replace(args, **own | fresh | typed)
-        validate(args)
-    return args
-
-
-# [shared] end
+def validate(args: Args) -> list[tuple[Any, str]]:
+    """Combinations that cannot be meant."""
+    several = "WORLD_SIZE" in os.environ
+    return [
+        (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
+        (several, "This script is one process: worlds are batched instead"),
+    ]
 
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
 
 
+# [shared: make_envs] begin
 def make_envs(args: Args, population: str, num_envs: int, seed: int) -> ParticleWorld:
     """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
-    options = {"shaping": args.shaping, "collision_penalty": args.collision_penalty}
-    options |= {"horizon": args.max_episode_steps, "seed": seed}
-    cuda = args.device != "cpu" and torch.cuda.is_available()  # on a CPU updates take the time
-    options |= {"device": "cuda" if cuda else "cpu", "compiled": args.compile and cuda}
+    cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
-        return ParticleWorld(args.task, read_population(population), num_envs, **options)
+        return ParticleWorld(
+            args.task,
+            read_population(population),
+            num_envs,
+            device="cuda" if cuda else "cpu",
+            seed=seed,
+            compiled=args.compile and cuda,  # on a CPU updates take the time
+            horizon=args.max_episode_steps,
+            shaping=args.shaping,
+            collision_penalty=args.collision_penalty,
+        )
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
+# [shared: make_envs] end
+
 # --- 4. Networks ----------------------------------------------------------------------------------
 
+NUM_ACTIONS = 5  # A
 RELU = math.sqrt(2)  # gain of layers before a ReLU
 
 
@@ -256,20 +175,31 @@ class View(NamedTuple):
     mask: Tensor  # (M, N, N) bool: j lives and is not i
     counts: tuple[int, ...]  # agents of each parameter set, in order
 
-    @property
-    def position(self) -> Tensor:
-        return self.others[..., :2]
 
-
-def apply(weight: Tensor, bias: Tensor | None, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """x (..., N, I) by the matrix of each agent's parameter set, weight (S, I, O)."""
-    bias = x.new_zeros(len(weight), 1) if bias is None else bias
+# [shared: grouped_linear] begin
+def grouped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, counts: tuple[int, ...]
+) -> Tensor:
+    """x (M, N, I) by the matrix of each agent's parameter set: weight (S, I, O) -> (M, N, O)."""
     if len(weight) == 1:
-        return x @ weight[0] + bias[0]
-    if len(weight) == x.shape[-2]:
-        return torch.einsum("...ni,nio->...no", x, weight) + bias
-    parts = zip(x.split(counts, -2), weight, bias)
-    return torch.cat([part @ w + b for part, w, b in parts], -2)
+        y = x @ weight[0]
+        return y if bias is None else y + bias[0]
+    if len(weight) == x.shape[1]:
+        y = torch.einsum("mni,nio->mno", x, weight)
+        return y if bias is None else y + bias
+    parts = [part @ w for part, w in zip(x.split(counts, 1), weight)]
+    if bias is not None:
+        parts = [part + b for part, b in zip(parts, bias)]
+    return torch.cat(parts, 1)
+
+
+# [shared: grouped_linear] end
+
+
+# [shared: layers] begin
+def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """(S, ...) of parameter sets -> (N, ...) of agents."""
+    return x.repeat_interleave(torch.tensor(counts, device=x.device), 0)
 
 
 class Linear(nn.Module):
@@ -282,139 +212,131 @@ class Linear(nn.Module):
         for weight in self.weight:
             nn.init.xavier_uniform_(weight, gain)
 
-    def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:  # (..., N, I) -> (..., N, O)
-        return apply(self.weight, self.bias, x, counts)
+    def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:  # (M, N, I) -> (M, N, O)
+        return grouped_linear(x, self.weight, self.bias, counts)
 
 
 class MLP(nn.Module):
     """Two layers per parameter set."""
 
-    def __init__(self, sets: int, inputs: int, hidden: int, outputs: int, gain: float = 1.0):
+    def __init__(self, sets: int, inputs: int, hidden: int, outputs: int):
         super().__init__()
-        self.first = Linear(sets, inputs, hidden, RELU)
-        self.last = Linear(sets, hidden, outputs, gain)
+        self.first = Linear(sets, inputs, hidden, gain=RELU)
+        self.last = Linear(sets, hidden, outputs)
 
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-        return self.last(F.relu(self.first(x, counts)), counts)
+        hidden = F.relu(self.first(x, counts))
+        return self.last(hidden, counts)
 
 
-# A network of o_ij = [p_j - p_i, v_j, ...] has N^2 inputs. But its first layer is linear and gives
-# a_j - b_i, with a_j = W [p_j, v_j, ...] + c and b_i = W_p p_i: N of each. And its second is given
-# to the query (of keys) or comes after the sum over j (of values, as sum_j g_ij = 1). What is left
-# for pairs are two sums, which --compile makes single loops.
+# [shared: layers] end
 
 
-def pair_scores(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """u_i . relu(a_j - b_i): u, b (M, n, H), a (M, 1 or n, N, H) -> (M, n, N)."""
-    return (u[:, :, None] * F.relu(a - b[:, :, None])).sum(-1)
+class Pairs:
+    """Networks of o_ij = [p_j - p_i, v_j, ...] after a first layer that they share: keys, values.
+
+    As the paper has them, with M N^2 H numbers. By default FastPairs, which is equal, does without.
+    """
+
+    def __init__(self, others: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]):
+        """others (M, N, De), weight (S, De, H), bias (S, H)."""
+        N = others.shape[1]
+        relative = others[:, None, :, :2] - others[:, :, None, :2]
+        rest = others[:, None, :, 2:].expand(-1, N, -1, -1)
+        o = torch.cat((relative, rest), -1)  # o_ij (M, N, N, De)
+        hidden = torch.einsum("mijd,idh->mijh", o, per_agent(weight, counts))
+        hidden = hidden + per_agent(bias, counts)[:, None]
+        self.hidden, self.counts = F.relu(hidden), counts  # (M, N, N, H)
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
+        key = per_agent(key, self.counts)
+        keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
+        return torch.einsum("mik,mijk->mij", query, keys)
+
+    def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
+        weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
+        values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
+        return torch.einsum("mij,mijo->mio", g, values)
 
 
-def pair_sums(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """sum_j g_ij relu(a_j - b_i): g (M, n, N), a (M, 1 or n, N, H), b (M, n, H) -> (M, n, H)."""
-    return (g[..., None] * F.relu(a - b[:, :, None])).sum(2)
+# [shared: pairs] begin
+def pairs_class(args: Args) -> Callable[..., Pairs]:
+    """Pairs or FastPairs, which has the same methods."""
+    if args.plain:
+        return Pairs
+    return functools.partial(FastPairs, compiled=args.compile)
 
 
-def pair_gradients(g: Tensor, u: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of sum_ij g_ij u_i . relu(a_j - b_i) for a and b."""
-    x = torch.where(a > b[:, :, None], g[..., None] * u[:, :, None], 0.0)
-    return x.sum(1, keepdim=True) if a.shape[1] == 1 else x, -x.sum(2)
+# [shared: pairs] end
 
 
-class Pairs(torch.autograd.Function):
-    """pair_scores or pair_sums of x, without keeping N^2 H numbers for the gradient. Each is the
-    other's gradient for x."""
-
-    @staticmethod
-    def forward(ctx, function: Callable, compiled: bool, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(x, a, b)
-        ctx.scores, ctx.compiled = function is pair_scores, compiled
-        return kernel(function, compiled)(x, a, b)
-
-    @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
-        (x, a, b), d, of_x, of_ab = ctx.saved_tensors, d.contiguous(), None, (None, None)
-        if ctx.needs_input_grad[2]:
-            of_x = kernel(pair_sums if ctx.scores else pair_scores, ctx.compiled)(d, a, b)
-        if any(ctx.needs_input_grad[3:]):
-            g, u = (d, x) if ctx.scores else (x, d)
-            of_ab = kernel(pair_gradients, ctx.compiled)(g, u, a, b)
-        return None, None, of_x, *of_ab
-
-
-@functools.cache
-def kernel(function: Callable, compiled: bool) -> Callable:
-    """The function itself or a compiled form for all sizes."""
-    if not compiled:
-        return function
-    return Compiled(function, function.__name__, dynamic=True)
-
-
-class PairLayer(nn.Module):
-    """First layer of a network of o_ij, and how its second is summed up."""
-
-    def __init__(self, sets: int, inputs: int, hidden: int, compiled: bool):
-        super().__init__()
-        self.linear, self.compiled = Linear(sets, inputs, hidden, RELU), compiled
-
-    def terms(self, others: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """a (M, S, N, H) and b (M, N, H) of others (M, N, De), seen from view.position."""
-        weight = self.linear.weight
-        a = torch.einsum("mjd,sdh->msjh", others, weight) + self.linear.bias[:, None]
-        return a, apply(weight[:, :2], None, view.position, view.counts)
-
-    def forward(self, function: Callable, x: Tensor, a: Tensor, b: Tensor, view: View) -> Tensor:
-        """pair_scores or pair_sums of x (M, N, .), with a and b from terms()."""
-        if a.shape[1] in (1, x.shape[1]):
-            return Pairs.apply(function, self.compiled, x, a, b)
-        parts = zip(x.split(view.counts, 1), a.split(1, 1), b.split(view.counts, 1))
-        return torch.cat([Pairs.apply(function, self.compiled, *part) for part in parts], 1)
-
-
-class Relations(nn.Module):
+class RelationGraph(nn.Module):
     """phi: whom an agent attends to."""
 
-    def __init__(self, sets: int, own: int, entity: int, args: Args):
+    def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
-        hidden, self.key_size = args.hidden_size, args.key_size
-        self.own = Linear(sets, own, hidden, RELU)
-        self.query = Linear(sets, hidden, args.key_size, args.head_gain)
-        self.pair = PairLayer(sets, entity, hidden, args.compile)
-        self.key = Linear(sets, hidden, args.key_size, args.head_gain)  # its bias would cancel
+        H, K = args.hidden_size, args.key_size
+        self.pairs = pairs_class(args)
+        self.key_size = K
+        self.own = Linear(sets, own_size, H, gain=RELU)
+        self.query = Linear(sets, H, K, gain=args.head_gain)
+        self.entity = Linear(sets, entity_size, H, gain=RELU)
+        self.key = Linear(sets, H, K, gain=args.head_gain)  # its bias would cancel in the softmax
 
     def forward(self, view: View) -> Tensor:
         """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
+        hidden = F.relu(self.own(view.own, view.counts))
+        query = self.query(hidden, view.counts)  # (M, N, K)
+        entity = self.entity
+        pairs = self.pairs(view.others, entity.weight, entity.bias, view.counts)
+        scores = pairs.scores(query, self.key.weight)
         # Eq. (1)
-        query = self.query(F.relu(self.own(view.own, view.counts)), view.counts)  # (M, N, key)
-        u = apply(self.key.weight.mT, None, query, view.counts)  # (M, N, H)
-        a, b = self.pair.terms(view.others, view)
-        scores = self.pair(pair_scores, u, a, b, view) / math.sqrt(self.key_size)
+        scores = scores / math.sqrt(self.key_size)
         scores = scores.masked_fill(~view.mask, -1e9)
         return scores.softmax(-1) * view.mask
 
 
-class Readout(nn.Module):
-    """theta or zeta: layers above o_s and e_i = sum_j g_ij V(o_ij), 0 without others."""
+class GraphNet(nn.Module):
+    """Actor (theta) or critic (zeta): layers above o_s and e_i = sum_j g_ij V(o_ij), which is 0
+    without others."""
 
-    def __init__(self, sets: int, own: int, entity: int, outputs: int, gain: float, args: Args):
+    def __init__(
+        self,
+        sets: int,
+        own_size: int,
+        entity_size: int,
+        outputs: int,
+        gain: float,
+        args: Args,
+    ):
         super().__init__()
-        hidden = args.hidden_size
-        self.own = MLP(sets, own, hidden, hidden)
-        self.pair = PairLayer(sets, entity, hidden, args.compile)
-        self.value = Linear(sets, hidden, hidden)
-        self.out = Linear(sets, hidden, outputs, gain)
+        H = args.hidden_size
+        self.pairs = pairs_class(args)
+        self.own = MLP(sets, own_size, H, H)
+        self.entity = Linear(sets, entity_size, H, gain=RELU)
+        self.value = Linear(sets, H, H)
+        self.out = Linear(sets, H, outputs, gain)
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
         """Outputs (M, N, .) for graphs g (M, N, N); a critic reads the others' actions (M, N)."""
         others = view.others
         if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
-            others = torch.cat((others, F.one_hot(actions, NUM_ACTIONS).to(others.dtype)), -1)
-        x, (a, b) = self.own(view.own, view.counts), self.pair.terms(others, view)
-        e = self.value(self.pair(pair_sums, g, a, b, view), view.counts)
+            actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
+            others = torch.cat((others, actions), -1)
+        x = self.own(view.own, view.counts)
+        pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
+        e = pairs.sums(g, self.value.weight, self.value.bias)
         e = e * view.mask.any(-1, keepdim=True)
         return self.out(F.relu(x + e), view.counts)
 
 
-NUM_ACTIONS = 5  # A
+# [shared: sample] begin
+def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
+    """Gumbel noise of the shape of a tensor."""
+    noise = torch.empty(like.shape).exponential_(generator=rng)
+    return -noise.log().to(like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
@@ -422,8 +344,7 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
     return (log_probs + gumbel(log_probs, rng)).argmax(-1)
 
 
-def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
-    return -torch.empty(like.shape).exponential_(generator=rng).log().to(like.device)
+# [shared: sample] end
 
 
 class Agent:
@@ -434,29 +355,40 @@ class Agent:
         self.sets = len(game.population) if args.share_parameters else game.num_agents
         own, entity = game.own_features, game.entity_features
         torch.manual_seed(args.seed)
-        self.phi = Relations(self.sets, own, entity, args).to(device)
+        self.attention = RelationGraph(self.sets, own, entity, args).to(device)
         # Small first logits: all actions are tried.
-        self.theta = Readout(self.sets, own, entity, NUM_ACTIONS, 0.1, args).to(device)
-        critic = (self.sets, own, entity + NUM_ACTIONS, NUM_ACTIONS, 1.0, args)
-        self.zeta = Readout(*critic).to(device)
-        self.delayed_theta, self.delayed_zeta = copy.deepcopy((self.theta, self.zeta))
+        self.actor = GraphNet(self.sets, own, entity, NUM_ACTIONS, gain=0.1, args=args)
+        entity_size = entity + NUM_ACTIONS  # a critic reads the others' actions, too
+        self.critic = GraphNet(self.sets, own, entity_size, NUM_ACTIONS, gain=1.0, args=args)
+        for net in (self.actor, self.critic):
+            net.to(device)
+        self.target_actor = copy.deepcopy(self.actor)
+        self.target_critic = copy.deepcopy(self.critic)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
-        phi = {"params": self.phi.parameters(), "lr": args.phi_learning_rate}
-        self.actor_optimiser = adam([{"params": self.theta.parameters()}, phi])
-        self.critic_optimiser = adam(self.zeta.parameters())
+        attention = {"params": self.attention.parameters(), "lr": args.phi_learning_rate}
+        actor = {"params": self.actor.parameters()}
+        self.actor_optimiser = adam([actor, attention])
+        self.critic_optimiser = adam(self.critic.parameters())
 
-    def look(self, game: Game, obs: Observation) -> View:
+    def view(self, game: Game, obs: Observation) -> View:
         """An observation as networks read it."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
-        own, others = (x.to(torch.float32).contiguous() for x in obs[:2])
-        return View(own, others, obs.alive.contiguous(), obs.mask(), counts)
+        return View(
+            own=obs.own.to(torch.float32).contiguous(),
+            others=obs.others.to(torch.float32).contiguous(),
+            alive=obs.alive.contiguous(),
+            mask=obs.mask(),
+            counts=counts,
+        )
 
+    @torch.no_grad()
     def follow(self) -> None:
-        """Delayed networks take a step, or jump, towards the others."""
+        """Target networks take a step, or jump, towards the others."""
         step = self.args.polyak if self.args.target == "polyak" else 1.0
-        for slow, fast in ((self.delayed_theta, self.theta), (self.delayed_zeta, self.zeta)):
-            with torch.no_grad():
-                torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), step)
+        pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
+        for target, net in pairs:
+            slow, fast = list(target.parameters()), list(net.parameters())
+            torch._foreach_lerp_(slow, fast, step)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -476,80 +408,109 @@ class Batch(NamedTuple):
     terminated: Tensor  # (M,) bool
 
 
-class Arena:
-    """A population: its worlds, its replay, and how large its rewards are.
+def sum_by_type(x: Tensor, game: Game) -> Tensor:  # (..., N) -> (types,)
+    parts = x.split(game.population, -1)
+    return torch.stack([part.sum() for part in parts])
 
-    The replay keeps states of worlds; observations, graphs and all that follows are made again."""
 
-    def __init__(self, args: Args, population: str, device: torch.device):
-        self.args, self.name, self.device = args, population, device
-        self.world = make_envs(args, population, args.num_envs, args.seed)
-        self.game, self.steps = self.world.game, 0  # environment steps
-        N, S = self.game.num_agents, self.game.state_size
-        rows = {
-            "state": ((S,), torch.float32),
-            "final_state": ((S,), torch.float32),  # at the end of the step
-            "actions": ((N,), torch.int8),
-            "rewards": ((N,), torch.float32),  # raw
-            "terminated": ((), torch.bool),
+class ReplayBuffer:
+    """Transitions of one population, and how large its rewards are.
+
+    It keeps states of worlds; observations, graphs and all that follows are made again."""
+
+    def __init__(self, args: Args, worlds: ParticleWorld, device: torch.device):
+        self.args, self.worlds, self.device = args, worlds, device
+        self.game, self.steps = worlds.game, 0  # environment steps
+        size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
+        types = len(self.game.population)
+        self.rows = {
+            "state": torch.empty(size, S, device=device),
+            "final_state": torch.empty(size, S, device=device),  # at the end of the step
+            "actions": torch.empty(size, N, dtype=torch.int8, device=device),
+            "rewards": torch.empty(size, N, device=device),  # raw
+            "terminated": torch.empty(size, dtype=torch.bool, device=device),
         }
-        self.replay = {
-            name: torch.empty(args.buffer_size, *shape, dtype=kind, device=device)
-            for name, (shape, kind) in rows.items()
-        }
-        kinds = len(self.game.population)
-        self.numbers = {
-            # 1, r, r^2, summed over living agents of each type:
-            "rewards": torch.zeros(3, kinds, dtype=torch.float64, device=device),
-            "returns": torch.zeros(args.num_envs, N, device=device),  # of running episodes
-            "ended": torch.zeros(1 + kinds, device=device),  # episodes, their returns by type
-        }
-        self.world.reset()
+        # 1, r, r^2, summed over living agents of each type
+        self.reward_sums = torch.zeros(3, types, dtype=torch.float64, device=device)
 
     @property
     def size(self) -> int:
         return min(self.steps, self.args.buffer_size)
 
-    def by_type(self, x: Tensor) -> Tensor:  # (..., N) -> (types,) sums
-        return torch.stack([part.sum() for part in x.split(self.game.population, -1)])
-
-    def add(self, state: Tensor, alive: Tensor, actions: Tensor, step: Step) -> None:
-        """Store a step of all worlds."""
-        row = (state, step.final_state, actions, step.reward, step.terminated)
-        first = self.steps % self.args.buffer_size
-        place = torch.arange(first, first + len(state), device=self.device) % self.args.buffer_size
-        for x, new in zip(self.replay.values(), row):
-            x[place] = new.to(x.dtype)
-        numbers, r = self.numbers, (step.reward * alive).double()
-        numbers["rewards"] += torch.stack([self.by_type(x) for x in (alive.double(), r, r * r)])
-        ended = step.terminated | step.truncated
-        returns = numbers["returns"] + step.reward
-        numbers["ended"][0] += ended.sum()
-        numbers["ended"][1:] += self.by_type(returns * ended[:, None])
-        numbers["returns"] = returns * ~ended[:, None]
-        self.steps += len(state)
+    def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
+        """Store a step of all worlds; alive (B, N)."""
+        B, size = len(alive), self.args.buffer_size
+        place = torch.arange(B, device=self.device)
+        place = (self.steps + place) % size
+        for name, x in row.items():
+            self.rows[name][place] = x.to(self.rows[name].dtype)
+        rewards = (row["rewards"] * alive).double()
+        powers = (alive.double(), rewards, rewards * rewards)
+        sums = [sum_by_type(x, self.game) for x in powers]
+        self.reward_sums += torch.stack(sums)
+        self.steps += B
 
     def deviation(self) -> Tensor:
         """(N,): what the rewards of each agent are divided by, at least .01."""
         # paper is silent: no mean is taken off, games that end early would change
-        count, total, square = self.numbers["rewards"]
-        std = (square / count - (total / count) ** 2).clamp(min=0).sqrt().clamp(min=0.01)
-        std = std.float() if self.args.scale_rewards else torch.ones_like(std).float()
-        return torch.cat([x.expand(n) for x, n in zip(std, self.game.population)])
+        count, total, square = self.reward_sums
+        variance = square / count - (total / count) ** 2
+        std = variance.clamp(min=0).sqrt().float()
+        std = std.clamp(min=0.01)
+        if not self.args.scale_rewards:
+            std = torch.ones_like(std)
+        return per_agent(std, self.game.population)
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
-        index = torch.randint(0, self.size, (size,), generator=rng).to(self.device)
-        row = {name: x[index] for name, x in self.replay.items()}
-        look = lambda state: agent.look(self.game, self.world.observe(state))  # noqa: E731
-        rewards = row["rewards"] / self.deviation()
-        states = look(row["state"]), look(row["final_state"])
-        return Batch(*states, row["actions"].long(), rewards, row["terminated"])
+        index = torch.randint(0, self.size, (size,), generator=rng)
+        index = index.to(self.device)
+        row = {name: x[index] for name, x in self.rows.items()}
+        obs = self.worlds.observe(row["state"])
+        next_obs = self.worlds.observe(row["final_state"])
+        return Batch(
+            view=agent.view(self.game, obs),
+            next_view=agent.view(self.game, next_obs),
+            actions=row["actions"].long(),
+            rewards=row["rewards"] / self.deviation(),
+            terminated=row["terminated"],
+        )
 
-    def count(self) -> dict[str, float]:
-        """Returns of the episodes that ended since the last call, per agent."""
-        episodes, *sums = self.numbers["ended"].tolist()
-        self.numbers["ended"].zero_()
+    def filled(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the rows."""
+        return {name: x[: self.size] for name, x in self.rows.items()}
+
+    def refill(self, rows: dict[str, Tensor]) -> None:
+        """Put back what filled() gave."""
+        for name, x in rows.items():
+            self.rows[name][: len(x)] = x
+
+
+class Collector:
+    """The worlds of one population, the episodes that run in them, and the replay they fill."""
+
+    def __init__(self, args: Args, population: str, device: torch.device):
+        self.name, self.device = population, device
+        self.worlds = make_envs(args, population, args.num_envs, args.seed)
+        self.game = self.worlds.game
+        self.buffer = ReplayBuffer(args, self.worlds, device)
+        N, types = self.game.num_agents, len(self.game.population)
+        self.returns = torch.zeros(args.num_envs, N, device=device)  # of running episodes
+        self.ended = torch.zeros(1 + types, device=device)  # episodes, their returns by type
+        self.worlds.reset()
+
+    def count(self, step: Step) -> None:
+        """Returns of running and ended episodes, after a step."""
+        ended = step.terminated | step.truncated
+        returns = self.returns + step.reward
+        self.ended[0] += ended.sum()
+        self.ended[1:] += sum_by_type(returns * ended[:, None], self.game)
+        self.returns = returns * ~ended[:, None]
+
+    def report(self) -> dict[str, float]:
+        """Returns of the episodes that ended since the last report, per agent."""
+        episodes, *sums = self.ended.tolist()
+        self.ended.zero_()
         if not episodes:
             return {}
         means = [x / episodes / n for x, n in zip(sums, self.game.population)]
@@ -558,68 +519,44 @@ class Arena:
             figures |= {f"return/{self.name}/{k}": x for k, x in enumerate(means)}
         return figures
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the replay's rows."""
+        return {
+            "worlds": self.worlds.state_dict(),
+            "steps": self.buffer.steps,
+            "rewards": self.buffer.reward_sums,
+            "returns": self.returns,
+            "ended": self.ended,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on where state_dict() was taken."""
+        self.worlds.load_state_dict(saved["worlds"])
+        self.buffer.steps = saved["steps"]
+        self.buffer.reward_sums = saved["rewards"].to(self.device)
+        self.returns = saved["returns"].to(self.device)
+        self.ended = saved["ended"].to(self.device)
+
 
 @torch.no_grad()
-def collect(agent: Agent, arena: Arena, rng: torch.Generator) -> None:
+def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
     """One step in all worlds."""
-    obs, state = arena.world.obs, arena.world.state
-    view = agent.look(arena.game, obs)
-    actions = sample(agent.theta(view, agent.phi(view)).log_softmax(-1), rng)
-    arena.add(state, view.alive, actions, arena.world.step(actions))
+    worlds = collector.worlds
+    state = worlds.state
+    view = agent.view(collector.game, worlds.obs)
+    logits = agent.actor(view, agent.attention(view))
+    actions = sample(logits.log_softmax(-1), rng)  # (B, N)
+    step = worlds.step(actions)
+    row = {"state": state, "final_state": step.final_state, "actions": actions}
+    row |= {"rewards": step.reward, "terminated": step.terminated}
+    collector.buffer.add(row, view.alive)
+    collector.count(step)
 
 
 # --- 7. Update ------------------------------------------------------------------------------------
-# [shared] begin
 
 
-def start_processes(args: Any) -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device; joins torchrun's process group where there is one."""
-    torch.set_num_threads(args.num_threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: there is no CUDA device here.")
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
-        # The others wait while the first evaluates; who is dead, torchrun finds out.
-        patience = datetime.timedelta(days=1)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-    return rank, size, device
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def moments(x: Tensor) -> Tensor:
-    """1, mean and mean square over all processes -> (3,) float64."""
-    x = x.double()
-    sums = sum_over_processes(torch.stack([torch.ones_like(x).sum(), x.sum(), (x * x).sum()]))
-    return sums / sums[0]
-
-
-def descend(loss: Tensor, net: nn.Module, optimiser, max_norm: float) -> Tensor:
-    """A step on gradients averaged over processes, then clipped; returns their norm before that."""
-    optimiser.zero_grad()
-    loss.backward()
-    parameters = [p for p in net.parameters() if p.grad is not None]
-    if dist.is_initialized():  # one flat all-reduce
-        flat = sum_over_processes(torch.cat([p.grad.flatten() for p in parameters]))
-        parts = (flat / dist.get_world_size()).split([p.numel() for p in parameters])
-        for p, part in zip(parameters, parts):
-            p.grad.copy_(part.view_as(p))
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimiser.step()
-    return norm
-
-
-# [shared] end
-
-
+# [shared: losses] begin
 def mean(x: Tensor, alive: Tensor) -> Tensor:
     """Of (..., N) over the living."""
     return (x * alive).sum() / alive.sum().clamp(min=1)
@@ -629,60 +566,85 @@ def pick(x: Tensor, actions: Tensor) -> Tensor:  # (M, N, A), (M, N) -> (M, N)
     return x.gather(-1, actions[..., None])[..., 0]
 
 
-def critic_loss(args: Args, agent: Agent, batch: Batch, g, next_g, rng) -> Tensor:
-    """Eq. (8), with the entropy of a' in the target as in the authors' code."""
-    view, later = batch.view, batch.next_view
+def critic_loss(
+    args: Args,
+    agent: Agent,
+    batch: Batch,
+    g: Tensor,
+    next_g: Tensor,
+    rng: torch.Generator,
+) -> Tensor:
+    """Eq. (8), with the entropy of a' in the target as in the authors' code; g, next_g (M, N, N)
+    of o and o'."""
+    next_view = batch.next_view
     with torch.no_grad():
-        log_probs = agent.delayed_theta(later, next_g).log_softmax(-1)
+        log_probs = agent.target_actor(next_view, next_g).log_softmax(-1)
         actions = sample(log_probs, rng)  # paper and code differ: at o', not at o
-        q = pick(agent.delayed_zeta(later, next_g, actions), actions)
-        q = q - args.entropy_coef * pick(log_probs, actions)
-        target = batch.rewards + args.gamma * q * later.alive * ~batch.terminated[:, None]
+        next_q = pick(agent.target_critic(next_view, next_g, actions), actions)
+        next_q = next_q - args.entropy_coef * pick(log_probs, actions)
+        goes_on = next_view.alive * ~batch.terminated[:, None]
+        target = batch.rewards + args.gamma * next_q * goes_on
     # Eq. (8)
-    q = pick(agent.zeta(view, g, batch.actions), batch.actions)
-    return mean((q - target).square(), view.alive)
+    q = agent.critic(batch.view, g, batch.actions)
+    q = pick(q, batch.actions)
+    return mean((q - target).square(), batch.view.alive)
 
 
-def actor_loss(args: Args, theta, zeta, batch: Batch, g, rng) -> tuple[Tensor, Tensor]:
-    """Eq. (9), or (10) if g can be differentiated; and the policy's entropy."""
-    log_probs = theta(batch.view, g).log_softmax(-1)
+def actor_loss(
+    args: Args,
+    actor: Callable[..., Tensor],
+    critic: Callable[..., Tensor],
+    batch: Batch,
+    g: Tensor,
+    rng: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Eq. (9), or (10) if g (M, N, N) can be differentiated; and the policy's entropy."""
+    log_probs = actor(batch.view, g).log_softmax(-1)  # (M, N, A)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     if args.actor_gradient == "gumbel":  # as Lowe et al.: the others' actions are the replay's
-        others, noise = batch.actions, gumbel(log_probs, rng)
-        soft = (log_probs + noise).softmax(-1)
+        others = batch.actions
+        soft = (log_probs + gumbel(log_probs, rng)).softmax(-1)
         hard = F.one_hot(soft.argmax(-1), NUM_ACTIONS)
         probs = hard + soft - soft.detach()  # straight through
     else:  # the exact expectation over one's own actions
-        others, probs = sample(log_probs, rng), log_probs.exp()
+        others = sample(log_probs, rng)
+        probs = log_probs.exp()
     with torch.no_grad():
-        q = zeta(batch.view, g, others)  # (M, N, A), of all own actions
+        q = critic(batch.view, g, others)  # (M, N, A), of all own actions
     # Eq. (9)
     objective = (probs * q).sum(-1) + args.entropy_coef * entropy
     return -mean(objective, batch.view.alive), mean(entropy, batch.view.alive)
 
 
-def update(args: Args, agent: Agent, arena: Arena, rng: torch.Generator) -> dict[str, Tensor]:
-    """K steps of critic and actor, then of the delayed networks. Returns scalars."""
+# [shared: losses] end
+
+
+def update(
+    args: Args, agent: Agent, collector: Collector, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """K steps of critic and actor, then of the target networks. Returns scalars; RunError if one
+    of them or a reward is not finite."""
     scalars = collections.defaultdict(list)
+    policy = nn.ModuleList((agent.actor, agent.attention))
+    limit, buffer = args.max_grad_norm, collector.buffer
     for _ in range(args.inner_steps):
-        batch = arena.sample(agent, rng, args.batch_size)
-        with torch.set_grad_enabled(args.phi_gradient == "actor"):
-            g = agent.phi(batch.view)
+        batch = buffer.sample(agent, rng, args.batch_size)
+        g = agent.attention(batch.view)
         with torch.no_grad():
-            next_g = agent.phi(batch.next_view)
+            next_g = agent.attention(batch.next_view)
         loss = critic_loss(args, agent, batch, g.detach(), next_g, rng)
-        optimiser = agent.critic_optimiser
-        critic_norm = descend(loss, agent.zeta, optimiser, args.max_grad_norm)
-        policy_loss, entropy = actor_loss(args, agent.theta, agent.zeta, batch, g, rng)
-        optimiser = agent.actor_optimiser
-        actor = nn.ModuleList((agent.theta, agent.phi))
-        actor_norm = descend(policy_loss, actor, optimiser, args.max_grad_norm)
-        now = {"critic_loss": loss, "actor_loss": policy_loss, "entropy": entropy}
-        now |= {"critic_grad_norm": critic_norm, "actor_grad_norm": actor_norm}
-        for name, x in now.items():
-            scalars[name].append(x.detach())
+        scalars["critic_loss"].append(loss.detach())
+        norm = descend(loss, agent.critic, agent.critic_optimiser, limit)
+        scalars["critic_grad_norm"].append(norm)
+        loss, entropy = actor_loss(args, agent.actor, agent.critic, batch, g, rng)
+        scalars["actor_loss"].append(loss.detach())
+        scalars["entropy"].append(entropy.detach())
+        norm = descend(loss, policy, agent.actor_optimiser, limit)
+        scalars["actor_grad_norm"].append(norm)
     agent.follow()
-    return {name: torch.stack(x).mean() for name, x in scalars.items()}
+    means = {name: torch.stack(x).mean() for name, x in scalars.items()}
+    check_finite(rewards=buffer.reward_sums, **means)
+    return means
 
 
 # --- 8. Evaluate ----------------------------------------------------------------------------------
@@ -692,408 +654,100 @@ def net_player(agent: Agent, seed: int) -> Player:
     """Our agents as a player for envs.particle.episodes: sampled actions."""
     rng = torch.Generator().manual_seed(seed)
 
-    def act(world: ParticleWorld) -> Tensor:
-        view = agent.look(world.game, world.obs)
-        return sample(agent.theta(view, agent.phi(view)).log_softmax(-1), rng)
+    def act(worlds: ParticleWorld) -> Tensor:  # (B, N)
+        view = agent.view(worlds.game, worlds.obs)
+        logits = agent.actor(view, agent.attention(view))
+        return sample(logits.log_softmax(-1), rng)
 
     return act
 
 
-def evaluate(
-    args: Args, agent: Agent, alive: Callable, kind: str, timesteps: int, run_dir: Path
-) -> dict[str, dict[str, float]]:
-    """Episodes without learning, at the end beside scripted players in the same worlds.
-
-    kind: "eval" on the way or "final", which plays other episodes; alive() is called now and then.
-    Prints a table and returns {"population player": envs.particle.episodes.summarise(...)}.
-    """
-    episodes = args.final_episodes if kind == "final" else args.eval_episodes
-    rng = np.random.default_rng((args.seed, timesteps, ("eval", "final").index(kind)))
-    seeds, results = rng.integers(2**31, size=3).tolist(), {}
-    world = make_envs(args, args.population, episodes, seeds[0])
-    players = {"": net_player(agent, seeds[1])}
-    players |= scripted_players(seeds[2]) if kind == "final" else {}
+def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Episodes without learning, at the end beside scripted players in the same worlds. Returns
+    {"population player": envs.particle.episodes.summarise(...)}."""
+    world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
+    worlds = make_envs(args, args.population, evaluation.episodes, world_seed)
+    players = {"": net_player(agent, player_seed)}
+    if evaluation.final:
+        players |= scripted_players(scripted_seed)
+    evaluation.expect(len(players) * evaluation.episodes)
+    results = {}
     for name, player in players.items():
-        alive()
-        world.seed(seeds[0])  # all meet the same episodes
-        film = run_dir / "videos" / f"{kind}-{timesteps}-{args.population}.mp4"
-        film = film if args.capture_video and not name else None
-        row = f"{args.population} {name}".rstrip()
-        results[row] = summarise(args.task, play(world, player, film))
-    tqdm.write(f"{args.task}, seed {args.seed}, step {timesteps}\n{table(results)}")
+        worlds.seed(world_seed)  # all meet the same episodes
+        film = None
+        if evaluation.videos and not name:
+            film = evaluation.videos / f"{evaluation.stem}-{args.population}.mp4"
+        returns = play(worlds, player, film, evaluation.progress)
+        results[f"{args.population} {name}".rstrip()] = summarise(args.task, returns)
     return results
 
 
-# --- 9. Plumbing ----------------------------------------------------------------------------------
-# [shared] begin
+def load_agent(path: str) -> tuple[Args, Agent]:
+    """Arguments and networks of a run or checkpoint, on the CPU; UsageError if it is of another
+    script."""
+    args = saved_args(path, Args)
+    args = dataclasses.replace(args, device="cpu", compile=False)
+    game = make_envs(args, args.population, num_envs=1, seed=1).game
+    agent = Agent(args, game, torch.device("cpu"))
+    saved, _ = load_checkpoint(path)
+    restore(agent, saved["agent"], path)
+    return args, agent
 
 
-def check_finite(**tensors: Tensor) -> None:
-    """End the run, in all processes, at the first tensor with NaN or infinity, and name it."""
-    for name, x in tensors.items():
-        if sum_over_processes((~torch.isfinite(x)).sum()):
-            raise RunError(f"{name} is not finite; the last checkpoint is from before.")
+def load_player(path: str, seed: int = 1) -> Player:
+    """The policy of a run or checkpoint as a player for envs.particle.episodes."""
+    _, agent = load_agent(path)
+    return net_player(agent, seed)
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """End the run with one sentence if this cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from None
+# --- 9. Train -------------------------------------------------------------------------------------
 
 
-def write(path: Path, data: bytes) -> None:
-    """Replace a file by one that is whole, or leave it as it was."""
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        try:
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
-
-
-def read_intact(run_dir: Path, entry: dict[str, Any]) -> bytes:
-    """A checkpoint of the index; nothing if it is not what was written."""
-    path = run_dir / entry["name"]
-    data = path.read_bytes() if path.exists() else b""
-    return data if hashlib.sha256(data).hexdigest() == entry["sha256"] else b""
-
-
-def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, then the index that names the last two intact, then delete the rest."""
-    buffer, index = io.BytesIO(), run_dir / "checkpoints.json"
-    torch.save(state, buffer)
-    name, sha256 = f"checkpoint-{state['timesteps']}.pt", hashlib.sha256(buffer.getvalue())
-    entry = {"name": name, "timesteps": state["timesteps"], "sha256": sha256.hexdigest()}
-    known = json.loads(index.read_text()) if index.exists() else []
-    if known and known[0]["name"] == name and read_intact(run_dir, known[0]):
-        return  # saved already
-    others = (old for old in known if old["name"] != name and read_intact(run_dir, old))
-    known = [entry, *itertools.islice(others, 1)]
-    write(run_dir / name, buffer.getvalue())
-    write(index, json.dumps(known, indent=1).encode())
-    for path in set(run_dir.glob("checkpoint-*.pt")) - {run_dir / old["name"] for old in known}:
-        path.unlink()
-
-
-def load_checkpoint(path: str, quiet: bool = False) -> tuple[dict[str, Any], Path]:
-    """The newest intact state of a run directory, or that of one file, and the directory."""
-    file = Path(path)
-    run_dir = file if file.is_dir() else file.parent
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        for entry in json.loads((run_dir / "checkpoints.json").read_text()):
-            part = run_dir / entry["name"]
-            if file in (run_dir, part):
-                if data := read_intact(run_dir, entry):
-                    return torch.load(io.BytesIO(data), "cpu", weights_only=True), run_dir
-                if not quiet:
-                    print(f"{part} is damaged: its sha256 differs.", file=sys.stderr)
-    raise UsageError(f"{path} holds no intact checkpoint.")
-
-
-def restore(parts: dict[str, Any], states: dict[str, Any], source: str) -> None:
-    """Give networks and optimisers their states; UsageError if these do not fit."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(states[name])
-    except (KeyError, ValueError, RuntimeError):
-        raise UsageError(f"{source} does not fit: its networks have other shapes.") from None
-
-
-class Logger:
-    """Scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
-
-    def __init__(self, args: Any, run_dir: Path, timesteps: int):
-        self.dir, self.wandb = run_dir, start_wandb(args, run_dir) if args.track else None
-        self.path, self.terminal = run_dir / "metrics.jsonl", sys.stderr.isatty()
-        if timesteps and self.path.exists():  # what came after the checkpoint happens again
-            kept = (line for line in self.path.read_bytes().splitlines(True) if line[-1:] == b"\n")
-            kept = [line for line in kept if json.loads(line)["timesteps"] <= timesteps]
-            write(self.path, b"".join(kept))
-        self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
-
-    def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
-        with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
-        line = [f"{name} {scalars[name]:.4g}" for name in LINE if name in scalars]
-        if line and not self.terminal:
-            print(f"step {timesteps}  " + "  ".join(line), flush=True)
-        with writing(self.dir):
-            for name, x in scalars.items():
-                self.board.add_scalar(name, x, timesteps)
-        if self.wandb:
-            self.wandb.log({"timesteps": timesteps, **scalars, **(media or {})})
-
-    def log_results(self, timesteps: int, kind: str, results: dict[str, dict]) -> None:
-        """An evaluation, kind "eval" or "final": its figures; to wandb table and videos, too."""
-        media = {}
-        if self.wandb:  # no wandb.Table: to log one asks the server, and waits
-            media[f"{kind}/table"] = wandb.Html(f"<pre>{table(results)}</pre>")
-            for path in (self.dir / "videos").glob(f"{kind}-{timesteps}-*.mp4"):
-                media[f"video/{path.stem}"] = wandb.Video(str(path), format="mp4")
-        flat = {f"{kind}/{k}/{name}": x for k, row in results.items() for name, x in row.items()}
-        self.log(timesteps, flat, media)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def start_wandb(args: Any, run_dir: Path) -> Any:
-    """A wandb run; offline if its server does not answer in time."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry outwaits every timeout
-    limit, url = args.wandb_timeout, os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    settings = {"console": "off", "silent": True, "init_timeout": limit, "finish_timeout": limit}
-    options = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name}
-    options |= {"config": dataclasses.asdict(args), "dir": run_dir, "settings": settings}
-    try:
-        if args.wandb_mode == "online":
-            with contextlib.suppress(urllib.error.HTTPError):  # an error, too, is an answer
-                urllib.request.urlopen(url, timeout=limit).close()
-        run = wandb.init(mode=args.wandb_mode, resume="allow", **options)
-    except (OSError, ValueError, http.client.HTTPException, wandb.Error) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        print(f"wandb at {url}: {reason}; logging offline, for `wandb sync`.", file=sys.stderr)
-        wandb.teardown()  # the service holds the run's name
-        run = wandb.init(mode="offline", **options)
-    run.define_metric("*", step_metric="timesteps")
-    return run
-
-
-def new_run_dir(args: Any, world: str, **resolved: Any) -> Path:
-    """The run's directory with its args.json; resolved: what defaults have come to mean."""
-    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    name = f"{world}__{Path(__file__).stem}__s{args.seed}__{when}__{secrets.token_hex(2)}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}.") from None
-    if (run_dir / "checkpoints.json").exists():
-        raise UsageError(f"{run_dir} holds a run already: --resume it, or name another.")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    about = {"script": Path(__file__).stem, "resolved": resolved, "commit": ""}
-    with contextlib.suppress(OSError):  # no git
-        about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
-    write(run_dir / "args.json", json.dumps(dataclasses.asdict(args) | about, indent=1).encode())
-    return run_dir
-
-
-def leave(code: int) -> None:
-    """Exit; at once under torchrun, where gloo's threads sometimes crash the interpreter's end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if dist.is_initialized():
-        if code == 0:  # else others may still be waiting for us
-            dist.destroy_process_group()
-        os._exit(code)
-    sys.exit(code)
-
-
-@contextlib.contextmanager
-def stop_signals(wanted: list[int]) -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM append to the list; a second one of them does what it always does, and
-    after a call of what this yields the first does, too."""
-
-    def handler(number: int, frame: Any) -> None:
-        wanted.append(number)
-        signal.signal(number, old[number])
-
-    def restore() -> None:
-        for number in old:
-            signal.signal(number, old[number])
-
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield restore
-    finally:
-        restore()
-
-
-def progress_bar(timesteps: int, total: int, rank: int) -> tqdm:
-    """A bar of environment steps, of the first process and only on a terminal."""
-    return tqdm(total=total, initial=timesteps, unit=" steps", disable=True if rank else None)
-
-
-def is_due(every: int, before: int, now: int) -> bool:
-    """Whether a multiple of `every` lies between two numbers of environment steps; never if 0."""
-    return every > 0 and now // every > before // every
-
-
-# [shared] end
-
-
-# --- 10. Train ------------------------------------------------------------------------------------
-
-
-def save_run(run_dir: Path, state: dict[str, Any], arenas: list[Arena]) -> None:
-    """Write the filled part of the replays, then the checkpoint that names them; replays whose
-    checkpoint is gone go, too."""
-    filled = [{k: x[: arena.size].clone() for k, x in arena.replay.items()} for arena in arenas]
-    buffer, name = io.BytesIO(), f"replay-{state['timesteps']}.pt"
-    torch.save(filled, buffer)
-    write(run_dir / name, buffer.getvalue())
-    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
-    save_checkpoint(run_dir, state | {"replay": {"name": name, "sha256": sha256}})
-    for path in run_dir.glob("replay-*.pt"):
-        if not (run_dir / path.name.replace("replay", "checkpoint")).exists():
-            path.unlink()
-
-
-def load_replay(run_dir: Path, entry: dict[str, str], arenas: list[Arena]) -> None:
-    """Put back what save_run() wrote."""
-    if not (data := read_intact(run_dir, entry)):
-        what = f"{run_dir / entry['name']} is damaged or missing"
-        raise UsageError(f"{what}: --resume the older one of {run_dir}/checkpoint-*.pt instead.")
-    for arena, filled in zip(arenas, torch.load(io.BytesIO(data), weights_only=True)):
-        for name, x in filled.items():
-            arena.replay[name][: len(x)] = x.to(arena.device)
-
-
-def pack(args: Args, agent: Agent, arenas: list[Arena], rngs: dict) -> dict[str, Any]:
-    """What a checkpoint holds but for the replays; RunError if a weight is not finite."""
-    for name, part in agent.parts().items():
-        if isinstance(part, nn.Module):
-            check_finite(**{f"{name}.{key}": x for key, x in part.state_dict().items()})
-    parts = {name: part.state_dict() for name, part in agent.parts().items()}
-    about = {"script": Path(__file__).stem, "args": dataclasses.asdict(args), "agent": parts}
-    about["rngs"] = {name: rng.get_state() for name, rng in rngs.items()}
-    return about | {
-        "arenas": [
-            {"world": arena.world.state_dict(), "steps": arena.steps, "numbers": arena.numbers}
-            for arena in arenas
-        ]
-    }
-
-
-def unpack(saved: dict[str, Any], arenas: list[Arena], rngs: dict) -> None:
-    """Put worlds and generators where the checkpoint left them."""
-    for name, rng in rngs.items():
-        rng.set_state(saved["rngs"][name])
-    for arena, own in zip(arenas, saved["arenas"]):
-        arena.world.load_state_dict(own["world"])
-        arena.steps = own["steps"]
-        arena.numbers = {name: x.to(arena.device) for name, x in own["numbers"].items()}
-
-
-def report(arenas: list[Arena], scalars: dict[str, list], seconds: float, steps: int) -> dict:
-    """What a line of metrics.jsonl holds, from here back to the last."""
-    figures = {name: float(torch.stack(x).mean()) for name, x in scalars.items()}
-    scalars.clear()
-    check_finite(**{name: torch.tensor(x) for name, x in figures.items()})
-    for arena in arenas:
-        figures |= arena.count()
-    returns = [figures[f"return/{x.name}"] for x in arenas if f"return/{x.name}" in figures]
-    if returns:
-        figures["return"] = sum(returns) / len(returns)
-    return figures | {"sps": steps / seconds}
-
-
-def keep_freed_memory() -> None:
-    """glibc takes every tensor above 32 MB from the system anew, page by page, which with 48 agents
-    is half of the time: let it keep them. Elsewhere nothing happens."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no maps of their own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
-
-
-def train(args: Args) -> dict[str, dict[str, float]]:
-    """The run, with --resume from its checkpoint on; returns the last evaluation."""
+def train(args: Args) -> int:
+    """The run, or with --eval-only its evaluation; returns the exit code."""
     keep_freed_memory()
-    _, _, device = start_processes(args)
-    source = args.resume or args.eval_only
-    saved, run_dir = load_checkpoint(source) if source else ({}, None)
-    iteration, timesteps = saved.get("iteration", 0), saved.get("timesteps", 0)
-    began = time.monotonic() - saved.get("wall_s", 0)
-    with contextlib.ExitStack() as stack:
-        arenas = [Arena(args, args.population, device)]
-        agent = Agent(args, arenas[0].game, device)
-        if saved:
-            restore(agent.parts(), saved["agent"], source)
-        stop: list[int] = []  # signals that asked for it
-
-        def alive() -> None:
-            if stop:
-                raise KeyboardInterrupt
-
-        judge = functools.partial(evaluate, args, agent, alive)
+    with Run(args, table, LINE) as run:
+        collector = Collector(args, args.population, run.device)
+        agent = Agent(args, collector.game, run.device)
+        buffer = collector.buffer
+        rng = torch.Generator().manual_seed(args.seed)
+        run.restore(agent=agent)
+        judge = functools.partial(evaluate, args, agent)
         if args.eval_only:
-            return judge("final", timesteps, run_dir)
-        rngs = {"rng": torch.Generator().manual_seed(args.seed)}
-        if saved:
-            unpack(saved, arenas, rngs)
-            load_replay(run_dir, saved["replay"], arenas)
-        run_dir = run_dir or new_run_dir(args, args.task, device=str(device))
-        logger = stack.enter_context(contextlib.closing(Logger(args, run_dir, timesteps)))
-        scalars, clock = collections.defaultdict(list), (time.monotonic(), timesteps)
-
-        saved_at = timesteps if saved else -1
-
-        def save() -> None:
-            nonlocal saved_at
-            if timesteps != saved_at:
-                state = pack(args, agent, arenas, rngs)
-                state |= {"iteration": iteration, "timesteps": timesteps}
-                save_run(run_dir, state | {"wall_s": time.monotonic() - began}, arenas)
-            saved_at = timesteps
-
-        if not saved:
-            save()
-        bar = progress_bar(timesteps, args.total_timesteps, 0)
-        signals = stack.enter_context(stop_signals(stop))
-        while timesteps < args.total_timesteps and not stop:
-            arena = arenas[iteration // args.max_episode_steps % len(arenas)]
-            before = arena.steps
-            collect(agent, arena, rngs["rng"])
-            if is_due(args.update_every, before, arena.steps) and arena.size >= args.batch_size:
-                for name, x in update(args, agent, arena, rngs["rng"]).items():
-                    scalars[name].append(x)
-            iteration += 1
-            before, timesteps = timesteps, timesteps + args.num_envs
-            bar.update(args.num_envs)
-            if is_due(args.log_every, before, timesteps):
-                now = time.monotonic()
-                figures = report(arenas, scalars, now - clock[0], timesteps - clock[1])
-                logger.log(timesteps, figures | {"wall_s": now - began})
-                clock = now, timesteps
-            if is_due(args.save_every, before, timesteps):
-                save()
-            if is_due(args.eval_every, before, timesteps):
-                with contextlib.suppress(KeyboardInterrupt):
-                    logger.log_results(timesteps, "eval", judge("eval", timesteps, run_dir))
-        save()
-        if stop or not args.final_episodes:
-            return {}
-        signals()  # from here on Ctrl-C ends the run at once
-        results = judge("final", timesteps, run_dir)
-        logger.log_results(timesteps, "final", results)
-        summary = {"timesteps": timesteps, "wall_s": time.monotonic() - began, "eval": results}
-        write(run_dir / "summary.json", json.dumps(summary, indent=1).encode())
-        return results
+            return run.evaluate_only(judge)
+        run.begin(
+            args.task,
+            parts={"agent": agent},
+            own={"rng": rng, "collector": collector},
+            replays={args.population: buffer},
+        )
+        while run.goes_on():
+            updates = buffer.steps // args.update_every
+            collect(agent, collector, rng)
+            run.lap("collect_s")
+            is_due = buffer.steps // args.update_every > updates
+            if is_due and buffer.size >= args.batch_size:
+                run.note(update(args, agent, collector, rng))
+            run.lap("learn_s")
+            run.advance(args.num_envs)
+            if run.is_due(args.log_every):
+                figures = collector.report()
+                if figures:
+                    figures["return"] = figures[f"return/{collector.name}"]
+                run.log(figures)
+            if run.is_due(args.save_every):
+                run.save()
+            if run.is_due(args.eval_every):
+                run.evaluate(judge, "eval")
+        return run.finish(judge)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    try:
-        train(read_args(with_preset(sys.argv[1:] if argv is None else argv)))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+    return call(
+        lambda: train(read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS))
+    )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,12 @@
-"""Battles from outside: fairness, scripted agents, PettingZoo's tests, pictures."""
+"""Battles from outside: fairness, scripted agents, pictures."""
 
 from __future__ import annotations
 
-import types
-import warnings
-
 import imageio.v2 as imageio
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_test, render_test
-from pettingzoo.test.state_test import state_test
 
-from envs import combat_parallel
 from envs.smac import combat
 from envs.smac.combat import ENGAGE, MEDIVAC, NEVER, SIDE, SLOTS, Combat
 from envs.smac.episodes import (
@@ -26,7 +19,7 @@ from envs.smac.episodes import (
     summarise,
     table,
 )
-from envs.smac.views import draw, film_battle
+from envs.smac.views import draw, film
 
 SLOT_FIELDS = ("target", "winding_at", "second_at", "attacker", "missile_at", "beam_at")
 POLICIES = {"random": random_policy(7), "nearest": nearest, "focus": focus, "retreat": retreat}
@@ -192,54 +185,6 @@ def test_tables_of_results():
     assert list(scripted_policies(1)) == ["random", "nearest", "focus", "retreat"]
 
 
-# --- PettingZoo -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("scenario", "sizes"), [("sz", (3, 4, 5)), ("mmm", (8,)), ("csz", (6,))])
-def test_pettingzoo(scenario, sizes):
-    matplotlib.use("Agg")
-    new = lambda **how: combat_parallel.parallel_env(scenario, sizes, **how)  # noqa: E731
-    turns = lambda **how: combat_parallel.env(scenario, sizes, **how)  # noqa: E731
-    parallel_api_test(new(), 200)
-    parallel_seed_test(new)
-    max_cycles_test(types.SimpleNamespace(parallel_env=new, env=turns))
-    render_test(turns)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Environment's m.* state space value is")  # unbounded
-        state_test(turns(), new())
-
-
-def test_pettingzoo_shows_the_battles_own():
-    """Observations, rewards and ends against a battle with the same seed; what is not available
-    becomes stop."""
-    env = combat_parallel.parallel_env("csz", (5,))
-    c = Combat("csz", (5,), 1, seed=9, once=True)
-    seen, _ = env.reset(seed=9)
-    obs, rng = c.reset(), np.random.default_rng(0)
-    while True:
-        for i, agent in enumerate(env.possible_agents):
-            rows = seen[agent]["observation"]
-            hidden = obs.obs_mask[0, i].numpy()
-            own = np.where(hidden[:, None], 0, obs.entities[0].numpy())
-            assert np.array_equal(rows, np.concatenate((own[i : i + 1], np.delete(own, i, 0))))
-            assert np.array_equal(seen[agent]["action_mask"], obs.avail[0, i].numpy())
-        if not env.agents:
-            break
-        wild = rng.integers(0, 14, 5)  # many of them not available
-        may = obs.avail[0].numpy()
-        fine = [a if may[i, a] else int(not may[i, 0]) for i, a in enumerate(wild)]
-        step = c.step(np.array([[*fine, 0, 0, 0]]))
-        seen, reward, over, late, _ = env.step(dict(zip(env.agents, wild)))
-        obs = step.obs
-        assert set(reward.values()) == {float(step.reward[0])}
-        assert set(over.values()) == {bool(step.terminated[0])}
-        assert set(late.values()) == {bool(step.truncated[0])}
-    env.reset(seed=9)
-    for agent, action in ((env.agents[0], 99), (env.agents[0], -1), ("nobody", 1)):
-        with pytest.raises(ValueError, match=f"^{agent} has no action {action}.$"):
-            env.step({agent: action})
-
-
 # --- Pictures -------------------------------------------------------------------------------------
 
 
@@ -316,8 +261,7 @@ def test_shots_are_drawn():
 
 def test_film(tmp_path):
     c = Combat("mmm", (4,), 2, seed=1)
-    c.reset()
-    film_battle(c, focus, tmp_path / "a" / "film.mp4")
+    film(c, focus, tmp_path / "a" / "film.mp4")
     d = Combat("mmm", (4,), 2, seed=1, once=True)
     steps = play(d, focus)[0].length
     frames = imageio.mimread(tmp_path / "a" / "film.mp4", memtest=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import shutil
 from types import ModuleType, SimpleNamespace
 
@@ -15,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from toolbox import ROOT, load_script, sharpen, softmax, weights
+from particle_tools import MADDPG, MRA, parse, script, sharpen, softmax, weights
 
-from envs.particle.worlds import make_game
+from envs.particle import pairs
+from envs.particle.worlds import choose_cache, make_game
 
-mra = load_script(ROOT / "mra_maddpg_particle.py")
-maddpg = load_script(ROOT / "baselines" / "maddpg_particle.py")
+mra, maddpg = script(MRA), script(MADDPG)
 REPRESENTATIONS = ("option", "concat", "bilinear")
 SMALL = "--hidden-size 8 --key-size 4 --buffer-size 64 --batch-size 16 --num-envs 4 --device cpu"
 GAMES = {  # task, population, one parameter set per type
@@ -29,7 +30,8 @@ GAMES = {  # task, population, one parameter set per type
     "per agent": ("resource", "3", False),
     "per agent of two types": ("pacman", "2,2", False),
 }
-NETS = ("phi", "theta", "zeta", "delayed_theta", "delayed_zeta", "psi", "xi")
+NETS = ("attention", "actor", "critic", "target_actor", "target_critic")
+NETS += ("latent_prior", "population_classifier")
 
 
 @pytest.fixture(autouse=True)
@@ -51,27 +53,32 @@ def setting(
     flags: str = "",
     double: bool = True,
 ) -> SimpleNamespace:
-    """Agent, arenas and generators of a script, all weights and biases far from what they begin
-    with, delayed networks away from the others."""
+    """Agent, worlds with replays and generators of a script, all weights and biases far from what
+    they begin with, target networks away from the others."""
     populations = populations or ("3",)
     if script is mra:
         own = ["--populations", *populations, *([] if share else ["--no-share-parameters"])]
     else:
         own = ["--population", *populations, *(["--share-parameters"] if share else [])]
-    args = script.parse(["--task", task, *SMALL.split(), *own, *flags.split()])
-    arenas = [script.Arena(args, name, torch.device("cpu")) for name in populations]
-    agent = script.Agent(args, arenas[0].game, torch.device("cpu"))
+    args = parse(script, ["--task", task, *SMALL.split(), *own, *flags.split()])
+    collectors = [script.Collector(args, name, torch.device("cpu")) for name in populations]
+    agent = script.Agent(args, collectors[0].game, torch.device("cpu"))
     for seed, name in enumerate(NETS):
         if net := getattr(agent, name, None):
             sharpen(net, 0.6, seed)
             net.double() if double else None
-    agent.phi.query.weight.data *= 0.5  # graphs that neither are uniform nor choose one
-    agent.phi.query.bias.data *= 0.5
+    agent.attention.query.weight.data *= 0.5  # graphs that neither are uniform nor choose one
+    agent.attention.query.bias.data *= 0.5
     rngs = {"rng": torch.Generator().manual_seed(3)}
     rngs |= {"latent_rng": torch.Generator().manual_seed(4)} if script is mra else {}
-    game, dtype = arenas[0].game, torch.float64 if double else torch.float32
     return SimpleNamespace(
-        script=script, args=args, agent=agent, arenas=arenas, game=game, dtype=dtype, rngs=rngs
+        script=script,
+        args=args,
+        agent=agent,
+        collectors=collectors,
+        game=collectors[0].game,
+        dtype=torch.float64 if double else torch.float32,
+        rngs=rngs,
     )
 
 
@@ -163,11 +170,11 @@ def entity(others: np.ndarray, i: int, j: int) -> np.ndarray:
 def score(w: dict, how: str, s: int, own: np.ndarray, o: np.ndarray, z: np.ndarray) -> float:
     """sum_h z_h q_h . k_h of the heads of one pair; concat and bilinear have a single head."""
     Z, hidden = len(z), w["own.weight"].shape[-1]
-    first, bias = w["pair.linear.weight"], w["pair.linear.bias"]
+    first, bias = w["entity.weight"], w["entity.bias"]
     if how == "concat":
         own, o = np.concatenate((own, z)), np.concatenate((o, z))
-        first, bias = np.concatenate((first[s], w["pair.of_z.weight"][s])), bias[s]
-        bias = bias + w["pair.of_z.bias"][s]
+        first, bias = np.concatenate((first[s], w["entity_z.weight"][s])), bias[s]
+        bias = bias + w["entity_z.bias"][s]
     elif how == "bilinear":  # inputs [o, 1] x z: each z has its own matrix and its own bias
         own, o = np.outer(own, z).ravel(), np.outer(np.append(o, 1), z).ravel()
         stacked = np.concatenate((first, bias[:, None]), 1)[s * Z : s * Z + Z]  # (Z, De + 1, H)
@@ -216,7 +223,7 @@ def read(w: dict, view, g: np.ndarray, actions: np.ndarray | None = None) -> np.
         s, e = sets[i], 0.0
         for j in range(N):
             if alive[m, j] and j != i:
-                y = entity(others[m], i, j) @ w["pair.linear.weight"][s] + w["pair.linear.bias"][s]
+                y = entity(others[m], i, j) @ w["entity.weight"][s] + w["entity.bias"][s]
                 e = e + g[m, i, j] * (relu(y) @ w["value.weight"][s] + w["value.bias"][s])
         x = relu(own[m, i] @ w["own.first.weight"][s] + w["own.first.bias"][s])
         x = x @ w["own.last.weight"][s] + w["own.last.bias"][s]
@@ -266,7 +273,7 @@ def plain_graph(phi, view, how: str) -> torch.Tensor:
     """Eq. (1) as it stands, with N^2 H numbers; view.z may be a mixture."""
     sets, z = torch.tensor(set_of(view)), getattr(view, "z", None)
     own, o, w = view.own, plain_entities(view.others), dict(phi.named_parameters())
-    first, bias = w["pair.linear.weight"], w["pair.linear.bias"]
+    first, bias = w["entity.weight"], w["entity.bias"]
     if how == "bilinear":
         own = torch.einsum("mnd,mnz->mndz", own, z).flatten(2)
         first, bias = (x.unflatten(0, (-1, z.shape[-1]))[sets] for x in (first, bias))
@@ -276,8 +283,8 @@ def plain_graph(phi, view, how: str) -> torch.Tensor:
         if how == "concat":
             own = torch.cat((own, z), -1)
             o = torch.cat((o, z[:, :, None].expand(-1, -1, o.shape[2], -1)), -1)
-            first = torch.cat((first, w["pair.of_z.weight"]), 1)
-            bias = bias + w["pair.of_z.bias"]
+            first = torch.cat((first, w["entity_z.weight"]), 1)
+            bias = bias + w["entity_z.bias"]
         y = torch.einsum("mijd,idh->mijh", o, first[sets]) + bias[sets][:, None]
     x = F.relu(torch.einsum("mnd,ndh->mnh", own, w["own.weight"][sets]) + w["own.bias"][sets])
     heads = len(w["query.weight"]) // len(view.counts)
@@ -309,7 +316,7 @@ def plain_read(net, view, g: torch.Tensor, actions: torch.Tensor | None = None) 
         weighted = torch.einsum(f"{letters}d,idh->{letters}h", x, w[f"{name}.weight"][sets])
         return weighted + (bias[:, None] if letters == "mij" else bias)
 
-    y = layer(layer(plain_entities(others), "pair.linear", "mij").relu(), "value", "mij")
+    y = layer(layer(plain_entities(others), "entity", "mij").relu(), "value", "mij")
     e = torch.einsum("mij,mijh->mih", g, y)
     x = layer(layer(view.own, "own.first", "mi").relu(), "own.last", "mi")
     return layer((x + e).relu(), "out", "mi")
@@ -341,7 +348,7 @@ def test_graph_is_eq_1_with_loops(name, how, double, error):
     script = maddpg if how == "parent" else mra
     s = games(script, name, "" if how == "parent" else small_latents(how), double)
     for dead in (0.0, 0.4):
-        view, phi = random_view(s, 4, dead=dead), s.agent.phi
+        view, phi = random_view(s, 4, dead=dead), s.agent.attention
         g, expected = numbers(phi(view)), graph(arrays(phi), view, how)
         assert np.abs(g - expected).max() < error
         assert (g[~view.mask.numpy()] == 0).all(), "oneself and the dead"
@@ -363,18 +370,19 @@ def test_mixtures_of_latents_mix_scores_of_heads(how, name):
     s = games(mra, name, small_latents(how))
     view = random_view(s, 3)
     view = view._replace(z=torch.randn(view.z.shape, generator=seeded(1)).double().softmax(-1))
-    assert np.abs(numbers(s.agent.phi(view)) - graph(arrays(s.agent.phi), view, how)).max() < 1e-9
+    ours, expected = s.agent.attention(view), graph(arrays(s.agent.attention), view, how)
+    assert np.abs(numbers(ours) - expected).max() < 1e-9
 
 
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
 def test_views_are_the_worlds_observations(script):
     """o_s, living others and o_ij as envs.particle.worlds gives them; z one-hot."""
     s = setting("pacman", "2,2", script=script, double=False)
-    world = s.arenas[0].world
+    world = s.collectors[0].worlds
     for _ in range(12):
         world.step(torch.randint(0, 5, (4, 4), generator=s.rngs["rng"]))
     z = torch.tensor([[0, 5, 2, 1]] * 4)
-    view = s.agent.look(s.game, world.obs, *([z] if script is mra else []))
+    view = s.agent.view(s.game, world.obs, *([z] if script is mra else []))
     assert torch.equal(view.own, world.obs.own)
     assert torch.equal(view.alive, world.obs.alive)
     assert torch.equal(view.mask, world.obs.alive[:, None] & ~torch.eye(4, dtype=torch.bool))
@@ -391,12 +399,12 @@ def test_views_are_the_worlds_observations(script):
 @pytest.mark.parametrize("name", GAMES)
 @pytest.mark.parametrize(("double", "error"), [(True, 1e-9), (False, 1e-5)])
 def test_readouts_are_sums_over_pairs(script, name, double, error):
-    """theta and zeta, the latter with the others' actions in o_ij."""
+    """Actor and critic, the latter with the others' actions in o_ij."""
     s = games(script, name, double=double)
     for dead in (0.0, 0.4):
         batch = random_batch(s, 4, dead=dead)
         view, g = batch.view, random_graph(batch.view)
-        for net, actions in ((s.agent.theta, None), (s.agent.zeta, batch.actions)):
+        for net, actions in ((s.agent.actor, None), (s.agent.critic, batch.actions)):
             expected = read(arrays(net), view, numbers(g), actions)
             assert np.abs(numbers(net(view, g, actions)) - expected).max() < error
             if script is mra:
@@ -411,54 +419,86 @@ def test_xi_is_a_readout_with_one_output_per_population(population):
     s = setting(*population)
     view = random_view(s, 4, dead=0.3)
     g = random_graph(view)
-    ours, expected = s.agent.xi(view, g), read(arrays(s.agent.xi), view, numbers(g))
+    net = s.agent.population_classifier
+    ours, expected = net(view, g), read(arrays(net), view, numbers(g))
     assert expected.shape[-1] == 2
     assert np.abs(numbers(ours) - expected).max() < 1e-9
 
 
 @pytest.mark.parametrize("name", GAMES)
 @pytest.mark.parametrize("how", [*REPRESENTATIONS, "parent"])
-def test_gradients_are_those_of_the_plain_pair_form(name, how):
-    """phi by way of theta and zeta, and these themselves; float64 1e-9."""
+@pytest.mark.parametrize("form", ["", "--plain"])
+def test_gradients_are_those_of_the_plain_pair_form(name, how, form):
+    """phi by way of actor and critic, and these themselves; float64 1e-9."""
     script = maddpg if how == "parent" else mra
-    s = games(script, name, "" if how == "parent" else small_latents(how))
+    s = games(script, name, form + ("" if how == "parent" else " " + small_latents(how)))
     batch, agent = random_batch(s, 4, dead=0.2), s.agent
     view, slope = batch.view, torch.linspace(-1, 1, 5, dtype=torch.float64)
-    for net, actions in ((agent.theta, None), (agent.zeta, batch.actions)):
-        ours = (net(view, agent.phi(view), actions).sin() * slope).sum()
-        plain = plain_read(net, view, plain_graph(agent.phi, view, how), actions)
+    for net, actions in ((agent.actor, None), (agent.critic, batch.actions)):
+        ours = (net(view, agent.attention(view), actions).sin() * slope).sum()
+        plain = plain_read(net, view, plain_graph(agent.attention, view, how), actions)
         theirs = (plain.sin() * slope).sum()
         assert abs(scalar(ours - theirs)) < 1e-9
-        assert_same_gradients(ours, theirs, torch.nn.ModuleList((net, agent.phi)), 1e-9)
+        assert_same_gradients(ours, theirs, torch.nn.ModuleList((net, agent.attention)), 1e-9)
+
+
+@pytest.mark.parametrize("name", GAMES)
+@pytest.mark.parametrize("how", [*REPRESENTATIONS, "parent"])
+def test_plain_and_fast_networks_are_equal(name, how):
+    """The class Pairs of a script and FastPairs: outputs and gradients of all networks for all
+    weights and for what is observed; float64 1e-9. The graphs of all z, too."""
+    script = maddpg if how == "parent" else mra
+    flags = "" if how == "parent" else small_latents(how)
+    found = []
+    for form in ("--plain", "--no-plain"):
+        s = games(script, name, f"{form} {flags}")
+        batch, agent = random_batch(s, 4, dead=0.2), s.agent
+        own, others = (x.clone().requires_grad_() for x in batch.view[:2])
+        view = batch.view._replace(own=own, others=others)
+        g = agent.attention(view)
+        out = [g, agent.actor(view, g), agent.critic(view, g, batch.actions)]
+        if script is mra:
+            every = agent.attention.all(view)
+            out += [every, agent.actor(view, every)]
+        slopes = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for x in out]
+        loss = sum((x.sin() * slope).sum() for x, slope in zip(out, slopes))
+        nets = torch.nn.ModuleList((agent.attention, agent.actor, agent.critic))
+        gradients = torch.autograd.grad(loss, [own, others, *nets.parameters()], allow_unused=True)
+        used = {type(net.pairs) is type for net in nets}  # a class, or a partial
+        assert used == {form == "--plain"}
+        found.append([x.detach() for x in (*out, *gradients) if x is not None])
+    plain, fast = found
+    assert len(plain) == len(fast) > 20
+    for a, b in zip(plain, fast):
+        assert (a - b).abs().max() < 1e-9
 
 
 def pair_inputs(function, rows: int, n: int, N: int, dtype=torch.float64, seed: int = 0):
     rng = seeded(seed)
-    shapes = (2, n, 8 if function.__name__ == "pair_scores" else N), (2, rows, N, 8), (2, n, 8)
+    shapes = (2, n, 8 if function.__name__ == "score_kernel" else N), (2, rows, N, 8), (2, n, 8)
     return [torch.randn(s, generator=rng, dtype=dtype).requires_grad_() for s in shapes]
 
 
-def plain_pairs(function, x, a, b) -> torch.Tensor:
+def looped_pairs(function, x, a, b) -> torch.Tensor:
     """Both sums with loops over i and j."""
     rows = []
     for i in range(b.shape[1]):
         y = [torch.relu(a[:, i if a.shape[1] > 1 else 0, j] - b[:, i]) for j in range(a.shape[2])]
-        if function.__name__ == "pair_scores":
+        if function.__name__ == "score_kernel":
             rows.append(torch.stack([(x[:, i] * each).sum(-1) for each in y], -1))
         else:
             rows.append(sum(x[:, i, j, None] * each for j, each in enumerate(y)))
     return torch.stack(rows, 1)
 
 
-@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
-@pytest.mark.parametrize("kind", ["pair_scores", "pair_sums"])
+@pytest.mark.parametrize("kind", ["score_kernel", "sum_kernel"])
 @pytest.mark.parametrize(("rows", "n", "N"), [(1, 3, 3), (3, 3, 3), (1, 2, 5), (2, 2, 5)])
-def test_gradients_of_pairs_by_hand(script, kind, rows, n, N):
+def test_gradients_of_pairs_by_hand(kind, rows, n, N):
     """Against autograd of loops, a with a row for all and with one for each i."""
-    function = getattr(script, kind)
+    function = getattr(pairs, kind)
     inputs = pair_inputs(function, rows, n, N)
-    ours = script.Pairs.apply(function, False, *inputs)
-    theirs = plain_pairs(function, *inputs)
+    ours = pairs.PairReduction.apply(function, False, *inputs)
+    theirs = looped_pairs(function, *inputs)
     assert (ours - theirs).abs().max() < 1e-12
     slope = torch.randn(ours.shape, generator=seeded(5), dtype=torch.float64)
     mine, reference = (torch.autograd.grad((x * slope).sum(), inputs) for x in (ours, theirs))
@@ -466,16 +506,16 @@ def test_gradients_of_pairs_by_hand(script, kind, rows, n, N):
         assert (a - b).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["pair_scores", "pair_sums"])
+@pytest.mark.parametrize("kind", ["score_kernel", "sum_kernel"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("wanted", ["xab", "x", "ab", "a", "b"])
 def test_gradcheck_of_pairs(kind, rows, wanted):
     """With any of the inputs given, as under frozen()."""
-    inputs = pair_inputs(getattr(mra, kind), rows, 3, 4)
+    inputs = pair_inputs(getattr(pairs, kind), rows, 3, 4)
     for name, x in zip("xab", inputs):
         x.requires_grad_(name in wanted)
     assert torch.autograd.gradcheck(
-        lambda *x: mra.Pairs.apply(getattr(mra, kind), False, *x), inputs
+        lambda *x: pairs.PairReduction.apply(getattr(pairs, kind), False, *x), inputs
     )
 
 
@@ -485,18 +525,33 @@ def test_compiled_kernels_equal_eager_ones(rows):
     """a with a row for all, or (per agent, bilinear) with one for each i, which compiles again."""
     if not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler")
-    for N, kind in itertools.product((3, 5), ("pair_scores", "pair_sums")):
-        function, results = getattr(mra, kind), []
+    for N, kind in itertools.product((3, 5), ("score_kernel", "sum_kernel")):
+        function, results = getattr(pairs, kind), []
         inputs = pair_inputs(function, 1 if rows == "one" else N, N, N, torch.float32, N)
         for compiled in (True, False):
-            out = mra.Pairs.apply(function, compiled, *inputs)
+            out = pairs.PairReduction.apply(function, compiled, *inputs)
             slope = torch.linspace(-1, 1, out.numel()).view_as(out)
             results.append((out, *torch.autograd.grad((out * slope).sum(), inputs)))
         for a, b in zip(*results):
             assert (a - b).abs().max() < 1e-5, (N, kind)
-    for function in (mra.pair_scores, mra.pair_sums, mra.pair_gradients):
-        ours = mra.kernel(function, True)
+    for function in (pairs.score_kernel, pairs.sum_kernel, pairs.gradient_kernel):
+        ours = pairs.kernel(function, True)
         assert ours.call is not None and ours.call is not ours.plain, "it was compiled"
+
+
+def test_each_kind_of_processor_has_a_compilers_cache_of_its_own(monkeypatch):
+    """With one for all, kernels written for longer vectors left out half of their numbers."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    found = set()
+    for kind in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        choose_cache()
+        found.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert len(found) == 2
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "own")
+    choose_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "own"
 
 
 # --- 4. Eq. (8) -----------------------------------------------------------------------------------
@@ -504,16 +559,16 @@ def test_compiled_kernels_equal_eager_ones(rows):
 
 def bellman(s, batch, g, next_g, seed: int, entropy: float, gamma: float) -> tuple:
     """Eq. (8) in NumPy: targets and loss."""
-    delayed = arrays(s.agent.delayed_theta), arrays(s.agent.delayed_zeta)
-    log_pi = log_softmax(read(delayed[0], batch.next_view, next_g))
+    nets = arrays(s.agent.target_actor), arrays(s.agent.target_critic)
+    log_pi = log_softmax(read(nets[0], batch.next_view, next_g))
     later = (log_pi + gumbel_noise(seed, log_pi.shape)[0]).argmax(-1)  # a' ~ pi' at o'
-    q = at(read(delayed[1], batch.next_view, next_g, later), later) - entropy * at(log_pi, later)
+    q = at(read(nets[1], batch.next_view, next_g, later), later) - entropy * at(log_pi, later)
     target = numbers(batch.rewards).copy()
     for m, i in itertools.product(*map(range, target.shape)):
         if batch.next_view.alive[m, i] and not batch.terminated[m]:
             target[m, i] += gamma * q[m, i]
     actions = batch.actions.numpy()
-    q = at(read(arrays(s.agent.zeta), batch.view, g, actions), actions)
+    q = at(read(arrays(s.agent.critic), batch.view, g, actions), actions)
     return target, average((q - target) ** 2, batch.view.alive.numpy())
 
 
@@ -534,7 +589,7 @@ def test_critic_loss_is_eq_8(script, name, entropy):
 
 
 def test_gradient_of_eq_8():
-    """Of zeta, against finite differences of NumPy's loss: the target stands still."""
+    """Of the critic, against finite differences of NumPy's loss: the target stands still."""
     s = games(mra, "per type")
     batch = random_batch(s, 4, dead=0.3)
     g, next_g = random_graph(batch.view), random_graph(batch.next_view, 2)
@@ -546,7 +601,7 @@ def test_gradient_of_eq_8():
         q = at(read(w, batch.view, numbers(g), actions), actions)
         return average((q - target) ** 2, alive)
 
-    check_slopes(value, arrays(s.agent.zeta), gradients_of(s.agent.zeta), each=1)
+    check_slopes(value, arrays(s.agent.critic), gradients_of(s.agent.critic), each=1)
 
 
 def test_next_actions_are_drawn_at_the_next_observation(monkeypatch):
@@ -559,7 +614,7 @@ def test_next_actions_are_drawn_at_the_next_observation(monkeypatch):
         mixed = batch._replace(view=view, next_view=later)
         mra.critic_loss(s.args, s.agent, mixed, g[id(view)], g[id(later)], seeded(0))
     expected = [
-        log_softmax(read(arrays(s.agent.delayed_theta), x, numbers(g[id(x)])))
+        log_softmax(read(arrays(s.agent.target_actor), x, numbers(g[id(x)])))
         for x in (batch.next_view, other.next_view)
     ]
     assert np.abs(expected[0] - expected[1]).max() > 0.1
@@ -573,7 +628,7 @@ def test_no_bootstrap_after_the_end_or_death_and_no_loss_of_the_dead():
     s = setting("pacman", "2,2", flags="--entropy-coef .5")
     batch, agent = random_batch(s, 6), s.agent
     g, next_g = random_graph(batch.view), random_graph(batch.next_view)
-    q = agent.zeta(batch.view, g, batch.actions).gather(-1, batch.actions[..., None])[..., 0]
+    q = agent.critic(batch.view, g, batch.actions).gather(-1, batch.actions[..., None])[..., 0]
 
     def loss(batch) -> float:
         return scalar(mra.critic_loss(s.args, agent, batch, g, next_g, seeded(0)))
@@ -597,49 +652,51 @@ def test_no_bootstrap_after_the_end_or_death_and_no_loss_of_the_dead():
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
 @pytest.mark.parametrize("name", ["per type", "per agent"])
 def test_actor_loss_is_eq_9(script, name):
-    """Own actions in closed form, the others' drawn from pi at o; value, and slope of theta."""
+    """Own actions in closed form, the others' drawn from pi at o; value, and slope of the actor."""
     s = games(script, name, "--actor-gradient expectation --entropy-coef .2")
-    batch, theta = random_batch(s, 4, dead=0.3), s.agent.theta
+    batch, actor = random_batch(s, 4, dead=0.3), s.agent.actor
     view, g = batch.view, random_graph(batch.view)
-    loss, entropy = script.actor_loss(s.args, theta, s.agent.zeta, batch, g, seeded(8))
-    log_pi = log_softmax(read(arrays(theta), view, numbers(g)))
+    loss, entropy = script.actor_loss(s.args, actor, s.agent.critic, batch, g, seeded(8))
+    log_pi = log_softmax(read(arrays(actor), view, numbers(g)))
     drawn = (log_pi + gumbel_noise(8, log_pi.shape)[0]).argmax(-1)
-    q, alive = read(arrays(s.agent.zeta), view, numbers(g), drawn), view.alive.numpy()
+    q, alive = read(arrays(s.agent.critic), view, numbers(g), drawn), view.alive.numpy()
     assert (drawn != batch.actions.numpy()).any()
 
     def value(w: dict) -> float:
         log_pi = log_softmax(read(w, view, numbers(g)))
         return -average((np.exp(log_pi) * (q - 0.2 * log_pi)).sum(-1), alive)
 
-    assert abs(scalar(loss) - value(arrays(theta))) < 1e-9
+    assert abs(scalar(loss) - value(arrays(actor))) < 1e-9
     assert abs(scalar(entropy) - average(-(np.exp(log_pi) * log_pi).sum(-1), alive)) < 1e-9
     loss.backward()
-    check_slopes(value, arrays(theta), gradients_of(theta), each=1)
-    assert not gradients_of(s.agent.zeta)
+    check_slopes(value, arrays(actor), gradients_of(actor), each=1)
+    assert not gradients_of(s.agent.critic)
 
 
 @pytest.mark.parametrize("how", ["option", "parent"])
 def test_eq_10_is_eq_9_with_a_graph_that_learns(how):
     """omega = {theta, phi}: phi by way of log pi only, Q is what the return is said to be."""
     script = maddpg if how == "parent" else mra
-    flags = "--actor-gradient expectation --phi-gradient actor --entropy-coef .2"
-    s = games(script, "per type", flags + (" --latent-size 3" if script is mra else ""))
+    flags = "--actor-gradient expectation --entropy-coef .2"
+    flags += " --phi-gradient actor --latent-size 3" if script is mra else ""
+    s = games(script, "per type", flags)
     batch, agent = random_batch(s, 3, dead=0.2), s.agent
     view = batch.view
-    loss, _ = script.actor_loss(s.args, agent.theta, agent.zeta, batch, agent.phi(view), seeded(8))
+    g = agent.attention(view)
+    loss, _ = script.actor_loss(s.args, agent.actor, agent.critic, batch, g, seeded(8))
     loss.backward()
-    w, theta = arrays(agent.phi), arrays(agent.theta)
+    w, actor = arrays(agent.attention), arrays(agent.actor)
     g = graph(w, view, how)
-    log_pi = log_softmax(read(theta, view, g))
+    log_pi = log_softmax(read(actor, view, g))
     drawn = (log_pi + gumbel_noise(8, log_pi.shape)[0]).argmax(-1)
-    q = read(arrays(agent.zeta), view, g, drawn)
+    q = read(arrays(agent.critic), view, g, drawn)
 
     def value(w: dict) -> float:
-        log_pi = log_softmax(read(theta, view, graph(w, view, how)))
+        log_pi = log_softmax(read(actor, view, graph(w, view, how)))
         return -average((np.exp(log_pi) * (q - 0.2 * log_pi)).sum(-1), view.alive.numpy())
 
     assert abs(scalar(loss) - value(w)) < 1e-9
-    check_slopes(value, w, gradients_of(agent.phi), each=1)
+    check_slopes(value, w, gradients_of(agent.attention), each=1)
 
 
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
@@ -648,10 +705,10 @@ def test_gumbel_form_is_lowes_straight_through(script):
     others' actions from the replay; Q as a function of the vector a_i is q . a_i. And the analytic
     gradient for logits: y_k (q_k - q . y), with the entropy's beside it."""
     s = games(script, "per type", "--actor-gradient gumbel --entropy-coef .2")
-    batch, theta = random_batch(s, 5, dead=0.3), s.agent.theta
+    batch, actor = random_batch(s, 5, dead=0.3), s.agent.actor
     view, g, alive = batch.view, random_graph(batch.view), batch.view.alive
-    loss, _ = script.actor_loss(s.args, theta, s.agent.zeta, batch, g, seeded(8))
-    q = torch.tensor(read(arrays(s.agent.zeta), view, numbers(g), batch.actions.numpy()))
+    loss, _ = script.actor_loss(s.args, actor, s.agent.critic, batch, g, seeded(8))
+    q = torch.tensor(read(arrays(s.agent.critic), view, numbers(g), batch.actions.numpy()))
     noise = torch.tensor(gumbel_noise(8, q.shape)[0])
 
     def lowe(logits: torch.Tensor) -> torch.Tensor:
@@ -662,9 +719,9 @@ def test_gumbel_form_is_lowes_straight_through(script):
         gain = torch.einsum("mna,mna->mn", action, q) + 0.2 * pi.entropy()
         return -gain[alive].sum() / alive.sum()
 
-    logits = plain_read(theta, view, g)
+    logits = plain_read(actor, view, g)
     assert abs(scalar(loss - lowe(logits))) < 1e-9
-    assert_same_gradients(loss, lowe(logits), theta, 1e-9)
+    assert_same_gradients(loss, lowe(logits), actor, 1e-9)
 
     free = logits.detach().requires_grad_()
     given = s.args, lambda *_: free, lambda *_: q, batch, g, seeded(8)
@@ -683,8 +740,8 @@ def test_gumbel_form_is_lowes_straight_through(script):
 def information(s, w: dict, view, prior: np.ndarray, how: str) -> np.ndarray:
     """Eq. (11) for each agent (M, N): sum over z and a, each of the three pi's at phi's graph."""
     g, value = graphs(w, view, how), np.zeros(view.alive.shape)
-    pi = np.stack([softmax(read(arrays(s.agent.theta), view, x)) for x in g])
-    bar = np.stack([softmax(read(arrays(s.agent.delayed_theta), view, x)) for x in g])
+    pi = np.stack([softmax(read(arrays(s.agent.actor), view, x)) for x in g])
+    bar = np.stack([softmax(read(arrays(s.agent.target_actor), view, x)) for x in g])
     for i in range(s.game.num_agents):
         marginal = sum(prior[i, k] * bar[k, :, i] for k in range(len(g)))  # p(a|o)
         for k, a in itertools.product(range(len(g)), range(5)):
@@ -698,35 +755,34 @@ def information(s, w: dict, view, prior: np.ndarray, how: str) -> np.ndarray:
 def test_information_is_eq_11_by_enumeration(how, name):
     """Value, and exact gradient of phi: finite differences move phi in all three pi's."""
     s = games(mra, name, small_latents(how))
-    view, w = random_view(s, 4, dead=0.2), arrays(s.agent.phi)
+    view, w = random_view(s, 4, dead=0.2), arrays(s.agent.attention)
     log_prior = random_prior(s.game.num_agents, 3)
     prior, alive = np.exp(log_prior.numpy()), view.alive.numpy()
     expected = information(s, w, view, prior, how)
     ours = mra.graph_information(s.agent, view, log_prior)
     assert np.abs(numbers(ours) - expected).max() < 1e-9
-    loss, value = mra.phi_loss(s.args, s.agent, view, log_prior, None)
-    assert scalar(loss) == -scalar(value)
+    value = mra.mean(ours, view.alive)
     assert abs(scalar(value) - average(expected, alive)) < 1e-9
     value.backward()
-    slopes = gradients_of(s.agent.phi)
+    slopes = gradients_of(s.agent.attention)
     assert max(np.abs(x).max() for x in slopes.values()) > 1e-3
     check_slopes(lambda w: average(information(s, w, view, prior, how), alive), w, slopes, each=1)
 
 
 @pytest.mark.parametrize("how", REPRESENTATIONS)
 def test_information_lies_between_zero_and_log_z(how):
-    """When the delayed policy is the policy, it is the mutual information of z and a."""
+    """When the target policy is the policy, it is the mutual information of z and a."""
     s = setting("resource", "4", flags=small_latents(how))
-    s.agent.delayed_theta.load_state_dict(s.agent.theta.state_dict())
+    s.agent.target_actor.load_state_dict(s.agent.actor.state_dict())
     for scale in (1.0, 30.0):
-        for part in (s.agent.phi.query, s.agent.theta.value, s.agent.delayed_theta.value):
+        for part in (s.agent.attention.query, s.agent.actor.value, s.agent.target_actor.value):
             part.weight.data *= scale
         view = random_view(s, 50, seed=int(scale))
         ours = mra.graph_information(s.agent, view, random_prior(4, 3, 1))
         assert ours.min() >= -1e-9 and ours.max() <= np.log(3)
         assert ours.max() > 0.01 * scale, "the test sees some"
-    same = s.agent.phi.all
-    s.agent.phi.all = lambda view: same(view)[:1].expand(3, -1, -1, -1)
+    same = s.agent.attention.all
+    s.agent.attention.all = lambda view: same(view)[:1].expand(3, -1, -1, -1)
     assert mra.graph_information(s.agent, view, random_prior(4, 3, 1)).abs().max() < 1e-12
 
 
@@ -737,18 +793,22 @@ def repeated(view, times: int):
     return view._replace(**{k: x.expand(times, *x.shape[1:]) for k, x in rows.items()})
 
 
-def estimator(s, view, prior: torch.Tensor, how: str, score: bool) -> torch.Tensor:
-    """The expected gradient-carrying value of the sampled form with two z', enumerating z, z'_1,
-    z'_2 and a: with the score function (a's probability is differentiated) or without."""
-    g = plain_graphs(s.agent.phi, view, how)
-    log_pi = plain_read(s.agent.theta, view, g).log_softmax(-1)
-    log_bar = plain_read(s.agent.delayed_theta, view, g).log_softmax(-1)
-    pi, total = log_pi.exp() if score else log_pi.exp().detach(), 0.0
-    for z, first, second in itertools.product(range(len(g)), repeat=3):
-        p = prior[:, z] * prior[:, first] * prior[:, second]  # (N,)
-        mixed = (0.5 * log_bar[first].exp() + 0.5 * log_bar[second].exp()).log()
-        total = total + p * (pi[z] * (log_bar[z] - mixed)).sum(-1)
-    return total[view.alive].mean()
+def sampled_information(agent, view, log_prior: torch.Tensor, rng) -> torch.Tensor:
+    """Eq. (11) with a drawn z and a drawn action, p(a|o) exact (M, N): what the authors' code
+    samples. Its gradient needs the score function, log pi of the action times its gain."""
+    g = agent.attention.all(view)
+    bars = agent.target_actor(view, g).log_softmax(-1)  # (Z, M, N, A)
+    marginal = (bars + log_prior.T[:, None, :, None]).logsumexp(0)
+    z = mra.sample(log_prior.expand(*view.alive.shape, -1), rng)  # (M, N)
+
+    def of_z(x: torch.Tensor) -> torch.Tensor:  # (Z, M, N, A) -> (M, N, A)
+        return x.gather(0, z[None, ..., None].expand(1, *x.shape[1:]))[0]
+
+    log_pi = of_z(agent.actor(view, g).log_softmax(-1))
+    actions = mra.sample(log_pi.detach(), rng)
+    gain = mra.pick(of_z(bars) - marginal, actions)
+    log_prob = mra.pick(log_pi, actions)
+    return gain + gain.detach() * (log_prob - log_prob.detach())
 
 
 def vector(loss: torch.Tensor, net) -> torch.Tensor:
@@ -759,44 +819,39 @@ def vector(loss: torch.Tensor, net) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("delayed", ["apart", "the same"])
-def test_sampled_information_has_the_right_mean_gradient(delayed):
-    """40 means of 2000 draws against the enumeration: value and every gradient within 5 standard
-    errors. Without the score-function term the mean would be another one."""
-    how, draws, times = "option", 2000, 40
-    s = setting("resource", "3", flags="--latent-size 3 --mi-samples 2")
-    if delayed == "the same":
-        s.agent.delayed_theta.load_state_dict(s.agent.theta.state_dict())
-    phi, log_prior, rng = s.agent.phi, random_prior(3, 3), seeded(11)
+@pytest.mark.parametrize("targets", ["apart", "the same"])
+def test_sampled_information_has_the_exact_value_and_gradient_in_the_mean(targets):
+    """40 means of 1000 draws: value and every gradient within 5 standard errors of the exact
+    form's. (z of an agent is drawn for it alone: all see the graph of their own z.)"""
+    draws, times = 1000, 40
+    s = setting("resource", "3", flags="--latent-size 3")
+    if targets == "the same":
+        s.agent.target_actor.load_state_dict(s.agent.actor.state_dict())
+    phi, log_prior, rng = s.agent.attention, random_prior(3, 3), seeded(11)
     view = random_view(s, 1)
-    expected = estimator(s, view, log_prior.exp(), how, score=True)
-    slope = vector(expected, phi)
-    without = vector(estimator(s, view, log_prior.exp(), how, score=False), phi)
+    exact = mra.graph_information(s.agent, view, log_prior).mean()
+    slope, many = vector(exact, phi), repeated(view, draws)
     values, slopes = [], []
     for _ in range(times):
-        many = repeated(view, draws)
-        loss, value = mra.phi_loss(s.args, s.agent, many, log_prior, rng)
-        values.append(-scalar(loss))
-        slopes.append(vector(value, phi).detach())
+        drawn = sampled_information(s.agent, many, log_prior, rng).mean()
+        values.append(scalar(drawn))
+        slopes.append(vector(drawn, phi).detach())
     values, slopes = np.array(values), torch.stack(slopes)
     error = values.std() / times**0.5
-    assert abs(values.mean() - scalar(expected)) < 5 * error < 0.5 * abs(scalar(expected))
+    assert abs(values.mean() - scalar(exact)) < 5 * error < 0.5 * abs(scalar(exact))
     error = slopes.std(0) / times**0.5
-    assert ((slopes.mean(0) - slope).abs() <= 5 * error + 1e-15).all()
-    assert error.norm() < 0.1 * slope.norm(), "and that says something"
-    assert ((slopes.mean(0) - without).abs() / (error + 1e-15)).max() > 20
-    if delayed == "the same":
-        assert (slope - without).norm() > 0.5 * slope.norm(), "that term is most of it"
+    assert ((slopes.mean(0) - slope).abs() <= 5 * error + 1e-12).all()
+    assert error.norm() < 0.2 * slope.norm(), "and that says something"
 
 
 def test_exact_gradient_is_zero_without_the_actions_probability():
     """Why Eq. (11) needs it: with pi = pi' and a given, the rest of the gradient vanishes."""
     s = setting("resource", "4", flags="--latent-size 3")
-    s.agent.delayed_theta.load_state_dict(s.agent.theta.state_dict())
-    view, log_prior, theta = random_view(s, 4), random_prior(4, 3), s.agent.theta
-    whole = vector(mra.graph_information(s.agent, view, log_prior).mean(), s.agent.phi)
-    s.agent.theta = lambda view, g: theta(view, g).detach()
-    rest = vector(mra.graph_information(s.agent, view, log_prior).mean(), s.agent.phi)
+    s.agent.target_actor.load_state_dict(s.agent.actor.state_dict())
+    view, log_prior, actor = random_view(s, 4), random_prior(4, 3), s.agent.actor
+    whole = vector(mra.graph_information(s.agent, view, log_prior).mean(), s.agent.attention)
+    s.agent.actor = lambda view, g: actor(view, g).detach()
+    rest = vector(mra.graph_information(s.agent, view, log_prior).mean(), s.agent.attention)
     assert whole.norm() > 1e-2
     assert rest.norm() < 1e-12
 
@@ -806,75 +861,62 @@ def test_exact_gradient_is_zero_without_the_actions_probability():
 
 def surprise(s, view, how: str, label: int) -> np.ndarray:
     """- log p_xi(m | o, phi(o, z)) for each z (Z, M, N)."""
-    g, w = graphs(arrays(s.agent.phi), view, how), arrays(s.agent.xi)
+    g, w = graphs(arrays(s.agent.attention), view, how), arrays(s.agent.population_classifier)
     return np.stack([-log_softmax(read(w, view, x))[..., label] for x in g])
 
 
 @pytest.mark.parametrize("how", REPRESENTATIONS)
 @pytest.mark.parametrize("population", [("resource", "3", "4"), ("pacman", "2,1", "2,2")])
 def test_population_loss_is_eq_13(how, population):
-    """Value; gradients of psi and xi against those of the plain form."""
+    """Value; gradients of prior and classifier against those of the plain form."""
     s = setting(*population, flags=small_latents(how))
     view, agent, label = random_view(s, 3, dead=0.2), s.agent, 1
     log_prior = agent.log_prior(s.game)
     prior, lost = np.exp(numbers(log_prior)), surprise(s, view, how, label)
     expected = sum(prior[:, k] * lost[k] for k in range(3))
-    loss = mra.population_loss(s.args, agent, view, log_prior, label, None)
+    loss = mra.population_loss(agent, view, log_prior, label)
     assert abs(scalar(loss) - average(expected, view.alive.numpy())) < 1e-9
-    g = plain_graphs(agent.phi, view, how).detach()
-    plain = -plain_read(agent.xi, view, g).log_softmax(-1)[..., label]
+    g = plain_graphs(agent.attention, view, how).detach()
+    plain = -plain_read(agent.population_classifier, view, g).log_softmax(-1)[..., label]
     plain = (agent.log_prior(s.game).exp().T[:, None] * plain).sum(0)[view.alive].mean()
-    both = torch.nn.ModuleList((agent.psi, agent.xi))
+    both = torch.nn.ModuleList((agent.latent_prior, agent.population_classifier))
     assert_same_gradients(loss, plain, both, 1e-9)
-    mra.population_loss(s.args, agent, view, agent.log_prior(s.game), label, None).backward()
+    mra.population_loss(agent, view, agent.log_prior(s.game), label).backward()
     for name, p in both.named_parameters():
         assert p.grad.abs().max() > 1e-6, name
 
 
+def straight_through_loss(agent, view, log_prior: torch.Tensor, label: int, rng) -> torch.Tensor:
+    """Eq. (13) with a drawn z, one-hot forwards: its relaxation's gradient reaches p(z|m)."""
+    soft = (log_prior + mra.gumbel(view.z, rng)).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), soft.shape[-1])
+    g = agent.attention(view._replace(z=hard + soft - soft.detach()))
+    guess = agent.population_classifier(view, g).log_softmax(-1)
+    return mra.mean(-guess[..., label], view.alive)
+
+
 @pytest.mark.parametrize("how", REPRESENTATIONS)
-def test_gumbel_form_has_the_mean_of_the_exact_one(how):
-    """40 means of 2000 draws, within 5 standard errors: forwards z is one-hot, from p_psi."""
-    s = setting("resource", "3", "4", flags=small_latents(how) + " --latent-gradient gumbel")
-    s.agent.xi.out.weight.data *= 4
-    view, log_prior, draws = random_view(s, 1), s.agent.log_prior(s.game).detach(), 2000
-    many, rng = repeated(view, draws), seeded(12)
+def test_straight_through_form_has_the_mean_of_the_exact_one(how):
+    """40 means of 2000 draws, within 5 standard errors. With several agents and a z for each."""
+    s = setting("resource", "3", "4", flags=small_latents(how))
+    s.agent.population_classifier.out.weight.data *= 4
+    view, log_prior = random_view(s, 1), s.agent.log_prior(s.game).detach()
+    many, rng = repeated(view, 2000), seeded(12)
     with torch.no_grad():
-        found = [mra.population_loss(s.args, s.agent, many, log_prior, 0, rng) for _ in range(40)]
-    found, lost = torch.stack(found), surprise(s, view, how, 0)[:, 0]
-    expected = (np.exp(numbers(log_prior)).T * lost).sum(0).mean()
+        exact = mra.population_loss(s.agent, view, log_prior, 0)
+        found = [straight_through_loss(s.agent, many, log_prior, 0, rng) for _ in range(40)]
+    found = torch.stack(found)
     error = scalar(found.std() / 40**0.5)
-    assert abs(scalar(found.mean()) - expected) < 5 * error
-    flat = lost.mean()  # what a uniform z would give
-    assert abs(flat - expected) > 10 * error, "the test sees p(z|m)"
-
-
-@pytest.mark.parametrize("how", ["option", "concat", "bilinear"])
-@pytest.mark.parametrize("name", ["one set", "per type"])
-def test_gumbel_gradient_is_straight_through(how, name):
-    """Of psi and xi, phi frozen as in latent_update: against the plain form with the same noise,
-    z = softmax(log p + noise), one-hot forwards."""
-    task, population, _ = GAMES[name]
-    other = "5" if task == "resource" else "2,2"
-    s = setting(task, population, other, flags=small_latents(how) + " --latent-gradient gumbel")
-    view, agent = random_view(s, 4, dead=0.2), s.agent
-    with mra.frozen(agent.phi):
-        loss = mra.population_loss(s.args, agent, view, agent.log_prior(s.game), 1, seeded(5))
-    soft = agent.log_prior(s.game) + torch.tensor(gumbel_noise(5, view.z.shape)[0])
-    soft = soft.softmax(-1)
-    hard = torch.eye(3, dtype=torch.float64)[soft.argmax(-1)]
-    g = plain_graph(agent.phi, view._replace(z=(hard - soft).detach() + soft), how)
-    plain = -plain_read(agent.xi, view, g).log_softmax(-1)[..., 1][view.alive].mean()
-    assert abs(scalar(loss - plain)) < 1e-9
-    assert_same_gradients(loss, plain, torch.nn.ModuleList((agent.psi, agent.xi)), 1e-9)
+    assert abs(scalar(found.mean() - exact)) < 5 * error
+    flat = surprise(s, view, how, 0).mean()  # what a uniform z would give
+    assert abs(flat - scalar(exact)) > 10 * error, "the test sees p(z|m)"
 
 
 # --- 8. Who learns from what ----------------------------------------------------------------------
 
 
 def parts_of(agent) -> dict[str, torch.nn.Module]:
-    own = {k: x for k, x in agent.parts().items() if isinstance(x, torch.nn.Module)}
-    copies = own.pop("copies", [])
-    return own | {f"copy {k}": x for k, x in enumerate(copies)}
+    return {k: x for k, x in agent.parts().items() if isinstance(x, torch.nn.Module)}
 
 
 def routes(s: SimpleNamespace, monkeypatch) -> list[tuple[set, set]]:
@@ -912,30 +954,25 @@ def routes(s: SimpleNamespace, monkeypatch) -> list[tuple[set, set]]:
 
 
 def run_update(s: SimpleNamespace, steps: int) -> dict:
-    """Some steps of all worlds, then one update in the first arena (or all at once)."""
-    for arena, _ in itertools.product(s.arenas, range(steps)):
-        s.script.collect(s.agent, arena, **s.rngs)
+    """Some steps of all worlds, then one update in the first population."""
+    for collector, _ in itertools.product(s.collectors, range(steps)):
+        s.script.collect(s.agent, collector, **s.rngs)
     if s.script is maddpg:
-        return maddpg.update(s.args, s.agent, s.arenas[0], s.rngs["rng"])
-    now = s.arenas if s.args.parallel_populations else s.arenas[:1]
-    return mra.update(s.args, s.agent, now, s.arenas, **s.rngs)
+        return maddpg.update(s.args, s.agent, s.collectors[0], s.rngs["rng"])
+    return mra.update(s.args, s.agent, s.collectors[0], s.collectors, **s.rngs)
 
 
-PLAIN = [{"zeta"}, {"theta"}] * 2
-OMEGA = [{"zeta"}, {"theta", "phi"}] * 2
-LATENT = [{"psi", "xi"}]
+PLAIN = [{"critic"}, {"actor"}] * 2
+OMEGA = [{"critic"}, {"actor", "attention"}] * 2
+PHI = [{"attention"}]
+LATENT = [{"latent_prior", "population_classifier"}]
 ROUTES = {  # flags, wanted
-    "MRA": ("", [*PLAIN, {"phi"}, *LATENT]),
-    "sampled": ("--mi-samples 2", [*PLAIN, {"phi"}, *LATENT]),
-    "gumbel": ("--latent-gradient gumbel", [*PLAIN, {"phi"}, *LATENT]),
-    "gumbel actor": ("--actor-gradient gumbel", [*PLAIN, {"phi"}, *LATENT]),
+    "MRA": ("", [*PLAIN, *PHI, *LATENT]),
+    "gumbel actor": ("--actor-gradient gumbel", [*PLAIN, *PHI, *LATENT]),
     "Eq. (10)": ("--phi-gradient actor", [*OMEGA, *LATENT]),
-    "uni-MRA": ("--latent-prior uniform", [*PLAIN, {"phi"}]),
+    "uni-MRA": ("--latent-prior uniform", [*PLAIN, *PHI]),
     "one latent": ("--latent-size 1 --latent-prior uniform", PLAIN),
-    "parallel": (
-        "--parallel-populations",
-        [*[{"zeta"}, {"copy 0"}, {"copy 1"}] * 2, {"phi"}, *LATENT],
-    ),
+    "plain": ("--plain", [*PLAIN, *PHI, *LATENT]),
 }
 
 
@@ -952,29 +989,27 @@ def test_each_loss_reaches_the_networks_that_it_moves(task, name, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["concat", "bilinear"])
-@pytest.mark.parametrize("flags", ["", "--latent-gradient gumbel"])
-def test_routes_of_other_representations(how, flags, monkeypatch):
-    flags = f"--inner-steps 2 --representation {how} {flags}"
+def test_routes_of_other_representations(how, monkeypatch):
+    flags = f"--inner-steps 2 --representation {how}"
     s = setting("resource", "3", "5", flags=flags, double=False)
-    assert [reached for reached, _ in routes(s, monkeypatch)] == [*PLAIN, {"phi"}, *LATENT]
+    assert [reached for reached, _ in routes(s, monkeypatch)] == [*PLAIN, *PHI, *LATENT]
 
 
-@pytest.mark.parametrize(("flags", "wanted"), [("actor", OMEGA), ("mi", PLAIN)])
 @pytest.mark.parametrize("form", ["gumbel", "expectation"])
-def test_routes_of_the_parent(flags, wanted, form, monkeypatch):
-    flags = f"--inner-steps 2 --phi-gradient {flags} --actor-gradient {form}"
+def test_routes_of_the_parent(form, monkeypatch):
+    flags = f"--inner-steps 2 --actor-gradient {form}"
     s = setting("pacman", "2,1", script=maddpg, flags=flags, double=False)
-    assert [reached for reached, _ in routes(s, monkeypatch)] == wanted
+    assert [reached for reached, _ in routes(s, monkeypatch)] == OMEGA
 
 
 @pytest.mark.parametrize(
     ("flags", "moved"),
     [
-        ("", {"theta", "zeta", "phi", "psi", "xi"}),
-        ("--latent-prior uniform", {"theta", "zeta", "phi"}),
-        ("--latent-prior uniform --latent-size 1", {"theta", "zeta"}),
-        ("--phi-gradient actor --latent-prior uniform", {"theta", "zeta", "phi"}),
-        ("--reptile-step 0", {"zeta", "phi", "psi", "xi"}),
+        ("", {"actor", "critic", "attention", "latent_prior", "population_classifier"}),
+        ("--latent-prior uniform", {"actor", "critic", "attention"}),
+        ("--latent-prior uniform --latent-size 1", {"actor", "critic"}),
+        ("--phi-gradient actor --latent-prior uniform", {"actor", "critic", "attention"}),
+        ("--reptile-step 0", {"critic", "attention", "latent_prior", "population_classifier"}),
     ],
 )
 def test_what_an_update_moves(flags, moved):
@@ -985,19 +1020,21 @@ def test_what_an_update_moves(flags, moved):
     run_update(s, 1)
     after = {name: weights(net) for name, net in parts_of(s.agent).items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed - {"delayed_theta", "delayed_zeta"} == moved
-    for name in ("theta", "zeta"):
-        assert torch.equal(after[f"delayed_{name}"], after[name])
+    assert changed - {"target_actor", "target_critic"} == moved
+    for name in ("actor", "critic"):
+        assert torch.equal(after[f"target_{name}"], after[name])
 
 
 # --- 9. Permutations, and the dead ----------------------------------------------------------------
 
 
 def outputs(s: SimpleNamespace, view, actions) -> dict[str, torch.Tensor]:
-    """Of all networks, the agents second; phi's as (M, N, N)."""
-    agent, g = s.agent, s.agent.phi(view)
-    found = {"phi": g, "theta": agent.theta(view, g), "zeta": agent.zeta(view, g, actions)}
-    return found | ({"xi": agent.xi(view, g)} if hasattr(agent, "xi") else {})
+    """Of all networks, the agents second; the graph as (M, N, N)."""
+    agent, g = s.agent, s.agent.attention(view)
+    found = {"g": g, "actor": agent.actor(view, g), "critic": agent.critic(view, g, actions)}
+    if hasattr(agent, "population_classifier"):
+        found["population_classifier"] = agent.population_classifier(view, g)
+    return found
 
 
 @pytest.mark.parametrize("how", [*REPRESENTATIONS, "parent"])
@@ -1016,7 +1053,7 @@ def test_permuting_agents_of_a_type_permutes_everything(how, task):
     moved = moved._replace(mask=view.mask[:, order][:, :, order])
     before, after = outputs(s, view, batch.actions), outputs(s, moved, batch.actions[:, order])
     for name, x in before.items():
-        x = x[:, order][:, :, order] if name == "phi" else x[:, order]
+        x = x[:, order][:, :, order] if name == "g" else x[:, order]
         assert (after[name] - x).abs().max() < 1e-12, name
         assert (x - before[name]).abs().max() > 1e-2
 
@@ -1044,17 +1081,20 @@ def test_the_dead_change_nothing_for_the_living(how):
         assert not torch.equal(x, after[name]), "their own rows may change"
 
 
-DEAD = ("critic", "expectation", "gumbel", "Eq. (11)", "sampled", "Eq. (13)", "straight-through")
+DEAD = {  # loss: flags
+    "critic": "",
+    "expectation": "--phi-gradient actor",
+    "gumbel": "--phi-gradient actor --actor-gradient gumbel",
+    "Eq. (11)": "",
+    "Eq. (13)": "",
+}
 
 
 @pytest.mark.parametrize("name", DEAD)
 def test_the_dead_receive_no_gradient(name):
-    """Neither their networks' outputs nor what is known of them: exactly 0; the living do."""
-    flags = "--latent-size 3 --phi-gradient actor" if name in DEAD[1:3] else "--latent-size 3"
-    flags += " --actor-gradient gumbel" if name == "gumbel" else ""
-    flags += " --mi-samples 2" if name == "sampled" else ""
-    flags += " --latent-gradient gumbel" if name == "straight-through" else ""
-    s = setting("pacman", "3,2", "2,1", flags=flags)
+    """Neither their networks' outputs nor what is known of them: exactly 0. Where the losses are
+    sums over agents, the living do."""
+    s = setting("pacman", "3,2", "2,1", flags=f"--latent-size 3 {DEAD[name]}")
     batch, agent, seen = random_batch(s, 8, dead=0.4), s.agent, []
     view = batch.view._replace(
         own=batch.view.own.requires_grad_(), others=batch.view.others.requires_grad_()
@@ -1071,28 +1111,36 @@ def test_the_dead_receive_no_gradient(name):
 
         return call
 
-    theta, zeta, xi = watched(agent.theta), watched(agent.zeta), watched(agent.xi)
-    nets = SimpleNamespace(theta=theta, zeta=zeta, xi=xi, phi=agent.phi, args=s.args)
-    nets.delayed_theta, nets.delayed_zeta = watched(agent.delayed_theta), agent.delayed_zeta
-    g, next_g = agent.phi(view), agent.phi(batch.next_view)
+    nets = SimpleNamespace(
+        actor=watched(agent.actor),
+        critic=watched(agent.critic),
+        population_classifier=watched(agent.population_classifier),
+        attention=agent.attention,
+        target_actor=watched(agent.target_actor),
+        target_critic=agent.target_critic,
+        args=s.args,
+    )
+    g, next_g = agent.attention(view), agent.attention(batch.next_view)
     if name == "critic":
         loss = mra.critic_loss(s.args, nets, batch, g, next_g, seeded(0))
     elif name in ("expectation", "gumbel"):
-        loss = mra.actor_loss(s.args, theta, zeta, batch, g, seeded(0))[0]
-    elif name in ("Eq. (11)", "sampled"):
-        loss = mra.phi_loss(s.args, nets, view, log_prior, seeded(0))[0]
+        loss = mra.actor_loss(s.args, nets.actor, nets.critic, batch, g, seeded(0))[0]
+    elif name == "Eq. (11)":
+        loss = -mra.mean(mra.graph_information(nets, view, log_prior), alive)
     else:
-        loss = mra.population_loss(s.args, nets, view, log_prior, 0, seeded(0))
+        loss = mra.population_loss(nets, view, log_prior, 0)
     loss.backward()
-    assert seen
+    # Whoever has less than two others alive has one graph for all z, hence no information to gain:
+    # what is left of its gradient in Eq. (11) is rounding, and 0 on some processors.
+    reached = alive & ((view.mask.sum(-1) > 1) | (name != "Eq. (11)"))
+    assert seen and reached.sum() > 10
     for x in seen:
         x = x.grad if x.dim() == 4 else x.grad[None]  # (., M, N, outputs)
         assert not x[:, ~alive].any()
-        reached = x[:, alive].any(0).any(-1)  # drawn latents may be the same, and the gain 0
-        assert reached.float().mean() > 0.4 if name == "sampled" else reached.all()
+        assert x[:, reached].any(0).any(-1).all()
     for x in (view.own, view.others):
         assert not x.grad[~alive].any()
-        assert x.grad[alive].any(-1).float().mean() > 0.8
+        assert x.grad[reached].any(-1).float().mean() > 0.8
 
 
 # --- 10. The critic and one's own action ----------------------------------------------------------
@@ -1105,42 +1153,34 @@ def test_the_critic_does_not_see_ones_own_action(script, name):
     s = games(script, name)
     batch, N = random_batch(s, 4), s.game.num_agents
     view, g = batch.view, random_graph(batch.view)
-    q = s.agent.zeta(view, g, batch.actions)
+    q = s.agent.critic(view, g, batch.actions)
     assert q.shape == (4, N, 5)
     for i in range(N):
         actions = batch.actions.clone()
         actions[:, i] = (actions[:, i] + 2) % 5
-        other = s.agent.zeta(view, g, actions)
+        other = s.agent.critic(view, g, actions)
         same = (q == other).all(-1)  # (M, N)
         rest = same[:, [j for j in range(N) if j != i]]
         assert same[:, i].all()
         assert not rest.all(0).any() and rest.float().mean() < 0.3, "all others see it"
 
 
-# --- 11. Reptile and delayed networks -------------------------------------------------------------
+# --- 11. Reptile and target networks --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("several", [False, True])
-def test_reptile_step(alpha, several):
-    """theta + alpha (theta_K - theta), of several populations their mean; only theta moves."""
-    flags = f"--reptile-step {alpha}" + (" --parallel-populations" if several else "")
-    s = setting("resource", "3", "5", flags=flags, double=False)
-    agent, first = s.agent, copy.deepcopy(s.agent.theta)
-    thetas = [theta for theta, _ in mra.fast_weights(s.args, agent, s.arenas)]
-    assert len(thetas) == (2 if several else 1)
-    assert all(torch.equal(weights(theta), weights(first)) for theta in thetas)
-    assert all((theta is agent.theta) != several for theta in thetas)
-    for k, theta in enumerate(thetas):
-        sharpen(theta, 1.0, 20 + k)
-    others = {k: weights(net) for k, net in parts_of(agent).items() if k != "theta"}
-    last = np.mean([numbers(weights(theta)) for theta in thetas], 0)
-    start = numbers(weights(first))
-    mra.reptile(s.args, agent, [p.detach().clone() for p in first.parameters()], thetas)
-    ours, expected = numbers(weights(agent.theta)), start + alpha * (last - start)
+def test_reptile_step(alpha):
+    """theta + alpha (theta_K - theta); only theta moves."""
+    s = setting("resource", "3", "5", flags=f"--reptile-step {alpha}", double=False)
+    agent, first = s.agent, copy.deepcopy(s.agent.actor)
+    sharpen(agent.actor, 1.0, 20)
+    others = {k: weights(net) for k, net in parts_of(agent).items() if k != "actor"}
+    start, last = numbers(weights(first)), numbers(weights(agent.actor))
+    mra.reptile(s.args, agent, [p.detach().clone() for p in first.parameters()])
+    ours, expected = numbers(weights(agent.actor)), start + alpha * (last - start)
     assert np.abs(last - start).max() > 0.1
     assert np.abs(ours - expected).max() < 1e-6
-    if alpha == 0 or (alpha == 1 and not several):
+    if alpha in (0, 1):
         assert (ours == expected).all()
     for name, x in others.items():
         assert torch.equal(weights(parts_of(agent)[name]), x), name
@@ -1148,36 +1188,36 @@ def test_reptile_step(alpha, several):
 
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
 @pytest.mark.parametrize(("flags", "step"), [("polyak --polyak .2", 0.2), ("hard", 1.0)])
-def test_delayed_networks_follow(script, flags, step):
+def test_target_networks_follow(script, flags, step):
     s = setting("pacman", "2,1", script=script, flags=f"--target {flags}")
     before = {name: numbers(weights(net)) for name, net in parts_of(s.agent).items()}
     s.agent.follow()
     after = {name: numbers(weights(net)) for name, net in parts_of(s.agent).items()}
     for name, x in before.items():
-        fast = before[name.removeprefix("delayed_")]
+        fast = before[name.removeprefix("target_")]
         expected = x + step * (fast - x)
         assert np.abs(after[name] - expected).max() <= (1e-12 if step < 1 else 0), name
-    assert (before["theta"] != before["delayed_theta"]).any()
+    assert (before["actor"] != before["target_actor"]).any()
 
 
 # --- 12. Replay and sizes of rewards --------------------------------------------------------------
 
 
-def record(s: SimpleNamespace, arena, steps: int) -> list[SimpleNamespace]:
+def record(s: SimpleNamespace, collector, steps: int) -> list[SimpleNamespace]:
     """What collect() saw and did, step by step."""
-    rows, true = [], arena.world.step
+    rows, worlds, true = [], collector.worlds, collector.worlds.step
 
     def step(actions):
-        seen, z = arena.world.obs, arena.numbers["z"].clone() if s.script is mra else None
+        seen, z = worlds.obs, collector.z.clone() if s.script is mra else None
         result = true(actions)
         own = {"obs": seen, "z": z, "actions": actions.clone()}
         rows.append(SimpleNamespace(**result._asdict() | own))
         return result
 
-    arena.world.step = step
+    worlds.step = step
     for _ in range(steps):
-        s.script.collect(s.agent, arena, **s.rngs)
-    arena.world.step = true
+        s.script.collect(s.agent, collector, **s.rngs)
+    worlds.step = true
     return rows
 
 
@@ -1190,8 +1230,8 @@ def short_pacman(script: ModuleType, flags: str = "") -> SimpleNamespace:
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
 def test_deviation_of_rewards_is_that_of_the_living(script):
     s = short_pacman(script)
-    arena = s.arenas[0]
-    rows = record(s, arena, 40)
+    collector = s.collectors[0]
+    rows = record(s, collector, 40)
     alive = np.stack([row.obs.alive.numpy() for row in rows])
     reward = np.stack([row.reward.double().numpy() for row in rows])
     assert not alive.all(), "somebody died"
@@ -1200,19 +1240,17 @@ def test_deviation_of_rewards_is_that_of_the_living(script):
         living = reward[..., part][alive[..., part]]
         expected += [living.std()] * (part.stop - part.start)
     assert abs(expected[0] - reward[..., :2].std()) > 1e-3, "the dead would change it"
-    assert np.abs(numbers(arena.deviation()) - expected).max() < 1e-6
+    assert np.abs(numbers(collector.buffer.deviation()) - expected).max() < 1e-6
     raw = short_pacman(script, "--no-scale-rewards")
-    record(raw, raw.arenas[0], 3)
-    assert (raw.arenas[0].deviation() == 1).all()
+    record(raw, raw.collectors[0], 3)
+    assert (raw.collectors[0].buffer.deviation() == 1).all()
 
 
 def test_deviation_has_a_floor():
     s = setting("resource", "3", double=False)
-    arena = s.arenas[0]
-    alive = torch.ones(1, 3, dtype=torch.float64)
-    sums = [torch.stack([arena.by_type(x) for x in (alive, 2 * alive, 4 * alive)])] * 5
-    arena.numbers["rewards"] += torch.stack(sums).sum(0)
-    assert torch.allclose(arena.deviation(), torch.full((3,), 0.01))
+    buffer = s.collectors[0].buffer
+    buffer.reward_sums += torch.tensor([[15.0], [30.0], [60.0]])  # 15 times 2
+    assert torch.allclose(buffer.deviation(), torch.full((3,), 0.01))
 
 
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
@@ -1220,30 +1258,31 @@ def test_replay_gives_back_what_was_seen(script):
     """Bit for bit o, o', a, r / deviation, z and ends of the transitions that the seed picks,
     also when the oldest have been overwritten."""
     s = short_pacman(script, "--buffer-size 60 --batch-size 40")
-    arena, world = s.arenas[0], s.arenas[0].world
+    collector = s.collectors[0]
+    buffer, world = collector.buffer, collector.worlds
     rows, checked = [], {"died": False, "terminated": False, "truncated": False}
     for steps in (5, 6, 14):  # 40, 88 and 200 transitions in 60 places
-        rows += record(s, arena, steps)
+        rows += record(s, collector, steps)
         stored = 8 * len(rows)
-        assert arena.steps == stored and arena.size == min(stored, 60)
+        assert buffer.steps == stored and buffer.size == min(stored, 60)
         kept = {}  # what each place holds
         for t, row in enumerate(rows):
             for b in range(8):
                 kept[(8 * t + b) % 60] = (row, b, 8 * t + b)
         assert min(number for *_, number in kept.values()) == max(0, stored - 60)
-        batch = arena.sample(s.agent, seeded(steps), 40)
-        index = torch.randint(0, arena.size, (40,), generator=seeded(steps)).tolist()
+        batch = buffer.sample(s.agent, seeded(steps), 40)
+        index = torch.randint(0, buffer.size, (40,), generator=seeded(steps)).tolist()
         assert len(set(index)) > 15
         for m, (row, b, _) in enumerate(kept[k] for k in index):
             latents = [row.z[b : b + 1]] if script is mra else []
             for ours, obs in ((batch.view, row.obs), (batch.next_view, row.final)):
                 obs = type(obs)(*(x[b : b + 1] for x in obs))
-                expected = s.agent.look(world.game, obs, *latents)
+                expected = s.agent.view(world.game, obs, *latents)
                 for name, x in expected._asdict().items():
                     mine = getattr(ours, name)
                     assert mine == x if name == "counts" else torch.equal(mine[m], x[0]), name
             assert torch.equal(batch.actions[m], row.actions[b])
-            assert torch.equal(batch.rewards[m], row.reward[b] / arena.deviation())
+            assert torch.equal(batch.rewards[m], row.reward[b] / collector.buffer.deviation())
             assert batch.terminated[m] == row.terminated[b]
             checked["died"] |= bool((batch.view.alive[m] != batch.next_view.alive[m]).any())
             checked["terminated"] |= bool(row.terminated[b])
@@ -1253,8 +1292,7 @@ def test_replay_gives_back_what_was_seen(script):
 
 def test_latents_last_for_an_episode_and_are_drawn_anew_after_it():
     s = short_pacman(mra)
-    arena = s.arenas[0]
-    rows = record(s, arena, 30)
+    rows = record(s, s.collectors[0], 30)
     for row, later in itertools.pairwise(rows):
         ended = row.terminated | row.truncated
         assert torch.equal(row.z[~ended], later.z[~ended])
@@ -1267,9 +1305,10 @@ def test_latents_last_for_an_episode_and_are_drawn_anew_after_it():
 @pytest.mark.parametrize("task", ["treasure", "resource"])
 def test_bytes_of_a_transition(task):
     s = setting(task, "24", double=False)
-    size = sum(x[0].numel() * x.element_size() for x in s.arenas[0].replay.values())
+    rows = s.collectors[0].buffer.rows.values()
+    size = sum(x[0].numel() * x.element_size() for x in rows)
     assert size < 1500
-    world = s.arenas[0].world.obs
+    world = s.collectors[0].worlds.obs
     plain = 2 * 4 * (world.own[0].numel() + world.entities()[0].numel())
     assert plain > 40 * size, "observations would be many times as large"
 
@@ -1288,7 +1327,7 @@ def test_bytes_of_a_transition(task):
 def test_prior_of_populations_never_met(task, own, unseen):
     """psi in NumPy: a small network of counts / 10, a row for each type."""
     s = setting(task, *own)
-    game, w = make_game(task, unseen), arrays(s.agent.psi)
+    game, w = make_game(task, unseen), arrays(s.agent.latent_prior)
     hidden = relu(w["net.0.weight"] @ (np.array(unseen) / 10) + w["net.0.bias"])
     expected = (w["net.2.weight"] @ hidden + w["net.2.bias"]).reshape(len(unseen), 6)
     expected = np.repeat(log_softmax(expected), unseen, 0)
@@ -1313,7 +1352,8 @@ def test_floor_of_the_prior():
 def test_uniform_prior():
     """With --latent-prior uniform, and where there is one population."""
     for s in (setting("pacman", "2,1", "2,2", flags="--latent-prior uniform"), setting()):
-        assert not hasattr(s.agent, "psi") and not hasattr(s.agent, "xi")
+        assert not hasattr(s.agent, "latent_prior") and not s.agent.learns_prior
+        assert not hasattr(s.agent, "population_classifier")
         ours = numbers(s.agent.log_prior(s.game))
         assert ours.shape == (3, 6)
         assert np.abs(ours + np.log(6)).max() < 1e-6

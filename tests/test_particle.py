@@ -1,27 +1,19 @@
 """envs/particle/worlds.py against mpe2's physics, and against plain loops over agents written here
-from docs/particle.md; its random numbers against SplitMix64 in NumPy; PettingZoo's own tests."""
+from docs/particle.md; its random numbers against SplitMix64 in NumPy."""
 
 import csv
-import functools
-import importlib
 import math
 import os
 import shutil
 import subprocess
 import sys
-import types
-import warnings
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from mpe2._mpe_utils.core import Agent, World
-from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_test, render_test
-from pettingzoo.test.state_test import state_test
 
-from envs import particle_parallel
 from envs.particle.worlds import (
     TASKS,
     Bodies,
@@ -41,7 +33,6 @@ from envs.particle.worlds import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
 GAMES = (
     ("treasure", 3),
     ("treasure", 12),
@@ -563,71 +554,6 @@ def test_scripted_players():
     assert ghosts > mean_return("pacman", (4, 2), None)[1] + 2
 
 
-@pytest.mark.parametrize(
-    ("task", "population"), [("treasure", 3), ("resource", 6), ("pacman", (4, 2))]
-)
-def test_pettingzoo(task, population):
-    matplotlib.use("Agg")
-    new = lambda **how: particle_parallel.parallel_env(task, population, **how)  # noqa: E731
-    turns = lambda **how: particle_parallel.env(task, population, **how)  # noqa: E731
-    parallel_api_test(new(), 60)
-    parallel_seed_test(new)
-    max_cycles_test(types.SimpleNamespace(parallel_env=new, env=turns))
-    render_test(turns)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Environment's m.* state space value is")  # unbounded
-        state_test(turns(), new())
-
-
-def test_pettingzoo_shows_the_worlds_own():
-    """Observations and state against a world with the same seed."""
-    env, world = (
-        particle_parallel.parallel_env("pacman", (4, 2)),
-        ParticleWorld("pacman", (4, 2), 1, seed=5),
-    )
-    seen, _ = env.reset(seed=5)
-    obs, rng = world.reset(), np.random.default_rng(0)
-    while True:
-        for i, agent in enumerate(env.possible_agents):
-            if agent in seen:
-                others = (obs.entities() * obs.mask()[..., None])[0, i]
-                flat = torch.cat(
-                    (obs.own[0, i], torch.cat((others[:i], others[i + 1 :])).flatten())
-                )
-                assert np.array_equal(seen[agent], flat.numpy())
-        if not env.agents:
-            break
-        actions = rng.integers(0, 5, 6)
-        acted = [env.possible_agents.index(agent) for agent in env.agents]
-        seen, reward, *_ = env.step({env.possible_agents[i]: actions[i] for i in acted})
-        step = world.step(torch.from_numpy(actions)[None])
-        obs = step.final
-        assert [reward[env.possible_agents[i]] for i in acted] == step.reward[0, acted].tolist()
-        assert np.array_equal(env.state(), step.final_state[0].numpy())
-
-
-def test_dead_pac_men_leave():
-    env = particle_parallel.parallel_env("pacman", (2, 8))
-    left, zeros = 0, 0
-    for seed in range(10):
-        env.reset(seed=seed)
-        while env.agents:
-            before = list(env.agents)
-            obs, reward, terminated, truncated, _ = env.step(dict.fromkeys(before, 1))
-            assert list(obs) == list(reward) == before
-            dead = [agent for agent in before if terminated[agent] and agent.startswith("pac")]
-            left += len(dead)
-            assert not any(truncated[agent] for agent in dead)
-            if env.agents:
-                assert env.agents == [agent for agent in before if agent not in dead]
-                game = env.world.game
-                others = obs["ghost_0"][game.own_features :].reshape(-1, game.entity_features)
-                gone = [f"pac_man_{k}" not in env.agents for k in (0, 1)]
-                assert [not row.any() for row in others[:2]] == gone
-                zeros += sum(gone)
-    assert left > 3 and zeros > 3
-
-
 def test_pictures_have_a_fixed_window():
     """Agents beyond it are drawn at its edge, what is inside in its place."""
     game = make_game("pacman", (2, 1))
@@ -664,81 +590,3 @@ def test_half_a_library_in_the_compilers_cache(tmp_path):
         done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=env)
         assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr[-2000:]
         assert (f"if it helps, delete {cache}" in done.stdout) == damaged
-
-
-# --- Experiments ----------------------------------------------------------------------------------
-
-
-def test_the_benchmarks_task_is_simple_spread(monkeypatch):
-    """Rewards and observations of mpe2's scenario in the same crowded states."""
-    from mpe2 import simple_spread_v3
-
-    bench = importlib.import_module("bench_particle")
-    monkeypatch.setitem(TASKS, "spread", bench.SPREAD)
-    N, worlds, hits = 4, 20, 0
-    game = make_game("spread", N)
-    bodies = crowded(game, worlds, 3, 0.6)
-    ours, seen = bench.spread_outcome(game, bodies), bench.spread_observation(game, bodies)
-    env = simple_spread_v3.parallel_env(N=N).unwrapped
-    env.reset(seed=1)
-    for b in range(worlds):
-        for i, agent in enumerate(env.world.agents):
-            agent.state.p_pos = bodies.position[:, i, b].numpy()
-            agent.state.p_vel = bodies.velocity[:, i, b].numpy()
-        for k, landmark in enumerate(env.world.landmarks):
-            landmark.state.p_pos = bodies.landmarks[:, k, b].numpy()
-        for i, agent in enumerate(env.world.agents):
-            own, shared = (
-                env.scenario.reward(agent, env.world),
-                env.scenario.global_reward(env.world),
-            )
-            assert abs(float(ours.reward[i, b]) - 0.5 * (own + shared)) < 1e-9
-            hits += own < 0
-            theirs = env.scenario.observation(agent, env.world)  # v, p, landmarks, others, words
-            x = seen.own[b, i].numpy()
-            landmarks = x[4 : 4 + 2 * N].reshape(2, N).T.flatten()
-            others = np.delete(x[4 + 2 * N :].reshape(2, N).T, i, 0).flatten()
-            truth = theirs[: 4 + 2 * N + 2 * (N - 1)]
-            assert np.allclose(np.concatenate((x[:4], landmarks, others)), truth, atol=1e-9)
-    assert hits > 10
-
-
-def test_benchmark_prints_both_tables(capsys, monkeypatch):
-    bench = importlib.import_module("bench_particle")
-    monkeypatch.setitem(TASKS, "spread", bench.SPREAD)
-    monkeypatch.setattr(bench, "OURS", (("pacman", ((4, 2),)),))
-    fixed = dict(numbers=(3,), worlds=(32,), seconds=0.01)
-
-    def new(*args, compiled):
-        world = ParticleWorld(*args)
-        step = functools.partial(world._advance)
-        step.call, step.plain = 1, 2  # eager, but not as a failure to compile
-        world._advance = step
-        return world
-
-    monkeypatch.setattr(bench, "ParticleWorld", new)
-    bench.main(bench.Bench(**fixed))
-    lines = [x.split("|")[1:-1] for x in capsys.readouterr().out.splitlines() if "|" in x]
-    row = next(x for x in lines if x[0].strip() == "3")
-    slow, vmas, jaxmarl, eager, fast, ratio = (x.strip() for x in row[1:])
-    peers = [float(x) for x in (slow, vmas, jaxmarl) if x != "not run"]
-    assert min(float(eager), float(slow)) > 0
-    assert abs(float(ratio) - float(fast) / max(peers)) < 0.02 * float(ratio)
-    assert lines[-1][0].strip() == "pacman" and float(lines[-1][2]) > 0
-
-
-def test_players_table(tmp_path, capsys, monkeypatch):
-    """Means in the table are those of episodes played here, in the same worlds."""
-    study = importlib.import_module("particle_players")
-    monkeypatch.setattr(study, "POPULATIONS", {"treasure": (3,)})
-    study.main(study.Study(tasks=("treasure",), episodes=64, seed=11, out=tmp_path / "x"))
-    with (tmp_path / "x.csv").open() as file:
-        rows = {row["player"]: row for row in csv.DictReader(file)}
-    mean = mean_return("treasure", 3, nearest_first, 64)[0]
-    assert abs(float(rows["nearest-first"]["mean"]) - mean) < 1e-4
-    assert float(rows["random"]["high"]) < float(rows["nearest-first"]["low"])
-    assert (tmp_path / "x.md").read_text() in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        study.main(study.Study(tasks=("chess",)))
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "error: There is no task chess: treasure.\n"

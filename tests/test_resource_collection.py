@@ -1,5 +1,5 @@
 """envs/smac/resource_collection.py: each rule measured, whole episodes against plain Python written
-from the specification, streams of random numbers, PettingZoo's tests.
+from the specification, streams of random numbers.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from pettingzoo.test import max_cycles_test, parallel_api_test, parallel_seed_test, render_test
-from pettingzoo.test.state_test import state_test
 
-from envs import resource_collection_parallel as view
 from envs.smac import resource_collection as rc
 
 STAY, LEFT, RIGHT, DOWN, UP = 1, 2, 3, 4, 5
@@ -521,22 +518,7 @@ def test_the_forager_sees_what_agents_see():
     assert acted > 1000, "much was seen, too"
 
 
-# --- PettingZoo -----------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_pettingzoo():
-    def new(**options):
-        return view.parallel_env((2, 3), **{"render_mode": "rgb_array", **options})
-
-    def turns(**options):
-        return view.env((2, 3), **{"render_mode": "rgb_array", **options})
-
-    parallel_api_test(new(), 60)
-    parallel_seed_test(new)
-    max_cycles_test(types.SimpleNamespace(parallel_env=new, env=turns))
-    render_test(turns)
-    state_test(turns(), new())
+# --- Pictures -------------------------------------------------------------------------------------
 
 
 def test_pictures(tmp_path):

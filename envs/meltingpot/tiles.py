@@ -221,7 +221,7 @@ class Palette:
 
     def _learn(self, sprite: np.ndarray) -> None:
         if self.lock_fd is not None:
-            fcntl.lockf(self.lock_fd, fcntl.LOCK_EX)
+            fcntl.lockf(self.lock_fd, fcntl.LOCK_EX, 1)  # byte 0: others are locks, too
         try:
             fresh = self.known
             self._catch_up()  # another process may have been first
@@ -233,7 +233,7 @@ class Palette:
                 self._catch_up()
         finally:
             if self.lock_fd is not None:
-                fcntl.lockf(self.lock_fd, fcntl.LOCK_UN)
+                fcntl.lockf(self.lock_fd, fcntl.LOCK_UN, 1)
 
     def pixels(self) -> np.ndarray:
         """All sprites so far, (P, 8, 8, 3) uint8; row number = id."""

@@ -13,9 +13,13 @@ one episode and is then built anew, as in the official wrapper. The next episode
 built ahead of time and the world's slot switches to it when an episode ends, so that no world waits
 for another's rebuild. A build blocks its process (engines hold the GIL), hence two places for it:
 short builds (chicken 0.04 s, coins 0.14 s) are done by the world's own worker while the trainer
-learns and calls `check()`; long ones (coop_mining 1.5 s, chemistry 13 s) by standby processes that
-step nothing. Each episode has its own seed (seed, world, episode), from which coins draws its
-colours and its map; the engine itself is not reproducible, whatever its seeds.
+learns, for which it calls `check()` once before; long ones (coop_mining 1.5 s, chemistry 13 s) by
+standby processes that step nothing. Each episode has its own seed (seed, world, episode), from
+which coins draws its colours and its map; the engine itself is not reproducible, whatever its
+seeds.
+
+A worker that has died while it served worlds ends the run with a WorldError, and so does one whose
+answer is waited for and does not come. Whoever serves nothing may die, and is replaced, or be slow.
 
     envs = MeltingPot("coins", num_envs=16, seed=1)
     obs = envs.reset() # tiles.Observation: tile_ids, world_ids, features
@@ -27,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import importlib
 import importlib.util
 import math
@@ -369,8 +374,10 @@ class SharedArrays:
 #   G world           serve that world from its ready engine, and write its first observation
 #   S                 step the worlds that it serves
 #   D world           stop serving that world
-#   P                 answer (is it alive?)
-# It answers each, in order, with the seconds that it took, or with a text if it failed.
+# It answers each, in order, with the seconds and processor seconds that it took, or with a text if
+# it failed. Standby processes may all be told to build at once: num_workers of them do at a time.
+
+ANSWER = struct.Struct("dd")
 
 
 class Host:
@@ -426,28 +433,45 @@ class Host:
                 del self.serving[world]
 
 
+def wait_for_turn(connection: Connection, memory_fd: int, turns: int) -> int:
+    """The number of a turn to build, from 1; 0 without one, when something else is asked as well:
+    then somebody waits. The kernel takes a turn back from a process that dies."""
+    while not connection.poll(0.0):
+        for turn in range(1, turns + 1):
+            with contextlib.suppress(OSError):  # another process has it
+                fcntl.lockf(memory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, turn)
+                return turn
+        connection.poll(0.05)
+    return 0
+
+
 def worker_main(socket_fd: int, memory_fd: int) -> None:
     """The life of a worker process: it answers until the other end of the socket is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to the whole group; the trainer acts
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(socket_fd)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        host = Host(*pickle.loads(connection.recv_bytes()), memory_fd)
+        turns, settings = pickle.loads(connection.recv_bytes())
+        host = Host(**settings, fd=memory_fd)
         while True:
-            message = connection.recv_bytes()
-            began = time.monotonic()
+            message, turn = connection.recv_bytes(), 0
+            if message[:1] == b"B" and not host.serving:
+                turn = wait_for_turn(connection, memory_fd, turns)
+            began, used = time.monotonic(), time.process_time()
             try:
                 host.handle(message)
-                answer = struct.pack("d", time.monotonic() - began)
+                answer = ANSWER.pack(time.monotonic() - began, time.process_time() - used)
             except Exception as error:  # whatever it is, the trainer makes a sentence of it
                 answer = f"failed with {type(error).__name__}: {error}".encode()
+            if turn:
+                fcntl.lockf(memory_fd, fcntl.LOCK_UN, 1, turn)
             connection.send_bytes(answer)
 
 
 class Worker:
     """The trainer's side of a worker process."""
 
-    def __init__(self, number: int, init: tuple, memory_fd: int):
+    def __init__(self, number: int, turns: int, settings: dict[str, Any], memory_fd: int):
         ours, theirs = socket.socketpair()
         fds = (theirs.fileno(), memory_fd)
         # -P: the working directory may hold another `envs`.
@@ -457,16 +481,14 @@ class Worker:
         self.process = subprocess.Popen(command, env=env, pass_fds=fds, stdin=subprocess.DEVNULL)
         theirs.close()
         self.number, self.connection = number, Connection(ours.detach())
-        self.connection.send_bytes(pickle.dumps(init))
+        self.connection.send_bytes(pickle.dumps((turns, settings)))
         self.serving: set[int] = set()  # worlds
         self.reserved: dict[int, bool] = {}  # worlds whose next episode it holds; True: built
         self.pending: deque[tuple[bytes, int]] = deque()  # letter and world, not yet answered
-        self.since = time.monotonic()  # from when on the first of them is waited for
         self.started = False  # it has answered once
 
     def send(self, letter: bytes, world: int = 0, episode: int = 0) -> None:
-        if not self.pending:
-            self.since = time.monotonic()
+        """Ask for something; the answer comes later."""
         self.pending.append((letter, world))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # found when it is read
             self.connection.send_bytes(letter + np.array([world, episode], np.int32).tobytes())
@@ -474,6 +496,21 @@ class Worker:
     def building(self) -> list[int]:
         """Worlds whose next episode it has been told to build."""
         return [world for letter, world in self.pending if letter == b"B"]
+
+    def look(self) -> tuple[bool, float]:
+        """Whether the process would run if it had a core, and the processor seconds that it has
+        used. (False, 0.0) where the kernel does not say."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return False, 0.0
+        state, *fields = stat.rpartition(")")[2].split()
+        ticks = int(fields[10]) + int(fields[11])
+        return state == "R", ticks / os.sysconf("SC_CLK_TCK")
+
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self.process.poll() is not None
 
     def death(self) -> str:
         """How the process ended."""
@@ -486,7 +523,9 @@ class Worker:
 
 # --- Many worlds ---------------------------------------------------------------------------------
 
-SHORT_BUILD = 0.5  # seconds; longer ones are done by standby processes
+SHORT_BUILD = 0.5  # processor seconds; longer ones are done by standby processes
+LOOK = 0.2  # seconds between looks at a process whose answer is waited for
+PATIENCE = 10  # who works may use so many times the seconds that one may give no sign
 
 
 class MeltingPot:
@@ -495,7 +534,8 @@ class MeltingPot:
     seed, first_world   episode e of world b is built from the seed (seed, first_world + b, e)
     num_workers         processes that step worlds; by default the cores this process may use
     max_episode_steps   truncate there; 0 plays episodes to their natural end
-    timeout             seconds after which a silent worker ends the run with a WorldError
+    timeout             seconds without a sign of life, or a tenth of the processor seconds, after
+                        which a worker whose answer is waited for ends the run with a WorldError
     standby             start standby processes for long builds; without, they are done when needed
     """
 
@@ -514,7 +554,14 @@ class MeltingPot:
     ):
         self.spec, new_engine = self.plan(substrate)
         self.num_envs, self.timeout, self.standby = num_envs, timeout, standby
-        self.init = (new_engine, self.spec, num_envs, seed, first_world, max_episode_steps)
+        self.settings = {  # of a Host
+            "new_engine": new_engine,
+            "spec": self.spec,
+            "num_envs": num_envs,
+            "seed": seed,
+            "first_world": first_world,
+            "max_steps": max_episode_steps,
+        }
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         self.num_workers = min(num_workers or cores, num_envs)
@@ -524,10 +571,12 @@ class MeltingPot:
         self.counter = EpisodeCounter(num_envs, self.spec.num_agents, self.spec.num_bots)
         self.obs: Observation | None = None  # the latest
         self.workers: list[Worker] = []
+        self.started = 0  # worker processes so far, those included that have died
         self.place: list[Worker | None] = [None] * num_envs  # who serves a world
         self.next: list[Worker | None] = [None] * num_envs  # who holds its next episode
         self.episode = np.zeros(num_envs, np.int64)  # number of each world's next build
-        self.fastest_build, self.slowest_build = math.inf, 0.0  # seconds
+        self.fastest_build = math.inf  # processor seconds: they do not depend on other processes
+        self.slowest_build = 0.0  # seconds
         self.waited_s = 0.0  # spent switching worlds to their next episodes, builds included
         self.checked = 0.0  # when check() last ran
 
@@ -612,19 +661,15 @@ class MeltingPot:
         return Step(self.obs, reward, terminated, truncated, final, episodes)
 
     def check(self, learning: bool = True) -> None:
-        """Raise WorldError if a worker has died or gives no sign.
+        """Raise WorldError if a worker that serves worlds has died; have next episodes built.
 
-        Cheap; to be called now and then while no world is stepped, which is also when short builds
-        are done.
+        Cheap. To be called, once, before a time in which no world is stepped (learning): short
+        builds, which would delay steps, are done then.
         """
         self.checked = time.monotonic()
-        for worker in self.workers:
-            self._receive(worker, block=False)
+        self._bury()
         if self.place[0] is not None:
             self._plan(learning)
-        for worker in self.workers:
-            if not worker.pending:
-                worker.send(b"P")
 
     def close(self) -> None:
         """End all workers; no process is left behind."""
@@ -640,9 +685,31 @@ class MeltingPot:
         return Observation(*(array.copy() for array in self.arrays.observation(..., final)))
 
     def _spawn(self) -> Worker:
-        worker = Worker(len(self.workers), self.init, self.arrays.fd)
+        worker = Worker(self.started, self.num_workers, self.settings, self.arrays.fd)
+        self.started += 1
         self.workers.append(worker)
         return worker
+
+    def _bury(self) -> None:
+        """Part with workers that have died; WorldError if one of them served worlds."""
+        for worker in [worker for worker in self.workers if worker.has_ended()]:
+            self._part_with(worker)
+
+    def _part_with(self, worker: Worker) -> None:
+        """Give what a dead worker held to others; WorldError if it served worlds."""
+        sentence = self._sentence(worker, worker.death())
+        if worker.serving:
+            raise WorldError(sentence)
+        print(f"{sentence} It is replaced.", file=sys.stderr, flush=True)
+        for world, built in worker.reserved.items():
+            if built or world in worker.building():
+                self.episode[world] -= 1  # another worker builds the same episode
+            self.next[world] = None
+        self.workers.remove(worker)
+        worker.pending.clear()
+        worker.connection.close()
+        worker.process.kill()  # it may have closed its connection only
+        worker.process.wait()
 
     def _reserve(self, world: int, worker: Worker) -> None:
         worker.reserved[world] = False
@@ -654,6 +721,8 @@ class MeltingPot:
 
     def _plan(self, learning: bool = False) -> None:
         """Have every world's next episode built where that delays no step."""
+        for worker in list(self.workers):
+            self._receive(worker)
         short = self.fastest_build <= SHORT_BUILD
         for world in range(self.num_envs):
             if self.next[world] is None:
@@ -661,31 +730,45 @@ class MeltingPot:
                 if worker is None:
                     break
                 self._reserve(world, worker)
-        free = self.num_workers - sum(bool(w.building()) for w in self.workers if not w.serving)
         for worker in self.workers:
-            self._receive(worker, block=False)  # first: it may have built what looks unbuilt
-            unbuilt = [world for world, built in worker.reserved.items() if not built]
-            may = learning if worker.serving and short else not worker.serving and free > 0
-            if unbuilt and may and not worker.pending:
-                self._build(worker, unbuilt[0])
-                free -= not worker.serving
+            if worker.serving and not (short and learning):
+                continue
+            ordered = worker.building()
+            for world, built in worker.reserved.items():
+                if not built and world not in ordered:
+                    self._build(worker, world)
 
     def _standby(self) -> Worker | None:
         """A worker that steps no world and holds none, started if need be: a process that builds a
         second engine could not hand over its first."""
-        idle = [w for w in self.workers if not w.serving and not w.reserved]
-        # With num_envs + num_workers processes there is always one.
-        if not idle and self.standby and len(self.workers) < self.num_envs + self.num_workers:
-            idle = [self._spawn()]
-        return idle[0] if idle and self.standby else None
+        if not self.standby:
+            return None
+        for worker in self.workers:
+            if not worker.serving and not worker.reserved:
+                return worker
+        # With num_envs + num_workers processes there is one after every switch. If they die again
+        # and again, no more are started: builds are then done when they are needed.
+        enough = self.num_envs + self.num_workers
+        if len(self.workers) < enough and self.started < 2 * enough:
+            return self._spawn()
+        return None
+
+    def _holder(self, world: int) -> Worker:
+        """Who shall serve a world's next episode, which is reserved for it."""
+        worker = self.next[world]
+        if worker is None:
+            worker = self.place[world]
+            if worker not in self.workers:  # it has died since the world's last step
+                worker = self._spawn()
+            self._reserve(world, worker)
+        return worker
 
     def _start(self, worlds: Iterable[int]) -> None:
         """Switch each world's slot to its next episode, and wait for the first observations."""
         owners = []
+        self._bury()
         for world in worlds:
-            if self.next[world] is None:
-                self._reserve(world, self.place[world])
-            worker = self.next[world]
+            worker = self._holder(world)
             if not worker.reserved.pop(world) and world not in worker.building():
                 self._build(worker, world)
             worker.send(b"G", world)
@@ -705,40 +788,63 @@ class MeltingPot:
     def _finish(self, worker: Worker) -> None:
         """Wait until a worker has answered everything."""
         while worker.pending:
-            self._receive(worker, block=True)
+            if not worker.connection.poll(LOOK):
+                self._wait(worker)
+            self._read(worker)
 
-    def _receive(self, worker: Worker, block: bool) -> None:
-        """Take a worker's answers: with `block` the next one, else those that are there."""
-        while worker.pending:
-            letter, world = worker.pending[0]
-            limit = self.timeout
-            if letter == b"B":  # chemistry takes 13 s, and a busy machine several times as long
-                limit = max(limit, 10 * self.slowest_build if self.slowest_build else 120.0)
-            elif not worker.started:  # it imports, and perhaps compiles, beside many others
-                limit = max(limit, 60.0)
-            left = worker.since + limit - time.monotonic()
-            try:
-                if not worker.connection.poll(max(0.0, left) if block else 0.0):
-                    if worker.since + limit > time.monotonic():
-                        return
-                    # If both of us have been stopped (Ctrl-Z), it answers now.
-                    if not worker.connection.poll(0.5):
-                        raise WorldError(self._sentence(worker, f"gave no sign for {limit:.0f} s"))
-                answer = worker.connection.recv_bytes()
-            except (EOFError, OSError):
-                raise WorldError(self._sentence(worker, worker.death())) from None
-            if len(answer) != struct.calcsize("d"):
-                raise WorldError(self._sentence(worker, answer.decode()))
-            worker.pending.popleft()
-            worker.since, worker.started = time.monotonic(), True
-            if letter == b"B":
-                (seconds,) = struct.unpack("d", answer)
-                self.fastest_build = min(self.fastest_build, seconds)
-                self.slowest_build = max(self.slowest_build, seconds)
-                if world in worker.reserved:
-                    worker.reserved[world] = True
-            if block:
-                return
+    def _wait(self, worker: Worker) -> None:
+        """Wait for a worker's next answer; WorldError if it does not come.
+
+        A slow worker is no dead one: while it uses processor time, or waits for some, it is alive.
+        """
+        limit, silent = self._limit(worker), LOOK
+        _, began = worker.look()
+        used = began  # processor seconds
+        # Looks are counted, not seconds: both of us may be stopped for a while (Ctrl-Z).
+        while not worker.connection.poll(LOOK):
+            before = used
+            runs, used = worker.look()
+            silent = 0.0 if runs or used > before else silent + LOOK
+            self._bury()
+            if silent >= limit:
+                raise WorldError(self._sentence(worker, f"gave no sign for {limit:.0f} s"))
+            if used - began >= PATIENCE * limit:
+                words = f"has worked for {used - began:.0f} s without an answer"
+                raise WorldError(self._sentence(worker, words))
+
+    def _limit(self, worker: Worker) -> float:
+        """Seconds that a worker may be silent before its next answer."""
+        letter, _ = worker.pending[0]
+        if letter == b"B":  # chemistry takes 13 s, and a busy machine several times as long
+            expected = 10 * self.slowest_build if self.slowest_build else 120.0
+        elif worker.started:
+            expected = 0.0
+        else:  # it imports, and perhaps compiles, beside many others
+            expected = 60.0
+        return max(self.timeout, expected)
+
+    def _receive(self, worker: Worker) -> None:
+        """Take the answers that a worker has given by now."""
+        while worker.pending and worker.connection.poll(0.0):
+            self._read(worker)
+
+    def _read(self, worker: Worker) -> None:
+        """Take the answer that is there; WorldError if it tells of a failure."""
+        try:
+            answer = worker.connection.recv_bytes()
+        except (EOFError, OSError):
+            self._part_with(worker)
+            return
+        if len(answer) != ANSWER.size:
+            raise WorldError(self._sentence(worker, answer.decode()))
+        letter, world = worker.pending.popleft()
+        worker.started = True
+        if letter == b"B":
+            seconds, processor_seconds = ANSWER.unpack(answer)
+            self.fastest_build = min(self.fastest_build, processor_seconds)
+            self.slowest_build = max(self.slowest_build, seconds)
+            if world in worker.reserved:
+                worker.reserved[world] = True
 
     def _sentence(self, worker: Worker, what: str) -> str:
         worlds = ", ".join(map(str, sorted(worker.serving))) or "none"

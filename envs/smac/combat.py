@@ -1045,13 +1045,21 @@ class Combat:
         rows = {name: ((), kind) for name, kind in kinds.items()}
         self.results, self._results = shared(Results, num_battles, **rows)
         bounds = np.linspace(0, num_battles, min(threads, num_battles) + 1).astype(int).tolist()
-        self.parts = list(pairwise(bounds))
-        self.pool = ThreadPoolExecutor(len(self.parts)) if len(self.parts) > 1 else None
+        self.spans = list(pairwise(bounds))
+        self.pool = ThreadPoolExecutor(len(self.spans)) if len(self.spans) > 1 else None
 
     @property
     def over(self) -> Tensor:
         """(B,) bool: with `once`, who has ended."""
         return torch.from_numpy(self.battles["over"].copy())
+
+    @property
+    def time(self) -> Tensor:
+        """(B,) steps since the present episodes began."""
+        return torch.from_numpy(self.battles["time"].copy())
+
+    def close(self) -> None:
+        """Nothing: games have to be ended (envs/smac/game.py), not these battles."""
 
     def seed(self, seed: int) -> None:
         """Begin the battles' streams of random numbers; reset() comes next."""
@@ -1116,7 +1124,7 @@ class Combat:
         if self.pool is None:
             kernel(0, self.num_battles, *args)
             return
-        for job in [self.pool.submit(kernel, lo, hi, *args) for lo, hi in self.parts]:
+        for job in [self.pool.submit(kernel, lo, hi, *args) for lo, hi in self.spans]:
             job.result()
 
     def _episode(self, b: int) -> Episode:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from envs.particle.worlds import GOLDEN, mixed
+from envs.statistics import accelerated_interval, aligned_table, with_interval
 
 SIDE = 8  # slots of agents
 OTHERS = 8  # six resources, the invader, home
@@ -355,6 +356,14 @@ class ResourceCollection:
         self.over = torch.zeros(num_battles, dtype=torch.bool, device=self.device)
         self.seed(seed)
 
+    @property
+    def time(self) -> Tensor:
+        """(B,) steps since the present episodes began."""
+        return self.clocks.time
+
+    def close(self) -> None:
+        """Nothing: as Combat has it, for games."""
+
     def seed(self, seed: int) -> None:
         """Begin the worlds' streams of random numbers; reset() comes next."""
         key = mixed(mixed(torch.full_like(self.numbers, seed)) + GOLDEN * (self.numbers + 1))
@@ -524,29 +533,33 @@ def scripted_policies(seed: int) -> dict[str, Policy]:
     return {"random": random_policy(seed), "forager": forager, "collector": collector}
 
 
-def play(world: ResourceCollection, policy: Policy) -> list[Episode]:
-    """One episode of every world (made with once=True), in the order of worlds."""
+def tell_nobody(episodes: int) -> None:
+    """How far one is interests nobody."""
+
+
+def play(
+    world: ResourceCollection, policy: Policy, progress: Callable[[int], None] = tell_nobody
+) -> list[Episode]:
+    """One episode of every world (made with once=True), in the order of worlds; progress(n) is
+    called when n of them have ended."""
     world.reset()
     episodes: list[Episode] = []
     while len(episodes) < world.num_battles:
-        episodes += world.step(policy(world)).episodes
+        ended = world.step(policy(world)).episodes
+        progress(len(ended))
+        episodes += ended
     return sorted(episodes, key=lambda episode: episode.battle)
 
 
 def summarise(episodes: list[Episode]) -> dict[str, float]:
     """Mean return with a 95 % bootstrap interval; what was done, per episode."""
-    from scipy.stats import bootstrap
-
     returns = np.array([episode.reward for episode in episodes])
-    low = high = returns.mean()
-    if len(returns) > 1 and returns.std() > 0:
-        rng = np.random.default_rng(0)
-        low, high = bootstrap((returns,), np.mean, n_resamples=2000, rng=rng).confidence_interval
+    low, high = accelerated_interval(returns)
     return {
         "episodes": len(episodes),
         "return": float(returns.mean()),
-        "return_low": float(low),
-        "return_high": float(high),
+        "return_low": low,
+        "return_high": high,
         "picked": float(np.mean([episode.picked for episode in episodes])),
         "caught": float(np.mean([episode.caught for episode in episodes])),
         "arrived": float(np.mean([episode.arrived for episode in episodes])),
@@ -558,13 +571,10 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown: one line per row name."""
     lines = [["who", "return", "picked up", "caught", "arrived", "episodes"]]
     for name, row in rows.items():
-        earned = f"{row['return']:.1f} [{row['return_low']:.1f}, {row['return_high']:.1f}]"
+        earned = with_interval(row, "return", digits=1)
         counts = [f"{row[k]:.1f}" for k in ("picked", "caught", "arrived")]
         lines.append([name, earned, *counts, f"{int(row['episodes'])}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)
+    return aligned_table(lines)
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -602,9 +612,10 @@ def draw(snap: Snapshot, b: int, size: int = 480) -> np.ndarray:
 
 
 def film(world: ResourceCollection, policy: Policy, path: Path, fps: int = 12) -> None:
-    """An MP4 of the first world's episode, which has begun."""
+    """An MP4 of an episode of the first world."""
     import imageio.v2 as imageio
 
+    world.reset()
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(path, fps=fps, codec="libx264", quality=6) as writer:
         writer.append_data(draw(world.snapshot, 0))

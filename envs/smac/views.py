@@ -124,10 +124,11 @@ def _dots(brush: Any, a: tuple, b: tuple, colour: tuple) -> None:
         brush.ellipse([px - 2, py - 2, px + 2, py + 2], fill=colour)
 
 
-def film_battle(battles: Any, policy: Callable, path: Path, fps: int = 6) -> None:
-    """One episode of battles (just reset), the first of them, as an MP4, a picture a step."""
+def film(battles: Any, policy: Callable[[Any], Any], path: Path, fps: int = 6) -> None:
+    """An MP4 of an episode of the first battle, a picture a step."""
     import imageio.v2 as imageio
 
+    battles.reset()
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(path, fps=fps, codec="libx264", quality=6) as writer:
         writer.append_data(draw(battles.snapshot, 0))

@@ -1,0 +1,158 @@
+"""Two-layer networks of all pairs of agents, exactly and without M N^2 H numbers.
+
+A network of o_ij = [p_j - p_i, v_j, ...] has N^2 inputs. But its first layer is linear and gives
+a_j - b_i, with a_j = W [p_j, v_j, ...] + c and b_i = W_p p_i: N of each. Its second is given to the
+query (of keys: q . K h = (K^T q) . h) or comes after the sum over j (of values, as sum_j g_ij = 1).
+What is left for pairs are two sums, which are compiled to single loops.
+
+FastPairs has the methods of the class Pairs that the scripts have in plain form; tests hold both
+equal, gradients included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from envs.particle.worlds import Compiled
+
+
+# [shared: grouped_linear] begin
+def grouped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, counts: tuple[int, ...]
+) -> Tensor:
+    """x (M, N, I) by the matrix of each agent's parameter set: weight (S, I, O) -> (M, N, O)."""
+    if len(weight) == 1:
+        y = x @ weight[0]
+        return y if bias is None else y + bias[0]
+    if len(weight) == x.shape[1]:
+        y = torch.einsum("mni,nio->mno", x, weight)
+        return y if bias is None else y + bias
+    parts = [part @ w for part, w in zip(x.split(counts, 1), weight)]
+    if bias is not None:
+        parts = [part + b for part, b in zip(parts, bias)]
+    return torch.cat(parts, 1)
+
+
+# [shared: grouped_linear] end
+
+
+class FastPairs:
+    """relu(o_ij @ weight + bias + shift_i) for all agents i and j, kept as a_j and b_i.
+
+    others    (M, N, De): of each agent j; o_ij is that with p_j - p_i in the place of p_j
+    weight    (S, De, H) of each parameter set, or (M, N, De, H) of each agent i
+    bias      (S, H), or None with weights of each agent
+    counts    agents of each parameter set, in order
+    shift     (M, N, H) or None
+    """
+
+    def __init__(
+        self,
+        others: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        counts: tuple[int, ...],
+        shift: Tensor | None = None,
+        compiled: bool = False,
+    ):
+        self.counts, self.compiled = counts, compiled
+        position = others[..., :2]
+        if weight.dim() == 4:
+            self.a = torch.einsum("mjd,mndh->mnjh", others, weight)  # (M, N, N, H)
+            self.b = torch.einsum("mnd,mndh->mnh", position, weight[:, :, :2])  # (M, N, H)
+        else:
+            self.a = torch.einsum("mjd,sdh->msjh", others, weight)  # (M, S, N, H)
+            self.a = self.a + bias[:, None]
+            self.b = grouped_linear(position, weight[:, :2], None, counts)
+        if shift is not None:
+            self.b = self.b - shift
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """q_i . k_ij (M, N, N), keys without bias: query (M, N, K), key (S, H, K)."""
+        u = grouped_linear(query, key.mT, None, self.counts)  # (M, N, H)
+        return self._reduce(score_kernel, u)
+
+    def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """sum_j g_ij v_ij (M, N, O), where rows of g (M, N, N) sum to 1; weight (S, H, O)."""
+        hidden = self._reduce(sum_kernel, g)  # (M, N, H)
+        return grouped_linear(hidden, weight, bias, self.counts)
+
+    def _reduce(self, function: Callable, x: Tensor) -> Tensor:
+        """A kernel of x (M, N, .), parameter set by parameter set."""
+        if self.a.shape[1] in (1, x.shape[1]):
+            return PairReduction.apply(function, self.compiled, x, self.a, self.b)
+        counts = self.counts
+        parts = zip(x.split(counts, 1), self.a.split(1, 1), self.b.split(counts, 1))
+        results = [PairReduction.apply(function, self.compiled, u, a, b) for u, a, b in parts]
+        return torch.cat(results, 1)
+
+
+# --- Kernels --------------------------------------------------------------------------------------
+
+
+def score_kernel(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """u_i . relu(a_j - b_i): u, b (M, n, H), a (M, 1 or n, N, H) -> (M, n, N)."""
+    return (u[:, :, None] * F.relu(a - b[:, :, None])).sum(-1)
+
+
+def sum_kernel(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """sum_j g_ij relu(a_j - b_i): g (M, n, N), a (M, 1 or n, N, H), b (M, n, H) -> (M, n, H)."""
+    return (g[..., None] * F.relu(a - b[:, :, None])).sum(2)
+
+
+def gradient_kernel(g: Tensor, u: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of sum_ij g_ij u_i . relu(a_j - b_i) for a and b."""
+    x = torch.where(a > b[:, :, None], g[..., None] * u[:, :, None], 0.0)
+    of_a = x.sum(1, keepdim=True) if a.shape[1] == 1 else x
+    return of_a, -x.sum(2)
+
+
+class PairReduction(torch.autograd.Function):
+    """score_kernel or sum_kernel of x, without keeping N^2 H numbers for the gradient. Each is the
+    other's gradient for x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable, compiled: bool, x: Tensor, a: Tensor, b: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        ctx.scores, ctx.compiled = function is score_kernel, compiled
+        return kernel(function, compiled)(x, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b = ctx.saved_tensors
+        d = d.contiguous()
+        of_x = of_a = of_b = None
+        if ctx.needs_input_grad[2]:
+            other = sum_kernel if ctx.scores else score_kernel
+            of_x = kernel(other, ctx.compiled)(d, a, b)
+        if any(ctx.needs_input_grad[3:]):
+            g, u = (d, x) if ctx.scores else (x, d)
+            of_a, of_b = kernel(gradient_kernel, ctx.compiled)(g, u, a, b)
+        return None, None, of_x, of_a, of_b
+
+
+@functools.cache
+def kernel(function: Callable, compiled: bool) -> Callable:
+    """The function itself or a compiled form for all sizes."""
+    if not compiled:
+        return function
+    return Compiled(function, function.__name__, dynamic=True)
+
+
+def keep_freed_memory() -> None:
+    """glibc takes every tensor above 32 MB from the system anew, page by page, which with 48 agents
+    is half of the time: let it keep them. Elsewhere nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no maps of their own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back

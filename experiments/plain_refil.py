@@ -1,0 +1,251 @@
+"""REFIL's loss as one would write it first: all 16 slots, padded time, a step, a mask and a
+hypernetwork at a time. What baselines/refil_smac.py does at once is tested and timed against it.
+
+    episodes = episodes_of(s, seed=3, size=6)      the minibatch that s.buffer.sample() draws
+    loss = Plain(s.args, s.agent).loss(episodes, groups)
+
+`Folded` is arranged as the authors' code is: times folded into the batch, three masks as three
+batches, only the GRU step by step.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIDE, SLOTS = 8, 16
+
+
+class Episodes(NamedTuple):
+    """B episodes of battles with all slots, padded to the longest."""
+
+    entities: Tensor  # (T + 1, B, 16, D): features, of agents also the last actions
+    unseen: Tensor  # (T + 1, B, 8, 16) bool
+    empty: Tensor  # (B, 16) bool
+    avail_actions: Tensor  # (T + 1, B, 8, actions) bool
+    actions: Tensor  # (T, B, 8) int64
+    rewards: Tensor  # (T, B)
+    terminated: Tensor  # (T, B) bool; false where time was out
+    length: Tensor  # (B,)
+
+    @property
+    def played(self) -> Tensor:
+        """(T, B) bool: steps that are no padding."""
+        return torch.arange(len(self.rewards))[:, None] < self.length
+
+
+def episodes_of(s: Any, seed: int, size: int) -> Episodes:
+    """What s.buffer.sample() draws with a generator of this seed, from what the buffer stores."""
+    buffer = s.buffer
+    rng = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(buffer.size, generator=rng)[:size]
+    length = buffer.fixed["length"][chosen]
+    chosen = chosen[torch.sort(length, descending=True, stable=True).indices]
+    length = buffer.fixed["length"][chosen]
+    T, n = int(length.max()), buffer.battles.family.n_actions
+    entities, unseen, avail = [], [], []
+    for t in range(T + 1):
+        snapshot = {name: x[chosen, t].contiguous() for name, x in buffer.states.items()}
+        snapshot |= {name: buffer.fixed[name][chosen] for name in buffer.battles.fixed}
+        obs = buffer.battles.observe(buffer.battles.snapshot._replace(**snapshot))
+        last_actions = torch.zeros(size, SLOTS, n)
+        if t:
+            acted = buffer.steps["actions"][chosen, t - 1].long()
+            last_actions[:, :SIDE] = torch.eye(n)[acted]
+        entities.append(torch.cat((obs.entities, last_actions), dim=-1))
+        unseen.append(obs.obs_mask[:, :SIDE])
+        avail.append(obs.avail)
+    return Episodes(
+        entities=torch.stack(entities),
+        unseen=torch.stack(unseen),
+        empty=obs.entity_mask,
+        avail_actions=torch.stack(avail),
+        actions=buffer.steps["actions"][chosen, :T].transpose(0, 1).long(),
+        rewards=buffer.steps["rewards"][chosen, :T].T,
+        terminated=buffer.steps["terminated"][chosen, :T].T,
+        length=length,
+    )
+
+
+def all_slots(groups: Tensor, features: Any, size: int) -> Tensor:
+    """Groups (M, S) of a minibatch's features -> (B, 16); of slots that it leaves out: anything."""
+    first, A = groups[: features.played.shape[1]], features.unseen.shape[1]
+    full = torch.zeros(size, SLOTS, dtype=torch.bool)
+    full[:, :A] = first[:, :A]
+    full[:, SIDE : SIDE + A] = first[:, A:]
+    return full
+
+
+class Plain:
+    """The loss of an agent of baselines/refil_smac.py; no network is run by its own forward()."""
+
+    def __init__(self, args: Any, agent: Any):
+        self.args, self.agent = args, agent
+
+    def attention(self, x: Tensor, query: Tensor, key_value: Tensor, mask: Tensor) -> Tensor:
+        """x (B, 16, H), mask (B, 8, 16) -> (B, 8, H)."""
+        H, heads = x.shape[-1], self.args.heads
+
+        def by_head(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        key, value = (x @ key_value).chunk(2, dim=-1)
+        scores = by_head(x[:, :SIDE] @ query) @ by_head(key).transpose(-1, -2)
+        scores = scores / math.sqrt(H // heads)
+        weights = scores.masked_fill(mask[:, None], -math.inf).softmax(-1).nan_to_num(0.0)
+        return (weights @ by_head(value)).transpose(1, 2).flatten(2)
+
+    def utilities(self, net: nn.Module, episodes: Episodes, mask: Tensor) -> Tensor:
+        """(T + 1, B, 8, actions) for mask (T + 1, B, 8, 16)."""
+        B, nobody = len(episodes.empty), episodes.empty[:, :SIDE, None]
+        hidden, found = torch.zeros(B * SIDE, net.gru.hidden_size), []
+        for t in range(len(episodes.entities)):
+            x = F.relu(net.embed(episodes.entities[t]))
+            x = self.attention(x, net.attention.query[0], net.attention.key_value[0], mask[t])
+            x = net.project(x).masked_fill(nobody, 0.0)
+            x = F.relu(net.gru_input(x)).flatten(0, 1)
+            hidden = gru_cell(net.gru, x, hidden)
+            found.append(net.head(hidden).view(B, SIDE, -1).masked_fill(nobody, 0.0))
+        return torch.stack(found)
+
+    def hypernetwork(
+        self, net: nn.Module, g: int, entities: Tensor, empty: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Number g of a mixer: (B, 8, E) of entities (B, 16, D), mask (B, 8, 16)."""
+        H, nobody = self.args.hidden_size, empty[:, :SIDE, None]
+        rows = slice(g * H, (g + 1) * H)
+        x = F.relu(F.linear(entities, net.embed.weight[rows], net.embed.bias[rows]))
+        x = self.attention(x, net.attention.query[g], net.attention.key_value[g], mask)
+        x = (x @ net.project[g] + net.project_bias[g]).masked_fill(nobody, 0.0)
+        return (x @ net.out[g] + net.out_bias[g]).masked_fill(nobody, 0.0)
+
+    def mix(
+        self, net: nn.Module, q: Tensor, episodes: Any, t: int, groups: Tensor | None = None
+    ) -> Tensor:
+        """Q_tot (B,) of q (B, 8), or with groups (B, 16) of (B, 16), at time t."""
+        empty, entities = episodes.empty, episodes.entities[t]
+        full = empty[:, :SIDE, None] | empty[:, None]
+        masks = [full]
+        if groups is not None:
+            apart = groups[:, :SIDE, None] != groups[:, None]
+            masks = [full | apart, full | ~apart]
+
+        def hyper(g: int, mask: Tensor) -> Tensor:
+            return self.hypernetwork(net, g, entities, empty, mask)
+
+        w = torch.cat([hyper(0, mask) for mask in masks], dim=1)
+        v = hyper(1, full).mean((1, 2))
+        if self.args.mixer == "linear":
+            gone = episodes.avail_actions[t, :, :, 0].repeat(1, len(masks))
+            weights = w.mean(-1).masked_fill(gone, 0.0).softmax(-1)
+            return (weights * q).sum(-1) + v
+        w_final, b = hyper(2, full).mean(1), hyper(3, full).mean(1)
+        x = F.elu((q[..., None] * w.softmax(-1)).sum(1) + b)
+        return (x * w_final.softmax(-1)).sum(-1) + v
+
+    def loss(self, episodes: Episodes, groups: Tensor | None) -> Tensor:
+        """groups (B, 16), or None: AQMIX."""
+        agent, args, masks = self.agent, self.args, [episodes.unseen]
+        if groups is not None:
+            apart = groups[:, :SIDE, None] != groups[:, None]
+            masks += [episodes.unseen | apart, episodes.unseen | ~apart]
+        q = [self.utilities(agent.utility, episodes, mask) for mask in masks]
+        target_q = self.utilities(agent.target_utility, episodes, episodes.unseen)
+        best = q[0].detach().masked_fill(~episodes.avail_actions, -math.inf).argmax(-1)
+        chosen = [pick(x[:-1], episodes.actions) for x in q]
+        td, imagined = [], []
+        for t in range(len(episodes.rewards)):
+            next_q = pick(target_q[t + 1], best[t + 1])
+            later = self.mix(agent.target_mixer, next_q, episodes, t + 1)
+            over = episodes.terminated[t]
+            if args.timeout_terminates:
+                over = over | (t + 1 == episodes.length)
+            y = (episodes.rewards[t] + args.gamma * later * ~over).detach()
+            td.append(self.mix(agent.mixer, chosen[0][t], episodes, t) - y)
+            if groups is not None:
+                both = torch.cat((chosen[1][t], chosen[2][t]), dim=-1)
+                imagined.append(self.mix(agent.mixer, both, episodes, t, groups) - y)
+        td_loss = mean_square(torch.stack(td), episodes.played)
+        if groups is None:
+            return td_loss
+        weight = args.imagine_weight
+        group_loss = mean_square(torch.stack(imagined), episodes.played)
+        return (1 - weight) * td_loss + weight * group_loss
+
+
+class Folded(Plain):
+    """The same loss, of groups, with times folded into the batch."""
+
+    def utilities(self, net: nn.Module, episodes: Episodes, mask: Tensor) -> Tensor:
+        """(T + 1, V B, 8, actions) for mask (T + 1, V B, 8, 16)."""
+        views = mask.shape[1] // len(episodes.empty)
+        nobody = episodes.empty.repeat(views, 1)[:, :SIDE, None]
+        T, B = mask.shape[:2]
+        x = F.relu(net.embed(episodes.entities.repeat(1, views, 1, 1))).flatten(0, 1)
+        query, key_value = net.attention.query[0], net.attention.key_value[0]
+        x = self.attention(x, query, key_value, mask.flatten(0, 1))
+        x = net.project(x).unflatten(0, (T, B)).masked_fill(nobody, 0.0)
+        x = F.relu(net.gru_input(x)).flatten(1, 2)
+        hidden, found = torch.zeros_like(x[0]), []
+        for now in x:
+            hidden = gru_cell(net.gru, now, hidden)
+            found.append(hidden)
+        q = net.head(torch.stack(found)).view(T, B, SIDE, -1)
+        return q.masked_fill(nobody, 0.0)
+
+    def loss(self, episodes: Episodes, groups: Tensor) -> Tensor:
+        """groups (B, 16)."""
+        agent, args = self.agent, self.args
+        T, B = episodes.rewards.shape
+        apart = groups[:, :SIDE, None] != groups[:, None]
+        unseen = episodes.unseen
+        masks = torch.cat((unseen, unseen | apart, unseen | ~apart), dim=1)
+        q = self.utilities(agent.utility, episodes, masks)
+        with torch.no_grad():
+            target_q = self.utilities(agent.target_utility, episodes, unseen)
+            best = q[:, :B].masked_fill(~episodes.avail_actions, -1e9).argmax(-1)
+            next_q = pick(target_q[1:], best[1:]).flatten(0, 1)
+            later = fold(episodes, 1, T + 1)
+            later = self.mix(agent.target_mixer, next_q, later, 0).view(T, B)
+            over = episodes.terminated | (torch.arange(1, T + 1)[:, None] == episodes.length)
+            y = episodes.rewards + args.gamma * later * ~over
+        chosen = pick(q[:-1], episodes.actions.repeat(1, 3, 1))
+        full_view, own_group, other_group = chosen.chunk(3, dim=1)
+        both = torch.cat((own_group, other_group), dim=-1).flatten(0, 1)
+        now = fold(episodes, 0, T)
+        q_total = self.mix(agent.mixer, full_view.flatten(0, 1), now, 0).view(T, B)
+        q_groups = self.mix(agent.mixer, both, now, 0, groups.repeat(T, 1)).view(T, B)
+        td_loss = mean_square(q_total - y, episodes.played)
+        group_loss = mean_square(q_groups - y, episodes.played)
+        return (1 - args.imagine_weight) * td_loss + args.imagine_weight * group_loss
+
+
+def fold(episodes: Episodes, first: int, last: int) -> SimpleNamespace:
+    """Some times of a minibatch as the episodes of one."""
+    return SimpleNamespace(
+        entities=episodes.entities[first:last].flatten(0, 1)[None],
+        avail_actions=episodes.avail_actions[first:last].flatten(0, 1)[None],
+        empty=episodes.empty.repeat(last - first, 1),
+    )
+
+
+def gru_cell(gru: nn.GRU, x: Tensor, hidden: Tensor) -> Tensor:
+    """One step of a GRU of one layer."""
+    return torch.gru_cell(
+        x, hidden, gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
+    )
+
+
+def pick(q: Tensor, actions: Tensor) -> Tensor:
+    """q (..., actions) of actions (...)."""
+    return q.gather(-1, actions[..., None])[..., 0]
+
+
+def mean_square(errors: Tensor, played: Tensor) -> Tensor:
+    """Of errors (T, B) where steps were played (T, B)."""
+    return (errors.square() * played).sum() / played.sum()

@@ -1,0 +1,249 @@
+"""README.md and docs/*.md: links, commands, flags and names exist, pages have their length."""
+
+import ast
+import functools
+import glob
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import harness
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+METHODS = ("bidist.md", "mra.md", "mipi.md")
+SCRIPTS = {
+    str(path.relative_to(ROOT)): path
+    for path in (*ROOT.glob("*_*.py"), *(ROOT / "baselines").glob("*.py"))
+}
+LENGTHS = {"README.md": 75, "running.md": 120}  # lines; below: the other pages
+METHOD, RESULTS, WORLD = 150, 120, 220
+# Flags that pages name as gone, of other programs, and of scripts that a reader writes.
+FOREIGN = {
+    *("--dual-clip", "--literal-blahut-arimoto", "--sample-next-actions"),
+    *("--mask-empty-slots", "--mi-samples", "--latent-gradient", "--parallel-populations"),
+    *("--help", "--no-deps", "--nproc-per-node", "--logdir", "--x", "--no-x"),
+}
+
+
+def code_blocks(text: str) -> list[list[str]]:
+    """Lines of each indented or fenced block."""
+    blocks, block, fenced = [], [], False
+    for line in [*text.splitlines(), "end"]:
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            block.append(line)
+            continue
+        if block and (line.strip() or not fenced):
+            blocks.append(block)
+            block = []
+    return blocks
+
+
+def prose(text: str) -> str:
+    """A page without its blocks of code."""
+    fenced, lines = False, []
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith("    "):
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def inline_code(text: str) -> list[str]:
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(text))]
+
+
+def commands(text: str) -> list[str]:
+    """Command lines of a page; two spaces or a # begin a comment, a backslash goes on."""
+    found = []
+    for block in code_blocks(text):
+        begun = ""
+        for line in block:
+            stripped = re.split(r"\s{2,}|\s#", line.strip())[0]
+            begun += " " + stripped.removesuffix("\\")
+            if not stripped.endswith("\\"):
+                found.append(begun.strip())
+                begun = ""
+    return found + inline_code(text)
+
+
+def words_of(command: str) -> list[str]:
+    try:
+        return [word for word in shlex.split(command) if word != "..."]
+    except ValueError:  # not a command
+        return []
+
+
+def started(command: str) -> tuple[str, list[str]] | None:
+    """The Python file that a command line starts, and its arguments."""
+    words = words_of(command.removeprefix(".venv/bin/").removeprefix("$ "))
+    if words[:2] == ["make", "train"]:
+        given = [word.removeprefix("ARGS=") for word in words[2:] if word.startswith("ARGS=")]
+        return "bidist_mappo_meltingpot.py", shlex.split(" ".join(given))
+    if words and words[0] == "torchrun":
+        words = ["python", *words[words.index("--nproc-per-node") + 2 :]]
+    if len(words) < 2 or not words[0].startswith("python") or not words[1].endswith(".py"):
+        return None
+    return words[1], words[2:]
+
+
+def examples() -> list[pytest.param]:
+    """Every command line of every page that starts a Python file, and what `cp` made before."""
+    found = []
+    for page in PAGES:
+        copies = {}
+        for command in commands(page.read_text()):
+            words = words_of(command)
+            if words[:1] == ["cp"] and len(words) >= 3:
+                copies[words[2]] = words[1]
+            if start := started(command):
+                path, argv = start
+                name = f"{page.name}: {command[:90]}"
+                found.append(pytest.param(copies.get(path, path), argv, id=name))
+    return found
+
+
+@functools.cache
+def args_class(path: str) -> type:
+    """The class Args of a script."""
+    name = "docs_" + Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS[path])
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].Args
+
+
+@functools.cache
+def names_in(path: Path) -> set[str]:
+    """Fields, parameters, one-word strings and definitions of a file, with dashes."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"(--)?[a-z][a-z0-9_-]*", node.value):
+                names.add(node.value)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.update((node.name, node.name.lower()))
+    return {name.removeprefix("--").replace("_", "-") for name in names}
+
+
+def has_flag(names: set[str], word: str) -> bool:
+    flag = word.split("=")[0].removeprefix("--")
+    return flag in names or flag.removeprefix("no-") in names
+
+
+@pytest.mark.parametrize(("path", "argv"), examples())
+def test_commands_have_files_and_flags_that_exist(path, argv, capsys):
+    """Of scripts the whole line is parsed; of other files each flag has to be named there."""
+    assert (ROOT / path).is_file(), f"{path} is missing"
+    if path in SCRIPTS:
+        try:
+            harness.read_flags(args_class(path), argv)
+        except SystemExit as leaving:
+            assert not leaving.code, capsys.readouterr().err
+        return
+    names = names_in(ROOT / path)
+    if path.startswith("experiments/"):
+        names = names.union(*(names_in(other) for other in (ROOT / "experiments").glob("runs.py")))
+        kind = argv[0] if argv and re.fullmatch(r"[a-z][a-z0-9-]*", argv[0]) else None
+        assert kind is None or kind in names, f"{path} has no {kind}"
+    for word in argv:
+        if re.match(r"--[a-z]", word):
+            assert has_flag(names, word), f"{path} has no {word}"
+
+
+def all_flags() -> set[str]:
+    names = set(names_in(ROOT / "envs/meltingpot/install.py"))
+    for path in (*SCRIPTS.values(), ROOT / "harness.py", *(ROOT / "experiments").glob("*.py")):
+        names |= names_in(path)
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_named_in_the_text_exist(page):
+    names = all_flags()
+    for code in inline_code(page.read_text()):
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", code):
+            assert flag in FOREIGN or has_flag(names, flag), flag
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return kept.replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_images_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), target
+
+
+def test_pages_named_in_other_files_exist():
+    """In docstrings, the Makefile, requirements and the like."""
+    names = [ROOT / "Makefile", ROOT / "harness.py", *ROOT.glob("requirements*.txt")]
+    for folder in ("baselines", "envs", "experiments", "tests"):
+        names += (ROOT / folder).rglob("*.py")
+    names += ROOT.glob("*_*.py")
+    missing = set()
+    for path in names:
+        for page in re.findall(r"docs/\w+\.md", path.read_text()):
+            if not (ROOT / page).exists():
+                missing.add(f"{path.relative_to(ROOT)}: {page}")
+    assert not missing
+
+
+PATH = r"(?:envs|tests|experiments|baselines|docs|\.ci)/[\w/.*{},-]*\.(?:py|md|csv|toml|png|gif)"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_tests_and_functions_named_in_the_text_exist(page):
+    """`path`, `path::test`; on method pages also `name()` and `Name`."""
+    sources = [*SCRIPTS.values(), ROOT / "harness.py", *(ROOT / "envs").rglob("*.py")]
+    sources += (ROOT / "experiments").glob("*.py")
+    defined = "\n".join(path.read_text() for path in sources)
+    for code in inline_code(page.read_text()):
+        if found := re.fullmatch(rf"({PATH})(?:::(\w+))?", code):
+            paths = glob.glob(str(ROOT / found[1]))
+            assert paths, code
+            assert not found[2] or f"def {found[2]}(" in Path(paths[0]).read_text(), code
+        elif page.name in METHODS and (found := re.fullmatch(r"(?:\w+\.)?(\w+)\(\)", code)):
+            assert f"def {found[1]}(" in defined, code
+        elif page.name in METHODS and re.fullmatch(r"[A-Z]+[a-z]\w*", code):
+            assert f"class {code}" in defined, code
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_can_be_read(page):
+    """Lengths, 100 columns but for tables (commands: 105), no cell of more than 200 characters,
+    no paths of a machine."""
+    text, name = page.read_text(), page.name
+    lines = text.splitlines()
+    kind = METHOD if name in METHODS else RESULTS if name.startswith("results_") else WORLD
+    assert len(lines) <= LENGTHS.get(name, kind)
+    for line in lines:
+        if line.startswith("|"):
+            shown = re.sub(r"\]\([^)]*\)", "", line)
+            assert max(len(cell.strip()) for cell in shown.split("|")) <= 200, line
+        elif name != "README.md" and "](" not in line and "http" not in line:
+            is_code = line.startswith("    ")
+            assert len(line) <= (105 if is_code else 100), line
+    assert not re.search(r"(?<![\w.~])/(?:work|root|home|tmp|Users)/", text)
