@@ -81,11 +81,10 @@ def test_diff_of_the_two_files_is_the_method():
 def shared_blocks(path: Path) -> dict[str, str]:
     """The text of each block "[shared: NAME]" by its name; no mark without its end, none twice."""
     text = path.read_text()
-    blocks = re.findall(
-        r"^# \[shared: (\w+)\] begin\n(.*?)^# \[shared: \1\] end\n", text, re.S | re.M
-    )
+    block = r"^ *# \[shared: (\w+)\] begin\n(.*?)^ *# \[shared: \1\] end\n"
+    blocks = re.findall(block, text, re.S | re.M)
     marks = [(f"# [shared: {name}] begin", f"# [shared: {name}] end") for name, _ in blocks]
-    found = [line for line in text.splitlines() if "[shared" in line]
+    found = [line.strip() for line in text.splitlines() if "[shared" in line]
     assert found == [mark for pair in marks for mark in pair], path.name
     assert len(dict(blocks)) == len(blocks), f"{path.name}: a name twice"
     return dict(blocks)
