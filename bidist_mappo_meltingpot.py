@@ -257,7 +257,8 @@ class Actor(nn.Module):
         """hidden (B, N, S) before the first step -> logits (T, B, N, A) and the states after each
         step (T, B, N, S)."""
         x = self.cnn(views.ids.flatten(0, 2), sprites)
-        x = F.relu(self.mlp(x)).unflatten(0, views.ids.shape[:3])
+        x = F.relu(self.mlp(x))
+        x = x.unflatten(0, views.ids.shape[:3])
         x = torch.cat([x, self.norm(views.features)], -1)
         states = run_gru(self.gru, x, views.starts, hidden)
         return self.out(F.relu(self.head(states))), states
@@ -293,12 +294,14 @@ class Critic(nn.Module):
         after each step (T, B, N, S)."""
         steps, worlds = views.starts.shape
         x = self.cnn(views.ids.flatten(0, 1), sprites)
-        x = F.relu(self.mlp(x)).unflatten(0, (steps, worlds))
+        x = F.relu(self.mlp(x))
+        x = x.unflatten(0, (steps, worlds))
         features = self.norm(views.features).to(x.dtype)
         x = torch.cat([x, features], -1)[:, :, None]  # (T, B, 1, .)
         ids = torch.eye(self.num_ids, dtype=x.dtype, device=x.device)
         ids = ids.expand(steps, worlds, -1, -1)
-        x = torch.cat([x.expand(-1, -1, self.num_ids, -1), ids], -1)  # (T, B, N, .)
+        x = x.expand(-1, -1, self.num_ids, -1)
+        x = torch.cat([x, ids], -1)  # (T, B, N, .)
         states = run_gru(self.gru, x, views.starts, hidden)
         values = self.out(F.relu(self.head(states)))[..., 0]
         dtype = self.out.weight.dtype  # with --amp the layers' results are bf16
@@ -456,9 +459,10 @@ def kl_divergence(theta: Tensor, phi: Tensor) -> Tensor:
 def compare(theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
     """How far phi is from theta on the same observations, from log-probabilities (..., A)."""
     preferred = theta.argmax(-1, keepdim=True)  # a*_theta
+    others = phi.argmax(-1, keepdim=True)  # a*_phi
     return {
         "kl": kl_divergence(theta, phi),
-        "shift": (preferred != phi.argmax(-1, keepdim=True)).float().mean(),  # Prop. 4.1
+        "shift": (preferred != others).float().mean(),  # Prop. 4.1
         "theta_prefers": theta.gather(-1, preferred).exp().mean(),  # pi_theta(a*_theta)
         "phi_prefers": phi.gather(-1, preferred).exp().mean(),  # pi_phi(a*_theta)
         "phi_peak": phi.amax(-1).exp().mean(),  # pi_phi(a*_phi): has phi only become sharper?
@@ -483,7 +487,8 @@ def distill(
 
     def run(net: Actor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, states before each chunk, the last state."""
-        logits, before, after = replay(args, net, batch.actor_views(), hidden[0], agent.sprites)
+        views = batch.actor_views()
+        logits, before, after = replay(args, net, views, hidden[0], agent.sprites)
         return logits.log_softmax(-1), before, after[-1]
 
     theta, _, _ = run(agent.actor, batch.actor_hidden)  # the teacher: the updated theta
@@ -512,8 +517,8 @@ def distill(
 
 def replace_distilled(agent: Agent, mode: str, rng: torch.Generator) -> None:
     """Fig. 6: draw phi anew ("random") or add noise to it, in all processes alike."""
-    seed = torch.randint(2**31, (), generator=rng).to(agent.device)
-    seed = int(sum_over_processes(seed))
+    seed = torch.randint(2**31, (), generator=rng)
+    seed = int(sum_over_processes(seed.to(agent.device)))
     if mode == "random":
         agent.distilled = agent.new_distilled(seed)
     else:
@@ -539,7 +544,7 @@ def training_samples(args: Args, x: Tensor, trained: Tensor) -> Tensor:
     return x[trained] if args.mask_fictitious else x
 
 
-def diagnose(args: Args, ratios: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+def diagnose(args: Args, ratios: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
     """Largest ratio and clipped share of each population, from ratios, centres and v (L, M, N) of
     all minibatches; where A < 0, clipping bounds no ratio."""
     figures = {}
@@ -780,7 +785,8 @@ def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tens
     -> (B, N * (F + A))."""
     # paper is silent: which actions the critic sees
     actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
-    return torch.cat([features, actions.to(features.dtype)], -1).flatten(-2)
+    rows = torch.cat([features, actions.to(features.dtype)], -1)
+    return rows.flatten(-2)
 
 
 @torch.no_grad()

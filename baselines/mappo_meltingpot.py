@@ -209,7 +209,8 @@ class Actor(nn.Module):
         """hidden (B, N, S) before the first step -> logits (T, B, N, A) and the states after each
         step (T, B, N, S)."""
         x = self.cnn(views.ids.flatten(0, 2), sprites)
-        x = F.relu(self.mlp(x)).unflatten(0, views.ids.shape[:3])
+        x = F.relu(self.mlp(x))
+        x = x.unflatten(0, views.ids.shape[:3])
         x = torch.cat([x, self.norm(views.features)], -1)
         states = run_gru(self.gru, x, views.starts, hidden)
         return self.out(F.relu(self.head(states))), states
@@ -245,12 +246,14 @@ class Critic(nn.Module):
         after each step (T, B, N, S)."""
         steps, worlds = views.starts.shape
         x = self.cnn(views.ids.flatten(0, 1), sprites)
-        x = F.relu(self.mlp(x)).unflatten(0, (steps, worlds))
+        x = F.relu(self.mlp(x))
+        x = x.unflatten(0, (steps, worlds))
         features = self.norm(views.features).to(x.dtype)
         x = torch.cat([x, features], -1)[:, :, None]  # (T, B, 1, .)
         ids = torch.eye(self.num_ids, dtype=x.dtype, device=x.device)
         ids = ids.expand(steps, worlds, -1, -1)
-        x = torch.cat([x.expand(-1, -1, self.num_ids, -1), ids], -1)  # (T, B, N, .)
+        x = x.expand(-1, -1, self.num_ids, -1)
+        x = torch.cat([x, ids], -1)  # (T, B, N, .)
         states = run_gru(self.gru, x, views.starts, hidden)
         values = self.out(F.relu(self.head(states)))[..., 0]
         dtype = self.out.weight.dtype  # with --amp the layers' results are bf16
@@ -514,7 +517,8 @@ def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tens
     -> (B, N * (F + A))."""
     # paper is silent: which actions the critic sees
     actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
-    return torch.cat([features, actions.to(features.dtype)], -1).flatten(-2)
+    rows = torch.cat([features, actions.to(features.dtype)], -1)
+    return rows.flatten(-2)
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Returns beside the co-players of Melting Pot's scenarios, in the form of BiDist's Table 1.
 
     python experiments/scenario_table.py runs/A-s1 runs/A-s2 runs/B-s1 --out docs/data/scenarios
+    python experiments/scenario_table.py docs/data/study_chicken.csv
 
-Reads what the scripts' evaluations left (RUN/evaluation/final-*.csv, a row per episode) and writes
-OUT.md, OUT.csv and OUT.png: for every substrate, scenario and method the focal players' per-capita
-return per episode (Eq. 2) and per 1,000 steps. Official and scripted bots are different co-players
-and never share a table: if the runs met both, there are OUT-official.* and OUT-scripted.*.
+Reads what the scripts' evaluations left (RUN/evaluation/final-*.csv, a row per episode), or a study
+of runs.py, and writes OUT.md, OUT.csv and OUT.png: for every substrate, scenario and method the
+focal players' per-capita return per episode (Eq. 2) and per 1,000 steps. Official and scripted bots
+are different co-players and never share a table: if the runs met both, there are OUT-official.* and
+OUT-scripted.*.
 
 Methods. Runs belong together if they agree in their script and in all flags that training depends
 on but seed and length; a method is called by its script and by those of these flags that are not at
@@ -24,35 +26,34 @@ with the set of methods.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import re
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import matplotlib.pyplot as plt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+from harness import Count, Positive, Seed, UsageError
+
 import numpy as np
-import tyro
-from figures import (
-    Count,
-    Positive,
+
+from envs.meltingpot.scenarios import PAPER
+from envs.statistics import clustered_interval
+from experiments.runs import (
+    Run,
     Runs,
-    Seed,
-    UsageError,
     beside,
-    check_bounds,
     check_out,
     finish,
     method_of,
-    one_line_errors,
-    read_args,
+    plt,
+    read_runs,
+    run_command,
     script_file,
     without_seed,
 )
-
-from envs.meltingpot.scenarios import PAPER
 
 SEEDS = 5  # runs from which on intervals are over runs, too (docs/bidist.md)
 QUANTITIES = {
@@ -70,7 +71,8 @@ RELATIVE = (
 class Study:
     """Returns beside scenarios' co-players, by method, in the form of Table 1."""
 
-    runs: Runs  # run directories
+    runs: Runs  # run directories, studies
+    only: tuple[str, ...] = ()  # runs whose names match one of these shell patterns, in their order
     out: Path = Path("scenarios")  # writes OUT.md, OUT.csv and OUT.png
     group_by: Literal["method", "name"] = "method"  # name: of the directory, without -s1, -s2, ...
     timesteps: Count | None = None  # evaluation after this many steps; default: each run's last
@@ -85,7 +87,7 @@ class Study:
 class Cell(NamedTuple):
     """A run's episodes in one scenario."""
 
-    run: Path
+    run: str  # its name
     method: str
     seed: int
     substrate: str
@@ -96,68 +98,48 @@ class Cell(NamedTuple):
     lengths: np.ndarray  # (E,) steps
 
 
-COLUMNS = ("scenario", "bots", "focal_return", "length")  # that are used
-
-
-def read_episodes(path: Path, substrate: str, scenario: str, bots: str) -> list[np.ndarray]:
-    """Returns (E,) and lengths (E,) from one file, held against what its name says."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise UsageError(f"{path} holds no episodes.")
-    if missing := [name for name in COLUMNS if name not in rows[0]]:
-        raise UsageError(f"{path} has no column {missing[0]}.")
-    expected = (f"{substrate}_{scenario.removeprefix('SC')}", bots)
-    for row in rows:
-        if (row["scenario"], row["bots"]) != expected:
-            found = f"{row['scenario']} with {row['bots']} bots"
-            raise UsageError(f"{path} holds {found}, not {' with '.join(expected)} bots.")
-    try:
-        columns = [np.array([float(row[name]) for row in rows]) for name in COLUMNS[2:]]
-    except (TypeError, ValueError):
-        raise UsageError(f"{path} holds something that is no number.") from None
-    if not all(np.isfinite(column).all() for column in columns) or (columns[1] <= 0).any():
-        raise UsageError(f"{path} holds a return or a length that cannot be.")
-    return columns
-
-
-def read_cells(run: Path, method: str, args: dict, timesteps: int | None = None) -> list[Cell]:
+def read_cells(run: Run, method: str, timesteps: int | None = None) -> list[Cell]:
     """All scenarios that a run was evaluated in; per kind of bots after the same training: its
     last evaluation, or the one after `timesteps` steps. Empty without an evaluation."""
-    found = []
-    for path in sorted((run / "evaluation").glob("final-*.csv")):
-        name = re.fullmatch(r"final-(\d+)-(SC\d+)-(official|scripted)\.csv", path.name)
-        if name:
-            found.append((int(name[1]), name[2], name[3], path))
     cells = []
     for bots in ("official", "scripted"):
-        steps = [when for when, _, kind, _ in found if kind == bots]
-        chosen = timesteps if timesteps is not None else max(steps, default=0)
-        for when, scenario, kind, path in found:
-            if (when, kind) == (chosen, bots):
-                columns = read_episodes(path, args["substrate"], scenario, bots)
-                about = (run, method, args["seed"], args["substrate"], scenario, bots, when)
-                cells.append(Cell(*about, *columns))
-    if found and not cells:
-        have = " and ".join(f"{when:,}" for when in sorted({when for when, *_ in found}))
-        raise UsageError(f"{run} has no evaluation after {timesteps:,} steps, but after {have}.")
+        found = [x for x in run.evaluations if x.bots == bots]
+        chosen = max((x.timesteps for x in found), default=0) if timesteps is None else timesteps
+        for x in found:
+            if x.timesteps == chosen:
+                cell = Cell(
+                    run=run.name,
+                    method=method,
+                    seed=run.args["seed"],
+                    substrate=run.args["substrate"],
+                    scenario=x.scenario,
+                    bots=bots,
+                    timesteps=chosen,
+                    returns=x.returns,
+                    lengths=x.lengths,
+                )
+                cells.append(cell)
+    if run.evaluations and not cells:
+        have = sorted({x.timesteps for x in run.evaluations})
+        have = " and ".join(f"{when:,}" for when in have)
+        raise UsageError(
+            f"{run.where} has no evaluation after {timesteps:,} steps, but after {have}."
+        )
     return cells
 
 
 def read_all(study: Study) -> list[Cell]:
     """The cells of all runs; UsageError for a run without an evaluation."""
-    if len({run.resolve() for run in study.runs}) < len(study.runs):
-        raise UsageError("A run directory is named twice.")
-    if not study.runs:
-        raise UsageError("Name at least one run directory.")
     cells = []
-    for run in study.runs:
-        args = read_args(run)
-        method = method_of(args) if study.group_by == "method" else without_seed(run)
-        own = read_cells(run, method, args, study.timesteps)
+    for run in read_runs(study.runs, study.only):
+        by_name = study.group_by == "name"
+        method = without_seed(run.name) if by_name else method_of(run.args)
+        own = read_cells(run, method, study.timesteps)
         if not own:
-            command = f"python {script_file(args['script'])} --eval-only {run} --eval-scenarios all"
-            raise UsageError(f"{run} has no evaluation beside scenarios yet: {command} makes it.")
+            script = script_file(run.args["script"])
+            command = f"python {script} --eval-only {run.path} --eval-scenarios all"
+            sentence = "has no evaluation beside scenarios yet"
+            raise UsageError(f"{run.where} {sentence}: {command} makes it.")
         cells += own
     return cells
 
@@ -183,15 +165,7 @@ def interval(
 ) -> tuple[float, float]:
     """95 % percentile bootstrap of mean(): of one run over its episodes, of several over runs and
     over the episodes within each run that was drawn."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(cells), (resamples, len(cells)))
-    figures = np.empty(drawn.shape)
-    for number, (above, below) in enumerate(fractions(cell, quantity) for cell in cells):
-        places = drawn == number  # where this run was drawn, each time with other episodes
-        rows = rng.integers(0, len(above), (places.sum(), len(above)))
-        figures[places] = above[rows].sum(-1) / below[rows].sum(-1)
-    low, high = np.percentile(figures.mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    return clustered_interval([fractions(cell, quantity) for cell in cells], resamples, seed)
 
 
 def normalise(means: dict[str, float]) -> dict[str, float]:
@@ -230,29 +204,45 @@ def span(numbers: Iterable[int]) -> str:
 def figures_of(cells: list[Cell], study: Study) -> list[Figure]:
     """All figures of one kind of bots."""
     figures = []
-    options = (study.resamples, study.seed)
     places = dict.fromkeys((cell.substrate, cell.scenario) for cell in cells)
-    for (substrate, scenario), quantity in ((p, q) for p in places for q in QUANTITIES):
-        here = [cell for cell in cells if (cell.substrate, cell.scenario) == (substrate, scenario)]
+    for (substrate, scenario), quantity in itertools.product(places, QUANTITIES):
         groups: dict[str, list[Cell]] = {}
-        for cell in here:
-            groups.setdefault(cell.method, []).append(cell)
+        for cell in cells:
+            if (cell.substrate, cell.scenario) == (substrate, scenario):
+                groups.setdefault(cell.method, []).append(cell)
         scores = normalise({method: mean(own, quantity) for method, own in groups.items()})
         for method, own in groups.items():
-            many = len(own) >= SEEDS
-            bounds = interval(own, quantity, *options) if many else (np.nan, np.nan)
-            steps, count = span(c.timesteps for c in own), sum(len(c.returns) for c in own)
-            where = (substrate, scenario, method)
-            what = (len(own), count, quantity, mean(own, quantity), *bounds)
-            over = "runs and episodes" if many else ""
-            score = scores.get(method, np.nan)
-            figures.append(Figure(*where, "", "", steps, *what, over, score))
+            figure = figure_of(own, quantity, study)
+            figures.append(figure._replace(normalised=scores.get(method, np.nan)))
             for cell in own:
-                what = (1, len(cell.returns), quantity, mean([cell], quantity))
-                what += interval([cell], quantity, *options)
-                run = (cell.run.resolve().name, cell.seed, f"{cell.timesteps:,}")
-                figures.append(Figure(*where, *run, *what, "episodes", np.nan))
+                figure = figure_of([cell], quantity, study, over="episodes")
+                figures.append(figure._replace(run=cell.run, seed=cell.seed))
     return figures
+
+
+def figure_of(cells: list[Cell], quantity: str, study: Study, over: str = "") -> Figure:
+    """Of the runs of a method in one scenario; with over="episodes", of one run."""
+    low, high = np.nan, np.nan
+    if not over and len(cells) >= SEEDS:
+        over = "runs and episodes"
+    if over:
+        low, high = interval(cells, quantity, study.resamples, study.seed)
+    return Figure(
+        substrate=cells[0].substrate,
+        scenario=cells[0].scenario,
+        method=cells[0].method,
+        run="",
+        seed="",
+        timesteps=span(cell.timesteps for cell in cells),
+        runs=len(cells),
+        episodes=sum(len(cell.returns) for cell in cells),
+        quantity=quantity,
+        mean=mean(cells, quantity),
+        low=low,
+        high=high,
+        over=over,
+        normalised=np.nan,
+    )
 
 
 def scenarios_of(figures: list[Figure], substrate: str) -> list[str]:
@@ -395,9 +385,8 @@ def draw(figures: list[Figure], bots: str, quantity: str) -> Any:
     return figure
 
 
-def make(study: Study) -> None:
+def tabulate(study: Study) -> None:
     """Read all runs, then write the files of each kind of bots."""
-    check_bounds(study)
     check_out(study.out)
     cells = read_all(study)
     kinds = [bots for bots in ("official", "scripted") if any(c.bots == bots for c in cells)]
@@ -411,8 +400,7 @@ def make(study: Study) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    study = tyro.cli(Study, args=argv, description=__doc__)
-    return one_line_errors(lambda: make(study))
+    return run_command(tabulate, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ EFFECTS = {  # flags; what to measure; without and with them, or None: the two m
     "eval_team_sizes": (
         "--final-episodes 2 --eval-team-sizes 6 7",
         rows("5", "6", "7"),
-        ([], ["6", "7"]),
+        (["5"], ["6", "7"]),
     ),
 }
 

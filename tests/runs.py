@@ -49,6 +49,17 @@ def resume(run_dir, iterations, *flags):
     return [str(x) for x in ("--resume", run_dir, "--total-timesteps", iterations * STEPS, *flags)]
 
 
+def change_newest(run_dir, change):
+    """Let change(state) edit the newest checkpoint, which stays intact for its readers."""
+    known = index(run_dir)
+    path = Path(run_dir) / known[0]["name"]
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    known[0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (Path(run_dir) / "checkpoints.json").write_text(json.dumps(known))
+
+
 # What a run leaves ------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from envs.smac.episodes import (
     summarise,
     table,
 )
-from envs.smac.views import draw, film_battle
+from envs.smac.views import draw, film
 
 SLOT_FIELDS = ("target", "winding_at", "second_at", "attacker", "missile_at", "beam_at")
 POLICIES = {"random": random_policy(7), "nearest": nearest, "focus": focus, "retreat": retreat}
@@ -261,8 +261,7 @@ def test_shots_are_drawn():
 
 def test_film(tmp_path):
     c = Combat("mmm", (4,), 2, seed=1)
-    c.reset()
-    film_battle(c, focus, tmp_path / "a" / "film.mp4")
+    film(c, focus, tmp_path / "a" / "film.mp4")
     d = Combat("mmm", (4,), 2, seed=1, once=True)
     steps = play(d, focus)[0].length
     frames = imageio.mimread(tmp_path / "a" / "film.mp4", memtest=False)

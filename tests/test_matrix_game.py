@@ -1,19 +1,16 @@
-"""envs/smac/matrix_game.py and experiments/matrix_game.py: what the paper's text says of the
+"""envs/smac/matrix_game.py and `mipi.py matrix-game`: what the paper's text says of the
 payoffs, optima against closed forms and other enumerations, what five seeds of each learner end at.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import ROOT
 
 from envs.smac.matrix_game import (
     OBJECTIVES,
@@ -26,10 +23,7 @@ from envs.smac.matrix_game import (
     reward,
     unseen_reward,
 )
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import matrix_game as study
-from figures import UsageError
+from experiments import mipi as study
 
 SETS = list(PAYOFFS)
 TEAMS = (*TRAINED, UNSEEN)
@@ -144,7 +138,7 @@ def test_what_the_optima_say():
 def test_five_seeds_end_where_the_optimum_is(objective, action, earned):
     """Additive payoffs: greedy actions in (B,B), and policies near the exact ones everywhere."""
     torch.set_num_threads(1)
-    points = study.learn(study.Study(steps=1200, every=1200), objective)
+    points = study.learn_game(study.MatrixGame(steps=1200, every=1200), objective)
     assert points.shape == (2, 5, 2, 2)
     game = PAYOFFS["additive"]
     exact = optimum(game, objective, 0.5).policies
@@ -157,15 +151,15 @@ def test_five_seeds_end_where_the_optimum_is(objective, action, earned):
 def test_command(tmp_path, capsys, monkeypatch):
     """Three files and a table; --exact prints the optima alone; a wrong option is one sentence."""
     monkeypatch.chdir(tmp_path)
-    short = study.Study(steps=20, every=10, seeds=(1, 2), grid=10, out=Path("x"))
-    study.main(short)
+    words = ["matrix-game", "--steps", "20", "--every", "10", "--seeds", "1", "2", "--grid", "10"]
+    assert study.main([*words, "--out", "x"]) == 0
     assert "reward - mutual information" in capsys.readouterr().out
     assert {x.name for x in tmp_path.iterdir()} == {"x.png", "x.csv", "x.md"}
     with Path("x.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 2 * 2 * 3, "learners, actions, seeds, points"
-    study.main(dataclasses.replace(short, exact=True, out=Path("y")))
+    assert study.main([*words, "--exact", "--out", "y"]) == 0
     out = capsys.readouterr().out
     assert "seed" not in out and "0.800" in out and not list(tmp_path.glob("y*"))
-    with pytest.raises(UsageError, match="--steps 0"):
-        study.main(dataclasses.replace(short, steps=0))
+    assert study.main([*words, "--steps", "0"]) == 2
+    assert "--steps 0" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import shutil
 from types import ModuleType, SimpleNamespace
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from particle_tools import MADDPG, MRA, parse, script, sharpen, softmax, weights
 
 from envs.particle import pairs
-from envs.particle.worlds import make_game
+from envs.particle.worlds import choose_cache, make_game
 
 mra, maddpg = script(MRA), script(MADDPG)
 REPRESENTATIONS = ("option", "concat", "bilinear")
@@ -536,6 +537,21 @@ def test_compiled_kernels_equal_eager_ones(rows):
     for function in (pairs.score_kernel, pairs.sum_kernel, pairs.gradient_kernel):
         ours = pairs.kernel(function, True)
         assert ours.call is not None and ours.call is not ours.plain, "it was compiled"
+
+
+def test_each_kind_of_processor_has_a_compilers_cache_of_its_own(monkeypatch):
+    """With one for all, kernels written for longer vectors left out half of their numbers."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    found = set()
+    for kind in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        choose_cache()
+        found.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert len(found) == 2
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "own")
+    choose_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "own"
 
 
 # --- 4. Eq. (8) -----------------------------------------------------------------------------------

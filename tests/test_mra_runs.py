@@ -1,47 +1,48 @@
 """maddpg_particle.py and mra_maddpg_particle.py as wholes: one from the other, flags, resuming,
 adapting, evaluating, learning."""
 
-import ast
 import dataclasses
 import difflib
 import functools
-import hashlib
-import io
 import itertools
 import json
-import os
 import platform
-import random
 import re
 import resource
 import shlex
 import shutil
 import signal
-import time
-import typing
 from pathlib import Path
+
+import harness
 
 import numpy as np
 import pytest
 import torch
-from runs import (
+from particle_tools import (
+    BOTH,
+    MADDPG,
+    MRA,
     ROOT,
+    collectors,
     differences,
-    exact,
     index,
+    initial,
     metrics,
-    not_finite,
-    only_error,
+    nets,
+    newest,
+    parse,
+    read,
+    replays,
+    resuming,
+    run,
     script,
-    sentences,
-    start,
-    states,
-    until,
+    tiny,
 )
 
-MRA, MADDPG = "mra_maddpg_particle", "baselines.maddpg_particle"
-BOTH = (MRA, MADDPG)
-FOREVER = 10**9  # environment steps
+from envs.particle import pairs
+from envs.particle.episodes import play
+
 VISIT = 20 * 4  # environment steps of a tiny run's visit to a population
 
 
@@ -49,7 +50,8 @@ VISIT = 20 * 4  # environment steps of a tiny run's visit to a population
 def elsewhere(tmp_path, monkeypatch):
     """An empty working directory; signal handlers as they were."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -59,69 +61,25 @@ def elsewhere(tmp_path, monkeypatch):
 def quick():
     """Listing the installed packages for args.json takes longer than a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in BOTH:
-            patch.setattr(script(name), "distributions", lambda: [])
+        patch.setattr(harness, "distributions", lambda: [])
         yield
 
 
-def tiny(name, run_dir, steps, *flags):
-    """The command line of a run of some environment steps, without evaluation."""
-    argv = "--num-envs 4 --batch-size 16 --buffer-size 500 --update-every 20 --inner-steps 1"
-    argv += " --hidden-size 8 --key-size 4 --eval-episodes 2 --final-episodes 0 --eval-every 0"
-    argv += " --save-every 0 --log-every 1000000"
-    own = ("--population", 3) if name == MADDPG else ("--populations", 3, 5)
-    return [
-        str(x)
-        for x in (*argv.split(), *own, "--total-timesteps", steps, "--run-dir", run_dir, *flags)
-    ]
-
-
 def adapting(source, run_dir, steps, *flags):
-    """The same of an adaptation to four agents; most flags are the source's."""
+    """The command line of an adaptation to four agents; most flags are the source's."""
     argv = ("--adapt", source, "--population", 4, "--final-episodes", 0, "--save-every", 0)
     argv += ("--eval-every", 0, "--eval-episodes", 2, "--log-every", 1000000)
     return [str(x) for x in (*argv, "--total-timesteps", steps, "--run-dir", run_dir, *flags)]
 
 
-def resuming(run_dir, steps, *flags):
-    return [str(x) for x in ("--resume", run_dir, "--total-timesteps", steps, *flags)]
-
-
-def run(name, run_dir, steps, *flags):
-    """A whole run; its last checkpoint."""
-    assert script(name).main(tiny(name, run_dir, steps, *flags)) == 0
-    return exact(run_dir)
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
-def initial(run_dir):
-    """The checkpoint from before the first update."""
-    return read(Path(run_dir) / "checkpoint-0.pt")
-
-
-def replays(run_dir, state=None):
-    """The replays beside the newest checkpoint or another one, held against their sha256."""
-    entry = (state or states(run_dir)[0])["replay"]
-    data = (Path(run_dir) / entry["name"]).read_bytes()
-    assert hashlib.sha256(data).hexdigest() == entry["sha256"]
-    return torch.load(io.BytesIO(data), weights_only=True)
-
-
-def nets(state):
-    return {name: part for name, part in state["agent"].items() if "optimiser" not in name}
-
-
 def contents(*folders):
-    return {
-        path: path.stat().st_mtime_ns for folder in folders for path in sorted(folder.rglob("*"))
-    }
+    files = [path for folder in folders for path in sorted(folder.rglob("*"))]
+    return {path: path.stat().st_mtime_ns for path in files if path.name != "lock"}
 
 
-def parts(run_dir):
-    return list(Path(run_dir).glob("*.part"))
+def newest_of(run_dir):
+    """The newest checkpoint, with its arguments."""
+    return read(run_dir / index(run_dir)[0]["name"])
 
 
 @pytest.fixture(scope="module")
@@ -154,42 +112,55 @@ def test_diff_of_the_two_files_is_the_method():
     assert gone <= 0.20 * len(parent), f"{gone} of the parent's {len(parent)} are changed or gone"
 
 
-ALIKE = [  # of --actor-gradient, --phi-gradient and --share-parameters all pairs
-    ("gumbel", "actor", True, "--target polyak --polyak .1 --inner-steps 2", "treasure", "3"),
-    ("gumbel", "mi", False, "--target hard --inner-steps 1", "treasure", "3"),
-    ("expectation", "actor", False, "--target hard --inner-steps 3", "pacman", "2,1"),
-    ("expectation", "mi", True, "--target polyak --no-scale-rewards", "pacman", "2,1"),
-    ("expectation", "actor", True, "--target hard --inner-steps 2", "resource", "3"),
+def blocks(path):
+    """What stands between `# [shared: NAME] begin` and `end`: {name: text}."""
+    pattern = r"# \[shared: (\w+)\] begin\n(.*?)# \[shared: \1\] end"
+    return dict(re.findall(pattern, path.read_text(), re.DOTALL))
+
+
+def test_shared_blocks_are_alike():
+    """Byte for byte, in the scripts and in the fast form of their pair networks."""
+    child, parent = (blocks(ROOT / f"{name.replace('.', '/')}.py") for name in BOTH)
+    fast = blocks(ROOT / "envs" / "particle" / "pairs.py")
+    assert child == parent and len(child) >= 5
+    assert fast and fast.items() <= child.items()
+
+
+ALIKE = [  # of --actor-gradient and --share-parameters all pairs
+    ("gumbel", True, "--target polyak --polyak .1 --inner-steps 2", "treasure", "3"),
+    ("gumbel", False, "--target hard --inner-steps 1 --plain", "treasure", "3"),
+    ("expectation", False, "--target hard --inner-steps 3", "pacman", "2,1"),
+    ("expectation", True, "--target polyak --no-scale-rewards", "pacman", "2,1"),
 ]
 
 
-@pytest.mark.parametrize("actor, phi, shared, flags, task, population", ALIKE)
-def test_without_its_method_mra_is_maddpg(actor, phi, shared, flags, task, population):
+@pytest.mark.parametrize("actor, shared, flags, task, population", ALIKE)
+def test_without_its_method_mra_is_maddpg(actor, shared, flags, task, population):
     """One population, one z, shared flags alike: the same bits after six updates."""
-    flags = [*flags.split(), "--actor-gradient", actor, "--phi-gradient", phi, "--task", task]
-    share = {MADDPG: ["--share-parameters"] * shared, MRA: ["--no-share-parameters"] * (not shared)}
-    parent = run(MADDPG, "parent", 120, *flags, *share[MADDPG], "--population", population)
-    child = [*flags, *share[MRA], "--populations", population]
-    off = run(MRA, "off", 120, *child, "--latent-size", 1)
+    flags = [*flags.split(), "--actor-gradient", actor, "--task", task]
+    share = "--share-parameters" if shared else "--no-share-parameters"
+    parent = run(MADDPG, "parent", 120, *flags, share, "--population", population)
+    child = [*flags, share, "--populations", population]
+    off = run(MRA, "off", 120, *child, "--latent-size", 1, "--phi-gradient", "actor")
     steps = parent["agent"]["critic_optimiser"]["state"][0]["step"]
     assert steps >= 3 and steps % 6 == 0
     assert set(parent["agent"]) == set(off["agent"])
-    assert set(nets(parent)) == {"phi", "theta", "zeta", "delayed_theta", "delayed_zeta"}
+    expected = {"attention", "actor", "critic", "target_actor", "target_critic"}
+    assert set(nets(parent)) == expected
     assert differences(parent["agent"], off["agent"]) == []
-    assert differences(parent["rngs"]["rng"], off["rngs"]["rng"]) == []
-    assert differences(parent["arenas"][0]["world"], off["arenas"][0]["world"]) == []
+    assert differences(parent["ranks"][0]["rng"], off["ranks"][0]["rng"]) == []
+    (theirs,), (mine,) = collectors(parent), collectors(off)
+    assert differences({k: mine[k] for k in theirs}, theirs) == []
     (mine,), (theirs,) = replays("off"), replays("parent")
     assert differences({k: mine[k] for k in theirs}, theirs) == [] and len(mine["z"]) == 120
     # Equal bits would mean little if nothing had moved.
     moved = differences(nets(initial("parent")), nets(parent))
-    expected = {"theta", "zeta", "delayed_theta", "delayed_zeta"}
-    assert {name.split("/")[1] for name in moved} - {"phi"} == expected
-    assert any(name.startswith("/phi/") for name in moved) == (phi == "actor")
-    # And with the method they differ: a latent, and a phi that moves in any case.
+    assert {name.split("/")[1] for name in moved} == expected
+    # And with the method they differ: a latent, and a phi that moves by what tells graphs apart.
     on = run(MRA, "on", 120, *child, "--latent-size", 6)
-    for name in ("theta", "zeta", "delayed_theta", "delayed_zeta"):
+    for name in expected:
         assert differences(on["agent"][name], parent["agent"][name])
-    assert differences(initial("on")["agent"]["phi"], on["agent"]["phi"])
+    assert differences(initial("on")["agent"]["attention"], on["agent"]["attention"])
     assert (replays("on")[0]["z"] > 0).any() and not (mine["z"] > 0).any()
 
 
@@ -206,7 +177,8 @@ def test_same_seed_same_bits(name, flags):
     assert differences(a, b) == []
     assert metrics("a") == metrics("b") != metrics("c") and len(metrics("a")) == 3
     changed = differences(a, c)
-    assert {f"/rngs/{rng}" for rng in a["rngs"]} < set(changed)
+    rngs = {name for name in a["ranks"][0] if name.endswith("rng")}
+    assert {f"/ranks/0/{rng}" for rng in rngs} < set(changed) and "rng" in rngs
     for net, part in nets(a).items():
         weights = {k for k in part if k.endswith("weight")}
         assert weights and {k for k in weights if f"/agent/{net}/{k}" not in changed} == set()
@@ -214,32 +186,20 @@ def test_same_seed_same_bits(name, flags):
 
 MODES = {
     "maddpg": (MADDPG, ""),
-    "maddpg, pacman": (MADDPG, "--task pacman --population 2,1 --target hard --phi-gradient mi"),
-    "maddpg, replay wraps": (MADDPG, "--buffer-size 30 --actor-gradient expectation"),
+    "maddpg, pacman": (MADDPG, "--task pacman --population 2,1 --target hard --buffer-size 30"),
     "two populations": (MRA, ""),
     "three, replay wraps": (MRA, "--task resource --populations 2 3 4 --buffer-size 30"),
-    "parallel": (MRA, "--parallel-populations --reptile-step .5"),
-    "sampled, short visits": (
-        MRA,
-        "--mi-samples 2 --latent-gradient gumbel --actor-gradient gumbel --max-episode-steps 7",
-    ),
     "pacman, bilinear": (
         MRA,
         "--task pacman --populations 1,2 2,1 --representation bilinear --latent-prior uniform",
     ),
-    "concat, per agent": (
-        MRA,
-        "--populations 3 --no-share-parameters --representation concat --phi-gradient actor",
-    ),
     "adapt": (MRA, "--inner-steps 2"),
 }
-MEANS = r"(critic_loss|actor_loss|entropy|critic_grad_norm|actor_grad_norm|mi/.*|xi_loss/.*)"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resumed_equals_uninterrupted(mode, runs):
-    """Stopped twice, within a visit, between two updates and between two lines of the log. What a
-    line gives the mean of since the last one is of what came after the stop."""
+    """Stopped twice, within a visit, between two updates and between two lines of the log."""
     name, flags = MODES[mode]
     flags = [*flags.split(), "--log-every", "80"]
     argv = functools.partial(tiny, name)
@@ -249,31 +209,18 @@ def test_resumed_equals_uninterrupted(mode, runs):
     module = script(name)
     assert module.main(argv("whole", 240, *flags)) == 0
     assert module.main(argv("cut", 52, *flags)) == 0
-    assert 52 <= exact("cut")["timesteps"] < 60 and 52 % VISIT and 52 % 20
+    assert 52 <= newest("cut")["timesteps"] < 60 and 52 % VISIT and 52 % 20
     if mode == "adapt":
         shutil.rmtree("source")  # a run that is resumed needs it no more
     assert module.main(resuming("cut", 164)) == 0
     assert module.main(resuming("cut", 240)) == 0
-    whole, cut = exact("whole"), exact("cut")
+    whole, cut = newest("whole"), newest("cut")
     assert cut["timesteps"] == 240
     assert differences(whole, cut) == []
     assert differences(replays("whole"), replays("cut")) == []
     assert differences(nets(initial("whole")), nets(whole))
-    pick = [
-        [{k: x for k, x in m.items() if not re.fullmatch(MEANS, k)} for m in metrics(run_dir)]
-        for run_dir in ("whole", "cut")
-    ]
-    assert pick[0] == pick[1] and len(pick[0]) == 3
-    assert any("episodes" in m for m in pick[0])
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_resumed_before_the_first_line_of_the_log(name):
-    """Which may come long after the first checkpoint."""
-    run(name, "run", 40)
-    assert not Path("run/metrics.jsonl").exists()
-    assert script(name).main(resuming("run", 80, "--log-every", 80)) == 0
-    assert [m["timesteps"] for m in metrics("run")] == [80]
+    assert metrics("whole") == metrics("cut") and len(metrics("cut")) == 3
+    assert any("episodes" in m for m in metrics("cut"))
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -282,99 +229,26 @@ def test_looking_at_a_run_changes_nothing(name):
     looks = ("--log-every", 20, "--save-every", 20, "--eval-every", 60, "--final-episodes", 1)
     a, b = run(name, "plain", 120), run(name, "looks", 120, *looks)
     assert len(metrics("looks")) == 6 + 2 + 1
-    for arena in (*a["arenas"], *b["arenas"]):
-        arena["numbers"].pop("ended", None)  # since the last line
+    for state in (a, b):  # since the last line
+        state["ranks"][0].pop("noted")
+        for collector in collectors(state):
+            collector.pop("ended")
     assert differences(a, b) == []
     assert differences(replays("plain"), replays("looks")) == []
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_killed(name, tmp_path):
-    """At any moment, or while a file is being written: the run goes on from its last checkpoint,
-    with that one's replay, and ends where one ends that nobody killed."""
-    rng, run_dir, reached = random.Random(1), tmp_path / "run", 0
-    argv = tiny(name, run_dir, FOREVER, "--save-every", 8)
-    for kill in range(3):
-        before = index(run_dir)
-        with start(name, argv, tmp_path) as process:
-            until(lambda: index(run_dir) != before, process)  # noqa: B023
-            if kill % 2:
-                until(lambda: parts(run_dir), process, pause=0)
-                time.sleep(rng.uniform(0, 0.005))
-            else:
-                time.sleep(rng.uniform(0, 0.3))
-            assert process.poll() is None, process.stderr()
-            process.send(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-        for state in states(run_dir):
-            filled = [min(arena["steps"], 500) for arena in state["arenas"]]
-            assert [len(x["actions"]) for x in replays(run_dir, state)] == filled
-        assert states(run_dir)[0]["timesteps"] >= reached
-        reached = states(run_dir)[0]["timesteps"]
-        argv = resuming(run_dir, FOREVER)
-    end = reached + 44
-    assert reached > 8
-    assert script(name).main(resuming(run_dir, end)) == 0
-    run(name, tmp_path / "whole", end)
-    assert differences(exact(run_dir), exact(tmp_path / "whole")) == []
-    assert differences(replays(run_dir), replays(tmp_path / "whole")) == []
-    assert parts(run_dir) == [] and len(list(run_dir.glob("replay-*"))) == 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("name", BOTH)
-def test_stop_saves_and_resumes(name, number, monkeypatch):
-    """Asked to stop in the 13th vector step: that one is the last, without a final evaluation."""
-    module, calls = script(name), []
-    collect = module.collect
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 13:
-            os.kill(os.getpid(), number)
-        return collect(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "collect", interrupted)
-        assert module.main(tiny(name, "cut", FOREVER, "--final-episodes", 10**6)) == 0
-    assert len(calls) == 13 and index("cut")[0]["timesteps"] == 52
-    assert not Path("cut/summary.json").exists()
-    assert module.main(resuming("cut", 120, "--final-episodes", 0)) == 0
-    assert differences(exact("cut"), run(name, "whole", 120)) == []
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_stop_in_an_evaluation_on_the_way(name, monkeypatch):
-    module, calls = script(name), []
-    play = module.play
-
-    def interrupted(*args):
-        calls.append(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return play(*args)
-
-    flags = ("--eval-every", 20, "--eval-episodes", 1)
-    monkeypatch.setattr(module, "play", interrupted)
-    assert module.main(tiny(name, "run", FOREVER, *flags)) == 0
-    assert len(calls) == 1 and index("run")[0]["timesteps"] == 20
-    assert not Path("run/summary.json").exists()
 
 
 # --- Replays --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_replays_lie_beside_their_checkpoints(name, tmp_path):
-    """What they hold; those of checkpoints that are gone are gone, too."""
+def test_what_replays_hold(name):
+    """Of each population what has been filled, in small rows."""
     run(name, "run", 140, "--save-every", 20, "--buffer-size", 48)
-    assert [entry["timesteps"] for entry in index("run")] == [140, 120]
-    names = {path.name for path in Path("run").glob("*-*.pt")}
-    assert names == {f"{kind}-{n}.pt" for kind in ("checkpoint", "replay") for n in (120, 140)}
-    for state in states("run"):
-        assert state["replay"]["name"] == f"replay-{state['timesteps']}.pt"
-        steps = [arena["steps"] for arena in state["arenas"]]
-        assert sum(steps) == state["timesteps"]
-        for filled, n in zip(replays("run", state), steps):
+    for entry in index("run"):
+        state = read(Path("run") / entry["name"])
+        steps = [collector["steps"] for collector in collectors(state)]
+        assert sum(steps) == state["timesteps"] in (120, 140)
+        for filled, n in zip(replays("run", state["timesteps"]), steps, strict=True):
             columns = {"state", "final_state", "actions", "rewards", "terminated"}
             assert set(filled) - {"z"} == columns and ("z" in filled) == (name == MRA)
             assert {len(x) for x in filled.values()} == {min(n, 48)}
@@ -382,87 +256,40 @@ def test_replays_lie_beside_their_checkpoints(name, tmp_path):
             assert size < 1024, "rows are to be small"
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def test_a_damaged_replay_is_not_needed_to_evaluate_or_adapt(runs, tmp_path):
+    run_dir = Path(shutil.copytree(runs / "mra", tmp_path / "run"))
+    for path in run_dir.glob("replay-*.pt"):
+        path.unlink()
+    assert script(MRA).main(resuming("run", 2000)) == 2
+    assert script(MRA).main(["--eval-only", "run", "--final-episodes", "1"]) == 0
+    assert script(MRA).main(adapting("run", "adapted", 4)) == 0
 
 
-DAMAGES = {
-    "flipped": flip,
-    "deleted": Path.unlink,
-    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "empty": lambda path: path.write_bytes(b""),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name, source", [(MRA, "mra"), (MADDPG, "maddpg")])
-def test_replay_damaged(name, source, damage, runs, tmp_path, capfd):
-    """Nothing to go on with; evaluating and adapting need none."""
-    run_dir = Path(shutil.copytree(runs / source, tmp_path / "run"))
-    replay = run_dir / states(run_dir)[0]["replay"]["name"]
-    DAMAGES[damage](replay)
-    before = contents(tmp_path)
-    assert script(name).main(resuming("run", 2000)) == 2
-    out, err = capfd.readouterr()
-    assert replay.name in only_error(err) and out == ""
-    assert contents(tmp_path) == before
-    if damage == "deleted":
-        assert script(name).main(["--eval-only", "run", "--final-episodes", "1"]) == 0
-        assert contents(tmp_path) == before
-        assert name == MADDPG or script(name).main(adapting("run", "adapted", 4)) == 0
-        assert sentences(capfd.readouterr().err) == []
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_newest_checkpoint_damaged(damage, tmp_path, capfd):
-    """The run goes on from the one before, and in the end all that are listed are intact."""
-    run(MRA, "run", 120, "--save-every", 60)
-    whole, name = exact("run"), index("run")[0]["name"]
-    DAMAGES[damage](tmp_path / "run" / name)
-    capfd.readouterr()
-    assert script(MRA).main(resuming("run", 120)) == 0
-    (line,) = sentences(capfd.readouterr().err)
-    assert name in line and line.endswith(".")
-    assert index("run")[0]["timesteps"] == 120
-    assert differences(exact("run"), whole) == []
-    assert differences(replays("run"), replays("run", whole)) == []
-
-
-def test_older_checkpoint_goes_on_where_the_newest_replay_is_damaged(capfd):
-    """As the sentence says; the run ends as it would have."""
-    run(MRA, "run", 120, "--save-every", 60)
-    whole = exact("run")
-    DAMAGES["flipped"](Path("run/replay-120.pt"))
-    capfd.readouterr()
-    assert script(MRA).main(resuming("run", 160)) == 2
-    assert "checkpoint-*.pt" in only_error(capfd.readouterr().err)
-    older = ["--resume", "run/checkpoint-60.pt", "--total-timesteps", "120"]
-    assert script(MRA).main(older) == 0
-    assert differences(exact("run"), whole) == []
-    assert script(MRA).main(resuming("run", 160)) == 0  # the replay has been written anew
-
-
-@pytest.mark.parametrize("flag", ["--phi-gradient mi", "--mi-samples 2", "--reptile-step .5"])
+@pytest.mark.parametrize("flag", ["--phi-gradient mi", "--reptile-step .5"])
 def test_flags_without_a_part_in_adapting(flag, runs, capfd):
     argv = ["--adapt", str(runs / "mra"), "--population", "4", *flag.split()]
     assert script(MRA).main(argv) == 2
     assert flag.split()[0] in only_error(capfd.readouterr().err)
 
 
-def test_adapting_compiles_what_its_source_did(runs, monkeypatch):
-    """--compile is inherited, and can be typed for a source without it."""
-    module = script(MRA)
-    saved, path = module.load_checkpoint(str(runs / "mra"), quiet=True)
-    for source in (False, True):
-        other = saved | {"args": saved["args"] | {"compile": source}}
-        monkeypatch.setattr(
-            module, "load_checkpoint", lambda *args, other=other, **kw: (other, path)
-        )
-        for typed in ("", "--compile"):
-            argv = ["--adapt", str(runs / "mra"), "--population", "4", *typed.split()]
-            assert module.inherit(module.parse(argv), argv).compile == (source or bool(typed))
+def test_a_value_is_not_taken_for_a_flag(monkeypatch):
+    """--target polyak says nothing about --polyak, which stays the source's (or the run's)."""
+    run(MRA, "source", 4, "--polyak", 0.05, "--target", "polyak")
+    few = ["--adapt", "source", "--population", 4, "--target", "polyak"]
+    assert given(MRA, few, monkeypatch).polyak == 0.05
+    assert given(MRA, ["--resume", "source", "--target", "polyak"], monkeypatch).polyak == 0.05
+
+
+def test_adapting_compiles_what_its_source_did(monkeypatch):
+    """--compile is inherited; it can be typed for a source without it, and taken back."""
+    monkeypatch.setattr(pairs, "Compiled", lambda function, *args, **options: function)
+    pairs.kernel.cache_clear()
+    for source, flag in (("with", "--compile"), ("without", "--no-compile")):
+        assert script(MRA).main(tiny(MRA, source, 4, flag)) == 0
+        for typed in ("", "--compile", "--no-compile"):
+            argv = ["--adapt", source, "--population", 4, *typed.split()]
+            assert parse(script(MRA), argv).compile == ((typed or flag) == "--compile")
+    pairs.kernel.cache_clear()
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -480,15 +307,60 @@ def test_freed_memory_is_kept(name):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2000
 
 
-def test_killed_between_checkpoint_and_index():
-    """A checkpoint that the index does not know yet is as good as none."""
-    run(MRA, "run", 120, "--save-every", 60)
-    whole, entries = exact("run"), index("run")
-    assert [entry["timesteps"] for entry in entries] == [120, 60]
-    Path("run/checkpoints.json").write_text(json.dumps(entries[1:]))
-    assert script(MRA).main(resuming("run", 120)) == 0
-    assert [entry["timesteps"] for entry in index("run")] == [120, 60]
-    assert differences(exact("run"), whole) == []
+# --- Numbers that are none ------------------------------------------------------------------------
+
+
+def all_finite(x):
+    if isinstance(x, dict):
+        return all(map(all_finite, x.values()))
+    if isinstance(x, (list, tuple)):
+        return all(map(all_finite, x))
+    return not isinstance(x, torch.Tensor) or bool(torch.isfinite(x).all())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", BOTH)
+def test_a_poisoned_world(name, wrong, capfd, monkeypatch):
+    """A reward that is no number, in the 17th step: the update that comes next ends the run and
+    names rewards, no checkpoint holds any of it, and the run can be resumed."""
+    module, calls = script(name), []
+    world, step = module.ParticleWorld, module.ParticleWorld.step
+
+    def poisoned(self, actions):
+        calls.append(1)
+        result = step(self, actions)
+        if len(calls) == 17:
+            result.reward[0, 0] = wrong
+        return result
+
+    flags = ("--save-every", 20, "--log-every", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "step", poisoned)
+        assert module.main(tiny(name, "run", 1000, *flags)) == 1
+    assert "rewards" in only_error(capfd.readouterr().err)
+    assert len(calls) == 20, "the next update is after the 20th step"
+    for entry in index("run"):
+        assert all_finite(read(Path("run") / entry["name"]))
+        assert all_finite(read(f"run/replay-{entry['timesteps']}.pt"))
+    assert index("run")[0]["timesteps"] == 60
+    assert module.main(resuming("run", 120)) == 0
+    assert differences(newest("run"), run(name, "whole", 120, *flags)) == []
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_poisoned_world_without_updates(name, capfd, monkeypatch):
+    """Before there is a minibatch nothing looks at rewards but what is to be saved."""
+    module, step = script(name), script(name).ParticleWorld.step
+
+    def poisoned(self, actions):
+        result = step(self, actions)
+        result.reward[0, 0] = float("nan")
+        return result
+
+    monkeypatch.setattr(module.ParticleWorld, "step", poisoned)
+    assert module.main(tiny(name, "run", 40, "--batch-size", 500)) == 1
+    assert "rewards" in only_error(capfd.readouterr().err)
+    assert [entry["timesteps"] for entry in index("run")] == [0]
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -498,60 +370,41 @@ def test_diverged(name, flags, capfd):
     argv = tiny(name, "run", 120, "--learning-rate", 1e37, *flags.split())
     assert script(name).main(argv) == 1
     assert "is not finite" in only_error(capfd.readouterr().err)
-    for state in states("run"):
-        assert not_finite(state) == [] and replays("run", state)
+    for entry in index("run"):
+        assert all_finite(read(Path("run") / entry["name"]))
 
 
 # --- The command line -----------------------------------------------------------------------------
 
 WRONG = {  # in both scripts, with words that the sentence has to contain
     "--task pirates": "'pirates' treasure resource pacman",
-    "--task ''": "task",
     "--{populations} x": "x",
     "--{populations} 0": "0",
-    "--{populations} -1": "-1",
     "--{populations} 3,": "3,",
-    "--{populations} ''": "population",
     "--{populations} 4,2": "treasure 4,2",
     "--task resource --{populations} 4,2": "resource 4,2",
     "--task pacman --{populations} 6": "pacman 6",
     "--task pacman --{populations} 4,0": "4,0",
     "--task pacman --{populations} 4,2,1": "4,2,1",
     "--batch-size 1025 --buffer-size 1024": "--batch-size --buffer-size",
-    "--phi-gradient returns": "--phi-gradient 'returns' actor mi",
-    "--preset slow": "--preset 'slow' paper fast",
-    "--num-env 3": "--num-env --num-envs?",
-    "--scale-rewards": "--scale-rewards",
-    "stray": "stray",
-    "--resume {own} --eval-only {own}": "--resume --eval-only",
-    "--resume {own} --run-dir other": "--resume --run-dir",
     "--resume {own} --gamma .5": "--gamma 0.95",
     "--resume {own} --task resource": "--task treasure",
-    "--resume {own} --num-envs 5": "--num-envs 4",
-    "--resume {runs}/empty": "empty checkpoint",
     "--resume {other}": "is a run of not of",
     "--eval-only {other}": "is a run of not of",
-    "--eval-only {own} --final-episodes 0": "--eval-only --final-episodes",
-    "--eval-only {runs}/empty": "empty checkpoint",
-    "--eval-only nowhere": "nowhere checkpoint",
-    "--run-dir {own}": "holds a run already --resume",
-    "--run-dir {runs}/file/below": "file/below",
 }
 WRONG_IN_MADDPG = {
-    "--population 3 4": "4",
-    "--latent-size 2": "--latent-size",
-    "--adapt {runs}/maddpg": "--adapt",
     "--resume {own} --population 4": "--population 3",
 }
 WRONG_IN_MRA = {
-    "--populations": "--populations",
+    "--latent-size 129": "--latent-size 129 128",
+    "--latent-size 0": "--latent-size 0",
     "--populations 3 6 3": "--populations twice",
     "--populations 3 03": "population 03",
     "--populations 3 4,2": "treasure 4,2",
     "--task pacman --populations 4,2 6": "pacman 6",
     "--population 4": "--adapt --population",
     "--adapt {runs}/mra": "--adapt --population",
-    "--adapt {runs}/mra --population 4 --task resource": "treasure resource",
+    "--adapt {runs}/mra --population 4 --task resource": "--task treasure",
     "--adapt {runs}/pacman --population 4": "pacman 4",
     "--adapt {runs}/mra --population 4,2": "treasure 4,2",
     "--adapt {runs}/mra --population 0": "0",
@@ -575,22 +428,24 @@ WRONG_IN_MRA = {
     "--no-share-parameters": "populations --share-parameters",
     "--no-share-parameters --populations 3 --eval-populations 4": "populations --share-parameters",
     "--resume {runs}/agents --eval-populations 4": "populations --share-parameters",
-    "--eval-only {runs}/agents --final-episodes 1 --eval-populations 4": "--share-parameters",
-    "--parallel-populations --populations 3": "--parallel-populations populations",
-    "--parallel-populations --phi-gradient actor": "--parallel-populations --phi-gradient",
-    "--phi-gradient actor --mi-samples 2": "--mi-samples --phi-gradient",
     "--eval-populations 4,2": "treasure 4,2",
     "--eval-populations 3 x": "x",
-    "--eval-populations 0": "0",
     "--eval-only {own} --final-episodes 1 --eval-populations 4,2": "treasure 4,2",
     "--resume {own} --eval-populations 4,2": "treasure 4,2",
     "--resume {own} --populations 3 5 4": "--populations",
     "--resume {own} --latent-size 2": "--latent-size 6",
-    "--representation heads": "--representation 'heads' option concat bilinear",
 }
 CASES = [(name, line, words) for name in BOTH for line, words in WRONG.items()]
 CASES += [(MADDPG, *case) for case in WRONG_IN_MADDPG.items()]
 CASES += [(MRA, *case) for case in WRONG_IN_MRA.items()]
+
+
+def only_error(stderr):
+    """The one sentence that says why a run ended; fails if there is anything else."""
+    text = re.sub(r"[^\n\r]*\d+%\|[^\n\r]*", "", stderr)  # bars
+    lines = [line.strip() for line in re.split(r"[\n\r]", text) if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and lines[0].endswith("."), stderr
+    return lines[0]
 
 
 @pytest.fixture
@@ -614,7 +469,7 @@ def check_wrong(name, line, words, runs, tmp_path, capfd):
     own, other = ("mra", "maddpg") if name == MRA else ("maddpg", "mra")
     populations = "populations" if name == MRA else "population"
     names = {"own": runs / own, "other": runs / other, "populations": populations}
-    before = contents(tmp_path, runs)
+    before = contents(tmp_path, runs)  # a lock is no harm
     code = script(name).main(shlex.split(line.format(runs=runs, **names)))
     out, err = capfd.readouterr()
     sentence = only_error(err)
@@ -632,83 +487,26 @@ def test_several_processes(name, runs, tmp_path, capfd, untrained, monkeypatch):
     check_wrong(name, "--resume {own}", "one process", runs, tmp_path, capfd)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-@pytest.mark.parametrize("name", BOTH)
-def test_cuda_without_cuda(name, runs, tmp_path, capfd, untrained):
-    check_wrong(name, "--device cuda", "--device cuda", runs, tmp_path, capfd)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_numbers_out_of_bounds(name, runs, tmp_path, capfd, untrained):
-    """No field takes a negative number; none takes NaN."""
-    module, checked = script(name), []
-    for field, kind in typing.get_type_hints(module.Args, include_extras=True).items():
-        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
-        for wrong in {int: ("-1",), float: ("-1e-3", "nan")}.get(kind, ()):
-            checked.append(("--" + field.replace("_", "-"), wrong))
-    assert len(checked) > 30
-    checked += [("--num-envs", "0"), ("--inner-steps", "0"), ("--max-grad-norm", "0")]
-    checked += [("--gamma", "1.01"), ("--learning-rate", "inf"), ("--batch-size", "1.5")]
-    for flag, wrong in checked:
-        with pytest.raises(module.UsageError, match=f"^{flag}[ :].*\\.$"):
-            module.parse([flag, wrong])
-    for flag, wrong in checked[:1] + checked[-1:]:
-        check_wrong(name, f"{flag} {wrong}", f"{flag} {wrong}", runs, tmp_path, capfd)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_every_field_says_what_it_is(name):
-    """tyro shows the comment behind a field as its help."""
-    text = lines(name)
-    tree = next(x for x in ast.parse("\n".join(text)).body if getattr(x, "name", "") == "Args")
-    fields = [x for x in tree.body if isinstance(x, ast.AnnAssign)]
-    assert len(fields) == len(dataclasses.fields(script(name).Args)) > 40
-    assert [x.target.id for x in fields if "  # " not in text[x.end_lineno - 1]] == []
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_default_run_directory_and_args_json(name, tmp_path, monkeypatch):
-    argv = tiny(name, "", 4)
-    monkeypatch.undo()  # with the list of packages
-    os.chdir(tmp_path)
-    for _ in range(2):  # a name of its own, in the same second
-        assert script(name).main(argv) == 0
-    found = list((tmp_path / "runs").iterdir())
-    stem = name.split(".")[-1]
-    for path in found:
-        assert re.fullmatch(rf"treasure__{stem}__s1__\d{{8}}T\d{{6}}Z__[0-9a-f]{{4}}", path.name)
-    assert len(found) == 2
-    stored = json.loads((found[0] / "args.json").read_text())
-    args = dataclasses.asdict(script(name).parse(argv))
-    assert {k: stored[k] for k in args} == json.loads(json.dumps(args))
-    assert stored["script"] == stem and stored["resolved"] == {"device": "cpu"}
-
-
 def given(name, argv, monkeypatch):
     """The arguments that main() trains with."""
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(script(name), "train", seen.append)
+        patch.setattr(script(name), "train", lambda args: seen.append(args) or 0)
         assert script(name).main([str(x) for x in argv]) == 0
     return seen[0]
 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_presets(name, monkeypatch):
-    """The fast one sets its flags, others override it wherever they stand."""
+    """The one for CPUs sets its flags, others override it wherever they stand."""
     module = script(name)
     plain = given(name, [], monkeypatch)
     assert plain == module.Args() == given(name, ["--preset", "paper"], monkeypatch)
-    fast = given(name, ["--preset", "fast"], monkeypatch)
-    assert fast == given(name, ["--preset=fast"], monkeypatch)
-    differ = {k for k, x in vars(fast).items() if getattr(plain, k) != x}
-    flags = {x[2:].replace("-", "_") for x in module.PRESETS["fast"].split() if x[:2] == "--"}
-    assert flags - differ <= {"target"}, "what is the default already need not be in it"
-    assert differ == flags & differ | {"preset"} and len(differ) > 6
+    fast = given(name, ["--preset", "cpu"], monkeypatch)
+    flags = module.PRESETS["cpu"]
+    assert fast == dataclasses.replace(plain, preset="cpu", **flags) and len(flags) > 6
     assert fast.compile and fast.num_envs > plain.num_envs and fast.learning_rate == 1e-3
-    words = module.PRESETS["fast"].split()
-    assert float(words[words.index("--polyak") + 1]) == fast.polyak
-    for argv in (["--num-envs", 7, "--preset", "fast"], ["--preset", "fast", "--num-envs", 7]):
+    for argv in (["--num-envs", 7, "--preset", "cpu"], ["--preset", "cpu", "--num-envs", 7]):
         assert given(name, argv, monkeypatch) == dataclasses.replace(fast, num_envs=7)
 
 
@@ -771,11 +569,13 @@ def moments(state, run_dir):
 
 
 def slow_is_fast(state, run_dir):
-    return not differences(state["agent"]["theta"], state["agent"]["delayed_theta"])
+    return not differences(state["agent"]["actor"], state["agent"]["target_actor"])
 
 
+NETWORKS = ("attention", "actor", "critic")
+LATENT = ("latent_prior", "population_classifier", "latent_optimiser")
 COMMON = {  # of both scripts, on a run with one population of three and, in MRA, one z
-    "seed": ("--seed 7", changed("theta"), None),
+    "seed": ("--seed 7", changed("actor"), None),
     "total_timesteps": ("--total-timesteps 160", lambda s, d: s["timesteps"], (120, 160)),
     "capture_video": (
         "--capture-video --final-episodes 1",
@@ -784,7 +584,7 @@ COMMON = {  # of both scripts, on a run with one population of three and, in MRA
     ),
     "task": (
         "--task resource",
-        lambda s, d: s["arenas"][0]["world"]["game"],
+        lambda s, d: collectors(s)[0]["worlds"]["game"],
         ("treasure 3", "resource 3"),
     ),
     "shaping": ("--no-shaping", rewards(lambda x: (x % 5 == 0).all()), (False, True)),
@@ -796,49 +596,48 @@ COMMON = {  # of both scripts, on a run with one population of three and, in MRA
     "num_envs": ("--num-envs 8", lambda s, d: s["iteration"], (30, 15)),
     "max_episode_steps": (
         "--max-episode-steps 5",
-        lambda s, d: float(s["arenas"][0]["numbers"]["ended"][0]),
+        lambda s, d: float(collectors(s)[0]["ended"][0]),
         (4.0, 24.0),
     ),
-    "actor_gradient": ("--actor-gradient expectation", changed("theta"), None),
-    "phi_gradient": ("--phi-gradient mi", moved("phi", "theta"), ([True, True], [False, True])),
+    "actor_gradient": ("--actor-gradient expectation", changed("actor"), None),
     "target": ("--target hard", slow_is_fast, (False, True)),
     "polyak": (
         "--polyak 0",
-        moved("delayed_theta", "delayed_zeta"),
+        moved("target_actor", "target_critic"),
         ([True, True], [False, False]),
     ),
     "inner_steps": ("--inner-steps 3", steps_of("critic_optimiser"), (6.0, 18.0)),
     "hidden_size": (
         "--hidden-size 16",
-        lambda s, d: [shape(x, "pair.linear.weight")(s, d)[-1] for x in ("phi", "theta", "zeta")],
+        lambda s, d: [shape(x, "entity.weight")(s, d)[-1] for x in NETWORKS],
         ([8, 8, 8], [16, 16, 16]),
     ),
     "key_size": (
         "--key-size 6",
-        lambda s, d: [shape("phi", f"{x}.weight")(s, d)[-1] for x in ("query", "key")],
+        lambda s, d: [shape("attention", f"{x}.weight")(s, d)[-1] for x in ("query", "key")],
         ([4, 4], [6, 6]),
     ),
     "head_gain": (
         "--head-gain 20",
-        lambda s, d: float(initial(d)["agent"]["phi"]["query.weight"].abs().max()),
+        lambda s, d: float(initial(d)["agent"]["attention"]["query.weight"].abs().max()),
         "up",
     ),
     "learning_rate": (
         "--learning-rate 0",
-        moved("theta", "zeta", "phi"),
+        moved("actor", "critic", "attention"),
         ([True, True, True], [False, False, True]),
     ),
     "phi_learning_rate": (
         "--phi-learning-rate 0",
-        moved("theta", "zeta", "phi"),
+        moved("actor", "critic", "attention"),
         ([True, True, True], [True, True, False]),
     ),
-    "gamma": ("--gamma .5", changed("zeta"), None),
+    "gamma": ("--gamma .5", changed("critic"), None),
     "batch_size": ("--batch-size 60", steps_of("critic_optimiser"), (6.0, 4.0)),
     "buffer_size": ("--buffer-size 30", lambda s, d: len(replays(d)[0]["state"]), (120, 30)),
     "update_every": ("--update-every 40", steps_of("critic_optimiser"), (6.0, 3.0)),
-    "entropy_coef": ("--entropy-coef 5", changed("theta"), None),
-    "scale_rewards": ("--no-scale-rewards", changed("zeta"), None),
+    "entropy_coef": ("--entropy-coef 5", changed("actor"), None),
+    "scale_rewards": ("--no-scale-rewards", changed("critic"), None),
     "max_grad_norm": ("--max-grad-norm .00001", moments, "down"),
     "log_every": ("--log-every 40", rows("entropy"), (0, 3)),
     "eval_every": ("--eval-every 40", rows("eval/3/return"), (0, 3)),
@@ -853,54 +652,56 @@ COMMON = {  # of both scripts, on a run with one population of three and, in MRA
 PARENT = {
     "population": (
         "--population 5",
-        lambda s, d: s["arenas"][0]["world"]["game"],
+        lambda s, d: collectors(s)[0]["worlds"]["game"],
         ("treasure 3", "treasure 5"),
     ),
-    "share_parameters": ("--share-parameters", shape("theta", "out.bias"), ((3, 5), (1, 5))),
+    "share_parameters": ("--share-parameters", shape("actor", "out.bias"), ((3, 5), (1, 5))),
 }
 METHOD = {  # of MRA, on a run with populations of 3 and 5
     "populations": (
         "--populations 4 2 5",
-        lambda s, d: [arena["world"]["game"] for arena in s["arenas"]],
+        lambda s, d: [x["worlds"]["game"] for x in collectors(s)],
         (["treasure 3", "treasure 5"], ["treasure 4", "treasure 2", "treasure 5"]),
     ),
     "share_parameters": (
         "--no-share-parameters --populations 3",
-        shape("theta", "out.bias"),
+        shape("actor", "out.bias"),
         ((1, 5), (3, 5)),
     ),
     "latent_size": (
         "--latent-size 2",
-        lambda s, d: (len(s["agent"]["phi"]["query.weight"]), int(replays(d)[0]["z"].max())),
+        lambda s, d: (len(s["agent"]["attention"]["query.weight"]), int(replays(d)[0]["z"].max())),
         ((6, 5), (2, 1)),
     ),
     "representation": (
         "--representation concat",
-        lambda s, d: ("of_z.weight" in str(s["agent"]["phi"].keys()), len_of_query(s)),
+        lambda s, d: ("entity_z.weight" in str(s["agent"]["attention"].keys()), len_of_query(s)),
         ((False, 6), (True, 1)),
     ),
     "representation of a product": (
         "--representation bilinear",
-        lambda s, d: (len(s["agent"]["phi"]["pair.linear.weight"]), len_of_query(s)),
+        lambda s, d: (len(s["agent"]["attention"]["entity.weight"]), len_of_query(s)),
         ((1, 6), (6, 1)),
     ),
     "latent_prior": (
         "--latent-prior uniform",
-        lambda s, d: [x in s["agent"] for x in ("psi", "xi", "latent_optimiser")],
+        lambda s, d: [x in s["agent"] for x in LATENT],
         ([True] * 3, [False] * 3),
     ),
-    "prior_floor": ("--prior-floor 1", moved("psi", "xi"), ([True, True], [False, True])),
-    "mi_samples": ("--mi-samples 2", changed("phi"), None),
-    "latent_gradient": ("--latent-gradient gumbel", changed("psi"), None),
+    "prior_floor": (
+        "--prior-floor 1",
+        moved("latent_prior", "population_classifier"),
+        ([True, True], [False, True]),
+    ),
+    "phi_gradient": (
+        "--phi-gradient actor --latent-prior uniform",
+        lambda s, d: any(k.startswith("mi/") for k in s["ranks"][0]["noted"]),
+        (True, False),
+    ),
     "reptile_step": (
         "--reptile-step 0",
-        moved("theta", "zeta", "phi"),
+        moved("actor", "critic", "attention"),
         ([True, True, True], [False, True, True]),
-    ),
-    "parallel_populations": (
-        "--parallel-populations",
-        lambda s, d: (s["iteration"], "copies" in s["agent"]),
-        ((40, False), (20, True)),
     ),
     "eval_populations": (
         "--final-episodes 2 --latent-size 1 --eval-populations 4",
@@ -927,18 +728,18 @@ ELSEWHERE = {
     "resume": "test_resumed_equals_uninterrupted",
     "eval_only": "test_evaluation_alone_repeats",
     "preset": "test_presets",
+    "plain": "test_device_threads_plain_and_compile",
     "adapt": "the tests of adaptation",
     "population": "the same",
-    "device": "test_device_threads_and_compile",
-    "num_threads": "test_device_threads_and_compile",
-    "compile": "test_device_threads_and_compile",
-    # Of a block that all scripts share:
-    **dict.fromkeys(("track", "wandb_project", "wandb_mode", "wandb_timeout"), "test_wandb.py"),
+    "device": "test_device_threads_plain_and_compile",
+    "num_threads": "test_device_threads_plain_and_compile",
+    "compile": "test_device_threads_plain_and_compile",
+    **dict.fromkeys(("track", "wandb_project", "wandb_mode", "wandb_timeout"), "tests/harness"),
 }
 
 
 def len_of_query(state):
-    return len(state["agent"]["phi"]["query.weight"])
+    return len(state["agent"]["attention"]["query.weight"])
 
 
 def test_every_flag_is_tested():
@@ -950,8 +751,8 @@ def test_every_flag_is_tested():
     assert fields[1] < fields[0]
 
 
-ONE = "--target polyak --actor-gradient gumbel --phi-gradient actor --total-timesteps 120"
-ONE = {MRA: f"{ONE} --populations 3 --latent-size 1", MADDPG: f"{ONE} --population 3"}
+ONE = "--target polyak --actor-gradient gumbel"
+ONE = {MRA: f"{ONE} --populations 3 --latent-size 1 --phi-gradient actor", MADDPG: ONE}
 BASES = {  # name of the plain run: script, flags, steps
     MRA: (MRA, ONE[MRA], 120),
     MADDPG: (MADDPG, ONE[MADDPG], 120),
@@ -990,8 +791,9 @@ def test_flag_changes_what_it_names(base, field, plain, tmp_path):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_device_threads_and_compile(name, monkeypatch):
-    """Compiled kernels are a matter of the kernels alone: on a CPU worlds are left as they are."""
+def test_device_threads_plain_and_compile(name, monkeypatch):
+    """Compiled kernels are a matter of the kernels alone: on a CPU worlds are left as they are. The
+    plain form has none."""
     module, seen, made = script(name), {}, []
 
     class Compiled:
@@ -1007,22 +809,23 @@ def test_device_threads_and_compile(name, monkeypatch):
             made.append((options["device"], options["compiled"]))
             super().__init__(*args, **options | {"device": "cpu", "compiled": False})
 
-    plain = run(name, "plain", 20, "--num-threads", 1)
+    fast = run(name, "fast", 20, "--num-threads", 1)
     assert torch.get_num_threads() == 1 and seen == {}
-    module.kernel.cache_clear()
-    monkeypatch.setattr(module, "Compiled", Compiled)
+    pairs.kernel.cache_clear()
+    monkeypatch.setattr(pairs, "Compiled", Compiled)
     monkeypatch.setattr(module, "ParticleWorld", World)
-    few = ("--device", "cpu", "--num-threads", 2, "--compile")
-    compiled = run(name, "compiled", 20, *few)
-    module.kernel.cache_clear()
+    run(name, "plain", 20, "--plain", "--compile")
+    assert seen == {}
+    compiled = run(name, "compiled", 20, "--device", "cpu", "--num-threads", 2, "--compile")
+    pairs.kernel.cache_clear()
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    assert seen == dict.fromkeys(("pair_scores", "pair_sums", "pair_gradients"), True)
-    assert differences(plain["agent"], compiled["agent"]) == []
+    assert seen == dict.fromkeys(("score_kernel", "sum_kernel", "gradient_kernel"), True)
+    assert differences(fast["agent"], compiled["agent"]) == []
     assert set(made) == {("cpu", False)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for flags in ("", "--compile", "--device cpu --compile"):
-        module.make_envs(module.parse(flags.split()), "3", 2, 1)
+        module.make_envs(parse(module, flags.split()), "3", 2, 1)
     assert made[-3:] == [("cuda", False), ("cuda", True), ("cpu", False)]
 
 
@@ -1030,16 +833,16 @@ def test_device_threads_and_compile(name, monkeypatch):
 
 
 def watch(module, patch):
-    """Collecting and updating as they come: [("collect" or "update", populations)]."""
+    """Collecting and updating as they come: [("collect" or "update", population)]."""
     events, collect, update = [], module.collect, module.update
 
-    def watched_collect(agent, arena, *args, **kwargs):
-        events.append(("collect", (arena.name,)))
-        return collect(agent, arena, *args, **kwargs)
+    def watched_collect(agent, collector, *rest):
+        events.append(("collect", collector.name))
+        return collect(agent, collector, *rest)
 
-    def watched_update(args, agent, now, *rest, **kwargs):
-        events.append(("update", tuple(arena.name for arena in now)))
-        return update(args, agent, now, *rest, **kwargs)
+    def watched_update(args, agent, collector, *rest):
+        events.append(("update", collector.name))
+        return update(args, agent, collector, *rest)
 
     patch.setattr(module, "collect", watched_collect)
     patch.setattr(module, "update", watched_update)
@@ -1054,27 +857,19 @@ def test_populations_in_turn(visit, every, batch, envs, monkeypatch):
     names, steps, expected = ("2", "4", "3"), dict.fromkeys(("2", "4", "3"), 0), []
     for k in range(6 * visit - 1):
         name = names[k // visit % 3]
-        expected.append(("collect", (name,)))
+        expected.append(("collect", name))
         before, steps[name] = steps[name], steps[name] + envs
         if steps[name] >= batch and any(n % every == 0 for n in range(before + 1, steps[name] + 1)):
-            expected.append(("update", (name,)))
+            expected.append(("update", name))
     flags = ("--max-episode-steps", visit, "--update-every", every, "--batch-size", batch)
     flags += ("--num-envs", envs, "--latent-size", 1, "--populations", *names)
     state = run(MRA, "run", (6 * visit - 1) * envs, *flags)
     assert events == expected
-    assert {("update", (name,)) for name in names} < set(events)
-    assert [arena["steps"] for arena in state["arenas"]] == [steps[name] for name in names]
+    assert {("update", name) for name in names} < set(events)
+    assert [x["steps"] for x in collectors(state)] == [steps[name] for name in names]
 
 
-def test_populations_in_parallel(monkeypatch):
-    events = watch(script(MRA), monkeypatch)
-    state = run(MRA, "run", 80, "--parallel-populations")
-    both = [("collect", ("3",)), ("collect", ("5",))]
-    assert events == 2 * (5 * both + [("update", ("3", "5"))])
-    assert state["timesteps"] == 80 and [x["steps"] for x in state["arenas"]] == [40, 40]
-
-
-@pytest.mark.parametrize("flags", ["", "--parallel-populations", "--phi-gradient actor"])
+@pytest.mark.parametrize("flags", ["", "--phi-gradient actor"])
 def test_a_step_clips_what_it_moves(flags, monkeypatch):
     """The norm of a step's gradients is of weights that the step's optimiser moves."""
     module, calls = script(MRA), []
@@ -1098,11 +893,9 @@ def episodes_of(filled, worlds):
     return (states[1:] == finals[:-1]).all(-1), filled["z"].unflatten(0, (-1, worlds))
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-def test_new_latents_in_new_episodes_only(parallel):
+def test_new_latents_in_new_episodes_only():
     """Whether an episode ends by itself or at its horizon, and across visits."""
     flags = ["--task", "pacman", "--populations", "1,4", "2,5", "--update-every", 100000]
-    flags += ["--parallel-populations"] if parallel else []
     run(MRA, "run", 6 * 60 * 2, *flags, "--num-envs", 6)
     assert sum(bool(x["terminated"].any()) for x in replays("run")) > 0
     for filled, n in zip(replays("run"), (5, 7)):
@@ -1132,7 +925,7 @@ class Watched:
     def player(self, agent, z, seed, uniform=False):
         return {"z": z.clone(), "seed": seed, "uniform": uniform}
 
-    def play(self, world, player, film=None):
+    def play(self, world, player, film=None, progress=None):
         world.reset()
         own = player if isinstance(player, dict) else {}
         game = {"population": world.game.population, "state": world.state.clone(), **own}
@@ -1235,19 +1028,23 @@ def test_best_latent_is_chosen_on_other_episodes(runs, monkeypatch, capfd):
 
 def doctored(source, run_dir, change):
     """A copy of a run with another last checkpoint."""
-    state, _ = script(MRA).load_checkpoint(str(source))
+    state, _ = harness.load_checkpoint(str(source))
     change(state)
-    Path(run_dir).mkdir()
-    script(MRA).save_checkpoint(Path(run_dir), state)
+    path = Path(run_dir) / f"checkpoint-{state['timesteps']}.pt"
+    path.parent.mkdir()
+    torch.save(state, path)
+    entry = {"name": path.name, "timesteps": state["timesteps"], "replays": []}
+    entry["sha256"] = harness.sha256_of(path)
+    (path.parent / "checkpoints.json").write_text(json.dumps([entry]))
     return run_dir
 
 
 def prefers(z):
-    """psi that gives every population, of each type, this z."""
+    """A prior that gives every population, of each type, this z."""
 
     def change(state):
-        types = len(state["agent"]["psi"]["net.2.bias"]) // 6
-        state["agent"]["psi"]["net.2.bias"][[6 * kind + z for kind in range(types)]] += 50.0
+        bias = state["agent"]["latent_prior"]["net.2.bias"]
+        bias[[6 * kind + z for kind in range(len(bias) // 6)]] += 50.0
 
     return change
 
@@ -1283,7 +1080,7 @@ def test_latent_and_graph_reach_the_players(runs, capfd):
     def sharpen(state):
         state["args"]["shaping"] = True  # finer returns
         rng = torch.Generator().manual_seed(1)
-        for part, scale in (("phi", 2), ("theta", 1)):
+        for part, scale in (("attention", 2), ("actor", 1)):
             for weight in state["agent"][part].values():
                 weight += torch.randn(weight.shape, generator=rng) * scale
 
@@ -1328,6 +1125,56 @@ def test_evaluation_alone_repeats(name, capfd):
     assert contents(Path("run")) == before
 
 
+def test_episodes_are_expected_and_told(monkeypatch):
+    """As many as are played, in the search for the best z, too; none is told twice."""
+    found = []
+
+    class Evaluation(harness.Evaluation):
+        def close(self):
+            found.append((self.kind, self.expected, self.played))
+            super().close()
+
+    monkeypatch.setattr(harness, "Evaluation", Evaluation)
+    flags = ("--eval-every", 40, "--final-episodes", 7, "--latent-size", 3)
+    run(MRA, "mra", 40, *flags, "--task", "pacman", "--populations", "2,1")
+    run(MADDPG, "maddpg", 40, "--final-episodes", 7)
+    search, rows = 2 * 3**2, 1 + 3 + 1 + 1 + 3
+    expected = [("eval", 2 * 5, 2 * 5), ("final", search + 7 * rows, search + 7 * rows)]
+    assert found == [*expected, ("final", 28, 28)]
+
+
+@pytest.mark.parametrize("name, source", [(MRA, "mra"), (MRA, "pacman"), (MADDPG, "maddpg")])
+def test_a_run_as_a_player(name, source, runs):
+    """load_player() gives the policy, which plays in the run's worlds; MRA's in other populations,
+    with latents that change where an episode begins and only there."""
+    module, path = script(name), str(runs / source)
+    args, agent = module.load_agent(path)
+    assert differences(agent.actor.state_dict(), newest(path)["agent"]["actor"]) == []
+    population = {"mra": "4", "pacman": "2,2", "maddpg": "3"}[source]
+    worlds = module.make_envs(args, population, 5, 1)
+    returns = []
+    for seed in (1, 1, 2):
+        worlds.seed(1)
+        returns.append(play(worlds, module.load_player(path, seed)))
+    assert (returns[0] == returns[1]).all() and (returns[0] != returns[2]).any()
+    if name == MRA:
+        seen, view = [], module.Agent.view
+        player = module.load_player(path)
+
+        def watched(self, game, obs, z):
+            seen.append(z)
+            return view(self, game, obs, z)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module.Agent, "view", watched)
+            play(worlds, player)
+            first, last = seen[0], seen[-1]
+            play(worlds, player)
+        if source == "mra":
+            assert torch.equal(first, last), "nobody's episode ended"
+        assert not torch.equal(seen[len(seen) // 2], first)
+
+
 # --- Adaptation -----------------------------------------------------------------------------------
 
 
@@ -1343,29 +1190,29 @@ def adapted(runs, tmp_path_factory):
 
 
 def test_adaptation_begins_with_the_sources_networks(adapted, runs):
-    source = states(runs / "mra")[0]
-    begun, after_a_step = initial(adapted / "begun"), exact(adapted / "begun")
-    assert set(nets(begun)) == set(nets(source)) > {"psi", "xi", "delayed_zeta"}
+    source = newest_of(runs / "mra")
+    begun, after_a_step = initial(adapted / "begun"), newest(adapted / "begun")
+    assert set(nets(begun)) == set(nets(source)) > {*LATENT[:2], "target_critic"}
     assert differences(nets(begun), nets(source)) == []
     assert differences(nets(after_a_step), nets(source)) == []
     assert {"actor_optimiser", "critic_optimiser"} < set(begun["agent"])
     for name, part in begun["agent"].items():
         if "optimiser" in name:
             assert part["state"] == {} != source["agent"][name]["state"]
-    # One arena of four agents, with an empty replay; rewards as large as they were.
-    (arena,) = begun["arenas"]
-    assert arena["world"]["game"] == "treasure 4" and arena["steps"] == 0
+    # Worlds of four agents, with an empty replay; rewards as large as they were.
+    (own,) = collectors(begun)
+    assert own["worlds"]["game"] == "treasure 4" and own["steps"] == 0
     assert begun["timesteps"] == begun["iteration"] == 0
-    sums = torch.stack([x["numbers"]["rewards"] for x in source["arenas"]]).mean(0)
-    assert torch.equal(arena["numbers"]["rewards"], sums) and (sums != 0).all()
-    assert not arena["numbers"]["returns"].any() and not arena["numbers"]["ended"].any()
+    sums = torch.stack([x["rewards"] for x in collectors(source)]).mean(0)
+    assert torch.equal(own["rewards"], sums) and (sums != 0).all()
+    assert not own["returns"].any() and not own["ended"].any()
 
 
 def test_adaptation_moves_omega_and_the_critic(adapted, runs):
     """Algorithm 5: phi learns, psi and xi do not, there is no bound on I(g; a|o)."""
-    source, end = states(runs / "mra")[0], exact(adapted / "run")
+    source, end = newest_of(runs / "mra"), newest(adapted / "run")
     for name, part in nets(end).items():
-        assert bool(differences(part, source["agent"][name])) == (name not in ("psi", "xi")), name
+        assert bool(differences(part, source["agent"][name])) == (name not in LATENT), name
     for name in ("critic_optimiser", "actor_optimiser"):
         steps = {float(x["step"]) for x in end["agent"][name]["state"].values()}
         assert steps == {6.0}, "fresh moments, and for phi as many steps as for theta"
@@ -1378,17 +1225,17 @@ def test_adaptation_moves_omega_and_the_critic(adapted, runs):
 def test_adaptation_has_no_reptile_step():
     """theta moves, though in training of the source it moved not at all."""
     run(MRA, "source", 120, "--reptile-step", 0)
-    assert not differences(exact("source")["agent"]["theta"], initial("source")["agent"]["theta"])
+    assert not differences(newest("source")["agent"]["actor"], initial("source")["agent"]["actor"])
     assert script(MRA).main(adapting("source", "run", 40)) == 0
-    assert differences(exact("run")["agent"]["theta"], initial("run")["agent"]["theta"])
+    assert differences(newest("run")["agent"]["actor"], initial("run")["agent"]["actor"])
 
 
 def test_adaptation_keeps_its_latents(adapted, runs, monkeypatch):
     """The same in all worlds and episodes, and in evaluations of that population."""
-    begun, end = initial(adapted / "begun"), exact(adapted / "run")
-    z = begun["arenas"][0]["numbers"]["z"]
+    begun, end = initial(adapted / "begun"), newest(adapted / "run")
+    z = collectors(begun)[0]["z"]
     assert z.shape == (4, 4) and (z == z[:1]).all()
-    assert torch.equal(end["arenas"][0]["numbers"]["z"], z)
+    assert torch.equal(collectors(end)[0]["z"], z)
     (filled,) = replays(adapted / "run")
     assert len(filled["z"]) == 120 > 20 * 4 and (filled["z"] == z[:1]).all()
     watched = Watched(monkeypatch)
@@ -1407,26 +1254,27 @@ def test_adaptation_draws_from_the_sources_psi(runs):
     for source, seed in (("one", 1), (runs / "mra", 1), (runs / "mra", 2)):
         run_dir = f"adapted-{len(found)}"
         assert script(MRA).main(adapting(source, run_dir, 4, "--seed", seed)) == 0
-        found.append(initial(run_dir)["arenas"][0]["numbers"]["z"][0].tolist())
+        found.append(collectors(initial(run_dir))[0]["z"][0].tolist())
     assert found[0] == [4] * 4
     assert len(set(found[1])) > 1 and found[1] != found[2]
 
 
 def test_flags_of_the_source_hold(runs, monkeypatch):
     """Unless typed; what is about this run alone is not the source's."""
-    own = states(runs / "mra")[0]["args"]
-    module = script(MRA)
+    own, module = newest_of(runs / "mra")["args"], script(MRA)
     few = ["--adapt", runs / "mra", "--population", 4]
     args = vars(given(MRA, few, monkeypatch))
-    about = {*module.RESUMABLE, "adapt", "population", "seed", "phi_gradient"}
-    assert {k for k in args if k not in about and args[k] != own[k]} == set()
+    about = {field.name for field in dataclasses.fields(harness.RunArgs)}
+    about |= {"adapt", "population", "phi_gradient"}
+    same = lambda x: tuple(x) if isinstance(x, list) else x  # noqa: E731
+    assert {k for k in args if k not in about and args[k] != same(own[k])} == set()
     assert not args["shaping"] and args["hidden_size"] == 8 and args["max_grad_norm"] == 5
     assert {k: args[k] for k in ("total_timesteps", "eval_every", "save_every", "seed")} == {
         k: getattr(module.Args(), k)
         for k in ("total_timesteps", "eval_every", "save_every", "seed")
     }
     assert args["phi_gradient"] == "actor" and args["population"] == "4"
-    typed = "--learning-rate .5 --max-grad-norm=7 --inner_steps 3 --num-envs 4 --seed 9"
+    typed = "--learning-rate .5 --max-grad-norm=7 --inner-steps 3 --num-envs 4 --seed 9"
     typed += " --max-episode-steps 20 --no-scale-rewards --target polyak"
     changed = vars(given(MRA, [*few, *typed.split()], monkeypatch))
     expected = {"learning_rate": 0.5, "max_grad_norm": 7.0, "inner_steps": 3, "seed": 9}
@@ -1454,17 +1302,14 @@ def test_typing_what_the_source_has_is_no_contradiction(runs, monkeypatch):
 
 def test_adaptation_of_one_checkpoint(runs):
     """A file names an older state."""
-    newest, older = states(runs / "mra")
-    path = runs / "mra" / f"checkpoint-{older['timesteps']}.pt"
+    path = runs / "mra" / index(runs / "mra")[1]["name"]
     assert script(MRA).main(adapting(path, "run", 4)) == 0
-    assert differences(nets(initial("run")), nets(older)) == []
-    assert differences(nets(older), nets(newest))
+    assert differences(nets(initial("run")), nets(read(path))) == []
+    assert differences(nets(read(path)), nets(newest(runs / "mra")))
 
 
 SOURCES = {
-    "parallel": "--parallel-populations",
     "one population": "--populations 3 --latent-size 1",
-    "sampled": "--mi-samples 2 --latent-gradient gumbel",
     "uniform": "--latent-prior uniform --representation concat",
     "actor": "--phi-gradient actor --representation bilinear",
 }
@@ -1474,11 +1319,9 @@ SOURCES = {
 def test_runs_of_all_kinds_can_be_adapted(flags):
     source = run(MRA, "source", 40, *flags.split())
     assert script(MRA).main(adapting("source", "run", 40)) == 0
-    kept = nets(source).keys() - {"copies"}
-    begun, end = nets(initial("run")), nets(exact("run"))
-    assert kept == begun.keys()
-    assert differences({k: nets(source)[k] for k in kept}, begun) == []
-    for name in ("phi", "theta", "zeta"):
+    begun, end = nets(initial("run")), nets(newest("run"))
+    assert differences(nets(source), begun) == []
+    for name in NETWORKS:
         assert differences(begun[name], end[name]), name
 
 
@@ -1496,8 +1339,8 @@ def test_log_of_the_latent():
     names = {f"{kind}/{population}" for kind in kinds for population in (3, 5)}
     names |= {f"prior/{population}/0/{z}" for population in (3, 5) for z in range(6)}
     assert set(m) == PARENTS | names | {"prior_distance"}
-    psi = script(MRA).Prior(1, 6)
-    psi.load_state_dict(state["agent"]["psi"])
+    psi = script(MRA).LatentPrior(1, 6)
+    psi.load_state_dict(state["agent"]["latent_prior"])
     with torch.no_grad():
         priors = [psi((n,)).exp()[0] for n in (3, 5)]
     for n, prior in zip((3, 5), priors):
@@ -1549,9 +1392,9 @@ def test_xi_is_measured(monkeypatch):
     class Says(module.Agent):
         def __init__(self, *args):
             super().__init__(*args)
-            for p in self.xi.parameters():
+            for p in self.population_classifier.parameters():
                 p.data.zero_()
-            self.xi.out.bias.data[..., 1] = 1.0
+            self.population_classifier.out.bias.data[..., 1] = 1.0
 
     monkeypatch.setattr(module, "Agent", Says)
     run(MRA, "run", 2 * VISIT, "--log-every", 2 * VISIT, "--learning-rate", 0)
@@ -1570,9 +1413,9 @@ QUICK += " --save-every 0 --log-every 1000000 --final-episodes 300"
 
 
 def learned(name, steps, *flags):
-    """The final evaluation of a run with the fast preset, not compiled, and rates at which these
-    small games are learnt sooner."""
-    argv = [x for x in script(name).PRESETS["fast"].split() if x != "--compile"]
+    """The final evaluation of a run with the preset for CPUs, not compiled, and rates at which
+    these small games are learnt sooner."""
+    argv = ["--preset", "cpu", "--no-compile"]
     argv += [*QUICK.split(), "--total-timesteps", steps, "--run-dir", "run", *flags]
     assert script(name).main([str(x) for x in argv]) == 0
     return json.loads(Path("run/summary.json").read_text())["eval"]

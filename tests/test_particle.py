@@ -2,8 +2,6 @@
 from docs/particle.md; its random numbers against SplitMix64 in NumPy."""
 
 import csv
-import functools
-import importlib
 import math
 import os
 import shutil
@@ -35,7 +33,6 @@ from envs.particle.worlds import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
 GAMES = (
     ("treasure", 3),
     ("treasure", 12),
@@ -593,81 +590,3 @@ def test_half_a_library_in_the_compilers_cache(tmp_path):
         done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=env)
         assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr[-2000:]
         assert (f"if it helps, delete {cache}" in done.stdout) == damaged
-
-
-# --- Experiments ----------------------------------------------------------------------------------
-
-
-def test_the_benchmarks_task_is_simple_spread(monkeypatch):
-    """Rewards and observations of mpe2's scenario in the same crowded states."""
-    from mpe2 import simple_spread_v3
-
-    bench = importlib.import_module("bench_particle")
-    monkeypatch.setitem(TASKS, "spread", bench.SPREAD)
-    N, worlds, hits = 4, 20, 0
-    game = make_game("spread", N)
-    bodies = crowded(game, worlds, 3, 0.6)
-    ours, seen = bench.spread_outcome(game, bodies), bench.spread_observation(game, bodies)
-    env = simple_spread_v3.parallel_env(N=N).unwrapped
-    env.reset(seed=1)
-    for b in range(worlds):
-        for i, agent in enumerate(env.world.agents):
-            agent.state.p_pos = bodies.position[:, i, b].numpy()
-            agent.state.p_vel = bodies.velocity[:, i, b].numpy()
-        for k, landmark in enumerate(env.world.landmarks):
-            landmark.state.p_pos = bodies.landmarks[:, k, b].numpy()
-        for i, agent in enumerate(env.world.agents):
-            own, shared = (
-                env.scenario.reward(agent, env.world),
-                env.scenario.global_reward(env.world),
-            )
-            assert abs(float(ours.reward[i, b]) - 0.5 * (own + shared)) < 1e-9
-            hits += own < 0
-            theirs = env.scenario.observation(agent, env.world)  # v, p, landmarks, others, words
-            x = seen.own[b, i].numpy()
-            landmarks = x[4 : 4 + 2 * N].reshape(2, N).T.flatten()
-            others = np.delete(x[4 + 2 * N :].reshape(2, N).T, i, 0).flatten()
-            truth = theirs[: 4 + 2 * N + 2 * (N - 1)]
-            assert np.allclose(np.concatenate((x[:4], landmarks, others)), truth, atol=1e-9)
-    assert hits > 10
-
-
-def test_benchmark_prints_both_tables(capsys, monkeypatch):
-    bench = importlib.import_module("bench_particle")
-    monkeypatch.setitem(TASKS, "spread", bench.SPREAD)
-    monkeypatch.setattr(bench, "OURS", (("pacman", ((4, 2),)),))
-    fixed = dict(numbers=(3,), worlds=(32,), seconds=0.01)
-
-    def new(*args, compiled):
-        world = ParticleWorld(*args)
-        step = functools.partial(world._advance)
-        step.call, step.plain = 1, 2  # eager, but not as a failure to compile
-        world._advance = step
-        return world
-
-    monkeypatch.setattr(bench, "ParticleWorld", new)
-    bench.main(bench.Bench(**fixed))
-    lines = [x.split("|")[1:-1] for x in capsys.readouterr().out.splitlines() if "|" in x]
-    row = next(x for x in lines if x[0].strip() == "3")
-    slow, vmas, jaxmarl, eager, fast, ratio = (x.strip() for x in row[1:])
-    peers = [float(x) for x in (slow, vmas, jaxmarl) if x != "not run"]
-    assert min(float(eager), float(slow)) > 0
-    assert abs(float(ratio) - float(fast) / max(peers)) < 0.02 * float(ratio)
-    assert lines[-1][0].strip() == "pacman" and float(lines[-1][2]) > 0
-
-
-def test_players_table(tmp_path, capsys, monkeypatch):
-    """Means in the table are those of episodes played here, in the same worlds."""
-    study = importlib.import_module("particle_players")
-    monkeypatch.setattr(study, "POPULATIONS", {"treasure": (3,)})
-    study.main(study.Study(tasks=("treasure",), episodes=64, seed=11, out=tmp_path / "x"))
-    with (tmp_path / "x.csv").open() as file:
-        rows = {row["player"]: row for row in csv.DictReader(file)}
-    mean = mean_return("treasure", 3, nearest_first, 64)[0]
-    assert abs(float(rows["nearest-first"]["mean"]) - mean) < 1e-4
-    assert float(rows["random"]["high"]) < float(rows["nearest-first"]["low"])
-    assert (tmp_path / "x.md").read_text() in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        study.main(study.Study(tasks=("chess",)))
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "error: There is no task chess: treasure.\n"

@@ -742,22 +742,3 @@ def test_a_checkpoint_for_other_actions_is_one_sentence(run_dir, tmp_path, capsy
     )
     *_, last = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and last == f"error: {other} does not fit: its networks have other shapes."
-
-
-def test_runs_from_before_scenarios_can_be_evaluated(run_dir, tmp_path, capsys):
-    """A checkpoint whose arguments lack --eval-scenarios and --bots gets them from the command."""
-    old = tmp_path / "run"
-    shutil.copytree(run_dir, old)
-    index = json.loads((old / "checkpoints.json").read_text())
-    state = torch.load(old / index[0]["name"], weights_only=True)
-    del state["args"]["eval_scenarios"], state["args"]["bots"]
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    (old / index[0]["name"]).write_bytes(buffer.getvalue())
-    index[0]["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
-    (old / "checkpoints.json").write_text(json.dumps(index))
-    argv = ["--eval-only", str(old), "--final-episodes", "1", "--eval-scenarios", "SC5"]
-    with cut_episodes():
-        assert script(MAPPO).main([*argv, "--bots", "scripted", "--background", "random"]) == 0
-    assert "SC5 scripted" in capsys.readouterr().out
-    assert (old / "evaluation/final-20-SC5-scripted.csv").exists()

@@ -564,9 +564,8 @@ def test_a_script_counts_what_a_failing_game_cuts_short(tmp_path, monkeypatch, c
 
 @spoken
 def test_scripted_agents_in_the_game(monkeypatch, capsys):
-    """experiments/combat_scripts.py: the simulator's figures; a game that fails is a sentence."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    scripts = importlib.import_module("combat_scripts")
+    """`scripted.py combat`: the simulator's figures; a game that fails is a sentence."""
+    scripts = importlib.import_module("experiments.scripted")
     plan = {"scenarios": ("sz",), "team_sizes": (3,), "episodes": 4, "seed": 3}
     make, fail = scripts.make_battles, [None]
 
@@ -575,12 +574,12 @@ def test_scripted_agents_in_the_game(monkeypatch, capsys):
         return RealBattles(*args, launch=launch, **options)
 
     monkeypatch.setattr(scripts, "make_battles", start)
-    scripts.main(scripts.Scripts(**plan, backend="sc2", num_envs=2))
+    scripts.combat(scripts.Battles(**plan, backend="sc2", num_envs=2))
     mine = capsys.readouterr()
     assert mine.err == "" and "sz 3 focus" in mine.out
     fail[0] = failing("observe", 30)
     with pytest.raises(scripts.UsageError, match=r"3 times in a row"):
-        scripts.main(scripts.Scripts(**plan, backend="sc2", num_envs=2))
+        scripts.combat(scripts.Battles(**plan, backend="sc2", num_envs=2))
     monkeypatch.setattr(scripts, "make_battles", make)
     for wrong, said in (
         ({"team_sizes": (9,)}, "not 9"),
@@ -588,4 +587,4 @@ def test_scripted_agents_in_the_game(monkeypatch, capsys):
         ({"game_version": "4.10.0"}, "--backend sc2"),
     ):
         with pytest.raises(scripts.UsageError, match=said):
-            scripts.main(scripts.Scripts(**plan | wrong))
+            scripts.combat(scripts.Battles(**plan | wrong))

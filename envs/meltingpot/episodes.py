@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from envs.meltingpot.tiles import Episode, Observation
+from envs.statistics import aligned_table, draw_rows, ratio_interval, with_interval
 
 Player = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
 Progress = Callable[[int], None]  # told how many more episodes are done
@@ -225,23 +226,18 @@ def summarise(results: list[Result], seed: int = 0) -> dict[str, float]:
         "background_return": (column["background_return"], per_episode),
         "length": (column["length"], per_episode),
     }
-    rows = np.random.default_rng(seed).integers(0, len(data), (2000, len(data)))
+    rows = draw_rows(len(data), seed=seed)
     summary: dict[str, float] = {"episodes": len(data)}
     for name, (numerator, denominator) in quantities.items():
         if not np.isnan(numerator).any():
             summary[name] = float(numerator.sum() / denominator.sum())
-            resampled = numerator[rows].sum(1) / denominator[rows].sum(1)
-            low, high = np.percentile(resampled, [2.5, 97.5])
-            summary[f"{name}_low"], summary[f"{name}_high"] = float(low), float(high)
+            low, high = ratio_interval(numerator, denominator, rows)
+            summary[f"{name}_low"], summary[f"{name}_high"] = low, high
     return summary
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown: one line per row name ("focal v co-player"), with intervals."""
-
-    def cell(row: dict[str, float], name: str) -> str:
-        return f"{row[name]:.1f} [{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]"
-
     columns = {
         "return_per_1000": "focal return per 1,000 steps",
         "return": "per episode",
@@ -250,14 +246,9 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     }
     lines = [["focal v co-player", *columns.values(), "episodes"]]
     for name, row in rows.items():
-        lines.append([name, *(cell(row, key) for key in columns), str(int(row["episodes"]))])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)
+        cells = [with_interval(row, key, digits=1) for key in columns]
+        lines.append([name, *cells, str(int(row["episodes"]))])
+    return aligned_table(lines)
 
 
 class Video:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from envs.particle.worlds import TASKS, ParticleWorld, draw, flee, nearest_first
+from envs.statistics import aligned_table, draw_rows, mean_interval, with_interval
 
 Player = Callable[[ParticleWorld], Tensor]
 
@@ -88,13 +89,12 @@ def save_film(path: Path, frames: list[np.ndarray], fps: int = 5) -> None:
 def summarise(task: str, returns: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Of returns (episodes, types): mean per type with 95 % interval (percentile bootstrap of
     episodes) as "return", with several types as "return_pac_man" and so on."""
-    rows = np.random.default_rng(seed).integers(0, len(returns), (2000, len(returns)))
+    rows = draw_rows(len(returns), seed=seed)
     summary: dict[str, float] = {"episodes": len(returns)}
     for role, x in zip(TASKS[task].roles, returns.T, strict=True):
         name = "return" if returns.shape[1] == 1 else f"return_{role}"
-        low, high = np.percentile(x[rows].mean(1), [2.5, 97.5])
         summary[name] = float(x.mean())
-        summary[f"{name}_low"], summary[f"{name}_high"] = float(low), float(high)
+        summary[f"{name}_low"], summary[f"{name}_high"] = mean_interval(x, rows)
     return summary
 
 
@@ -106,12 +106,6 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     names = [name for name in first if f"{name}_low" in first]
     lines = [["population, player", *(name.replace("_", " of ", 1) for name in names), "episodes"]]
     for name, row in rows.items():
-        cells = [f"{row[k]:.2f} [{row[f'{k}_low']:.2f}, {row[f'{k}_high']:.2f}]" for k in names]
+        cells = [with_interval(row, key, digits=2) for key in names]
         lines.append([name, *cells, str(int(row["episodes"]))])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)
+    return aligned_table(lines)

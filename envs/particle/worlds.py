@@ -625,6 +625,7 @@ class Compiled:
     def first(self, *args: Any) -> Any:
         """Compile, and decide what is called from now on."""
         print(f"Compiling {self.what}: some seconds.", flush=True)
+        choose_cache()
         before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         for again in (False, True):
             self.call = torch.compile(_copy(self.plain), **self.how)
@@ -646,6 +647,15 @@ class Compiled:
         warnings.warn(f"Not compiled, and slower: {self.what}: {reason}", stacklevel=3)
         self.call = self.plain
         return result
+
+
+def choose_cache() -> None:
+    """A compiler's cache for this kind of processor, unless one is named. In PyTorch 2.13 loops in
+    the cache are as wide as the vectors of the processor for which they were written; where vectors
+    are shorter they are compiled again and leave numbers out, without an error."""
+    kind = torch.backends.cpu.get_cpu_capability()
+    folder = os.path.join(tempfile.gettempdir(), f"torchinductor-{os.getuid()}-{kind}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 
 def _copy(function: Callable) -> Callable:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from envs.smac.combat import (
@@ -32,6 +31,7 @@ from envs.smac.combat import (
     Episode,
 )
 from envs.smac.views import film as film  # as resource_collection.film
+from envs.statistics import aligned_table, share_interval, with_interval
 
 Policy = Callable[[Any], Tensor]
 HURT = 0.35  # part of hit points and shields below which a unit retreats
@@ -154,12 +154,12 @@ def play(
 def summarise(episodes: list[Episode]) -> dict[str, float]:
     """Win rate with 95 % interval (Wilson), means of return and length."""
     won = sum(episode.won for episode in episodes)
-    low, high = binomtest(won, len(episodes)).proportion_ci(method="wilson")
+    low, high = share_interval(won, len(episodes))
     return {
         "episodes": len(episodes),
         "win": won / len(episodes),
-        "win_low": float(low),
-        "win_high": float(high),
+        "win_low": low,
+        "win_high": high,
         "return": float(np.mean([episode.reward for episode in episodes])),
         "length": float(np.mean([episode.length for episode in episodes])),
     }
@@ -169,10 +169,6 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown: one line per row name."""
     lines = [["who", "win rate", "return", "steps", "episodes"]]
     for name, row in rows.items():
-        win = f"{row['win']:.3f} [{row['win_low']:.3f}, {row['win_high']:.3f}]"
         rest = f"{row['return']:.2f}", f"{row['length']:.0f}", f"{int(row['episodes'])}"
-        lines.append([name, win, *rest])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)
+        lines.append([name, with_interval(row, "win", digits=3), *rest])
+    return aligned_table(lines)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from envs.particle.worlds import GOLDEN, mixed
+from envs.statistics import accelerated_interval, aligned_table, with_interval
 
 SIDE = 8  # slots of agents
 OTHERS = 8  # six resources, the invader, home
@@ -552,18 +553,13 @@ def play(
 
 def summarise(episodes: list[Episode]) -> dict[str, float]:
     """Mean return with a 95 % bootstrap interval; what was done, per episode."""
-    from scipy.stats import bootstrap
-
     returns = np.array([episode.reward for episode in episodes])
-    low = high = returns.mean()
-    if len(returns) > 1 and returns.std() > 0:
-        rng = np.random.default_rng(0)
-        low, high = bootstrap((returns,), np.mean, n_resamples=2000, rng=rng).confidence_interval
+    low, high = accelerated_interval(returns)
     return {
         "episodes": len(episodes),
         "return": float(returns.mean()),
-        "return_low": float(low),
-        "return_high": float(high),
+        "return_low": low,
+        "return_high": high,
         "picked": float(np.mean([episode.picked for episode in episodes])),
         "caught": float(np.mean([episode.caught for episode in episodes])),
         "arrived": float(np.mean([episode.arrived for episode in episodes])),
@@ -575,13 +571,10 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown: one line per row name."""
     lines = [["who", "return", "picked up", "caught", "arrived", "episodes"]]
     for name, row in rows.items():
-        earned = f"{row['return']:.1f} [{row['return_low']:.1f}, {row['return_high']:.1f}]"
+        earned = with_interval(row, "return", digits=1)
         counts = [f"{row[k]:.1f}" for k in ("picked", "caught", "arrived")]
         lines.append([name, earned, *counts, f"{int(row['episodes'])}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)
+    return aligned_table(lines)
 
 
 # --- Pictures -------------------------------------------------------------------------------------

@@ -1,0 +1,1129 @@
+"""The figures of the BiDist paper, from runs.
+
+    python experiments/bidist.py fig5 runs/BIDIST-s1 runs/MAPPO-s1   what training populations play
+    python experiments/bidist.py fig6 --total-timesteps 1000000 --extra --num-workers 1
+    python experiments/bidist.py fig7 runs/RUN                       one reverse phase of each kind
+    python experiments/bidist.py fig8 --runs runs/fig8/*             ablations
+    python experiments/bidist.py c1 | c2                             widths, distillation intervals
+    python experiments/bidist.py shift runs/RUN runs/RUN             distillation over training
+    python experiments/bidist.py reverse runs/RUN runs/RUN           when do preferences shift?
+
+Figs. 6, 8, C.1 and C.2 compare variants of bidist_mappo_meltingpot.py. Without --runs these are
+trained first, one after another, in RUNS_DIR/{variant}-s{seed} (output beside it in .log): what is
+finished is skipped, what was stopped goes on, and flags after --extra are the script's. The others
+read runs' newest checkpoints, and `shift` their logs. All write OUT.png, OUT.csv and OUT.md; runs
+that met official and scripted bots make a set of files for each kind. `SUBCOMMAND --help` has the
+options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import itertools
+import json
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+import harness
+from harness import Above, Amount, Count, Positive, Seed, UsageError, as_flag
+
+import numpy as np
+import torch
+import tyro
+from annotated_types import Interval
+
+import experiments.scenario_table as tables
+from envs.meltingpot.tiles import WorldError
+from envs.statistics import draw_rows, markdown_table, mean_interval
+from experiments.runs import (
+    Job,
+    Run,
+    Runs,
+    as_words,
+    beside,
+    check_out,
+    finish,
+    load_script,
+    method_of,
+    plt,
+    read_runs,
+    run_subcommand,
+    script_args,
+    script_file,
+    train_all,
+    training_flags,
+    without_seed,
+)
+
+SCRIPT = "bidist_mappo_meltingpot"
+Several = Annotated[int, Interval(ge=2)]
+
+
+# --- Variants: Figs. 6, 8, C.1 and C.2 ------------------------------------------------------------
+
+SELF_PLAY = "self-play"  # the row that stands in where there are no scenarios
+
+
+@dataclasses.dataclass(frozen=True)
+class Variants:
+    """What Figs. 6, 8, C.1 and C.2 have in common."""
+
+    runs: tuple[Path, ...] = ()  # runs to compare; default: train what the figure needs
+    substrate: str = "pure_coordination_in_the_matrix__repeated"  # of the runs to train
+    total_timesteps: Positive = 10_000_000  # of each
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # of each variant
+    only: tuple[str, ...] = ()  # variants to train, by their names; default: all
+    runs_dir: Path | None = None  # where they go; default: runs/{figure}
+    jobs: Positive = 1  # trained at the same time
+    dry_run: bool = False  # print the commands and do nothing
+    extra: tyro.conf.Suppress[tuple[str, ...]] = ()  # flags after --extra
+    quantity: Literal["return_per_1000", "return"] = "return_per_1000"  # to draw
+    out: Path | None = None  # writes OUT.png, OUT.csv and OUT.md; default: the figure's name
+
+
+@dataclasses.dataclass(frozen=True)
+class Fig6(Variants):
+    """Fig. 6: the reverse phase maximises KL or entropy, draws phi anew, or adds noise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fig8(Variants):
+    """Fig. 8: BiDist, v = 0, without reverse distillation, without any; RPM has no script yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class C1(Variants):
+    """Fig. C.1: distilled networks of smaller width."""
+
+
+@dataclasses.dataclass(frozen=True)
+class C2(Variants):
+    """Fig. C.2: distillation intervals."""
+
+
+FIGURES: dict[type, dict[str, dict[str, Any] | None]] = {  # variants and their flags; None: no run
+    Fig6: {
+        mode: {"reverse_mode": mode, "forward": True, "reverse": True}
+        for mode in ("kl", "entropy", "random", "noise")
+    },
+    Fig8: {
+        "full": {"all_fictitious": False, "forward": True, "reverse": True},
+        "v0": {"all_fictitious": True, "forward": True, "reverse": True},
+        "no-reverse": {"all_fictitious": False, "forward": True, "reverse": False},
+        "no-distillation": {"all_fictitious": False, "forward": False, "reverse": False},
+        "RPM": None,
+    },
+    C1: {f"width-{x:g}": {"distilled_width": x} for x in (1.0, 0.7, 0.5, 0.3, 0.1)},
+    C2: {f"kd-{x}": {"k_d": x} for x in (1, 3, 5, 10, 20, 40)},
+}
+LABELS = {  # the paper's names, where they are not ours
+    "full": "BiDist",
+    "v0": "v = 0",
+    "no-reverse": "+F, -R",
+    "no-distillation": "-F, -R",
+    **{key: key.replace("-", " ") for key in FIGURES[C1]},
+    **{key: key.replace("kd-", "k_d = ") for key in FIGURES[C2]},
+}
+
+
+def name_of(study: Variants) -> str:
+    """The subcommand: fig6, fig8, c1, c2."""
+    return type(study).__name__.lower()
+
+
+def trainable(study: Variants) -> dict[str, dict[str, Any]]:
+    """The figure's variants that have a script, and their flags."""
+    return {key: flags for key, flags in FIGURES[type(study)].items() if flags is not None}
+
+
+def flags_of(variant: dict[str, Any]) -> list[str]:
+    """A variant on the command line, without what is default."""
+    script = load_script(SCRIPT)
+    flags = {name: x for name, x in variant.items() if x != getattr(script.Args, name)}
+    return [word for pair in as_words(flags) for word in pair.split()]
+
+
+def jobs_of(study: Variants) -> list[Job]:
+    """All runs that the figure needs, seed by seed, so that whole comparisons come first."""
+    variants = trainable(study)
+    if unknown := set(study.only) - set(variants):
+        have = ", ".join(variants)
+        raise UsageError(f"{name_of(study)} trains no variant {min(unknown)}: there are {have}.")
+    if not study.seeds:
+        raise UsageError("--seeds names none.")
+    root = (study.runs_dir or Path("runs") / name_of(study)).resolve()
+    chosen = [key for key in variants if key in (study.only or variants)]
+    jobs = []
+    for seed, key in itertools.product(dict.fromkeys(study.seeds), chosen):
+        own = {"substrate": study.substrate} | variants[key]
+        job = Job(
+            run=root / f"{key}-s{seed}",
+            script=script_file(SCRIPT),
+            flags=(*flags_of(own), *study.extra),
+            seed=seed,
+            timesteps=study.total_timesteps,
+        )
+        check_extra(job, own)
+        jobs.append(job)
+    return jobs
+
+
+def check_extra(job: Job, own: dict[str, Any]) -> None:
+    """UsageError for flags after --extra that the script refuses or the figure sets."""
+    script = load_script(SCRIPT)
+    args = script_args(script, list(job.flags))
+    names = ("seed", "total_timesteps", "run_dir", "resume", "eval_only")
+    own = own | {name: getattr(script.Args, name) for name in names}
+    for name, x in own.items():
+        if getattr(args, name) != x:
+            raise UsageError(f"{as_flag(name)} is the figure's own: not after --extra.")
+
+
+class Score(NamedTuple):
+    """What one run earned in one row: a scenario, or self-play."""
+
+    variant: str
+    run: str
+    seed: int
+    row: str
+    bots: str  # official, scripted; "" in self-play
+    timesteps: int
+    mean: float
+    low: float  # 95 %, over episodes
+    high: float
+    cell: tables.Cell | None  # its episodes, where they were kept
+
+
+def variant_of(args: dict[str, Any], study: Variants, where: str) -> str:
+    """Which of the figure's variants a run's arguments make."""
+    for key, flags in trainable(study).items():
+        if args["script"] == SCRIPT and all(args.get(name) == x for name, x in flags.items()):
+            return key
+    raise UsageError(f"{where} is {method_of(args)}, no variant of {name_of(study)}.")
+
+
+def read_scores(run: Run, variant: str, quantity: str) -> list[Score]:
+    """A run's last evaluation beside scenarios and, if it has ended, in self-play."""
+    scores = []
+    about = {"variant": variant, "run": run.name, "seed": run.args["seed"]}
+    for cell in tables.read_cells(run, variant):
+        low, high = tables.interval([cell], quantity)
+        scores.append(
+            Score(
+                **about,
+                row=cell.scenario,
+                bots=cell.bots,
+                timesteps=cell.timesteps,
+                mean=tables.mean([cell], quantity),
+                low=low,
+                high=high,
+                cell=cell,
+            )
+        )
+    if row := run.summary["eval"].get(SELF_PLAY):
+        scores.append(
+            Score(
+                **about,
+                row=SELF_PLAY,
+                bots="",
+                timesteps=run.summary["timesteps"],
+                mean=row[quantity],
+                low=row[f"{quantity}_low"],
+                high=row[f"{quantity}_high"],
+                cell=None,
+            )
+        )
+    return scores
+
+
+def read_progress(run: Run, row: str, quantity: str) -> list[tuple[int, float]]:
+    """Evaluations on the way: (environment steps, mean)."""
+    name = f"eval/{row}/{quantity}"
+    return [(x["timesteps"], x[name]) for x in run.log if name in x]
+
+
+def pooled(scores: list[Score], quantity: str) -> tuple[float, float, float]:
+    """A variant's mean over runs and, from five runs on, its 95 % interval: over runs and episodes,
+    or over runs alone where episodes were not kept."""
+    mean = float(np.mean([score.mean for score in scores]))
+    if len(scores) < tables.SEEDS:
+        return mean, np.nan, np.nan
+    if all(score.cell for score in scores):
+        return mean, *tables.interval([score.cell for score in scores], quantity)
+    rows = draw_rows(len(scores), resamples=5000, seed=1)
+    return mean, *mean_interval(np.array([score.mean for score in scores]), rows)
+
+
+def rows_of(scores: list[Score], study: Variants) -> list[dict[str, Any]]:
+    """The CSV: for every scenario and variant a row with its mean, run: "", then one per run."""
+    rows = []
+    places = sorted({score.row for score in scores}, key=lambda row: (len(row), row))
+    for place, variant in itertools.product(places, FIGURES[type(study)]):
+        own = [score for score in scores if (score.row, score.variant) == (place, variant)]
+        if not own:
+            continue
+        where = dict(row=place, bots=own[0].bots, variant=variant)
+        steps = tables.span(score.timesteps for score in own)
+        figures = dict(zip(("mean", "low", "high"), pooled(own, study.quantity)))
+        rows.append(where | dict(run="", seed="", timesteps=steps) | figures | {"runs": len(own)})
+        for score in own:
+            run = dict(run=score.run, seed=score.seed, timesteps=f"{score.timesteps:,}")
+            figures = dict(mean=score.mean, low=score.low, high=score.high, runs=1)
+            rows.append(where | run | figures)
+    return rows
+
+
+def notes_on(runs: list[Run], scores: list[Score], study: Variants) -> list[str]:
+    """What a reader must know about these runs, as sentences."""
+    notes = []
+    steps = {s.run: max(x.timesteps for x in scores if x.run == s.run) for s in scores}
+    if len(set(steps.values())) > 1:
+        each = "; ".join(f"{run}: {n:,}" for run, n in steps.items())
+        notes.append(f"the runs were not trained for the same number of steps ({each}).")
+    compared = {name for flags in trainable(study).values() for name in flags}
+    others = set()
+    for run in runs:
+        flags = training_flags({k: x for k, x in run.args.items() if k not in compared})
+        others.add(tuple(sorted((k, str(x)) for k, x in flags.items())))
+    if len(others) > 1:
+        first, second = list(others)[:2]
+        differ = sorted({as_flag(k) for k, _ in set(first) ^ set(second)})
+        flags = ", ".join(differ)
+        notes.append(f"the runs differ in more than what is compared here: {flags}.")
+    if not any(score.bots for score in scores):
+        notes.append(
+            "none of these runs was evaluated beside scenarios"
+            f" ({runs[0].args['substrate']}), so this is {SELF_PLAY}, which says"
+            " little about unseen co-players."
+        )
+    return notes
+
+
+def draw_bars(axis: Any, rows: list[dict], variants: list[str]) -> None:
+    """A bar per variant and a dot per run. Lines are intervals: the bar's own, or the dots'."""
+    for x, variant in enumerate(variants):
+        own = [row for row in rows if row["variant"] == variant]
+        if not own:
+            text = "no script yet" if variant == "RPM" else "not run"
+            where = {"transform": axis.get_xaxis_transform(), "rotation": 90, "fontsize": 8}
+            axis.text(x, 0.05, text, ha="center", va="bottom", color="grey", **where)
+            continue
+        bar, *dots = own
+        axis.bar(x, bar["mean"], 0.75, color=f"C{x}", alpha=0.45)
+        if not np.isnan(bar["low"]):
+            axis.plot([x, x], [bar["low"], bar["high"]], color="black", lw=2)
+        for i, dot in enumerate(dots):
+            at = x + 0.5 * ((i + 0.5) / len(dots) - 0.5)
+            if np.isnan(bar["low"]):
+                axis.plot([at, at], [dot["low"], dot["high"]], color=f"C{x}", lw=1)
+            axis.plot(at, dot["mean"], "o", color=f"C{x}", ms=4, mec="black", mew=0.4)
+    axis.set_xticks(range(len(variants)), [LABELS.get(v, v) for v in variants], rotation=30)
+    axis.set_xlim(-0.6, len(variants) - 0.4)
+    axis.grid(axis="y", alpha=0.3)
+    axis.tick_params(labelsize=8)
+
+
+def draw_progress(axis: Any, curves: dict[str, list[list[tuple]]], variants: list[str]) -> None:
+    """A thin line per run, and one for the mean of a variant's where all have a point."""
+    for x, variant in enumerate(variants):
+        members = [points for points in curves.get(variant, []) if points]
+        for points in members:
+            style = {"alpha": 0.35, "lw": 0.8, "marker": ".", "ms": 3}
+            axis.plot([t / 1000 for t, _ in points], [y for _, y in points], color=f"C{x}", **style)
+        if members:
+            shared = sorted(set.intersection(*({t for t, _ in points} for points in members)))
+            means = [np.mean([dict(points)[t] for points in members]) for t in shared]
+            axis.plot(np.array(shared) / 1000, means, color=f"C{x}")
+    axis.set_xlabel("thousand environment steps", fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.tick_params(labelsize=8)
+
+
+def read_curves(
+    runs: list[Run], place: str, bots: str, study: Variants
+) -> dict[str, list[list[tuple]]]:
+    """What was logged on the way in one scenario: a variant's runs."""
+    curves: dict[str, list[list[tuple]]] = defaultdict(list)
+    for run in runs:
+        row = f"{place} {bots}" if bots else place
+        points = read_progress(run, row, study.quantity)
+        curves[variant_of(run.args, study, run.where)].append(points)
+    return curves
+
+
+def draw_variants(rows: list[dict], runs: list[Run], bots: str, study: Variants) -> Any:
+    """Bars of every scenario and, where evaluations on the way were logged, curves below them."""
+    variants, places = list(FIGURES[type(study)]), list(dict.fromkeys(row["row"] for row in rows))
+    curves = {place: read_curves(runs, place, bots, study) for place in places}
+    logged = any(points for row in curves.values() for own in row.values() for points in own)
+    lines, columns = 1 + logged, len(places)
+    width = max(2.6, 0.42 * len(variants) + 0.5)
+    size = (max(5.0, width * columns + 0.6), 2.9 * lines + 0.5)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for column, place in enumerate(places):
+        draw_bars(axes[0][column], [row for row in rows if row["row"] == place], variants)
+        axes[0][column].set_title(place, fontsize=10)
+        if logged:
+            draw_progress(axes[1][column], curves[place], variants)
+    for line in axes:
+        label = tables.QUANTITIES[study.quantity].replace(" per", "\nper", 1)
+        line[0].set_ylabel(label, fontsize=9)
+    substrate = runs[0].args["substrate"]
+    beside_whom = f"{bots} bots" if bots else SELF_PLAY
+    title = f"{substrate}, {beside_whom}\ndots: runs; lines: 95 % intervals"
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def text_of_variants(rows: list[dict], notes: list[str], study: Variants) -> str:
+    """OUT.md: a table per scenario, a line per variant and, with fewer than five, per run."""
+    what = tables.QUANTITIES[study.quantity]
+    places = dict.fromkeys((row["row"], row["bots"]) for row in rows)
+    parts = [f"# {type(study).__doc__.rstrip('.')}\n", f"{what.capitalize()}.\n"]
+    parts += [f"Note: {note}\n" for note in notes]
+    for row, bots in places:
+        parts.append(f"## {row}{f', {bots} bots' if bots else ''}\n")
+        lines = []
+        for variant in FIGURES[type(study)]:
+            label = LABELS.get(variant, variant)
+            own = [r for r in rows if (r["row"], r["bots"], r["variant"]) == (row, bots, variant)]
+            if not own:
+                reason = "not run: no script yet" if variant == "RPM" else "not run"
+                lines.append(dict(zip(("variant", "run", "steps", what), (label, "", "", reason))))
+                continue
+            shown = [r for r in own if not r["run"] or len(own) - 1 < tables.SEEDS]
+            for r in shown:
+                text = f"{r['mean']:.1f}"
+                text += "" if np.isnan(r["low"]) else f" [{r['low']:.1f}, {r['high']:.1f}]"
+                cells = (label, r["run"] or f"mean of {r['runs']}", r["timesteps"], text)
+                lines.append(dict(zip(("variant", "run", "steps", what), cells)))
+        parts.append(markdown_table(lines))
+    return "\n".join(parts)
+
+
+def compare_variants(study: Variants) -> None:
+    """Train where no runs were given, then draw; one set of files for each kind of bots."""
+    if study.runs and study.extra:
+        raise UsageError("--extra is for runs to train, and --runs names finished ones.")
+    out = study.out or Path(name_of(study))
+    paths = list(study.runs)
+    if not study.dry_run:
+        check_out(out)
+    if not paths:
+        jobs = jobs_of(study)
+        train_all(jobs, study.jobs, study.dry_run)
+        paths = [job.run for job in jobs]
+    if study.dry_run:
+        return
+    runs, scores = read_runs(paths), []
+    if len({run.args["substrate"] for run in runs}) > 1:
+        name = name_of(study)
+        raise UsageError(f"{name} compares runs on one substrate, and these are on several.")
+    for run in runs:
+        own = read_scores(run, variant_of(run.args, study, run.where), study.quantity)
+        if not own:
+            raise UsageError(f"{run.where} has no final evaluation yet.")
+        scores += own
+    notes = notes_on(runs, scores, study)
+    kinds = sorted({score.bots for score in scores} - {""}) or [""]
+    for bots in kinds:
+        rows = rows_of([score for score in scores if score.bots == bots], study)
+        place = out if len(kinds) == 1 else beside(out, f"-{bots}")
+        figure = draw_variants(rows, runs, bots, study)
+        finish(place, text_of_variants(rows, notes, study), rows, figure)
+
+
+def fig6(study: Fig6) -> None:
+    """Fig. 6."""
+    compare_variants(study)
+
+
+def fig8(study: Fig8) -> None:
+    """Fig. 8."""
+    compare_variants(study)
+
+
+def c1(study: C1) -> None:
+    """Fig. C.1."""
+    compare_variants(study)
+
+
+def c2(study: C2) -> None:
+    """Fig. C.2."""
+    compare_variants(study)
+
+
+# --- Networks on a rollout ------------------------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+    """A run's newest checkpoint in fresh worlds."""
+
+    script: Any
+    args: Any
+    envs: Any
+    agent: Any
+    rngs: dict[str, torch.Generator]  # a script's own, and its method's
+
+    def play(self, state: Any) -> tuple[Any, Any]:
+        """One rollout of the training population, and the state behind it."""
+        wanted = inspect.signature(self.script.collect).parameters
+        rngs = {name: rng for name, rng in self.rngs.items() if name in wanted}
+        return self.script.collect(self.args, self.envs, self.agent, state, **rngs)
+
+    def last_of(self, rollouts: int) -> tuple[Any, Any]:
+        """Several rollouts from the worlds' beginning, the last of which is returned."""
+        state = self.script.new_state(self.agent, self.args.num_envs)
+        for _ in range(rollouts):
+            batch, state = self.play(state)
+        return batch, state
+
+    @torch.no_grad()
+    def policy(self, net: Any, batch: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Probabilities (T, B, N, A) of a network that lives through a rollout from its stored
+        state (C, B, N, S)."""
+        views = batch.actor_views()
+        logits, _, _ = self.script.replay(self.args, net, views, hidden[0], self.agent.sprites)
+        return logits.softmax(-1)
+
+
+@contextlib.contextmanager
+def loaded(run: Run, num_envs: int, seed: int) -> Iterator[Loaded]:
+    """A run's script, arguments and agent, and fresh worlds."""
+    script = load_script(run.args["script"])
+    try:
+        args = harness.saved_args(str(run.path), script.Args)
+        args = dataclasses.replace(args, num_envs=num_envs, device="cpu")
+        saved, _ = harness.load_checkpoint(str(run.path))
+        with script.make_envs(args, num_envs, seed + 10**6) as envs:
+            agent = script.Agent(args, envs, torch.device("cpu"))
+            harness.restore(agent, saved["agent"], str(run.path))
+            seeds = {"rng": seed, "method_rng": seed + 1}
+            rngs = {name: torch.Generator().manual_seed(x) for name, x in seeds.items()}
+            envs.reset()
+            yield Loaded(script, args, envs, agent, rngs)
+    except WorldError as error:
+        raise UsageError(str(error)) from None
+
+
+def trained_steps(run: Run) -> int:
+    """Environment steps of a run's newest checkpoint."""
+    return json.loads((run.path / "checkpoints.json").read_text())[0]["timesteps"]
+
+
+# --- Fig. 7 ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Fig7:
+    """Fig. 7: the joint probabilities pi_phi x pi_theta after one reverse phase of each kind."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # of bidist_mappo_meltingpot.py
+    observation: int | None = None  # of the rollout's T B N; default: where theta is surest
+    start: Literal["lagged", "near"] = "lagged"  # phi as saved, or after a forward phase
+    reverse_lr: Above | None = None  # default: the run's own
+    reverse_epochs: Count | None = None  # default: the run's own
+    noise_std: Amount | None = None  # default: the run's own
+    num_envs: Positive = 16  # worlds of the rollout
+    warm_up: Count = 1  # rollouts before it, so that worlds are not at their starts
+    seed: Seed = 1  # of worlds, actions, shuffling, noise and new weights
+    out: Path = Path("fig7")  # writes OUT.png, OUT.csv and OUT.md
+
+
+MODES = ("before", "kl", "entropy", "random", "noise")
+
+
+class Phases(NamedTuple):
+    """One reverse phase of each kind, each applied to the same phi."""
+
+    about: dict[str, Any]  # the run and the phases' options
+    theta: np.ndarray  # (S, A) probabilities on the rollout's S = T B N observations
+    phis: dict[str, np.ndarray]  # the same of phi, by MODES
+    scalars: dict[str, dict[str, float]]  # what each phase logs: KL, ... before and after
+
+
+def reverse_phases(study: Fig7) -> Phases:
+    """Play a rollout, then apply the phases to copies of phi."""
+    run = Run(study.run)
+    if run.args["script"] != SCRIPT:
+        raise UsageError(f"{study.run} is not a run of {SCRIPT}.py, and has no phi.")
+    with loaded(run, study.num_envs, study.seed) as found:
+        batch, state = found.last_of(study.warm_up + 1)
+        script, agent = found.script, found.agent
+        options = {"forward": True, "reverse": True}
+        for name in ("reverse_lr", "reverse_epochs", "noise_std"):
+            if getattr(study, name) is not None:
+                options[name] = getattr(study, name)
+        args = dataclasses.replace(found.args, **options)
+        # In few worlds a rollout may have fewer chunks than minibatches.
+        harness.check(script.validate(args))
+
+        def distill(phase_args: Any, phase: str) -> dict[str, Any]:
+            rng = torch.Generator().manual_seed(study.seed)
+            scalars, _ = script.distill(phase_args, agent, batch, state, phase=phase, rng=rng)
+            return {k.removeprefix(f"{phase}/"): float(x) for k, x in scalars.items()}
+
+        if study.start == "near":
+            distill(args, "forward")
+        theta = found.policy(agent.actor, batch, batch.actor_hidden)
+        start, scalars = agent.distilled, {}
+        phis = {"before": found.policy(start, batch, batch.distilled_hidden)}
+        for mode in MODES[1:]:
+            agent.distilled = copy.deepcopy(start)
+            agent.args = phase_args = dataclasses.replace(args, reverse_mode=mode)
+            scalars[mode] = distill(phase_args, "reverse")
+            phis[mode] = found.policy(agent.distilled, batch, batch.distilled_hidden)
+        about = {"actions": found.envs.spec.actions, "timesteps": trained_steps(run)}
+        for name in ("reverse_lr", "reverse_epochs", "noise_std", "substrate"):
+            about[name] = getattr(args, name)
+    flat = {mode: x.flatten(0, -2).double().numpy() for mode, x in phis.items()}
+    return Phases(about, theta.flatten(0, -2).double().numpy(), flat, scalars)
+
+
+def logged(phases: Phases, mode: str) -> dict[str, float]:
+    """Means over the rollout after a phase; before, they are the same for all of them."""
+    found, when = (phases.scalars["kl"], "before")
+    if mode != "before":
+        found, when = phases.scalars[mode], "after"
+    return {name: found[f"{name}_{when}"] for name in ("kl", "shift", "phi_prefers", "phi_peak")}
+
+
+def joint(theta: np.ndarray, phi: np.ndarray) -> np.ndarray:
+    """Mean over observations of pi_theta x pi_phi, both (S, A) -> (A, A), theta's actions down."""
+    return np.einsum("sa,sb->ab", theta, phi) / len(theta)
+
+
+def min_max(x: np.ndarray) -> np.ndarray:
+    """Into [0, 1]; zeros where all are alike."""
+    return (x - x.min()) / (np.ptp(x) or 1)
+
+
+class HeatMap(NamedTuple):
+    """One panel."""
+
+    mode: str  # of MODES
+    of: str  # "mean", or "observation 7"
+    title: str
+    joint: np.ndarray  # (A, A), theta's actions down
+
+
+def heat_maps(phases: Phases, chosen: int) -> list[HeatMap]:
+    """For every mode that of the chosen observation and the mean over all."""
+    maps, theta = [], phases.theta
+    for mode, phi in phases.phis.items():
+        best, means = phi[chosen].argmax(), logged(phases, mode)
+        kl = float((theta[chosen] * np.log(theta[chosen] / phi[chosen])).sum())
+        title = f"{mode}\nφ prefers {best + 1} ({phi[chosen, best]:.2f}), KL {kl:.3g}"
+        one = joint(theta[[chosen]], phi[[chosen]])
+        maps.append(HeatMap(mode, f"observation {chosen}", title, one))
+        title = f"shift {means['shift']:.2f}, KL {means['kl']:.3g}"
+        maps.append(HeatMap(mode, "mean", title, joint(theta, phi)))
+    return maps
+
+
+def rows_of_maps(maps: list[HeatMap]) -> list[dict[str, Any]]:
+    """A row of the CSV for every cell."""
+    rows = []
+    for x in maps:
+        scaled = min_max(x.joint)
+        for (a, b), p in np.ndenumerate(x.joint):
+            row = dict(phi=x.mode, of=x.of, theta_action=a + 1, phi_action=b + 1)
+            rows.append(row | dict(probability=float(p), normalised=float(scaled[a, b])))
+    return rows
+
+
+def preference(probs: np.ndarray) -> str:
+    """ "θ prefers 3 (0.91)" """
+    return f"θ prefers {probs.argmax() + 1} ({probs.max():.2f})"
+
+
+def options_of(study: Fig7, phases: Phases) -> str:
+    """How the phases were made."""
+    text = "rate {reverse_lr:g}, {reverse_epochs} epochs, noise {noise_std:g}"
+    return f"{text.format(**phases.about)}, φ {study.start}"
+
+
+def draw_heat_maps(study: Fig7, phases: Phases, maps: list[HeatMap], chosen: int) -> Any:
+    """A column per mode: above, the chosen observation; below, the mean over all."""
+    count, actions = phases.theta.shape
+    figure, axes = plt.subplots(2, len(MODES), figsize=(2.5 * len(MODES) + 0.6, 6.3))
+    for x in maps:
+        axis = axes[int(x.of == "mean"), MODES.index(x.mode)]
+        image = axis.imshow(min_max(x.joint), cmap="viridis", vmin=0, vmax=1)
+        axis.set_title(x.title, fontsize=9)
+        ticks = range(0, actions, 1 if actions <= 10 else 4)
+        axis.set_xticks(ticks, [t + 1 for t in ticks], fontsize=8)
+        axis.set_yticks(ticks, [t + 1 for t in ticks], fontsize=8)
+    label = f"observation {chosen}: {preference(phases.theta[chosen])}"
+    axes[0, 0].set_ylabel(f"{label}\nactions of π_θ", fontsize=9)
+    axes[1, 0].set_ylabel(f"mean of {count:,} observations\nactions of π_θ", fontsize=9)
+    for axis in axes[1]:
+        axis.set_xlabel("actions of π_φ", fontsize=9)
+    how, steps = options_of(study, phases), phases.about["timesteps"]
+    title = f"π_φ x π_θ after one reverse phase, min-max normalised ({how})"
+    figure.suptitle(f"{title}\n{study.run.resolve().name}, {steps:,} steps", fontsize=10)
+    figure.tight_layout(rect=(0, 0, 0.94, 1))
+    bar = figure.add_axes((0.95, 0.15, 0.012, 0.65))
+    figure.colorbar(image, cax=bar).ax.tick_params(labelsize=8)
+    return figure
+
+
+def describe(action: dict[str, int]) -> str:
+    """What an action sends to the engine, without zeros: "turn -1"."""
+    return ", ".join(f"{name} {x}" for name, x in action.items() if x) or "nothing"
+
+
+def text_of_phases(study: Fig7, phases: Phases, chosen: int) -> str:
+    """OUT.md: a line per mode."""
+    about, theta, lines = phases.about, phases.theta, []
+    for mode, phi in phases.phis.items():
+        means = logged(phases, mode)
+        names = ("KL(θ‖φ)", "shift", "π_φ(a*_θ)", "π_φ(a*_φ)")
+        cells = {name: f"{x:.4g}" for name, x in zip(names, means.values())}
+        here = f"{phi[chosen].argmax() + 1} ({phi[chosen].max():.3f})"
+        lines.append({"φ": mode} | cells | {f"φ prefers in observation {chosen}": here})
+    surest = ", surest of all" if chosen == theta.max(1).argmax() else ""
+    key = "; ".join(f"{i}: {describe(action)}" for i, action in enumerate(about["actions"], 1))
+    text = (
+        f"# Fig. 7: π_φ x π_θ after one reverse phase, {study.run.resolve().name}\n\n"
+        f"{about['substrate']}, {about['timesteps']:,} steps; {options_of(study, phases)}. The "
+        f"first four figures are means over the rollout's {len(theta):,} observations; in "
+        f"observation {chosen} {preference(theta[chosen])}{surest}. Actions: {key}.\n\n"
+    )
+    return text + markdown_table(lines)
+
+
+def fig7(study: Fig7) -> None:
+    """The phases, for one observation and for the mean over all."""
+    check_out(study.out)
+    phases = reverse_phases(study)
+    surest, count = int(phases.theta.max(1).argmax()), len(phases.theta)
+    chosen = surest if study.observation is None else study.observation
+    if not 0 <= chosen < count:
+        raise UsageError(f"--observation {chosen}: the rollout has 0 to {count - 1}.")
+    maps = heat_maps(phases, chosen)
+    figure = draw_heat_maps(study, phases, maps, chosen)
+    finish(study.out, text_of_phases(study, phases, chosen), rows_of_maps(maps), figure)
+
+
+# --- Fig. 5 ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Fig5:
+    """Fig. 5: t-SNE of the joint action distributions that a training population plays."""
+
+    runs: Runs  # of any script, all on one substrate
+    samples: Several = 500  # of each run
+    rollouts: Positive = 4  # that they are drawn from; BiDist draws v anew for each
+    num_envs: Positive = 16  # worlds of a rollout
+    warm_up: Count = 1  # rollouts before them, so that worlds are not at their starts
+    perplexity: Above = 30.0  # of t-SNE
+    seed: Seed = 1  # of worlds, actions, samples and t-SNE
+    group_by: Literal["method", "name"] = "method"  # name: of the directory, without -s1, -s2, ...
+    out: Path = Path("fig5")  # writes OUT.png, OUT.csv and OUT.md
+
+
+class Sample(NamedTuple):
+    """What a run's training population does."""
+
+    run: str
+    method: str
+    seed: int
+    timesteps: int
+    points: np.ndarray  # (S, N A) the agents' probabilities side by side
+    fictitious: np.ndarray  # (S,) how many agents act with phi
+    agents: int  # N
+
+
+def sample_population(run: Run, study: Fig5) -> Sample:
+    """Roll out a run as in training and keep the policies that acted."""
+    by_name = study.group_by == "name"
+    acting, fictitious = [], []
+    with loaded(run, study.num_envs, study.seed) as found:
+        state = found.script.new_state(found.agent, study.num_envs)
+        for number in range(study.warm_up + study.rollouts):
+            batch, state = found.play(state)
+            if number < study.warm_up:
+                continue
+            if hasattr(batch, "trained"):  # BiDist: theta or phi, as drawn
+                probs = torch.where(batch.trained[..., None], batch.theta, batch.phi).exp()
+                fictitious.append((~batch.trained).sum(-1).flatten())
+            else:
+                probs = found.policy(found.agent.actor, batch, batch.actor_hidden)
+                fictitious.append(torch.zeros(probs.shape[:2], dtype=torch.int64).flatten())
+            acting.append(probs.flatten(2).flatten(0, 1))
+    points, count = torch.cat(acting).double().numpy(), torch.cat(fictitious).numpy()
+    if len(points) < study.samples:
+        raise UsageError(
+            f"--samples {study.samples}: the rollouts of {run.path} have {len(points)}."
+        )
+    rows = np.random.default_rng(study.seed).permutation(len(points))[: study.samples]
+    return Sample(
+        run=run.name,
+        method=without_seed(run.name) if by_name else method_of(run.args),
+        seed=run.args["seed"],
+        timesteps=trained_steps(run),
+        points=points[rows],
+        fictitious=count[rows],
+        agents=probs.shape[2],
+    )
+
+
+def spread(points: np.ndarray, agents: int) -> dict[str, float]:
+    """How far apart samples (S, N A) are, over all pairs: the mean Euclidean distance and, between
+    two agents' policies, the mean total variation, from 0 to 1."""
+    from scipy.spatial.distance import pdist
+
+    total = pdist(points, "cityblock") / (2 * agents)
+    return {"distance": float(pdist(points).mean()), "total_variation": float(total.mean())}
+
+
+def embed(samples: list[Sample], perplexity: float, seed: int) -> list[np.ndarray]:
+    """t-SNE of scikit-learn, standard but for the seed: places (S, 2) of every run's samples."""
+    from sklearn.manifold import TSNE
+
+    points = np.concatenate([s.points for s in samples]).astype(np.float32)
+    flat = TSNE(perplexity=perplexity, random_state=seed).fit_transform(points)
+    return np.split(flat, np.cumsum([len(s.points) for s in samples])[:-1])
+
+
+def rows_of_samples(samples: list[Sample], places: list[np.ndarray]) -> list[dict[str, Any]]:
+    """A row of the CSV for every sample."""
+    rows = []
+    for s, xy in zip(samples, places):
+        about = dict(run=s.run, method=s.method, seed=s.seed)
+        for at, count in zip(xy.tolist(), s.fictitious.tolist()):
+            rows.append(about | dict(x=at[0], y=at[1], fictitious=count))
+    return rows
+
+
+def draw_samples(samples: list[Sample], places: list[np.ndarray], title: str) -> Any:
+    """A panel with all methods and one for each, where the others are grey."""
+    methods = list(dict.fromkeys(s.method for s in samples))
+    figure, axes = plt.subplots(1, 1 + len(methods), figsize=(3.4 * (1 + len(methods)), 4.1))
+    for axis, shown in zip(axes, [methods, *([m] for m in methods)]):
+        for s, xy in zip(samples, places):
+            colour = f"C{methods.index(s.method)}" if s.method in shown else "0.85"
+            mixed, order = s.fictitious > 0, 2 if s.method in shown else 1
+            style = {"color": colour, "lw": 0, "zorder": order}
+            axis.plot(*xy[~mixed].T, "o", ms=2, **style)
+            axis.plot(*xy[mixed].T, "x", ms=2.5, mew=0.6, **style)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title("all" if shown is methods else textwrap.fill(shown[0], 40), fontsize=9)
+    marks = [plt.Line2D([], [], color=f"C{i}", marker="o", lw=0) for i in range(len(methods))]
+    if any(s.fictitious.any() for s in samples):
+        marks.append(plt.Line2D([], [], color="grey", marker="x", lw=0))
+    labels = [*methods, "with fictitious agents"]
+    figure.legend(marks, labels, loc="lower center", ncols=min(3, len(marks)), fontsize=8)
+    figure.suptitle(f"{title}\nareas and distances mean nothing; spread: see the table", fontsize=9)
+    figure.tight_layout(rect=(0, 0.04 + 0.05 * -(-len(marks) // 3), 1, 1))
+    return figure
+
+
+def text_of_samples(samples: list[Sample], world: str) -> str:
+    """OUT.md: a line per run."""
+    lines = []
+    for s in samples:
+        spreads = spread(s.points, s.agents)
+        trained = s.points[s.fictitious == 0]
+        alone = f"{spread(trained, s.agents)['distance']:.4f}" if len(trained) > 1 else ""
+        lines.append(
+            {"run": s.run, "method": s.method, "seed": s.seed}
+            | {"steps": f"{s.timesteps:,}", "samples": len(s.points)}
+            | {"mean distance": f"{spreads['distance']:.4f}"}
+            | {"mean total variation": f"{spreads['total_variation']:.4f}"}
+            | {"fictitious": f"{s.fictitious.mean() / s.agents:.0%}"}
+            | {"mean distance, all trained": alone}
+        )
+    text = (
+        f"# Fig. 5: joint action distributions, {world}\n\n"
+        "A sample is what the policies that acted in one step of one world give to every action, "
+        "for all agents side by side. Mean distance: Euclidean, over all pairs of a run's samples; "
+        "mean total variation: between the same agent's policies in two samples, from 0 to 1. Both "
+        "are in probability space, and both grow with how much a policy depends on what it sees, "
+        "not only with the number of policies. Distances in the t-SNE itself mean nothing.\n\n"
+    )
+    return text + markdown_table(lines)
+
+
+def fig5(study: Fig5) -> None:
+    """The samples' places, and their spread in figures."""
+    check_out(study.out)
+    runs = read_runs(study.runs)
+    worlds = {run.args["substrate"] for run in runs}
+    if len(worlds) > 1:
+        raise UsageError("fig5 compares runs on one substrate, and these are on several.")
+    if study.perplexity >= (count := study.samples * len(runs)):
+        raise UsageError(f"--perplexity {study.perplexity:g} is not less than {count} samples.")
+    (world,) = worlds
+    samples = [sample_population(run, study) for run in runs]
+    places = embed(samples, study.perplexity, study.seed)
+    title = f"t-SNE of joint action distributions, {world}, {study.samples} samples of each run"
+    figure = draw_samples(samples, places, title)
+    finish(study.out, text_of_samples(samples, world), rows_of_samples(samples, places), figure)
+
+
+# --- Distillation over training -------------------------------------------------------------------
+
+SCALARS = {  # of every iteration, and before and after every phase
+    "kl": "KL(π_θ ‖ π_φ)",
+    "shift": "preference shift",
+    "theta_prefers": "π_θ(a*_θ)",
+    "phi_prefers": "π_φ(a*_θ)",
+}
+PHASES = {"forward": "tab:green", "reverse": "tab:red"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """KL, preference shift and preferred actions over training, before and after each phase."""
+
+    runs: Runs  # of bidist_mappo_meltingpot.py
+    out: Path = Path("preference_shift")  # writes OUT.png, OUT.csv and OUT.md
+
+
+def read_rows(run: Run) -> list[dict[str, Any]]:
+    """A row per logged figure; phase and when (before, after) are empty for the rollout's own."""
+    if not any("kl" in scalars for scalars in run.log):
+        raise UsageError(
+            f"{run.where} logs no KL: it is not a run of {SCRIPT}.py, or has not begun."
+        )
+    rows = []
+    for scalars in run.log:
+        place = dict(run=run.name, timesteps=scalars["timesteps"])
+        for name in SCALARS:
+            if name in scalars:
+                row = dict(scalar=name, phase="", when="", value=scalars[name])
+                rows.append(place | row)
+            for phase, when in itertools.product(PHASES, ("before", "after")):
+                if (value := scalars.get(f"{phase}/{name}_{when}")) is not None:
+                    rows.append(place | dict(scalar=name, phase=phase, when=when, value=value))
+    return rows
+
+
+def draw_scalar(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """One scalar of one run: a curve of the rollouts, and from before to after a stroke for each
+    phase."""
+    steps, values = zip(*((r["timesteps"] / 1000, r["value"]) for r in rows if not r["phase"]))
+    axis.plot(steps, values, color="0.45", lw=0.8, label="every rollout")
+    for phase, colour in PHASES.items():
+        ends = {"before": {}, "after": {}}
+        for r in rows:
+            if r["phase"] == phase:
+                ends[r["when"]][r["timesteps"] / 1000] = r["value"]
+        for when, fill in (("before", "white"), ("after", colour)):
+            style = {"ms": 4, "lw": 0, "mec": colour, "mfc": fill, "mew": 0.8, "zorder": 3}
+            label = f"{when} a {phase} phase"
+            axis.plot(ends[when].keys(), ends[when].values(), "o", label=label, **style)
+        low, high = ([*ends[when].values()] for when in ("before", "after"))
+        axis.vlines([*ends["before"]], low, high, color=colour, lw=0.8)
+    axis.grid(alpha=0.3)
+    axis.tick_params(labelsize=8)
+
+
+def draw_shift(rows_of: dict[str, list[dict[str, Any]]]) -> Any:
+    """The figure: a column per run, a line per scalar, and one scale for all runs."""
+    size = (max(6.0, 4.4 * len(rows_of) + 0.6), 8.2)
+    figure, axes = plt.subplots(4, len(rows_of), figsize=size, squeeze=False, sharex="col")
+    for column, (run, rows) in enumerate(rows_of.items()):
+        for axis, name in zip(axes[:, column], SCALARS):
+            draw_scalar(axis, [r for r in rows if r["scalar"] == name])
+        axes[0][column].set_title(run, fontsize=10)
+        axes[-1][column].set_xlabel("thousand environment steps", fontsize=9)
+    for line, label in zip(axes, SCALARS.values()):
+        line[0].set_ylabel(label, fontsize=9)
+    rows = list(itertools.chain.from_iterable(rows_of.values()))
+    marks = [r["value"] for r in rows if r["scalar"] == "kl" and r["phase"]]
+    low, high = min(marks, default=0), max(r["value"] for r in rows if r["scalar"] == "kl")
+    largest = max(r["value"] for r in rows if r["scalar"].endswith("prefers"))
+    for kl, shift, *preferences in axes.T:
+        if low > 0:  # at the very start theta and phi are alike: that would squeeze the rest
+            kl.set(yscale="log", ylim=(low / 1.5, high * 1.5))
+        shift.set_ylim(-0.03, 1.03)
+        for axis in preferences:
+            axis.set_ylim(0, min(1.03, 1.15 * largest))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    return figure
+
+
+def text_of_shift(rows: list[dict[str, Any]]) -> str:
+    """OUT.md: means over all phases of a kind, and over the last third of training's."""
+    lines = []
+    runs = dict.fromkeys(row["run"] for row in rows)
+    for run, phase, part in itertools.product(runs, PHASES, ("all", "last third")):
+        own = [r for r in rows if (r["run"], r["phase"]) == (run, phase)]
+        begin = max(r["timesteps"] for r in rows if r["run"] == run) * 2 / 3
+        own = [r for r in own if part == "all" or r["timesteps"] > begin]
+        if not own:
+            continue
+        cells = {}
+        for name, label in SCALARS.items():
+            pair = (
+                np.mean([r["value"] for r in own if (r["scalar"], r["when"]) == (name, when)])
+                for when in ("before", "after")
+            )
+            cells[label] = " -> ".join(f"{x:.3g}" for x in pair)
+        count = len({r["timesteps"] for r in own})
+        lines.append({"run": run, "phases": f"{phase}, {part}", "count": count} | cells)
+    text = "# Distillation over training\n\n"
+    text += "Means over phases, before -> after; a*_θ is what θ prefers.\n\n"
+    return text + (markdown_table(lines) if lines else "No phase was logged.\n")
+
+
+def shift(study: Shift) -> None:
+    """Read all runs, then write the three files."""
+    check_out(study.out)
+    rows_of = {run.name: read_rows(run) for run in read_runs(study.runs)}
+    rows = list(itertools.chain.from_iterable(rows_of.values()))
+    finish(study.out, text_of_shift(rows), rows, draw_shift(rows_of))
+
+
+# --- When reverse distillation shifts preferences -------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Reverse:
+    """When reverse distillation shifts preferences: phases applied to copies of phi.
+
+    Each run gives theta and, from fresh worlds, a rollout. Then phi is put at several distances
+    from theta, and one reverse phase (Eq. 8) is applied at several rates and lengths. Distances:
+
+    initial: a new phi, close to uniform, where Prop. 4.1 begins;
+    lagged: the run's own phi, as training left it;
+    near: that phi after a forward phase (Eq. 7) on this rollout, where Alg. 1 begins.
+
+    If KL(theta || phi) grows while the share of observations where phi prefers another action
+    stays, and phi's own favourite grows likelier, phi has only become sharper on the same action.
+    """
+
+    runs: Runs  # of bidist_mappo_meltingpot.py
+    rates: tuple[Above, ...] = (1e-5, 1e-4, 3e-4, 1e-3)  # eta_r
+    epochs: tuple[Positive, ...] = (5, 25)  # of a phase, 5 minibatches each
+    num_envs: Positive = 16  # worlds of the rollout, 200 steps
+    warm_up: Count = 1  # rollouts before the one that is used, so that worlds are not at starts
+    seed: Seed = 1  # of worlds, actions and shuffling
+    out: Path = Path("reverse_distillation")  # writes OUT.png, OUT.csv and OUT.md
+
+
+def reverse_run(run: Run, study: Reverse) -> list[dict[str, Any]]:
+    """All phases on one run: a row for each distance, rate and length."""
+    if run.args["script"] != SCRIPT:
+        raise UsageError(f"{run.where} is not a run of {SCRIPT}.py, and has no phi.")
+    rows = []
+    with loaded(run, study.num_envs, study.seed) as found:
+        batch, state = found.last_of(study.warm_up + 1)
+    script, args, agent = found.script, found.args, found.agent
+    harness.check(script.validate(args))
+    lagged = agent.distilled
+    near = copy.deepcopy(lagged)
+    starts = {"initial": agent.new_distilled(study.seed + 2**31), "lagged": lagged, "near": near}
+    agent.distilled = near
+    script.distill(args, agent, batch, state, phase="forward", rng=found.rngs["method_rng"])
+    # phi's state before the rollout is zero for every start: none has lived through the past.
+    fresh = dataclasses.replace(batch, distilled_hidden=torch.zeros_like(batch.distilled_hidden))
+    for start, rate, epochs in itertools.product(starts, study.rates, study.epochs):
+        agent.distilled = copy.deepcopy(starts[start])
+        phase = {"reverse_lr": rate, "reverse_epochs": epochs, "reverse_mode": "kl"}
+        scalars, _ = script.distill(
+            dataclasses.replace(args, **phase),
+            agent,
+            fresh,
+            state,
+            phase="reverse",
+            rng=torch.Generator().manual_seed(study.seed),
+        )
+        row = {"run": run.name, "step": trained_steps(run), "phi": start}
+        row |= {"rate": rate, "epochs": epochs}
+        rows.append(row | {k.removeprefix("reverse/"): float(v) for k, v in scalars.items()})
+    return rows
+
+
+def draw_reverse(rows: list[dict[str, Any]], study: Reverse) -> Any:
+    """Shift and KL against the rate, a panel for each distance, a line for each run."""
+    starts = list(dict.fromkeys(row["phi"] for row in rows))
+    figure, axes = plt.subplots(2, len(starts), figsize=(3.6 * len(starts), 5.2), sharex=True)
+    for column, start in enumerate(starts):
+        for run in dict.fromkeys(row["run"] for row in rows):
+            for epochs in study.epochs:
+                chosen = [
+                    row
+                    for row in rows
+                    if (row["run"], row["phi"], row["epochs"]) == (run, start, epochs)
+                ]
+                label = f"{run}, {epochs} epochs"
+                rates = [row["rate"] for row in chosen]
+                for line, name in enumerate(("shift", "kl")):
+                    axis = axes[line, column]
+                    axis.plot(rates, [row[f"{name}_after"] for row in chosen], "o-", label=label)
+                    axis.axhline(chosen[0][f"{name}_before"], color="grey", lw=0.6)
+        axes[0, column].set(title=f"phi {start}", ylim=(-0.02, 1.02), xscale="log")
+        axes[1, column].set(xlabel="reverse rate", xscale="log", yscale="log")
+    axes[0, 0].set_ylabel("preference shift after")
+    axes[1, 0].set_ylabel("KL(theta || phi) after")
+    axes[0, -1].legend(fontsize=6)
+    figure.tight_layout()
+    return figure
+
+
+def reverse(study: Reverse) -> None:
+    """All runs, then means over them."""
+    check_out(study.out)
+    rows = [row for run in read_runs(study.runs) for row in reverse_run(run, study)]
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["phi"], row["rate"], row["epochs"]].append(row)
+    lines = []
+    for (start, rate, epochs), own in groups.items():
+        line = {"phi": start, "rate": f"{rate:g}", "epochs": epochs}
+        for name in ("kl", "shift", "phi_prefers", "phi_peak"):
+            ends = [np.mean([row[f"{name}_{when}"] for row in own]) for when in ("before", "after")]
+            line[f"{name} before -> after"] = " -> ".join(f"{x:.3f}" for x in ends)
+        lines.append(line)
+    finish(study.out, markdown_table(lines), rows, draw_reverse(rows, study))
+
+
+# --- Main -----------------------------------------------------------------------------------------
+
+
+def split_extra(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words before --extra, and those after it."""
+    if "--extra" not in argv:
+        return argv, []
+    place = argv.index("--extra")
+    return argv[:place], argv[place + 1 :]
+
+
+COMMANDS = {
+    "fig5": fig5,
+    "fig6": fig6,
+    "fig7": fig7,
+    "fig8": fig8,
+    "c1": c1,
+    "c2": c2,
+    "shift": shift,
+    "reverse": reverse,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    torch.set_num_threads(1)
+    argv, extra = split_extra(sys.argv[1:] if argv is None else argv)
+    return run_subcommand(COMMANDS, argv, __doc__, extra=tuple(extra))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Learning curves and final figures of several runs, side by side.
+
+    python experiments/compare.py runs/coins-* --out docs/data/coins
+    python experiments/compare.py runs/resource-* --curves return/6 return/12 --by-seed
+    python experiments/compare.py docs/data/study_treasure.csv --only "*-mra-*" --by-seed
+
+Reads run directories and studies (runs.py). A run's name is its directory's; names that end in -s1,
+-s2, ... are seeds of one group, which gets one colour: a thin line per seed and a thick one for
+their mean. Writes OUT.png (curves), OUT.csv (the curves' points) and OUT.md: each run's final
+evaluation, one line per run and co-player, with 95 % bootstrap intervals over episodes; with
+--means a second table, of scalars averaged over all iterations that logged them. Curves are means
+over windows of --every environment steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+from harness import Positive
+
+import numpy as np
+
+from envs.statistics import with_interval
+from experiments.runs import Run, Runs, check_out, finish, plt, read_runs, run_command, without_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What to read and to write."""
+
+    runs: Runs  # run directories, studies
+    only: tuple[str, ...] = ()  # runs whose names match one of these shell patterns, in their order
+    out: Path = Path("comparison")  # writes OUT.png, OUT.csv and OUT.md
+    curves: tuple[str, ...] = (
+        "episode/return",
+        "episode/pick_ups_per_1000",
+        "entropy",
+    )  # scalars to draw
+    every: Positive = 20_000  # environment steps that make one point
+    means: tuple[str, ...] = ()  # scalars for the second table
+    rows: tuple[str, ...] = ()  # co-players in OUT.md, as in a run's table; default: all
+    by_seed: bool = False  # in OUT.md a column per group, with its seeds, instead of a line per run
+
+
+Curve = list[tuple[int, float]]  # environment steps at a window's end, mean in the window
+
+
+def read_curves(run: Run, names: tuple[str, ...], every: int) -> dict[str, Curve]:
+    """Every scalar's curve; a window that the run has not filled makes no point."""
+    curves: dict[str, Curve] = {}
+    for name in names:
+        windows: dict[int, list[float]] = defaultdict(list)
+        for scalars in run.log:
+            if name in scalars:
+                windows[-(-scalars["timesteps"] // every) * every].append(scalars[name])
+        ends = [end for end in sorted(windows) if end <= run.steps]
+        curves[name] = [(end, float(np.mean(windows[end]))) for end in ends]
+    return curves
+
+
+def mean_curve(curves: list[Curve]) -> Curve:
+    """Of several runs, where all have a point."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for end, value in (point for curve in curves for point in curve):
+        found[end].append(value)
+    ends = sorted(end for end, values in found.items() if len(values) == len(curves))
+    return [(end, float(np.mean(found[end]))) for end in ends]
+
+
+def draw_curve(axis: Any, curve: Curve, **style: Any) -> None:
+    ends = np.array([end for end, _ in curve])
+    axis.plot(ends / 1000, [value for _, value in curve], **style)
+
+
+def draw(curves: dict[str, dict[str, Curve]], names: tuple[str, ...]) -> Any:
+    """A panel per scalar, from {run: {scalar: curve}}."""
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for run in curves:
+        groups[without_seed(run)].append(run)
+    shown: set[str] = set()
+    for axis, name in zip(axes[0], names, strict=True):
+        for number, (group, runs) in enumerate(groups.items()):
+            members = [curves[run][name] for run in runs if curves[run][name]]
+            if not members:
+                continue
+            for curve in members:
+                draw_curve(axis, curve, color=f"C{number}", alpha=0.35, linewidth=0.8)
+            label = f"{group} ({len(members)})"
+            draw_curve(axis, mean_curve(members), color=f"C{number}", label=label)
+        handles, labels = axis.get_legend_handles_labels()
+        if not shown.issuperset(labels):  # where a curve first comes up
+            axis.legend(handles, labels, fontsize=8)
+        shown |= {*labels}
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("thousand environment steps")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+MELTINGPOT = {
+    "return_per_1000": "return per 1,000 steps",
+    "return": "per episode",
+    "pick_ups_per_1000": "pick-ups per 1,000 steps",
+}
+
+
+def results_of(run: Run, rows: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """The final evaluation's rows; empty if the run has not finished."""
+    results = run.summary["eval"]
+    return {name: results[name] for name in rows or results if name in results}
+
+
+def columns_of(row: dict[str, float]) -> dict[str, str]:
+    """The figures of a row that have an interval, with their titles."""
+    if "return_per_1000" in row:
+        return MELTINGPOT
+    return {name: name.replace("_", " of ", 1) for name in row if f"{name}_low" in row}
+
+
+def final_table(runs: list[Run], rows: tuple[str, ...]) -> str:
+    """Markdown, a line per run and co-player (particle worlds: population and player)."""
+    lines = []
+    for run in runs:
+        for name, row in results_of(run, rows).items():
+            titles = columns_of(row)
+            if not lines:
+                first = "co-player" if titles is MELTINGPOT else "population, player"
+                lines.append(f"| run | {first} | {' | '.join(titles.values())} | episodes |")
+                lines.append("|---" * (len(titles) + 3) + "|")
+            digits = 1 if titles is MELTINGPOT else 2
+            cells = (with_interval(row, figure, digits) for figure in titles)
+            lines.append(f"| {run.name} | {name} | {' | '.join(cells)} | {row['episodes']} |")
+    return "\n".join(lines) + "\n"
+
+
+def seeds_table(runs: list[Run], rows: tuple[str, ...]) -> str:
+    """Markdown, a line per row of the evaluations, a column per group and figure: the mean over
+    seeds and, in brackets, each seed's."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for name, row in results_of(run, rows).items():
+            name = re.sub(r"best z=.*", "best z", name)  # seeds may have chosen others
+            for figure, title in columns_of(row).items():
+                found[name][f"{without_seed(run.name)}, {title}"].append(row[figure])
+    columns = list(dict.fromkeys(c for row in found.values() for c in row))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in found.items():
+        cells = []
+        for column in columns:
+            x = row[column]
+            each = ", ".join(f"{value:.2f}" for value in x)
+            cells.append(f"{np.mean(x):.2f} ({each})" if x else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def means_table(runs: list[Run], names: tuple[str, ...]) -> str:
+    """Markdown, a line per run."""
+    lines = [f"| run | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for run in runs:
+        values = [[scalars[name] for scalars in run.log if name in scalars] for name in names]
+        cells = (f"{np.mean(x):.3g}" if x else "" for x in values)
+        lines.append(f"| {run.name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def compare(study: Comparison) -> None:
+    """Read all runs, then write the three files."""
+    check_out(study.out)
+    runs = read_runs(study.runs, study.only)
+    curves = {run.name: read_curves(run, study.curves, study.every) for run in runs}
+    points = [
+        {"run": run, "scalar": name, "timesteps": end, "mean": f"{value:.5g}"}
+        for run, named in curves.items()
+        for name in study.curves
+        for end, value in named[name]
+    ]
+    table = seeds_table if study.by_seed else final_table
+    text = table(runs, study.rows)
+    if study.means:
+        text += "\n" + means_table(runs, study.means)
+    finish(study.out, text, points, draw(curves, study.curves))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    return run_command(compare, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,937 @@
+"""MIPI's tables and figures: the runs behind them, and what is read off runs.
+
+    python experiments/mipi.py train table1 --tasks sz --seeds 1 2 3 --total-timesteps 500000
+    python experiments/mipi.py tables runs/sz-* runs/csz-* runs/mmm-* --out docs/data/mipi
+    python experiments/mipi.py tables docs/data/study_sz.csv --only "sz-mipi-s?" "sz-refil-s?"
+    python experiments/mipi.py dependence runs/sz-mipi-s1 runs/sz-refil-s1
+    python experiments/mipi.py matrix-game --payoffs coordinated    Fig. 2 (d)
+    python experiments/mipi.py imitation                            Resource Collection from labels
+
+`train` starts every run that a table needs, `tables` prints Tables 1 to 3 from runs or studies,
+`dependence` says how much agents depend on the team around them. `SUBCOMMAND --help` has the
+options, and what each command's figures mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import shlex
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+import harness
+from harness import Above, Amount, Positive, Seed, Share, UsageError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from annotated_types import Interval, MinLen
+from torch import Tensor, nn
+
+from envs.smac.matrix_game import (
+    OBJECTIVES,
+    PAYOFFS,
+    TRAINED,
+    TYPES,
+    UNSEEN,
+    Objective,
+    expected,
+    optima,
+    optimum,
+    unseen_reward,
+)
+from envs.smac.resource_collection import (
+    ResourceCollection,
+    collector,
+    forager,
+    play,
+    scripted_policies,
+    summarise,
+)
+from envs.smac.resource_collection import table as resource_table
+from envs.statistics import accelerated_interval, markdown_table
+from experiments.runs import (
+    Job,
+    Run,
+    Runs,
+    as_words,
+    check_out,
+    finish,
+    free_flags,
+    load_script,
+    plt,
+    read_runs,
+    run_subcommand,
+    script_args,
+    train_all,
+)
+
+# --- Training -------------------------------------------------------------------------------------
+
+MIPI, REFIL = "mipi_refil_smac.py", "baselines/refil_smac.py"
+METHODS = {  # but for --scenario
+    "mipi": MIPI,
+    "refil": REFIL,
+    "aqmix": f"{REFIL} --no-imagine",
+    "value": f"{MIPI} --regularizer none",
+    "entropy": f"{MIPI} --regularizer entropy",
+}
+ALPHAS = {  # of Table 3, but for the default, 0 (Value) and infinity (--observe-self-only)
+    "sz": ("0.01", "0.05", "0.1", "0.5"),
+    "csz": ("0.01", "0.05", "0.1"),
+    "mmm": ("0.05", "0.5"),
+}
+ALPHAS_D3 = {"sz": "0.01", "csz": "0.015", "mmm": "0.05"}
+Table = Literal["table1", "table2", "table3", "d3", "collection"]
+Task = Literal["sz", "csz", "mmm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The training runs behind MIPI's tables: one command per table starts what it needs.
+
+    Runs go to DIR/{task}-{method}-s{seed}; a finished one is kept, one that was stopped goes on.
+    What each table compares, trained in teams of 3 to 5 and evaluated in those, 6, 7 and 8:
+
+    table1: MIPI, REFIL and AQMIX;
+    table2: MIPI, Value (no regulariser) and Entropy;
+    table3: MIPI with each alpha of the paper's table;
+    d3: MIPI with the alpha of the note in appendix D.3;
+    collection: MIPI, REFIL and AQMIX in Resource Collection.
+
+    Evaluations are those that the tables' final figure, the mean of the last five, needs: ten in a
+    run.
+    """
+
+    tables: Annotated[tuple[Table, ...], tyro.conf.Positional]
+    tasks: tuple[Task, ...] = ("sz", "csz", "mmm")  # of the battles
+    seeds: tuple[Seed, ...] = (1, 2, 3)
+    total_timesteps: Positive = 500_000  # of every run
+    preset: Literal["cpu", "paper"] = "cpu"
+    eval_episodes: Positive = 160  # of each size in each of the ten evaluations
+    jobs: Positive = 1  # runs at a time
+    dir: Path = Path("runs")
+    flags: str = ""  # for every run, as --flags="--save-every 100000"
+    dry_run: bool = False  # print the commands only
+
+
+def methods_of(table: str, task: str) -> dict[str, str]:
+    """{method: command} of a table's runs in a world."""
+    rows = ("mipi", "value", "entropy") if table == "table2" else ("mipi", "refil", "aqmix")
+    if table not in ("table3", "d3"):
+        return {name: METHODS[name] for name in rows}
+    if table == "d3":
+        alphas, methods = (ALPHAS_D3[task],), {"mipi": METHODS["mipi"]}
+    else:
+        alphas, methods = ALPHAS[task], {name: METHODS[name] for name in ("mipi", "value")}
+        methods["mipi-alpha-inf"] = f"{MIPI} --observe-self-only"
+    return methods | {f"mipi-alpha-{x}": f"{MIPI} --alpha {x}" for x in alphas}
+
+
+def commands(table: str, study: Train) -> dict[str, str]:
+    """{name: command} of a table's runs."""
+    tasks = ("resource",) if table == "collection" else study.tasks
+    found = {}
+    for task in tasks:
+        for name, command in methods_of(table, task).items():
+            found[f"{task}-{name}"] = f"{command} --scenario {task}"
+    return found
+
+
+def train(study: Train) -> None:
+    """All runs of the tables, seed by seed."""
+    every = max(1, study.total_timesteps // 10)
+    shared = f"--preset {study.preset} --eval-every {every} --eval-episodes {study.eval_episodes}"
+    runs: dict[str, str] = {}
+    for name in study.tables:
+        runs |= commands(name, study)
+    jobs = []
+    for seed, (name, command) in itertools.product(study.seeds, runs.items()):
+        script, *flags = shlex.split(f"{command} {shared} {study.flags}")
+        jobs.append(
+            Job(
+                run=study.dir.resolve() / f"{name}-s{seed}",
+                script=script,
+                flags=tuple(flags),
+                seed=seed,
+                timesteps=study.total_timesteps,
+            )
+        )
+    train_all(jobs, study.jobs, study.dry_run)
+
+
+# --- Tables 1 to 3 --------------------------------------------------------------------------------
+
+# win rates of the paper: 3-5, 6, 7, 8
+TABLE_1 = {
+    "sz": {
+        "MIPI": ".659±.020 .453±.080 .404±.062 .276±.076",
+        "REFIL": ".674±.038 .441±.103 .352±.078 .236±.103",
+        "AQMIX": ".528±.044 .343±.105 .291±.084 .182±.058",
+        "CollaQ": ".588±.030 .366±.086 .314±.076 .198±.097",
+        "MAPPO": ".256±.010 .129±.019 .148±.031 .036±.015",
+    },
+    "csz": {
+        "MIPI": ".548±.032 .420±.102 .297±.112 .261±.090",
+        "REFIL": ".568±.027 .348±.057 .229±.053 .164±.060",
+        "AQMIX": ".509±.054 .323±.096 .216±.101 .152±.071",
+        "CollaQ": ".459±.061 .362±.130 .267±.099 .231±.095",
+        "MAPPO": ".248±.037 .120±.029 .060±.028 .054±.013",
+    },
+    "mmm": {
+        "MIPI": ".548±.023 .495±.054 .447±.041 .467±.067",
+        "REFIL": ".605±.057 .437±.118 .329±.171 .224±.163",
+        "AQMIX": ".501±.036 .447±.043 .344±.071 .251±.089",
+        "CollaQ": ".589±.027 .513±.070 .423±.026 .286±.083",
+        "MAPPO": ".289±.097 .320±.102 .250±.063 .275±.098",
+    },
+}
+TABLE_2 = {
+    "sz": {
+        "MIPI": TABLE_1["sz"]["MIPI"],
+        "Value": ".621±.042 .336±.075 .275±.114 .154±.052",
+        "Entropy": ".105±.035 .024±.011 .015±.011 .010±.010",
+    },
+    "csz": {
+        "MIPI": TABLE_1["csz"]["MIPI"],
+        "Value": ".542±.059 .368±.083 .207±.076 .172±.112",
+        "Entropy": ".316±.040 .237±.051 .076±.041 .066±.041",
+    },
+    "mmm": {
+        "MIPI": TABLE_1["mmm"]["MIPI"],
+        "Value": ".545±.048 .505±.058 .391±.083 .319±.105",
+        "Entropy": ".265±.034 .200±.085 .160±.064 .075±.044",
+    },
+}
+TABLE_3 = {  # and the alphas of appendix D.3, for which the paper has curves only
+    "sz": {
+        "Value": TABLE_2["sz"]["Value"],
+        "alpha 0.01": ".672±.020 .394±.065 .365±.068 .261±.092",
+        "MIPI": TABLE_1["sz"]["MIPI"],
+        "alpha 0.05": ".643±.020 .447±.062 .408±.054 .313±.069",
+        "alpha 0.1": ".475±.073 .277±.125 .260±.093 .146±.075",
+        "alpha 0.5": ".175±.053 .056±.015 .129±.026 .043±.021",
+        "alpha inf": ".546±.069 .429±.036 .389±.038 .221±.004",
+    },
+    "csz": {
+        "Value": TABLE_2["csz"]["Value"],
+        "alpha 0.01": ".592±.020 .378±.033 .364±.073 .304±.056",
+        "alpha 0.015": "- - - -",
+        "MIPI": TABLE_1["csz"]["MIPI"],
+        "alpha 0.05": ".506±.046 .417±.092 .223±.094 .192±.091",
+        "alpha 0.1": ".344±.050 .218±.160 .113±.079 .098±.086",
+        "alpha inf": ".506±.076 .368±.064 .309±.056 .270±.070",
+    },
+    "mmm": {
+        "Value": TABLE_2["mmm"]["Value"],
+        "alpha 0.05": ".590±.008 .590±.053 .526±.055 .426±.152",
+        "MIPI": TABLE_1["mmm"]["MIPI"],
+        "alpha 0.5": ".277±.042 .158±.094 .180±.105 .139±.056",
+        "alpha inf": ".396±.070 .432±.018 .383±.041 .315±.061",
+    },
+}
+TABLES = {"Table 1": TABLE_1, "Table 2": TABLE_2, "Table 3": TABLE_3}
+DEFAULT_ALPHA = {"sz": 0.03, "csz": 0.03, "mmm": 0.1, "resource": 0.05}
+NAMED = ("seed", "regularizer", "alpha", "imagine")  # flags that a row's name tells or does not
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """MIPI's Tables 1 to 3 and its curves, from runs of mipi_refil_smac.py and refil_smac.py.
+
+    A run's final figure is the mean of its last five evaluations on the way (greedy episodes), the
+    training column the mean over the sizes that it was trained with. Runs with the same arguments
+    but for the seed make one row: the mean over seeds and, in brackets, each seed's. Beside win
+    rates stand the paper's (mean and deviation of five seeds, in StarCraft II); rows of the paper
+    without a run here are printed as not run. Scripted policies: from the runs' final evaluations.
+    Then what training logged in the time of those evaluations: how much policies depend on their
+    team (mi: in imagined teams, kl: in the real one). Rows of unequal length are named. With
+    --until longer runs are read as if they had ended there, with --every those that were evaluated
+    more often as if they had not. Writes OUT.md, OUT.csv (every evaluation) and OUT.png (curves).
+    """
+
+    runs: Runs  # run directories, studies
+    only: tuple[str, ...] = ()  # runs whose names match one of these shell patterns, in their order
+    out: Path = Path("mipi")  # writes OUT.md, OUT.csv and OUT.png
+    last: Positive = 5  # evaluations that make the final figure
+    until: Positive | None = None  # environment steps; evaluations after them do not count
+    every: Positive = 1  # environment steps; of evaluations between multiples the first counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """One run and its evaluations."""
+
+    name: str
+    where: str
+    task: str
+    method: str  # the row of the paper's tables
+    flags: dict[str, Any]  # which that does not tell
+    known: frozenset[str]  # flags of its script
+    seed: int
+    steps: int  # environment steps of the last evaluation
+    columns: dict[str, tuple[int, ...]]  # "3-5": the sizes that it was trained with, then others
+    evaluations: list[dict[str, float]]  # of metrics.jsonl
+    learning: list[dict[str, float]]  # its lines of training
+    scripts: dict[str, dict[str, float]]  # {"6 focus": figures}, if the run has ended
+
+    def figure(self, measure: str, column: str, evaluation: dict[str, float]) -> float:
+        """The mean over a column's sizes in one evaluation; NaN if it is not there."""
+        names = [f"eval/{size}/{measure}" for size in self.columns[column]]
+        return float(np.mean([evaluation.get(name, np.nan) for name in names]))
+
+    def final(self, measure: str, column: str, last: int) -> float:
+        each = [self.figure(measure, column, x) for x in self.evaluations[-last:]]
+        return float(np.mean(each))
+
+    def logged(self, name: str, last: int) -> float:
+        """The mean of what training logged in the time of those evaluations; NaN for nothing."""
+        first, end = (self.evaluations[k]["timesteps"] for k in (-last, -1))
+        lines = [x for x in self.learning if first <= x["timesteps"] <= end]
+        return float(np.mean([x[name] for x in lines if name in x] or [np.nan]))
+
+
+def row_name(args: dict[str, Any]) -> str:
+    """The row of the paper's tables."""
+    if args["script"] == "refil_smac":
+        return "REFIL" if args["imagine"] else "AQMIX"
+    alpha, task = args["alpha"], args["scenario"]
+    name = {"none": "Value", "entropy": "Entropy", "mi": "MIPI"}[args["regularizer"]]
+    if args.get("observe_self_only"):
+        return "alpha inf"
+    if alpha is None or float(alpha) == DEFAULT_ALPHA[task]:
+        return name
+    return f"alpha {float(alpha):g}" if name == "MIPI" else f"{name}, alpha {float(alpha):g}"
+
+
+def other_flags(args: dict[str, Any]) -> dict[str, Any]:
+    """What a run has otherwise than its preset and its row's name say."""
+    module = load_script(args["script"])
+    preset = ["--preset", args["preset"], "--scenario", args["scenario"]]
+    usual = json.loads(json.dumps(dataclasses.asdict(script_args(module, preset))))
+    told = {"total_timesteps", *free_flags(module), *NAMED}
+    names = [k for k in usual if k in args and k not in told]
+    return {k: args[k] for k in names if args[k] != usual[k]}
+
+
+def read_evaluations(run: Run, study: Tables) -> Evaluated:
+    """UsageError for what is no run of these scripts, or has too few evaluations."""
+    args = run.args
+    if args["script"] not in ("mipi_refil_smac", "refil_smac"):
+        raise UsageError(f"{run.where} is a run of {args['script']}.py.")
+    evaluations = [x for x in run.log if any(k.startswith("eval/") for k in x)]
+    periods = [0, *(x["timesteps"] // study.every for x in evaluations)]
+    evaluations = [x for x, a, b in zip(evaluations, periods, periods[1:]) if a < b]
+    evaluations = [x for x in evaluations if not study.until or x["timesteps"] <= study.until]
+    if len(evaluations) < study.last:
+        found = f"{len(evaluations)} evaluations"
+        found += f" until {study.until:,} steps" if study.until else ""
+        raise UsageError(f"{run.where} has {found}, fewer than --last {study.last}.")
+    sizes = tuple(args["team_sizes"])
+    columns = {f"{min(sizes)}-{max(sizes)}": sizes}
+    columns |= {str(x): (x,) for x in args["eval_team_sizes"] if x not in sizes}
+    results = run.summary["eval"]
+    return Evaluated(
+        name=run.name,
+        where=run.where,
+        task=args["scenario"],
+        method=row_name(args),
+        flags=other_flags(args),
+        known=frozenset(args),
+        seed=args["seed"],
+        steps=evaluations[-1]["timesteps"],
+        columns=columns,
+        evaluations=evaluations,
+        learning=run.log,
+        scripts={name: row for name, row in results.items() if " " in name},
+    )
+
+
+def short(x: float, measure: str) -> str:
+    return f"{x:.3f}".lstrip("0") if measure == "win" and 0 <= x < 1 else f"{x:.2f}"
+
+
+def row_of(
+    task: str, method: str, runs: list[Evaluated], measure: str, last: int
+) -> dict[str, str]:
+    """A line of a table: means over seeds and each seed's."""
+    row = {"": task.upper(), "method": method}
+    for column in runs[0].columns:
+        each = [run.final(measure, column, last) for run in runs]
+        cell = short(float(np.mean(each)), measure)
+        if len(each) > 1:
+            cell += f" ({', '.join(short(x, measure) for x in each)})"
+        row[column] = cell
+    return row | {"seeds": str(len(runs)), "steps": f"{min(run.steps for run in runs):,}"}
+
+
+def script_rows(task: str, runs: list[Evaluated], measure: str) -> list[dict[str, str]]:
+    """Scripted policies in the final evaluations' battles, over all runs."""
+    found = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for name, row in run.scripts.items():
+            size, script = name.split(" ", 1)
+            found[script][int(size)].append(row[measure])
+    rows = []
+    for script, sizes in found.items():
+        row = {"": task.upper(), "method": f"{script} (script)"}
+        for column, members in runs[0].columns.items():
+            row[column] = short(float(np.mean([np.mean(sizes[x]) for x in members])), measure)
+        rows.append(row | {"seeds": "", "steps": ""})
+    return rows
+
+
+def group(runs: list[Evaluated]) -> dict[str, dict[str, list[Evaluated]]]:
+    """{task: {method, with flags in which the runs differ: runs, one per seed}}; UsageError for a
+    seed that is there twice."""
+    found: dict[str, dict[str, list[Evaluated]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted(runs, key=lambda run: run.seed):
+        others = {k: [x.flags.get(k) for x in runs if k in x.known] for k in run.flags}
+        own = {k: x for k, x in run.flags.items() if any(x != other for other in others[k])}
+        members = found[run.task][" ".join([run.method, *as_words(own)])]
+        if any(run.seed == other.seed for other in members):
+            raise UsageError(f"{run.where} and {members[-1].where} are the same run: one seed.")
+        if members and members[0].columns != run.columns:
+            raise UsageError(f"{run.where} and {members[-1].where} have other team sizes.")
+        members.append(run)
+    return found
+
+
+def win_tables(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
+    """The paper's tables, with its figures beside ours."""
+    text = ""
+    for title, table in TABLES.items():
+        rows = []
+        for task in (x for x in table if x in found):
+            for method, theirs in table[task].items():
+                runs = found[task].get(method)
+                columns = next(iter(found[task].values()))[0].columns
+                row = {"": task.upper(), "method": method} | dict.fromkeys(columns, "not run")
+                row |= {"seeds": "", "steps": ""}
+                if runs:
+                    row = row_of(task, method, runs, "win", last)
+                if method == "MIPI":
+                    row["method"] = f"MIPI, alpha {DEFAULT_ALPHA[task]:g}"
+                names = ("paper 3-5", "paper 6", "paper 7", "paper 8")
+                rows.append(row | dict(zip(names, theirs.split(), strict=True)))
+        if rows:
+            text += f"{title}: share of battles won\n\n{markdown_table(rows)}\n"
+    return text
+
+
+def all_rows(found: dict[str, dict[str, list[Evaluated]]], measure: str, last: int) -> str:
+    """Every method that was run, whether the paper has it or not, and the scripts."""
+    text = ""
+    for task, methods in found.items():
+        rows = [row_of(task, method, runs, measure, last) for method, runs in methods.items()]
+        rows += script_rows(task, [run for runs in methods.values() for run in runs], measure)
+        title = "share of battles won" if measure == "win" else "return per episode"
+        text += f"{task.upper()}: {title}\n\n{markdown_table(rows)}\n"
+        steps = [run.steps for runs in methods.values() for run in runs]
+        if max(steps) > 1.1 * min(steps):
+            text += f"Not equally long: {min(steps):,} to {max(steps):,} steps.\n\n"
+        for method, runs in methods.items():
+            if untold := [x for x in as_words(runs[0].flags) if x not in method]:
+                text += f"{method}: {', '.join(untold)}, not as its preset has it.\n\n"
+    return text
+
+
+def dependence_in_training(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
+    """What training logged of policies: how much they depend on their team, in nats."""
+    text = ""
+    for task, methods in found.items():
+        rows = []
+        for method, runs in methods.items():
+            names = {k for run in runs for x in run.learning for k in x}
+            names = sorted(names & {"mi", "kl", "entropy"} | {k for k in names if "mi/" in k})
+            if names:
+                cells = {k: f"{np.mean([run.logged(k, last) for run in runs]):.3f}" for k in names}
+                rows.append({"": task.upper(), "method": method} | cells)
+        if rows:
+            rows = [dict.fromkeys(max(rows, key=len), "") | row for row in rows]
+            text += f"{task.upper()}: policies, in training, nats\n\n{markdown_table(rows)}\n"
+    return text
+
+
+def draw_tables(found: dict[str, dict[str, list[Evaluated]]], measures: tuple[str, ...]) -> Any:
+    """Curves of the evaluations: a row per task and measure, a panel per column."""
+    lines = [(task, measure) for task in found for measure in measures]
+    columns = next(iter(next(iter(found.values())).values()))[0].columns
+    size = 3.2 * len(columns) + 1.2, 2.6 * len(lines)
+    every = list(dict.fromkeys(method for methods in found.values() for method in methods))
+    colours = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])
+    figure, axes = plt.subplots(len(lines), len(columns), figsize=size, squeeze=False)
+    for panels, (task, measure) in zip(axes, lines, strict=True):
+        for axis, column in zip(panels, columns, strict=True):
+            for method, runs in found[task].items():
+                colour = colours[every.index(method) % 20]  # the same in all tasks
+                times = [[x["timesteps"] / 1000 for x in run.evaluations] for run in runs]
+                values = [[run.figure(measure, column, x) for x in run.evaluations] for run in runs]
+                for xs, ys in zip(times, values):
+                    axis.plot(xs, ys, color=colour, alpha=0.35, linewidth=0.8)
+                end = 1.02 * min(xs[-1] for xs in times)  # runs end with their last battles
+                grid = [x for x in min(times, key=len) if x <= end]
+                ys = np.mean([np.interp(grid, *each) for each in zip(times, values)], 0)
+                axis.plot(grid, ys, color=colour, label=f"{method} ({len(runs)})")
+            axis.set_title(f"{task.upper()} {column}: {measure}", fontsize=9)
+            axis.grid(alpha=0.3)
+        panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.02))  # beside it
+    for axis in axes[-1]:
+        axis.set_xlabel("thousand environment steps", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def tables(study: Tables) -> None:
+    """Read all runs, then write the three files."""
+    check_out(study.out)
+    runs = [read_evaluations(run, study) for run in read_runs(study.runs, study.only)]
+    measures = {("return",) if run.task == "resource" else ("win", "return") for run in runs}
+    if len(measures) != 1:
+        raise UsageError("Battles and Resource Collection do not go into one table.")
+    (measures,) = measures
+    found = group(runs)
+    text = win_tables(found, study.last) if "win" in measures else ""
+    text += "".join(all_rows(found, measure, study.last) for measure in measures)
+    text += dependence_in_training(found, study.last)
+    rows = [
+        {
+            "run": run.name,
+            "timesteps": x["timesteps"],
+            "size": column,
+            "measure": measure,
+            "mean": run.figure(measure, column, x),
+        }
+        for run in runs
+        for x in run.evaluations
+        for column in run.columns
+        for measure in measures
+    ]
+    finish(study.out, text, rows, draw_tables(found, measures))
+
+
+# --- How much agents depend on their team ---------------------------------------------------------
+
+SCRIPTS = ("refil_smac", "mipi_refil_smac")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dependence:
+    """How much agents depend on their team: what they would do if part of it was not there.
+
+    Agents of refil_smac.py or mipi_refil_smac.py read episodes of a replay, which checkpoints keep:
+    once as they were played, once without seeing their teammates, and --draws times in REFIL's
+    random groups, of which they see their own only (teammates and enemies). Means over the steps of
+    living agents, over episodes, with 95 % bootstrap intervals:
+
+    mates: share of greedy actions that are others when teammates are not seen, ever;
+    groups: the same in random groups;
+    nats: I(u; group | what was seen), the mean divergence of the policy in a group from its mean
+    over the draws. With few draws it is too small; it is at most their logarithm. Of runs with a
+    policy that draws, only.
+    """
+
+    runs: Runs  # run directories
+    states: str = ""  # the run whose replay all read; default: each run's own
+    episodes: Positive = 64  # of it, at most
+    draws: Positive = 8  # of groups
+    seed: Seed = 1
+
+
+class Opened(NamedTuple):
+    """A run's last checkpoint."""
+
+    script: Any
+    agent: Any
+    buffer: Any
+
+
+def open_checkpoint(run: Run, states: Run) -> Opened:
+    """The agents of a run with the replay of another, or the same; UsageError for what is no run of
+    these scripts, and for a replay of another world."""
+    name = run.args["script"]
+    if name not in SCRIPTS:
+        raise UsageError(f"{run.where} is a run of {name}.py, not of {' or '.join(SCRIPTS)}.")
+    if run.args["scenario"] != states.args["scenario"]:
+        own, other = run.args["scenario"], states.args["scenario"]
+        raise UsageError(f"{run.where} is of {own}, {states.where} of {other}.")
+    for one in (run, states):
+        if one.args["backend"] != "sim":
+            raise UsageError(f"{one.where} is of the game itself: only the simulator's are read.")
+    script = load_script(name)
+    saved, _ = harness.load_checkpoint(str(run.path))
+    source, folder = harness.load_checkpoint(str(states.path), with_replays=True)
+    args = harness.saved_args(str(run.path), script.Args)
+    sizes = {k: source["args"][k] for k in ("buffer_size", "max_episode_steps")}
+    args = dataclasses.replace(args, device="cpu", **sizes)
+    battles = script.make_envs(args, args.team_sizes, 1, args.seed)
+    agent = script.Agent(args, battles.family, torch.device("cpu"))
+    harness.restore(agent, saved["agent"], str(run.path))
+    buffer = script.ReplayBuffer(args, battles, agent.device)
+    if not source["replays"]:
+        raise UsageError(f"{states.where} has no replay.")
+    path = folder / source["replays"][0]["name"]
+    buffer.refill(torch.load(path, weights_only=True)["replay"])
+    return Opened(script, agent, buffer)
+
+
+def without_mates(features: Any) -> Any:
+    """The same moments; nobody sees other agents."""
+    A, S = features.unseen.shape[1:]
+    mates = F.pad(~torch.eye(A, dtype=torch.bool), (0, S - A))
+    return features._replace(unseen=features.unseen | mates)
+
+
+def says(
+    opened: Opened, features: Any, groups: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Greedy actions (M, A), and log pi (M, A, actions) where policies draw; with groups (M, S)
+    in view of one's own."""
+    agent, view = opened.agent, "full_view" if groups is None else "own_group"
+    avail = features.avail_actions
+    q, *rest = agent.utility(features, groups)
+    if hasattr(agent, "policy") and agent.args.policy == "head":
+        log_pi = agent.log_policy(getattr(q, view), getattr(rest[0], view), avail)
+        return log_pi.argmax(-1), log_pi
+    return getattr(q, view).masked_fill(~avail, opened.script.MASKED).argmax(-1), None
+
+
+@torch.no_grad()
+def measure(opened: Opened, study: Dependence) -> dict[str, np.ndarray]:
+    """{name: mean of each episode}."""
+    rng = torch.Generator().manual_seed(study.seed)
+    batch = opened.buffer.sample(rng, study.episodes)
+    features = batch.features
+    living = ~features.avail_actions[..., 0]  # (M, A)
+    acts = torch.zeros(len(living), dtype=torch.bool)
+    acts[batch.now] = True
+    living &= acts[:, None]  # nobody acts at an episode's end
+    episode = features.played.nonzero()[:, 1]  # (M,)
+    B = features.played.shape[1]
+
+    def per_episode(x: Tensor) -> np.ndarray:
+        sums = torch.zeros(B).index_add(0, episode, (x * living).sum(1).float())
+        counts = torch.zeros(B).index_add(0, episode, living.sum(1).float())
+        return (sums / counts).numpy()
+
+    real, _ = says(opened, features)
+    alone, _ = says(opened, without_mates(features))
+    found = {"mates": per_episode(alone != real)}
+    changed, each = torch.zeros_like(real, dtype=torch.float32), []
+    for _ in range(study.draws):
+        groups = opened.script.draw_groups(features, rng)
+        action, log_pi = says(opened, features, groups)
+        changed += (action != real) / study.draws
+        each += [] if log_pi is None else [log_pi]
+    found["groups"] = per_episode(changed)
+    if each:
+        log_pi = torch.stack(each)  # (draws, M, A, actions)
+        mean = log_pi.exp().mean(0)
+        ratio = log_pi - mean.clamp(min=1e-30).log()
+        found["nats"] = per_episode((log_pi.exp() * ratio).sum(-1).mean(0))
+    return found
+
+
+def dependence(study: Dependence) -> None:
+    """Print the table."""
+    rows = []
+    for run in read_runs(study.runs):
+        found = measure(
+            open_checkpoint(run, Run(Path(study.states)) if study.states else run), study
+        )
+        row = {"run": run.name, "mates": "", "groups": "", "nats": ""}
+        for name, x in found.items():
+            low, high = accelerated_interval(x)
+            row[name] = f"{x.mean():.3f} [{low:.3f}, {high:.3f}]"
+        rows.append(row)
+    print(markdown_table(rows), end="")
+
+
+# --- The matrix game ------------------------------------------------------------------------------
+
+ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
+LABELS = {"none": "reward", "entropy": "reward + entropy", "mi": "reward - mutual information"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixGame:
+    """MIPI's matrix game (Fig. 2 d): three learners, what each earns in a team it never met.
+
+    Reward alone, with entropy, with mutual information: the same learner, with the equations of
+    mipi_refil_smac.py and networks of one hidden layer (App. B.1). Q_tot = Q_1 + Q_2 + b(team); an
+    episode is one step. Writes OUT.png (greedy and expected reward in team (B,B), mean and range of
+    the seeds, the exact optima as dotted lines), OUT.csv and OUT.md with the optima over alpha.
+    """
+
+    payoffs: Literal["additive", "coordinated"] = "additive"
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (1, 2, 3, 4, 5)
+    steps: Positive = 2000  # of each learner
+    alpha: Amount = 0.5
+    batch_size: Positive = 64  # episodes of a step, all new
+    learning_rate: Above = 3e-4
+    hidden_size: Positive = 64
+    ba_iterations: Positive = 1
+    epsilon: Share = 0.1  # share of random actions
+    every: Positive = 50  # steps between points of the curves
+    # Optima are among policies whose probabilities are multiples of 1 / grid.
+    grid: Annotated[int, Interval(ge=1, le=60)] = 40
+    exact: bool = False  # optima only
+    out: Path = Path("matrix_game")  # .png, .csv and .md
+
+
+class Nets(nn.Module):
+    """One hidden layer with ELU for each of n seeds side by side."""
+
+    def __init__(self, rngs: list[torch.Generator], inputs: int, hidden: int, outputs: int):
+        super().__init__()
+
+        def new(size: int, *shape: int) -> nn.Parameter:
+            draws = [torch.rand(shape, generator=rng) * 2 - 1 for rng in rngs]
+            return nn.Parameter(torch.stack(draws) / math.sqrt(size))
+
+        self.first, self.bias = new(inputs, inputs, hidden), new(inputs, 1, hidden)
+        self.last, self.last_bias = new(hidden, hidden, outputs), new(hidden, 1, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, B, inputs) -> (n, B, outputs)
+        return F.elu(x @ self.first + self.bias) @ self.last + self.last_bias
+
+
+def inputs_of(team: Tensor) -> Tensor:
+    """Agents' index and own type, one-hot, (..., 2, 4), of types (..., 2)."""
+    index = torch.eye(2).expand(*team.shape, 2)
+    return torch.cat((index, F.one_hot(team, 2).float()), -1)
+
+
+def policies_of(policy: Nets) -> np.ndarray:
+    """(n, 2 agents, 2 types), probabilities of action 1."""
+    team = torch.tensor([[0, 0], [1, 1]])  # types of both agents
+    with torch.no_grad():
+        p = policy(inputs_of(team).flatten(0, 1).expand(len(policy.first), -1, -1)).softmax(-1)
+    return p[..., 1].view(-1, 2, 2).transpose(1, 2).double().numpy()
+
+
+def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
+    """Policies (points, n, 2, 2) every so many steps, from the first."""
+    script, game = load_script("mipi_refil_smac"), PAYOFFS[study.payoffs]
+    n, H, B = len(study.seeds), study.hidden_size, study.batch_size
+    rngs = [torch.Generator().manual_seed(seed) for seed in study.seeds]
+    critic, b = Nets(rngs, 4, H, 2), Nets(rngs, 2, H, 1)
+    policy, marginal = Nets(rngs, 4, H, 2), Nets(rngs, 2, H, 2)
+    options = {"lr": study.learning_rate, "alpha": 0.99, "eps": 1e-5}
+    new = lambda *nets: torch.optim.RMSprop([p for x in nets for p in x.parameters()], **options)  # noqa: E731
+    judge, actor, prior = new(critic, b), new(policy), new(marginal)
+    types = torch.tensor([[TYPES.index(t) for t in team] for team in TRAINED])
+    payoffs = torch.tensor(np.stack([game[team] for team in TRAINED]), dtype=torch.float32)
+    all_actions = torch.ones(2, dtype=torch.bool)
+    alpha = 0.0 if objective == "none" else study.alpha
+    points = []
+
+    def draw(*shape: int) -> Tensor:
+        return torch.stack([torch.rand(shape, generator=rng) for rng in rngs])
+
+    def move(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
+        optimiser.zero_grad()
+        loss.sum(0).mean().backward()  # a seed's gradient does not depend on the others
+        optimiser.step()
+
+    for step in range(study.steps + 1):
+        if step % study.every == 0:
+            points.append(policies_of(policy))
+        team = (draw(B) < 0.5).long()  # (n, B): which of the trained ones
+        x = inputs_of(types[team])  # (n, B, 2, 4)
+        flat = x.flatten(1, 2)
+        with torch.no_grad():
+            p = policy(flat).softmax(-1)[..., 1].view(n, B, 2)
+        p = (1 - study.epsilon) * p + study.epsilon / 2
+        u = (draw(B, 2) < p).long()
+        r = payoffs[team, u[..., 0], u[..., 1]]
+        q = critic(flat).view(n, B, 2, 2)
+        total = q.gather(-1, u[..., None]).sum((2, 3)) + b(F.one_hot(team, 2).float())[..., 0]
+        move((total - r).square(), judge)  # Eq. (16) of one step
+        q = q.detach()
+        for _ in range(study.ba_iterations):
+            log_m = torch.zeros(n, B, 2, 2)
+            if objective == "mi":
+                log_pi = script.log_probabilities(policy(flat), all_actions).view(n, B, 2, 2)
+                log_m = script.log_probabilities(marginal(x[..., :2].flatten(1, 2)), all_actions)
+                move(script.marginal_loss(log_pi, log_m.view(n, B, 2, 2)).sum(-1), prior)
+                log_m = script.log_probabilities(marginal(x[..., :2].flatten(1, 2)), all_actions)
+                log_m = log_m.view(n, B, 2, 2)
+            log_pi = script.log_probabilities(policy(flat), all_actions).view(n, B, 2, 2)
+            move(script.policy_loss(log_pi, log_m, q, alpha).sum(-1), actor)
+    return np.stack(points)
+
+
+def exact_rows(study: MatrixGame) -> list[dict[str, str]]:
+    """The optima of the three objectives as alpha varies."""
+    rows = []
+    for objective in OBJECTIVES:
+        for alpha in (0.0,) if objective == "none" else ALPHAS[1:]:
+            found = optima(PAYOFFS[study.payoffs], objective, alpha, study.grid)
+            best, each = found[0], [", ".join(f"{x:.3g}" for x in p) for p in found[0].policies]
+            row = {"objective": LABELS[objective], "alpha": f"{alpha:g}"}
+            row |= {"value": f"{best.value:.3f}", "reward in training": f"{best.reward:.3f}"}
+            row |= {"p(1) of agent 1 as A, B": each[0], "of agent 2": each[1]}
+            rows.append(row | {"greedy in (B,B)": f"{best.unseen:g}", "maxima": str(len(found))})
+    return rows
+
+
+def matrix_game(study: MatrixGame) -> None:
+    """Print the optima; learn, draw and write the curves."""
+    text, game = markdown_table(exact_rows(study)), PAYOFFS[study.payoffs]
+    if study.exact:
+        print(text)
+        return
+    check_out(study.out)
+    rows, (figure, axes) = [], plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    B, ends = TYPES.index("B"), []
+    for k, objective in enumerate(OBJECTIVES):
+        points = learn_game(study, objective)  # (points, n, 2, 2)
+        best = optimum(game, objective, study.alpha, study.grid)
+        at, first, second = np.arange(len(points)) * study.every, *best.policies[:, B]
+        greedy = np.array([[unseen_reward(game, p) for p in now] for now in points])
+        soft = expected(game[UNSEEN], points[..., 0, B], points[..., 1, B])
+        exact = best.unseen, float(expected(game[UNSEEN], first, second))
+        for axis, name, y, line in zip(axes, ("greedy", "drawn"), (greedy, soft), exact):
+            axis.plot(at, y.mean(1), color=f"C{k}", label=LABELS[objective])
+            axis.fill_between(at, y.min(1), y.max(1), color=f"C{k}", alpha=0.2, lw=0)
+            axis.axhline(line, color=f"C{k}", ls=":", lw=1)
+            axis.set(xlabel="steps", title=f"{name} actions in (B,B)")
+            for seed, values in zip(study.seeds, y.T.tolist()):
+                about = {"objective": objective, "actions": name, "seed": seed}
+                rows += [about | {"step": s, "reward": v} for s, v in zip(at.tolist(), values)]
+        end = {"learner": LABELS[objective], "exact optimum": f"{best.unseen:g}"}
+        last = zip(study.seeds, greedy[-1].tolist())
+        ends.append(end | {f"seed {seed}": f"{x:g}" for seed, x in last})
+    axes[0].set_ylabel("reward")
+    axes[0].legend()
+    figure.tight_layout()
+    title = f"Greedy actions in (B,B) after {study.steps} steps, alpha {study.alpha:g}:"
+    finish(study.out, f"{title}\n\n{markdown_table(ends)}\n{text}", rows, figure)
+
+
+# --- Resource Collection from labels --------------------------------------------------------------
+
+TEACHERS = {"forager": forager, "collector": collector}
+KEPT = 8  # rounds of episodes that minibatches are drawn from
+
+
+@dataclasses.dataclass(frozen=True)
+class Imitation:
+    """What REFIL's utilities can learn in Resource Collection when they are told what to do.
+
+    The network of refil_smac.py --scenario resource, its optimiser and minibatches learn a script's
+    actions as labels (cross-entropy, utilities as scores), in episodes that it plays itself (the
+    first ones are the script's): DAgger (Ross et al., 2011). If it earns what the script earns,
+    sight, features, network and number of gradient steps are not what keeps agents from learning
+    the task. --teacher forager sees what agents see, collector everything. Prints what greedy
+    agents earn after so many minibatches and, in the end, beside the scripts.
+    """
+
+    teacher: Literal["forager", "collector"] = "forager"
+    minibatches: Positive = 3000
+    learning_rate: Above = 5e-4  # of RMSprop: the paper's, half of preset cpu's
+    preset: Literal["cpu", "paper"] = "cpu"  # of refil_smac.py: network and minibatches
+    round: Positive = 64  # episodes that are played at a time
+    every: Positive = 50  # minibatches between rounds
+    show: Positive = 500  # minibatches between lines
+    episodes: Positive = 160  # of each line
+    team_sizes: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (3, 4, 5)
+    eval_team_sizes: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (6, 7, 8)
+    seed: Seed = 1
+
+
+def watched(policy: Any, teacher: Any, kept: list[tuple]) -> Any:
+    """policy, with what agents see, what they did last and what the teacher would do in kept."""
+    last = None
+
+    def act(world: ResourceCollection) -> Tensor:
+        nonlocal last
+        if last is None:
+            last = torch.full(world.obs.avail.shape[:2], -1)
+        kept.append((world.obs, last, teacher(world)))
+        last = policy(world)
+        return last
+
+    return act
+
+
+def learn_labels(script: Any, agent: Any, steps: list[tuple], some: Tensor) -> float:
+    """A gradient step on the episodes `some` of a round; the share of labels that were met."""
+    chosen = ((type(o)(*(x[some] for x in o)), a[some], b[some]) for o, a, b in steps)
+    obs, last, label = zip(*chosen)
+    obs = type(obs[0])(*map(torch.cat, zip(*obs)))  # (M, ...), in order of time
+    played = torch.ones(len(steps), len(some), dtype=torch.bool)
+    features = script.encode(obs, torch.cat(last), played, agent.device)
+    with agent.autocast():
+        scores = agent.utility(features)[0].full_view  # (M, A, actions)
+    avail = features.avail_actions
+    there = ~avail[..., 0]  # (M, A)
+    scores = scores.masked_fill(~avail, script.MASKED)[there]
+    label = torch.cat(label)[:, : there.shape[1]][there]
+    loss = F.cross_entropy(scores, label)
+    harness.descend(loss, agent.utility, agent.optimiser, agent.args.max_grad_norm)
+    return float((scores.argmax(-1) == label).float().mean())
+
+
+def imitation(study: Imitation) -> None:
+    """Teach, and print tables."""
+    if not study.team_sizes:
+        raise UsageError("--team-sizes: at least one is needed.")
+    script, teacher = load_script("refil_smac"), TEACHERS[study.teacher]
+    flags = ["--scenario", "resource", "--no-imagine", "--preset", study.preset]
+    flags += ["--learning-rate", str(study.learning_rate), "--seed", str(study.seed)]
+    args = script_args(script, [*flags, "--device", "cpu"])
+    rng = torch.Generator().manual_seed(study.seed)
+    worlds = ResourceCollection(study.team_sizes, study.round, study.seed, once=True)
+    agent = script.Agent(args, worlds.family, torch.device("cpu"))
+    rounds: list[list[tuple]] = []
+    for n in range(study.minibatches):
+        if n % study.every == 0:
+            rounds = [*rounds[1 - KEPT :], []]
+            play(worlds, watched(script.Player(agent) if n else teacher, teacher, rounds[-1]))
+        steps = rounds[int(torch.randint(len(rounds), (), generator=rng))]
+        some = torch.randperm(study.round, generator=rng)[: args.batch_size]
+        right = learn_labels(script, agent, steps, some)
+        if (n + 1) % study.show == 0 or n + 1 == study.minibatches:
+            mixed = ResourceCollection(study.team_sizes, study.episodes, study.seed + 1, once=True)
+            row = {f"after {n + 1}": summarise(play(mixed, script.Player(agent)))}
+            print(f"labels met: {right:.3f}\n{resource_table(row)}\n", flush=True)
+    rows = {}
+    for size in dict.fromkeys((*study.team_sizes, *study.eval_team_sizes)):
+        world = ResourceCollection((size,), study.episodes, study.seed + 1, once=True)
+        policies = {"taught": script.Player(agent)} | scripted_policies(study.seed)
+        for name, policy in policies.items():
+            world.seed(study.seed + 1)  # all meet the same teams and places
+            rows[f"{size} {name}"] = summarise(play(world, policy))
+    print(resource_table(rows))
+
+
+# --- Main -----------------------------------------------------------------------------------------
+
+
+COMMANDS = {
+    "train": train,
+    "tables": tables,
+    "dependence": dependence,
+    "matrix-game": matrix_game,
+    "imitation": imitation,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    torch.set_num_threads(1)
+    return run_subcommand(COMMANDS, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

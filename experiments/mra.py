@@ -1,0 +1,543 @@
+"""MRA's figures and tables: the runs behind them, and what is drawn of runs.
+
+    python experiments/mra.py train fig2 fig3 --tasks resource --seeds 1 2 3
+    python experiments/mra.py figures runs/resource-mra-s1 runs/resource-single-s1 --population 12
+    python experiments/mra.py cross-play runs/pacman-single-s* runs/pacman-mra-s* --population 8,4
+
+`train` starts every run that a figure needs (see its --help); compare.py draws Figs. 2 to 8 from
+them. `figures` makes Figs. 9, 10 and 11, `cross-play` Tables 1 and 2. `SUBCOMMAND --help` has the
+options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+from harness import Count, Positive, Seed, Share, UsageError
+
+import numpy as np
+import torch
+import tyro
+from annotated_types import Interval
+from torch import Tensor
+
+from envs.particle.episodes import Player, play
+from envs.particle.worlds import TASKS, ParticleWorld, unpack
+from envs.statistics import markdown_table
+from experiments.runs import (
+    Job,
+    Run,
+    Runs,
+    beside,
+    check_out,
+    finish,
+    load_script,
+    plt,
+    read_runs,
+    run_subcommand,
+    save_figure,
+    train_all,
+    without_seed,
+    write_rows,
+)
+
+MRA, MADDPG = "mra_maddpg_particle.py", "baselines/maddpg_particle.py"
+
+# --- Training -------------------------------------------------------------------------------------
+
+TRAINED = {
+    "treasure": ("3", "6", "12", "24"),
+    "resource": ("6", "9", "12", "15"),
+    "pacman": ("4,2", "6,3", "8,4"),
+}
+GAME = {"treasure": "6", "resource": "12", "pacman": "8,4"}  # of Fig. 2
+UNSEEN = {"resource": "3 7 10 13 18 24", "treasure": "48", "pacman": "2,8"}
+TARGETS = {  # of Fig. 4: population, flags
+    "treasure": (("6", "--no-shaping"), ("48", "")),
+    "pacman": (("2,8", ""),),
+    "resource": (),
+}
+REPTILE = "--latent-size 1 --phi-gradient actor"
+Figure = Literal["fig2", "fig3", "fig4", "fig5", "fig7", "fig8"]
+Task = Literal["treasure", "resource", "pacman"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The training runs behind MRA's figures: one command per figure starts what it needs.
+
+    Every run of a figure has the same number of environment steps in total, whatever its number of
+    populations (the paper's "equal episodes": divide by 20). Runs go to
+    DIR/{task}-{method}-s{seed}: a finished one is kept, one that was stopped goes on. Figures:
+
+    fig2: MRA, Reptile, the single-game baseline and MADDPG in one game of each world;
+    fig3: MRA and uni-MRA in all training games;
+    fig4: adaptation of fig3's MRA to treasure 6 without shaping, treasure 48, pacman 2,8, and
+    MADDPG there from scratch;
+    fig5: fig3's MRA in resource, evaluated in populations it never met;
+    fig7: option, concat and bilinear representations in resource 6, 9, 12;
+    fig8: resource trained in 2, 3 and 4 games.
+    """
+
+    figures: Annotated[tuple[Figure, ...], tyro.conf.Positional]
+    tasks: tuple[Task, ...] = ("treasure", "resource", "pacman")  # of figs. 2, 3 and 4
+    seeds: tuple[Seed, ...] = (1, 2, 3)
+    total_timesteps: Positive = 240_000  # of every training, in all its populations together
+    adapt_timesteps: Positive = 120_000  # of every adaptation, and of MADDPG beside it
+    preset: Literal["cpu", "paper"] = "cpu"
+    jobs: Positive = 1  # runs at a time
+    dir: Path = Path("runs")
+    flags: str = ""  # for every run, as --flags="--save-every 40000"
+    dry_run: bool = False  # print the commands only
+
+
+class Command(NamedTuple):
+    """A run of a figure."""
+
+    name: str  # of its directory, without the seed
+    script: str
+    flags: str
+    adapts: str = ""  # the name of the run whose weights it begins with
+
+
+def several(task: str, method: str, flags: str = "", names: tuple[str, ...] = ()) -> Command:
+    """A training in several populations."""
+    populations = " ".join(names or TRAINED[task])
+    worlds = f"--task {task} --populations {populations} --eval-populations {UNSEEN[task]}"
+    return Command(f"{task}-{method}", MRA, f"{worlds} {flags}")
+
+
+def of_task(figure: str, task: str) -> list[Command]:
+    """What figs. 2, 3 and 4 train in a world."""
+    one = f"--task {task} --population {GAME[task]}"
+    if figure == "fig2":
+        single = Command(f"{task}-single", MRA, f"--task {task} --populations {GAME[task]}")
+        reptile = several(task, "reptile", REPTILE)
+        return [several(task, "mra"), reptile, single, Command(f"{task}-maddpg", MADDPG, one)]
+    if figure == "fig3":
+        return [several(task, "mra"), several(task, "uni", "--latent-prior uniform")]
+    return [several(task, "mra")] if figure == "fig4" else []
+
+
+def of_resource(figure: str) -> list[Command]:
+    """What figs. 5, 7 and 8 train, in resource occupation."""
+    three = ("6", "9", "12")
+    option = several("resource", "3-option", "--representation option", three)
+    if figure == "fig5":
+        return [several("resource", "mra")]
+    if figure == "fig7":
+        others = ("concat", "bilinear")
+        ways = [several("resource", f"3-{x}", f"--representation {x}", three) for x in others]
+        return [option, *ways]
+    if figure == "fig8":  # three games are fig. 7's with options, four those of figs. 2, 3 and 5
+        two = several("resource", "of-2", "", ("6", "12"))
+        return [two, option, several("resource", "mra")]
+    return []
+
+
+def adaptations(task: str) -> list[Command]:
+    """The second stage of fig. 4: MRA goes on in a population, and MADDPG begins there."""
+    commands = []
+    for population, flags in TARGETS[task]:
+        place = f"{task}-{population.replace(',', '-')}{'-sparse' if flags else ''}"
+        own = f"--population {population} {flags}"
+        commands.append(Command(f"{place}-adapt", MRA, own, adapts=f"{task}-mra"))
+        commands.append(Command(f"{place}-maddpg", MADDPG, f"--task {task} {own}"))
+    return commands
+
+
+def jobs_of(commands: list[Command], study: Train, timesteps: int) -> list[Job]:
+    """The commands' runs, seed by seed; what several figures share is one run."""
+    jobs = []
+    root = study.dir.resolve()
+    for seed, command in itertools.product(study.seeds, dict.fromkeys(commands)):
+        flags = shlex.split(f"{command.flags} {study.flags}")
+        if command.adapts:  # its preset is its source's
+            flags = ["--adapt", str(root / f"{command.adapts}-s{seed}"), *flags]
+        else:
+            flags = [*flags, "--preset", study.preset]
+        jobs.append(
+            Job(
+                run=root / f"{command.name}-s{seed}",
+                script=command.script,
+                flags=tuple(flags),
+                seed=seed,
+                timesteps=timesteps,
+            )
+        )
+    return jobs
+
+
+def train(study: Train) -> None:
+    """All runs of the figures, seed by seed; adaptations when what they adapt has been trained."""
+    first: list[Command] = []
+    then: list[Command] = []
+    for figure in study.figures:
+        for task in study.tasks:
+            first += of_task(figure, task)
+            then += adaptations(task) if figure == "fig4" else []
+        first += of_resource(figure)
+    for commands, timesteps in (first, study.total_timesteps), (then, study.adapt_timesteps):
+        train_all(jobs_of(commands, study, timesteps), study.jobs, study.dry_run)
+
+
+# --- Trained agents -------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    """A run's newest checkpoint."""
+
+    name: str
+    run: Run
+    script: Any  # the module
+    args: Any
+    agent: Any
+    populations: tuple[str, ...]  # that it was trained in
+
+
+def load(run: Run) -> Trained:
+    """The agents of a run directory, on the CPU; UsageError if it is not of a particle script."""
+    known = [Path(path).stem for path in (MRA, MADDPG)]
+    if run.args["script"] not in known:
+        wanted = " or ".join(known)
+        raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {wanted}.")
+    script = load_script(run.args["script"])
+    args, agent = script.load_agent(str(run.path))
+    populations = getattr(args, "populations", ())
+    if not populations or args.adapt:
+        populations = (args.population,)
+    return Trained(run.name, run, script, args, agent, populations)
+
+
+def make_world(trained: Trained, population: str, episodes: int, seed: int) -> ParticleWorld:
+    """Worlds as the run's own, at a population; UsageError if there is none of that."""
+    return trained.script.make_envs(trained.args, population, episodes, seed)
+
+
+# --- Figs. 9, 10 and 11 ---------------------------------------------------------------------------
+
+MOVES = {1: (-1, 0), 2: (1, 0), 3: (0, -1), 4: (0, 1)}  # of actions
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Figs. 9, 10 and 11 of MRA, from run directories.
+
+    Fig. 9, a column per run of several populations: the bound on I(g; a|o), xi's loss (and log |M|,
+    what knowing nothing costs), how often xi is right beside how often it is when it is shown a
+    uniform g, and return per z in the evaluations on the way (--eval-every). Fig. 10: where one
+    agent goes from one and the same beginning, by z in a run of several populations (and everybody
+    has that z), and in runs of one population beside it. Fig. 11: whom that agent attends to, edges
+    above --edge, by z, and with which probability it takes each action. Agents are blue, ghosts
+    green, the dead hollow.
+    """
+
+    runs: Runs  # of mra_maddpg_particle.py
+    population: str = ""  # default: the largest of the first run
+    seed: Seed = 1  # of the world
+    agent: Count = 0  # the one whose way and graphs are drawn
+    step: Count = 8  # of the episode in Fig. 11
+    edge: Share = 0.1  # weaker edges are not drawn
+    out: Path = Path("mra_figures")  # writes OUT-9.png, OUT-9.csv, OUT-10.png, OUT-11.png
+
+
+def read_points(trained: Trained) -> list[dict[str, Any]]:
+    """A row per logged figure of Fig. 9."""
+    rows, returns = [], returns_of(trained)
+    for scalars in trained.run.log:
+        for name, value in scalars.items():
+            kind, _, rest = name.partition("/")
+            wanted = ("information", "xi_loss", "xi_accuracy", "xi_accuracy_uniform_g")
+            player, _, figure = rest.partition("/")
+            if kind == "eval" and " z=" in player and figure in returns:
+                kind, rest = figure, player
+            elif kind not in wanted:
+                continue
+            row = {"run": trained.name, "timesteps": scalars["timesteps"]}
+            rows.append(row | {"figure": kind, "of": rest, "value": value})
+    return rows
+
+
+def returns_of(trained: Trained) -> list[str]:
+    """What evaluations call returns: of all agents or of each role."""
+    roles = TASKS[trained.args.task].roles
+    return ["return"] if len(roles) == 1 else [f"return_{role}" for role in roles]
+
+
+def draw_curves(runs: list[Trained], rows: list[dict[str, Any]]) -> Any:
+    """Fig. 9: a column per run."""
+    panels = {
+        "information": "bound on I(g; a|o), nats",
+        "xi_loss": "loss of xi, nats",
+        "xi_accuracy": "xi is right; dashed: uniform g",
+    }
+    for name in returns_of(runs[0]):
+        panels[name] = f"{name.replace('_', ' of ', 1)} with z, less mean"
+    size = (4.4 * len(runs), 2.4 * len(panels))
+    figure, axes = plt.subplots(len(panels), len(runs), figsize=size, squeeze=False, sharex="col")
+    for column, trained in enumerate(runs):
+        name = trained.name
+        own = [row for row in rows if row["run"] == name]
+        for axis, (kind, label) in zip(axes[:, column], panels.items()):
+            for number, population in enumerate(trained.populations):
+                colour = f"C{number}"
+                if kind.startswith("return"):
+                    draw_returns(axis, own, kind, population, colour)
+                    continue
+                axis.plot(*points(own, kind, population), color=colour, label=population)
+                if kind == "xi_accuracy":
+                    dashed = points(own, "xi_accuracy_uniform_g", population)
+                    axis.plot(*dashed, "--", color=colour, lw=0.8)
+            if kind == "xi_loss":
+                axis.axhline(math.log(len(trained.populations)), color="0.5", lw=0.8, ls=":")
+            axis.set_ylabel(label, fontsize=8)
+            axis.grid(alpha=0.3)
+        axes[0][column].set_title(name, fontsize=10)
+        axes[0][column].legend(fontsize=8, title="population", title_fontsize=8)
+        axes[-1][column].set_xlabel("thousand environment steps", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def points(rows: list[dict[str, Any]], kind: str, of: str) -> tuple[list[float], list[float]]:
+    chosen = [row for row in rows if row["figure"] == kind and row["of"] == of]
+    return [row["timesteps"] / 1000 for row in chosen], [row["value"] for row in chosen]
+
+
+def draw_returns(axis: Any, rows: list[dict], kind: str, population: str, colour: str) -> None:
+    """A line per z: its return less the mean over z, at each evaluation."""
+    names = {row["of"] for row in rows if row["figure"] == kind}
+    lines = [points(rows, kind, name) for name in sorted(names)]
+    lines = [line for name, line in zip(sorted(names), lines) if name.split(" ")[0] == population]
+    if not lines or len({len(steps) for steps, _ in lines}) > 1:
+        return
+    mean = np.mean([values for _, values in lines], 0)
+    for steps, values in lines:
+        axis.plot(steps, np.array(values) - mean, color=colour, lw=0.8, marker=".", ms=3)
+
+
+def latents(world: ParticleWorld, z: int) -> torch.Tensor:
+    return torch.full((world.num_worlds, world.num_agents), z)
+
+
+@torch.no_grad()
+def walk(trained: Trained, study: Figures, population: str, z: int) -> np.ndarray:
+    """Positions (steps + 1, N, 2) in one episode where everybody has z."""
+    world = make_world(trained, population, 1, study.seed)
+    world.reset()
+    player = trained.script.net_player(trained.agent, latents(world, z), study.seed)
+    way = [unpack(world.game, world.state.T).position[..., 0].T.numpy()]
+    for _ in range(world.horizon):
+        step = world.step(player(world))
+        way.append(unpack(world.game, step.final_state.T).position[..., 0].T.numpy())
+        if step.terminated[0]:
+            break
+    return np.stack(way)
+
+
+def draw_ground(axis: Any, world: ParticleWorld) -> None:
+    """Landmarks, and the square where things begin."""
+    bodies = unpack(world.game, world.state.T)
+    for radius, (x, y) in zip(world.game.landmark_radius, bodies.landmarks[..., 0].T.tolist()):
+        axis.add_patch(plt.Circle((x, y), radius, fc="#fad778", ec="#be8c1e", lw=0.8))
+    axis.add_patch(plt.Rectangle((-1, -1), 2, 2, fill=False, ec="0.8", lw=0.8))
+    axis.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", xticks=[], yticks=[])
+
+
+def draw_ways(runs: list[Trained], study: Figures, population: str) -> Any:
+    """Fig. 10: on the left runs of this population alone, then each run of several, by z."""
+    single = [x for x in runs if x.populations == (population,)]
+    several = [x for x in runs if len(x.populations) > 1]
+    count = bool(single) + len(several)
+    figure, axes = plt.subplots(1, count, figsize=(4.0 * count, 4.4), squeeze=False)
+    panels = [("trained in this game alone", [(x, 0, x.name) for x in single])]
+    panels = panels if single else []
+    for x in several:
+        ways = [(x, z, f"z = {z}") for z in range(x.args.latent_size)]
+        panels.append((x.name, ways))
+    for axis, (title, ways) in zip(axes[0], panels):
+        world = make_world(ways[0][0], population, 1, study.seed)
+        world.reset()
+        draw_ground(axis, world)
+        for number, (trained, z, label) in enumerate(ways):
+            way, colour = walk(trained, study, population, z), f"C{number}"
+            axis.plot(*way[:, study.agent].T, "-", color=colour, label=label, lw=1.4)
+            axis.plot(*way[-1, study.agent], "o", color=colour, ms=6)
+            axis.plot(*way[-1].T, ".", color=colour, ms=3, alpha=0.5)
+            axis.plot(*way[0].T, ".", color="0.6", ms=4)
+        axis.plot(*way[0, study.agent], "ks", ms=5)
+        axis.set_title(title, fontsize=9)
+        axis.legend(fontsize=7, loc="lower center", ncols=3)
+    figure.tight_layout()
+    return figure
+
+
+@torch.no_grad()
+def draw_graphs(trained: Trained, study: Figures, population: str) -> Any:
+    """Fig. 11: one moment, a panel per z."""
+    Z = trained.args.latent_size
+    world = make_world(trained, population, 1, study.seed)
+    world.reset()
+    player = trained.script.load_player(str(trained.run.path), study.seed)
+    for _ in range(min(study.step, world.horizon - 1)):
+        world.step(player(world))
+    columns = min(3, Z)
+    lines = -(-Z // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.3 * columns, 3.5 * lines), squeeze=False)
+    places = unpack(world.game, world.state.T).position[..., 0].T
+    for z, axis in enumerate(axes.flat[:Z]):
+        view = trained.agent.view(world.game, world.obs, latents(world, z))
+        g = trained.agent.attention(view)
+        chances = trained.agent.actor(view, g).softmax(-1)[0, study.agent]
+        draw_ground(axis, world)
+        for kind, alive, place in zip(world.game.types, view.alive[0], places):
+            colour = ("tab:blue", "tab:green")[kind]
+            axis.plot(*place, "o", color=colour, mfc=colour if alive else "none", ms=5)
+        me = places[study.agent]
+        for other, weight in zip(places, g[0, study.agent]):
+            if weight > study.edge:
+                axis.plot(*zip(me, other), color="tab:red", lw=4 * float(weight), alpha=0.7)
+        axis.plot(*me, "ko", ms=7)
+        for action, (x, y) in MOVES.items():
+            length = 0.5 * float(chances[action])
+            axis.arrow(*me, x * length, y * length, color="k", width=0.012, zorder=4)
+        axis.set_title(f"z = {z}, p(z|m) = {prior(trained, world, study.agent)[z]:.2f}", fontsize=9)
+    for axis in axes.flat[Z:]:
+        axis.axis("off")
+    figure.suptitle(f"{trained.name}, edges above {study.edge}", fontsize=9)
+    figure.tight_layout(h_pad=2)
+    return figure
+
+
+def prior(trained: Trained, world: ParticleWorld, agent: int) -> list[float]:
+    return trained.agent.log_prior(world.game)[agent].exp().tolist()
+
+
+def figures(study: Figures) -> None:
+    """Read the runs, then write the files."""
+    check_out(study.out)
+    runs = [load(run) for run in read_runs(study.runs)]
+    for trained in runs:
+        if not hasattr(trained.args, "latent_size"):
+            raise UsageError(f"{trained.run.where} is a run without latents.")
+        if trained.args.task != runs[0].args.task:
+            sentence = f"is a run of {trained.args.task}, the first is not"
+            raise UsageError(f"{trained.run.where} {sentence}.")
+    several = [x for x in runs if len(x.populations) > 1]
+    if not several:
+        raise UsageError("None of these runs has several populations.")
+    population = study.population or several[0].populations[-1]
+    if study.agent >= make_world(runs[0], population, 1, 1).num_agents:
+        raise UsageError(f"--agent {study.agent}: a population of {population} has fewer.")
+    rows = [row for trained in several for row in read_points(trained)]
+    if not rows:
+        raise UsageError("These runs have logged nothing yet.")
+    write_rows(beside(study.out, "-9.csv"), rows)
+    pictures = {
+        "9": draw_curves(several, rows),
+        "10": draw_ways(runs, study, population),
+        "11": draw_graphs(several[0], study, population),
+    }
+    for number, figure in pictures.items():
+        save_figure(figure, beside(study.out, f"-{number}.png"))
+        print(f"wrote {study.out}-{number}.png")
+
+
+# --- Tables 1 and 2 -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossPlay:
+    """Pac-Men of one run against ghosts of another: Tables 1 and 2 of MRA.
+
+    Runs whose names differ by -s1, -s2, ... only are seeds of one method. For each pair of methods
+    all runs' Pac-Men play against all runs' ghosts, --episodes episodes a pair, the same for all
+    pairs; latents are drawn from p(z|m). Writes OUT.csv (a row per pair of runs) and OUT.md: mean
+    returns per agent over pairs of runs, with the lowest and highest pair, and as in the paper
+    divided by the largest of the table (where all are positive).
+    """
+
+    runs: Runs  # of mra_maddpg_particle.py or baselines/maddpg_particle.py, in pacman
+    population: str = "8,4"  # Pac-Men, ghosts
+    episodes: Annotated[int, Interval(ge=2)] = 200  # of each pair of runs
+    seed: Seed = 1
+    out: Path = Path("cross_play")  # writes OUT.csv and OUT.md
+
+
+def together(pac_men: Player, ghosts: Player) -> Player:
+    """Agents of the first type from one player, the others from another."""
+
+    def act(world: ParticleWorld) -> Tensor:
+        first = world.game.population[0]
+        return torch.cat((pac_men(world)[:, :first], ghosts(world)[:, first:]), 1)
+
+    return act
+
+
+def play_pair(a: Trained, b: Trained, study: CrossPlay) -> np.ndarray:
+    """(2,): returns per Pac-Man of a and per ghost of b."""
+    world = make_world(a, study.population, study.episodes, study.seed)
+    pac_men = a.script.load_player(str(a.run.path), study.seed)
+    ghosts = b.script.load_player(str(b.run.path), study.seed + 1)
+    return play(world, together(pac_men, ghosts)).mean(0)
+
+
+def tables(rows: list[dict]) -> str:
+    """A table for Pac-Men and one for ghosts, raw and divided by the largest."""
+    text = ""
+    methods = list(dict.fromkeys(row["pac_men"] for row in rows))
+    for role in ("pac_man", "ghost"):
+        found = {}
+        for pair in itertools.product(methods, methods):
+            x = [r[role] for r in rows if (r["pac_men"], r["ghosts"]) == pair]
+            found[pair] = (float(np.mean(x)), min(x), max(x), len(x))
+        largest, lines = max(mean for mean, *_ in found.values()), []
+        for (pac_men, ghosts), (mean, low, high, pairs) in found.items():
+            line = {"Pac-Men of": pac_men, "ghosts of": ghosts, "return": f"{mean:.2f}"}
+            line |= {"lowest and highest pair": f"{low:.2f}, {high:.2f}", "pairs": pairs}
+            share = f"{mean / largest:.2f}" if min(m for m, *_ in found.values()) > 0 else "-"
+            lines.append(line | {"divided by the largest": share})
+        text += f"Return per {role.replace('_', '-')} and episode\n\n{markdown_table(lines)}\n"
+    return text
+
+
+def cross_play(study: CrossPlay) -> None:
+    """Play all pairs, then write both files."""
+    check_out(study.out)
+    trained = [load(run) for run in read_runs(study.runs)]
+    for x in trained:
+        if x.args.task != "pacman":
+            raise UsageError(f"{x.run.where} is a run of {x.args.task}, not of pacman.")
+        if not x.args.share_parameters and x.populations != (study.population,):
+            only = f"has parameters per agent, for {x.populations[0]} only"
+            raise UsageError(f"{x.run.where} {only}.")
+    rows = []
+    for a, b in itertools.product(trained, trained):
+        pac_man, ghost = play_pair(a, b, study)
+        names = {"pac_men": without_seed(a.name), "ghosts": without_seed(b.name)}
+        runs = {"pac_men_run": a.name, "ghosts_run": b.name}
+        rows.append(names | runs | {"pac_man": float(pac_man), "ghost": float(ghost)})
+    text = f"{study.episodes} episodes per pair of runs, population {study.population}\n\n"
+    finish(study.out, text + tables(rows), rows)
+
+
+# --- Main -----------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    torch.set_num_threads(1)
+    commands = {"train": train, "figures": figures, "cross-play": cross_play}
+    return run_subcommand(commands, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,508 @@
+"""What scripted players earn, world by world: the reference points of every table.
+
+    python experiments/scripted.py meltingpot coins --episodes 20 --out docs/data/bots_coins
+    python experiments/scripted.py particle --out docs/data/particle_players
+    python experiments/scripted.py combat --scenarios sz --team-sizes 3 8 --episodes 512
+    python experiments/scripted.py combat --backend sc2 --num-envs 4 --episodes 32    StarCraft II
+    python experiments/scripted.py collection --team-sizes 3 8 --episodes 64
+
+`SUBCOMMAND --help` has the options, and what each table's figures mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+from harness import Count, Positive, Seed, UsageError
+
+import numpy as np
+import torch
+import tyro
+from annotated_types import Interval
+from tqdm import tqdm
+
+from envs.meltingpot.bots import puppet_kind
+from envs.meltingpot.scenarios import GOAL, RANDOM, Plan, ScenarioEngine, goal_names, unscripted
+from envs.meltingpot.tiles import Palette, Spec
+from envs.meltingpot.worlds import get_spec, import_meltingpot
+from envs.particle import episodes as particle_episodes
+from envs.particle.worlds import TASKS, ParticleWorld
+from envs.smac import episodes as combat_episodes
+from envs.smac import resource_collection
+from envs.smac.combat import EnemyAI, Scenario
+from envs.smac.game import BattleError, make_battles
+from envs.smac.resource_collection import NOOP, STAY, ResourceCollection
+from envs.statistics import draw_rows, markdown_table, mean_interval, ratio_interval
+from experiments.runs import check_out, finish, run_subcommand
+
+# --- Melting Pot ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Bots:
+    """What scripted bots achieve beside each other, and how often they do what they intend.
+
+    One visitor meets residents of one kind on all other seats. Rows are visitors, columns
+    residents; a cell has the visitor's return and the residents', per capita and 1,000 steps, with
+    95 % bootstrap intervals over episodes (resampled as wholes; rates are ratios of totals).
+    "random" plays every action with equal probability. Without --visitors and --residents the table
+    has the substrate's bots with one fixed goal, random play, and one bot of every kind of
+    puppeteer; or, where all bots change their goals, a puppet for each goal ("goal:CLEAN") as
+    visitor, and random play and bots of every kind of puppeteer as residents.
+
+    The second table (where acts are judged) pools all of a bot's episodes: the share of its acts
+    that fit the goal that its puppeteer had set at that moment, and how many such acts it managed
+    in 100 steps. An act is, in *_in_the_matrix, an interaction, which fits if the intended resource
+    leads in the own inventory; in coins a coin, which fits if its colour is the goal's (cooperate:
+    own, defect: any, spite: the other's); in coop_mining an ore extracted, which fits if it is the
+    goal's (all: either). The third table counts, for each bot, the engine's events that name a
+    player (what was eaten, zapped, cleaned, claimed, ...) per 1,000 steps and seat.
+
+    Writes OUT.csv, a line per episode, and OUT.md. Episodes are cut at --steps.
+    """
+
+    substrate: Annotated[str, tyro.conf.Positional]
+    visitors: tuple[str, ...] = ()  # bots, without the substrate's name, and random
+    residents: tuple[str, ...] = ()  # the same
+    episodes: Positive = 20  # per cell
+    steps: Positive = 1000  # of an episode at most
+    jobs: Count = 0  # processes; 0: one per core
+    seed: Seed = 1
+    out: Path = Path("bot_returns")  # writes OUT.csv and OUT.md
+
+
+def default_bots(substrate: str) -> tuple[list[str], list[str]]:
+    """Visitors (fixed goals and random) and residents (these, then one of each other kind)."""
+    import_meltingpot()
+    from meltingpot.configs import bots
+
+    fixed, others = {}, {}
+    for name, config in bots.BOT_CONFIGS.items():
+        if config.substrate != substrate or config.puppeteer_builder is None:
+            continue
+        puppeteer = config.puppeteer_builder()
+        kind = type(puppeteer).__name__
+        about = {k: v for k, v in vars(puppeteer).items() if "margin" not in k}
+        about = {k: v.tolist() if isinstance(v, np.ndarray) else str(v) for k, v in about.items()}
+        short = name.removeprefix(f"{substrate}__")
+        chosen = fixed if kind in ("Specialist", "FixedGoal") else others
+        chosen.setdefault((kind, *map(str, about.values())), short)
+    if not fixed and not substrate.endswith(("__arena", "__repeated")):
+        visitors, residents = [*(GOAL + goal for goal in goal_names(substrate)), RANDOM], [RANDOM]
+    else:
+        visitors = residents = [*fixed.values(), RANDOM]
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for (kind, *_), short in others.items():
+        kinds[kind].append(short)
+    return visitors, [*residents, *itertools.chain.from_iterable(x[:4] for x in kinds.values())]
+
+
+def text(x) -> str:
+    """A value of an event."""
+    return x.decode() if isinstance(x, bytes) else f"{float(x):g}"
+
+
+def full(substrate: str, name: str) -> str:
+    """A bot's whole name."""
+    return name if name == RANDOM or name.startswith(GOAL) else f"{substrate}__{name}"
+
+
+# Keys of events that name the player who acts (1-based), and those that say on what.
+ACTORS = (b"player_index", b"source", b"gifter_index", b"player")
+OBJECTS = (b"mushroom_type", b"berry_color", b"target_berry", b"ore_type")
+
+
+def interaction_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool]]:
+    """*_in_the_matrix: both sides; fits if the intended resource alone leads in the inventory."""
+    for side in (b"row", b"col"):
+        seat = int(event[side + b"_player_idx"]) - 1
+        inventory = np.asarray(event[side + b"_inventory"])
+        best = np.flatnonzero(inventory == inventory.max())
+        yield seat, goals[seat] >= 0 and best.tolist() == [goals[seat] % len(inventory)]
+
+
+def coin_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool]]:
+    """coins: cooperate takes its own colour, defect any, spite the other's."""
+    seat = int(event[b"player_index"]) - 1
+    own = event[b"player_coin_type"] == event[b"coin_type"]
+    yield seat, {0: own, 1: True, 2: not own}.get(goals[seat], False)
+
+
+def extraction_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool]]:
+    """coop_mining: iron (1), gold (2), gold, either."""
+    seat, ore = int(event[b"player"]) - 1, int(event[b"ore_type"])
+    yield seat, {0: ore == 1, 1: ore == 2, 2: ore == 2}.get(goals[seat], True)
+
+
+# By the engine's names of events: whose act it is, and whether it fits that seat's goal, whose
+# number stands in goals (N,), -1 without.
+FITS = {
+    "interaction": interaction_fits,
+    "coin_consumed": coin_fits,
+    "extraction": extraction_fits,
+}
+
+
+class Acts:
+    """Counts each seat's acts, those that fit its goal, and all events of each seat."""
+
+    def __init__(self, engine: ScenarioEngine, spec: Spec):
+        self.engine, self.substrate = engine, spec.substrate
+        self.done, self.fit = np.zeros(spec.num_agents, int), np.zeros(spec.num_agents, int)
+        self.events = [Counter() for _ in range(spec.num_agents)]
+        self.goals = np.full(spec.num_agents, -1)
+        for bot in engine.bots:
+            if bot.policy is not None:
+                self.watch(bot)
+
+    def watch(self, bot) -> None:
+        """Note the goal whenever the bot's puppet gets one."""
+        puppet = bot.policy._puppet
+        act = puppet.act
+
+        def noting(goal, seen, memory):
+            self.goals[bot.seat] = goal
+            return act(goal, seen, memory)
+
+        puppet.act = noting
+
+    def count(self) -> None:
+        """Read the last step's events."""
+        for name, items in self.engine.lab.events():
+            event = dict(zip(items[1::2], items[2::2]))
+            seats = [int(event[key]) - 1 for key in ACTORS if key in event][:1]
+            for seat in seats:
+                about = [text(event[key]) for key in OBJECTS if key in event]
+                self.events[seat][" ".join([name, *about])] += 1
+            for seat, fits in FITS[name](event, self.goals) if name in FITS else ():
+                self.done[seat] += 1
+                self.fit[seat] += bool(fits)
+
+
+class Job(NamedTuple):
+    """One episode to play."""
+
+    substrate: str
+    visitor: str
+    resident: str
+    seed: int
+    episode: int
+    steps: int
+
+
+def play_bots(job: Job) -> dict[str, Any]:
+    """One episode: figures of the visitor on seat 0 and, per capita, of the residents."""
+    substrate, visitor, resident = job.substrate, job.visitor, job.resident
+    spec = get_spec(substrate)
+    names = [visitor] + [resident] * (spec.num_agents - 1)
+    plan = Plan("", spec, tuple((full(substrate, name),) for name in names))
+    engine = ScenarioEngine(plan, "scripted", (job.seed, job.episode), Palette.private())
+    acts, returns = Acts(engine, spec), np.zeros(spec.num_agents)
+    reward, pick_ups = np.zeros(spec.num_agents), np.zeros(spec.num_agents, np.int64)
+    for length in range(1, job.steps + 1):  # noqa: B007
+        goes_on = engine.step(np.zeros(0, np.int64))
+        engine.read_rewards(reward, pick_ups)
+        returns += reward
+        acts.count()
+        if not goes_on:
+            break
+    row = {"substrate": substrate, "visitor": visitor, "resident": resident, "episode": job.episode}
+    row |= {"length": length}
+    for who, seats in (("visitor", slice(0, 1)), ("resident", slice(1, None))):
+        row[f"{who}_return"] = round(float(returns[seats].mean()), 4)
+        row[f"{who}_acts"] = float(acts.done[seats].mean())
+        row[f"{who}_fitting"] = float(acts.fit[seats].mean())
+        total = sum(acts.events[seats], Counter())
+        row[f"{who}_events"] = json.dumps({k: v / len(returns[seats]) for k, v in total.items()})
+    return row
+
+
+def rate(numerator: np.ndarray, denominator: np.ndarray, scale: float, digits: int = 1) -> str:
+    """scale * sum / sum with its 95 % bootstrap interval over episodes."""
+    if not denominator.sum():
+        return ""
+    rows = draw_rows(len(numerator))
+    low, high = ratio_interval(scale * numerator, denominator, rows)
+    mean = scale * numerator.sum() / denominator.sum()
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def bot_tables(rows: list[dict], study: Bots, visitors: list[str], residents: list[str]) -> str:
+    """Both tables in Markdown."""
+    cells = defaultdict(list)
+    for row in rows:
+        cells[row["visitor"], row["resident"]].append(row)
+
+    def column(chosen: list[dict], name: str) -> np.ndarray:
+        return np.array([row[name] for row in chosen], float)
+
+    lines = [
+        f"Return per 1,000 steps, visitor / residents per capita, {study.episodes} episodes:",
+        "",
+    ]
+    lines += ["| visitor \\ residents | " + " | ".join(residents) + " |"]
+    lines += ["|---" * (len(residents) + 1) + "|"]
+    for visitor in visitors:
+        line = []
+        for resident in residents:
+            chosen = cells[visitor, resident]
+            length = column(chosen, "length")
+            parts = (
+                rate(column(chosen, f"{who}_return"), length, 1000)
+                for who in ("visitor", "resident")
+            )
+            line.append(" / ".join(parts))
+        lines.append(f"| {visitor} | " + " | ".join(line) + " |")
+    judged = any(row["visitor_acts"] or row["resident_acts"] for row in rows)
+    if judged:
+        lines += ["", "| bot | acts that fit its goal, % | such acts per 100 steps | episodes |"]
+        lines += ["|---|---|---|---|"]
+    for bot in dict.fromkeys([*visitors, *residents]):
+        if bot == RANDOM or not judged:
+            continue
+        own = [figures for row in rows if (figures := of_bot(row, bot))]
+        done, fit, steps = np.array(own, float).T
+        share, speed = rate(fit, done, 100), rate(fit, steps, 100, 2)
+        lines.append(f"| {bot} | {share} | {speed} | {len(own)} |")
+    return "\n".join(lines + [""] + event_table(rows, [*visitors, *residents])) + "\n"
+
+
+def of_bot(row: dict, bot: str) -> tuple[float, float, float] | None:
+    """A bot's acts, fitting ones and steps in one episode; as visitor and as resident it sits
+    beside itself: one episode still, of two shares that depend on each other."""
+    own = [who for who in ("visitor", "resident") if row[who] == bot]
+    sums = (sum(row[f"{who}_{x}"] for who in own) for x in ("acts", "fitting"))
+    return (*sums, len(own) * row["length"]) if own else None
+
+
+def event_table(rows: list[dict], bots: list[str]) -> list[str]:
+    """Events per 1,000 steps and seat, by bot."""
+    counts, steps = {bot: Counter() for bot in bots}, Counter()
+    for row, who in itertools.product(rows, ("visitor", "resident")):
+        counts[row[who]].update(json.loads(row[f"{who}_events"]))
+        steps[row[who]] += row["length"]
+    names = sorted({name for found in counts.values() for name in found})
+    lines = [f"| events per 1,000 steps | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for bot in counts:
+        cells = (f"{1000 * counts[bot][name] / steps[bot]:.1f}" for name in names)
+        lines.append(f"| {bot} | {' | '.join(cells)} |")
+    return lines
+
+
+def choose_bots(study: Bots) -> tuple[list[str], list[str]]:
+    """Visitors and residents; UsageError for what cannot be played."""
+    spec = get_spec(study.substrate)
+    if puppet_kind(study.substrate) is None:
+        raise UsageError(f"{study.substrate} has no scripted bots: see docs/scenarios.md.")
+    visitors, residents = default_bots(study.substrate)
+    visitors, residents = list(study.visitors) or visitors, list(study.residents) or residents
+    goals = goal_names(study.substrate)
+    for bot in (*visitors, *residents):
+        if bot.startswith(GOAL) and bot.removeprefix(GOAL) not in goals:
+            raise UsageError(f"{study.substrate} has no goal {bot}: it has {', '.join(goals)}.")
+        plan = Plan("", spec, ((full(study.substrate, bot),),))
+        if not bot.startswith(GOAL) and unscripted(plan):
+            raise UsageError(f"{study.substrate} has no puppet {bot}: see docs/scenarios.md.")
+    return visitors, residents
+
+
+def meltingpot(study: Bots) -> None:
+    """Play everything, then write both files."""
+    try:
+        visitors, residents = choose_bots(study)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    check_out(study.out)
+    jobs = [
+        Job(study.substrate, visitor, resident, study.seed, episode, study.steps)
+        for visitor in visitors
+        for resident in residents
+        for episode in range(study.episodes)
+    ]
+    cores = study.jobs or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
+        played = pool.map(play_bots, jobs, chunksize=2)
+        rows = list(tqdm(played, total=len(jobs), unit=" episodes"))
+    finish(study.out, bot_tables(rows, study, visitors, residents), rows)
+
+
+# --- Particle worlds ------------------------------------------------------------------------------
+
+
+POPULATIONS = {
+    "treasure": ("3", "6", "12", "24", "48"),
+    "resource": ("3", "6", "7", "9", "10", "12", "13", "15", "18", "24"),
+    "pacman": ("4,2", "6,3", "8,4", "2,8"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Particle:
+    """What scripted players earn in the particle worlds.
+
+    Return per agent of each type and episode, with 95 % bootstrap intervals over episodes. Random
+    play draws each action with the same probability; nearest-first and flee are
+    envs/particle/worlds.py's. Writes OUT.csv and OUT.md.
+    """
+
+    tasks: tuple[Literal["treasure", "resource", "pacman"], ...] = tuple(POPULATIONS)
+    episodes: Annotated[int, Interval(ge=2)] = 1024  # of each player and population
+    seed: Seed = 1
+    out: Path = Path("particle_players")  # writes OUT.csv and OUT.md
+
+
+def particle_rows(task: str, population: str, study: Particle) -> list[dict[str, Any]]:
+    """A row for each role and player."""
+    numbers = particle_episodes.read_population(population)
+    drawn = draw_rows(study.episodes, resamples=1000, seed=study.seed)
+    rows = []
+    for player, policy in particle_episodes.scripted_players(study.seed).items():
+        world = ParticleWorld(task, numbers, study.episodes, seed=study.seed)
+        returns = particle_episodes.play(world, policy)  # (episodes, types)
+        for role, x in zip(TASKS[task].roles, returns.T, strict=True):
+            low, high = mean_interval(x, drawn)
+            row = {"task": task, "population": population, "role": role, "player": player}
+            rows.append(row | {"mean": x.mean(), "low": low, "high": high, "episodes": len(x)})
+    return rows
+
+
+def particle(study: Particle) -> None:
+    """Play everything, then write both files."""
+    if not study.tasks:
+        raise UsageError("--tasks names none.")
+    check_out(study.out)
+    rows = []
+    for task in study.tasks:
+        for population in POPULATIONS[task]:
+            rows += particle_rows(task, population, study)
+    lines: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        place = (row["task"], row["population"], row["role"])
+        line = lines.setdefault(place, dict(zip(("world", "population", "who"), place)))
+        line[row["player"]] = f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    finish(study.out, markdown_table(list(lines.values())), rows)
+
+
+# --- Battles --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Battles:
+    """What scripted agents win in battles, per family and team size."""
+
+    scenarios: tuple[Scenario, ...] = ("sz", "csz", "mmm")
+    team_sizes: tuple[Positive, ...] = (3, 4, 5, 6, 7, 8)
+    episodes: Positive = 2048  # of each cell
+    seed: Seed = 1
+    enemy_ai: EnemyAI = "sticky"  # of the simulator
+    backend: Literal["sim", "sc2"] = "sim"  # docs/battles.md
+    num_envs: Positive = 4  # sc2: games at a time
+    game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
+
+
+def new_battles(study: Battles, scenario: str, size: int) -> Any:
+    """All episodes at once; in StarCraft II so many games."""
+    number, options = study.episodes, {"enemy_ai": study.enemy_ai}
+    if study.backend == "sc2":
+        number, options = study.num_envs, {"game_version": study.game_version or None}
+    return make_battles(study.backend, scenario, (size,), number, study.seed, once=True, **options)
+
+
+def play_all(study: Battles, scenario: str, size: int) -> dict[str, dict[str, float]]:
+    """{"sz 3 focus": figures}. Episodes that a failing StarCraft II cut short count as not won, as
+    in the scripts' evaluations; how many they were is told on standard error."""
+    rows, battles = {}, new_battles(study, scenario, size)
+    try:
+        for name, policy in combat_episodes.scripted_policies(study.seed).items():
+            battles.seed(study.seed)  # all meet the same teams and places
+            episodes, before = [], sum(getattr(battles, "lost", ()))
+            while len(episodes) < study.episodes:
+                episodes += combat_episodes.play(battles, policy)
+            rows[who := f"{scenario} {size} {name}"] = combat_episodes.summarise(
+                episodes[: study.episodes]
+            )
+            if lost := sum(getattr(battles, "lost", ())) - before:
+                print(f"{who}: {lost} episodes lost to a failing game", file=sys.stderr)
+    finally:
+        getattr(battles, "close", lambda: None)()
+    return rows
+
+
+def combat(study: Battles) -> None:
+    """Print a table per family."""
+    if study.backend == "sc2" and study.enemy_ai != "sticky":
+        raise UsageError("--enemy-ai is the simulator's: StarCraft II has its own.")
+    if study.backend == "sim" and study.game_version:
+        raise UsageError("--game-version is StarCraft II's: it needs --backend sc2.")
+    for scenario in study.scenarios:
+        rows = {}
+        for size in study.team_sizes:
+            try:
+                rows |= play_all(study, scenario, size)
+            except (ValueError, BattleError) as error:
+                raise UsageError(str(error)) from None
+        print(combat_episodes.table(rows), flush=True)
+
+
+# --- Resource Collection --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """What scripted agents earn in Resource Collection, per team size."""
+
+    team_sizes: tuple[Positive, ...] = (3, 4, 5, 6, 7, 8)
+    episodes: Positive = 512  # of each cell
+    seed: Seed = 1
+
+
+def still(world: ResourceCollection) -> torch.Tensor:
+    """Agents stay where they begin, around home, and touch the invaders that come by."""
+    return torch.where(world.snapshot.present, STAY, NOOP)
+
+
+def collection(study: Collection) -> None:
+    """Print the table."""
+    rows = {}
+    for size in study.team_sizes:
+        try:
+            worlds = ResourceCollection((size,), study.episodes, study.seed, once=True)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        scripts = {"still": still} | resource_collection.scripted_policies(study.seed)
+        for name, policy in scripts.items():
+            worlds.seed(study.seed)  # all meet the same teams and places
+            played = resource_collection.play(worlds, policy)
+            rows[f"{size} {name}"] = resource_collection.summarise(played)
+    print(resource_collection.table(rows))
+
+
+# --- Main -----------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    torch.set_num_threads(1)
+    commands = {
+        "meltingpot": meltingpot,
+        "particle": particle,
+        "combat": combat,
+        "collection": collection,
+    }
+    return run_subcommand(commands, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

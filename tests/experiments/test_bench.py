@@ -1,0 +1,174 @@
+"""Benchmarks: their tables, with the numbers that can be known. Speed is not judged."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+import torch
+from made_up import command, experiment
+
+from envs.particle.worlds import TASKS, Bodies, ParticleWorld, make_game
+
+
+def test_memory_of_a_rollout(capsys):
+    """Ids need 2 bytes a tile, pixels 8 * 8 * 3: 96 times as much."""
+    pytest.importorskip("dmlab2d")
+    bench = experiment("bench")
+    bench.bench_memory(bench.MeltingPot(substrates=("coins",)))
+    line = capsys.readouterr().out.splitlines()[-1]
+    views = 16 * 200 * 2 * 88 * 88 * 3 / 1e6  # two views of 11x11 tiles, in MB
+    assert [x.strip() for x in line.strip("| ").split("|")][1:4] == [
+        f"{views / 96:.1f} MB",
+        f"{views:,.0f} MB",
+        "96",
+    ]
+
+
+def test_speed_of_scenarios():
+    flags = "--substrates coins --scenarios SC0 --episodes 0 --steps 5 --num-envs 1"
+    code, printed, _ = command("bench", "scenarios", *flags.split(), "--num-workers", 1)
+    line = printed.splitlines()[-1]
+    name, seats, ours, bare, ratio = (x.strip() for x in line.strip("| ").split("|"))
+    assert code == 0 and (name, seats) == ("coins SC0", "1 / 1")
+    assert abs(float(ratio) - float(ours) / float(bare)) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--substrates nowhere", r"Unknown substrate 'nowhere': .*"),
+        ("--substrates coins --scenarios SC9", r"coins has no scenario SC9: .*"),
+        ("--substrates daycare", r"daycare has no scenarios with scripted .*"),
+        ("--num-envs 0", r"--num-envs 0: .*"),
+        ("--num-workers -1", r"--num-workers -1: .*"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, sentence):
+    code, _, stderr = command("bench", "scenarios", *flags.split())
+    (line,) = stderr.splitlines()
+    assert code == 2 and re.fullmatch("error: " + sentence, line), line
+
+
+@pytest.mark.parametrize("script", ["mappo", "bidist"])
+def test_training_of_melting_pot(script):
+    """Worlds, acting and learning add up to the speed of an iteration, with ids and without."""
+    flags = "toy --parts training --rounds 1 --num-envs 2 --plain-rounds 1 --script"
+    code, printed, stderr = command("bench", "meltingpot", *flags.split(), script)
+    assert code == 0, stderr
+    lines = [[x.strip() for x in x.strip("|").split("|")] for x in printed.splitlines()]
+    found = {row[1]: row for row in lines if row[0] == "toy"}
+    assert set(found) == {"ids", "plain"}
+    for row in found.values():
+        seconds = sum(float(x.split()[0]) for x in row[3:6])
+        steps = float(row[2].replace(",", ""))
+        assert abs(400 / steps - seconds) < 0.02 + 0.02 * seconds
+
+
+def crowded(game, worlds):
+    """Bodies near each other, some of which touch."""
+    rng = torch.Generator().manual_seed(3)
+    N, L = game.num_agents, game.num_landmarks
+
+    def draw(*shape):
+        return 0.6 * (2 * torch.rand(shape, generator=rng, dtype=torch.float64) - 1)
+
+    return Bodies(
+        position=draw(2, N, worlds),
+        velocity=draw(2, N, worlds),
+        landmarks=draw(2, L, worlds),
+        alive=torch.ones(N, worlds, dtype=torch.bool),
+    )
+
+
+def test_the_benchmarks_task_is_simple_spread(monkeypatch):
+    """Rewards and observations of mpe2's scenario in the same crowded states."""
+    from mpe2 import simple_spread_v3
+
+    bench = experiment("bench")
+    monkeypatch.setitem(TASKS, "spread", bench.SPREAD)
+    N, worlds, hits = 4, 20, 0
+    game = make_game("spread", N)
+    bodies = crowded(game, worlds)
+    ours, seen = bench.spread_outcome(game, bodies), bench.spread_observation(game, bodies)
+    env = simple_spread_v3.parallel_env(N=N).unwrapped
+    env.reset(seed=1)
+    for b in range(worlds):
+        for i, agent in enumerate(env.world.agents):
+            agent.state.p_pos = bodies.position[:, i, b].numpy()
+            agent.state.p_vel = bodies.velocity[:, i, b].numpy()
+        for k, landmark in enumerate(env.world.landmarks):
+            landmark.state.p_pos = bodies.landmarks[:, k, b].numpy()
+        for i, agent in enumerate(env.world.agents):
+            own, shared = (
+                env.scenario.reward(agent, env.world),
+                env.scenario.global_reward(env.world),
+            )
+            assert abs(float(ours.reward[i, b]) - 0.5 * (own + shared)) < 1e-9
+            hits += own < 0
+            theirs = env.scenario.observation(agent, env.world)  # v, p, landmarks, others, words
+            x = seen.own[b, i].numpy()
+            landmarks = x[4 : 4 + 2 * N].reshape(2, N).T.flatten()
+            others = np.delete(x[4 + 2 * N :].reshape(2, N).T, i, 0).flatten()
+            truth = theirs[: 4 + 2 * N + 2 * (N - 1)]
+            assert np.allclose(np.concatenate((x[:4], landmarks, others)), truth, atol=1e-9)
+    assert hits > 10
+
+
+def test_benchmark_prints_both_tables(capsys, monkeypatch):
+    bench = experiment("bench")
+    monkeypatch.setitem(TASKS, "spread", bench.SPREAD)
+    monkeypatch.setattr(bench, "OURS", (("pacman", ((4, 2),)),))
+    fixed = dict(numbers=(3,), worlds=(32,), seconds=0.01)
+
+    def new(*args, compiled):
+        world = ParticleWorld(*args)
+        step = functools.partial(world._advance)
+        step.call, step.plain = 1, 2  # eager, but not as a failure to compile
+        world._advance = step
+        return world
+
+    monkeypatch.setattr(bench, "ParticleWorld", new)
+    bench.particle(bench.Particle(**fixed))
+    lines = [x.split("|")[1:-1] for x in capsys.readouterr().out.splitlines() if "|" in x]
+    row = next(x for x in lines if x[0].strip() == "3")
+    slow, vmas, jaxmarl, eager, fast, ratio = (x.strip() for x in row[1:])
+    peers = [float(x) for x in (slow, vmas, jaxmarl) if x != "not run"]
+    assert min(float(eager), float(slow)) > 0
+    assert abs(float(ratio) - float(fast) / max(peers)) < 0.02 * float(ratio)
+    assert lines[-1][0].strip() == "pacman" and float(lines[-1][2]) > 0
+
+
+def test_bench_of_mra(capsys):
+    """Tiny: the replay's table and that of returns."""
+    bench = experiment("bench")
+    script = bench.load_script("mra_maddpg_particle")
+    bench.replay_table(script)
+    text = capsys.readouterr().out
+    sizes = {tuple(x.split(" | ")[:2]): int(x.split(" | ")[2][:-2]) for x in text.splitlines()[3:]}
+    # treasure 24: twice 5 x 24 + 2 x 20 floats, actions and z in bytes, rewards, one flag
+    assert sizes["| treasure", "24"] == 2 * 4 * (5 * 24 + 40) + 24 * (1 + 1 + 4) + 1 < 1500
+    study = bench.Mra(populations=("3", "4"), cpu_seconds=0.2, every=0.1, episodes=2)
+    bench.learn_mra(script, "cpu", study, compiled=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 1 and all(line.startswith("| cpu | ") for line in lines)
+
+
+def test_bench_of_battles():
+    code, printed, _ = command("bench", "combat", "--battles", 2, "--seconds", 0.01, "--no-peers")
+    assert code == 0 and printed.splitlines()[-1].startswith("| 2 | ")
+
+
+@pytest.mark.parametrize(
+    "name, tables, lines",
+    [
+        ("mipi", "--limits 2 --widths 8 --alternations 2", ["REFIL, linear", "MIPI, M = 2"]),
+        ("refil", "--limits 2 --widths 8", ["fp32"]),
+    ],
+)
+def test_bench_of_battles_learners(name, tables, lines):
+    """On episodes of two steps: what is asked for is printed."""
+    code, text, stderr = command("bench", name, *tables.split(), "--repeats", 1, "--presets")
+    assert code == 0 and all(line in text for line in lines), text + stderr
+    code, _, error = command("bench", name, "--repeats", 0)
+    assert code == 2 and "--repeats 0" in error

@@ -1,0 +1,263 @@
+"""Figs. 5 and 7, and what distillation does, on runs of the toy world."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from made_up import experiment, is_png, rows
+from runs import BIDIST, script, tiny
+
+bidist, runs = experiment("bidist"), experiment("runs")
+harness = bidist.harness
+
+
+# Figure 7 ---------------------------------------------------------------------------------------
+
+
+def probabilities(path, which, study):
+    """A network's on the rollout, step by step, from the run's checkpoint: (T B N, A)."""
+    module = script(BIDIST)
+    saved, _ = harness.load_checkpoint(str(path))
+    args = dataclasses.replace(harness.saved_args(str(path), module.Args), num_envs=study.num_envs)
+    with module.make_envs(args, study.num_envs, study.seed + 10**6) as envs:
+        agent = module.Agent(args, envs, torch.device("cpu"))
+        harness.restore(agent, saved["agent"], "")
+        state = module.new_state(agent, study.num_envs)
+        rngs = [torch.Generator().manual_seed(study.seed + k) for k in (0, 1)]
+        envs.reset()
+        for _ in range(study.warm_up + 1):
+            hidden = getattr(state, f"{which}_hidden")
+            batch, state = module.collect(args, envs, agent, state, *rngs)
+        net, views, found = getattr(agent, which), batch.actor_views(), []
+        with torch.no_grad():
+            for t in range(args.rollout_steps):
+                now = module.Views(views.ids[t], views.features[t], views.starts[t])
+                log_probs, hidden = module.act(net, now, hidden, agent.sprites)
+                found.append(log_probs.exp().double().numpy())
+    return np.stack(found).reshape(-1, envs.spec.num_actions)
+
+
+def test_heat_maps(trained, tmp_path, capsys):
+    argv = [str(trained[0]), "--num-envs", "3", "--reverse-lr", "0.01", "--noise-std", "0.5"]
+    study = bidist.Fig7(trained[0], num_envs=3, reverse_lr=0.01, noise_std=0.5)
+    about, theta, phis, scalars = bidist.reverse_phases(study)
+    assert theta.shape == (20 * 3 * 2, 3) and about["reverse_epochs"] == 1
+    for x in (theta, *phis.values()):
+        assert np.allclose(x.sum(1), 1, atol=1e-6) and (x > 0).all()
+    assert np.allclose(theta, probabilities(trained[0], "actor", study), atol=1e-6)
+    assert np.allclose(phis["before"], probabilities(trained[0], "distilled", study), atol=1e-6)
+    for mode, found in scalars.items():  # what the phase logged is what is drawn
+        for when, phi in (("before", phis["before"]), ("after", phis[mode])):
+            kl = (theta * np.log(theta / phi)).sum(1).mean()
+            assert found[f"kl_{when}"] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+            shift = (theta.argmax(1) != phi.argmax(1)).mean()
+            assert found[f"shift_{when}"] == pytest.approx(shift, abs=1e-6)
+    assert scalars["kl"]["kl_after"] > scalars["kl"]["kl_before"]
+    entropy = {mode: -(x * np.log(x)).sum(1).mean() for mode, x in phis.items()}
+    assert entropy["entropy"] > entropy["before"]
+
+    assert bidist.main(["fig7", *argv, "--out", str(tmp_path / "x")]) == 0
+    found, surest = rows(tmp_path / "x.csv"), int(theta.max(1).argmax())
+    assert f"in observation {surest} θ prefers" in capsys.readouterr().out
+    assert len(found) == 5 * 2 * 3 * 3
+    for mode, phi in phis.items():
+        for of, expected in (
+            (f"observation {surest}", np.outer(theta[surest], phi[surest])),
+            ("mean", np.mean([np.outer(a, b) for a, b in zip(theta, phi)], 0)),
+        ):
+            own = [r for r in found if (r["phi"], r["of"]) == (mode, of)]
+            places = [(int(r["theta_action"]) - 1, int(r["phi_action"]) - 1) for r in own]
+            values = [float(r["probability"]) for r in own]
+            assert values == pytest.approx([expected[place] for place in places], rel=1e-4)
+            assert sum(values) == pytest.approx(1, abs=1e-4)
+            scaled = (expected - expected.min()) / (expected.max() - expected.min())
+            values = [float(r["normalised"]) for r in own]
+            assert values == pytest.approx([scaled[place] for place in places], abs=1e-4)
+    assert is_png(tmp_path / "x.png")
+
+    assert bidist.main(["fig7", *argv, "--observation", "120"]) == 2
+    assert "error: --observation 120: the rollout has 0 to 119." in capsys.readouterr().err
+    assert bidist.main(["fig7", str(trained[2])]) == 2
+    assert "is not a run of bidist_mappo_meltingpot.py, and has no phi." in capsys.readouterr().err
+
+
+# Figure 5 ---------------------------------------------------------------------------------------
+
+
+def test_distributions(trained, tmp_path, capsys):
+    argv = ["--samples", "30", "--num-envs", "4", "--rollouts", "2", "--perplexity", "5"]
+    argv = ["fig5", *map(str, trained), *argv]
+    assert bidist.main([*argv, "--out", str(tmp_path / "x")]) == 0
+    text, found = capsys.readouterr().out, rows(tmp_path / "x.csv")
+    assert [sum(r["run"] == p.name for r in found) for p in trained] == [30] * 3
+    mixed = [int(r["fictitious"]) for r in found]
+    assert set(mixed[:60]) == {0, 1} and set(mixed[60:]) == {0}  # never both of two
+    study = bidist.Fig5(tuple(trained), samples=30, rollouts=2, num_envs=4)
+    for path in trained:
+        sample = bidist.sample_population(runs.Run(path), study)
+        assert sample.points.shape == (30, 2 * 3) and sample.agents == 2
+        assert np.allclose(sample.points.reshape(30, 2, 3).sum(-1), 1, atol=1e-5)
+        pairs = list(itertools.combinations(sample.points, 2))
+        distance = np.mean([np.sqrt(((a - b) ** 2).sum()) for a, b in pairs])
+        total = np.mean([np.abs(a - b).sum() / 2 / 2 for a, b in pairs])
+        (line,) = [x for x in text.splitlines() if x.startswith(f"| {path.name} |")]
+        assert f"| 30 | {distance:.4f} | {total:.4f} |" in line
+    assert is_png(tmp_path / "x.png")
+    # The same seed draws the same samples and places.
+    assert bidist.main([*argv, "--out", str(tmp_path / "y")]) == 0
+    assert rows(tmp_path / "y.csv") == found
+
+
+def test_samples_are_of_who_acted(trained):
+    """With all agents trained the samples are theta's, with all fictitious phi's."""
+    study = bidist.Fig5((trained[0],), samples=80, rollouts=1, num_envs=2, warm_up=0)
+    with bidist.loaded(runs.Run(trained[0]), 2, 1) as found:
+        batch, _ = found.last_of(1)
+    points = bidist.sample_population(runs.Run(trained[0]), dataclasses.replace(study, samples=40))
+    acting = torch.where(batch.trained[..., None], batch.theta, batch.phi).exp()
+    expected = {tuple(np.round(x, 5)) for x in acting.flatten(2).flatten(0, 1).double().numpy()}
+    assert {tuple(np.round(x, 5)) for x in points.points} == expected
+    with pytest.raises(bidist.UsageError, match=r"^--samples 80: the rollouts"):
+        bidist.sample_population(runs.Run(trained[0]), study)
+
+
+def test_errors_of_distributions(trained, tmp_path, capsys):
+    other = shutil.copytree(trained[0], tmp_path / "other-s1")
+    args = json.loads((other / "args.json").read_text())
+    (other / "args.json").write_text(json.dumps(args | {"substrate": "coins"}))
+    assert bidist.main(["fig5", str(trained[0]), str(other)]) == 2
+    assert "fig5 compares runs on one substrate, and these are on sev" in capsys.readouterr().err
+    assert bidist.main(["fig5", str(trained[0]), "--samples", "10"]) == 2
+    assert "--perplexity 30 is not less than 10 samples." in capsys.readouterr().err
+    assert bidist.main(["fig5", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is no run directory." in capsys.readouterr().err
+
+
+# Options ----------------------------------------------------------------------------------------
+
+WRONG = [
+    ("fig7", "--warm-up -1", "--warm-up -1: input should be greater than or equal to 0."),
+    ("fig7", "--seed -1", "--seed -1: input should be greater than or equal to 0."),
+    ("fig7", "--seed 4294967296", "--seed 4294967296: input should be less than 4294967296."),
+    ("fig7", "--num-envs 0", "--num-envs 0: input should be greater than or equal to 1."),
+    ("fig7", "--reverse-lr 0", "--reverse-lr 0.0: input should be greater than 0."),
+    ("fig7", "--reverse-lr nan", "--reverse-lr nan: input should be less than inf."),
+    ("fig7", "--reverse-epochs -1", "--reverse-epochs -1: input should be greater than or "),
+    ("fig7", "--noise-std -1", "--noise-std -1.0: input should be greater than or equal to 0."),
+    ("fig7", "--observation -1", "--observation -1: the rollout has 0 to "),
+    ("fig5", "--warm-up -1", "--warm-up -1: input should be greater than or equal to 0."),
+    ("fig5", "--seed -1", "--seed -1: input should be greater than or equal to 0."),
+    ("fig5", "--num-envs 0", "--num-envs 0: input should be greater than or equal to 1."),
+    ("fig5", "--rollouts 0", "--rollouts 0: input should be greater than or equal to 1."),
+    ("fig5", "--samples 1", "--samples 1: input should be greater than or equal to 2."),
+    ("fig5", "--perplexity 0", "--perplexity 0.0: input should be greater than 0."),
+    ("fig5", "--perplexity nan", "--perplexity nan: input should be less than inf."),
+    ("fig5", "--samples 999", "--samples 999: the rollouts of "),
+]
+
+
+@pytest.mark.parametrize(("figure", "flags", "sentence"), WRONG)
+def test_wrong_options_are_one_sentence(trained, tmp_path, capsys, figure, flags, sentence):
+    argv = [figure, str(trained[0]), "--out", str(tmp_path / "x"), "--num-envs", "2"]
+    assert bidist.main([*argv, *flags.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {sentence}") and line.endswith(".")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("figure", ["fig5", "fig7"])
+def test_out_that_cannot_be_written(trained, tmp_path, capsys, figure):
+    (tmp_path / "file").touch()
+    for out, sentence in (
+        (tmp_path / "file/x", "cannot be written: File exists."),
+        (".", "names a directory, not the files' common beginning."),
+    ):
+        assert bidist.main([figure, str(trained[0]), "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: --out {out} {sentence}"
+
+
+def test_minibatches_without_a_chunk(tmp_path, capsys):
+    """One world has two chunks, too few for the run's four minibatches: their loss would be NaN."""
+    assert script(BIDIST).main(tiny(BIDIST, tmp_path / "run", 1, "--minibatches", 4)) == 0
+    argv = ["fig7", str(tmp_path / "run"), "--num-envs", "1", "--out", str(tmp_path / "x")]
+    assert bidist.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --minibatches exceeds the 2 chunks of a rollout."
+
+
+# Distillation over training ---------------------------------------------------------------------
+
+
+def test_shift_is_what_was_logged(trained, tmp_path, capsys):
+    run = shutil.copytree(trained[0], tmp_path / "begun-s1")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"timesteps": 99')  # being written
+    paths = (trained[1], run)
+    assert bidist.main(["shift", *map(str, paths), "--out", str(tmp_path / "x")]) == 0
+    text, found = capsys.readouterr().out, rows(tmp_path / "x.csv")
+    count = 0
+    for path, source in ((trained[1], trained[1]), (run, trained[0])):
+        log = [json.loads(x) for x in (source / "metrics.jsonl").read_text().splitlines()]
+        for name in ("kl", "shift", "theta_prefers", "phi_prefers"):
+            for phase, when in (
+                ("", ""),
+                *itertools.product(("forward", "reverse"), ("before", "after")),
+            ):
+                key = f"{phase}/{name}_{when}" if phase else name
+                expected = [(m["timesteps"], m[key]) for m in log if key in m]
+                assert len(expected) == (4 if phase else 8)
+                where = (path.name, name, phase, when)
+                own = [r for r in found if (r["run"], r["scalar"], r["phase"], r["when"]) == where]
+                assert [int(r["timesteps"]) for r in own] == [t for t, _ in expected]
+                values = [float(r["value"]) for r in own]
+                assert values == pytest.approx([x for _, x in expected], rel=1e-5)
+                count += len(own)
+        before = np.mean([m["reverse/kl_before"] for m in log if "reverse/kl_before" in m])
+        after = np.mean([m["reverse/kl_after"] for m in log if "reverse/kl_after" in m])
+        assert f"| {path.name} | reverse, all | 4 | {before:.3g} -> {after:.3g} |" in text
+    assert count == len(found)
+    assert is_png(tmp_path / "x.png")
+    assert bidist.main(["shift", str(trained[2])]) == 2
+    assert "logs no KL: it is not a run of bidist_mappo_meltingpot.py" in capsys.readouterr().err
+
+
+def test_errors_of_shift_are_one_sentence(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for argv, sentence in (
+        ([], "Name at least one run directory or study."),
+        ([tmp_path / "nowhere"], f"{tmp_path}/nowhere is no run directory."),
+        (
+            [trained[0], "--out", tmp_path / "file/x"],
+            f"--out {tmp_path}/file/x cannot be written: File exists.",
+        ),
+    ):
+        assert bidist.main(["shift", "--out", str(tmp_path / "x"), *map(str, argv)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: {sentence}"
+
+
+# When reverse distillation shifts preferences ---------------------------------------------------
+
+
+def test_reverse_distillation(trained, tmp_path, capsys):
+    two = trained[:2]
+    argv = ["reverse", *map(str, two), "--rates", "1e-5", "1e-2", "--epochs", "2"]
+    argv += ["--num-envs", "4", "--out", str(tmp_path / "new/reverse")]
+    assert bidist.main(argv) == 0
+    found = rows(tmp_path / "new/reverse.csv")
+    assert len(found) == 2 * 3 * 2  # runs, distances, rates
+    for slow, fast in zip(found[::2], found[1::2]):
+        assert slow["kl_before"] == fast["kl_before"]
+        assert float(fast["kl_after"]) > float(slow["kl_after"]) > 0
+    assert is_png(tmp_path / "new/reverse.png")
+    table = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| initial")]
+    assert len(table) == 2  # a line per rate: the mean over runs
+    mean = np.mean([float(r["kl_after"]) for r in found if r["phi"] == "initial"][1::2])
+    assert f"-> {mean:.3f} |" in table[1]
+    assert bidist.main(["reverse", str(trained[2])]) == 2
+    assert "has no phi." in capsys.readouterr().err

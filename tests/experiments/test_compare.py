@@ -1,0 +1,91 @@
+"""Curves and final figures side by side, of directories and of studies."""
+
+import json
+
+import numpy as np
+import pytest
+from made_up import command, experiment, is_png, rows
+from runs import BIDIST, STEPS, script, tiny
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two seeds of one group, eight iterations each."""
+    paths = [tmp_path_factory.mktemp("runs") / f"toy-s{seed}" for seed in (1, 2)]
+    for seed, path in enumerate(paths, 1):
+        argv = tiny(BIDIST, path, 8, "--seed", seed, "--final-episodes", 3)
+        assert script(BIDIST).main(argv) == 0
+    return paths
+
+
+def test_curves_and_tables(two, tmp_path):
+    every, names = 3 * STEPS, ("entropy", "kl")
+    argv = [*two, "--curves", *names, "--every", every, "--means", "reverse/kl_after"]
+    code, printed, _ = command("compare", *argv, "--out", tmp_path / "new/x")
+    assert code == 0 and (tmp_path / "new/x.md").read_text() in printed
+    assert is_png(tmp_path / "new/x.png")
+    found = rows(tmp_path / "new/x.csv")
+    for path in two:
+        log = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+        for name in names:
+            values = [m[name] for m in log if name in m]
+            expected = [np.mean(values[:3]), np.mean(values[3:6])]  # the third window is not full
+            points = [r for r in found if (r["run"], r["scalar"]) == (path.name, name)]
+            assert [int(r["timesteps"]) for r in points] == [every, 2 * every]
+            assert np.allclose([float(r["mean"]) for r in points], expected, rtol=1e-4)
+        phases = [m["reverse/kl_after"] for m in log if "reverse/kl_after" in m]
+        assert len(phases) == 4 and f"| {path.name} | {np.mean(phases):.3g} |" in printed
+        result = json.loads((path / "summary.json").read_text())["eval"]["v random"]
+        assert f"| {path.name} | v random | {result['return_per_1000']:.1f} [" in printed
+
+
+def test_a_study_says_what_its_runs_say(two, tmp_path):
+    """Curves, the last, unfilled window included, and tables are those of the directories."""
+    study = tmp_path / "study.csv"
+    code, printed, _ = command("runs", "pack", study, *two, "--curves", "entropy", "k?")
+    assert code == 0 and "2 runs" in printed
+    options = ("--curves", "entropy", "kl", "--every", 3 * STEPS, "--means", "kl")
+    for flags in ((), ("--by-seed",)):
+        for name, source in (("x", two), ("y", [study])):
+            command("compare", *source, *options, *flags, "--out", tmp_path / name)
+        for ending in ("md", "csv"):
+            files = [(tmp_path / f"{name}.{ending}").read_bytes() for name in "xy"]
+            assert files[0] == files[1], (flags, ending)
+    code, printed, _ = command("runs", "show", study, two[0])
+    assert code == 0 and printed.count(f"| toy-s1 | {BIDIST} | 1 | {8 * STEPS} | ") == 2
+
+
+def test_a_run_that_has_not_ended_has_no_row(two, tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/metrics.jsonl").write_text('{"timesteps": 40, "entropy": 1.0}\n{"times')
+    code, printed, _ = command("compare", two[0], tmp_path / "begun", "--out", tmp_path / "x")
+    assert code == 0 and "| toy-s1 |" in printed and "begun" not in printed
+
+
+def test_what_is_no_run_is_one_sentence(two, tmp_path):
+    """No traceback for what is not there, or damaged."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/metrics.jsonl").write_bytes(b"\0\0\0\n")
+    study = tmp_path / "study.csv"
+    command("runs", "pack", study, *two)
+    (tmp_path / "torn.csv").write_text(study.read_text().replace(",320,", ",32x,", 1))
+    for source, sentence in (
+        ("nowhere", "nowhere is no run directory."),
+        (tmp_path / "empty", f"{tmp_path}/empty is no run directory."),
+        (tmp_path / "bad", f"{tmp_path}/bad/metrics.jsonl is damaged."),
+        (tmp_path / "torn.csv", f"{tmp_path}/torn.csv is damaged."),
+    ):
+        code, _, stderr = command("compare", source, "--out", tmp_path / "x")
+        assert (code, stderr) == (2, f"error: {sentence}\n")
+    code, _, stderr = command("runs", "pack", tmp_path / "x.txt", two[0])
+    assert code == 2 and "x.txt is no .csv." in stderr
+
+
+def test_long_curves_are_thinned():
+    """At most 100 points: means over equal windows, each at its last point's step."""
+    runs = experiment("runs")
+    log = [{"timesteps": 10 * k, "x": float(k)} for k in range(1, 1001)]
+    points = runs.thinned(log, "x")
+    assert len(points) == 100 and points[0] == (100, 5.5) and points[-1] == (10_000, 995.5)
+    assert runs.thinned(log[:100], "x") == [(10 * k, float(k)) for k in range(1, 101)]

@@ -1,0 +1,393 @@
+"""The commands that train for MIPI's tables and print them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from made_up import command, experiment
+from PIL import Image
+from toolbox import sharpen
+
+from envs.smac import resource_collection
+
+study, runs_module = experiment("mipi"), experiment("runs")
+mipi, refil = (runs_module.load_script(name) for name in ("mipi_refil_smac", "refil_smac"))
+TINY = "--scenario sz --preset cpu --hidden-size 8 --heads 2 --rnn-size 6 --mixing-size 5 "
+TINY += (
+    "--num-envs 4 --batch-size 4 --max-episode-steps 4 --updates-per-iteration 1 --save-every 0 "
+)
+TINY += "--team-sizes 3 4 --eval-team-sizes 6 --eval-every 32 --eval-episodes 4 --final-episodes 4 "
+TINY += "--total-timesteps 96 --log-every 32"
+
+RANDOM = ("/return", "/win")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Real runs of some updates, with made-up returns: untrained networks earn nothing."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(1)
+    folder = tmp_path_factory.mktemp("runs")
+    for name, module, flags in (
+        ("sz-mipi-s1", mipi, ""),
+        ("sz-mipi-s2", mipi, "--seed 2"),
+        ("sz-inf-s1", mipi, "--observe-self-only"),
+        ("sz-same-s1", mipi, "--alpha .03"),
+        ("sz-warm-s1", mipi, "--regularizer entropy --alpha .5 --learning-rate 5e-4"),
+        ("sz-value-s1", mipi, "--regularizer none"),
+        ("sz-refil-s1", refil, ""),
+        ("sz-aqmix-s1", refil, "--no-imagine"),
+    ):
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert module.main(f"{TINY} {flags} --run-dir {folder / name}".split()) == 0
+        log, lines = folder / name / "metrics.jsonl", []
+        for line in map(json.loads, log.read_text().splitlines()):
+            names = [key for key in line if key.startswith("eval/") and key.endswith(RANDOM)]
+            lines.append(json.dumps(line | {key: rng.uniform() for key in names}))
+        log.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def logged(run, size, measure):
+    """A figure of every evaluation, read from the log."""
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [x[f"eval/{size}/{measure}"] for x in lines if f"eval/{size}/{measure}" in x]
+
+
+def rows_below(text, title):
+    """{second cell: cells} of the table under a title."""
+    lines = text.split(title)[1].strip().split("\n\n")[0].splitlines()
+    cells = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+    return {row[1]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+
+
+def test_tables(runs, tmp_path):
+    """Means over the last evaluations and over seeds, worked out here from the logs; rows that were
+    not run; the paper's figures as printed; names of rows."""
+    names = ("mipi-s1", "mipi-s2", "inf-s1", "warm-s1", "value-s1", "refil-s1", "aqmix-s1")
+    paths = [runs / f"sz-{name}" for name in names]
+    code, text, stderr = command("mipi", "tables", *paths, "--last", 2, "--out", tmp_path / "t")
+    assert code == 0, stderr
+    assert (tmp_path / "t.md").read_text().strip() == text.strip()
+    returns = rows_below(text, "SZ: return per episode")
+    own = {"MIPI", "alpha inf", "Value", "REFIL", "AQMIX"}
+    own.add("Entropy, alpha 0.5 --learning-rate 0.0005")  # the preset has another
+    scripts = {name for name in returns if name.endswith("(script)")}
+    assert set(returns) - scripts == own and len(scripts) >= 4
+    for column, sizes in {"3-4": (3, 4), "6": (6,)}.items():
+        each = []
+        for run in (runs / "sz-mipi-s1", runs / "sz-mipi-s2"):
+            assert len(logged(run, 3, "return")) >= 3  # more than --last takes
+            each.append(np.mean([logged(run, size, "return")[-2:] for size in sizes]))
+        expected = f"{np.mean(each):.2f} ({each[0]:.2f}, {each[1]:.2f})"
+        assert returns["MIPI"][column] == expected and each[0] != each[1]
+    summary = [json.loads((path / "summary.json").read_text())["eval"] for path in paths]
+    focus = np.mean([[x[f"{size} focus"]["return"] for size in (3, 4)] for x in summary])
+    assert returns["focus (script)"]["3-4"] == f"{focus:.2f}"
+    third = rows_below(text, "Table 3: share of battles won")
+    assert third["alpha 0.05"]["6"] == "not run" and third["alpha inf"]["6"] != "not run"
+    assert third["alpha 0.5"]["paper 3-5"] == ".175±.053"  # some figures of the paper's
+    assert third["alpha inf"]["paper 8"] == ".221±.004"
+    first = rows_below(text, "Table 1: share of battles won")
+    assert first["CollaQ"]["3-4"] == "not run" and first["CollaQ"]["paper 8"] == ".198±.097"
+    assert set(rows_below(text, "Table 2: share of battles won")) == {
+        "MIPI, alpha 0.03",
+        "Value",
+        "Entropy",
+    }
+    policies = rows_below(text, "SZ: policies, in training, nats")
+    assert set(policies) == own - {"REFIL", "AQMIX"} and policies["Value"]["mi/zealot"] == ""
+    each = []
+    for run in (runs / "sz-mipi-s1", runs / "sz-mipi-s2"):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        start, end = [x["timesteps"] for x in lines if "eval/6/win" in x][-2:]
+        each.append(
+            np.mean([x["mi"] for x in lines if "mi" in x and start <= x["timesteps"] <= end])
+        )
+    assert policies["MIPI"]["mi"] == f"{np.mean(each):.3f}" != "0.000"
+    with Image.open(tmp_path / "t.png") as image:
+        assert min(image.size) > 300
+    assert (tmp_path / "t.csv").read_text().count("\n") > 50
+
+
+def test_tables_until(runs, tmp_path):
+    """Later evaluations do not count; rows of unequal length are named."""
+    one, short = runs / "sz-mipi-s1", tmp_path / "sz-value-s1"
+    shutil.copytree(runs / "sz-value-s1", short)
+    log = short / "metrics.jsonl"
+    log.write_text("\n".join(log.read_text().splitlines()[:3]) + "\n")
+    steps = [json.loads(x)["timesteps"] for x in log.read_text().splitlines() if "eval/" in x]
+    words = (one, short, "--last", 1, "--out", tmp_path / "t")
+    code, text, stderr = command("mipi", "tables", *words)
+    assert code == 0, stderr
+    assert f"Not equally long: {steps[-1]:,} to " in text
+    cut = command("mipi", "tables", *words, "--until", steps[-1])[1]
+    assert "Not equally long" not in cut
+    row = rows_below(cut, "SZ: return per episode")["MIPI"]
+    wanted = logged(one, 6, "return")[len(steps) - 1]
+    assert row["6"] == f"{wanted:.2f}" != f"{logged(one, 6, 'return')[-1]:.2f}"
+    code, _, stderr = command("mipi", "tables", one, "--last", 1, "--until", 1)
+    assert code == 2 and "0 evaluations until 1 steps, fewer than --last 1" in stderr
+
+
+def test_tables_every(runs, tmp_path):
+    """Of evaluations that came too often, the first after each multiple counts."""
+    often = tmp_path / "often"
+    shutil.copytree(runs / "sz-value-s1", often)
+    line = next(x for x in (often / "metrics.jsonl").read_text().splitlines() if "eval/6/win" in x)
+    lines = [
+        json.dumps(json.loads(line) | {"timesteps": t, "eval/6/return": float(k)})
+        for k, t in enumerate((31, 62, 95, 121, 151))
+    ]
+    (often / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    words = (often, "--last", 2, "--every", 60, "--out", tmp_path / "t")
+    code, text, stderr = command("mipi", "tables", *words)
+    assert code == 0, stderr
+    assert rows_below(text, "SZ: return per episode")["Value"]["6"] == "2.00"  # of 1 and 3
+
+
+def test_refused(runs, tmp_path):
+    """One sentence and exit code 2."""
+    shutil.copytree(runs / "sz-mipi-s1", tmp_path / "again-s1")
+    other = tmp_path / "world"
+    other.mkdir()
+    for words, sentence in (
+        ((runs / "sz-mipi-s1", "--last", 50), "fewer than --last 50"),
+        ((runs / "sz-mipi-s1", tmp_path / "again-s1", "--last", 1), "same run: one seed"),
+        ((runs / "sz-mipi-s1", runs / "sz-same-s1", "--last", 1), "same run: one seed"),
+        ((tmp_path / "nothing",), "is no run directory"),
+        ((other,), "is no run directory"),
+        ((runs / "sz-mipi-s1", "--last", 0), "--last 0"),
+        ((runs / "sz-mipi-s1", "--last", 1, "--out", "/proc/x/y"), "cannot be written"),
+    ):
+        if "--out" not in words:
+            words = (*words, "--out", tmp_path / "t")
+        code, _, stderr = command("mipi", "tables", *words)
+        assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
+
+
+def test_runs_of_the_tables(tmp_path):
+    """--dry-run names a command for every row of the tables that is one of these methods."""
+    words = ["--seeds", "1", "2", "--dir", tmp_path / "runs", "--dry-run"]
+    tables = ["table1", "table2", "table3", "d3", "collection"]
+    code, text, stderr = command("mipi", "train", *tables, *words)
+    assert code == 0, stderr
+    wanted = {("resource", name) for name in ("MIPI", "REFIL", "AQMIX")}
+    for table in study.TABLES.values():
+        for task, rows in table.items():
+            wanted |= {(task, name) for name in rows if name not in ("CollaQ", "MAPPO")}
+    found = []
+    for line in text.splitlines():
+        path, *argv = shlex.split(line)[1:]
+        parent = refil if path.startswith("baselines") else mipi
+        args = runs_module.script_args(parent, argv)
+        assert args.eval_every * 10 == args.total_timesteps == 500_000 and args.num_envs == 32
+        plain = json.loads(json.dumps(vars(args))) | {"script": parent.__name__.split(".")[-1]}
+        found.append((args.scenario, study.row_name(plain), args.seed))
+    assert sorted(found) == sorted((*pair, seed) for pair in wanted for seed in (1, 2))
+
+
+def test_rows_are_named_by_the_flags_in_which_runs_differ():
+    """Where all runs of a script have a flag that its preset has not, no row's name tells it; of
+    another script's runs, which do not know it, nothing follows."""
+
+    def run(method, seed, **flags):
+        known = frozenset({"gamma"} if method == "REFIL" else {"gamma", "detach", "rounds"})
+        return study.Evaluated(
+            name="x",
+            where="x",
+            task="sz",
+            method=method,
+            flags=flags,
+            known=known,
+            seed=seed,
+            steps=1,
+            columns={"3": (3,)},
+            evaluations=[],
+            learning=[],
+            scripts={},
+        )
+
+    refil = run("REFIL", 1)
+    names = lambda *runs: {k: len(x) for k, x in study.group([refil, *runs])["sz"].items()}  # noqa: E731
+    assert names(run("MIPI", 1, detach=False), run("MIPI", 2, detach=False)) == {
+        "REFIL": 1,
+        "MIPI": 2,
+    }
+    assert names(run("MIPI", 1, detach=False), run("MIPI", 1)) == {
+        "REFIL": 1,
+        "MIPI": 1,
+        "MIPI --no-detach": 1,
+    }
+    assert set(names(run("MIPI", 1, gamma=0.9))) == {"REFIL", "MIPI --gamma 0.9"}
+    assert set(names(run("MIPI", 1, rounds=2), run("Value", 1, rounds=3))) == {
+        "REFIL",
+        "MIPI --rounds 2",
+        "Value --rounds 3",
+    }
+
+
+def test_a_study_of_runs_makes_the_same_tables(runs, tmp_path):
+    """From directories and from the CSV they were packed into."""
+    paths = sorted(runs.glob("sz-mipi-s?")) + [runs / "sz-refil-s1"]
+    assert command("runs", "pack", tmp_path / "sz.csv", *paths)[0] == 0
+    texts = [
+        command("mipi", "tables", *source, "--last", 2, "--out", tmp_path / "t")[1]
+        for source in (paths, [tmp_path / "sz.csv"])
+    ]
+    assert texts[0] == texts[1] and "AQMIX" in texts[0]
+
+
+# --- Reference points, speed ----------------------------------------------------------------------
+
+
+def taught(*flags):
+    """What is earned, {"3 taught": ...}, on the way, too, and what share of labels was met."""
+    small = ("--minibatches", 4, "--show", 1, "--every", 1, "--round", 2, "--episodes", 4)
+    flags = (*small, "--learning-rate", 5e-3, "--team-sizes", 3, "--eval-team-sizes", *flags)
+    code, out, error = command("mipi", "imitation", *flags)
+    assert code == 0, error
+    rows = [line.split("|") for line in out.splitlines() if line.startswith("| ")]
+    found = {r[1].strip(): float(r[2].split("[")[0]) for r in rows if r[1].strip() != "who"}
+    met = [float(line.split(":")[1]) for line in out.splitlines() if line.startswith("labels")]
+    return found, met
+
+
+def test_imitation_in_resource_collection(monkeypatch):
+    """Beside the scripts' own figures; options change what is learned; bad ones are refused. In
+    episodes of 20 steps, to be quick."""
+    short = functools.partial(resource_collection.ResourceCollection, episode_limit=20)
+    monkeypatch.setattr(study, "ResourceCollection", short)
+    rows, met = taught(6)
+    assert list(rows) == [f"after {n}" for n in (1, 2, 3, 4)] + [
+        f"{n} {who}" for n in (3, 6) for who in ("taught", "random", "forager", "collector")
+    ]
+    worlds = short((6,), 4, 2, once=True)
+    earned = [e.reward for e in resource_collection.play(worlds, resource_collection.forager)]
+    assert rows["6 forager"] == pytest.approx(np.mean(earned), abs=0.051)
+    changes = ("--teacher", "collector"), ("--learning-rate", 5e-4), ("--seed", 2)
+    for flags in (
+        *changes,
+        ("--preset", "paper"),
+        ("--round", 4),
+        ("--team-sizes", 2),
+        ("--every", 2),
+    ):
+        assert taught(*flags)[1] != met, flags
+    assert next(iter(taught("--show", 4, "--minibatches", 3)[0])) == "after 3"
+    for flags in (("--team-sizes", 9), ("--team-sizes",), ("--minibatches", 0)):
+        code, _, error = command("mipi", "imitation", *flags)
+        assert code == 2 and flags[0] in error
+
+
+@pytest.mark.slow
+def test_the_network_learns_resource_collection_from_labels():
+    """In a sixth of the minibatches of docs/mipi.md; random play earns 2."""
+    flags = ("--every", 50, "--round", 64, "--show", 500, "--episodes", 32)
+    rows, _ = taught("--minibatches", 500, "--learning-rate", 5e-4, *flags)
+    assert rows["3 taught"] > 3 * max(rows["3 random"], 3)
+
+
+# --- Dependence on the team -----------------------------------------------------------------------
+
+
+def dependence(*words):
+    code, text, stderr = command("mipi", "dependence", *words)
+    assert code == 0, stderr
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in text.splitlines()]
+    return {row[0]: dict(zip(lines[0], row)) for row in lines[2:]}
+
+
+def test_team_dependence(runs, tmp_path):
+    """Nobody depends on a team that is never seen; utilities say no probabilities; all runs are
+    asked about the same episodes, or each about its own."""
+    names = [runs / f"sz-{name}-s1" for name in ("mipi", "inf", "refil", "aqmix")]
+    own = dependence(*names, "--draws", 3)
+    same = dependence(*names, "--draws", 3, "--states", runs / "sz-refil-s1")
+    for rows in (own, same):
+        assert set(rows) == {path.name for path in names}
+        assert [rows["sz-inf-s1"][k].split()[0] for k in ("mates", "groups")] == ["0.000", "0.000"]
+        assert abs(float(rows["sz-inf-s1"]["nats"].split()[0])) < 1e-6
+        assert rows["sz-refil-s1"]["nats"] == rows["sz-aqmix-s1"]["nats"] == ""
+        assert float(rows["sz-mipi-s1"]["nats"].split()[0]) >= 0
+    assert own["sz-refil-s1"] == same["sz-refil-s1"]
+    seed_2 = runs / "sz-mipi-s2"
+    mine, theirs, other = (
+        study.open_checkpoint(*map(runs_module.Run, pair)).buffer.steps["actions"][:8]
+        for pair in ((names[0], names[0]), (seed_2, seed_2), (names[0], seed_2))
+    )
+    assert torch.equal(other, theirs) and not torch.equal(other, mine)
+    made = {"scenario": "csz", "backend": "sc2"}
+    for name, x in made.items():
+        shutil.copytree(runs / "sz-mipi-s1", tmp_path / x)
+        args = json.loads((tmp_path / x / "args.json").read_text()) | {name: x}
+        (tmp_path / x / "args.json").write_text(json.dumps(args))
+    for words, sentence in (
+        ((tmp_path / "sc2",), "is of the game itself"),
+        ((names[0], "--states", tmp_path / "csz"), "is of sz"),
+        ((names[0], "--states", tmp_path / "sc2"), "is of the game itself"),
+        ((runs,), "is no run directory"),
+        ((runs / "sz-mipi-s1", "--states", runs / "nothing"), "is no run directory"),
+        ((runs / "sz-mipi-s1", "--draws", 0), "--draws 0"),
+    ):
+        code, _, stderr = command("mipi", "dependence", *words)
+        assert code == 2 and stderr.count("\n") == 1 and sentence in stderr
+
+
+def test_what_team_dependence_measures(runs, monkeypatch):
+    """By loops: sharp agents, whose actions do change; teammates' features matter to nobody when
+    they are not seen, enemies' do."""
+    run = runs_module.Run(runs / "sz-mipi-s1")
+    opened = study.open_checkpoint(run, run)
+    for k, net in enumerate((opened.agent.utility, opened.agent.policy)):
+        sharpen(net, 1.0, k)
+    args = study.Dependence((), episodes=6, draws=3)
+    found = study.measure(opened, args)
+    rng = torch.Generator().manual_seed(1)
+    batch = opened.buffer.sample(rng, 6)
+    view, A = batch.features, batch.features.unseen.shape[1]
+
+    def policy(view, groups=None):
+        with torch.no_grad():
+            q, x, _ = opened.agent.utility(view, groups)
+            seen = 0 if groups is None else 1
+            return opened.agent.log_policy(q[seen], x[seen], view.avail_actions).exp().numpy()
+
+    alone = view._replace(unseen=view.unseen.clone())
+    for i in range(A):
+        for j in range(A):
+            alone.unseen[:, i, j] |= i != j
+    draws = [policy(view, mipi.draw_groups(view, rng)) for _ in range(3)]
+    real, hidden = policy(view), policy(alone)
+    battles, acts = view.played.nonzero()[:, 1].tolist(), set(batch.now.tolist())
+    each = {name: [[] for _ in range(6)] for name in found}
+    for m, b in enumerate(battles):
+        for i in range(A) if m in acts else ():
+            if view.avail_actions[m, i, 0]:
+                continue  # dead, or nobody
+            best = real[m, i].argmax()
+            each["mates"][b].append(hidden[m, i].argmax() != best)
+            each["groups"][b].append(np.mean([p[m, i].argmax() != best for p in draws]))
+            mean = np.mean([p[m, i] for p in draws], 0)
+            may = mean > 0
+            ratios = [np.log(np.maximum(p[m, i], 1e-30)[may] / mean[may]) for p in draws]
+            each["nats"][b].append(np.mean([p[m, i][may] @ r for p, r in zip(draws, ratios)]))
+    for name, lists in each.items():
+        np.testing.assert_allclose(found[name], [np.mean(x) for x in lists], atol=1e-4)
+        assert found[name].mean() > 0.001, name
+    changed = alone.entities.clone()
+    changed[:, 1:A] = 3.0
+    mates = policy(alone._replace(entities=changed))
+    changed[:, A:] = 3.0
+    enemies = policy(alone._replace(entities=changed))
+    assert np.array_equal(mates[:, 0], hidden[:, 0]) and not np.allclose(
+        enemies[:, 0], hidden[:, 0]
+    )

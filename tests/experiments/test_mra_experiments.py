@@ -1,0 +1,176 @@
+"""The commands of MRA's figures and tables, on runs of some hundred steps."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from made_up import command, experiment, rows
+from PIL import Image
+
+mra, runs_module = experiment("mra"), experiment("runs")
+script, parent = (
+    runs_module.load_script(name) for name in ("mra_maddpg_particle", "maddpg_particle")
+)
+TINY = "--num-envs 4 --batch-size 16 --update-every 20 --inner-steps 1 --total-timesteps 240 "
+TINY += "--hidden-size 8 --key-size 4 --final-episodes 4 --eval-episodes 2 --log-every 80 "
+TINY += "--save-every 0 --latent-size 3 --eval-every 120"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs in resource of several and of one population, two in pacman, one of MADDPG."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = {
+        "several-s1": "--task resource --populations 3 4",
+        "single-s1": "--task resource --populations 4",
+        "single-s2": "--task resource --populations 4 --seed 2",
+        "chase-s1": "--task pacman --populations 2,1 3,2",
+        "chase-s2": "--task pacman --populations 2,1 3,2 --seed 2",
+    }
+    for name, own in flags.items():
+        argv = f"{TINY} {own} --run-dir {folder / name}".split()
+        assert script.main(argv) == 0
+    argv = TINY.replace("--latent-size 3", "--share-parameters").split()
+    argv += f"--task pacman --population 3,2 --run-dir {folder / 'parent-s1'}".split()
+    assert parent.main(argv) == 0
+    return folder
+
+
+def test_figures_9_10_and_11(runs, tmp_path):
+    """All files are pictures, and the curves are what the run has logged."""
+    names = ("several-s1", "single-s1", "single-s2")
+    code, _, stderr = command("mra", "figures", *(runs / x for x in names), "--out", tmp_path / "f")
+    assert code == 0, stderr
+    for number in (9, 10, 11):
+        picture = np.asarray(Image.open(tmp_path / f"f-{number}.png").convert("RGB"))
+        assert picture.std() > 10, "blank"
+    found_rows = rows(tmp_path / "f-9.csv")
+    log = [json.loads(x) for x in (runs / "several-s1" / "metrics.jsonl").read_text().splitlines()]
+    for figure, of in (("information", "3"), ("xi_loss", "4"), ("xi_accuracy", "3")):
+        wanted = [x[f"{figure}/{of}"] for x in log if f"{figure}/{of}" in x]
+        found = [float(r["value"]) for r in found_rows if (r["figure"], r["of"]) == (figure, of)]
+        assert len(found) == len(wanted) >= 2
+        assert np.allclose(found, wanted, rtol=1e-5)
+    returns = {r["of"] for r in found_rows if r["figure"] == "return"}
+    assert returns == {f"{m} z={z}" for m in (3, 4) for z in range(3)}
+
+
+def test_ways_begin_alike_and_depend_on_the_run(runs):
+    """Fig. 10: one beginning for all, and other agents go other ways."""
+    study = mra.Figures(runs=(), seed=3)
+    ways = [
+        mra.walk(mra.load(runs_module.Run(runs / name)), study, "4", z)
+        for name, z in (("several-s1", 0), ("several-s1", 0), ("single-s1", 0), ("single-s2", 0))
+    ]
+    for way in ways:
+        assert way.shape == (21, 4, 2)
+        assert np.array_equal(way[0], ways[0][0])
+    assert np.array_equal(ways[0], ways[1])
+    assert not np.array_equal(ways[2], ways[3])
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["{runs}/single-s1"], "None of these runs has several populations"),
+        (["{runs}/parent-s1"], "without latents"),
+        (["{runs}/several-s1", "{runs}/chase-s1"], "is a run of pacman"),
+        (["{runs}/several-s1", "--population", "x"], "A population is"),
+        (["{runs}/several-s1", "--agent", "9"], "has fewer"),
+        (["{runs}/several-s1", "--edge", "2"], "--edge 2"),
+        (["{runs}/none"], "is no run directory"),
+    ],
+)
+def test_figures_refuse(runs, tmp_path, words, sentence):
+    words = [word.format(runs=runs) for word in words]
+    code, _, stderr = command("mra", "figures", *words, "--out", tmp_path / "f")
+    assert (code, stderr.count("\n")) == (2, 1), stderr
+    assert sentence in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_cross_play(runs, tmp_path):
+    """Against oneself it is the run's own play; the table's means are the rows'."""
+    names = ("chase-s1", "chase-s2", "parent-s1")
+    words = [*(runs / x for x in names), "--population", "3,2", "--episodes", 6]
+    code, text, stderr = command("mra", "cross-play", *words, "--out", tmp_path / "x")
+    assert code == 0, stderr
+    found_rows = rows(tmp_path / "x.csv")
+    assert len(found_rows) == 9
+    group = [float(r["pac_man"]) for r in found_rows if r["pac_men"] == r["ghosts"] == "chase"]
+    assert len(group) == 4
+    assert f"| chase | chase | {np.mean(group):.2f} | {min(group):.2f}, {max(group):.2f}" in text
+    # By hand: pac-men of one, ghosts of another.
+    a, b = (mra.load(runs_module.Run(runs / x)) for x in ("chase-s1", "parent-s1"))
+    world = mra.make_world(a, "3,2", 6, 1)
+    players = [x.script.load_player(str(x.run.path), 1 + k) for k, x in enumerate((a, b))]
+    world.reset()
+    total = torch.zeros(6, 5)
+    alive = torch.ones(6, 1, dtype=torch.bool)
+    for _ in range(20):
+        first, second = (p(world) for p in players)
+        step = world.step(torch.cat((first[:, :3], second[:, 3:]), 1))
+        total += step.reward * alive
+        alive &= ~step.terminated[:, None]
+    (row,) = (
+        r for r in found_rows if (r["pac_men_run"], r["ghosts_run"]) == ("chase-s1", "parent-s1")
+    )
+    assert float(row["pac_man"]) == pytest.approx(float(total[:, :3].mean()), rel=1e-5)
+    assert float(row["ghost"]) == pytest.approx(float(total[:, 3:].mean()), rel=1e-5)
+
+
+def test_cross_play_refuses(runs, tmp_path):
+    for words, sentence in (
+        ([runs / "several-s1"], "is a run of resource"),
+        ([runs / "chase-s1", "--population", "4"], "A population of pacman"),
+        ([runs / "chase-s1", "--episodes", "1"], "--episodes 1"),
+    ):
+        code, _, stderr = command("mra", "cross-play", *words, "--out", tmp_path / "x")
+        assert (code, stderr.count("\n")) == (2, 1), stderr
+        assert sentence in stderr
+
+
+def test_tables_by_seed(runs, tmp_path):
+    """compare.py on particle runs: curves, a line per run, and a column per group."""
+    both = (runs / "single-s1", runs / "single-s2")
+    how = ("--curves", "return/4", "--every", 80, "--out", tmp_path / "c")
+    command("compare", *both, *how, "--by-seed", "--rows", "4", "4 random")
+    evals = [json.loads((run / "summary.json").read_text())["eval"] for run in both]
+    x = [e["4"]["return"] for e in evals]
+    text = (tmp_path / "c.md").read_text()
+    assert "| | single, return |" in text
+    assert f"| 4 | {np.mean(x):.2f} ({x[0]:.2f}, {x[1]:.2f}) |" in text
+    best = [e[next(k for k in e if k.startswith("4 best z="))]["return"] for e in evals]
+    command("compare", *both, *how, "--by-seed")  # which z is the seed's affair
+    cell = f"{np.mean(best):.2f} ({best[0]:.2f}, {best[1]:.2f})"
+    assert f"| 4 best z | {cell} |" in (tmp_path / "c.md").read_text()
+    command("compare", *both, *how)
+    row = evals[1]["4"]
+    cell = f"{row['return']:.2f} [{row['return_low']:.2f}, {row['return_high']:.2f}]"
+    assert f"| single-s2 | 4 | {cell} | 4 |" in (tmp_path / "c.md").read_text()
+
+
+def test_runs_of_the_figures(tmp_path):
+    """--dry-run names a command for every run, which the scripts take."""
+    words = ["--seeds", "1", "2", "--dir", tmp_path / "my runs", "--dry-run"]
+    figures = ["fig2", "fig3", "fig4", "fig5", "fig7", "fig8"]
+    code, text, stderr = command("mra", "train", *figures, *words)
+    assert code == 0, stderr
+    lines = [shlex.split(line) for line in text.splitlines()]
+    assert len(lines) == len(set(map(tuple, lines))) == 2 * (3 * 5 + 3 + 3 + 4)
+    for words in lines:
+        path, *argv = words[1:]
+        assert argv[1].startswith(str(tmp_path / "my runs"))
+        if "--adapt" in argv:
+            source = argv[argv.index("--adapt") + 1]
+            assert source.endswith(f"-mra-s{argv[argv.index('--seed') + 1]}")
+            continue
+        module = script if path.startswith("mra") else parent
+        args = runs_module.script_args(module, argv)
+        assert args.total_timesteps in (240_000, 120_000) and args.num_envs == 64
+    assert sum("--adapt" in words for words in lines) == 6
+    assert not (tmp_path / "my runs").exists()

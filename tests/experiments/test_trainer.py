@@ -1,0 +1,136 @@
+"""Training many runs: what is started, resumed, kept and stopped, with real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from made_up import ROOT, experiment
+
+runs = experiment("runs")
+
+SCRIPT = """
+import json, pathlib, sys, time
+words = sys.argv[1:]
+value = lambda flag: words[words.index(flag) + 1]
+run = pathlib.Path(value("--resume" if "--resume" in words else "--run-dir"))
+run.mkdir(exist_ok=True)
+with (run / "calls").open("a") as file:
+    file.write(json.dumps(words) + "\\n")
+print("hello", file=sys.stderr)
+if "--fail" in words:
+    raise SystemExit(3)
+(run / "checkpoints.json").write_text("[]")
+(run / "args.json").write_text(json.dumps({"script": "script"}))
+if "--stop" in words and "--resume" not in words:
+    raise SystemExit(75)
+steps = int(value("--total-timesteps"))
+(run / "summary.json").write_text(json.dumps({"timesteps": steps, "eval": {}}))
+class Args:
+    pass
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    """jobs(timesteps, name=flags, ...), with a script that only notes how it was called."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(runs.Job, "check_same", lambda *found: None)
+
+    def make(timesteps, **commands):
+        return [
+            runs.Job(tmp_path / "my runs" / f"{name}-s{seed}", "script.py", flags, seed, timesteps)
+            for seed in (1, 2)
+            for name, flags in commands.items()
+        ]
+
+    return make
+
+
+def calls(job):
+    return [json.loads(line) for line in (job.run / "calls").read_text().splitlines()]
+
+
+def test_a_study_starts_resumes_and_keeps(jobs, capsys):
+    """New runs start, one that was stopped (75) goes on, a finished one is kept, one that is too
+    short goes on; a failing one is named with its log."""
+    commands = {"a": ("--words", "two words"), "b": ("--stop",)}
+    first = jobs(70, **commands)
+    runs.train_all(first, 2, dry_run=True)
+    assert capsys.readouterr().out.count("python script.py") == 4
+    assert not first[0].run.parent.exists()
+    with pytest.raises(runs.StoppedError, match=r"^2 of 4 runs were stopped") as stopped:
+        runs.train_all(first, 2)
+    assert stopped.value.code == 75
+    runs.train_all(first, 2)
+    for job in first:
+        name, flags = job.run.name, [*job.flags, "--seed", str(job.seed)]
+        flags += ["--total-timesteps", "70"]
+        wanted = [["--run-dir", str(job.run), *flags]]
+        if name.startswith("b"):
+            wanted.append(["--resume", str(job.run), *flags])
+        assert calls(job) == wanted
+        assert runs.beside(job.run, ".log").read_text() == "hello\n" * len(wanted)
+    runs.train_all(jobs(90, **commands), 2)
+    assert [len(calls(job)) for job in first] == [2, 3, 2, 3]
+    assert calls(first[0])[1][0] == "--resume"
+    with pytest.raises(runs.UsageError, match=r"c-s1 ended with code 3: see .*c-s1\.log"):
+        runs.train_all(jobs(70, c=("--fail",), d=("--stop",)), 1)
+    assert len(calls(jobs(70, d=())[0])) == 1  # who comes after a failure has its turn
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None or condition(), process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+TINY = "--task resource --populations 3 --num-envs 2 --batch-size 8 --update-every 20 "
+TINY += "--inner-steps 1 --hidden-size 8 --key-size 4 --latent-size 2 --save-every 40 "
+TINY += "--log-every 40 --eval-every 0 --final-episodes 2 --no-compile"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_what_is_trained(tmp_path, number):
+    """The run saves and ends before the command does, with code 75; nobody goes on training; the
+    same command goes on with it. From another directory, with a space in --dir."""
+    folder = tmp_path / "my runs"
+    flags = ["--preset", "paper", "--dir"]
+    command = [sys.executable, str(ROOT / "experiments/mra.py"), "train", "fig5", *flags]
+    command += [str(folder), "--seeds", "1", f"--flags={TINY}", "--total-timesteps"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    run = folder / "resource-mra-s1"
+    with subprocess.Popen([*command, "100000000"], cwd=tmp_path, **options) as process:
+        try:
+            log = run / "metrics.jsonl"
+            wait_for(lambda: log.exists() and log.stat().st_size, process)
+            process.send_signal(number)
+            assert process.wait(120) == 75
+        finally:
+            process.kill()
+        output = process.stdout.read()
+    assert "1 of 1 runs were stopped; the same command goes on." in output
+    assert not (run / "summary.json").exists()
+    (newest, *_) = json.loads((run / "checkpoints.json").read_text())
+    steps = newest["timesteps"]
+    found = [pid for pid in os.listdir("/proc") if pid.isdigit() and in_run(pid, run)]
+    assert not found, "somebody goes on training"
+    done = subprocess.run([*command, str(steps + 40)], cwd=tmp_path, timeout=120, **options)
+    assert done.returncode == 0, done.stdout
+    assert f"--resume '{run}'" in done.stdout
+    assert json.loads((run / "summary.json").read_text())["timesteps"] == steps + 40
+
+
+def in_run(pid, run):
+    """Whether a process has the run on its command line."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return str(run).encode() in file.read()
+    except OSError:
+        return False
