@@ -283,7 +283,8 @@ def test_where_a_world_ends_final_is_its_last_observation_and_obs_the_next_first
 
 
 def test_final_and_first_observations_are_those_of_the_engines():
-    """The same, tile by tile, on a worker's half of the work in this process."""
+    """A worker's half of the work, in this process: what it writes, tile by tile, is what its
+    engines show when episodes end and begin."""
     spec = get_spec(CHICKEN)
     arrays = ours.SharedArrays(spec, 2)
     new_engine = ours.PlainEngines(spec)

@@ -48,7 +48,7 @@ import tempfile
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -143,7 +143,7 @@ def substrates() -> list[str]:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Descriptors 1 and 2 to /dev/null: building an engine prints hundreds of harmless lines."""
     sys.stdout.flush(), sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -362,6 +362,7 @@ class SharedArrays:
         return Observation(*(getattr(self, name)[where] for name in names))
 
     def close(self) -> None:
+        """Give the descriptor back; the memory stays as long as somebody maps it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1  # the number may soon be another file's
@@ -405,6 +406,7 @@ class Host:
         self.steps: dict[int, int] = {}
 
     def handle(self, message: bytes) -> None:
+        """Do what a message asks for."""
         letter, (world, episode) = message[:1], np.frombuffer(message[1:], np.int32).tolist()
         if letter == b"S":
             self.step()
@@ -419,6 +421,7 @@ class Host:
             self.serving.pop(world, None)
 
     def step(self) -> None:
+        """Step all worlds that this process serves; those that end are served no longer."""
         arrays = self.arrays
         for world, engine in list(self.serving.items()):
             goes_on = engine.step(arrays.actions[world])
