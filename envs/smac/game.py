@@ -11,8 +11,8 @@ own lines, on a Snapshot that is read from the game. The procedure is that of RE
 2021): kill all, create the teams by debug commands, send the enemy once to where the agents stand,
 then raw unit commands, 8 frames a step.
 
-The game is not part of this project and could not be had while this was written: docs/battles.md says
-how to install it, what was tested without it, and what nobody has seen yet. A game is reached
+The game is not part of this project and could not be had while this was written: docs/battles.md
+says how to install it, what was tested without it, and what nobody has seen yet. A game is reached
 through a controller with nine methods (create_game, join_game, game_info, data, debug, actions,
 step, observe, close) and a version; `StarCraft` is the real one, tests/sc2_controller.py has one
 that is backed by the simulator. Both raise GameFailed.
