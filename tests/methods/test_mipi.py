@@ -86,6 +86,7 @@ def forward(s):
 # --- Policies -------------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 def test_unavailable_actions_have_no_probability_and_no_gradient():
     """In policy and marginal; in the losses, too."""
     s = setting(double=True)
@@ -103,6 +104,7 @@ def test_unavailable_actions_have_no_probability_and_no_gradient():
         assert (gradient[~avail] == 0).all() and (gradient[avail] != 0).any()
 
 
+@pytest.mark.numeric
 def test_the_marginal_sees_its_own_unit_only():
     """Whatever others are: the same bits, and no gradient. The policy does see them."""
     s = setting(double=True)
@@ -142,6 +144,7 @@ def test_observe_self_only_sees_nobody_else():
     assert not torch.equal(*q_total)
 
 
+@pytest.mark.numeric
 def test_actions_are_drawn_from_policy_and_noise():
     """(1 - epsilon) pi + epsilon uniform; greedy in evaluation."""
     s = setting(rounds=0)
@@ -175,6 +178,7 @@ def all_slots(features, m):
     return {"entities": entities, "empty": empty, "gone": gone}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("how", ["", "--no-imagine"])
 def test_critic_is_that_of_numpy(how):
     """Eqs. (15), (16): policies, marginals and utilities as given; the rest by loops."""
@@ -218,6 +222,7 @@ def test_critic_is_that_of_numpy(how):
     assert len(q) == (3 if imagine else 1) and np.isclose(loss.item(), parts, rtol=1e-8)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("how", ["", "--no-imagine"])
 def test_policy_and_marginal_losses_are_those_of_numpy(how):
     """Eqs. (17), (18) by loops over available actions, as learn() reports them with M = 1."""
@@ -247,6 +252,7 @@ def test_policy_and_marginal_losses_are_those_of_numpy(how):
     assert np.isclose(scalars["policy_loss"].item(), np.mean(cost), rtol=1e-9)
 
 
+@pytest.mark.numeric
 def test_alpha_i_over_w():
     """Eq. (18) with alpha / w_i per agent and state."""
     s = setting("--ba-iterations 1 --alpha .2 --alpha-i-over-w", double=True)
@@ -286,6 +292,7 @@ def test_living_agents_are_those_that_may_act():
     assert not any(x.requires_grad for x in living.detach())
 
 
+@pytest.mark.numeric
 def test_mutual_information_is_exact_where_it_can_be_counted():
     """Units with four teams, each as likely, and the marginal that is the mean policy: what
     measure() reports is I(u; s* | s+) of the table, by type of unit."""
@@ -368,6 +375,7 @@ def test_who_learns_in_each_alternation(monkeypatch):
     assert steps[5] == critic and steps[6:] == [HEADS["policy"]]
 
 
+@pytest.mark.numeric
 def test_alternations_on_cached_trunks_are_blahut_and_arimotos(monkeypatch):
     """Each step's loss is that of heads as they are then, on what the trunks gave before: written
     out for M = 3, with networks run in each alternation, whose trunks have not moved."""
@@ -404,6 +412,7 @@ def test_alternations_on_cached_trunks_are_blahut_and_arimotos(monkeypatch):
         descend(loss, agent.policy, agent.policy_optimiser, clip)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("flags", ["", "--detach-actor-trunk"])
 def test_what_the_policys_loss_moves(flags):
     """The shared trunk, unless that is switched off; never utilities' head, mixer or marginal."""
@@ -434,6 +443,7 @@ def test_what_the_policys_loss_moves(flags):
         assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("regularizer", ["entropy", "none"])
 def test_ablations(regularizer):
     """Entropy: E_pi log pi in the marginal's place; none: reward alone. No marginal learns."""

@@ -129,6 +129,7 @@ def mix(mixer, q, features, groups=None):
 # --- Masks ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("imagine", [False, True])
 def test_a_hidden_entity_changes_no_utility_and_gets_no_gradient(imagine):
     """At no time seen by agent 0, directly or in a group."""
@@ -146,6 +147,7 @@ def test_a_hidden_entity_changes_no_utility_and_gets_no_gradient(imagine):
     assert torch.equal(changed[:, :, 0], q[:, :, 0]) and not torch.equal(changed, q)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("flags", MIXERS)
 @pytest.mark.parametrize("imagine", [False, True])
 def test_empty_slots_change_nothing(flags, imagine):
@@ -164,6 +166,7 @@ def test_empty_slots_change_nothing(flags, imagine):
     assert torch.equal(mix(mixer, q_of(utility, again, groups)[..., 1], again, groups), total)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("flags", MIXERS)
 @pytest.mark.parametrize("imagine", [False, True])
 def test_permuting_entities_permutes_outputs(flags, imagine):
@@ -186,6 +189,7 @@ def test_permuting_entities_permutes_outputs(flags, imagine):
     assert torch.allclose(total, mix(mixer, p[..., 1], moved, other), atol=1e-12)
 
 
+@pytest.mark.numeric
 def test_trimmed_slots_change_nothing(monkeypatch):
     """Features end at the last slot in use; with all 8 of a side the outputs are the same."""
     s = setting("--team-sizes 3")
@@ -227,6 +231,7 @@ def test_groups_partition_entities():
     assert abs(share.var() - (1 / 12 + 1 / 6 / 8)) < 0.005, "Var(p) + E p (1 - p) / S"
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("view, sees_own", [("own_group", True), ("other_group", False)])
 def test_utilities_of_a_group_depend_on_that_group_only(view, sees_own):
     """Who looks at the other group still asks with its own features, as in REFIL."""
@@ -245,6 +250,7 @@ def test_utilities_of_a_group_depend_on_that_group_only(view, sees_own):
 # --- Networks -------------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 def test_a_product_of_two_layers_is_the_two_layers():
     """Of utilities and mixers: the same values and gradients one after the other."""
     _, (utility, mixer) = as_double(synthetic()), networks()
@@ -259,6 +265,7 @@ def test_a_product_of_two_layers_is_the_two_layers():
     assert mixer.project.shape[-1] == mixer.out.shape[1]  # numpy_hyper() takes them one by one
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("flags", MIXERS)
 def test_mixing_is_monotonic(flags):
     """dQ_tot / dQ_i >= 0 everywhere; of some, > 0."""
@@ -276,6 +283,7 @@ def test_mixing_is_monotonic(flags):
 # --- Losses in NumPy ------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("bootstrap", [False, True])
 @pytest.mark.parametrize("flags", MIXERS)
 def test_losses_and_targets_are_those_of_numpy(flags, bootstrap):
@@ -332,6 +340,7 @@ def gradients(loss, agent):
     return torch.autograd.grad(loss, list(agent.critic().parameters()))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("imagine", [True, False])
 @pytest.mark.parametrize("flags", MIXERS)
 @pytest.mark.parametrize("scenario", ["sz", "mmm"])
@@ -367,6 +376,7 @@ def test_only_learning_networks_get_gradients():
         assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.numeric
 def test_bf16_is_close():
     """Autocast changes the loss a little; utilities and targets stay fp32."""
     s = setting(noise=0.3)
@@ -456,6 +466,7 @@ def test_a_refilled_replay_is_the_same():
         assert differences(getattr(s.buffer, name), getattr(other.buffer, name)) == []
 
 
+@pytest.mark.numeric
 def test_recurrent_replay_equals_stepping(monkeypatch):
     """The utilities that a battle was played by, step by step, are those of the learner."""
     s, seen = setting(rounds=0, noise=0.5), []
