@@ -112,7 +112,7 @@ def test_scripted_agents(scenario):
 @pytest.mark.slow
 @pytest.mark.parametrize(("scenario", "size"), list(BANDS))
 def test_win_rates_of_scripted_agents(scenario, size):
-    """Within 4 standard deviations of docs/combat.md's table, other battles."""
+    """Within 4 standard deviations of docs/battles.md's table, other battles."""
     for name, expected in zip(POLICIES, BANDS[scenario, size], strict=True):
         p = min(max(expected, 0.002), 0.998)
         error = (p * (1 - p) * (1 / 512 + 1 / 2048)) ** 0.5
