@@ -116,6 +116,7 @@ class MeltingPot:
     device: Literal["cpu", "cuda"] = "cpu"
     amp: bool = False  # critic in bf16, for both kinds
     plain_rounds: Count = 3  # iterations with --plain, which are slow; 0 leaves them out
+    flags: str = ""  # of the script, as --flags="--k-d 1"
 
 
 def steps_per_second(step: Any, actions: np.ndarray) -> float:
@@ -209,8 +210,10 @@ def bench_training(bench: MeltingPot) -> None:
         speed = {}
         for kind, rounds in (("ids", bench.rounds), ("plain", bench.plain_rounds)):
             if rounds:
-                seconds = training_seconds(bench, name, kind, rounds)
-                speed[kind] = 200 * bench.num_envs / sum(seconds.values())
+                script, args = training_args(bench, name, kind)
+                seconds = training_seconds(script, args, bench, rounds)
+                steps = args.rollout_steps * args.num_envs
+                speed[kind] = steps / sum(seconds.values())
                 cells = [f"{x:.2f} s" for x in seconds.values()]
                 ratio = f"{speed['ids'] / speed['plain']:.1f}" if "plain" in speed else ""
                 table_line(name, kind, f"{speed[kind]:,.0f}", *cells, ratio)
@@ -233,14 +236,19 @@ class Timed:
         return getattr(self.envs, name)
 
 
-def training_seconds(bench: MeltingPot, name: str, kind: str, rounds: int) -> dict[str, float]:
-    """Of one iteration's parts: worlds, acting, learning."""
+def training_args(bench: MeltingPot, name: str, kind: str) -> tuple[Any, Any]:
+    """The script, and its arguments."""
     distils = bench.script == "bidist"
     script = load_script("bidist_mappo_meltingpot" if distils else "mappo_meltingpot")
     flags = ["--substrate", name, "--num-envs", str(bench.num_envs), "--device", bench.device]
     flags += ["--num-workers", str(bench.num_workers), "--worker-timeout", "120"]
     flags += ["--plain"] * (kind == "plain") + ["--amp"] * bench.amp
-    args = script_args(script, flags)
+    return script, script_args(script, [*flags, *bench.flags.split()])
+
+
+def training_seconds(script: Any, args: Any, bench: MeltingPot, rounds: int) -> dict[str, float]:
+    """Of one iteration's parts: worlds, acting, learning."""
+    distils = hasattr(script, "distill")
     torch.set_num_threads(bench.num_threads)
     wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
     parts: dict[str, list[float]] = {"worlds": [], "acting": [], "learning": []}

@@ -713,7 +713,8 @@ def policies_of(policy: Nets) -> np.ndarray:
     """(n, 2 agents, 2 types), probabilities of action 1."""
     team = torch.tensor([[0, 0], [1, 1]])  # types of both agents
     with torch.no_grad():
-        p = policy(inputs_of(team).flatten(0, 1).expand(len(policy.first), -1, -1)).softmax(-1)
+        inputs = inputs_of(team).flatten(0, 1)
+        p = policy(inputs.expand(len(policy.first), -1, -1)).softmax(-1)
     return p[..., 1].view(-1, 2, 2).transpose(1, 2).double().numpy()
 
 
@@ -753,7 +754,9 @@ def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
         u = (draw(B, 2) < p).long()
         r = payoffs[team, u[..., 0], u[..., 1]]
         q = critic(flat).view(n, B, 2, 2)
-        total = q.gather(-1, u[..., None]).sum((2, 3)) + b(F.one_hot(team, 2).float())[..., 0]
+        chosen = q.gather(-1, u[..., None])
+        offset = b(F.one_hot(team, 2).float())
+        total = chosen.sum((2, 3)) + offset[..., 0]
         move((total - r).square(), judge)  # Eq. (16) of one step
         q = q.detach()
         for _ in range(study.ba_iterations):
@@ -865,9 +868,11 @@ def watched(policy: Any, teacher: Any, kept: list[tuple]) -> Any:
 
 def learn_labels(script: Any, agent: Any, steps: list[tuple], some: Tensor) -> float:
     """A gradient step on the episodes `some` of a round; the share of labels that were met."""
-    chosen = ((type(o)(*(x[some] for x in o)), a[some], b[some]) for o, a, b in steps)
-    obs, last, label = zip(*chosen)
-    obs = type(obs[0])(*map(torch.cat, zip(*obs)))  # (M, ...), in order of time
+    seen, last, label = zip(*steps)
+    kind = type(seen[0])
+    fields = zip(*seen)  # of an observation, each at all times
+    obs = kind(*[torch.cat([x[some] for x in field]) for field in fields])  # (M, ...)
+    last, label = ([x[some] for x in actions] for actions in (last, label))
     played = torch.ones(len(steps), len(some), dtype=torch.bool)
     features = script.encode(obs, torch.cat(last), played, agent.device)
     with agent.autocast():
