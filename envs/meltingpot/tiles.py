@@ -115,7 +115,7 @@ class EpisodeCounter:
 
 
 @numba.njit(cache=True)
-def _hash(image, i, j):
+def _hash(image: np.ndarray, i: int, j: int) -> np.uint64:
     """A 64-bit number from the 24 words of tile (i, j); three lanes, as one chain would wait."""
     odd = np.uint64(0x9E3779B97F4A7C15)
     a = b = c = np.uint64(0)
@@ -131,7 +131,7 @@ def _hash(image, i, j):
 
 
 @numba.njit(inline="always")
-def _differs(image, i, j, sprite):
+def _differs(image: np.ndarray, i: int, j: int, sprite: np.ndarray) -> np.uint64:
     """Zero if tile (i, j) shows this sprite."""
     bits = np.uint64(0)
     for r in range(8):
@@ -141,7 +141,14 @@ def _differs(image, i, j, sprite):
 
 
 @numba.njit(cache=True)
-def _encode(image, sprites, slots, hashes, ids, start):
+def _encode(
+    image: np.ndarray,
+    sprites: np.ndarray,
+    slots: np.ndarray,
+    hashes: np.ndarray,
+    ids: np.ndarray,
+    start: int,
+) -> tuple[int, int]:
     """Write the ids of the tiles of image (8H, 3W words) into ids (H, W), from row `start` on.
 
     A tile that still shows what it showed before (ids holds the last frame) costs one comparison;
@@ -168,7 +175,9 @@ def _encode(image, sprites, slots, hashes, ids, start):
 
 
 @numba.njit(cache=True)
-def _insert(sprites, slots, hashes, first, last):
+def _insert(
+    sprites: np.ndarray, slots: np.ndarray, hashes: np.ndarray, first: int, last: int
+) -> None:
     """Enter sprites [first, last) into the hash table."""
     mask = np.uint64(len(slots) - 1)
     for number in range(first, last):

@@ -5,8 +5,8 @@ Every image that Melting Pot draws consists of 8x8 sprites on an 8x8 grid. `Melt
 of the memory); `images()` rebuilds the pixels exactly. B is parallel worlds, N players.
 
 The engine (dmlab2d) is read directly: the official wrapper collects every observation through five
-layers of Python, this file only those that are used. tests/test_meltingpot.py holds it against the
-official wrapper on the same engine.
+layers of Python, this file only those that are used. tests/worlds/test_meltingpot.py holds it
+against the official wrapper on the same engine.
 
 Worlds live in worker processes, several per worker, and write into shared memory. An engine serves
 one episode and is then built anew, as in the official wrapper. The next episode of every world is
@@ -48,7 +48,7 @@ import tempfile
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -143,7 +143,7 @@ def substrates() -> list[str]:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Descriptors 1 and 2 to /dev/null: building an engine prints hundreds of harmless lines."""
     sys.stdout.flush(), sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -362,6 +362,7 @@ class SharedArrays:
         return Observation(*(getattr(self, name)[where] for name in names))
 
     def close(self) -> None:
+        """Give the descriptor back; the memory stays as long as somebody maps it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1  # the number may soon be another file's
@@ -405,6 +406,7 @@ class Host:
         self.steps: dict[int, int] = {}
 
     def handle(self, message: bytes) -> None:
+        """Do what a message asks for."""
         letter, (world, episode) = message[:1], np.frombuffer(message[1:], np.int32).tolist()
         if letter == b"S":
             self.step()
@@ -419,6 +421,7 @@ class Host:
             self.serving.pop(world, None)
 
     def step(self) -> None:
+        """Step all worlds that this process serves; those that end are served no longer."""
         arrays = self.arrays
         for world, engine in list(self.serving.items()):
             goes_on = engine.step(arrays.actions[world])

@@ -229,8 +229,15 @@ def test_a_stopped_standby_is_fatal_when_it_is_needed(long_builds):
             step(envs)
 
 
-@pytest.mark.parametrize("holds", ["nothing yet", "a build under way", "an episode"])
-@pytest.mark.parametrize("found_by", ["check", "need"])
+@pytest.mark.parametrize(
+    "holds, found_by",
+    [
+        ("nothing yet", "check"),
+        ("a build under way", "check"),
+        ("an episode", "check"),
+        ("an episode", "need"),
+    ],
+)
 def test_a_dead_standby_is_replaced(holds, found_by, long_builds, capfd):
     """No episode is lost: another process builds the one that it held."""
     with worlds(2, build_s=0.5, max_episode_steps=5) as envs:
