@@ -382,14 +382,13 @@ def test_the_focal_side_sees_permitted_observations_only(name):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_actors_do_not_read_the_global_view(name):
-    """net_player's actions are the same whatever world_ids hold."""
+    """A NetPlayer's actions are the same whatever world_ids hold."""
     one = script(name)
     worlds = TileGame(3, 1)
-    agent = one.Agent(one.Args(substrate="toy"), worlds.spec, torch.device("cpu"))
-    sprites = one.Sprites(worlds, torch.device("cpu"))
+    agent = one.Agent(one.Args(substrate="toy"), worlds, torch.device("cpu"))
     obs, starts = worlds.reset(), np.ones(3, bool)
     ids = np.tile(np.arange(2), (3, 1))
-    players = [one.net_player(agent.actor, sprites, 2, 5) for _ in range(2)]
+    players = [one.NetPlayer(agent.actor, agent.sprites, seed=5) for _ in range(2)]
     for _ in range(8):
         other = obs._replace(world_ids=(obs.world_ids + 1) % 7)
         actions = [player(x, starts, ids) for player, x in zip(players, (obs, other))]
