@@ -913,8 +913,8 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
 class NetPlayer:
     """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
 
-    def __init__(self, net: Actor, envs: Any, device: torch.device, seed: int):
-        self.net, self.sprites = net, Sprites(envs, device)
+    def __init__(self, net: Actor, sprites: Sprites, seed: int):
+        self.net, self.sprites = net, sprites
         self.rng = torch.Generator().manual_seed(seed)
         self.hidden: Tensor | None = None  # (B, N, S)
 
@@ -939,7 +939,7 @@ def load_player(path: str, envs: Any, seed: int = 0, network: str = "actor") -> 
     with make_envs(args, 1, 1) as trained_in:
         agent = Agent(args, trained_in, torch.device("cpu"))
     restore(agent.parts()[network], saved["agent"][network], path)
-    return NetPlayer(agent.parts()[network], envs, agent.device, seed)
+    return NetPlayer(agent.parts()[network], Sprites(envs, agent.device), seed)
 
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
@@ -967,7 +967,8 @@ def evaluate(
     rng, episodes = evaluation.rng, evaluation.episodes
 
     def player(net: Actor, envs: Any) -> NetPlayer:
-        return NetPlayer(net, envs, agent.device, seed=int(rng.integers(2**31)))
+        sprites = Sprites(envs, agent.device)
+        return NetPlayer(net, sprites, seed=int(rng.integers(2**31)))
 
     seed = int(rng.integers(2**31))
     with make_envs(args, min(args.num_envs, episodes), seed) as envs:

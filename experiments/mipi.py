@@ -240,7 +240,8 @@ TABLE_3 = {  # and the alphas of appendix D.3, for which the paper has curves on
 }
 TABLES = {"Table 1": TABLE_1, "Table 2": TABLE_2, "Table 3": TABLE_3}
 DEFAULT_ALPHA = {"sz": 0.03, "csz": 0.03, "mmm": 0.1, "resource": 0.05}
-NAMED = ("seed", "regularizer", "alpha", "imagine")  # flags that a row's name tells or does not
+# Flags that a row's name tells, or does not.
+NAMED = ("seed", "regularizer", "alpha", "observe_self_only", "imagine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -576,9 +577,7 @@ def open_checkpoint(run: Run, states: Run) -> Opened:
     agent = script.Agent(args, battles.family, torch.device("cpu"))
     harness.restore(agent, saved["agent"], str(run.path))
     buffer = script.ReplayBuffer(args, battles, agent.device)
-    if not source["replays"]:
-        raise UsageError(f"{states.where} has no replay.")
-    path = folder / source["replays"][0]["name"]
+    path = folder / f"replay-{source['timesteps']}.pt"
     buffer.refill(torch.load(path, weights_only=True)["replay"])
     return Opened(script, agent, buffer)
 
@@ -657,7 +656,7 @@ def dependence(study: Dependence) -> None:
 
 # --- The matrix game ------------------------------------------------------------------------------
 
-ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
+GAME_ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 LABELS = {"none": "reward", "entropy": "reward + entropy", "mi": "reward - mutual information"}
 
 
@@ -774,7 +773,7 @@ def exact_rows(study: MatrixGame) -> list[dict[str, str]]:
     """The optima of the three objectives as alpha varies."""
     rows = []
     for objective in OBJECTIVES:
-        for alpha in (0.0,) if objective == "none" else ALPHAS[1:]:
+        for alpha in (0.0,) if objective == "none" else GAME_ALPHAS[1:]:
             found = optima(PAYOFFS[study.payoffs], objective, alpha, study.grid)
             best, each = found[0], [", ".join(f"{x:.3g}" for x in p) for p in found[0].policies]
             row = {"objective": LABELS[objective], "alpha": f"{alpha:g}"}

@@ -1,6 +1,6 @@
 # ruff: noqa: E402
 """Official bots whose SavedModels are made here, in a folder that the argument names. Run by
-tests/test_scenarios.py in a process of its own, as it needs tensorflow."""
+tests/worlds/test_scenarios.py in a process of its own, as it needs tensorflow."""
 
 import sys
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 A substrate's settings define every sprite as text and a palette, with the layer on which it is
 drawn. `read_sprites` turns them into RGBA as the engine does; `SpriteNames.look` finds which of
-them lie on a tile. No colour is written down here. tests/test_scenarios.py compares the answers
-with the engine's own LAYER observation.
+them lie on a tile. No colour is written down here. tests/worlds/test_scenarios.py compares the
+answers with the engine's own LAYER observation.
 
 Through a half-transparent sprite one sees what lies below, so that it looks different everywhere.
 The map says what can lie on one cell: `overlaid` draws all that can come of it, and each drawing

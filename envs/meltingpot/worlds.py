@@ -5,8 +5,8 @@ Every image that Melting Pot draws consists of 8x8 sprites on an 8x8 grid. `Melt
 of the memory); `images()` rebuilds the pixels exactly. B is parallel worlds, N players.
 
 The engine (dmlab2d) is read directly: the official wrapper collects every observation through five
-layers of Python, this file only those that are used. tests/test_meltingpot.py holds it against the
-official wrapper on the same engine.
+layers of Python, this file only those that are used. tests/worlds/test_meltingpot.py holds it
+against the official wrapper on the same engine.
 
 Worlds live in worker processes, several per worker, and write into shared memory. An engine serves
 one episode and is then built anew, as in the official wrapper. The next episode of every world is

@@ -5,7 +5,7 @@
     step = battles.step(actions)     # actions (B, A), one for each ally; the enemy plays by itself
 
 Unit data are those of the maps that SMAC and REFIL use (Wings of Liberty, not today's multiplayer
-balance); docs/combat.md has the table, its sources, and what is a reading of them. Space is in
+balance); docs/battles.md has the table, its sources, and what is a reading of them. Space is in
 map units, time in frames: 16 are a second of the data, 8 are an agent's step. Moments are
 fractions of frames and never rounded: what is due within a frame happens in it, and what is left
 of the frame counts for what follows.

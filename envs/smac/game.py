@@ -11,8 +11,8 @@ own lines, on a Snapshot that is read from the game. The procedure is that of RE
 2021): kill all, create the teams by debug commands, send the enemy once to where the agents stand,
 then raw unit commands, 8 frames a step.
 
-The game is not part of this project and could not be had while this was written: docs/smac.md says
-how to install it, what was tested without it, and what nobody has seen yet. A game is reached
+The game is not part of this project and could not be had while this was written: docs/battles.md
+says how to install it, what was tested without it, and what nobody has seen yet. A game is reached
 through a controller with nine methods (create_game, join_game, game_info, data, debug, actions,
 step, observe, close) and a version; `StarCraft` is the real one, tests/sc2_controller.py has one
 that is backed by the simulator. Both raise GameFailed.
@@ -74,7 +74,7 @@ HOMES = {
     "Windows": "C:/Program Files (x86)/StarCraft II",
 }
 INSTALL = "pip install --no-deps -r requirements-sc2.txt"
-ELSE = "(docs/smac.md; without the game: --backend sim)"
+ELSE = "(docs/battles.md; without the game: --backend sim)"
 
 
 class BattleError(RuntimeError):
@@ -119,7 +119,7 @@ def messages() -> SimpleNamespace:
         name = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
         raise BattleError(
             f"s2clientprotocol needs the environment variable {name}=python, set before Python "
-            "starts, with protobuf 4 or newer (docs/smac.md)."
+            "starts, with protobuf 4 or newer (docs/battles.md)."
         ) from None
     return SimpleNamespace(common=common_pb2, debug=debug_pb2, raw=raw_pb2, api=sc2api_pb2)
 
@@ -143,7 +143,7 @@ def find_map(home: Path, name: str) -> Path:
     if not found:
         raise BattleError(
             f"There is no {name}.SC2Map in {folder}: put the files of SMAC_Maps there, which REFIL "
-            "has at github.com/shariqiqbal2810/REFIL, src/envs/starcraft2/maps (docs/smac.md)."
+            "has at github.com/shariqiqbal2810/REFIL, src/envs/starcraft2/maps (docs/battles.md)."
         )
     return found[0]
 
@@ -157,7 +157,7 @@ def import_pysc2() -> Any:
     except ImportError as error:
         raise BattleError(
             f"pysc2 cannot be imported ({error}): {INSTALL}; `smac` on PyPI is something else "
-            "and not needed (docs/smac.md)."
+            "and not needed (docs/battles.md)."
         ) from None
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # pysc2 reads its defaults from there
@@ -593,7 +593,7 @@ class RealBattles(Combat):
         if self.failures[b] >= FAILURES:
             raise BattleError(
                 f"StarCraft II (battle {b}) failed {FAILURES} times in a row, the last time with: "
-                f"{failure} (docs/smac.md)."
+                f"{failure} (docs/battles.md)."
             ) from None
         warnings.warn(f"StarCraft II (battle {b}) is started again: {failure}.", stacklevel=2)
 

@@ -16,6 +16,8 @@ from envs.statistics import (
     with_interval,
 )
 
+pytestmark = pytest.mark.numeric
+
 X = np.random.default_rng(7).gamma(2.0, 3.0, 60)  # skewed
 
 

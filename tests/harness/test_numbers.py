@@ -10,6 +10,8 @@ from runs import differences, exact, index, metrics, only_error, states
 
 from tests.harness.tools import PULLS, flags, resume, run
 
+pytestmark = pytest.mark.numeric
+
 
 def all_finite(x):
     if isinstance(x, dict):

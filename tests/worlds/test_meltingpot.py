@@ -29,7 +29,7 @@ import dmlab2d  # noqa: E402
 from meltingpot import scenario, substrate  # noqa: E402
 from meltingpot.configs import substrates as configs  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHICKEN = "chicken_in_the_matrix__repeated"
 PAPER = {  # the paper's five substrates: players, actions, view, global view, features
     "pure_coordination_in_the_matrix__repeated": (2, 8, (5, 5), (15, 23), 4),
@@ -621,7 +621,7 @@ def close_and_look_for_orphans(envs):
 )
 def test_a_serving_worker_that_dies_or_hangs(what, found_by):
     """Ends the run within ten seconds with a sentence that names it, with the default time-out;
-    one that hangs when it is waited for (tests/test_workers.py has more of this)."""
+    one that hangs when it is waited for (tests/worlds/test_workers.py has more of this)."""
     rng = np.random.default_rng(9)
     with MeltingPot(CHICKEN, 3, num_workers=2) as envs:
         envs.reset()

@@ -49,7 +49,7 @@ import_meltingpot()
 from meltingpot import scenario  # noqa: E402
 from meltingpot.configs import bots as configs  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHICKEN, COINS, MINING = "chicken_in_the_matrix__repeated", "coins", "coop_mining"
 ARENA = "prisoners_dilemma_in_the_matrix__arena"
 

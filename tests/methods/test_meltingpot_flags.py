@@ -189,7 +189,7 @@ def test_without_melting_pot(name, tmp_path):
     done = run([*argv, "--help"])
     assert done.returncode == 0 and done.stderr == "" and list(tmp_path.iterdir()) == []
     entries = re.split(r"\n\W*(?=--)", done.stdout.replace("│", " "))
-    told = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
+    told = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
     for field, comment in comments(name).items():
         flag = "--" + field.replace("_", "-")
         assert comment and f" {comment} (default: " in told[flag], flag

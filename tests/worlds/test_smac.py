@@ -24,7 +24,7 @@ from envs.smac import game as smac
 from envs.smac.combat import FIRST_TARGET, SIDE, SLOTS, Combat, Snapshot, begin
 from envs.smac.game import FAILURES, BattleError, RealBattles, draw, make_battles
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = (3, 4, 5, 6, 7, 8)
 IMPLEMENTATION = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
 INSTALLED = all(importlib.util.find_spec(name) for name in ("s2clientprotocol", "pysc2"))

@@ -17,7 +17,9 @@ from envs.meltingpot.tiles import CAPACITY, Palette, Spec, WorldError, ids_to_im
 from envs.meltingpot.toy import TileGame
 from envs.meltingpot.worlds import Engine, SharedArrays, get_spec
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.numeric
+
+ROOT = Path(__file__).resolve().parents[2]
 REAL = ("coins", "chicken_in_the_matrix__repeated", "prisoners_dilemma_in_the_matrix__arena")
 
 

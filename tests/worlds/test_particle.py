@@ -32,7 +32,7 @@ from envs.particle.worlds import (
     unpack,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GAMES = (
     ("treasure", 3),
     ("treasure", 12),

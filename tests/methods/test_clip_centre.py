@@ -7,6 +7,8 @@ import pytest
 import torch
 from toolbox import bidist, collect, setting, sharpen, softmax, update
 
+pytestmark = pytest.mark.numeric
+
 ARMS, SAMPLES, FICTITIOUS = 8, 6400, 0.32
 
 

@@ -249,7 +249,8 @@ def test_a_product_of_two_layers_is_the_two_layers():
     """Of utilities and mixers: the same values and gradients one after the other."""
     _, (utility, mixer) = as_double(synthetic()), networks()
     x = torch.randn(5, 8, dtype=torch.float64)
-    both = (utility.to_gru(x), utility.gru_input(utility.project(x)))
+    product = refil.apply_both(utility.project, utility.gru_input, x)
+    both = (product, utility.gru_input(utility.project(x)))
     assert torch.allclose(*both, atol=1e-12)
     grads = [
         torch.autograd.grad(y.square().sum(), list(utility.project.parameters())) for y in both

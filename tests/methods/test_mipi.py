@@ -395,12 +395,12 @@ def test_alternations_on_cached_trunks_are_blahut_and_arimotos(monkeypatch):
         log_m = agent.marginal.head(own).masked_fill(~avail, -1e9).log_softmax(-1)
         pi = agent.policy(team).masked_fill(~avail, -1e9).softmax(-1).detach()
         likelihood = -(pi * log_m).sum(-1).mean()
-        assert losses[2 * m] == pytest.approx(float(likelihood), rel=1e-9)
+        assert losses[2 * m] == pytest.approx(likelihood.item(), rel=1e-9)
         descend(likelihood, agent.marginal, agent.marginal_optimiser, clip)
         log_m = agent.marginal.head(own).masked_fill(~avail, -1e9).log_softmax(-1).detach()
         log_pi = agent.policy(full).masked_fill(~avail, -1e9).log_softmax(-1)
         loss = (log_pi.exp() * (0.4 * (log_pi - log_m) - q)).sum(-1).mean()
-        assert losses[2 * m + 1] == pytest.approx(float(loss), rel=1e-9)
+        assert losses[2 * m + 1] == pytest.approx(loss.item(), rel=1e-9)
         descend(loss, agent.policy, agent.policy_optimiser, clip)
 
 

@@ -29,7 +29,7 @@ from envs.particle.worlds import ParticleWorld
 from envs.smac import resource_collection as rc
 from envs.smac.combat import Combat
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHICKEN = "chicken_in_the_matrix__repeated"
 ARENA = "prisoners_dilemma_in_the_matrix__arena"
 

@@ -13,6 +13,8 @@ from toolbox import bidist, collect, mappo, setting, sharpen, softmax
 from envs.meltingpot.tile_tensors import TileTables
 from envs.meltingpot.tiles import Observation, WorldError, ids_to_images
 
+pytestmark = pytest.mark.numeric
+
 GRIDS = [(5, 5), (11, 11), (15, 23), (4, 4), (3, 5), (9, 2), (1, 1)]
 
 

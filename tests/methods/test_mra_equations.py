@@ -21,6 +21,8 @@ from particle_tools import MADDPG, MRA, parse, script, sharpen, softmax, weights
 from envs.particle import pairs
 from envs.particle.worlds import choose_cache, make_game
 
+pytestmark = pytest.mark.numeric
+
 mra, maddpg = script(MRA), script(MADDPG)
 REPRESENTATIONS = ("option", "concat", "bilinear")
 SMALL = "--hidden-size 8 --key-size 4 --buffer-size 64 --batch-size 16 --num-envs 4 --device cpu"

@@ -81,11 +81,10 @@ def test_diff_of_the_two_files_is_the_method():
 def shared_blocks(path: Path) -> dict[str, str]:
     """The text of each block "[shared: NAME]" by its name; no mark without its end, none twice."""
     text = path.read_text()
-    blocks = re.findall(
-        r"^# \[shared: (\w+)\] begin\n(.*?)^# \[shared: \1\] end\n", text, re.S | re.M
-    )
+    block = r"^ *# \[shared: (\w+)\] begin\n(.*?)^ *# \[shared: \1\] end\n"
+    blocks = re.findall(block, text, re.S | re.M)
     marks = [(f"# [shared: {name}] begin", f"# [shared: {name}] end") for name, _ in blocks]
-    found = [line for line in text.splitlines() if "[shared" in line]
+    found = [line.strip() for line in text.splitlines() if "[shared" in line]
     assert found == [mark for pair in marks for mark in pair], path.name
     assert len(dict(blocks)) == len(blocks), f"{path.name}: a name twice"
     return dict(blocks)
@@ -282,6 +281,32 @@ def test_eval_ids(ids, monkeypatch):
     assert seen == [ids == "random"], "play_pairs shuffles ids, or not (test_episodes.py)"
 
 
+@pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
+def test_an_evaluation_says_how_far_it_is(script):
+    """All episodes of all rows are announced, and reported when they are over."""
+    s = setting("--eval-episodes", "3", script=script)
+    evaluation = Evaluation(s.args, "eval", 0, Path())
+    rows = script.evaluate(s.args, s.agent, {}, evaluation)
+    assert evaluation.played == evaluation.expected == 3 * len(rows) >= 9
+    assert all(row["episodes"] == 3 for row in rows.values())
+
+
+def test_load_player(plain):
+    """The policies of a run, as players of the episodes module, in other worlds than its own."""
+    state, run_dir = plain
+    s = setting("--num-envs", "6")
+    starts, ids = np.ones(6, bool), np.tile([1, 0], (6, 1))
+    for network in ("actor", "distilled"):
+        player = bidist.load_player(str(run_dir), s.envs, seed=3, network=network)
+        assert same({**player.net.state_dict()}, {**state["agent"][network]})
+        again = bidist.NetPlayer(player.net, s.agent.sprites, seed=3)
+        for _ in range(3):
+            actions = player(s.envs.obs, starts, ids)
+            assert (actions == again(s.envs.obs, starts, ids)).all()
+            s.envs.step(actions)
+            starts = np.zeros(6, bool)
+
+
 def test_flags_of_the_real_worlds():
     args = bidist.parse(["--num-workers", "3", "--worker-timeout", "2.5", "--substrate", "coins"])
     with bidist.make_envs(args, 6, 1) as envs:
@@ -338,7 +363,7 @@ def test_one_iteration_on_the_papers_substrates(substrate, tmp_path):
     """Collecting, updating, distilling and evaluating with truncated episodes, two worlds."""
     flags = ["--substrate", substrate, "--num-envs", "2", "--rollout-steps", "20", "--k-d", "1"]
     flags += ["--total-timesteps", "40", "--final-episodes", "0", "--max-episode-steps", "15"]
-    flags += ["--minibatches", "2"]
+    flags += ["--minibatches", "2", "--worker-timeout", "60"]
     assert bidist.main([*flags, "--run-dir", str(tmp_path / "run")]) == 0
     (m,) = (m for m in metrics(tmp_path / "run"))
     assert m["timesteps"] == 40 and "forward/kl_after" in m

@@ -15,6 +15,8 @@ import pytest
 import torch
 from runs import script
 
+pytestmark = pytest.mark.numeric
+
 mipi = script("mipi_refil_smac")
 AGENTS, STATES, ACTIONS, GAMMA, ALPHA = 2, 3, 3, 0.8, 0.4
 

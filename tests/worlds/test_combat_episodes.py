@@ -112,7 +112,7 @@ def test_scripted_agents(scenario):
 @pytest.mark.slow
 @pytest.mark.parametrize(("scenario", "size"), list(BANDS))
 def test_win_rates_of_scripted_agents(scenario, size):
-    """Within 4 standard deviations of docs/combat.md's table, other battles."""
+    """Within 4 standard deviations of docs/battles.md's table, other battles."""
     for name, expected in zip(POLICIES, BANDS[scenario, size], strict=True):
         p = min(max(expected, 0.002), 0.998)
         error = (p * (1 - p) * (1 / 512 + 1 / 2048)) ** 0.5
@@ -275,3 +275,21 @@ def test_policies_leave_torch_types():
     for policy in POLICIES.values():
         actions = policy(c)
         assert isinstance(actions, torch.Tensor) and actions.shape == (3, SIDE)
+
+
+def test_play_tells_how_many_have_ended():
+    """One call a step; also how long the battles have lasted, by which players know a beginning."""
+    c, told, times = Combat("sz", (3,), 6, seed=2, once=True, episode_limit=40), [], []
+
+    def watched(battles):
+        times.append(battles.time.tolist())
+        return focus(battles)
+
+    episodes = play(c, watched, told.append)
+    assert sum(told) == len(episodes) == 6 and len(told) == len(times)
+    assert len({n for n in told if n}) and told[0] == 0, "not all at once"
+    lengths = [episode.length for episode in episodes]
+    for step, time in enumerate(times):
+        assert time == [min(step, length) for length in lengths]
+    c.close()  # does nothing
+    assert play(c, focus)[0].length > 0

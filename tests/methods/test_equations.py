@@ -22,6 +22,8 @@ from toolbox import (
     weights,
 )
 
+pytestmark = pytest.mark.numeric
+
 # --- Eqs. (3)-(5): the fictitious population ------------------------------------------------------
 
 

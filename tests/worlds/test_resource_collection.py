@@ -435,8 +435,11 @@ def test_episodes_end_and_say_what_happened():
     assert [e.length for e in episodes] == [40] * 5 and [e.team for e in episodes] == [(3,)] * 5
     assert np.allclose([e.reward for e in episodes], total, atol=1e-3)
     assert sum(e.picked for e in episodes) > 5 and w.over.all()
-    again = rc.play(w, rc.collector)
+    assert w.time.tolist() == [40] * 5
+    told = []
+    again = rc.play(w, rc.collector, told.append)
     assert len(again) == 5 and [e.battle for e in again] == list(range(5))
+    assert told == [0] * 39 + [5]
 
 
 def test_wrong_use():
