@@ -56,6 +56,15 @@ ONE_EACH = [
     pytest.param(("collection", (2, 3)), id="collection"),
 ]
 
+WRONG = [
+    999,
+    -1,
+    1.5,
+    None,
+    "left",
+    np.array([1, 2]),
+]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -75,6 +84,11 @@ def expected_warnings():
         warnings.filterwarnings("ignore", "We recommend agents to be named")  # pac_man_0
         warnings.filterwarnings("ignore", "Observation numpy array is all zeros")  # of the dead
         yield
+
+
+def everybody(world: View, action: int = 1) -> dict[str, int]:
+    """The same action of all who act now."""
+    return dict.fromkeys(world.agents, action)
 
 
 def name(which: tuple) -> str:
@@ -124,12 +138,12 @@ def test_pettingzoo_on_melting_pot(family, substrate, capsys):
 
 
 @pytest.mark.parametrize("which", ONE_EACH)
-@pytest.mark.parametrize("wrong", [999, -1, 1.5, None, "left", np.array([1, 2])], ids=str)
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_actions_that_do_not_exist(which, wrong):
     world = parallel_env(*which)
     world.reset(seed=1)
     last = world.agents[-1]
-    actions = dict.fromkeys(world.agents, 1)
+    actions = everybody(world)
     with pytest.raises(ValueError) as caught:
         world.step(actions | {last: wrong})
     top = world.action_space(last).n - 1
@@ -141,7 +155,7 @@ def test_actions_that_do_not_exist(which, wrong):
 def test_actions_of_nobody_and_missing_ones(which):
     world = parallel_env(*which)
     world.reset(seed=1)
-    actions = dict.fromkeys(world.agents, 1)
+    actions = everybody(world)
     first = world.agents[0]
     with pytest.raises(ValueError, match=f"^nobody does not act now: {first}, .* do\\.$"):
         world.step(actions | {"nobody": 1})
@@ -161,12 +175,12 @@ def test_no_step_before_a_reset_or_after_the_end(which):
         world.step({})
     world.reset(seed=1)
     for _ in range(2):
-        world.step(dict.fromkeys(world.agents, 1))
+        world.step(everybody(world))
     assert world.agents == []
     with pytest.raises(ValueError, match=message):
         world.step(dict.fromkeys(world.possible_agents, 1))
     world.reset()
-    world.step(dict.fromkeys(world.agents, 1))
+    world.step(everybody(world))
 
 
 def test_the_dead_do_not_act():
@@ -175,14 +189,16 @@ def test_the_dead_do_not_act():
     for seed in range(20):
         world.reset(seed=seed)
         while len(world.agents) == 10:
-            world.step(dict.fromkeys(world.agents, 1))
+            world.step(everybody(world))
         if world.agents:
             break
     (gone, *_) = [agent for agent in world.possible_agents if agent not in world.agents]
     with pytest.raises(ValueError, match=f"^{gone} does not act now: "):
         world.step(dict.fromkeys([*world.agents, gone], 1))
-    for which in (("battles", "sz", (3, 5)), ("collection", (3, 5))):
-        world, sizes = parallel_env(*which), set()
+    battle = parallel_env("battles", "sz", (3, 5))
+    collection = parallel_env("collection", (3, 5))
+    for world in (battle, collection):
+        sizes = set()
         for seed in range(20):
             world.reset(seed=seed)
             sizes.add(len(world.agents))
@@ -247,7 +263,8 @@ def test_melting_pot_shows_pixels_and_counts_pick_ups(family, substrate):
         assert world.observation_space(agent).contains(obs[agent]), obs[agent]
         assert world.action_space(agent).n == spec.num_actions
     for image in (world.state(), world.render()):
-        assert image.shape == tuple(8 * n for n in spec.world_grid) + (3,) and image.any()
+        assert image.shape == (*(8 * n for n in spec.world_grid), 3)
+        assert image.any()
         assert world.state_space.contains(image)
     before = world.state()
     for _ in range(10):
@@ -276,8 +293,9 @@ def test_melting_pot_seeds_and_ends():
     assert begin(seed=11) == first and begin() == second
     assert begin(seed=12) not in (first, second)
     for t in range(3):
-        _, _, terminated, truncated, _ = world.step(dict.fromkeys(world.agents, 0))
-        assert list(truncated.values()) == [t == 2] * 2 and not any(terminated.values())
+        _, _, terminated, truncated, _ = world.step(everybody(world, 0))
+        assert list(truncated.values()) == [t == 2] * 2
+        assert not any(terminated.values())
     assert world.agents == []
     other = parallel_env("meltingpot", "coins")
     other.reset()
@@ -298,7 +316,8 @@ def test_melting_pot_shows_what_the_official_wrapper_shows():
         actions = rng.integers(0, both.spec.num_actions, both.spec.num_agents)
         if t % 2:
             both.timestep = both.official.step(actions.tolist())
-        obs, reward, terminated, _, _ = world.step(dict(zip(world.agents, actions.tolist())))
+        chosen = dict(zip(world.agents, actions.tolist()))
+        obs, reward, terminated, _, _ = world.step(chosen)
         if t % 2 == 0:
             both.timestep = both.official.step(actions.tolist())
         assert not any(terminated.values())
@@ -332,11 +351,12 @@ def test_particle_shows_the_worlds_own():
         actions = rng.integers(0, 5, 6)
         acted = [view.possible_agents.index(agent) for agent in view.agents]
         still = [i for i in range(6) if i not in acted]
-        seen, reward, *_ = view.step({view.possible_agents[i]: actions[i] for i in acted})
+        chosen = {view.possible_agents[i]: actions[i] for i in acted}
+        seen, reward, *_ = view.step(chosen)
         actions[still] = 0
         step = world.step(torch.from_numpy(actions)[None])
         obs = step.final
-        assert [reward[view.possible_agents[i]] for i in acted] == step.reward[0, acted].tolist()
+        assert list(reward.values()) == step.reward[0, acted].tolist()
         assert np.array_equal(view.state(), step.final_state[0].numpy())
 
 
@@ -378,7 +398,8 @@ def test_battles_show_their_own():
     view = parallel_env("battles", "csz", (5,))
     battle = Combat("csz", (5,), 1, seed=9, once=True)
     seen, _ = view.reset(seed=9)
-    obs, rng, info = battle.reset(), np.random.default_rng(0), {}
+    obs, info = battle.reset(), {}
+    rng = np.random.default_rng(0)
     while True:
         for i, agent in enumerate(view.possible_agents):
             assert np.array_equal(seen[agent]["observation"], first_row_own(obs, i))
@@ -389,7 +410,8 @@ def test_battles_show_their_own():
         may = obs.avail[0].numpy()
         fine = [a if may[i, a] else int(not may[i, 0]) for i, a in enumerate(wild)]
         step = battle.step(np.array([[*fine, 0, 0, 0]]))
-        seen, reward, over, late, info = view.step(dict(zip(view.agents, wild)))
+        chosen = dict(zip(view.agents, wild))
+        seen, reward, over, late, info = view.step(chosen)
         obs = step.obs
         assert set(reward.values()) == {float(step.reward[0])}
         assert set(over.values()) == {bool(step.terminated[0])}
@@ -413,8 +435,10 @@ def test_resource_collection_shows_its_own():
         wild = rng.integers(0, 6, 3)
         fine = [action or rc.STAY for action in wild.tolist()]
         step = world.step(torch.tensor([[*fine, 0, 0, 0, 0, 0]]))
-        seen, reward, over, late, _ = view.step(dict(zip(view.agents, wild)))
+        chosen = dict(zip(view.agents, wild))
+        seen, reward, over, late, _ = view.step(chosen)
         earned += abs(float(step.reward[0]))
         assert set(reward.values()) == {float(step.reward[0])}
-        assert not any(over.values()) and set(late.values()) == {bool(step.truncated[0])}
+        assert not any(over.values())
+        assert set(late.values()) == {bool(step.truncated[0])}
     assert earned > 0
