@@ -83,7 +83,7 @@ class Args(RunArgs):
     # Method
     p: Share | None = None  # p of Eq. (4); default .4 for N <= 2, else .2 (Sec. 5.1)
     p_means: Literal["fictitious", "trained"] = "fictitious"  # whose probability it is
-    v_shared: bool = False  # one v for all worlds, not one each
+    v_shared: bool = False  # one v for all worlds of a process, not one each
     v_redraw: Literal["iteration", "episode"] = "iteration"  # when v is drawn (Alg. 1: iteration)
     all_fictitious: bool = False  # ablation v = 0
     mask_fictitious: bool = False  # fictitious samples do not train theta (Eq. 9: they do)
@@ -950,7 +950,7 @@ def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
     others = {}
     for path in set(args.background) - {"random", "distilled"}:
         saved, _ = load_checkpoint(path)
-        if saved["args"]["substrate"] != args.substrate:
+        if saved["args"].get("substrate") != args.substrate:
             raise UsageError(f"{path} was not trained on {args.substrate}.")
         others[path] = agent.new_actor()
         restore(others[path], saved["agent"]["actor"], path)

@@ -64,6 +64,7 @@ Device = Annotated[str, pydantic.StringConstraints(pattern=r"^(auto|cpu|cuda(:\d
 
 FINISHED, FAILED, WRONG_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes
 FORMAT = 2  # of checkpoints
+STOPPING = b"\nStopping after this iteration; a second signal ends it at once.\n"
 
 
 class RunError(Exception):
@@ -275,13 +276,24 @@ def first_line(error: Exception) -> str:
 
 
 def say_error(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr)
+    tell(f"error: {sentence}", file=sys.stderr)
+
+
+def tell(text: str, file: Any = None) -> None:
+    """Print a line. Whoever reads may be gone, as a closed terminal or the end of a pipe is: that
+    ends no run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=file)
+        (file or sys.stdout).flush()
 
 
 def leave(code: int) -> None:
     """Exit; at once under torchrun, where gloo's threads sometimes crash the interpreter's end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it; Python would try again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if dist.is_initialized():
         if code == FINISHED:  # else others may still be waiting for us
             dist.destroy_process_group()
@@ -446,8 +458,7 @@ def load_checkpoint(
         if not damaged:
             return read_state(run_dir / entry["name"]), run_dir
         if not quiet:
-            text = f"{run_dir / damaged[0]} is damaged: its sha256 differs."
-            print(text, file=sys.stderr)
+            tell(f"{run_dir / damaged[0]} is damaged: its sha256 differs.", file=sys.stderr)
     raise UsageError(f"{path} holds no intact checkpoint.")
 
 
@@ -588,7 +599,7 @@ class Logger:
             file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
         line = [f"{name} {scalars[name]:.4g}" for name in self.line if name in scalars]
         if line:
-            print(f"step {timesteps}  " + "  ".join(line), flush=True)
+            tell(f"step {timesteps}  " + "  ".join(line))
         with writing(self.dir):
             for name, x in scalars.items():
                 self.board.add_scalar(name, x, timesteps)
@@ -649,7 +660,7 @@ def start_wandb(args: RunArgs, run_dir: Path) -> Any:
         run = wandb.init(mode=args.wandb_mode, resume="allow", **options)
     except (OSError, ValueError, http.client.HTTPException, wandb.Error) as error:
         text = f"wandb at {url}: {first_line(error)}; logging offline, for `wandb sync`."
-        print(text, file=sys.stderr)
+        tell(text, file=sys.stderr)
         wandb.teardown()  # the service holds the run's name
         run = wandb.init(mode="offline", **options)
     run.define_metric("*", step_metric="timesteps")
@@ -695,7 +706,7 @@ class Evaluation:
         self.bar.update(episodes)
         now = time.monotonic()
         if self.bar.disable and now > self.said + self.INTERVAL:
-            print(f"{self.kind} evaluation: {self.played} of {self.expected} episodes", flush=True)
+            tell(f"{self.kind} evaluation: {self.played} of {self.expected} episodes")
             self.said = now
 
     def close(self) -> None:
@@ -755,7 +766,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line, once for all processes."""
         if self.rank == 0:
-            tqdm.write(text)
+            tell(text)
 
     def restore(self, **parts: Any) -> None:
         """Give what is alike in all processes its state from --resume or --eval-only."""
@@ -809,7 +820,7 @@ class Run:
             raise UsageError(f"{ranks} processes began this run; {self.size} cannot go on.")
         self.restore_own(self.own)
         for name, x in self.saved["ranks"][self.rank]["noted"].items():
-            self.noted[name] = list(x.unbind())
+            self.noted[name] = list(x.to(self.device).unbind())
         if self.replays:
             path = self.dir / self.replay_name(self.timesteps)
             filled = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -823,22 +834,29 @@ class Run:
 
     def catch_signals(self) -> None:
         """Ctrl-C, SIGTERM and SIGHUP end the run behind its iteration, evaluations at once; a
-        second one does what it always does."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        old = {number: signal.getsignal(number) for number in numbers}
+        second one does what it always does. Those that are ignored, as by nohup, stay so."""
+        old = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            handler = signal.getsignal(number)
+            if handler not in (signal.SIG_IGN, None):
+                old[number] = handler
 
         def stop(number: int, frame: Any) -> None:
-            for each, handler in old.items():
-                signal.signal(each, handler)
+            # torchrun and cluster managers may both send SIGTERM to each of several processes.
+            if self.size == 1 or number == signal.SIGINT:
+                for each, handler in old.items():
+                    signal.signal(each, handler)
+            if self.rank == 0 and not self.stopped:
+                # Not by print(), which a signal may interrupt; the terminal may be gone.
+                with contextlib.suppress(OSError):
+                    os.write(2, STOPPING)
             self.stopped = True
-            if self.rank == 0:  # not by print(), which a signal may interrupt
-                os.write(2, b"\nStopping after this iteration; a second signal ends it at once.\n")
             if self.evaluating:
                 raise KeyboardInterrupt
 
-        for number in numbers:
+        for number, handler in old.items():
             signal.signal(number, stop)
-            self.stack.callback(signal.signal, number, old[number])
+            self.stack.callback(signal.signal, number, handler)
 
     def goes_on(self) -> bool:
         """Whether there is another iteration, in all processes; if not, the last is saved."""
@@ -942,7 +960,7 @@ class Run:
         self.known = [entry, *others[:1]]
         self.write_index()
         kept = {file["name"] for old in self.known for file in (old, *old["replays"])}
-        for pattern in ("checkpoint-*.pt", "replay-*.pt"):
+        for pattern in ("checkpoint-*.pt", "replay-*.pt", "*.pt.part"):  # of a kill in a save
             for path in self.dir.glob(pattern):
                 if path.name not in kept and path.is_file():
                     path.unlink()
@@ -968,7 +986,7 @@ class Run:
                 raise
             return {}
         text = self.table(results)
-        tqdm.write(f"{self.dir}, step {self.timesteps}\n{text}")
+        tell(f"{self.dir}, step {self.timesteps}\n{text}")
         if self.logger:
             self.logger.log_results(self.timesteps, kind, results, text)
         return results

@@ -677,7 +677,7 @@ def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
     others = {}
     for path in set(args.background) - {"random"}:
         saved, _ = load_checkpoint(path)
-        if saved["args"]["substrate"] != args.substrate:
+        if saved["args"].get("substrate") != args.substrate:
             raise UsageError(f"{path} was not trained on {args.substrate}.")
         others[path] = agent.new_actor()
         restore(others[path], saved["agent"]["actor"], path)

@@ -130,6 +130,54 @@ def maps(pid):
     return "harness" if started and not is_caught and "pydantic_core" in modules else ""
 
 
+def test_a_closed_terminal_stops_and_saves(tmp_path):
+    """The system sends SIGHUP then, and there is nobody left to write to."""
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, learner.__file__, *flags("run", FOREVER, "--pause", 0.05)],
+        stdin=terminal,
+        stderr=terminal,
+        stdout=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    until(lambda: len(index("run")) > 1)
+    os.close(main)
+    assert process.wait(60) == 75
+    assert index("run")[0]["timesteps"] == lines("run")[-1]["timesteps"]
+
+
+def test_the_end_of_a_pipe_ends_no_run(tmp_path):
+    """`| head`, or `| tee` after a Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, learner.__file__, *flags("run", 40, "--pause", 0.02)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert json.loads(Path("run/summary.json").read_text())["timesteps"] == 40 * PULLS
+
+
+def test_nohup(tmp_path):
+    """What is ignored stays ignored."""
+    process = subprocess.Popen(
+        [sys.executable, learner.__file__, *flags("run", FOREVER, "--pause", 0.02)],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    until(lambda: len(lines("run")) > 2)
+    process.send_signal(signal.SIGHUP)
+    reached = len(lines("run"))
+    until(lambda: len(lines("run")) > reached + 5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+
+
 # Progress -----------------------------------------------------------------------------------------
 
 
