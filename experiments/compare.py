@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
-from harness import Positive
+from harness import Positive, UsageError
 
 import numpy as np
 
@@ -173,10 +173,19 @@ def means_table(runs: list[Run], names: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def check_curves(study: Comparison, runs: list[Run]) -> None:
+    """UsageError if a scalar that was asked for is in no run."""
+    default = Comparison.__dataclass_fields__["curves"].default
+    known = {name for run in runs for scalars in run.log for name in scalars}
+    for name in set(study.curves) - set(default) - known:
+        raise UsageError(f"--curves {name}: no run has a scalar of that name.")
+
+
 def compare(study: Comparison) -> None:
     """Read all runs, then write the three files."""
     check_out(study.out)
     runs = read_runs(study.runs, study.only)
+    check_curves(study, runs)
     curves = {run.name: read_curves(run, study.curves, study.every) for run in runs}
     points = [
         {"run": run, "scalar": name, "timesteps": end, "mean": f"{value:.5g}"}
