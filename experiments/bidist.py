@@ -556,7 +556,7 @@ def reverse_phases(study: Fig7) -> Phases:
     """Play a rollout, then apply the phases to copies of phi."""
     run = Run(study.run)
     if run.args["script"] != SCRIPT:
-        raise UsageError(f"{study.run} is not a run of {SCRIPT}.py.")
+        raise UsageError(f"{study.run} is not a run of {SCRIPT}.py, and has no phi.")
     with loaded(run, study.num_envs, study.seed) as found:
         batch, state = found.last_of(study.warm_up + 1)
         script, agent = found.script, found.agent
@@ -1021,7 +1021,7 @@ class Reverse:
 def reverse_run(run: Run, study: Reverse) -> list[dict[str, Any]]:
     """All phases on one run: a row for each distance, rate and length."""
     if run.args["script"] != SCRIPT:
-        raise UsageError(f"{run.where} is not a run of {SCRIPT}.py.")
+        raise UsageError(f"{run.where} is not a run of {SCRIPT}.py, and has no phi.")
     rows = []
     with loaded(run, study.num_envs, study.seed) as found:
         batch, state = found.last_of(study.warm_up + 1)
