@@ -4,8 +4,9 @@ signals, processes, progress. Nothing in here knows a method, a network or a wor
     args = read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
     with Run(args, table, LINE) as run:
         run.restore(agent=agent)                   from --resume or --eval-only
+        run.judge = judge
         if args.eval_only:
-            return run.evaluate_only(judge)
+            return run.evaluate_only()
         run.begin(world, parts={"agent": agent}, own={"rng": rng, "envs": envs})
         while run.goes_on():                       until --total-timesteps or a signal
             ...                                    the script's: collect, learn
@@ -14,8 +15,8 @@ signals, processes, progress. Nothing in here knows a method, a network or a wor
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
-                run.evaluate(judge, "eval")
-        return run.finish(judge)                   the final evaluation, summary.json
+                run.evaluate("eval")
+        return run.finish()                        the final evaluation, summary.json
 
 judge(evaluation) -> {row: {figure: number}} is the script's own evaluate(). Under torchrun all
 processes do the same, each with worlds and generators of its own, and the first one writes. What
@@ -383,7 +384,7 @@ def check_finite(**tensors: Tensor) -> None:
 
 def has_no_number(x: Tensor) -> Tensor:
     """Whether there is NaN or infinity in x -> () bool; piece by piece, as replays are large."""
-    pieces = x.flatten().split(2**22)
+    pieces = x.flatten().split(2**18)
     return torch.stack([~torch.isfinite(piece).all() for piece in pieces]).any()
 
 
@@ -570,13 +571,28 @@ def tensors_in(x: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 class Logger:
     """Scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
 
-    def __init__(self, args: RunArgs, run_dir: Path, timesteps: int, line: tuple[str, ...]):
+    def __init__(
+        self,
+        args: RunArgs,
+        run_dir: Path,
+        timesteps: int,
+        line: tuple[str, ...],
+        keep_whole: bool = False,
+    ):
+        """timesteps: of the checkpoint that the run goes on from. keep_whole: there are newer ones,
+        which can be resumed until the first new save; so long the log as it was stays, too."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.dir, self.path = run_dir, run_dir / "metrics.jsonl"
+        self.whole = run_dir / "metrics-whole.jsonl"
         self.line = () if sys.stderr.isatty() else line  # a terminal has a bar
         self.wandb = start_wandb(args, run_dir) if args.track else None
+        self.evaluated: set[int] = set()  # steps with an evaluation on the way
+        if self.whole.is_file():  # the last resumption ended before it saved anything
+            self.whole.replace(self.path)
         if self.path.is_file():
+            if keep_whole:
+                write(self.whole, self.path.read_bytes())
             self.forget_after(timesteps)
         self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
 
@@ -591,6 +607,8 @@ class Logger:
                 is_final = any(name.startswith("final/") for name in scalars)
                 if is_past and not is_final and line.endswith(b"\n"):
                     kept.append(line)
+                    if any(name.startswith("eval/") for name in scalars):
+                        self.evaluated.add(scalars["timesteps"])
         write(self.path, b"".join(kept))
 
     def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
@@ -751,6 +769,7 @@ class Run:
         self.laps: dict[str, float] = collections.defaultdict(float)
         self.mark = self.busy = 0.0  # clock of laps; seconds of iterations since the last line
         self.stopped = self.evaluating = False
+        self.judge: Judge | None = None  # the script's, set before begin()
         self.logger: Logger | None = None
 
     def __enter__(self) -> Run:
@@ -787,8 +806,9 @@ class Run:
         **resolved: Any,
     ) -> None:
         """The run's directory and its log; a first checkpoint, or what is this process's own from
-        the last one. replays: objects with filled(), tensors whose rows are a replay's filled
-        part, and refill(tensors). resolved: what defaults have come to mean, for args.json."""
+        the last one and the evaluation of it that was missed. replays: objects with filled(),
+        tensors whose rows are a replay's filled part, and refill(tensors). resolved: what defaults
+        have come to mean, for args.json."""
         self.parts, self.own, self.replays = parts, own, replays or {}
         if self.saved:
             self.resume()
@@ -801,7 +821,9 @@ class Run:
             write(self.dir / "args.json", describe_run(self.args, about))
         self.dir = gather(self.dir)[0]  # the first process has named it
         if self.rank == 0:
-            self.logger = Logger(self.args, self.dir, self.timesteps, self.line)
+            newest = max((entry["timesteps"] for entry in read_index(self.dir)), default=0)
+            is_older = self.timesteps < newest
+            self.logger = Logger(self.args, self.dir, self.timesteps, self.line, is_older)
             self.stack.callback(self.logger.close)
         if not self.saved:
             self.save()
@@ -813,6 +835,10 @@ class Run:
         )
         self.stack.callback(self.bar.close)
         self.catch_signals()
+        if self.logger and self.saved and self.timesteps not in self.logger.evaluated:
+            self.before = self.saved["before"]
+            if self.is_due(self.args.eval_every):  # the run ended before or in this evaluation
+                self.evaluate("eval")
 
     def resume(self) -> None:
         """What is this process's own, and its replay, from the checkpoint."""
@@ -863,11 +889,11 @@ class Run:
         if self.size > 1:
             stopped = torch.tensor(int(self.stopped), device=self.device)
             self.stopped = bool(sum_over_processes(stopped))
+        if self.stopped or self.timesteps >= self.args.total_timesteps:
+            self.save()
+            return False
         self.before, self.mark = self.timesteps, time.monotonic()
-        if not self.stopped and self.timesteps < self.args.total_timesteps:
-            return True
-        self.save()
-        return False
+        return True
 
     def lap(self, name: str) -> None:
         """The seconds since the last lap, or since the iteration began, are logged as this."""
@@ -922,6 +948,7 @@ class Run:
         check_finite(**dict(tensors_in(parts | own | {"replay": filled}, "")))
         if self.rank == 0 and self.saved and self.saved_at == self.saved["timesteps"]:
             self.write_index()  # newer checkpoints, if there were any, are of another future
+            self.logger.whole.unlink(missing_ok=True)
         replay = [self.save_replay(filled)] if filled else []
         ranks, replays = gather(own), gather(replay)
         if self.rank == 0:
@@ -929,6 +956,7 @@ class Run:
             state |= {"script": script_of(type(self.args)).stem}
             state |= {"args": dataclasses.asdict(self.args)}
             state |= {"iteration": self.iteration, "timesteps": self.timesteps}
+            state |= {"before": self.before}
             state |= {"wall_s": time.monotonic() - self.began}
             self.save_state(state, [entry for replay in replays for entry in replay])
         self.saved_at = self.timesteps
@@ -968,7 +996,7 @@ class Run:
     def write_index(self) -> None:
         write(self.dir / "checkpoints.json", json.dumps(self.known, indent=1).encode())
 
-    def evaluate(self, judge: Judge, kind: str) -> dict[str, dict[str, float]]:
+    def evaluate(self, kind: str) -> dict[str, dict[str, float]]:
         """Print and log what judge() finds, in the first process; nothing if the run is stopped
         before or meanwhile."""
         if self.rank or self.stopped:
@@ -977,7 +1005,7 @@ class Run:
         try:
             try:
                 self.evaluating = True
-                results = judge(evaluation)
+                results = self.judge(evaluation)
             finally:
                 self.evaluating = False
                 evaluation.close()
@@ -991,17 +1019,17 @@ class Run:
             self.logger.log_results(self.timesteps, kind, results, text)
         return results
 
-    def evaluate_only(self, judge: Judge) -> int:
+    def evaluate_only(self) -> int:
         """The final evaluation of a run that is not trained; returns the exit code."""
-        self.evaluate(judge, "final")
+        self.evaluate("final")
         return FINISHED
 
-    def finish(self, judge: Judge) -> int:
+    def finish(self) -> int:
         """The final evaluation and summary.json, of a run that was not stopped; returns the exit
         code."""
         results = {}
         if self.args.final_episodes:
-            results = self.evaluate(judge, "final")
+            results = self.evaluate("final")
         if self.stopped:
             return STOPPED
         if self.rank == 0:

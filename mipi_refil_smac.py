@@ -1174,9 +1174,9 @@ def train(args: Args) -> int:
         run.close_at_end(contextlib.closing(battles))
         agent = Agent(args, battles.family, run.device)
         run.restore(agent=agent)
-        evaluate_fn = functools.partial(evaluate, args, agent)
+        run.judge = functools.partial(evaluate, args, agent)
         if args.eval_only:
-            return run.evaluate_only(evaluate_fn)
+            return run.evaluate_only()
         buffer = ReplayBuffer(args, battles, run.device)
         rng = torch.Generator().manual_seed(args.seed)
         log = EpisodeLog(battles.Episode)
@@ -1218,9 +1218,9 @@ def train(args: Args) -> int:
                 if args.backend == "sc2":  # evaluations have games of their own
                     run.save()
                     battles.close()
-                run.evaluate(evaluate_fn, "eval")
+                run.evaluate("eval")
         battles.close()
-        return run.finish(evaluate_fn)
+        return run.finish()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1112,10 +1112,10 @@ def train(args: Args) -> int:
         by_name = {collector.name: collector for collector in collectors}
         own = {"rng": rng, "latent_rng": latent_rng, "collectors": by_name}
         run.restore(agent=agent)
-        judge = functools.partial(evaluate, args, agent, collectors)
+        run.judge = functools.partial(evaluate, args, agent, collectors)
         if args.eval_only:
             run.restore_own(own)  # an adapted population keeps its latents
-            return run.evaluate_only(judge)
+            return run.evaluate_only()
         if not args.resume:
             begin(args, agent, collectors, latent_rng)
         run.begin(
@@ -1142,8 +1142,8 @@ def train(args: Args) -> int:
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
-                run.evaluate(judge, "eval")
-        return run.finish(judge)
+                run.evaluate("eval")
+        return run.finish()
 
 
 def read(argv: list[str]) -> Args:

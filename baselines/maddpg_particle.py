@@ -712,9 +712,9 @@ def train(args: Args) -> int:
         buffer = collector.buffer
         rng = torch.Generator().manual_seed(args.seed)
         run.restore(agent=agent)
-        judge = functools.partial(evaluate, args, agent)
+        run.judge = functools.partial(evaluate, args, agent)
         if args.eval_only:
-            return run.evaluate_only(judge)
+            return run.evaluate_only()
         run.begin(
             args.task,
             parts={"agent": agent},
@@ -738,8 +738,8 @@ def train(args: Args) -> int:
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
-                run.evaluate(judge, "eval")
-        return run.finish(judge)
+                run.evaluate("eval")
+        return run.finish()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -750,9 +750,9 @@ def train(args: Args) -> int:
         scenarios, bots = find_scenarios(args)
         if scenarios:
             run.say(f"{bots} bots will play in {', '.join(scenarios)}")
-        judge = functools.partial(evaluate, args, agent, others)
+        run.judge = functools.partial(evaluate, args, agent, others)
         if args.eval_only:
-            return run.evaluate_only(judge)
+            return run.evaluate_only()
 
         rng = new_generator(args.seed, run.rank)
         state = new_state(agent, args.num_envs)
@@ -776,8 +776,8 @@ def train(args: Args) -> int:
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
-                run.evaluate(judge, "eval")
-        return run.finish(judge)
+                run.evaluate("eval")
+        return run.finish()
 
 
 def parse(argv: list[str]) -> Args:

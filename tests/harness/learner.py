@@ -168,8 +168,9 @@ def train(args: Args) -> int:
         def judge(evaluation: Evaluation) -> dict[str, dict[str, float]]:
             return evaluate(args, agent, evaluation)
 
+        run.judge = judge
         if args.eval_only:
-            return run.evaluate_only(judge)
+            return run.evaluate_only()
         own = {"rng": rng, "replay": replay}
         run.begin("bandit", parts={"agent": agent}, own=own, replays={"pulls": replay}, arms=ARMS)
         run.say(f"{args.num_envs} pulls at a time")
@@ -190,8 +191,8 @@ def train(args: Args) -> int:
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
-                run.evaluate(judge, "eval")
-        return run.finish(judge)
+                run.evaluate("eval")
+        return run.finish()
 
 
 def main(argv: list[str] | None = None) -> int:

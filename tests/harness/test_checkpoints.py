@@ -288,6 +288,26 @@ def test_an_abandoned_future_goes_with_the_first_save(run_dir):
     ]
 
 
+def test_killed_before_a_first_save_the_log_is_still_of_one_future(run_dir, tmp_path):
+    """Then the newest checkpoint is resumed: lines of the other attempt, and of none, are not in
+    its log, whichever checkpoint follows."""
+    whole = metrics(run_dir)
+    argv = resume(run_dir / "checkpoint-16.pt", FOREVER, "--save-every", 0, "--pause", 0.05)
+    with start(NAME, argv, tmp_path) as process:
+        until(lambda: metrics(run_dir)[-1]["timesteps"] > 24, process)
+        process.send(signal.SIGKILL)
+        process.wait()
+    assert [entry["timesteps"] for entry in index(run_dir)] == [24, 16]
+    shutil.copytree(run_dir, "again")
+    assert run(*resume(run_dir, 6, "--final-episodes", 1, "--pause", 0)) == 0
+    assert metrics(run_dir)[:6] == whole
+    assert run(*resume(run_dir, 7)) == 0
+    assert [line["timesteps"] for line in metrics(run_dir)] == [4, 8, 12, 16, 20, 24, 28]
+    assert run(*resume("again/checkpoint-16.pt", 7, "--pause", 0)) == 0
+    assert metrics("again") == metrics(run_dir)
+    assert not list(Path("again").glob("metrics-*"))
+
+
 # One writer ---------------------------------------------------------------------------------------
 
 

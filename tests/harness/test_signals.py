@@ -82,6 +82,26 @@ def test_stop_in_an_evaluation(kind, number, tmp_path):
     assert json.loads(Path("run/summary.json").read_text())["timesteps"] == 8
     finals = [line for line in lines("run") if any(name.startswith("final/") for name in line)]
     assert len(finals) == 1
+    evaluated = [line["timesteps"] for line in lines("run") if "eval/greedy/return" in line]
+    assert evaluated == [4, 8]  # what was stopped is made up, at its own step
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_an_evaluation_that_was_killed_is_made_up(iterations, tmp_path):
+    """Saved at the same step, so that no iteration leads to it again; and once is enough."""
+    more = ("--eval-every", PULLS * iterations, "--save-every", PULLS)
+    argv = flags("run", FOREVER, *more, "--pause", 0.3, "--eval-episodes", 1000)
+    reached = PULLS * iterations
+    with start(NAME, argv, tmp_path) as process:
+        until(lambda: index("run")[:1] and index("run")[0]["timesteps"] == reached, process)
+        time.sleep(0.5)
+        process.send(signal.SIGKILL)
+        process.wait()
+    for _ in range(2):
+        assert run(*resume("run", 4, "--pause", 0, "--eval-episodes", 2)) == 0
+    assert run(*flags("whole", 4, *more, "--eval-episodes", 2)) == 0
+    assert metrics("run") == metrics("whole")
+    assert any("eval/greedy/return" in line for line in metrics("run"))
 
 
 def test_a_finished_run_has_a_summary_and_a_resumed_one_has_none_until_it_has_finished(tmp_path):
