@@ -1,14 +1,16 @@
 """Intervals and Markdown tables, for evaluations in envs/ and for experiments/.
 
 Intervals are of 95 %. Episodes are the units that bootstraps resample; where there are several
-runs, runs are drawn first and episodes within each. Every bootstrap has a generator of its own, so
-the same figures give the same interval wherever they are computed.
+runs, runs are drawn first and episodes within each; where methods are compared, their seeds. Every
+bootstrap has a generator of its own, so the same figures give the same interval wherever they are
+computed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,6 +79,38 @@ def clustered_interval(
         rows = rng.integers(0, len(above), (places.sum(), len(above)))
         figures[places] = above[rows].sum(-1) / below[rows].sum(-1)
     return percentiles(figures.mean(1))
+
+
+class Difference(NamedTuple):
+    """Of two methods' means over seeds."""
+
+    mean: float  # of the first less that of the second
+    low: float  # NaN, as high and p: a method has one seed, which has no spread
+    high: float
+    p: float  # two-sided: how often chance alone, seeds dealt anew, differs as much
+
+
+def seed_difference(
+    x: np.ndarray, y: np.ndarray, resamples: int = 5000, seed: int = 1
+) -> Difference:
+    """Between figures x (S,) and y (R,) of runs with other seeds, which are drawn for each method
+    by itself: equal seeds of two methods share nothing. The test is exact: all ways to deal the
+    seeds are tried, so that three against three cannot get below .1."""
+    mean = float(x.mean() - y.mean())
+    if min(len(x), len(y)) < 2:
+        return Difference(mean, math.nan, math.nan, math.nan)
+    from scipy.stats import permutation_test
+
+    rng = np.random.default_rng(seed)
+    ours = x[rng.integers(0, len(x), (resamples, len(x)))].mean(1)
+    theirs = y[rng.integers(0, len(y), (resamples, len(y)))].mean(1)
+    low, high = percentiles(ours - theirs)
+
+    def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+        return a.mean(axis) - b.mean(axis)
+
+    test = permutation_test((x, y), statistic, vectorized=True, n_resamples=200_000, rng=rng)
+    return Difference(mean, low, high, float(test.pvalue))
 
 
 # --- Tables ---------------------------------------------------------------------------------------

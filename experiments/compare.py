@@ -3,12 +3,14 @@
     python experiments/compare.py runs/coins-* --out docs/data/coins
     python experiments/compare.py runs/resource-* --curves return/6 return/12 --by-seed
     python experiments/compare.py docs/data/study_treasure.csv --only "*-mra-*" --by-seed
+    python experiments/compare.py runs/mine-s* runs/parent-s* --against parent
 
 Reads run directories and studies (runs.py). A run's name is its directory's; names that end in -s1,
 -s2, ... are seeds of one group, which gets one colour: a thin line per seed and a thick one for
 their mean. Writes OUT.png (curves), OUT.csv (the curves' points) and OUT.md: each run's final
 evaluation, one line per run and co-player, with 95 % bootstrap intervals over episodes; with
---means a second table, of scalars averaged over all iterations that logged them. Curves are means
+--means a second table, of scalars averaged over all iterations that logged them; with --against a
+last one, of every group's differences from that group, with intervals over seeds. Curves are means
 over windows of --every environment steps.
 """
 
@@ -27,7 +29,7 @@ from harness import Positive, UsageError
 
 import numpy as np
 
-from envs.statistics import with_interval
+from envs.statistics import aligned_table, seed_difference, with_interval
 from experiments.runs import Run, Runs, check_out, finish, plt, read_runs, run_command, without_seed
 
 
@@ -46,6 +48,7 @@ class Comparison:
     every: Positive = 20_000  # environment steps that make one point
     means: tuple[str, ...] = ()  # scalars for the second table
     rows: tuple[str, ...] = ()  # co-players in OUT.md, as in a run's table; default: all
+    against: str = ""  # a group from which OUT.md has the others' differences
     by_seed: bool = False  # in OUT.md a column per group, with its seeds, instead of a line per run
 
 
@@ -163,6 +166,27 @@ def seeds_table(runs: list[Run], rows: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def difference_table(runs: list[Run], rows: tuple[str, ...], against: str) -> str:
+    """Markdown, a line per group, row and figure: how far its seeds' mean is from the parent's."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for name, row in results_of(run, rows).items():
+            for figure, title in columns_of(row).items():
+                found[name, title][without_seed(run.name)].append(row[figure])
+    lines = [["run", "row", "figure", f"difference from {against}", "p", "seeds"]]
+    for (name, title), groups in found.items():
+        parent = np.array(groups.pop(against, []))
+        for group, values in groups.items() if len(parent) else ():
+            mean, low, high, p = seed_difference(np.array(values), parent)
+            cell, chance = f"{mean:+.2f}", ""
+            if not np.isnan(low):
+                cell, chance = f"{cell} [{low:+.2f}, {high:+.2f}]", f"{p:.2g}"
+            lines.append([group, name, title, cell, chance, f"{len(values)} v {len(parent)}"])
+    if len(lines) == 1:
+        raise UsageError(f"--against {against}: no finished run of another group has rows of its.")
+    return aligned_table(lines) + "\n"
+
+
 def means_table(runs: list[Run], names: tuple[str, ...]) -> str:
     """Markdown, a line per run."""
     lines = [f"| run | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
@@ -186,6 +210,8 @@ def compare(study: Comparison) -> None:
     check_out(study.out)
     runs = read_runs(study.runs, study.only)
     check_curves(study, runs)
+    if study.against and study.against not in {without_seed(run.name) for run in runs}:
+        raise UsageError(f"--against {study.against}: no run is called so, -s1, -s2, ... aside.")
     curves = {run.name: read_curves(run, study.curves, study.every) for run in runs}
     points = [
         {"run": run, "scalar": name, "timesteps": end, "mean": f"{value:.5g}"}
@@ -197,6 +223,8 @@ def compare(study: Comparison) -> None:
     text = table(runs, study.rows)
     if study.means:
         text += "\n" + means_table(runs, study.means)
+    if study.against:
+        text += "\n" + difference_table(runs, study.rows, study.against)
     finish(study.out, text, points, draw(curves, study.curves))
 
 

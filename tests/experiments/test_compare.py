@@ -1,6 +1,7 @@
 """Curves and final figures side by side, of directories and of studies."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -37,6 +38,32 @@ def test_curves_and_tables(two, tmp_path):
         assert len(phases) == 4 and f"| {path.name} | {np.mean(phases):.3g} |" in printed
         result = json.loads((path / "summary.json").read_text())["eval"]["v random"]
         assert f"| {path.name} | v random | {result['return_per_1000']:.1f} [" in printed
+
+
+def test_differences_from_a_parent(two, tmp_path):
+    """Groups of seeds, a line per row and figure; what has one seed has no interval."""
+    copies = [("mine-s1", two[0], 10), ("mine-s2", two[1], 10), ("one-s1", two[0], 5)]
+    for name, path, gain in copies:
+        shutil.copytree(path, tmp_path / name)
+        summary = tmp_path / name / "summary.json"
+        found = json.loads(summary.read_text())
+        found["eval"]["v random"]["return_per_1000"] += gain
+        summary.write_text(json.dumps(found))
+    runs = [*two, *(tmp_path / name for name in ("mine-s1", "mine-s2", "one-s1"))]
+    argv = [*runs, "--rows", "v random", "--out", tmp_path / "x"]
+    code, printed, _ = command("compare", *argv, "--against", "toy")
+    assert code == 0 and printed.count("difference from toy") == 1
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in printed.splitlines()
+        if "| return per 1,000 steps |" in " ".join(line.split()) and " v 2 " in line
+    ]
+    (mine, one) = lines
+    assert mine[:3] == ["mine", "v random", "return per 1,000 steps"]
+    assert mine[3].startswith("+10.00 [") and mine[5] == "2 v 2" and 0.3 <= float(mine[4]) <= 1
+    assert "[" not in one[3] and one[4] == "" and one[5] == "1 v 2"
+    code, _, err = command("compare", *argv, "--against", "nobody")
+    assert code == 2 and "--against nobody: no run is called so" in err
 
 
 def test_a_study_says_what_its_runs_say(two, tmp_path):

@@ -1,5 +1,7 @@
 """envs/statistics.py against SciPy's bootstrap and formulas for large samples."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -12,6 +14,7 @@ from envs.statistics import (
     markdown_table,
     mean_interval,
     ratio_interval,
+    seed_difference,
     share_interval,
     with_interval,
 )
@@ -79,3 +82,26 @@ def test_tables():
     )
     row = {"win": 0.5, "win_low": 0.25, "win_high": 0.75}
     assert with_interval(row, "win", digits=2) == "0.50 [0.25, 0.75]"
+
+
+def test_difference_of_seeds():
+    """The interval is that of all resamples, of which there are 3^3 4^4; the test counts deals."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(2, 1, 3), rng.normal(0, 1, 4)
+    found = seed_difference(x, y)
+    assert found.mean == pytest.approx(x.mean() - y.mean())
+    ours = [np.mean(draw) for draw in itertools.product(x, repeat=3)]
+    theirs = [np.mean(draw) for draw in itertools.product(y, repeat=4)]
+    low, high = np.percentile(np.subtract.outer(ours, theirs), (2.5, 97.5))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.1)
+    both = np.concatenate([x, y])
+    deals = [set(deal) for deal in itertools.combinations(range(7), 3)]
+    gaps = [both[list(deal)].mean() - both[list({*range(7)} - deal)].mean() for deal in deals]
+    above, below = np.mean(np.array(gaps) >= gaps[0] - 1e-9), np.mean(np.array(gaps) <= gaps[0])
+    assert found.p == pytest.approx(min(1, 2 * min(above, below)))
+    assert seed_difference(x + 10, y[:3]).p == pytest.approx(0.1)
+
+
+def test_one_seed_has_no_spread():
+    found = seed_difference(np.array([3.0]), np.array([1.0, 2.0]))
+    assert found.mean == 1.5 and np.isnan([found.low, found.high, found.p]).all()
