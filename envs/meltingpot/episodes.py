@@ -133,6 +133,8 @@ def play_all(
     for world in range(worlds):
         begin(world)
     obs, starts = envs.reset(), np.ones(worlds, bool)
+    for world in np.flatnonzero(~counted):
+        envs.rest(world)
     while counted.any():
         for world, film in films.items():
             if film.open and counted[world]:
@@ -160,6 +162,8 @@ def play_all(
                 counted[world] = counts(world)
                 if world in films:
                     films[world].stop()
+                if not counted[world]:
+                    envs.rest(world)
             begin(world)
     return results
 

@@ -663,6 +663,13 @@ class MeltingPot:
         reward = reward[:, : self.spec.num_agents]
         return Step(self.obs, reward, terminated, truncated, final, episodes)
 
+    def rest(self, world: int) -> None:
+        """Step this world no longer, until reset(): it keeps its observation and earns nothing."""
+        worker, arrays = self.place[world], self.arrays
+        worker.serving.discard(world)
+        worker.send(b"D", world)
+        arrays.reward[world], arrays.pick_ups[world], arrays.ended[world] = 0, 0, RUNNING
+
     def check(self, learning: bool = True) -> None:
         """Raise WorldError if a worker that serves worlds has died; have next episodes built.
 
