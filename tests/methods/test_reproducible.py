@@ -242,7 +242,7 @@ def test_two_processes(tmp_path):
     assert {x.name for x in tmp_path.iterdir() if not x.name.startswith("rank-")} == expected
 
 
-@pytest.mark.parametrize("mode", ["random", "noise"])
+@pytest.mark.parametrize("mode", ["random", pytest.param("noise", marks=pytest.mark.slow)])
 def test_two_processes_perturb_phi_alike(mode, tmp_path):
     (tmp_path / "watch.py").write_text(WATCH)
     argv = tiny(BIDIST, "run", 8, "--reverse-mode", mode)

@@ -466,7 +466,7 @@ def test_the_papers_scenarios_run(substrate):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "substrate",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in (MINING, ARENA))) for name in PAPER],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != PAPER[0])) for name in PAPER],
 )
 def test_the_papers_scenarios_run_to_their_end(substrate):
     """In worker processes, several at once where they have the same seats."""

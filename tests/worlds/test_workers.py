@@ -195,7 +195,9 @@ def test_a_worker_dies_while_another_one_is_waited_for():
 # --- Standby processes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("holds", ["a build under way", "an episode"])
+@pytest.mark.parametrize(
+    "holds", ["a build under way", pytest.param("an episode", marks=pytest.mark.slow)]
+)
 def test_a_slow_standby_delays_nobody(holds, long_builds):
     """Far beyond the time-out, as long as its world goes on; then it is used as if nothing had
     happened."""
@@ -232,9 +234,9 @@ def test_a_stopped_standby_is_fatal_when_it_is_needed(long_builds):
 @pytest.mark.parametrize(
     "holds, found_by",
     [
-        ("nothing yet", "check"),
+        pytest.param("nothing yet", "check", marks=pytest.mark.slow),
         ("a build under way", "check"),
-        ("an episode", "check"),
+        pytest.param("an episode", "check", marks=pytest.mark.slow),
         ("an episode", "need"),
     ],
 )
