@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from toolbox import bidist, collect, mappo, setting, sharpen, softmax
 
-from envs.meltingpot.tile_tensors import TileTables
+from envs.meltingpot.tile_tensors import FEW, TileTables
 from envs.meltingpot.tiles import Observation, WorldError, ids_to_images
 
 pytestmark = pytest.mark.numeric
@@ -47,16 +47,20 @@ def convolutions_on_pixels(net, ids: np.ndarray, pixels: np.ndarray):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
-@pytest.mark.parametrize("plain", [False, True], ids=["tables", "plain"])
+@pytest.mark.parametrize(
+    ("plain", "images"),
+    [(False, FEW), (False, FEW + 1), (True, 30)],
+    ids=["few by convolution", "many by tables", "plain"],
+)
 @pytest.mark.parametrize(
     ("dtype", "output_error", "gradient_error"),
     [(torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-4)],
 )
 def test_both_forms_equal_torchs_layers_on_pixels(
-    script, grid, plain, dtype, output_error, gradient_error
+    script, grid, plain, images, dtype, output_error, gradient_error
 ):
     """Outputs and gradients of the script's network and of the tables that run by default."""
-    ids, pixels = random_views(grid, images=30, sprites=40, seed=sum(grid))
+    ids, pixels = random_views(grid, images, sprites=40, seed=sum(grid))
     net = script.TileCNN(grid)
     net = (net if plain else TileTables(net)).to(dtype)
     sharpen(net, 0.3)
