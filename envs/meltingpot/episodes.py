@@ -270,19 +270,21 @@ class Video:
         """Take no more frames: the episode is over."""
         self.open = False
 
-    def array(self) -> np.ndarray:
-        """(frames, height, width, 3) uint8, enlarged to about 480 pixels, sides divisible by 16."""
-        stack = np.stack(self.frames)
-        scale = max(1, round(480 / max(stack.shape[1:3])))
-        stack = stack.repeat(scale, 1).repeat(scale, 2)
-        pad = [(0, -side % 16) for side in stack.shape[1:3]]
-        return np.pad(stack, ((0, 0), *pad, (0, 0)))
-
     def save(self, path: Path) -> None:
-        """Write an MP4 (H.264)."""
+        """Write an MP4 (H.264), enlarged to about 480 pixels, with sides divisible by 16."""
         import imageio.v2 as imageio
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        with imageio.get_writer(path, fps=self.fps, codec="libx264", quality=6) as writer:
-            for frame in self.array():
+        scale = max(1, round(480 / max(self.frames[0].shape[:2])))
+        enlarge = f"scale=iw*{scale}:ih*{scale}:flags=neighbor"
+        pad = "pad=ceil(iw/16)*16:ceil(ih/16)*16"
+        with imageio.get_writer(
+            path,
+            fps=self.fps,
+            codec="libx264",
+            quality=6,
+            macro_block_size=1,
+            output_params=["-vf", f"{enlarge},{pad}", "-preset", "veryfast"],
+        ) as writer:
+            for frame in self.frames:
                 writer.append_data(frame)
