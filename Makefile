@@ -22,7 +22,7 @@ READY := .venv/ready
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sc2 train test test-slow lint clean
+.PHONY: help setup setup-sc2 train test test-long test-slow lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -37,8 +37,11 @@ train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, v
 	$(PY) bidist_mappo_meltingpot.py --substrate coins --total-timesteps 72000 --final-episodes 5 \
 		--eval-scenarios SC0,SC2 --num-threads 2 --capture-video $(ARGS)
 
-test: $(READY)  ## all tests but the slow ones, in two processes
-	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+test: $(READY)  ## all tests but the long and slow ones, in two processes
+	$(PY) -m pytest -m "not slow and not long" -n 2 --dist loadfile $(ARGS)
+
+test-long: $(READY)  ## the long ones: ten seconds or more each
+	$(PY) -m pytest -m "long and not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## the slow tests
 	$(PY) -m pytest -m slow $(ARGS)

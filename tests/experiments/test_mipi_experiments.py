@@ -261,6 +261,7 @@ def taught(*flags):
     return found, met
 
 
+@pytest.mark.long
 def test_imitation_in_resource_collection(monkeypatch):
     """Beside the scripts' own figures; options change what is learned; bad ones are refused. In
     episodes of 20 steps, to be quick."""

@@ -40,6 +40,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_figures_9_10_and_11(runs, tmp_path):
     """All files are pictures, and the curves are what the run has logged."""
     names = ("several-s1", "single-s1", "single-s2")

@@ -96,9 +96,8 @@ TINY += "--inner-steps 1 --hidden-size 8 --key-size 4 --latent-size 2 --save-eve
 TINY += "--log-every 40 --eval-every 0 --final-episodes 2 --no-compile"
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_what_is_trained(tmp_path, number):
     """The run saves and ends before the command does, with code 75; nobody goes on training; the
     same command goes on with it. From another directory, with a space in --dir."""

@@ -49,6 +49,7 @@ def fig6(tmp_path, *argv, iterations=2, extra=EXTRA):
     return bidist.main(["fig6", *argv, "--extra", *extra])
 
 
+@pytest.mark.long
 def test_variants_are_trained_skipped_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "subprocess", processes(Hosted))
     monkeypatch.setattr(Hosted, "started", ())

@@ -327,6 +327,7 @@ def test_one_writer(tmp_path, capfd):
     assert run(*resume("run", steps[-1] // PULLS + 1, "--pause", 0)) == 0  # the lock went with it
 
 
+@pytest.mark.long
 def test_two_starts_at_once(tmp_path):
     """One of them trains, the other one leaves with code 2 and has changed nothing."""
     processes = [

@@ -49,6 +49,7 @@ def test_two_processes(capfd):
     assert "/actor/weight" in differences(exact("alone")["agent"], exact("whole")["agent"])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux")
 def test_sigterm_to_torchrun_saves_in_all(tmp_path):
     """Both stop behind the same iteration, and the run can go on."""

@@ -183,6 +183,7 @@ def test_worker_dies_or_hangs(name, number, tmp_path):
     assert newest["timesteps"] > 0 and not_finite(newest) == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
 def test_sigterm_to_the_whole_group_saves(tmp_path):
     """As batch systems, `timeout` and torchrun send it: to the workers, too."""

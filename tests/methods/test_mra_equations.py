@@ -522,7 +522,10 @@ def test_gradcheck_of_pairs(kind, rows, wanted):
 
 
 @pytest.mark.filterwarnings("error:Not compiled")
-@pytest.mark.parametrize("rows", ["one", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rows",
+    [pytest.param("one", marks=pytest.mark.long), pytest.param("all", marks=pytest.mark.slow)],
+)
 def test_compiled_kernels_equal_eager_ones(rows):
     """a with a row for all, or (per agent, bilinear) with one for each i, which compiles again."""
     if not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):

@@ -827,6 +827,7 @@ def test_films():
     assert names == ["final-16-3.mp4", "final-16-4.mp4"]
 
 
+@pytest.mark.long
 def test_resource_collection(capfd):
     """The other world: its agents, things, table and scripts; 145 steps at most."""
     flags = ["--scenario", "resource", "--max-episode-steps", 150, "--final-episodes", 2]

@@ -92,7 +92,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+LONG = ("plain", "random", "noise", "plain, mask", "evaluated", "copied")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(x, marks=[pytest.mark.long] * (x in LONG)) for x in VARIANTS]
+)
 def test_six_are_three_and_three(variant):
     """A distillation after each iteration: forward before the cut, reverse behind it."""
     check_cut(BIDIST, VARIANTS[variant].split())
@@ -200,6 +205,7 @@ def notes(rank):
         return [json.loads(line) for line in file]
 
 
+@pytest.mark.long
 def test_two_processes(tmp_path):
     """Six iterations, and three and three. No gradient is clipped here, so that what is used can
     be held against what each process had."""
@@ -242,7 +248,8 @@ def test_two_processes(tmp_path):
     assert {x.name for x in tmp_path.iterdir() if not x.name.startswith("rank-")} == expected
 
 
-@pytest.mark.parametrize("mode", ["random", pytest.param("noise", marks=pytest.mark.slow)])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["random", "noise"])
 def test_two_processes_perturb_phi_alike(mode, tmp_path):
     (tmp_path / "watch.py").write_text(WATCH)
     argv = tiny(BIDIST, "run", 8, "--reverse-mode", mode)

@@ -345,9 +345,9 @@ QUICK += ["--eval-every", "4000", "--eval-episodes", "50"]
 
 LEARNERS = [
     # MAPPO is BiDist without its method, bit for bit: above.
-    pytest.param(x, seed, marks=[pytest.mark.slow] * ((x, seed) != (bidist, 1)))
-    for x in (bidist, mappo)
-    for seed in range(1, 6)
+    pytest.param(bidist, 1),
+    pytest.param(mappo, 1, marks=pytest.mark.long),
+    *(pytest.param(x, k, marks=pytest.mark.slow) for x in (bidist, mappo) for k in range(2, 6)),
 ]
 
 
@@ -365,7 +365,10 @@ def test_the_optimum_of_the_toy_is_reached(script, seed, tmp_path):
     assert metrics(tmp_path / "run")[-1]["final/random v random/return_per_1000"] < 300
 
 
-@pytest.mark.parametrize("substrate", PAPER)
+@pytest.mark.parametrize(
+    "substrate",
+    [pytest.param(name, marks=[pytest.mark.long] * (name == "coop_mining")) for name in PAPER],
+)
 def test_one_iteration_on_the_papers_substrates(substrate, tmp_path):
     """Collecting, updating, distilling and evaluating with truncated episodes, two worlds."""
     flags = ["--substrate", substrate, "--num-envs", "2", "--rollout-steps", "20", "--k-d", "1"]

@@ -122,6 +122,7 @@ def test_clean_up_sanction():
     assert done[0]["player_cleaned"] == 0
 
 
+@pytest.mark.long
 def test_mushrooms():
     """Over four games: mushrooms of some kinds grow only where others were eaten, and in one game a
     bot may find a dozen."""

@@ -177,6 +177,7 @@ def same(a, b):
 # --- Weapons --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_frames_a_marine_needs_to_kill_a_zealot():
     """Hits fall .05 s + k * .8608 s after the order: frames .8 + 13.7728 k. 8 of 6 leave 2 of 50
     shield; the ninth takes those and 6 - 2 - 1 = 3 hit points of 100; then 5 each: 20 more for 97.

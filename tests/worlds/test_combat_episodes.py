@@ -60,10 +60,8 @@ def mirror_match(scenario: str, size: int, battles: int) -> list[int]:
     return score
 
 
-@pytest.mark.parametrize(
-    ("scenario", "size"),
-    [("sz", 8), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("csz", 7), ("mmm", 8)))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("scenario", "size"), [("sz", 8), ("csz", 7), ("mmm", 8)])
 def test_neither_side_is_favoured(scenario, size):
     """With the same AI on both sides each wins half: within 3.5 standard deviations of 1/2 (a fair
     game fails 1 in 2000). It has found enemies that were healed after they had been shot dead."""

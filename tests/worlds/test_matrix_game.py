@@ -136,7 +136,7 @@ def test_what_the_optima_say():
     "objective, action, earned",
     [
         ("mi", 0, 0.8),
-        *(pytest.param(x, 1, -1.0, marks=pytest.mark.slow) for x in ("none", "entropy")),
+        *(pytest.param(x, 1, -1.0, marks=pytest.mark.long) for x in ("none", "entropy")),
     ],
 )
 def test_five_seeds_end_where_the_optimum_is(objective, action, earned):

@@ -376,6 +376,7 @@ def test_reset_in_mid_episode():
         assert len(envs.workers) == 1 and len(pids(envs)) == 1
 
 
+@pytest.mark.long
 def test_seed_world_and_episode_decide_colours_and_maps():
     """Whatever the number of workers, and whether episodes are built ahead of time or not."""
 
@@ -512,6 +513,7 @@ def test_short_builds_are_done_while_the_trainer_learns():
         assert len(envs.workers) == 1, "a standby process for a short build"
 
 
+@pytest.mark.long
 def test_long_builds_are_done_by_standby_processes():
     rng = np.random.default_rng(8)
     with MeltingPot("coop_mining", 1, max_episode_steps=150) as envs:
@@ -542,6 +544,7 @@ def test_long_builds_are_done_by_standby_processes():
         assert len(envs.workers) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 def test_switching_to_and_fro_loses_no_world_and_no_episode(threshold, monkeypatch):
     """Many short episodes, with and without time to learn in between, with standby processes
@@ -637,6 +640,7 @@ def test_a_serving_worker_that_dies_or_hangs(what, found_by):
         close_and_look_for_orphans(envs)
 
 
+@pytest.mark.long
 def test_a_standby_worker_that_hangs_and_dies(capfd):
     """Ends nothing: steps go on past the time-out; once it is dead another process takes over."""
     rng = np.random.default_rng(10)
@@ -735,6 +739,7 @@ def test_workers_end_when_the_trainer_is_killed(tmp_path):
         wait_for(lambda: not any(map(is_alive, workers)), 10)
 
 
+@pytest.mark.long
 def test_ctrl_z_does_not_end_the_run(tmp_path):
     """The terminal stops trainer and workers; when they go on, nobody has been silent for long."""
     with trainer(tmp_path, 2) as (process, _):

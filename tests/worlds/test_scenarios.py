@@ -52,6 +52,7 @@ from meltingpot.configs import bots as configs  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 CHICKEN, COINS, MINING = "chicken_in_the_matrix__repeated", "coins", "coop_mining"
 ARENA = "prisoners_dilemma_in_the_matrix__arena"
+BIG = (MINING, ARENA)
 
 
 def new_engine(substrate, *names, seed=1):
@@ -447,7 +448,10 @@ def test_focal_returns_exclude_bots():
 # --- Every scenario, and what does not exist ------------------------------------------------------
 
 
-@pytest.mark.parametrize("substrate", PAPER)
+@pytest.mark.parametrize(
+    "substrate",
+    [pytest.param(name, marks=[pytest.mark.long] * (name == MINING)) for name in PAPER],
+)
 def test_the_papers_scenarios_run(substrate):
     """SC0-SC4, some steps each, random focal players; whole episodes are the next test."""
     rng = np.random.default_rng(0)
@@ -466,7 +470,11 @@ def test_the_papers_scenarios_run(substrate):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "substrate",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != PAPER[0])) for name in PAPER],
+    [
+        PAPER[0],
+        *(pytest.param(name, marks=pytest.mark.long) for name in PAPER[1:] if name not in BIG),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in BIG),
+    ],
 )
 def test_the_papers_scenarios_run_to_their_end(substrate):
     """In worker processes, several at once where they have the same seats."""
@@ -631,6 +639,7 @@ def test_play_all_counts_by_label_and_draws_ids_without_replacement():
     assert (seen[..., 0] != seen[..., 1]).all() and set(np.unique(seen)) == set(range(5))
 
 
+@pytest.mark.long
 def test_ids_by_slot_are_the_numbers_of_the_focal_seats():
     """Seats 2 and 5 of six in one world, 1 and 4 in the other."""
     spec, seen = get_spec(MINING), []

@@ -142,6 +142,7 @@ def test_a_worker_that_works_for_ever_is_found():
             step(envs)
 
 
+@pytest.mark.long
 @needs_proc
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs processor affinities")
 def test_a_worker_on_a_crowded_core_is_slow_and_not_dead():
@@ -195,9 +196,8 @@ def test_a_worker_dies_while_another_one_is_waited_for():
 # --- Standby processes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "holds", ["a build under way", pytest.param("an episode", marks=pytest.mark.slow)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("holds", ["a build under way", "an episode"])
 def test_a_slow_standby_delays_nobody(holds, long_builds):
     """Far beyond the time-out, as long as its world goes on; then it is used as if nothing had
     happened."""
@@ -234,9 +234,9 @@ def test_a_stopped_standby_is_fatal_when_it_is_needed(long_builds):
 @pytest.mark.parametrize(
     "holds, found_by",
     [
-        pytest.param("nothing yet", "check", marks=pytest.mark.slow),
+        pytest.param("nothing yet", "check", marks=pytest.mark.long),
         ("a build under way", "check"),
-        pytest.param("an episode", "check", marks=pytest.mark.slow),
+        pytest.param("an episode", "check", marks=pytest.mark.long),
         ("an episode", "need"),
     ],
 )
