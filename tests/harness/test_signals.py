@@ -128,6 +128,8 @@ def test_ctrl_c_while_importing(tmp_path):
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
+            # A shell's background jobs, which tests may be, ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             until(lambda: "harness" in maps(process.pid), pause=0.005)
             time.sleep(delay)
