@@ -458,9 +458,9 @@ def play_scenarios(
 def find_scenarios(args: Any) -> tuple[list[str], Kind | None]:
     """The scenarios of a script's --eval-scenarios and the kind of bots in them; NoWorldError if
     there are none of that name, or no such bots."""
-    if args.substrate == "toy":
+    if args.substrate == "toy" or ":" in args.substrate:
         if args.eval_scenarios not in ("all", "none"):
-            raise NoWorldError("--eval-scenarios: the toy has none.")
+            raise NoWorldError(f"--eval-scenarios: {args.substrate} has none.")
         return [], None
     try:
         names = choose_scenarios(args.substrate, args.eval_scenarios, args.bots)

@@ -576,7 +576,7 @@ def test_one_missing_model_leaves_auto_with_scripted_bots(monkeypatch, tmp_path)
         ),
         (
             ("--substrate", "toy", "--eval-scenarios", "SC0"),
-            r"--eval-scenarios: the toy has none\.",
+            r"--eval-scenarios: toy has none\.",
         ),
         (
             ("--substrate", "daycare", "--eval-scenarios", "SC0", "--bots", "scripted"),

@@ -1,0 +1,205 @@
+"""Worlds of one's own on tiles: any PettingZoo parallel environment whose observations are grids of
+small integers, with the interface of envs/meltingpot/worlds.py.
+
+    python bidist_mappo_meltingpot.py --substrate my_world:MyWorld     a class in my_world.py
+
+docs/own_world.md explains what the class has to offer. All worlds are stepped in this process.
+Letters: B worlds, N players, H W tiles of a view (H' W' of the global one), P kinds of tiles.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from envs.meltingpot.tiles import (
+    SPRITE,
+    EpisodeCounter,
+    Observation,
+    Palette,
+    Spec,
+    Step,
+    WorldError,
+    ids_to_images,
+)
+
+
+def find_world(name: str) -> Any:
+    """What "module:attribute" names, a class or function; the working directory's modules, too."""
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--substrate {name}: there is no module {error.name}.") from None
+    except AttributeError:
+        raise ValueError(f"--substrate {name}: {module} has no {attribute}.") from None
+    finally:
+        sys.path.remove(here)
+
+
+def grid_of(name: str, space: Any) -> tuple[tuple[int, int], int]:
+    """Size (H, W) and number of kinds P of a Box or MultiDiscrete space of integers."""
+    shape, dtype = getattr(space, "shape", None), getattr(space, "dtype", None)
+    if shape is None or len(shape) != 2 or not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"--substrate {name}: {space} is no grid of integers (H, W).")
+    highest = space.nvec.max() - 1 if hasattr(space, "nvec") else space.high.max()
+    return (int(shape[0]), int(shape[1])), int(highest) + 1
+
+
+def new_colours(count: int) -> np.ndarray:
+    """(P, 3) uint8: black, then hues far apart."""
+    hues = [(0.618 * k % 1, 0.65, 0.9 - 0.3 * (k % 3) / 2) for k in range(count - 1)]
+    colours = [(0.0, 0.0, 0.0), *(colorsys.hsv_to_rgb(*hue) for hue in hues)]
+    return np.array(np.array(colours) * 255, np.uint8)
+
+
+class OwnWorlds:
+    """num_envs worlds, stepped together. Episode e of world b is reset with a seed that depends on
+    (seed, first_world + b, e); ValueError where a class does not offer what is needed."""
+
+    reproducible = False  # what a class remembers cannot be saved
+
+    def __init__(
+        self,
+        name: str,
+        num_envs: int,
+        seed: int = 1,
+        first_world: int = 0,
+        max_episode_steps: int = 0,
+    ):
+        make = find_world(name)
+        self.name, self.num_envs, self.seed = name, num_envs, seed
+        self.first_world, self.max_episode_steps = first_world, max_episode_steps
+        self.worlds = [make() for _ in range(num_envs)]
+        self.agents = list(self.worlds[0].possible_agents)
+        self.spec, kinds = self.plan()
+        self.palette = Palette.private()
+        colours = np.asarray(getattr(make, "colours", new_colours(kinds)), np.uint8)
+        if colours.shape != (kinds, 3) or colours[0].any():
+            text = f"colours must be {kinds} rows of red, green, blue, the first one black"
+            raise ValueError(f"--substrate {name}: {text}.")
+        self.palette.load(colours[:, None, None].repeat(SPRITE, 1).repeat(SPRITE, 2))
+        players = len(self.agents)
+        self.counter = EpisodeCounter(num_envs, players)
+        self.time = np.zeros(num_envs, np.int64)  # steps since each episode's start
+        self.episode = np.zeros(num_envs, np.int64)  # number of each world's next episode
+        self.views = np.zeros((num_envs, players, *self.spec.grid), np.uint16)
+        self.global_views = np.zeros((num_envs, *self.spec.world_grid), np.uint16)
+        self.obs: Observation | None = None  # the latest
+
+    def plan(self) -> tuple[Spec, int]:
+        """Sizes and names, from the first world; and the number of kinds of tiles."""
+        world, name = self.worlds[0], self.name
+        spaces = [grid_of(name, world.observation_space(agent)) for agent in self.agents]
+        counts = {int(world.action_space(agent).n) for agent in self.agents}
+        if len({grid for grid, _ in spaces}) > 1 or len(counts) > 1:
+            text = "all players must have views of one size and the same actions"
+            raise ValueError(f"--substrate {name}: {text}.")
+        grid, kinds = spaces[0][0], max(kinds for _, kinds in spaces)
+        world_grid = (len(self.agents) * grid[0], grid[1])  # the players' views, one below another
+        if hasattr(world, "state_space"):
+            world_grid, more = grid_of(name, world.state_space)
+            kinds = max(kinds, more)
+        spec = Spec(
+            substrate=name,
+            roles=("default",) * len(self.agents),
+            is_focal=(True,) * len(self.agents),
+            actions=tuple({"action": k} for k in range(counts.pop())),
+            grid=grid,
+            world_grid=world_grid,
+            features=(),
+        )
+        return spec, kinds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which episodes have begun, as tensors."""
+        import torch
+
+        return {"episode": torch.tensor(self.episode)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> Observation:
+        """Begin the episodes that follow."""
+        self.episode[:] = np.asarray(state["episode"])
+        return self.reset()
+
+    def images(self, ids: np.ndarray) -> np.ndarray:
+        """The images (..., 8H, 8W, 3) uint8 behind ids (..., H, W)."""
+        return ids_to_images(ids, self.palette.pixels())
+
+    def reset(self) -> Observation:
+        """Begin a new episode in every world."""
+        self.counter.clear()
+        for b in range(self.num_envs):
+            self._begin(b)
+        self.obs = self._observation()
+        return self.obs
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Step every world with actions (B, N); those that end begin their next episode at once."""
+        shape = actions.shape
+        reward, pick_ups = np.zeros(shape), np.zeros(shape, np.int64)
+        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        for b, world in enumerate(self.worlds):
+            chosen = dict(zip(self.agents, actions[b].tolist()))
+            views, rewards, ends, cuts, infos = world.step(chosen)
+            self.time[b] += 1
+            ended = [bool(ends[agent] or cuts[agent]) for agent in self.agents]
+            if any(ended) and not all(ended):
+                raise WorldError(f"{self.name}: an episode must end for all players at once.")
+            terminated[b] = all(ends[agent] for agent in self.agents)
+            limit = 0 < self.max_episode_steps <= self.time[b]
+            truncated[b] = (ended[0] or limit) and not terminated[b]
+            reward[b] = [rewards[agent] for agent in self.agents]
+            pick_ups[b] = [infos[agent].get("pick_ups", 0) for agent in self.agents]
+            self._look(b, views)
+        done = terminated | truncated
+        final = self._observation() if done.any() else None
+        for b in np.flatnonzero(done):
+            self._begin(b)
+        episodes = self.counter.add(reward, pick_ups, done)
+        self.obs = self._observation()
+        return Step(self.obs, reward, terminated, truncated, final, episodes)
+
+    def rest(self, world: int) -> None:
+        """All worlds go on; what a resting one does is not counted."""
+
+    def check(self) -> None:
+        """Nothing here can die."""
+
+    def close(self) -> None:
+        """Close all worlds."""
+        for world in self.worlds:
+            world.close()
+
+    def _begin(self, b: int) -> None:
+        key = (self.seed, self.first_world + int(b), int(self.episode[b]))
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        views, _ = self.worlds[b].reset(seed=seed)
+        self.time[b] = 0
+        self.episode[b] += 1
+        self._look(b, views)
+
+    def _look(self, b: int, views: dict[str, np.ndarray]) -> None:
+        for player, agent in enumerate(self.agents):
+            self.views[b, player] = views[agent]
+        if hasattr(self.worlds[b], "state_space"):
+            self.global_views[b] = self.worlds[b].state()
+        else:
+            self.global_views[b] = self.views[b].reshape(self.spec.world_grid)
+
+    def _observation(self) -> Observation:
+        features = np.zeros((self.num_envs, len(self.agents), 0), np.float32)
+        return Observation(self.views.copy(), self.global_views.copy(), features)

@@ -1,0 +1,147 @@
+"""Worlds of one's own: the page's code runs as it stands there, and is what training sees."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pettingzoo.test import parallel_api_test
+from runs import tiny
+
+import bidist_mappo_meltingpot as bidist
+from baselines import mappo_meltingpot as mappo
+from envs.meltingpot.own import OwnWorlds
+
+PAGE = Path(bidist.__file__).parent / "docs/own_world.md"
+
+
+@pytest.fixture
+def my_world(tmp_path, monkeypatch):
+    """The page's module, in the working directory."""
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", PAGE.read_text(), re.M)
+    (code,) = (block for block in blocks if "class Berries" in block)
+    (tmp_path / "my_world.py").write_text(re.sub(r"^    ", "", code, flags=re.M))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_world", raising=False)
+    yield tmp_path
+    sys.modules.pop("my_world", None)
+
+
+def lines_of(path):
+    return [x for x in path.read_text().splitlines() if x.strip()]
+
+
+def test_the_page_says_30_lines_and_pettingzoo_agrees(my_world):
+    code = lines_of(my_world / "my_world.py")
+    body = code[next(k for k, x in enumerate(code) if x.startswith("class")) :]
+    assert len(body) <= 30
+    with OwnWorlds("my_world:Berries", 1) as envs:
+        parallel_api_test(envs.worlds[0], num_cycles=200)
+
+
+def test_what_training_sees_is_what_the_world_says(my_world):
+    """Two worlds beside two plain ones, over the ends of episodes."""
+    rng = np.random.default_rng(0)
+    with OwnWorlds("my_world:Berries", 2, seed=3) as envs:
+        plain = [type(world)() for world in envs.worlds]
+        obs, episode, total = envs.reset(), [0, 0], np.zeros((2, 2))
+
+        def begin(b):
+            key = np.random.SeedSequence((3, b, episode[b]))
+            episode[b] += 1
+            return plain[b].reset(seed=int(key.generate_state(1)[0]))[0]
+
+        views = [begin(0), begin(1)]
+        ended = 0
+        for _ in range(120):
+            for b in range(2):
+                expected = np.stack([views[b]["a"], views[b]["b"]])
+                assert np.array_equal(obs.tile_ids[b], expected)
+                assert np.array_equal(obs.world_ids[b], expected.reshape(10, 5))
+            actions = rng.integers(0, 5, (2, 2))
+            step = envs.step(actions)
+            obs = step.obs
+            for b in range(2):
+                chosen = {"a": actions[b, 0], "b": actions[b, 1]}
+                views[b], rewards, _, cuts, _ = plain[b].step(chosen)
+                assert step.reward[b].tolist() == [rewards["a"], rewards["b"]]
+                total[b] += step.reward[b]
+                assert step.truncated[b] == cuts["a"] and not step.terminated[b]
+                if cuts["a"]:
+                    assert np.array_equal(step.final.tile_ids[b, 0], views[b]["a"])
+                    (mine,) = (x for x in step.episodes if x.world == b)
+                    assert mine.length == 50 and mine.returns.tolist() == total[b].tolist()
+                    views[b], total[b], ended = begin(b), 0, ended + 1
+        assert ended == 4
+        image = envs.images(obs.tile_ids[0, 0])
+        (row, column) = np.argwhere(obs.tile_ids[0, 0] == 2)[0]
+        assert image[8 * row, 8 * column].tolist() == [80, 120, 255]
+
+
+@pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
+def test_scripts_train_resume_and_evaluate(script, my_world, capsys):
+    argv = tiny(script.__name__, "run", 2, "--substrate", "my_world:Berries")
+    argv += ["--final-episodes", "2"]
+    assert script.main(argv) == 0
+    assert script.main(["--resume", "run", "--total-timesteps", "160"]) == 0
+    assert "| v random" in capsys.readouterr().out
+    assert script.main(["--eval-only", "run", "--capture-video"]) == 0
+    assert list(Path("run/videos").glob("*.mp4"))
+    with OwnWorlds("my_world:Berries", 3) as envs:
+        player = script.load_player("run", envs)
+        ids = np.tile(np.arange(2), (3, 1))
+        assert player(envs.reset(), np.ones(3, bool), ids).shape == (3, 2)
+
+
+def test_an_optional_limit_and_a_global_view(my_world):
+    with (my_world / "my_world.py").open("a") as file:
+        file.write(
+            "\n\nclass Seen(Berries):\n"
+            "    state_space = Box(0, 6, (2, 3), np.int8)\n"
+            "    colours = [(0, 0, 0)] + [(9 * k, 9, 9) for k in range(6)]\n\n"
+            "    def state(self):\n"
+            "        return np.full((2, 3), 6, np.int8)\n"
+        )
+    with OwnWorlds("my_world:Seen", 1, max_episode_steps=7) as envs:
+        assert envs.spec.world_grid == (2, 3) and (envs.reset().world_ids == 6).all()
+        steps = [envs.step(np.zeros((1, 2), int)) for _ in range(14)]
+        assert [bool(x.truncated[0]) for x in steps] == ([False] * 6 + [True]) * 2
+
+
+WRONG = {
+    "my_world:Nobody": "my_world has no Nobody",
+    "nowhere:Berries": "there is no module nowhere",
+    "my_world:Flat": "is no grid of integers",
+    "my_world:Apart": "views of one size and the same actions",
+    "my_world:Pale": "colours must be 4 rows",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_world_is_one_sentence(name, my_world, capsys):
+    with (my_world / "my_world.py").open("a") as file:
+        file.write(
+            "\n\nclass Flat(Berries):\n"
+            "    def observation_space(self, agent):\n        return Box(0, 1, (4,))\n"
+            "\n\nclass Apart(Berries):\n"
+            "    def action_space(self, agent):\n"
+            "        return Discrete(5 if agent == 'a' else 4)\n"
+            "\n\nclass Pale(Berries):\n    colours = [(0, 0, 0)]\n"
+        )
+    assert bidist.main(tiny(bidist.__name__, "run", 1, "--substrate", name)) == 2
+    err = capsys.readouterr().err
+    assert WRONG[name] in err and err.count("\n") == 1
+    assert not Path("run").exists()
+
+
+def test_players_that_leave_end_the_run_in_one_sentence(my_world, capsys):
+    with (my_world / "my_world.py").open("a") as file:
+        file.write(
+            "\n\nclass Leaves(Berries):\n"
+            "    def step(self, actions):\n"
+            "        views, rewards, ends, cuts, infos = super().step(actions)\n"
+            "        return views, rewards, ends | {'a': True}, cuts, infos\n"
+        )
+    assert bidist.main(tiny(bidist.__name__, "run", 1, "--substrate", "my_world:Leaves")) == 1
+    assert "an episode must end for all players at once" in capsys.readouterr().err
