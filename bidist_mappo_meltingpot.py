@@ -134,6 +134,9 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     replaced = args.reverse_mode != "kl"
     redrawn = args.v_redraw == "episode"
     narrow = args.distilled_width != 1
+    distils = (args.forward or args.reverse) and not args.copy_every and not args.eval_only
+    first = args.k_d * args.rollout_steps * args.num_envs  # steps until the first distillation
+    too_rare = f"--k-d {args.k_d} needs {first:,} steps, and the run has {args.total_timesteps:,}"
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
@@ -142,6 +145,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
         # E_phi[min(w, 1) grad log pi_theta] is not 0: an offset of A would be a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
+        (distils and first > args.total_timesteps, too_rare),
         (args.copy_every and narrow, "--copy-every needs --distilled-width 1"),
         (args.all_fictitious and args.p is not None, "--p has no use with --all-fictitious"),
         (replaced and not args.reverse, "--no-reverse excludes --reverse-mode"),

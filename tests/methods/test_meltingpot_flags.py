@@ -92,6 +92,7 @@ WRONG = {
     "{tiny} --background random {runs}/{name}-coins": "coins toy",
 }
 WRONG_IN_BIDIST = {
+    "--k-d 4 --total-timesteps 9999": "--k-d 12,800 9,999",
     "--p 1.5": "--p 1.5",
     "--k-d 0": "--k-d",
     "--weight-cap 0": "--weight-cap",
@@ -252,7 +253,7 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
             fixed | {"mask_fictitious", "copy_every"},
         ]
     for number, group in enumerate(groups):
-        argv = ["--run-dir", f"run{number}", "--total-timesteps", "40", "--final-episodes", "1"]
+        argv = ["--run-dir", f"run{number}", "--total-timesteps", "400", "--final-episodes", "1"]
         for field in sorted(group):
             words, _ = typed[field]
             flag = field.replace("_", "-")

@@ -32,7 +32,8 @@ PAPER = [
 
 def run(script, run_dir: Path, *flags: str) -> dict:
     """main() on the toy world; returns the newest checkpoint's state."""
-    code = script.main([*TINY, "--total-timesteps", "240", *flags, "--run-dir", str(run_dir)])
+    argv = [*TINY, "--total-timesteps", "240", *(["--k-d", "1"] if script is bidist else [])]
+    code = script.main([*argv, *flags, "--run-dir", str(run_dir)])
     assert code == 0
     return script.load_checkpoint(str(run_dir))[0]
 
@@ -174,7 +175,7 @@ EFFECTS = {
     "max_episode_steps": (["--max-episode-steps", "3"], last("episode/length"), "down"),
     "team_reward": (["--team-reward"], last("reward_per_1000/all"), "up"),
     "background": (["--background", "distilled"], result("v random"), None),
-    "p": (["--p", "0.9"], last("reward_per_1000/trained"), None),
+    "p": (["--p", "0.9"], changed("actor"), None),
     "p_means": (["--p-means", "trained", "--p", "0.95"], changed("actor"), None),
     "v_shared": (["--v-shared"], changed("actor"), None),
     "v_redraw": (["--v-redraw", "episode"], changed("actor"), None),
@@ -183,7 +184,7 @@ EFFECTS = {
     "clip_centre": (["--clip-centre", "old", "--p", "0.9"], changed("actor"), None),
     "advantages_per_population": (["--advantages-per-population"], changed("actor"), None),
     "copy_every": (["--copy-every", "1"], changed("distilled"), None),
-    "k_d": (["--k-d", "1"], changed("distilled"), None),
+    "k_d": (["--k-d", "2"], changed("distilled"), None),
     "distilled_width": (
         ["--distilled-width", "0.5"],
         lambda s, d: s["agent"]["distilled"]["gru.weight_hh_l0"].shape[1],
