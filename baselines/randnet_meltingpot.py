@@ -113,13 +113,13 @@ class Args(RunArgs):
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that cannot be meant, and the sentence for each."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
-    never, plays_mc = args.clean_share == 1, args.randnet_test == "mc"
+    never, is_mc = args.clean_share == 1, args.randnet_test == "mc"
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
+        (never and is_mc, "--clean-share 1 has no psi for --randnet-test mc"),
         (never and args.randnet_fan != "kernel", "--clean-share 1 has no psi for --randnet-fan"),
-        (never and plays_mc, "--clean-share 1 has no psi for --randnet-test mc"),
-        (args.test_draws != 10 and not plays_mc, "--test-draws needs --randnet-test mc"),
+        (args.test_draws != 10 and not is_mc, "--test-draws needs --randnet-test mc"),
     ]
 
 
@@ -201,7 +201,7 @@ class TileCNN(nn.Module):
         images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
         images = images.flatten(4, 5).flatten(2, 3)
         if psi is not None:
-            images = F.conv2d(images, psi, padding=1)  # f_psi; black outside
+            images = F.conv2d(images, psi.to(images), padding=1)  # f_psi; black outside
         x = F.relu(self.conv1(images))  # (M, 16, H, W)
         x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
         x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
@@ -367,21 +367,20 @@ class Agent:
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        parts = {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
-        return parts | {"psi": self.psi}  # to look at; the next iteration draws another
+        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
 
 # --- 5. The paper ---------------------------------------------------------------------------------
 
 
-def draw_psi(args: Args, rng: torch.Generator, device: torch.device) -> Tensor | None:
+def draw_psi(args: Args, rng: torch.Generator) -> Tensor | None:
     """Weights (3, 3, 3, 3) of f_psi, which has no bias; None: the identity."""
     is_clean = torch.rand((), generator=rng) < args.clean_share
     # paper and code differ: "channels" are channels x 9 in the authors' code
     fan = 3 * (9 if args.randnet_fan == "kernel" else 1)
     # P(psi), Sec. 3.1
     psi = math.sqrt(2 / (fan + fan)) * torch.randn(3, 3, 3, 3, generator=rng)
-    return None if is_clean else psi.to(device)
+    return None if is_clean else psi
 
 
 def feature_matching(actor: Actor, h: Tensor, views: Views, sprites: Tensor) -> Tensor:
@@ -409,14 +408,13 @@ class AveragedActor:
         return torch.stack(probs).mean(0).log(), torch.cat(states, -1)
 
 
-def playing_actor(args: Args, agent: Agent, rng: np.random.Generator) -> Actor | AveragedActor:
+def playing_actor(args: Args, actor: Actor, rng: np.random.Generator) -> Actor | AveragedActor:
     """Who plays for us in evaluations, by --randnet-test."""
     if args.randnet_test == "clean":
-        return agent.actor
+        return actor
     # paper is silent: draws stay for the whole evaluation, as psi does for a rollout
     draws = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    psis = [draw_psi(args, draws, agent.device) for _ in range(args.test_draws)]
-    return AveragedActor(agent.actor, psis)
+    return AveragedActor(actor, [draw_psi(args, draws) for _ in range(args.test_draws)])
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -749,7 +747,7 @@ def load_player(path: str, envs: Any, seed: int = 0) -> Player:
     with make_envs(args, 1, 1) as trained_in:
         agent = Agent(args, trained_in, torch.device("cpu"))
     restore(agent.actor, saved["agent"]["actor"], path)
-    actor = playing_actor(args, agent, np.random.default_rng(seed))
+    actor = playing_actor(args, agent.actor, np.random.default_rng(seed))
     return NetPlayer(actor, Sprites(envs, agent.device), seed)
 
 
@@ -776,7 +774,7 @@ def evaluate(
     envs.meltingpot.episodes.summarise(...)}."""
     args = dataclasses.replace(args, max_episode_steps=0)
     rng, episodes = evaluation.rng, evaluation.episodes
-    ours = playing_actor(args, agent, rng)
+    ours = playing_actor(args, agent.actor, rng)
 
     def player(net: Actor, envs: Any) -> NetPlayer:
         sprites = Sprites(envs, agent.device)
@@ -818,11 +816,10 @@ def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
     return figures | count_episodes(batch.episodes)
 
 
-def new_generators(seed: int, rank: int) -> list[torch.Generator]:
-    """A process's own, and the method's, which is alike in all and leaves the parent's draws."""
-    own, _ = np.random.SeedSequence((seed, rank)).generate_state(2).tolist()
-    _, alike = np.random.SeedSequence((seed, 0)).generate_state(2).tolist()
-    return [torch.Generator().manual_seed(x) for x in (own, alike)]
+def new_generator(seed: int, rank: int) -> torch.Generator:
+    """A process's own."""
+    seeds = np.random.SeedSequence((seed, rank)).generate_state(1).tolist()
+    return torch.Generator().manual_seed(seeds[0])
 
 
 def train(args: Args) -> int:
@@ -840,16 +837,17 @@ def train(args: Args) -> int:
         if args.eval_only:
             return run.evaluate_only()
 
-        rng, method_rng = new_generators(args.seed, run.rank)
+        rng = new_generator(args.seed, run.rank)
+        method_rng = new_generator(args.seed, 2**31)  # of no process: psi is alike in all
         state = new_state(agent, args.num_envs)
         if not args.resume:
             envs.reset()
-        own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state}
+        own = {"rng": rng, "method_rng": method_rng, "psi": None, "envs": envs, "state": state}
         run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots)
         if not envs.reproducible:  # all worlds begin new episodes
             state = new_state(agent, args.num_envs)
         while run.goes_on():
-            agent.psi = draw_psi(args, method_rng, run.device)
+            own["psi"] = agent.psi = draw_psi(args, method_rng)
             batch, state = collect(args, envs, agent, state, rng)
             run.lap("collect_s")
             envs.check()  # workers build next episodes while we learn

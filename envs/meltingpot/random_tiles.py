@@ -41,7 +41,7 @@ class RandomTileTables(TileTables):
     def _neighbourhoods(self, around: Tensor, sprites: Tensor, psi: Tensor) -> Tensor:
         """conv1 at tiles with these neighbours (X, 9), row by row -> (X, 16)."""
         # A sprite alone among black ones; conv1 sees it from its own tile and the eight around.
-        alone = F.conv2d(F.pad(sprites, (8, 8, 8, 8)), psi, padding=1)  # (P, 3, 24, 24)
+        alone = F.conv2d(F.pad(sprites, (8, 8, 8, 8)), psi.to(sprites), padding=1)  # (P, 3, 24, 24)
         seen = F.conv2d(alone, self.conv1.weight, stride=8)  # (P, 16, 3, 3)
         # Who looks from below has the sprite above: both axes turn round.
         tables = seen.flip(2, 3).flatten(2).permute(2, 0, 1)  # (9, P, 16)
