@@ -3,8 +3,8 @@
 A random convolution f_psi, another one in every iteration, distorts what the actor sees. So it
 learns what does not depend on colours and textures; its layers before the GRU shall ignore f_psi.
 
-    P(psi) = alpha [psi = identity] + (1 - alpha) N(0, 2 / (n_in + n_out))            Sec. 3.1
-    L_FM = mean |h(f_psi(o)) - h(o)|^2, where h(o) is a constant                      Eq. (2)
+    P(psi) = alpha [psi = identity] + (1 - alpha) N(0, 2 / (n_in + n_out))     BiDist, App. B.1
+    L_FM = mean |h(f_psi(o)) - h(o)|^2, where h(o) is a constant               there; netrand
     J(theta) = MAPPO's, with pi_theta(.|f_psi(o)) also in the rollout, - beta L_FM
     tests: o itself, or --randnet-test mc: pi(.|o) = 1/M sum_m pi_theta(.|f_psi_m(o))
 
@@ -16,7 +16,7 @@ learns what does not depend on colours and textures; its layers before the GRU s
 Letters: T steps, B worlds, N agents, A actions, F features, H W tiles of a view (H' W' of the
 global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M minibatch.
 What the papers leave open: docs/baselines_meltingpot.md, docs/bidist.md. Eq. (9) and tables are
-those of BiDist (Feng et al., AAMAS 2025), whose baseline this is.
+those of BiDist (Feng et al., AAMAS 2025), whose baseline this is; netrand is the authors' code.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ class Args(RunArgs):
     plain: bool = False  # convolutions on images, not tables: the same results, slower
     amp: bool = False  # critic in bf16
     # Evaluation
-    randnet_test: Literal["clean", "mc"] = "clean"  # our actor's input; mc: mean over draws of psi
-    test_draws: Positive = 10  # M, of mc
+    randnet_test: Literal["clean", "mc"] = "clean"  # our actor's input; mc: mean over ten psi
     background: tuple[str, ...] = ("random",)  # co-players; also run directories
     num_focal: Count = 0  # seats that we take beside them; 0: N - 1
     eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
@@ -113,13 +112,12 @@ class Args(RunArgs):
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that cannot be meant, and the sentence for each."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
-    never, is_mc = args.clean_share == 1, args.randnet_test == "mc"
+    never = args.clean_share == 1
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
-        (never and is_mc, "--clean-share 1 has no psi for --randnet-test mc"),
-        (never and args.randnet_fan != "kernel", "--clean-share 1 has no psi for --randnet-fan"),
-        (args.test_draws != 10 and not is_mc, "--test-draws needs --randnet-test mc"),
+        (never and args.randnet_fan == "channels", "--clean-share 1 has no psi for --randnet-fan"),
+        (never and args.randnet_test == "mc", "--clean-share 1 has no psi for --randnet-test mc"),
     ]
 
 
@@ -130,7 +128,6 @@ RESUMABLE = (  # flags of this script that may differ with --resume and --eval-o
     "plain",
     "amp",
     "randnet_test",
-    "test_draws",
     "background",
     "num_focal",
     "eval_ids",
@@ -372,20 +369,23 @@ class Agent:
 
 # --- 5. The paper ---------------------------------------------------------------------------------
 
+DRAWS = 10  # M of --randnet-test mc
+
 
 def draw_psi(args: Args, rng: torch.Generator) -> Tensor | None:
     """Weights (3, 3, 3, 3) of f_psi, which has no bias; None: the identity."""
     is_clean = torch.rand((), generator=rng) < args.clean_share
-    # paper and code differ: "channels" are channels x 9 in the authors' code
-    fan = 3 * (9 if args.randnet_fan == "kernel" else 1)
-    # P(psi), Sec. 3.1
-    psi = math.sqrt(2 / (fan + fan)) * torch.randn(3, 3, 3, 3, generator=rng)
+    n_in = n_out = 3
+    if args.randnet_fan == "kernel":  # paper and code differ: netrand counts channels x 9
+        n_in = n_out = 3 * 9
+    std = math.sqrt(2 / (n_in + n_out))  # P(psi), App. B.1
+    psi = std * torch.randn(3, 3, 3, 3, generator=rng)
     return None if is_clean else psi
 
 
 def feature_matching(actor: Actor, h: Tensor, views: Views, sprites: Tensor) -> Tensor:
-    """L_FM: mean squared distance of h(f_psi(o)) (T, B, N, 64) to h(o); 0 in clean iterations."""
-    # Eq. (2)
+    """L_FM: mean squared distance of h(f_psi(o)) (T, B, N, 64) to h(o)."""
+    # paper and code differ: 0 in clean iterations, where netrand matches a random view
     with torch.no_grad():
         clean = actor.encode(views, sprites)
     return F.mse_loss(h, clean)
@@ -394,27 +394,30 @@ def feature_matching(actor: Actor, h: Tensor, views: Views, sprites: Tensor) -> 
 class AveragedActor:
     """An actor whose policy is averaged over draws of psi, each with a memory of its own."""
 
-    def __init__(self, actor: Actor, psis: list[Tensor | None]):
-        self.actor, self.psis, self.num_ids = actor, psis, actor.num_ids
-        self.hidden_size = len(psis) * actor.hidden_size
+    def __init__(self, args: Args, actor: Actor, seed: int):
+        self.actor = actor
+        self.num_ids = actor.num_ids
+        self.hidden_size = DRAWS * actor.hidden_size
+        # paper is silent: they stay for the whole evaluation, as psi does for a rollout
+        rng = torch.Generator().manual_seed(seed)
+        self.psis = [draw_psi(args, rng) for _ in range(DRAWS)]
 
     def __call__(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
         """As Actor.forward(), hidden (B, N, M * S)."""
         probs, states = [], []
-        for psi, memory in zip(self.psis, hidden.chunk(len(self.psis), -1)):
+        for psi, memory in zip(self.psis, hidden.chunk(DRAWS, -1)):
             logits, after = self.actor(views, memory, sprites, psi)
             probs.append(logits.softmax(-1))
             states.append(after)
-        return torch.stack(probs).mean(0).log(), torch.cat(states, -1)
+        mean = torch.stack(probs).mean(0)
+        return mean.log(), torch.cat(states, -1)
 
 
 def playing_actor(args: Args, actor: Actor, rng: np.random.Generator) -> Actor | AveragedActor:
     """Who plays for us in evaluations, by --randnet-test."""
     if args.randnet_test == "clean":
         return actor
-    # paper is silent: draws stay for the whole evaluation, as psi does for a rollout
-    draws = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    return AveragedActor(actor, [draw_psi(args, draws) for _ in range(args.test_draws)])
+    return AveragedActor(args, actor, seed=int(rng.integers(2**31)))
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
