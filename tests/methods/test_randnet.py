@@ -231,7 +231,7 @@ def test_update_makes_h_ignore_psi():
     views, sprites, found = batch.actor_views(), s.agent.sprites(), []
     for _ in range(2):
         h = s.agent.actor.encode(views, sprites, s.agent.psi)
-        found.append(float(randnet.feature_matching(s.agent.actor, h, views, sprites)))
+        found.append(randnet.feature_matching(s.agent.actor, h, views, sprites).item())
         if len(found) == 1:
             update(s, batch)
     assert found[1] < 0.7 * found[0]
