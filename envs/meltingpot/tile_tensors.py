@@ -61,10 +61,18 @@ class TileTables(nn.Module):
         ids = F.pad(ids.long(), self.padding)
         x = F.relu(self.conv1(sprites)).flatten(1)  # (P, 16), a row per sprite
         if len(ids) <= FEW:
-            x = x[ids].permute(0, 3, 1, 2)  # (M, 16, H, W)
-            x = F.relu(self.conv2(x)).flatten(2)
-            x = x.transpose(1, 2).flatten(1)  # position by position
-            return F.relu(self.linear(x))
+            return self.from_images(x[ids])
+        return self.from_tables(x, ids)
+
+    def from_images(self, x: Tensor) -> Tensor:
+        """What follows conv1, by convolution: x (M, H, W, 16) -> (M, 64)."""
+        x = x.permute(0, 3, 1, 2)  # (M, 16, H, W)
+        x = F.relu(self.conv2(x)).flatten(2)
+        x = x.transpose(1, 2).flatten(1)  # position by position
+        return F.relu(self.linear(x))
+
+    def from_tables(self, x: Tensor, ids: Tensor) -> Tensor:
+        """What follows conv1, by tables: ids (M, H, W) into x (., 16) -> (M, 64)."""
         windows = Windows(ids, self.conv2.kernel_size[0])
         x = x.index_select(0, windows.ids.flatten()).view(len(windows.ids), -1)
         kernel = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)
@@ -73,15 +81,16 @@ class TileTables(nn.Module):
         return F.relu(windows.sum(x) + self.linear.bias)
 
     @torch.no_grad()
-    def _agrees_with(self, cnn: nn.Module) -> bool:
-        """Whether both compute the same on a few random images."""
+    def _agrees_with(self, cnn: nn.Module, **options: Tensor) -> bool:
+        """Whether both compute the same on a few random images, with these options of forward()."""
         if {"conv1", "conv2", "linear"} != dict(cnn.named_children()).keys():
             return False
         rng = torch.Generator().manual_seed(0)
         sprites = torch.rand(9, *self.conv1.weight.shape[1:], generator=rng)
         ids = torch.randint(0, 9, (FEW + 3, *self.grid), generator=rng)
-        expected = cnn(ids, sprites)
-        found = torch.stack([self(ids, sprites)[:3], self(ids[:3], sprites)])
+        expected = cnn(ids, sprites, **options)
+        found = [self(ids, sprites, **options)[:3], self(ids[:3], sprites, **options)]
+        found = torch.stack(found)
         error = (found - expected[:3]).abs().max()
         return bool(error <= 1e-3 * expected.abs().max())
 

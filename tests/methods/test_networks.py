@@ -25,8 +25,9 @@ def random_views(grid, images: int, sprites: int, seed: int):
     return rng.integers(0, sprites, (images, *grid)).astype(np.uint16), pixels
 
 
-def convolutions_on_pixels(net, ids: np.ndarray, pixels: np.ndarray):
-    """The same layers as torch's Conv2d and Linear on real images; returns output and layers."""
+def convolutions_on_pixels(net, ids: np.ndarray, pixels: np.ndarray, psi=None):
+    """The same layers as torch's Conv2d and Linear on real images; returns output and layers. psi:
+    of a convolution before them."""
     height, width = (max(4, size) for size in ids.shape[1:])
     padded = np.zeros((len(ids), height, width), ids.dtype)  # black tiles below and to the right
     padded[:, : ids.shape[1], : ids.shape[2]] = ids
@@ -41,7 +42,10 @@ def convolutions_on_pixels(net, ids: np.ndarray, pixels: np.ndarray):
     positions = linear.in_features // conv2.out_channels
     weight = net.linear.weight.detach().view(-1, positions, conv2.out_channels).transpose(1, 2)
     linear.load_state_dict({"weight": weight.reshape(len(weight), -1), "bias": net.linear.bias})
-    x = F.relu(conv2(F.relu(conv1(images.to(dtype) / 255))))
+    images = images.to(dtype) / 255
+    if psi is not None:
+        images = F.conv2d(images, psi.to(dtype), padding=1)
+    x = F.relu(conv2(F.relu(conv1(images))))
     return F.relu(linear(x.flatten(1))), (conv1, conv2, linear), positions
 
 
