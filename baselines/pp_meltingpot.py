@@ -369,6 +369,14 @@ CURRENT = -1  # who acts: theta
 Weights = dict[str, Tensor]  # of an actor, on the CPU
 
 
+def weights_of(actor: Actor) -> Weights:
+    """A copy of them."""
+    weights = {}
+    for name, x in actor.state_dict().items():
+        weights[name] = x.cpu().clone()
+    return weights
+
+
 @dataclasses.dataclass
 class Memory:
     """A uniform sample of all past actors, alike in all processes; a checkpoint has it whole."""
@@ -380,15 +388,14 @@ class Memory:
 
     def append(self, actor: Actor) -> None:
         """Take an actor in; if the memory is full, for another one or not at all."""
-        weights = {name: x.detach().cpu().clone() for name, x in actor.state_dict().items()}
         self.met += 1
         if not self.size or len(self.actors) < self.size:
-            self.actors.append(weights)
+            self.actors.append(weights_of(actor))
             return
         # paper and code differ: there all are kept; here each stays with probability size / met
         place = int(torch.randint(self.met, (), generator=self.rng))
         if place < self.size:
-            self.actors[place] = weights
+            self.actors[place] = weights_of(actor)
 
     def draw(self, count: int, rng: torch.Generator) -> list[Weights]:
         """So many different actors, or all that there are."""
@@ -397,7 +404,8 @@ class Memory:
 
 
 def new_memory(args: Args) -> Memory:
-    return Memory(args.memory, torch.Generator().manual_seed(args.seed))
+    rng = torch.Generator().manual_seed(args.seed)
+    return Memory(args.memory, rng)
 
 
 def draw_players(args: Args, shape: torch.Size, drawn: int, rng: torch.Generator) -> Tensor:
@@ -414,7 +422,9 @@ def draw_players(args: Args, shape: torch.Size, drawn: int, rng: torch.Generator
 def redrawn(args: Args, t: int, starts: Tensor) -> Tensor:
     """Worlds (B,) in which it is drawn anew who acts, before step t of a rollout."""
     # paper is silent: rollouts of 200 steps are shorter than most episodes
-    return starts if args.redraw == "episode" else torch.full_like(starts, t == 0)
+    if args.redraw == "episode":
+        return starts
+    return torch.full_like(starts, t == 0)
 
 
 def recruit(args: Args, state: RolloutState, drawn: list[Weights]) -> RolloutState:
@@ -449,10 +459,12 @@ def act_past(
     for place, net in enumerate(nets):
         b, n = (state.players == place).nonzero(as_tuple=True)
         if len(b):  # as many worlds of one agent each
-            rows = Views(views.ids[b, n, None], views.features[b, n, None], views.starts[b])
+            ids, features = views.ids[b, n, None], views.features[b, n, None]
+            rows = Views(ids, features, views.starts[b])
             hidden = state.past_hidden[b, n, None]
             log_probs, hidden = act(net, rows, hidden, sprites)
-            acting[b, n], after[b, n] = log_probs[:, 0], hidden[:, 0]
+            acting[b, n] = log_probs[:, 0]
+            after[b, n] = hidden[:, 0]
     return acting, after
 
 
@@ -477,7 +489,10 @@ def importance_weights(batch: Batch) -> dict[str, Tensor]:
         return {}
     weight = clip_centre(batch)[past]
     effective = weight.sum() ** 2 / (weight**2).sum()
-    return {"weight_max": weight.max(), "effective_samples": effective / weight.numel()}
+    return {
+        "weight_max": weight.max(),
+        "effective_samples": effective / weight.numel(),
+    }
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
