@@ -954,7 +954,7 @@ def train(args: Args) -> int:
         memory = new_memory(args)
         run.restore(agent=agent, memory=memory)
         for weights in memory.actors[:1]:  # UsageError if they do not fit
-            restore(agent.past_actor(weights), weights, run.source)
+            restore(copy.deepcopy(agent.actor), weights, run.source)
         others = load_background(args, agent)
         scenarios, bots = find_scenarios(args)
         if scenarios:
