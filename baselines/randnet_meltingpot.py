@@ -73,7 +73,7 @@ class Args(RunArgs):
     """RandNet in Melting Pot. Defaults are the papers' (Table B.1; Lee et al.)."""
 
     # Environment
-    substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, or toy
+    substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, toy, or module:Class
     num_envs: Positive = 16  # B, worlds per process (rollout threads)
     num_workers: Count = 0  # processes that step worlds; 0: one per core
     worker_timeout: Above = 8.0  # seconds until a worker that gives no sign ends the run
@@ -147,10 +147,13 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
         from envs.meltingpot.toy import TileGame
 
         return TileGame(num_envs, seed, **options)
+    from envs.meltingpot.own import OwnWorlds
     from envs.meltingpot.worlds import MeltingPot
 
-    options |= {"num_workers": args.num_workers, "timeout": args.worker_timeout}
     try:
+        if ":" in args.substrate:
+            return OwnWorlds(args.substrate, num_envs, seed, **options)
+        options |= {"num_workers": args.num_workers, "timeout": args.worker_timeout}
         return MeltingPot(args.substrate, num_envs, seed, **options)
     except (ValueError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from None

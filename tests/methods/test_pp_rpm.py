@@ -1,0 +1,590 @@
+"""PP and RPM: the memory's laws, who acts, what trains, and the scripts as a whole on the toy."""
+
+import ast
+import dataclasses
+import difflib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+from harness import RunArgs
+
+import numpy as np
+import pytest
+import torch
+from runs import (
+    STEPS,
+    change_newest,
+    command,
+    differences,
+    exact,
+    metrics,
+    only_error,
+    resume,
+    states,
+    tiny,
+)
+from toolbox import MAPPO, ROOT, load_script, mappo, setting, sharpen
+
+PP, RPM = "baselines.pp_meltingpot", "baselines.rpm_meltingpot"
+PATHS = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (PP, RPM)}
+pp, rpm = (load_script(path) for path in PATHS.values())
+SCRIPTS = {PP: pp, RPM: rpm}
+NAMES = pytest.mark.parametrize("name", SCRIPTS)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory; signal handlers as they were."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class Numbered(torch.nn.Module):
+    """An actor that is nothing but its number."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.register_buffer("number", torch.tensor(number))
+
+
+def numbers(actors):
+    return [int(weights["number"]) for weights in actors]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def close_to(counts, draws, share):
+    """Whether binomial counts lie within 4.5 deviations of their expectation."""
+    deviation = (draws * share * (1 - share)) ** 0.5
+    return (np.abs(np.asarray(counts) - draws * share) < 4.5 * deviation + 1e-9).all()
+
+
+def crowd(script, *flags, actors=3, share="0.6"):
+    """A setting with a memory of actors that differ from the current one and from each other."""
+    s = setting("--history-share", share, *flags, script=script)
+    s.memory = script.new_memory(s.args)
+    for seed in range(actors):
+        net = s.agent.past_actor(s.agent.actor.state_dict())
+        sharpen(net, seed=seed)
+        s.memory.append(net, *([float(seed)] if script is rpm else []))
+    sharpen(s.agent.actor, seed=99)
+    return s
+
+
+def collect(s):
+    batch, s.state = s.script.collect(
+        s.args, s.envs, s.agent, s.memory, s.state, rng=s.rng, method_rng=s.method_rng
+    )
+    return batch
+
+
+def prepare(s):
+    batch, s.state = s.script.prepare(s.args, s.agent, collect(s), s.state)
+    return batch
+
+
+# --- The memory -----------------------------------------------------------------------------------
+
+
+def test_reservoir_is_uniform_over_the_past():
+    """4 of 12 actors: each is kept in a third of the runs, early or late."""
+    runs, kept = 1500, np.zeros(12)
+    actors = [Numbered(k) for k in range(12)]
+    for seed in range(runs):
+        memory = pp.Memory(4, generator(seed))
+        for actor in actors:
+            memory.append(actor)
+        found = numbers(memory.actors)
+        assert len(found) == len(set(found)) == 4
+        kept[found] += 1
+    assert close_to(kept, runs, 4 / 12)
+    everything = pp.Memory(0, generator())
+    for actor in actors:
+        everything.append(actor)
+    assert numbers(everything.actors) == list(range(12))
+
+
+def test_what_is_remembered_does_not_learn_on():
+    actor, memory = Numbered(1), pp.Memory(0, generator())
+    memory.append(actor)
+    actor.number += 1
+    assert numbers(memory.actors) == [1]
+
+
+def test_pp_draws_different_actors_uniformly():
+    memory, rng, count = pp.Memory(0, generator()), generator(), np.zeros(6)
+    assert memory.draw(4, rng) == []
+    for k in range(6):
+        memory.append(Numbered(k))
+    for _ in range(2000):
+        drawn = numbers(memory.draw(4, rng))
+        assert len(set(drawn)) == 4
+        count[drawn] += 1
+    assert close_to(count, 2000, 4 / 6)
+    assert sorted(numbers(memory.draw(9, rng))) == list(range(6))
+
+
+def test_key_is_the_floor():
+    """Also of negative returns, and of those on a border."""
+    memory = rpm.Memory(0.75, 20, generator())
+    values = [*np.random.default_rng(0).normal(0, 3, 200), -0.75, 0.0, 0.75, 2.25]
+    for k, value in enumerate(values):
+        memory.append(Numbered(k), value)
+        assert memory.rank(value) == np.floor(value / 0.75)
+    for rank, places in memory.ranks().items():
+        found = [values[k] for k in numbers(memory.actors[place] for place in places)]
+        assert len(found) <= 20 and (np.floor(np.array(found) / 0.75) == rank).all()
+        assert found == [memory.returns[place] for place in places]
+
+
+def test_default_width_is_a_fifth_of_the_first_returns_spread():
+    values = [*np.random.default_rng(0).uniform(-1, 4, 20).tolist(), 100.0]
+    memory = rpm.Memory(None, 20, generator())
+    for k, value in enumerate(values):
+        assert (memory.width is None) == (k < 20)
+        assert memory.width is not None or len(memory.ranks()) <= 1
+        memory.append(Numbered(k), value)
+    width = (max(values[:20]) - min(values[:20])) / 5
+    assert memory.width == pytest.approx(width)
+    assert set(memory.ranks()) == set(np.floor(np.array(values) / width).astype(int))
+    flat = rpm.Memory(None, 20, generator())
+    for k in range(20):
+        flat.append(Numbered(k), 2.0)
+    assert flat.width == 1.0
+
+
+def test_a_rank_keeps_a_uniform_sample():
+    """3 of 9 actors of rank 0; the 4 of rank 1, in between, do not touch it."""
+    runs, kept = 1500, np.zeros(9)
+    for seed in range(runs):
+        memory = rpm.Memory(1.0, 3, generator(seed))
+        for k in range(9):
+            memory.append(Numbered(k), 0.5)
+            if k % 2:
+                memory.append(Numbered(100 + k), 1.5)
+        kept[[k for k in numbers(memory.actors) if k < 100]] += 1
+    assert kept.sum() == 3 * runs and close_to(kept, runs, 3 / 9)
+
+
+def test_rpm_draws_ranks_uniformly_then_actors():
+    """Lists of 1, 3 and 12: each rank a third of the draws, its actors alike."""
+    memory, rng, sizes = rpm.Memory(1.0, 20, generator()), generator(), (1, 3, 12)
+    assert memory.draw(4, rng) == []
+    for rank, size in enumerate(sizes):
+        for k in range(size):
+            memory.append(Numbered(100 * rank + k), rank + 0.5)
+    drawn = np.array(numbers(memory.draw(6000, rng)))
+    for rank, size in enumerate(sizes):
+        assert close_to((drawn // 100 == rank).sum(), 6000, 1 / 3)
+        counts = [(drawn == 100 * rank + k).sum() for k in range(size)]
+        assert close_to(counts, 6000, 1 / 3 / size)
+
+
+# --- Who acts -------------------------------------------------------------------------------------
+
+
+@NAMES
+@pytest.mark.parametrize("agents", [1, 2, 8])
+def test_share_of_history(name, agents):
+    """q, less what the safeguard spares: all N are past with q^N, and then one of them is not."""
+    script, worlds = SCRIPTS[name], 20_000
+    args = script.parse(["--substrate", "toy"])
+    players = script.draw_players(args, (worlds, agents), 3, generator())
+    past = players != script.CURRENT
+    assert not past.all(1).any(), "at least one agent is current in each world"
+    share = 0.3 - 0.3**agents / agents
+    assert past.float().mean().item() == pytest.approx(share, abs=4.5 * (0.25 / worlds) ** 0.5)
+    assert agents < 8 or share == pytest.approx(0.3, abs=1e-4)
+    spread = past.float().mean(0)
+    assert (spread - share).abs().max() < 0.02, "no seat is favoured"
+    if past.any():
+        counts = [(players == place).sum().item() for place in range(3)]
+        assert close_to(counts, int(past.sum()), 1 / 3)
+    nobody = script.draw_players(args, (worlds, agents), 0, generator())
+    assert (nobody == script.CURRENT).all(), "the memory is empty"
+
+
+CASES = [(pp, "--redraw", "iteration"), (pp, "--redraw", "episode"), (rpm, "--rank-width", "1")]
+
+
+@pytest.mark.parametrize("script, flag, value", CASES)
+def test_past_policies_act(script, flag, value, monkeypatch):
+    """Actions' probabilities are those of the actors in memory, each with its own recurrent state,
+    which is recomputed here agent by agent over two rollouts; theta's are right, too."""
+    s, act_past = crowd(script, flag, value), script.act_past
+    for rollout in range(2):
+        before = s.state
+        seen = []
+
+        def watch(nets, views, state, *rest, seen=seen):
+            seen.append((state.players, [net.state_dict() for net in nets]))
+            return act_past(nets, views, state, *rest)
+
+        monkeypatch.setattr(script, "act_past", watch)
+        batch = collect(s)
+        logits, _, _ = script.replay(
+            s.args, s.agent.actor, batch.actor_views(), before.actor_hidden, s.agent.sprites
+        )
+        theta = script.chosen(logits.log_softmax(-1), batch.actions)
+        assert torch.allclose(theta, batch.theta, atol=1e-4)
+        assert torch.equal(batch.log_probs[batch.current], batch.theta[batch.current])
+        assert 0.1 < (~batch.current).float().mean() < 0.7
+        redrawn = value == "iteration"
+        hidden = torch.zeros_like(before.past_hidden) if redrawn else before.past_hidden.clone()
+        for t, (players, crew) in enumerate(seen):
+            assert torch.equal(batch.current[t], players == script.CURRENT)
+            changed = players != (seen[t - 1][0] if t else players)
+            assert not (changed & ~batch.starts[t, :, None]).any() or (redrawn and t == 0)
+            for b, n in (players != script.CURRENT).nonzero().tolist():
+                weights = crew[players[b, n]]
+                is_kept = [
+                    all(torch.equal(weights[k], x) for k, x in kept.items())
+                    for kept in s.memory.actors
+                ]
+                assert sum(is_kept) == 1
+                if t == 0 and not redrawn and not batch.starts[0, b]:  # plays on
+                    place = before.players[b, n]
+                    assert torch.equal(before.crew[place]["out.weight"], weights["out.weight"])
+                net = s.agent.past_actor(weights)
+                views = pp.Views(
+                    batch.tile_ids[t, b, n][None, None],
+                    batch.actor_features[t, b, n][None, None],
+                    batch.starts[t, b, None],
+                )
+                log_probs, new = script.act(net, views, hidden[b, n][None, None], s.agent.sprites)
+                hidden[b, n] = new[0, 0]
+                expected = log_probs[0, 0, batch.actions[t, b, n]]
+                assert expected.item() == pytest.approx(batch.log_probs[t, b, n].item(), abs=1e-4)
+        assert rollout or (batch.log_probs - batch.theta)[~batch.current].abs().max() > 0.1
+
+
+def test_returns_are_those_of_current_agents():
+    """R: only of agents that theta played in the episode."""
+    s = crowd(rpm)
+    s.envs.counter.clear()
+    batch = collect(s)
+    expected, returns = [], np.zeros((4, 2))
+    for t in range(20):
+        returns += batch.rewards[t].numpy()
+        for b in torch.nonzero(batch.terminated[t])[:, 0].tolist():
+            expected += returns[b][batch.current[t, b].numpy()].tolist()
+            returns[b] = 0
+    assert batch.returns == pytest.approx(expected) and 0 < len(expected) < 2 * len(batch.episodes)
+    before = len(s.memory.met)
+    rpm.remember(s.memory, s.agent.actor, batch)
+    assert s.memory.met[before:] == pytest.approx([np.mean(expected)])
+    rpm.remember(s.memory, s.agent.actor, dataclasses.replace(batch, returns=[]))
+    assert len(s.memory.met) == before + 1, "no episode ended: nobody is kept"
+
+
+# --- What trains ----------------------------------------------------------------------------------
+
+
+def test_centred_clip_and_weights_against_numpy():
+    s = crowd(pp, "--use-history")
+    batch = prepare(s)
+    weight = np.exp(batch.theta.numpy() - batch.log_probs.numpy())
+    current = batch.current.numpy()
+    assert np.allclose(pp.clip_centre(batch).numpy(), weight) and (weight[current] == 1).all()
+    rng = np.random.default_rng(0)
+    ratio = weight * np.exp(rng.normal(0, 0.3, weight.shape).astype(np.float32))
+    advantage = batch.advantages.numpy()
+    expected = np.minimum(ratio * advantage, np.clip(ratio, 0.8 * weight, 1.2 * weight) * advantage)
+    found = pp.clip_objective(
+        torch.from_numpy(ratio), batch.advantages, 0.2, torch.from_numpy(weight)
+    )
+    assert np.allclose(found.numpy(), expected, atol=1e-6)
+    logged = pp.importance_weights(batch)
+    past = weight[~current].astype(np.float64)
+    assert logged["weight_max"].item() == pytest.approx(past.max(), rel=1e-5)
+    effective = past.sum() ** 2 / (past**2).sum() / past.size
+    assert logged["effective_samples"].item() == pytest.approx(effective, rel=1e-4)
+    assert advantage.mean() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("use", [True, False])
+def test_samples_that_train(use):
+    """Losses and statistics of one step without a learning rate, against NumPy."""
+    flags = ["--epochs", "1", "--minibatches", "1", "--actor-lr", "0", "--critic-lr", "0"]
+    s = crowd(pp, *flags, *["--use-history"] * use)
+    batch = prepare(s)
+    who = np.ones(batch.current.shape, bool) if use else batch.current.numpy()
+    advantage, values, targets = (
+        x.numpy()[who] for x in (batch.advantages, batch.values, batch.targets)
+    )
+    assert advantage.mean() == pytest.approx(0, abs=1e-5)
+    assert advantage.std() == pytest.approx(1, abs=1e-3)
+    assert targets.mean() == pytest.approx(0, abs=1e-4)
+    scalars = pp.update(s.args, s.agent, batch, s.rng)
+    weight = np.exp((batch.theta - batch.log_probs).numpy())[who]
+    # In float32, by chunks instead of step by step
+    assert scalars["policy_loss"].item() == pytest.approx(-(weight * advantage).mean(), abs=1e-4)
+    # Units of the critic's outputs are still those of before the first rollout, 0 and 1.
+    mean, std = (x.item() for x in s.agent.value_norm.mean_std())
+    clipped = values + np.clip(values * std + mean - values, -0.2, 0.2)
+    errors = np.stack([np.abs(x - targets) for x in (values * std + mean, clipped)])
+    huber = np.where(errors < 10, errors**2 / 2, 10 * (errors - 5)).max(0)
+    assert scalars["value_loss"].item() == pytest.approx(huber.mean(), rel=1e-3)
+
+
+# --- The scripts as a whole -----------------------------------------------------------------------
+
+
+@NAMES
+def test_without_history_it_is_mappo_bit_for_bit(name):
+    for script, run_dir, flags in (
+        (mappo, "parent", ()),
+        (SCRIPTS[name], "child", ("--history-share", 0)),
+        (SCRIPTS[name], "on", ()),
+    ):
+        assert script.main(tiny(name, run_dir, 4, *flags)) == 0
+    parent, child, on = (exact(x)["agent"] for x in ("parent", "child", "on"))
+    assert differences(parent, child) == []
+    assert any(x.startswith("/actor/") for x in differences(on, parent))
+
+
+@pytest.mark.parametrize("child, parent", [(PATHS[PP], MAPPO), (PATHS[RPM], PATHS[PP])])
+def test_diff_is_the_method(child, parent):
+    parent, child = (path.read_text().splitlines() for path in (parent, child))
+    added = gone = 0
+    for line in difflib.unified_diff(parent, child, n=0, lineterm=""):
+        added += line.startswith("+") and not line.startswith("+++")
+        gone += line.startswith("-") and not line.startswith("---")
+    assert added <= 0.45 * len(child), f"{added} of {len(child)} lines are added"
+    assert gone <= 0.20 * len(parent), f"{gone} of the parent's {len(parent)} are changed or gone"
+
+
+CUTS = [
+    (PP, "--memory 4 --policies-per-rollout 3 --use-history"),
+    (PP, "--redraw episode --max-episode-steps 7"),
+    (RPM, "--rank-width 0.3"),
+]
+
+
+@pytest.mark.parametrize("name, flags", CUTS)
+def test_six_are_three_and_three(name, flags):
+    flags = ["--history-share", "0.7", *flags.split()]
+    assert SCRIPTS[name].main(tiny(name, "whole", 6, *flags)) == 0
+    assert SCRIPTS[name].main(tiny(name, "cut", 3, *flags)) == 0
+    assert SCRIPTS[name].main(resume("cut", 6)) == 0
+    assert differences(exact("whole"), exact("cut")) == []
+    assert metrics("whole") == metrics("cut")
+    memory = exact("cut")["memory"]
+    count = 4 if "--memory" in flags else 6
+    assert len(memory["actors"]) == count and len(exact("cut")["ranks"][0]["state"]["crew"]) > 0
+    newest = memory["actors"][-1]["out.weight"]
+    assert not torch.equal(newest, exact("cut")["agent"]["actor"]["out.weight"])
+
+
+def actor_of(run_dir):
+    return exact(run_dir)["agent"]["actor"]
+
+
+def logged(key):
+    return lambda run_dir: [m[key] for m in metrics(run_dir) if key in m]
+
+
+def rows(run_dir):
+    return sorted({k.split("/")[1] for k in metrics(run_dir)[-1] if k.startswith("final/")})
+
+
+FLAGS = [
+    (PP, "--history-share 0.9", logged("memory/share"), None),
+    (PP, "--memory 2 --policies-per-rollout 2", logged("memory/actors"), [1, 2, 2, 2]),
+    (PP, "--memory 0", logged("memory/actors"), [1, 2, 3, 4]),
+    (PP, "--policies-per-rollout 1", lambda d: len(exact(d)["ranks"][0]["state"]["crew"]), 1),
+    (PP, "--redraw episode", actor_of, None),
+    (PP, "--use-history", actor_of, None),
+    (PP, "--background past --final-episodes 2", rows, ["self-play", "v past"]),
+    (RPM, "--rank-width 0.01", logged("memory/ranks"), None),
+    (RPM, "--per-rank 1 --rank-width 100", logged("memory/actors"), [1, 1, 1, 1]),
+    (RPM, "--history-share 0.9", logged("memory/share"), None),
+    (RPM, "--use-history", actor_of, None),
+    (RPM, "--policies-per-rollout 1", actor_of, None),
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run of each script with its defaults but a higher share."""
+    folder = tmp_path_factory.mktemp("plain")
+    for name, script in SCRIPTS.items():
+        assert script.main(tiny(name, folder / name, 4, "--history-share", 0.6)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name, flags, measure, expected", FLAGS)
+def test_flag_changes_what_it_names(name, flags, measure, expected, plain):
+    share = () if "--history-share" in flags else ("--history-share", 0.6)
+    assert SCRIPTS[name].main(tiny(name, "run", 4, *share, *flags.split())) == 0
+    if expected is None:
+        assert differences([measure("run")], [measure(plain / name)]) != []
+    else:
+        assert measure("run") == expected
+    if "--history-share" in flags:
+        assert sum(measure("run")) > sum(measure(plain / name))
+
+
+def test_every_flag_is_tested():
+    """Those that the parent has are the parent's to test."""
+    known = {field.name for cls in (RunArgs, mappo.Args) for field in dataclasses.fields(cls)}
+    for name, script in SCRIPTS.items():
+        own = {field.name for field in dataclasses.fields(script.Args)} - known
+        lines = " ".join(flags for other, flags, *_ in FLAGS if other == name)
+        assert {x for x in own if "--" + x.replace("_", "-") not in lines} == set()
+
+
+WRONG = {
+    "--history-share 1.5": "--history-share",
+    "--memory -1": "--memory",
+    "--policies-per-rollout 0": "--policies-per-rollout",
+    "--use-history --history-share 0": "--use-history --history-share",
+    "--memory 3": "--policies-per-rollout --memory 3",
+    "--redraw episode": "",  # tyro's own words in RPM
+    "--per-rank 19": "--per-rank --rank-width",
+    "--rank-width 0": "--rank-width",
+    "--resume {run} --history-share 0.5": "--history-share 0.6",
+    "--eval-only {run} --final-episodes 1 --background nobody": "nobody",
+}
+IN_PP = ("--memory", "--redraw")
+IN_RPM = ("--per-rank", "--rank-width")
+
+
+@NAMES
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_command_line(name, line, plain, tmp_path, capfd):
+    other = IN_RPM if name == PP else IN_PP
+    argv = shlex.split(line.format(run=plain / name))
+    if line == "--redraw episode" and name == PP:
+        pytest.skip("a flag of PP")
+    assert SCRIPTS[name].main(argv) == 2
+    error = capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    if not line.startswith(other):
+        sentence = only_error(error)
+        assert [word for word in WRONG[line].split() if word not in sentence] == []
+
+
+@NAMES
+def test_another_substrates_memory_is_refused(name, plain, capfd):
+    """Whose actors have other shapes; and a run of another substrate beside us."""
+    script = SCRIPTS[name]
+    assert script.main(tiny(name, "run", 2)) == 0
+
+    def widen(state):
+        for weights in state["memory"]["actors"]:
+            weights["out.weight"] = torch.zeros(8, 64)
+
+    change_newest("run", widen)
+    capfd.readouterr()
+    for flags in (["--resume", "run"], ["--eval-only", "run", "--final-episodes", "1"]):
+        assert script.main(flags) == 2
+        assert "does not fit" in only_error(capfd.readouterr().err)
+    change_newest("run", lambda state: state["args"].update(substrate="coins"))
+    argv = ["--eval-only", str(plain / name), "--final-episodes", "1", "--background", "run"]
+    assert script.main(argv) == 2
+    assert "run was not trained on toy" in only_error(capfd.readouterr().err)
+
+
+@NAMES
+def test_load_player_and_evaluations(name, plain, capfd):
+    """The current actor plays; beside a run of the parent and beside the memory."""
+    script = SCRIPTS[name]
+    s = setting(script=script)
+    player = script.load_player(str(plain / name), s.envs, 3)
+    saved = states(plain / name)[0]["agent"]["actor"]
+    assert differences(dict(player.net.state_dict()), saved) == []
+    assert mappo.main(tiny(name, "parent", 1)) == 0
+    argv = ["--eval-only", str(plain / name), "--final-episodes", "5", "--background"]
+    tables = []
+    for _ in range(2):
+        capfd.readouterr()
+        assert script.main([*argv, "past", "parent"]) == 0
+        tables.append(capfd.readouterr().out)
+    assert tables[0] == tables[1] and "| v past " in tables[0] and "| v parent " in tables[0]
+
+
+def test_before_the_first_iteration_there_is_no_past(capfd):
+    s = setting("--eval-episodes", "1", script=pp)
+    evaluation = pp.Evaluation(s.args, "eval", 0, ROOT)
+    found = pp.evaluate(s.args, s.agent, pp.new_memory(s.args), {}, evaluation)
+    assert "v past" not in found and "v random" in found
+
+
+def test_worlds_take_past_players_in_turn():
+    players = [lambda obs, starts, ids, k=k: np.full((5, 2), k) for k in range(3)]
+    actions = pp.past_player(players)(None, np.ones(5, bool), None)
+    assert actions[:, 0].tolist() == [0, 1, 2, 0, 1]
+
+
+@NAMES
+def test_not_finite_rewards_end_the_run(name, monkeypatch, capfd):
+    from envs.meltingpot.toy import TileGame
+
+    plain_step = TileGame.step
+
+    def step(self, actions):
+        found = plain_step(self, actions)
+        return found._replace(reward=found.reward * np.nan)
+
+    monkeypatch.setattr(TileGame, "step", step)
+    assert SCRIPTS[name].main(tiny(name, "run", 2)) == 1
+    assert "rewards is not finite" in only_error(capfd.readouterr().err)
+
+
+@NAMES
+def test_help(name):
+    """In seconds, without torch; each flag has its comment."""
+    env = {**os.environ, "COLUMNS": "300"}
+    done = subprocess.run([*command(name), "--help"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    text = PATHS[name].read_text()
+    tree = next(x for x in ast.parse(text).body if getattr(x, "name", "") == "Args")
+    told = " ".join(done.stdout.replace("│", " ").split())
+    for field in (x for x in tree.body if isinstance(x, ast.AnnAssign)):
+        comment = text.splitlines()[field.end_lineno - 1].partition("  # ")[2]
+        assert comment and f" {comment} (default: " in told, field.target.id
+
+
+SLOW = pytest.mark.slow
+LAUNCHES = [(RPM, False), *(pytest.param(name, True, marks=SLOW) for name in SCRIPTS)]
+
+
+@pytest.mark.parametrize("name, cut", LAUNCHES)
+def test_two_processes(name, cut, tmp_path):
+    """The same weights and the same memory in both; their draws differ. Half and half is whole."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    watch = tmp_path / "watch.py"
+    watch.write_text(
+        "import os, runpy, sys, torch\n"
+        "sys.argv = sys.argv[1:]\n"
+        "import harness\n"
+        "advance = harness.Run.advance\n"
+        "def noted(run, steps):\n"
+        "    advance(run, steps)\n"
+        "    torch.save(harness.pack(run.parts), f'parts-{run.rank}.pt')\n"
+        "harness.Run.advance = noted\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    flags = ("--history-share", 0.7, *(("--rank-width", 0.3) if name == RPM else ("--memory", 4)))
+    launches = [tiny(name, "whole", 12, *flags)]
+    launches += [tiny(name, "cut", 6, *flags), resume("cut", 12)] * cut
+    for argv in launches:
+        command_line = [*line, str(watch), str(PATHS[name]), *argv]
+        done = subprocess.run(command_line, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert not cut or differences(exact("whole"), exact("cut")) == []
+    ours, theirs = (torch.load(f"parts-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert differences(ours, theirs) == []
+    assert exact("whole")["timesteps"] == 12 * STEPS
+    first, second = exact("whole")["ranks"]
+    assert "/method_rng" in differences(first, second)
