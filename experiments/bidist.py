@@ -1,19 +1,21 @@
-"""The figures of the BiDist paper, from runs.
+"""The figures and tables of the BiDist paper, from runs.
 
     python experiments/bidist.py fig5 runs/BIDIST-s1 runs/MAPPO-s1   what training populations play
     python experiments/bidist.py fig6 --total-timesteps 1000000 --extra --num-workers 1
     python experiments/bidist.py fig7 runs/RUN                       one reverse phase of each kind
     python experiments/bidist.py fig8 --runs runs/fig8/*             ablations
     python experiments/bidist.py c1 | c2                             widths, distillation intervals
+    python experiments/bidist.py table1 --substrates coins --total-timesteps 1000000 --seeds 1 2 3
+    python experiments/bidist.py cross-play runs/table1/coins-*      beside each other's actors
     python experiments/bidist.py shift runs/RUN runs/RUN             distillation over training
     python experiments/bidist.py reverse runs/RUN runs/RUN           when do preferences shift?
 
-Figs. 6, 8, C.1 and C.2 compare variants of bidist_mappo_meltingpot.py. Without --runs these are
-trained first, one after another, in RUNS_DIR/{variant}-s{seed} (output beside it in .log): what is
-finished is skipped, what was stopped goes on, and flags after --extra are the script's. The others
-read runs' newest checkpoints, and `shift` their logs. All write OUT.png, OUT.csv and OUT.md; runs
-that met official and scripted bots make a set of files for each kind. `SUBCOMMAND --help` has the
-options.
+Table 1 has six methods, Figs. 6, 8, C.1 and C.2 compare variants of bidist_mappo_meltingpot.py.
+These (without --runs) are trained first, one after another, in RUNS_DIR/{name}-s{seed} (output
+beside it in .log): what is finished is skipped, what was stopped goes on, and flags after --extra
+are the scripts'. The others read runs' newest checkpoints, and `shift` their logs. All write
+OUT.csv, OUT.md and most OUT.png; runs that met official and scripted bots make a set of files for
+each kind. `SUBCOMMAND --help` has the options.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ import tyro
 from annotated_types import Interval
 
 import experiments.scenario_table as tables
+from envs.meltingpot.episodes import play_pairs
+from envs.meltingpot.scenarios import PAPER
 from envs.meltingpot.tiles import WorldError
 from envs.statistics import draw_rows, markdown_table, mean_interval
 from experiments.runs import (
@@ -461,6 +465,156 @@ def c1(study: C1) -> None:
 def c2(study: C2) -> None:
     """Fig. C.2."""
     compare_variants(study)
+
+
+# --- Table 1 and cross-play -----------------------------------------------------------------------
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> script, flags
+    "bidist": (SCRIPT, {}),
+    "bidist-centred": (SCRIPT, {"clip_centre": "old"}),
+    **{name: (f"{name}_meltingpot", {}) for name in ("mappo", "randnet", "opre", "pp", "rpm")},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table1:
+    """Table 1: all six methods, BiDist with either centre of its clip, at equal steps."""
+
+    substrates: tuple[str, ...] = PAPER  # of the runs to train
+    total_timesteps: Positive = 10_000_000  # of each
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # of each method on each substrate
+    only: tuple[str, ...] = ()  # methods to train, by their names; default: all
+    runs_dir: Path = Path("runs/table1")  # they go to RUNS_DIR/{substrate}-{method}-s{seed}
+    jobs: Positive = 1  # trained at the same time
+    dry_run: bool = False  # print the commands and do nothing
+    extra: tyro.conf.Suppress[tuple[str, ...]] = ()  # flags of all scripts after --extra
+    out: Path = Path("table1")  # writes OUT.md, OUT.csv and OUT.png
+
+
+def jobs_of_table(study: Table1) -> list[Job]:
+    """All runs of the table, seed by seed and substrate by substrate, so that comparisons that are
+    whole come first."""
+    if unknown := set(study.only) - set(METHODS):
+        raise UsageError(f"--only {min(unknown)}: there are {', '.join(METHODS)}.")
+    if not study.seeds or not study.substrates:
+        raise UsageError("--seeds and --substrates must name one or more.")
+    jobs = []
+    for seed, substrate in itertools.product(study.seeds, study.substrates):
+        for method, (script, flags) in METHODS.items():
+            if study.only and method not in study.only:
+                continue
+            words = [word for pair in as_words(flags) for word in pair.split()]
+            job = Job(
+                run=study.runs_dir.resolve() / f"{substrate}-{method}-s{seed}",
+                script=script_file(script),
+                flags=("--substrate", substrate, *words, *study.extra),
+                seed=seed,
+                timesteps=study.total_timesteps,
+            )
+            script_args(load_script(script), job.argv())  # that it is no wrong command line
+            jobs.append(job)
+    return jobs
+
+
+def table1(study: Table1) -> None:
+    """Train what is missing, then the table (scenario_table.py) of all that was trained."""
+    if not study.dry_run:
+        check_out(study.out)
+    jobs = jobs_of_table(study)
+    train_all(jobs, study.jobs, study.dry_run)
+    if not study.dry_run:
+        tables.tabulate(tables.Study(runs=tuple(job.run for job in jobs), out=study.out))
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossPlay:
+    """Runs of one substrate beside each other's actors: the plainest co-players never met."""
+
+    runs: Runs  # of any of the six methods
+    episodes: Positive = 20  # of each pair
+    num_focal: Count = 0  # seats of the first; 0: N - 1
+    num_envs: Positive = 16  # worlds at a time
+    num_workers: Count = 0  # processes that step them; 0: one per core
+    seed: Seed = 1  # of worlds, seats and actions
+    out: Path = Path("cross_play")  # writes OUT.csv and OUT.md
+
+
+def cross_play(study: CrossPlay) -> None:
+    """Every run as the focal players, every other run as the background."""
+    check_out(study.out)
+    runs = read_runs(study.runs)
+    substrates = {run.args["substrate"] for run in runs}
+    if len(substrates) > 1 or len(runs) < 2:
+        raise UsageError("cross-play needs two runs or more, all on one substrate.")
+    args = script_args(load_script(SCRIPT), ["--substrate", *substrates])
+    args = dataclasses.replace(args, num_workers=study.num_workers)
+    rng = np.random.default_rng(study.seed)
+    rows = []
+    worlds = min(study.num_envs, study.episodes)
+    try:
+        with load_script(SCRIPT).make_envs(args, worlds, study.seed) as envs:
+            for focal, background in itertools.product(runs, runs):
+                rows.append(play_pair(focal, background, envs, study, rng))
+                row = rows[-1]
+                text = f"{row['focal']} beside {row['background']}"
+                harness.tell(f"{text}: {row['return_per_1000']:.1f} per 1,000 steps")
+    except WorldError as error:
+        raise UsageError(str(error)) from None
+    finish(study.out, text_of_cross_play(rows), rows)
+
+
+def play_pair(
+    focal: Run, background: Run, envs: Any, study: CrossPlay, rng: np.random.Generator
+) -> dict[str, Any]:
+    """A row of OUT.csv; a run beside itself is its self-play."""
+    players = []
+    for run in (focal, background):
+        script = load_script(run.args["script"])
+        seed = int(rng.integers(2**31))
+        players.append(script.load_player(str(run.path), envs, seed=seed))
+    alone = focal is background
+    (summary,) = play_pairs(
+        envs,
+        {"": (players[0], None if alone else players[1])},
+        num_focal=study.num_focal or max(1, envs.spec.num_agents - 1),
+        episodes=study.episodes,
+        rng=rng,
+    ).values()
+    about = {
+        "focal": focal.name,
+        "focal_method": method_of(focal.args),
+        "background": background.name,
+        "background_method": method_of(background.args),
+    }
+    return about | summary
+
+
+def text_of_cross_play(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line per focal run, a column per background run, then methods' means beside runs
+    they never met, with intervals over seeds."""
+    names = list(dict.fromkeys(row["background"] for row in rows))
+    found = {(row["focal"], row["background"]): row for row in rows}
+    lines = []
+    for focal in names:
+        line = {"return per 1,000 steps of": focal}
+        for name in names:
+            mean = f"{found[focal, name]['return_per_1000']:.1f}"
+            line[f"beside {name}"] = f"({mean})" if name == focal else mean
+        lines.append(line)
+    means = []
+    for method in dict.fromkeys(row["focal_method"] for row in rows):
+        of_runs: dict[str, list[float]] = defaultdict(list)  # beside others, run by run
+        for row in rows:
+            if row["focal_method"] == method and row["focal"] != row["background"]:
+                of_runs[row["focal"]].append(row["return_per_1000"])
+        x = np.array([np.mean(values) for values in of_runs.values()])
+        text = f"{x.mean():.1f}"
+        if len(x) > 1:
+            low, high = mean_interval(x, draw_rows(len(x)))
+            text += f" [{low:.1f}, {high:.1f}]"
+        means.append({"method": method, "beside all other runs": text, "seeds": len(x)})
+    note = "In brackets: self-play. Intervals are over seeds.\n"
+    return "\n".join([markdown_table(lines), markdown_table(means), note])
 
 
 # --- Networks on a rollout ------------------------------------------------------------------------
@@ -1113,6 +1267,8 @@ COMMANDS = {
     "fig8": fig8,
     "c1": c1,
     "c2": c2,
+    "table1": table1,
+    "cross-play": cross_play,
     "shift": shift,
     "reverse": reverse,
 }

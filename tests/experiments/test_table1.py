@@ -1,0 +1,85 @@
+"""Table 1's runs, and runs beside each other's actors."""
+
+import shutil
+
+import numpy as np
+import pytest
+from made_up import experiment, rows
+from runs import change_newest
+
+bidist = experiment("bidist")
+
+
+def test_the_tables_runs(tmp_path, monkeypatch, capsys):
+    """Seven rows a substrate, each with a script that takes its command line; equal steps."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["table1", "--total-timesteps", "64000", "--seeds", "1", "2", "--dry-run"]
+    assert bidist.main([*argv, "--extra", "--num-workers", "1"]) == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 2 * 5 * 7
+    for command in commands:
+        assert "--total-timesteps 64000" in command and "--num-workers 1" in command
+    assert sum("--clip-centre old" in command for command in commands) == 2 * 5
+    scripts = {command.split()[1] for command in commands}
+    names = ("mappo", "randnet", "opre", "pp", "rpm")
+    own = {f"baselines/{name}_meltingpot.py" for name in names}
+    assert scripts == own | {"bidist_mappo_meltingpot.py"}
+    assert bidist.main([*argv, "--only", "mappo", "pp", "--substrates", "coins"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--only", "reinforce"], "--only reinforce: there are bidist, "),
+        (["--seeds"], "--seeds"),
+        (["--extra", "--k-d", "3"], "--k-d"),  # not all scripts have it
+    ],
+)
+def test_what_no_table_has(argv, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bidist.main(["table1", "--dry-run", *argv]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_cross_play(trained, tmp_path, capsys):
+    """Each run beside each; self-play in brackets; methods' means over seeds, beside others."""
+    argv = ["cross-play", *map(str, trained), "--episodes", "30", "--out", str(tmp_path / "x")]
+    assert bidist.main(argv) == 0
+    found = rows(tmp_path / "x.csv")
+    assert len(found) == 9 and {int(row["episodes"]) for row in found} == {30}
+    text = (tmp_path / "x.md").read_text()
+    for name in (path.name for path in trained):
+        mine = [row for row in found if row["focal"] == name]
+        (alone,) = (row for row in mine if row["background"] == name)
+        assert f"({float(alone['return_per_1000']):.1f})" in text
+    others = [row for row in found if row["focal"] != row["background"]]
+    mappo = [float(r["return_per_1000"]) for r in others if r["focal_method"] == "mappo"]
+    assert len(mappo) == 2 and f"| mappo | {np.mean(mappo):.1f} | 1 |" in text
+    theirs = [float(r["return_per_1000"]) for r in others if r["focal_method"] != "mappo"]
+    assert f"{np.mean(theirs):.1f} [" in text and "| 2 |" in text
+
+
+def test_who_plays_the_focal_seat(trained, tmp_path):
+    """The toy: who always chooses the first colour is right in a third of the episodes, then beside
+    itself always rewarded in full; hardly trained actors beside it agree by chance."""
+    copies = []
+    for name in ("new-s1", "first-s1"):
+        shutil.copytree(trained[2], tmp_path / name)
+        copies.append(str(tmp_path / name))
+
+    def always_the_first(state):
+        state["agent"]["actor"]["out.bias"][0] += 30.0
+
+    change_newest(tmp_path / "first-s1", always_the_first)
+    argv = ["cross-play", *copies, "--episodes", "300", "--out", str(tmp_path / "x")]
+    assert bidist.main(argv) == 0
+    found = rows(tmp_path / "x.csv")
+    mean = {(r["focal"], r["background"]): float(r["return_per_1000"]) for r in found}
+    assert mean["first-s1", "first-s1"] == pytest.approx(1000 / 3, abs=90)
+    assert mean["new-s1", "first-s1"] == pytest.approx(1000 / 3 * (1 / 2 + 1 / 6), abs=70)
+
+
+def test_one_run_or_two_worlds_are_no_cross_play(trained, capsys):
+    assert bidist.main(["cross-play", str(trained[0])]) == 2
+    assert "two runs or more, all on one substrate" in capsys.readouterr().err
