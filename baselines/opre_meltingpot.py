@@ -1,14 +1,12 @@
 """OPRE: OPtions as REsponses (Vezhnevets et al., ICML 2020) on MAPPO, a baseline of BiDist's paper.
 
 A policy mixes K options eta. In training a posterior q, which sees the world and all players, says
-which option answers what they do; a prior p learns to tell it from an agent's own history.
+which answers what they do; a prior p learns to tell that from an agent's own history.
 
     mu(a|o) = sum_z p(z|o) eta(a|o, z)       acts, in training and evaluation
-    pi(a|o, s) = sum_z q(z|s) eta(a|o, z)    is trained:  r = pi / mu_old,  w = pi_old / mu_old
-    J = E min(r A, clip(r, w (1 -+ eps)) A) + c_H H(pi) - c_p KL(q || p) - c_q KL(q || p)
-    V(o, s) = sum_z q(z|s) c(s, z)           the value loss moves c alone
-
-Of J, c_p's term moves the prior (and the layers below it), c_q's the posterior, the rest eta and q.
+    pi(a|o, s) = sum_z q(z|s) eta(a|o, z)    is trained;  r = pi / mu_old, w = pi_old / mu_old
+    J = E min(r A, clip(r, w (1 -+ eps)) A) + c_H H(pi) - KL(q || p)    moves eta and q, KL p and q
+    V(o, s) = sum_z q(z|s) c(s, z)           its loss moves c
 
     python baselines/opre_meltingpot.py                                      the paper's settings
     python baselines/opre_meltingpot.py --share-critic                       one CNN for q and c
@@ -17,9 +15,8 @@ Of J, c_p's term moves the prior (and the layers below it), c_q's the posterior,
 
 Letters: T steps, B worlds, N agents, A actions, K options, F features, H W tiles of a view (H' W'
 of the global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M
-minibatch; o an agent's history, s the world. What papers leave open is decided in
-docs/baselines_meltingpot.md, of MAPPO in docs/bidist.md; the worlds: docs/meltingpot.md. Tables,
-App. and Eq. (9) are those of BiDist (Feng et al., AAMAS 2025).
+minibatch; o an agent's history, s the world. Decisions: docs/baselines_meltingpot.md, of MAPPO's
+part docs/bidist.md; worlds: docs/meltingpot.md. Tables, App., Eq. (9): of BiDist (AAMAS 2025).
 """
 
 from __future__ import annotations
@@ -221,8 +218,7 @@ class Actor(nn.Module):
         self.prior = orthogonal(nn.Linear(64, num_options), 0.01)
 
     def options(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, ...]:
-        """hidden (B, N, S) before the first step -> log p (T, B, N, K), log eta (T, B, N, K, A) and
-        the states after each step (T, B, N, S)."""
+        """log p (T, B, N, K), log eta (T, B, N, K, A) and the states (T, B, N, S)."""
         x = self.cnn(views.ids.flatten(0, 2), sprites)
         x = F.relu(self.mlp(x))
         x = x.unflatten(0, views.ids.shape[:3])
@@ -337,23 +333,10 @@ class ValueNorm(nn.Module):
 
 
 class OptionHead(nn.Linear):
-    """Critic takes the only output of its last layer; with this one it takes K of them."""
+    """Critic takes the only output of its last layer; of this one (..., K, 1) it takes K."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., 64) -> (..., K, 1)."""
         return super().forward(x)[..., None]
-
-
-class Borrowed(nn.Module):
-    """Another network's CNN: neither its weights nor gradients for them."""
-
-    def __init__(self, cnn: nn.Module):
-        super().__init__()
-        self.lender = [cnn]  # in a list it is no part of this module
-
-    @torch.no_grad()
-    def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
-        return self.lender[0](ids, sprites)
 
 
 class MixtureCritic(nn.Module):
@@ -367,9 +350,10 @@ class MixtureCritic(nn.Module):
         # paper is silent: q's layers and start; the critic's, and nearly uniform
         self.posterior = Critic(spec, args.plain)  # q
         self.posterior.out = orthogonal(OptionHead(64, args.num_options), 0.01)
-        if args.share_critic:
-            self.posterior.cnn = Borrowed(self.values.cnn)
-        self.hidden_size = self.values.hidden_size + self.posterior.hidden_size
+        if args.share_critic:  # q reads that CNN, has no weights of it and sends no gradients
+            del self.posterior.cnn
+            self.posterior.cnn = torch.no_grad()(self.values.cnn.forward)
+        self.hidden_size = 256
 
     def options(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, ...]:
         """log q (T, B, N, K), values (T, B, N) and the states after each step (T, B, N, S)."""
@@ -378,12 +362,11 @@ class MixtureCritic(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):  # q is part of a policy
             logits, theirs = self.posterior(views, theirs, sprites)
         posterior = logits.log_softmax(-1)
-        # paper is silent: no gradient into q, which says what answers, not what will pay
-        values = (posterior.detach().exp() * values).sum(-1)
+        weights = posterior.detach().exp()  # paper is silent: what pays does not move q
+        values = (weights * values).sum(-1)
         return posterior, values, torch.cat([ours, theirs], -1)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and states alone."""
         _, values, states = self.options(views, hidden, sprites)
         return values, states
 
@@ -405,7 +388,6 @@ class Agent:
         return Actor(self.spec, self.args.plain, self.args.num_options).to(self.device)
 
     def policy(self) -> nn.ModuleList:
-        """What pi consists of: p and eta, and q."""
         return nn.ModuleList([self.actor, self.critic.posterior])
 
     def new_optimiser(self, net: nn.Module, lr: float) -> torch.optim.Adam:
@@ -433,30 +415,9 @@ def kl_divergence(posterior: Tensor, prior: Tensor) -> Tensor:
     return (posterior.exp() * (posterior - prior)).sum(-1).mean()
 
 
-def kl_loss(args: Args, posterior: Tensor, prior: Tensor) -> Tensor:
-    """KL(q || p) teaches p what q sees in s, and keeps q near what p can tell from o."""
-    # paper is silent: BiDist's App. B.3 trains p by it, the original also regularises q
-    for_prior = kl_divergence(posterior.detach(), prior)
-    for_posterior = kl_divergence(posterior, prior.detach())
-    return args.prior_coef * for_prior + args.posterior_coef * for_posterior
-
-
-def describe_options(name: str, log_probs: Tensor) -> dict[str, Tensor]:
-    """Of q or p (..., K) over a rollout: its entropy, I(z; what it sees), options in use (K: all
-    alike)."""
-    probs = log_probs.exp().flatten(0, -2)
-    entropy = torch.special.entr(probs).sum(-1).mean()
-    spread = torch.special.entr(probs.mean(0)).sum()
-    figures = {"entropy": entropy, "information": spread - entropy, "options_used": spread.exp()}
-    return {f"{name}/{figure}": x for figure, x in figures.items()}
-
-
-def importance_weights(batch: Batch) -> dict[str, Tensor]:
-    """Of all samples before the update: the largest weight w = pi_old / mu_old, and the effective
-    sample size (sum w)^2 / sum w^2 as a share of their number."""
-    weight = (batch.old_log_probs - batch.log_probs).exp()
-    effective = weight.sum() ** 2 / (weight**2).sum()
-    return {"weight_max": weight.max(), "effective_samples": effective / weight.numel()}
+def entropies(log_probs: Tensor) -> Tensor:
+    """Of distributions (..., A) or (..., K) -> (...)."""
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -494,7 +455,6 @@ class Batch:
     starts: Tensor  # (T + 1, B) bool, an episode's first step
     actions: Tensor  # (T, B, N) int64
     log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted, mu
-    prior: Tensor  # (T, B, N, K) float32, log p
     options: Tensor  # (T, B, N, K) float32, log eta of the actions
     rewards: Tensor  # (T, B, N) float32
     terminated: Tensor  # (T, B) bool
@@ -503,7 +463,6 @@ class Batch:
     finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
     episodes: list[Episode]  # those that ended
     critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
-    posterior: Tensor | None = None  # (T, B, N, K) float32, log q
     old_log_probs: Tensor | None = None  # (T, B, N) float32, of the actions under pi
     values: Tensor | None = None  # (T, B, N) float32, normalised
     targets: Tensor | None = None  # (T, B, N) float32, returns, normalised
@@ -547,7 +506,7 @@ def collect(
         each = actions[..., None].expand(prior.shape)
         add(tile_ids=tile_ids, actor_features=actor_features)
         add(actions=actions, log_probs=chosen(acting, actions))
-        add(prior=prior, options=chosen(options, each))
+        add(options=chosen(options, each))
 
         step = envs.step(actions.cpu().numpy())
         rewards = torch.from_numpy(step.reward).to(device)
@@ -594,7 +553,6 @@ def prepare(
     batch = dataclasses.replace(
         batch,
         critic_hidden=hidden[:-1],
-        posterior=posterior,
         old_log_probs=(posterior + batch.options).logsumexp(-1),
         values=(values - mean) / std,
         targets=(returns - mean) / std,
@@ -717,11 +675,9 @@ def estimate(
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor) -> Tensor:
     """Element by element; ratio: of pi to mu_old, who acted; centre: of pi_old to mu_old."""
-    # Eq. (9), Sec. 4.5, where pi itself acted and the centre was 1. Here the ratio starts at w, not
-    # at 1. Clipped around 1, an action that pi takes 1.2 times as often as mu has no gradient left
-    # where A > 0 but keeps it where A < 0: noise would hold pi within a fifth of mu, and q could
-    # not use what p does not see. This bounds how far pi goes from pi_old (Off-Policy PPO).
-    # paper is silent: the original corrects by V-trace instead
+    # Eq. (9), but the ratio starts at w. Clipped around 1, an action that pi takes 1.2 times as
+    # often as mu has a gradient where A < 0 alone: noise would wall pi in around mu, and q could
+    # not use what p does not see. So the step from pi_old is bounded instead (Off-Policy PPO).
     clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
     return torch.min(ratio * advantage, clipped * advantage)
 
@@ -751,8 +707,11 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             centre = (part.old_log_probs - part.log_probs).exp()  # w
             objective = clip_objective(ratio, part.advantages, args.clip, centre)
             policy_loss = -objective.mean()
-            entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-            loss = policy_loss - args.entropy_coef * entropy + kl_loss(args, posterior, prior)
+            entropy = entropies(log_probs).mean()
+            loss = policy_loss - args.entropy_coef * entropy
+            # paper is silent: App. B.3 trains p by KL(q || p), the original also regularises q
+            loss = loss + args.prior_coef * kl_divergence(posterior.detach(), prior)
+            loss = loss + args.posterior_coef * kl_divergence(posterior, prior.detach())
             actor_norm = descend(loss, agent.policy(), agent.actor_optimiser, args.max_grad_norm)
 
             losses = value_loss(
@@ -761,14 +720,17 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             loss = losses.mean()
             net = agent.critic.values
             critic_norm = descend(loss, net, agent.critic_optimiser, args.max_grad_norm)
-
-            each = torch.special.entr(options.exp()).sum(-1)  # entropies (L, M, N, K)
-            information = entropy - (posterior.exp() * each).sum(-1).mean()  # I(a; z | o, s)
             scalars["policy_loss"].append(policy_loss.detach())
             scalars["value_loss"].append(loss.detach())
             scalars["entropy"].append(entropy.detach())
             scalars["kl"].append(kl_divergence(posterior, prior).detach())
-            scalars["option_information"].append(information.detach())  # 0: all options are alike
+            scalars["prior_entropy"].append(entropies(prior).mean().detach())
+            scalars["posterior_entropy"].append(entropies(posterior).mean().detach())
+            probs = posterior.exp().detach()  # (L, M, N, K)
+            shares = torch.special.entr(probs.mean((0, 1, 2)))
+            scalars["options_used"].append(shares.sum().exp())  # K where all are used alike
+            mean = (probs * entropies(options)).sum(-1).mean()
+            scalars["option_information"].append((entropy - mean).detach())  # I(a; z | o, s)
             scalars["actor_grad_norm"].append(actor_norm)
             scalars["critic_grad_norm"].append(critic_norm)
     means = {name: torch.stack(x).mean() for name, x in scalars.items()}
@@ -872,10 +834,10 @@ def evaluate(
 
 def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
     """What an iteration logs."""
-    figures = scalars | importance_weights(batch)
-    for name in ("posterior", "prior"):
-        figures |= describe_options(name, getattr(batch, name))
-    figures["reward_per_1000/all"] = 1000 * batch.rewards.mean()
+    figures = scalars | {"reward_per_1000/all": 1000 * batch.rewards.mean()}
+    weight = (batch.old_log_probs - batch.log_probs).exp()  # w, before the update
+    figures["weight_max"] = weight.max()
+    figures["effective_samples"] = weight.mean() ** 2 / (weight**2).mean()  # a share of all
     return figures | count_episodes(batch.episodes)
 
 
