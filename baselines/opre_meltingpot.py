@@ -9,7 +9,6 @@ which answers what they do; a prior p learns to tell that from an agent's own hi
     V(o, s) = sum_z q(z|s) c(s, z)           its loss moves c
 
     python baselines/opre_meltingpot.py                                      the paper's settings
-    python baselines/opre_meltingpot.py --share-critic                       one CNN for q and c
     python baselines/opre_meltingpot.py --eval-only runs/RUN --background random runs/OTHER
     torchrun --nproc-per-node 2 baselines/opre_meltingpot.py                 two times 16 worlds
 
@@ -203,19 +202,19 @@ class Actor(nn.Module):
     """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
     (App. B.2), those of every option; beside them the prior."""
 
-    def __init__(self, spec: Spec, plain: bool, num_options: int):
+    def __init__(self, args: Args, spec: Spec):
         super().__init__()
-        self.num_actions = spec.num_actions
         self.num_ids, self.hidden_size = spec.num_agents, 128
         features = spec.num_features + self.num_ids
         cnn = TileCNN(spec.grid)
-        self.cnn = cnn if plain else TileTables(cnn)
+        self.cnn = cnn if args.plain else TileTables(cnn)
         self.mlp = orthogonal(nn.Linear(64, 64), RELU)
         self.norm = nn.LayerNorm(features)  # observation normalisation (App. B.1)
         self.gru = orthogonal(nn.GRU(64 + features, self.hidden_size), 1.0)
         self.head = orthogonal(nn.Linear(self.hidden_size, 64), RELU)
-        self.out = orthogonal(nn.Linear(64, num_options * spec.num_actions), 0.01)
-        self.prior = orthogonal(nn.Linear(64, num_options), 0.01)
+        outputs = args.num_options * spec.num_actions
+        self.out = orthogonal(nn.Linear(64, outputs), 0.01)
+        self.prior = orthogonal(nn.Linear(64, args.num_options), 0.01)
 
     def options(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, ...]:
         """log p (T, B, N, K), log eta (T, B, N, K, A) and the states (T, B, N, S)."""
@@ -225,8 +224,9 @@ class Actor(nn.Module):
         x = torch.cat([x, self.norm(views.features)], -1)
         states = run_gru(self.gru, x, views.starts, hidden)
         x = F.relu(self.head(states))
-        options = self.out(x).unflatten(-1, (-1, self.num_actions))
-        return self.prior(x).log_softmax(-1), options.log_softmax(-1), states
+        prior = self.prior(x).log_softmax(-1)
+        options = self.out(x).unflatten(-1, (prior.shape[-1], -1))
+        return prior, options.log_softmax(-1), states
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
         """What plays: log mu (T, B, N, A), and the states."""
@@ -385,7 +385,7 @@ class Agent:
         self.critic_optimiser = self.new_optimiser(self.critic.values, args.critic_lr)
 
     def new_actor(self) -> Actor:
-        return Actor(self.spec, self.args.plain, self.args.num_options).to(self.device)
+        return Actor(self.args, self.spec).to(self.device)
 
     def policy(self) -> nn.ModuleList:
         return nn.ModuleList([self.actor, self.critic.posterior])
@@ -418,6 +418,20 @@ def kl_divergence(posterior: Tensor, prior: Tensor) -> Tensor:
 def entropies(log_probs: Tensor) -> Tensor:
     """Of distributions (..., A) or (..., K) -> (...)."""
     return -(log_probs.exp() * log_probs).sum(-1)
+
+
+@torch.no_grad()
+def describe(posterior: Tensor, prior: Tensor, options: Tensor) -> dict[str, Tensor]:
+    """What options are for, from log q and log p (..., K) and log eta (..., K, A)."""
+    probs, pi = posterior.exp(), mixture(posterior, options)
+    shares = probs.flatten(0, -2).mean(0)  # (K,)
+    each = (probs * entropies(options)).sum(-1)
+    return {
+        "prior_entropy": entropies(prior).mean(),
+        "posterior_entropy": entropies(posterior).mean(),
+        "options_used": entropies(shares.log()).exp(),  # K if all alike
+        "option_information": (entropies(pi) - each).mean(),  # I(a; z | o, s)
+    }
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -539,7 +553,7 @@ def prepare(
 ) -> tuple[Batch, RolloutState]:
     """The rollout with what the losses need, and the state with the critic's new memory; takes the
     returns into agent.value_norm."""
-    # pi_old: nobody plays with q, so that it is run here, over a whole chunk at once.
+    # Nobody plays with q: what pi_old needs of it comes now, a whole chunk at once.
     views, (_, hidden) = batch.critic_views(), state.critic_hidden.chunk(2, -1)
     logits, _, _ = replay(args, agent.critic.posterior, views, hidden, agent.sprites)
     posterior = logits[:-1].log_softmax(-1)
@@ -675,9 +689,9 @@ def estimate(
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor) -> Tensor:
     """Element by element; ratio: of pi to mu_old, who acted; centre: of pi_old to mu_old."""
-    # Eq. (9), but the ratio starts at w. Clipped around 1, an action that pi takes 1.2 times as
-    # often as mu has a gradient where A < 0 alone: noise would wall pi in around mu, and q could
-    # not use what p does not see. So the step from pi_old is bounded instead (Off-Policy PPO).
+    # Eq. (9), but around w, where the ratio starts. Around 1, what pi does 1.2 times as often as mu
+    # has a gradient where A < 0 alone: noise would wall pi in, and q could not use what p does not
+    # see. So this bounds the step from pi_old (Off-Policy PPO).
     clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
     return torch.min(ratio * advantage, clipped * advantage)
 
@@ -708,10 +722,12 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             objective = clip_objective(ratio, part.advantages, args.clip, centre)
             policy_loss = -objective.mean()
             entropy = entropies(log_probs).mean()
-            loss = policy_loss - args.entropy_coef * entropy
             # paper is silent: App. B.3 trains p by KL(q || p), the original also regularises q
-            loss = loss + args.prior_coef * kl_divergence(posterior.detach(), prior)
-            loss = loss + args.posterior_coef * kl_divergence(posterior, prior.detach())
+            for_prior = kl_divergence(posterior.detach(), prior)
+            for_posterior = kl_divergence(posterior, prior.detach())
+            loss = policy_loss - args.entropy_coef * entropy
+            loss += args.prior_coef * for_prior
+            loss += args.posterior_coef * for_posterior
             actor_norm = descend(loss, agent.policy(), agent.actor_optimiser, args.max_grad_norm)
 
             losses = value_loss(
@@ -723,14 +739,9 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             scalars["policy_loss"].append(policy_loss.detach())
             scalars["value_loss"].append(loss.detach())
             scalars["entropy"].append(entropy.detach())
-            scalars["kl"].append(kl_divergence(posterior, prior).detach())
-            scalars["prior_entropy"].append(entropies(prior).mean().detach())
-            scalars["posterior_entropy"].append(entropies(posterior).mean().detach())
-            probs = posterior.exp().detach()  # (L, M, N, K)
-            shares = torch.special.entr(probs.mean((0, 1, 2)))
-            scalars["options_used"].append(shares.sum().exp())  # K where all are used alike
-            mean = (probs * entropies(options)).sum(-1).mean()
-            scalars["option_information"].append((entropy - mean).detach())  # I(a; z | o, s)
+            scalars["kl"].append(for_prior.detach())
+            for name, x in describe(posterior, prior, options).items():
+                scalars[name].append(x)
             scalars["actor_grad_norm"].append(actor_norm)
             scalars["critic_grad_norm"].append(critic_norm)
     means = {name: torch.stack(x).mean() for name, x in scalars.items()}
