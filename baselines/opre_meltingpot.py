@@ -14,8 +14,8 @@ which answers what they do; a prior p learns to tell that from an agent's own hi
 
 Letters: T steps, B worlds, N agents, A actions, K options, F features, H W tiles of a view (H' W'
 of the global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M
-minibatch; o an agent's history, s the world. Decisions: docs/baselines_meltingpot.md, of MAPPO's
-part docs/bidist.md; worlds: docs/meltingpot.md. Tables, App., Eq. (9): of BiDist (AAMAS 2025).
+minibatch; o an agent's history, s the world. Tables, App. and Eq. (9) are BiDist's (AAMAS 2025).
+Decisions: docs/baselines_meltingpot.md, of MAPPO docs/bidist.md; worlds: docs/meltingpot.md.
 """
 
 from __future__ import annotations
@@ -212,8 +212,7 @@ class Actor(nn.Module):
         self.norm = nn.LayerNorm(features)  # observation normalisation (App. B.1)
         self.gru = orthogonal(nn.GRU(64 + features, self.hidden_size), 1.0)
         self.head = orthogonal(nn.Linear(self.hidden_size, 64), RELU)
-        outputs = args.num_options * spec.num_actions
-        self.out = orthogonal(nn.Linear(64, outputs), 0.01)
+        self.out = orthogonal(nn.Linear(64, args.num_options * spec.num_actions), 0.01)
         self.prior = orthogonal(nn.Linear(64, args.num_options), 0.01)
 
     def options(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, ...]:
@@ -415,22 +414,18 @@ def kl_divergence(posterior: Tensor, prior: Tensor) -> Tensor:
     return (posterior.exp() * (posterior - prior)).sum(-1).mean()
 
 
-def entropies(log_probs: Tensor) -> Tensor:
-    """Of distributions (..., A) or (..., K) -> (...)."""
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
 @torch.no_grad()
 def describe(posterior: Tensor, prior: Tensor, options: Tensor) -> dict[str, Tensor]:
     """What options are for, from log q and log p (..., K) and log eta (..., K, A)."""
-    probs, pi = posterior.exp(), mixture(posterior, options)
-    shares = probs.flatten(0, -2).mean(0)  # (K,)
-    each = (probs * entropies(options)).sum(-1)
+    terms = torch.special.entr  # -x log x
+    mu, shares = mixture(prior, options), posterior.exp().flatten(0, -2).mean(0)
+    each = prior.exp() * terms(options.exp()).sum(-1)  # (..., K)
     return {
-        "prior_entropy": entropies(prior).mean(),
-        "posterior_entropy": entropies(posterior).mean(),
-        "options_used": entropies(shares.log()).exp(),  # K if all alike
-        "option_information": (entropies(pi) - each).mean(),  # I(a; z | o, s)
+        "kl": kl_divergence(posterior, prior),
+        "prior_entropy": terms(prior.exp()).sum(-1).mean(),
+        "posterior_entropy": terms(posterior.exp()).sum(-1).mean(),
+        "options_used": terms(shares).sum().exp(),  # by q; K if all alike
+        "option_information": (terms(mu.exp()).sum(-1) - each.sum(-1)).mean(),  # I(a; z | o) of mu
     }
 
 
@@ -517,10 +512,9 @@ def collect(
         prior, options, actor_hidden = (x[0] for x in outputs)
         acting = mixture(prior, options)  # mu
         actions = sample(acting, rng)
-        each = actions[..., None].expand(prior.shape)
         add(tile_ids=tile_ids, actor_features=actor_features)
         add(actions=actions, log_probs=chosen(acting, actions))
-        add(options=chosen(options, each))
+        add(options=chosen(options, actions[..., None].expand(prior.shape)))
 
         step = envs.step(actions.cpu().numpy())
         rewards = torch.from_numpy(step.reward).to(device)
@@ -721,13 +715,11 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             centre = (part.old_log_probs - part.log_probs).exp()  # w
             objective = clip_objective(ratio, part.advantages, args.clip, centre)
             policy_loss = -objective.mean()
-            entropy = entropies(log_probs).mean()
+            entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
             # paper is silent: App. B.3 trains p by KL(q || p), the original also regularises q
-            for_prior = kl_divergence(posterior.detach(), prior)
-            for_posterior = kl_divergence(posterior, prior.detach())
             loss = policy_loss - args.entropy_coef * entropy
-            loss += args.prior_coef * for_prior
-            loss += args.posterior_coef * for_posterior
+            loss += args.prior_coef * kl_divergence(posterior.detach(), prior)
+            loss += args.posterior_coef * kl_divergence(posterior, prior.detach())
             actor_norm = descend(loss, agent.policy(), agent.actor_optimiser, args.max_grad_norm)
 
             losses = value_loss(
@@ -739,7 +731,6 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             scalars["policy_loss"].append(policy_loss.detach())
             scalars["value_loss"].append(loss.detach())
             scalars["entropy"].append(entropy.detach())
-            scalars["kl"].append(for_prior.detach())
             for name, x in describe(posterior, prior, options).items():
                 scalars[name].append(x)
             scalars["actor_grad_norm"].append(actor_norm)
