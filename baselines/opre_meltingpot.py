@@ -9,7 +9,6 @@ which answers what they do; a prior p learns to tell that from an agent's own hi
     V(o, s) = sum_z q(z|s) c(s, z)           its loss moves c
 
     python baselines/opre_meltingpot.py                                      the paper's settings
-    python baselines/opre_meltingpot.py --eval-only runs/RUN --background random runs/OTHER
     torchrun --nproc-per-node 2 baselines/opre_meltingpot.py                 two times 16 worlds
 
 Letters: T steps, B worlds, N agents, A actions, K options, F features, H W tiles of a view (H' W'
@@ -228,9 +227,8 @@ class Actor(nn.Module):
         return prior, options.log_softmax(-1), states
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """What plays: log mu (T, B, N, A), and the states."""
         prior, options, states = self.options(views, hidden, sprites)
-        return mixture(prior, options), states
+        return mixture(prior, options), states  # log mu (T, B, N, A), which plays
 
 
 # [shared: meltingpot_networks] begin
@@ -346,10 +344,9 @@ class MixtureCritic(nn.Module):
         outputs = args.num_options if args.critic_form == "options" else 1
         self.values = Critic(spec, args.plain)  # c
         self.values.out = orthogonal(OptionHead(64, outputs), 1.0)
-        # paper is silent: q's layers and start; the critic's, and nearly uniform
-        self.posterior = Critic(spec, args.plain)  # q
+        self.posterior = Critic(spec, args.plain)  # paper is silent: q is built as the critic
         self.posterior.out = orthogonal(OptionHead(64, args.num_options), 0.01)
-        if args.share_critic:  # q reads that CNN, has no weights of it and sends no gradients
+        if args.share_critic:  # q reads c's CNN, but neither holds nor moves its weights
             del self.posterior.cnn
             self.posterior.cnn = torch.no_grad()(self.values.cnn.forward)
         self.hidden_size = 256
@@ -361,8 +358,7 @@ class MixtureCritic(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):  # q is part of a policy
             logits, theirs = self.posterior(views, theirs, sprites)
         posterior = logits.log_softmax(-1)
-        weights = posterior.detach().exp()  # paper is silent: what pays does not move q
-        values = (weights * values).sum(-1)
+        values = (posterior.detach().exp() * values).sum(-1)  # paper is silent: q detached
         return posterior, values, torch.cat([ours, theirs], -1)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
@@ -418,14 +414,15 @@ def kl_divergence(posterior: Tensor, prior: Tensor) -> Tensor:
 def describe(posterior: Tensor, prior: Tensor, options: Tensor) -> dict[str, Tensor]:
     """What options are for, from log q and log p (..., K) and log eta (..., K, A)."""
     terms = torch.special.entr  # -x log x
-    mu, shares = mixture(prior, options), posterior.exp().flatten(0, -2).mean(0)
+    shares = posterior.exp().flatten(0, -2).mean(0)  # (K,)
     each = prior.exp() * terms(options.exp()).sum(-1)  # (..., K)
+    mu = mixture(prior, options).exp()
     return {
         "kl": kl_divergence(posterior, prior),
         "prior_entropy": terms(prior.exp()).sum(-1).mean(),
         "posterior_entropy": terms(posterior.exp()).sum(-1).mean(),
         "options_used": terms(shares).sum().exp(),  # by q; K if all alike
-        "option_information": (terms(mu.exp()).sum(-1) - each.sum(-1)).mean(),  # I(a; z | o) of mu
+        "option_information": (terms(mu).sum(-1) - each.sum(-1)).mean(),  # I(a; z | o) of mu
     }
 
 
@@ -546,11 +543,9 @@ def prepare(
     args: Args, agent: Agent, batch: Batch, state: RolloutState
 ) -> tuple[Batch, RolloutState]:
     """The rollout with what the losses need, and the state with the critic's new memory; takes the
-    returns into agent.value_norm."""
-    # Nobody plays with q: what pi_old needs of it comes now, a whole chunk at once.
+    returns into agent.value_norm. Nobody plays with q: what pi_old needs of it comes here."""
     views, (_, hidden) = batch.critic_views(), state.critic_hidden.chunk(2, -1)
     logits, _, _ = replay(args, agent.critic.posterior, views, hidden, agent.sprites)
-    posterior = logits[:-1].log_softmax(-1)
     values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
     # paper is silent: statistics of returns and advantages, once before the epochs
@@ -561,7 +556,7 @@ def prepare(
     batch = dataclasses.replace(
         batch,
         critic_hidden=hidden[:-1],
-        old_log_probs=(posterior + batch.options).logsumexp(-1),
+        old_log_probs=(logits[:-1].log_softmax(-1) + batch.options).logsumexp(-1),
         values=(values - mean) / std,
         targets=(returns - mean) / std,
         advantages=(advantages - centre) / (deviation + 1e-5),
@@ -685,7 +680,7 @@ def clip_objective(ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor
     """Element by element; ratio: of pi to mu_old, who acted; centre: of pi_old to mu_old."""
     # Eq. (9), but around w, where the ratio starts. Around 1, what pi does 1.2 times as often as mu
     # has a gradient where A < 0 alone: noise would wall pi in, and q could not use what p does not
-    # see. So this bounds the step from pi_old (Off-Policy PPO).
+    # see. So the step from pi_old is bounded (Off-Policy PPO; paper is silent, OPRE's has V-trace).
     clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
     return torch.min(ratio * advantage, clipped * advantage)
 
@@ -728,13 +723,14 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             loss = losses.mean()
             net = agent.critic.values
             critic_norm = descend(loss, net, agent.critic_optimiser, args.max_grad_norm)
+
             scalars["policy_loss"].append(policy_loss.detach())
             scalars["value_loss"].append(loss.detach())
             scalars["entropy"].append(entropy.detach())
-            for name, x in describe(posterior, prior, options).items():
-                scalars[name].append(x)
             scalars["actor_grad_norm"].append(actor_norm)
             scalars["critic_grad_norm"].append(critic_norm)
+            for name, x in describe(posterior, prior, options).items():
+                scalars[name].append(x)
     means = {name: torch.stack(x).mean() for name, x in scalars.items()}
     check_finite(rewards=batch.rewards, features=batch.critic_features, **means)
     return means
