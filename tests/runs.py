@@ -23,6 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BIDIST, MAPPO = "bidist_mappo_meltingpot", "baselines.mappo_meltingpot"
+OPRE = "baselines.opre_meltingpot"
 BOTH = (BIDIST, MAPPO)
 STEPS = 40  # environment steps of a tiny run's iteration
 PATIENCE = 120  # seconds until a test gives up; far more than a busy machine needs

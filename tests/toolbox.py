@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 BIDIST = ROOT / "bidist_mappo_meltingpot.py"
 MAPPO = ROOT / "baselines" / "mappo_meltingpot.py"
+OPRE = ROOT / "baselines" / "opre_meltingpot.py"
 TINY = ["--substrate", "toy", "--num-envs", "4", "--rollout-steps", "20"]
 
 
@@ -27,6 +28,7 @@ def load_script(path: Path) -> ModuleType:
 
 bidist = load_script(BIDIST)
 mappo = load_script(MAPPO)
+opre = load_script(OPRE)
 
 
 def setting(*flags: str, script: ModuleType = bidist, seed: int = 0) -> SimpleNamespace:

@@ -17,7 +17,7 @@ import typing
 from harness import RunArgs
 
 import pytest
-from runs import BIDIST, BOTH, MAPPO, ROOT, change_newest, command, only_error, script, tiny
+from runs import BIDIST, BOTH, MAPPO, OPRE, ROOT, change_newest, command, only_error, script, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +177,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", [*BOTH, OPRE])
 def test_without_melting_pot(name, tmp_path):
     """--help needs no world; a substrate that is not installed gets the sentence that says how."""
     argv = [sys.executable, "-c", WITHOUT_MELTING_POT, *command(name)[1:]]
@@ -226,7 +226,7 @@ def another(kind, default):
     raise TypeError(kind)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", [*BOTH, OPRE])
 def test_every_flag_arrives_in_args_json(name, tmp_path):
     kinds = typing.get_type_hints(script(name).Args, include_extras=True)
     special = {

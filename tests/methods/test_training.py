@@ -13,7 +13,7 @@ from harness import Evaluation, RunArgs
 import numpy as np
 import pytest
 import torch
-from toolbox import BIDIST, MAPPO, ROOT, bidist, collect, mappo, setting, update, weights
+from toolbox import BIDIST, MAPPO, OPRE, ROOT, bidist, collect, mappo, setting, update, weights
 
 SCRIPTS = [
     path
@@ -70,8 +70,9 @@ def test_without_its_method_bidist_is_mappo_bit_for_bit(tmp_path):
     assert not same(on["actor"], parent["actor"]), "with the method they must differ"
 
 
-def test_diff_of_the_two_files_is_the_method():
-    parent, child = (path.read_text().splitlines() for path in (MAPPO, BIDIST))
+@pytest.mark.parametrize("script", [BIDIST, OPRE], ids=lambda path: path.stem)
+def test_diff_of_the_two_files_is_the_method(script):
+    parent, child = (path.read_text().splitlines() for path in (MAPPO, script))
     added = gone = 0
     for line in difflib.unified_diff(parent, child, n=0, lineterm=""):
         added += line.startswith("+") and not line.startswith("+++")
@@ -100,7 +101,7 @@ def test_shared_blocks_are_identical_in_all_scripts():
         assert len(texts) > 1, f"[shared: {name}] is in {min(texts)} alone"
         assert len(set(texts.values())) == 1, f"[shared: {name}] differs in {', '.join(texts)}"
     ours = {"worlds", "networks", "data", "players"}
-    for path in (BIDIST, MAPPO):
+    for path in (BIDIST, MAPPO, OPRE):
         assert {f"meltingpot_{name}" for name in ours} <= blocks[path.name].keys()
 
 

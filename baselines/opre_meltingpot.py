@@ -1,0 +1,903 @@
+"""OPRE: OPtions as REsponses (Vezhnevets et al., ICML 2020) on MAPPO, a baseline of BiDist's paper.
+
+A policy mixes K options eta. In training a posterior q, which sees the world and all players, says
+which answers what they do; a prior p learns to tell that from an agent's own history.
+
+    mu(a|o) = sum_z p(z|o) eta(a|o, z)       acts, in training and evaluation
+    pi(a|o, s) = sum_z q(z|s) eta(a|o, z)    is trained;  r = pi / mu_old, w = pi_old / mu_old
+    J = E min(r A, clip(r, w (1 -+ eps)) A) + c_H H(pi) - KL(q || p)    moves eta and q, KL p and q
+    V(o, s) = sum_z q(z|s) c(s, z)           its loss moves c
+
+    python baselines/opre_meltingpot.py                                      the paper's settings
+    torchrun --nproc-per-node 2 baselines/opre_meltingpot.py                 two times 16 worlds
+
+Letters: T steps, B worlds, N agents, A actions, K options, F features, H W tiles of a view (H' W'
+of the global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M
+minibatch; o an agent's history, s the world. Tables, App. and Eq. (9) are BiDist's (AAMAS 2025).
+Decisions: docs/baselines_meltingpot.md, of MAPPO docs/bidist.md; worlds: docs/meltingpot.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import (
+    Above,
+    Amount,
+    Count,
+    Evaluation,
+    Positive,
+    Run,
+    RunArgs,
+    Share,
+    UsageError,
+    call,
+    check_finite,
+    descend,
+    leave,
+    load_checkpoint,
+    moments,
+    read_args,
+    restore,
+    saved_args,
+)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from envs.meltingpot.episodes import Player, count_episodes, play_pairs, random_player, table
+from envs.meltingpot.scenarios import find_scenarios, scenario_rows
+from envs.meltingpot.tile_tensors import Sprites, TileTables
+from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
+
+# --- 2. Args --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(RunArgs):
+    """OPRE on MAPPO in Melting Pot. Defaults are the paper's (Table B.1)."""
+
+    # Environment
+    substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, toy, or module:Class
+    num_envs: Positive = 16  # B, worlds per process (rollout threads)
+    num_workers: Count = 0  # processes that step worlds; 0: one per core
+    worker_timeout: Above = 8.0  # seconds until a worker that gives no sign ends the run
+    max_episode_steps: Count = 0  # truncate episodes there; 0: they end naturally
+    team_reward: bool = False  # everyone gets the sum of all rewards
+    # Method
+    num_options: Positive = 16  # K (App. B.3)
+    prior_coef: Amount = 1.0  # of KL(q || p) that moves the prior p
+    posterior_coef: Amount = 0.01  # of KL(q || p) that moves the posterior q
+    critic_form: Literal["options", "plain"] = "options"  # a value per option, mixed by q; or one
+    share_critic: bool = False  # q reads the critic's CNN, and does not train it
+    # Base algorithm: MAPPO
+    rollout_steps: Positive = 200  # T; a rollout does not reset the worlds
+    chunk_length: Positive = 10  # L, steps of backpropagation through time
+    epochs: Positive = 5  # PPO epochs
+    minibatches: Positive = 5  # per epoch
+    actor_lr: Amount = 5e-4  # Adam
+    critic_lr: Amount = 5e-4  # Adam
+    adam_eps: Above = 1e-5  # Adam
+    gamma: Share = 0.99  # discount
+    gae_lambda: Share = 0.95  # GAE
+    clip: Amount = 0.2  # eps of Eq. (9)
+    value_clip: Amount = 0.2  # the same for values, in normalised units
+    huber_delta: Above = 10.0  # of the value loss
+    entropy_coef: Amount = 0.01  # entropy bonus
+    max_grad_norm: Above = 10.0  # of each network
+    plain: bool = False  # convolutions on images, not tables: the same results, slower
+    amp: bool = False  # critic in bf16
+    # Evaluation
+    background: tuple[str, ...] = ("random",)  # co-players; also run directories
+    num_focal: Count = 0  # seats that we take beside them; 0: N - 1
+    eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
+    eval_scenarios: str = "all"  # Melting Pot's, beside bots: all, none or e.g. SC0,SC3
+    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official where they can be had
+
+
+def validate(args: Args) -> list[tuple[Any, str]]:
+    """Combinations that cannot be meant, and the sentence for each."""
+    chunks = args.rollout_steps // args.chunk_length * args.num_envs
+    return [
+        (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
+        (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
+    ]
+
+
+LINE = ("episode/return", "entropy", "kl", "sps")  # scalars on standard output, without a terminal
+RESUMABLE = (  # flags of this script that may differ with --resume and --eval-only
+    "num_workers",
+    "worker_timeout",
+    "plain",
+    "amp",
+    "background",
+    "num_focal",
+    "eval_ids",
+    "eval_scenarios",
+    "bots",
+)
+
+
+# --- 3. Worlds ------------------------------------------------------------------------------------
+
+
+# [shared: meltingpot_worlds] begin
+def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
+    """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
+    options = {"first_world": first_world, "max_episode_steps": args.max_episode_steps}
+    if args.substrate == "toy":
+        from envs.meltingpot.toy import TileGame
+
+        return TileGame(num_envs, seed, **options)
+    from envs.meltingpot.own import OwnWorlds
+    from envs.meltingpot.worlds import MeltingPot
+
+    try:
+        if ":" in args.substrate:
+            return OwnWorlds(args.substrate, num_envs, seed, **options)
+        options |= {"num_workers": args.num_workers, "timeout": args.worker_timeout}
+        return MeltingPot(args.substrate, num_envs, seed, **options)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise UsageError(str(error)) from None
+
+
+# [shared: meltingpot_worlds] end
+
+# --- 4. Networks ----------------------------------------------------------------------------------
+
+KERNEL = 4  # of the second convolution, in tiles
+RELU = math.sqrt(2)  # gain of layers before a ReLU
+
+
+def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
+    """Orthogonal weights and zero biases."""
+    for name, parameter in layer.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.orthogonal_(parameter, gain)
+    return layer
+
+
+class TileCNN(nn.Module):
+    """The paper's CNN and the layer after it (App. B.2), with ReLU.
+
+    It gets images as tile ids, for all of them consist of 8 x 8 sprites. By default TileTables
+    computes the same function, only faster; whoever changes this one runs it with --plain.
+    """
+
+    def __init__(self, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        rows, columns = (max(size, KERNEL) for size in grid)
+        # Views narrower than the kernel get black tiles below and to the right.
+        self.padding = (0, columns - grid[1], 0, rows - grid[0])
+        inputs = 32 * (rows - KERNEL + 1) * (columns - KERNEL + 1)
+        self.conv1 = orthogonal(nn.Conv2d(3, 16, 8, stride=8), RELU)
+        self.conv2 = orthogonal(nn.Conv2d(16, 32, KERNEL), RELU)
+        self.linear = orthogonal(nn.Linear(inputs, 64), RELU)
+
+    def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
+        """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
+        tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
+        images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
+        images = images.flatten(4, 5).flatten(2, 3)
+        x = F.relu(self.conv1(images))  # (M, 16, H, W)
+        x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
+        x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
+        return F.relu(self.linear(x))
+
+
+class Actor(nn.Module):
+    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
+    (App. B.2), those of every option; beside them the prior."""
+
+    def __init__(self, args: Args, spec: Spec):
+        super().__init__()
+        self.num_ids, self.hidden_size = spec.num_agents, 128
+        features = spec.num_features + self.num_ids
+        cnn = TileCNN(spec.grid)
+        self.cnn = cnn if args.plain else TileTables(cnn)
+        self.mlp = orthogonal(nn.Linear(64, 64), RELU)
+        self.norm = nn.LayerNorm(features)  # observation normalisation (App. B.1)
+        self.gru = orthogonal(nn.GRU(64 + features, self.hidden_size), 1.0)
+        self.head = orthogonal(nn.Linear(self.hidden_size, 64), RELU)
+        self.out = orthogonal(nn.Linear(64, args.num_options * spec.num_actions), 0.01)
+        self.prior = orthogonal(nn.Linear(64, args.num_options), 0.01)
+
+    def options(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, ...]:
+        """log p (T, B, N, K), log eta (T, B, N, K, A) and the states (T, B, N, S)."""
+        x = self.cnn(views.ids.flatten(0, 2), sprites)
+        x = F.relu(self.mlp(x))
+        x = x.unflatten(0, views.ids.shape[:3])
+        x = torch.cat([x, self.norm(views.features)], -1)
+        states = run_gru(self.gru, x, views.starts, hidden)
+        x = F.relu(self.head(states))
+        prior = self.prior(x).log_softmax(-1)
+        options = self.out(x).unflatten(-1, (prior.shape[-1], -1))
+        return prior, options.log_softmax(-1), states
+
+    def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
+        prior, options, states = self.options(views, hidden, sprites)
+        return mixture(prior, options), states  # log mu (T, B, N, A), which plays
+
+
+# [shared: meltingpot_networks] begin
+class Views(NamedTuple):
+    """What an actor sees of each agent, or the critic of each world."""
+
+    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), uint16 tile ids
+    features: Tensor  # actor: (T, B, N, F + N), critic: (T, B, N * (F + A)), float32
+    starts: Tensor  # (T, B) bool, an episode begins
+
+
+class Critic(nn.Module):
+    """Layers as the actor's, over a global view and all agents' features. It sees a world once and
+    has a value for each of its agents, which it tells apart by their ids."""
+
+    def __init__(self, spec: Spec, plain: bool):
+        super().__init__()
+        self.num_ids, self.hidden_size = spec.num_agents, 128
+        features = spec.num_agents * (spec.num_features + spec.num_actions)
+        cnn = TileCNN(spec.world_grid)
+        self.cnn = cnn if plain else TileTables(cnn)
+        self.mlp = orthogonal(nn.Linear(64, 64), RELU)
+        self.norm = nn.LayerNorm(features)
+        self.gru = orthogonal(nn.GRU(64 + features + self.num_ids, self.hidden_size), 1.0)
+        self.head = orthogonal(nn.Linear(self.hidden_size, 64), RELU)
+        self.out = orthogonal(nn.Linear(64, 1), 1.0)
+
+    def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, N, S) before the first step -> values (T, B, N), normalised, and the states
+        after each step (T, B, N, S)."""
+        steps, worlds = views.starts.shape
+        x = self.cnn(views.ids.flatten(0, 1), sprites)
+        x = F.relu(self.mlp(x))
+        x = x.unflatten(0, (steps, worlds))
+        features = self.norm(views.features).to(x.dtype)
+        x = torch.cat([x, features], -1)[:, :, None]  # (T, B, 1, .)
+        ids = torch.eye(self.num_ids, dtype=x.dtype, device=x.device)
+        ids = ids.expand(steps, worlds, -1, -1)
+        x = x.expand(-1, -1, self.num_ids, -1)
+        x = torch.cat([x, ids], -1)  # (T, B, N, .)
+        states = run_gru(self.gru, x, views.starts, hidden)
+        values = self.out(F.relu(self.head(states)))[..., 0]
+        dtype = self.out.weight.dtype  # with --amp the layers' results are bf16
+        return values.to(dtype), states.to(dtype)
+
+
+def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
+    """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
+    where an episode starts (T, B)."""
+    # Without a break between steps at which some world begins an episode.
+    begins = starts.any(1).nonzero()[:, 0].tolist()
+    cuts = sorted({0, len(x), *begins})
+    states = []
+    for first, last in itertools.pairwise(cuts):
+        goes_on = ~starts[first, :, None, None]
+        hidden = (hidden * goes_on).to(x.dtype)
+        rows = x[first:last].flatten(1, 2)  # (., B * N, .)
+        part, _ = gru(rows, hidden.flatten(0, 1)[None])
+        states.append(part.unflatten(1, hidden.shape[:2]))
+        hidden = states[-1][-1]
+    return torch.cat(states)
+
+
+def chosen(log_probs: Tensor, actions: Tensor) -> Tensor:
+    """Of log-probabilities (..., A) those of actions (...)."""
+    return log_probs.gather(-1, actions[..., None])[..., 0]
+
+
+def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
+    """Actions (B, N) from log-probabilities (B, N, A): the largest after adding Gumbel noise, drawn
+    once per agent and action whatever the policy."""
+    gumbel = -torch.empty(log_probs.shape).exponential_(generator=rng).log()
+    return (log_probs + gumbel.to(log_probs.device)).argmax(-1)
+
+
+# paper is silent: value normalisation, orthogonal weights, ReLU; as in MAPPO
+class ValueNorm(nn.Module):
+    """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+
+    def update(self, new: Tensor) -> None:
+        """new (3,): 1, mean and mean square of new returns."""
+        self.sums.lerp_(new, 1 - 0.99999)
+
+    def mean_std(self) -> tuple[Tensor, Tensor]:
+        """0 and 1 before the first update."""
+        weight, mean, square = self.sums
+        if weight == 0:
+            return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
+        variance = square / weight - (mean / weight) ** 2
+        std = variance.clamp(min=1e-2).sqrt()
+        return (mean / weight).float(), std.float()
+
+
+# [shared: meltingpot_networks] end
+
+
+class OptionHead(nn.Linear):
+    """Critic takes the only output of its last layer; of this one (..., K, 1) it takes K."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., None]
+
+
+class MixtureCritic(nn.Module):
+    """V = sum_z q(z|s) c(s, z), by two networks whose states stand side by side (S = 256)."""
+
+    def __init__(self, args: Args, spec: Spec):
+        super().__init__()
+        outputs = args.num_options if args.critic_form == "options" else 1
+        self.values = Critic(spec, args.plain)  # c
+        self.values.out = orthogonal(OptionHead(64, outputs), 1.0)
+        self.posterior = Critic(spec, args.plain)  # paper is silent: q is built as the critic
+        self.posterior.out = orthogonal(OptionHead(64, args.num_options), 0.01)
+        if args.share_critic:  # q reads c's CNN, but neither holds nor moves its weights
+            del self.posterior.cnn
+            self.posterior.cnn = torch.no_grad()(self.values.cnn.forward)
+        self.hidden_size = 256
+
+    def options(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, ...]:
+        """log q (T, B, N, K), values (T, B, N) and the states after each step (T, B, N, S)."""
+        ours, theirs = hidden.chunk(2, -1)
+        values, ours = self.values(views, ours, sprites)
+        with torch.autocast(hidden.device.type, enabled=False):  # q is part of a policy
+            logits, theirs = self.posterior(views, theirs, sprites)
+        posterior = logits.log_softmax(-1)
+        values = (posterior.detach().exp() * values).sum(-1)  # paper is silent: q detached
+        return posterior, values, torch.cat([ours, theirs], -1)
+
+    def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
+        _, values, states = self.options(views, hidden, sprites)
+        return values, states
+
+
+class Agent:
+    """The networks and their optimisers; sprites: of the worlds where they learn."""
+
+    def __init__(self, args: Args, envs: Any, device: torch.device):
+        self.args, self.spec, self.device = args, envs.spec, device
+        self.sprites = Sprites(envs, device)
+        torch.manual_seed(args.seed)
+        self.actor = self.new_actor()
+        self.critic = MixtureCritic(args, self.spec).to(device)
+        self.value_norm = ValueNorm().to(device)
+        self.actor_optimiser = self.new_optimiser(self.policy(), args.actor_lr)
+        self.critic_optimiser = self.new_optimiser(self.critic.values, args.critic_lr)
+
+    def new_actor(self) -> Actor:
+        return Actor(self.args, self.spec).to(self.device)
+
+    def policy(self) -> nn.ModuleList:
+        return nn.ModuleList([self.actor, self.critic.posterior])
+
+    def new_optimiser(self, net: nn.Module, lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps)
+
+    def autocast(self) -> torch.autocast:
+        """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
+
+
+# --- 5. The paper ---------------------------------------------------------------------------------
+
+
+def mixture(weights: Tensor, options: Tensor) -> Tensor:
+    """log sum_z w(z) eta(a|z) from log w (..., K) and log eta (..., K, A) -> (..., A)."""
+    return (weights[..., None] + options).logsumexp(-2)
+
+
+def kl_divergence(posterior: Tensor, prior: Tensor) -> Tensor:
+    """Mean KL(q || p), exact over options, from log-probabilities (..., K)."""
+    return (posterior.exp() * (posterior - prior)).sum(-1).mean()
+
+
+@torch.no_grad()
+def describe(posterior: Tensor, prior: Tensor, options: Tensor) -> dict[str, Tensor]:
+    """What options are for, from log q and log p (..., K) and log eta (..., K, A)."""
+    terms = torch.special.entr  # -x log x
+    shares = posterior.exp().flatten(0, -2).mean(0)  # (K,)
+    each = prior.exp() * terms(options.exp()).sum(-1)  # (..., K)
+    mu = mixture(prior, options).exp()
+    return {
+        "kl": kl_divergence(posterior, prior),
+        "prior_entropy": terms(prior.exp()).sum(-1).mean(),
+        "posterior_entropy": terms(posterior.exp()).sum(-1).mean(),
+        "options_used": terms(shares).sum().exp(),  # by q; K if all alike
+        "option_information": (terms(mu).sum(-1) - each.sum(-1)).mean(),  # I(a; z | o) of mu
+    }
+
+
+# --- 6. Data --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class RolloutState:
+    """What passes from one rollout to the next."""
+
+    starts: Tensor  # (B,) bool, an episode is about to begin
+    previous: Tensor  # (B, N) int64, last actions; -1: none yet
+    actor_hidden: Tensor  # (B, N, S)
+    critic_hidden: Tensor  # (B, N, S)
+
+
+def new_state(agent: Agent, num_envs: int) -> RolloutState:
+    """The beginning of episodes in all worlds."""
+    shape, device = (num_envs, agent.spec.num_agents), agent.device
+    return RolloutState(
+        starts=torch.ones(num_envs, dtype=torch.bool, device=device),
+        previous=torch.full(shape, -1, device=device),
+        actor_hidden=torch.zeros(*shape, agent.actor.hidden_size, device=device),
+        critic_hidden=torch.zeros(*shape, agent.critic.hidden_size, device=device),
+    )
+
+
+@dataclasses.dataclass
+class Batch:
+    """One rollout. T + 1: with the step after it, for bootstrapping."""
+
+    tile_ids: Tensor  # (T, B, N, H, W) uint16, the views
+    actor_features: Tensor  # (T, B, N, F + N) float32, with agent ids
+    world_ids: Tensor  # (T + 1, B, H', W') uint16, the global views
+    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, of all agents
+    starts: Tensor  # (T + 1, B) bool, an episode's first step
+    actions: Tensor  # (T, B, N) int64
+    log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted, mu
+    options: Tensor  # (T, B, N, K) float32, log eta of the actions
+    rewards: Tensor  # (T, B, N) float32
+    terminated: Tensor  # (T, B) bool
+    truncated: Tensor  # (T, B) bool
+    actor_hidden: Tensor  # (C, B, N, S) before each chunk
+    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
+    episodes: list[Episode]  # those that ended
+    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
+    old_log_probs: Tensor | None = None  # (T, B, N) float32, of the actions under pi
+    values: Tensor | None = None  # (T, B, N) float32, normalised
+    targets: Tensor | None = None  # (T, B, N) float32, returns, normalised
+    advantages: Tensor | None = None  # (T, B, N) float32, normalised
+
+    def actor_views(self) -> Views:
+        starts = self.starts[: len(self.tile_ids)]
+        return Views(self.tile_ids, self.actor_features, starts)
+
+    def critic_views(self) -> Views:
+        return Views(self.world_ids, self.critic_features, self.starts)
+
+
+@torch.no_grad()
+def collect(
+    args: Args, envs: Any, agent: Agent, state: RolloutState, rng: torch.Generator
+) -> tuple[Batch, RolloutState]:
+    """Play T steps in every world; the state is that behind them."""
+    device, shape = agent.device, state.previous.shape
+    num_actions = envs.spec.num_actions
+    record = collections.defaultdict(list)
+    finals, episodes = [], []
+
+    def add(**tensors: Tensor) -> None:
+        for name, x in tensors.items():
+            record[name].append(x)
+
+    for t in range(args.rollout_steps + 1):
+        tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
+        joint = joint_features(features, state.previous, num_actions)
+        add(world_ids=world_ids, critic_features=joint, starts=state.starts)
+        if t == args.rollout_steps:
+            break
+        if t % args.chunk_length == 0:
+            add(actor_hidden=state.actor_hidden)
+        views = Views(tile_ids[None], actor_features[None], state.starts[None])
+        outputs = agent.actor.options(views, state.actor_hidden, agent.sprites())
+        prior, options, actor_hidden = (x[0] for x in outputs)
+        acting = mixture(prior, options)  # mu
+        actions = sample(acting, rng)
+        add(tile_ids=tile_ids, actor_features=actor_features)
+        add(actions=actions, log_probs=chosen(acting, actions))
+        add(options=chosen(options, actions[..., None].expand(prior.shape)))
+
+        step = envs.step(actions.cpu().numpy())
+        rewards = torch.from_numpy(step.reward).to(device)
+        terminated = torch.from_numpy(step.terminated).to(device)
+        truncated = torch.from_numpy(step.truncated).to(device)
+        if args.team_reward:
+            rewards = rewards.sum(1, keepdim=True).expand(shape)
+        add(rewards=rewards.float(), terminated=terminated, truncated=truncated)
+        if step.truncated.any():
+            _, _, world_ids, features = observe(step.final, device)
+            joint = joint_features(features, actions, num_actions)
+            goes_on = torch.zeros(1, 1, dtype=torch.bool, device=device)
+            for b in np.flatnonzero(step.truncated):
+                view = Views(world_ids[b, None, None], joint[b, None, None], goes_on)
+                finals.append((t, b, view))
+        episodes += step.episodes
+        ended = terminated | truncated
+        state = dataclasses.replace(
+            state,
+            starts=ended,
+            previous=actions.masked_fill(ended[:, None], -1),
+            actor_hidden=actor_hidden,
+        )
+    tensors = {name: torch.stack(x) for name, x in record.items()}
+    return Batch(**tensors, finals=finals, episodes=episodes), state
+
+
+def prepare(
+    args: Args, agent: Agent, batch: Batch, state: RolloutState
+) -> tuple[Batch, RolloutState]:
+    """The rollout with what the losses need, and the state with the critic's new memory; takes the
+    returns into agent.value_norm. Nobody plays with q: what pi_old needs of it comes here."""
+    views, (_, hidden) = batch.critic_views(), state.critic_hidden.chunk(2, -1)
+    logits, _, _ = replay(args, agent.critic.posterior, views, hidden, agent.sprites)
+    values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
+    returns = values + advantages
+    # paper is silent: statistics of returns and advantages, once before the epochs
+    agent.value_norm.update(moments(returns))
+    mean, std = agent.value_norm.mean_std()
+    _, centre, square = moments(advantages).float()
+    deviation = (square - centre**2).clamp(min=0).sqrt()
+    batch = dataclasses.replace(
+        batch,
+        critic_hidden=hidden[:-1],
+        old_log_probs=(logits[:-1].log_softmax(-1) + batch.options).logsumexp(-1),
+        values=(values - mean) / std,
+        targets=(returns - mean) / std,
+        advantages=(advantages - centre) / (deviation + 1e-5),
+    )
+    return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
+
+
+# [shared: meltingpot_data] begin
+def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
+    """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
+    (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
+    # paper is silent: how a rollout is cut for recurrent networks
+    chunks, worlds = batch.actor_hidden.shape[:2]
+    length = args.chunk_length
+    for pairs in torch.randperm(chunks * worlds, generator=rng).tensor_split(args.minibatches):
+        chunk, world = pairs // worlds, pairs % worlds
+        parts = {}
+        for name, x in vars(batch).items():
+            if not isinstance(x, Tensor):
+                continue
+            if name.endswith("hidden"):
+                parts[name] = x[chunk, world]
+            else:
+                x = x[: chunks * length].unflatten(0, (chunks, length))
+                parts[name] = x[chunk, :, world].transpose(0, 1)
+        yield dataclasses.replace(batch, **parts)
+
+
+def observe(
+    obs: Observation,
+    device: torch.device,
+    ids: Tensor | None = None,
+    num_ids: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views (B, N, H, W), features with one-hot agent ids (B, N, F + N), global views (B, H', W')
+    and features without ids.
+
+    ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
+    """
+    tile_ids, world_ids, features = (torch.from_numpy(x).to(device) for x in obs)
+    one_hot = torch.eye(num_ids or features.shape[1], device=device)
+    if ids is None:
+        ids = one_hot.expand(len(features), -1, -1)
+    else:
+        ids = one_hot[ids]
+    return tile_ids, torch.cat([features, ids], -1), world_ids, features
+
+
+def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
+    """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
+    -> (B, N * (F + A))."""
+    # paper is silent: which actions the critic sees
+    actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
+    rows = torch.cat([features, actions.to(features.dtype)], -1)
+    return rows.flatten(-2)
+
+
+@torch.no_grad()
+def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Tensor, Tensor]:
+    """One step, views without T -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
+    views = Views(views.ids[None], views.features[None], views.starts[None])
+    logits, states = net(views, hidden, sprites())
+    return logits[0].log_softmax(-1), states[0]
+
+
+@torch.no_grad()
+def replay(
+    args: Args, net: nn.Module, views: Views, hidden: Tensor, sprites: Sprites
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run net over a rollout, chunk by chunk, from hidden (B, N, S) on -> outputs (T, B, N, ...),
+    states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
+    outputs, before, after = [], [], []
+    for first in range(0, len(views.starts), args.chunk_length):
+        steps = slice(first, first + args.chunk_length)
+        chunk = Views(views.ids[steps], views.features[steps], views.starts[steps])
+        output, states = net(chunk, hidden, sprites())
+        outputs.append(output)
+        before.append(hidden)
+        after.append(states)
+        hidden = states[-1]
+    return torch.cat(outputs), torch.stack(before), torch.cat(after)
+
+
+def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor:
+    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
+    which at a truncation is the ended episode's last, not the next one's first."""
+    goes_on = ~(batch.terminated | batch.truncated)[..., None]
+    delta = batch.rewards + args.gamma * next_values * ~batch.terminated[..., None] - values
+    advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        running = delta[t] + args.gamma * args.gae_lambda * running * goes_on[t]
+        advantages[t] = running
+    return advantages
+
+
+@torch.no_grad()
+def estimate(
+    args: Args, agent: Agent, batch: Batch, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and advantages (T, B, N) in raw units, and the critic's states before each chunk and
+    before the next rollout (C + 1, B, N, S); hidden (B, N, S): before this one."""
+    views = batch.critic_views()
+    mean, std = agent.value_norm.mean_std()
+    with agent.autocast():
+        outputs, before, after = replay(args, agent.critic, views, hidden, agent.sprites)
+        values = outputs * std + mean  # (T + 1, B, N)
+        next_values = values[1:].clone()
+        for t, b, view in batch.finals:
+            output, _ = agent.critic(view, after[t, b, None], agent.sprites())
+            next_values[t, b] = output[0, 0] * std + mean
+    advantages = gae(args, batch, values[:-1], next_values)
+    return values[:-1], advantages, before
+
+
+# [shared: meltingpot_data] end
+
+# --- 7. Update ------------------------------------------------------------------------------------
+
+
+def clip_objective(ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor) -> Tensor:
+    """Element by element; ratio: of pi to mu_old, who acted; centre: of pi_old to mu_old."""
+    # Eq. (9), but around w, where the ratio starts. Around 1, what pi does 1.2 times as often as mu
+    # has a gradient where A < 0 alone: noise would wall pi in, and q could not use what p does not
+    # see. So the step from pi_old is bounded (Off-Policy PPO; paper is silent, OPRE's has V-trace).
+    clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
+    return torch.min(ratio * advantage, clipped * advantage)
+
+
+def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
+    """Clipped Huber loss, element by element, in normalised units."""
+    clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
+    return torch.max(
+        F.huber_loss(value, target, reduction="none", delta=delta),
+        F.huber_loss(clipped, target, reduction="none", delta=delta),
+    )
+
+
+def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    """PPO epochs over one rollout of prepare(); returns scalars."""
+    scalars = collections.defaultdict(list)
+    for _ in range(args.epochs):
+        for part in minibatches(args, batch, rng):
+            views, hidden = part.actor_views(), part.actor_hidden
+            prior, options, _ = agent.actor.options(views, hidden, agent.sprites())
+            views, hidden = part.critic_views(), part.critic_hidden
+            with agent.autocast():
+                posterior, value, _ = agent.critic.options(views, hidden, agent.sprites())
+            log_probs = mixture(posterior, options)  # of pi (L, M, N, A)
+            log_prob = chosen(log_probs, part.actions)
+            ratio = (log_prob - part.log_probs).exp()
+            centre = (part.old_log_probs - part.log_probs).exp()  # w
+            objective = clip_objective(ratio, part.advantages, args.clip, centre)
+            policy_loss = -objective.mean()
+            entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+            # paper is silent: App. B.3 trains p by KL(q || p), the original also regularises q
+            loss = policy_loss - args.entropy_coef * entropy
+            loss += args.prior_coef * kl_divergence(posterior.detach(), prior)
+            loss += args.posterior_coef * kl_divergence(posterior, prior.detach())
+            actor_norm = descend(loss, agent.policy(), agent.actor_optimiser, args.max_grad_norm)
+
+            losses = value_loss(
+                value, part.values, part.targets, clip=args.value_clip, delta=args.huber_delta
+            )
+            loss = losses.mean()
+            net = agent.critic.values
+            critic_norm = descend(loss, net, agent.critic_optimiser, args.max_grad_norm)
+
+            scalars["policy_loss"].append(policy_loss.detach())
+            scalars["value_loss"].append(loss.detach())
+            scalars["entropy"].append(entropy.detach())
+            scalars["actor_grad_norm"].append(actor_norm)
+            scalars["critic_grad_norm"].append(critic_norm)
+            for name, x in describe(posterior, prior, options).items():
+                scalars[name].append(x)
+    means = {name: torch.stack(x).mean() for name, x in scalars.items()}
+    check_finite(rewards=batch.rewards, features=batch.critic_features, **means)
+    return means
+
+
+# --- 8. Evaluate ----------------------------------------------------------------------------------
+
+
+# [shared: meltingpot_players] begin
+class NetPlayer:
+    """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
+
+    def __init__(self, net: Actor, sprites: Sprites, seed: int):
+        self.net, self.sprites = net, sprites
+        self.rng = torch.Generator().manual_seed(seed)
+        self.hidden: Tensor | None = None  # (B, N, S)
+
+    def __call__(self, obs: Observation, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        device = self.sprites.device
+        ids = torch.from_numpy(ids).to(device)
+        if self.hidden is None:
+            self.hidden = torch.zeros(*ids.shape, self.net.hidden_size, device=device)
+        tile_ids, features, _, _ = observe(obs, device, ids, self.net.num_ids)
+        views = Views(tile_ids, features, torch.from_numpy(starts).to(device))
+        log_probs, self.hidden = act(self.net, views, self.hidden, self.sprites)
+        return sample(log_probs, self.rng).cpu().numpy()
+
+
+# [shared: meltingpot_players] end
+
+
+def load_player(path: str, envs: Any, seed: int = 0) -> Player:
+    """mu, the actor of a run directory or checkpoint, for these worlds."""
+    args = saved_args(path, Args)
+    saved, _ = load_checkpoint(path)
+    with make_envs(args, 1, 1) as trained_in:
+        agent = Agent(args, trained_in, torch.device("cpu"))
+    restore(agent.actor, saved["agent"]["actor"], path)
+    return NetPlayer(agent.actor, Sprites(envs, agent.device), seed)
+
+
+def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
+    """The actors of the run directories and checkpoints among --background."""
+    if args.num_focal >= agent.spec.num_agents > 1:
+        seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
+        raise UsageError(f"{seats} leaves none to a co-player.")
+    others = {}
+    for path in set(args.background) - {"random"}:
+        saved, _ = load_checkpoint(path)
+        if saved["args"].get("substrate") != args.substrate:
+            raise UsageError(f"{path} was not trained on {args.substrate}.")
+        others[path] = agent.new_actor()
+        restore(others[path], saved["agent"]["actor"], path)
+    return others
+
+
+def evaluate(
+    args: Args, agent: Agent, others: dict[str, Actor], evaluation: Evaluation
+) -> dict[str, dict[str, float]]:
+    """Full natural episodes without learning: everyone ours, then beside each of --background, then
+    beside the bots of each of --eval-scenarios; {"v co-player":
+    envs.meltingpot.episodes.summarise(...)}."""
+    args = dataclasses.replace(args, max_episode_steps=0)
+    rng, episodes = evaluation.rng, evaluation.episodes
+
+    def player(net: Actor, envs: Any) -> NetPlayer:
+        sprites = Sprites(envs, agent.device)
+        return NetPlayer(net, sprites, seed=int(rng.integers(2**31)))
+
+    seed = int(rng.integers(2**31))
+    with make_envs(args, min(args.num_envs, episodes), seed) as envs:
+        pairs = {"self-play": (player(agent.actor, envs), None)}
+        for name in args.background:
+            if name == "random":
+                them = random_player(envs.spec.num_actions, rng)
+                pairs["random v random"] = (them, them)
+            else:
+                them = player(others[name], envs)
+            pairs[f"v {name}"] = (player(agent.actor, envs), them)
+        evaluation.expect(episodes * len(pairs))
+        results = play_pairs(
+            envs,
+            pairs,
+            num_focal=args.num_focal or max(1, envs.spec.num_agents - 1),
+            episodes=episodes,
+            rng=rng,
+            shuffle_ids=args.eval_ids == "random",
+            videos=evaluation.videos,
+            stem=evaluation.stem,
+            progress=evaluation.progress,
+        )
+
+    new_player = functools.partial(player, agent.actor)
+    return results | scenario_rows(args, evaluation, new_player, num_ids=agent.spec.num_agents)
+
+
+# --- 9. Train -------------------------------------------------------------------------------------
+
+
+def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
+    """What an iteration logs."""
+    figures = scalars | {"reward_per_1000/all": 1000 * batch.rewards.mean()}
+    weight = (batch.old_log_probs - batch.log_probs).exp()  # w, before the update
+    figures["weight_max"] = weight.max()
+    figures["effective_samples"] = weight.mean() ** 2 / (weight**2).mean()  # a share of all
+    return figures | count_episodes(batch.episodes)
+
+
+def new_generator(seed: int, rank: int) -> torch.Generator:
+    """A process's own."""
+    seeds = np.random.SeedSequence((seed, rank)).generate_state(1).tolist()
+    return torch.Generator().manual_seed(seeds[0])
+
+
+def train(args: Args) -> int:
+    """The run, with --resume from its checkpoint on; returns the exit code."""
+    with Run(args, table, LINE) as run:
+        first_world = run.rank * args.num_envs
+        envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
+        agent = Agent(args, envs, run.device)
+        run.restore(agent=agent)
+        others = load_background(args, agent)
+        scenarios, bots = find_scenarios(args)
+        if scenarios:
+            run.say(f"{bots} bots will play in {', '.join(scenarios)}")
+        run.judge = functools.partial(evaluate, args, agent, others)
+        if args.eval_only:
+            return run.evaluate_only()
+
+        rng = new_generator(args.seed, run.rank)
+        state = new_state(agent, args.num_envs)
+        if not args.resume:
+            envs.reset()
+        own = {"rng": rng, "envs": envs, "state": state}
+        run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots)
+        if not envs.reproducible:  # all worlds begin new episodes
+            state = new_state(agent, args.num_envs)
+        while run.goes_on():
+            batch, state = collect(args, envs, agent, state, rng)
+            run.lap("collect_s")
+            envs.check()  # workers build next episodes while we learn
+            batch, state = prepare(args, agent, batch, state)
+            scalars = update(args, agent, batch, rng)
+            own["state"] = state
+            run.lap("learn_s")
+            run.advance(args.rollout_steps * args.num_envs * run.size)
+            if run.is_due(args.log_every):
+                run.log(report(batch, scalars))
+            if run.is_due(args.save_every):
+                run.save()
+            if run.is_due(args.eval_every):
+                run.evaluate("eval")
+        return run.finish()
+
+
+def parse(argv: list[str]) -> Args:
+    return read_args(Args, argv, validate, resumable=RESUMABLE)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    given = sys.argv[1:] if argv is None else argv
+    return call(lambda: train(parse(given)), WorldError)
+
+
+if __name__ == "__main__":
+    leave(main())
