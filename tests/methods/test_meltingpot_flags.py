@@ -68,7 +68,6 @@ WRONG = {
     "--adam-eps 0": "--adam-eps",
     "--huber-delta 0": "--huber-delta",
     "--max-grad-norm 0": "--max-grad-norm",
-    "--preset cpu": "--preset cpu",
     # worlds
     "--substrate coin": "'coin' coins",
     "--substrate chicken_in_the_matrix": "chicken_in_the_matrix__repeated",
@@ -119,6 +118,7 @@ WRONG_IN_MAPPO = {
     "--resume {runs}/bidist_mappo_meltingpot": "bidist_mappo_meltingpot",
     "--eval-only {runs}/bidist_mappo_meltingpot": "bidist_mappo_meltingpot",
 }
+OTHERS = ("randnet", "opre", "pp", "rpm")
 CASES = [(name, line, words) for name in BOTH for line, words in WRONG.items()]
 CASES += [(BIDIST, *case) for case in WRONG_IN_BIDIST.items()]
 CASES += [(MAPPO, *case) for case in WRONG_IN_MAPPO.items()]
@@ -269,3 +269,16 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
         others = [x for x in own if x.name not in group]
         assert [x.name for x in others if json.dumps(stored[x.name]) != json.dumps(x.default)] == []
     assert set().union(*groups) == set(typed)
+
+
+@pytest.mark.parametrize("name", (*BOTH, *(f"baselines.{x}_meltingpot" for x in OTHERS)))
+def test_the_preset_for_two_cores(name):
+    """The paper's batch from more worlds; other flags override it."""
+    paper, cpu = script(name).parse([]), script(name).parse(["--preset", "cpu"])
+    assert (cpu.num_envs, cpu.rollout_steps, cpu.num_threads) == (64, 50, 2)
+    assert cpu.num_envs * cpu.rollout_steps == paper.num_envs * paper.rollout_steps
+    same = ("preset", "num_envs", "rollout_steps", "num_threads")
+    for field in dataclasses.fields(paper):
+        if field.name not in same:
+            assert getattr(cpu, field.name) == getattr(paper, field.name), field.name
+    assert script(name).parse(["--preset", "cpu", "--num-envs", "8"]).num_envs == 8
