@@ -1,5 +1,6 @@
 """The figures and tables of the BiDist paper, from runs.
 
+    python experiments/bidist.py curves runs/*-s1       a scalar over steps and over theta's samples
     python experiments/bidist.py fig5 runs/BIDIST-s1 runs/MAPPO-s1   what training populations play
     python experiments/bidist.py fig6 --total-timesteps 1000000 --extra --num-workers 1
     python experiments/bidist.py fig7 runs/RUN                       one reverse phase of each kind
@@ -43,6 +44,7 @@ import torch
 import tyro
 from annotated_types import Interval
 
+import experiments.compare as compare
 import experiments.scenario_table as tables
 from envs.meltingpot.episodes import play_pairs
 from envs.meltingpot.scenarios import PAPER
@@ -617,6 +619,84 @@ def text_of_cross_play(rows: list[dict[str, Any]]) -> str:
         means.append({"method": method, "beside all other runs": text, "seeds": len(x)})
     note = "In brackets: self-play. Intervals are over seeds.\n"
     return "\n".join([markdown_table(lines), markdown_table(means), note])
+
+
+# --- Curves over the samples that are theta's -----------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """A scalar over environment steps, over theta's samples, and over those of worlds in which all
+    play theta: does a method learn less because it has fewer samples of its own?"""
+
+    runs: Runs
+    scalar: str = "eval/self-play/return_per_1000"  # of metrics.jsonl
+    every: Positive = 20_000  # environment steps that make one point
+    out: Path = Path("curves")  # writes OUT.png, OUT.csv and OUT.md
+
+
+def theta_shares(args: dict[str, Any]) -> tuple[float, float]:
+    """The expected shares of agents that play theta, and of worlds in which all do."""
+    from envs.meltingpot.worlds import get_spec
+
+    agents = 2 if args["substrate"] == "toy" else get_spec(args["substrate"]).num_agents
+    q = args.get("history_share", 0.0)  # PP, RPM
+    if args["script"] == SCRIPT:
+        script = load_script(SCRIPT)
+        fields = {field.name for field in dataclasses.fields(script.Args)}
+        own = script.Args(**{name: x for name, x in args.items() if name in fields})
+        if own.all_fictitious:
+            return 0.0, 0.0
+        q = script.fictitious_probability(own, agents)
+    return 1 - (q - q**agents / agents), (1 - q) ** agents
+
+
+def curves(study: Curves) -> None:
+    """Three panels, a colour a group of seeds."""
+    check_out(study.out)
+    runs = read_runs(study.runs)
+    rows = []
+    for run in runs:
+        theta, everybody = theta_shares(run.args)
+        points = compare.read_curves(run, (study.scalar,), study.every)[study.scalar]
+        if not points:
+            raise UsageError(f"--scalar {study.scalar}: {run.where} has none of that name.")
+        for end, value in points:
+            row = {"run": run.name, "timesteps": end, "theta_samples": round(theta * end)}
+            row |= {"all_theta_samples": round(everybody * end), "value": value}
+            rows.append(row)
+    lines = []
+    for run in runs:
+        own = [row for row in rows if row["run"] == run.name]
+        lines.append(own[-1] | {"value": f"{own[-1]['value']:.1f}"})
+    text = f"The last point of {study.scalar}:\n\n{markdown_table(lines)}"
+    finish(study.out, text, rows, draw_samples_axes(rows, study.scalar))
+
+
+def draw_samples_axes(rows: list[dict[str, Any]], scalar: str) -> Any:
+    """The same values over three counts."""
+    titles = {
+        "timesteps": "environment steps",
+        "theta_samples": "steps of agents that play theta, per seat",
+        "all_theta_samples": "steps of worlds where all play theta",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), sharey=True)
+    groups = list(dict.fromkeys(without_seed(row["run"]) for row in rows))
+    for axis, (count, title) in zip(axes, titles.items(), strict=True):
+        for run in dict.fromkeys(row["run"] for row in rows):
+            own = [row for row in rows if row["run"] == run]
+            group = without_seed(run)
+            first = next(row for row in rows if without_seed(row["run"]) == group)
+            label = group if own[0] is first else None
+            x = np.array([row[count] for row in own]) / 1000
+            y = [row["value"] for row in own]
+            axis.plot(x, y, color=f"C{groups.index(group)}", lw=1.2, label=label)
+        axis.set_xlabel(f"thousand {title}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(scalar, fontsize=8)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
 
 
 # --- Networks on a rollout ------------------------------------------------------------------------
@@ -1271,6 +1351,7 @@ COMMANDS = {
     "c2": c2,
     "table1": table1,
     "cross-play": cross_play,
+    "curves": curves,
     "shift": shift,
     "reverse": reverse,
 }

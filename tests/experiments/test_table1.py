@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from made_up import experiment, rows
+from made_up import experiment, is_png, rows
 from runs import change_newest
 
 bidist = experiment("bidist")
@@ -79,6 +79,26 @@ def test_who_plays_the_focal_seat(trained, tmp_path):
     mean = {(r["focal"], r["background"]): float(r["return_per_1000"]) for r in found}
     assert mean["first-s1", "first-s1"] == pytest.approx(1000 / 3, abs=90)
     assert mean["new-s1", "first-s1"] == pytest.approx(1000 / 3 * (1 / 2 + 1 / 6), abs=70)
+
+
+def test_curves_over_thetas_samples(trained, tmp_path):
+    """Two agents, p = .4: nobody is trained in none of the worlds, so theta plays .68 of the seats,
+    and all of them in .36 of the worlds; by the draws themselves."""
+    script, (child, _, parent) = bidist.load_script(bidist.SCRIPT), trained
+    args = script.parse([])
+    v = script.draw_trained(args, (200_000, 2), bidist.torch.Generator().manual_seed(0))
+    argv = ["curves", str(child), str(parent), "--scalar", "entropy", "--every", "40"]
+    assert bidist.main([*argv, "--out", str(tmp_path / "x")]) == 0
+    found = rows(tmp_path / "x.csv")
+    for row in found:
+        steps, theta = int(row["timesteps"]), int(row["theta_samples"])
+        everybody = int(row["all_theta_samples"])
+        if row["run"] == parent.name:
+            assert steps == theta == everybody
+        else:
+            assert theta / steps == pytest.approx(v.float().mean().item(), abs=0.02)
+            assert everybody / steps == pytest.approx(v.all(1).float().mean().item(), abs=0.02)
+    assert is_png(tmp_path / "x.png")
 
 
 def test_one_run_or_two_worlds_are_no_cross_play(trained, capsys):

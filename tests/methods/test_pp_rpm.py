@@ -554,10 +554,10 @@ def test_help(name):
         assert comment and f" {comment} (default: " in told, field.target.id
 
 
-SLOW = pytest.mark.slow
-LAUNCHES = [(RPM, False), *(pytest.param(name, True, marks=SLOW) for name in SCRIPTS)]
+LAUNCHES = [(RPM, False), *((name, True) for name in SCRIPTS)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, cut", LAUNCHES)
 def test_two_processes(name, cut, tmp_path):
     """The same weights and the same memory in both; their draws differ. Half and half is whole."""

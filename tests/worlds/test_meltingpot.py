@@ -827,7 +827,7 @@ def test_without_melting_pot_the_toy_runs_and_substrates_are_one_sentence(tmp_pa
         import contextlib, io, sys
         from bidist_mappo_meltingpot import main
         short = "--num-envs 2 --rollout-steps 10 --minibatches 2 --total-timesteps 40"
-        short = [*short.split(), "--final-episodes", "2"]
+        short = [*short.split(), "--final-episodes", "2", "--k-d", "1"]
         toy = main(["--substrate", "toy", *short, "--run-dir", {str(tmp_path / "toy")!r}])
         with contextlib.redirect_stderr(io.StringIO()) as words:
             real = main(["--substrate", "coins", *short, "--run-dir", {str(tmp_path / "real")!r}])
