@@ -370,7 +370,7 @@ def test_every_flag_changes_what_it_names():
     assert s.agent.actor.out.out_features == 3 * 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes(tmp_path, monkeypatch):
     """Two iterations, and one and one; each process has worlds of its own, networks are common."""
     from test_reproducible import launch
