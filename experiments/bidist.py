@@ -630,7 +630,7 @@ class Curves:
     play theta: does a method learn less because it has fewer samples of its own?"""
 
     runs: Runs
-    scalar: str = "eval/self-play/return_per_1000"  # of metrics.jsonl
+    scalar: str = "eval/self-play/return"  # of metrics.jsonl
     every: Positive = 20_000  # environment steps that make one point
     out: Path = Path("curves")  # writes OUT.png, OUT.csv and OUT.md
 
