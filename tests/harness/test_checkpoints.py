@@ -419,6 +419,7 @@ print((peak - before) * 1024 / sum(4 * x.numel() for x in replay.x.values()))
 """
 
 
+@pytest.mark.long
 def test_a_replay_is_saved_and_loaded_without_a_second_copy():
     """Peak memory while saving and resuming: at most a fifth of the replay above it."""
     for args in ({"run_dir": "run"}, {"resume": "run"}):

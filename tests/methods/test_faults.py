@@ -112,7 +112,10 @@ def test_diverged(name, flags, tensor, tmp_path, capfd):
 # Asked to stop ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, number", [(BIDIST, signal.SIGTERM), (MAPPO, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "name, number",
+    [(BIDIST, signal.SIGTERM), pytest.param(MAPPO, signal.SIGINT, marks=pytest.mark.long)],
+)
 def test_stop_saves_and_resumes(name, number, tmp_path):
     run_dir = tmp_path / "run"
     with start(name, tiny(name, run_dir, FOREVER, "--final-episodes", 10**6), tmp_path) as run:
@@ -159,7 +162,10 @@ def children(pid):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
-@pytest.mark.parametrize("name, number", [(BIDIST, signal.SIGKILL), (MAPPO, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    "name, number",
+    [(BIDIST, signal.SIGKILL), pytest.param(MAPPO, signal.SIGSTOP, marks=pytest.mark.long)],
+)
 def test_worker_dies_or_hangs(name, number, tmp_path):
     pytest.importorskip("dmlab2d")
     run_dir = tmp_path / "run"

@@ -346,9 +346,7 @@ QUICK += ["--eval-every", "4000", "--eval-episodes", "50"]
 
 
 LEARNERS = [
-    # MAPPO is BiDist without its method, bit for bit: above.
-    pytest.param(bidist, 1),
-    pytest.param(mappo, 1, marks=pytest.mark.long),
+    *(pytest.param(x, 1, marks=pytest.mark.long) for x in (bidist, mappo)),
     *(pytest.param(x, k, marks=pytest.mark.slow) for x in (bidist, mappo) for k in range(2, 6)),
 ]
 

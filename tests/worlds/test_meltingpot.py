@@ -351,6 +351,7 @@ def test_natural_ends_terminate_and_returns_are_summed_rewards():
     assert all((length + 1) % 100 == 0 for length in ended), f"not the engine's own ends: {ended}"
 
 
+@pytest.mark.long
 def test_reset_in_mid_episode():
     rng = np.random.default_rng(4)
 
@@ -620,7 +621,12 @@ def close_and_look_for_orphans(envs):
 
 
 @pytest.mark.parametrize(
-    "what, found_by", [("SIGKILL", "step"), ("SIGKILL", "check"), ("SIGSTOP", "step")]
+    "what, found_by",
+    [
+        ("SIGKILL", "step"),
+        ("SIGKILL", "check"),
+        pytest.param("SIGSTOP", "step", marks=pytest.mark.long),
+    ],
 )
 def test_a_serving_worker_that_dies_or_hangs(what, found_by):
     """Ends the run within ten seconds with a sentence that names it, with the default time-out;

@@ -46,8 +46,8 @@ REPRODUCIBLE = [
     ("collection", (2, 3)),
 ]
 MELTING_POT = [
-    pytest.param("meltingpot", name, marks=needs_melting_pot)
-    for name in ("coins", CHICKEN, "hidden_agenda")
+    *(pytest.param("meltingpot", name, marks=needs_melting_pot) for name in ("coins", CHICKEN)),
+    pytest.param("meltingpot", "hidden_agenda", marks=[needs_melting_pot, pytest.mark.long]),
 ]
 ONE_EACH = [
     pytest.param(("meltingpot", CHICKEN), marks=needs_melting_pot, id="meltingpot"),
