@@ -103,7 +103,7 @@ class Fig6(Variants):
 
 @dataclasses.dataclass(frozen=True)
 class Fig8(Variants):
-    """Fig. 8: BiDist, v = 0, without reverse distillation, without any; RPM has no script yet."""
+    """Fig. 8: BiDist, v = 0, without reverse distillation, without any; RPM: see table1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +319,7 @@ def draw_bars(axis: Any, rows: list[dict], variants: list[str]) -> None:
     for x, variant in enumerate(variants):
         own = [row for row in rows if row["variant"] == variant]
         if not own:
-            text = "no script yet" if variant == "RPM" else "not run"
+            text = "see table1" if variant == "RPM" else "not run"
             where = {"transform": axis.get_xaxis_transform(), "rotation": 90, "fontsize": 8}
             axis.text(x, 0.05, text, ha="center", va="bottom", color="grey", **where)
             continue
@@ -404,7 +404,7 @@ def text_of_variants(rows: list[dict], notes: list[str], study: Variants) -> str
             label = LABELS.get(variant, variant)
             own = [r for r in rows if (r["row"], r["bots"], r["variant"]) == (row, bots, variant)]
             if not own:
-                reason = "not run: no script yet" if variant == "RPM" else "not run"
+                reason = "not run here: see table1" if variant == "RPM" else "not run"
                 lines.append(dict(zip(("variant", "run", "steps", what), (label, "", "", reason))))
                 continue
             shown = [r for r in own if not r["run"] or len(own) - 1 < tables.SEEDS]

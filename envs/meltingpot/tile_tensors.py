@@ -36,7 +36,7 @@ class Sprites:
         return self.tensor
 
 
-FEW = 64  # images; to tell their windows apart takes longer than to compute them all, up to 128
+FEW = 64  # images; to tell their windows apart takes longer than to compute them all
 
 
 class TileTables(nn.Module):

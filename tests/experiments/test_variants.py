@@ -266,7 +266,7 @@ def test_commands_make_their_variants(tmp_path, name, kind):
 
 
 def test_bars_beside_scenarios(tmp_path, capsys):
-    """Five runs of one variant: an interval over runs, too; RPM has no script; kinds apart."""
+    """Five runs of one variant: an interval over runs, too; RPM is in table1; kinds apart."""
     rng, paths, returns = np.random.default_rng(0), [], {}
     for seed in range(1, 6):
         paths.append(fake_run(tmp_path / f"full-s{seed}", seed=seed))
@@ -279,7 +279,7 @@ def test_bars_beside_scenarios(tmp_path, capsys):
     argv = ["fig8", "--quantity", "return", "--out", str(tmp_path / "x"), "--runs"]
     assert bidist.main([*argv, *map(str, paths)]) == 0
     text = capsys.readouterr().out
-    assert text.count("| RPM |  |  | not run: no script yet |") == 4
+    assert text.count("| RPM |  |  | not run here: see table1 |") == 4
     assert "Note: the runs differ in more than what is compared here: --team-reward." in text
     for bots in ("scripted", "official"):
         found = {(r["row"], r["variant"], r["run"]): r for r in rows(tmp_path / f"x-{bots}.csv")}
