@@ -616,7 +616,7 @@ class Compiled:
         self, function: Callable, what: str, dynamic: bool = False, options: dict | None = None
     ):
         self.plain, self.what = function, what
-        self.how = {"dynamic": dynamic, "options": options or None}
+        self.how = {"dynamic": dynamic, "options": {"cpp.simdlen": vector_bits()} | (options or {})}
         self.call: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -625,7 +625,6 @@ class Compiled:
     def first(self, *args: Any) -> Any:
         """Compile, and decide what is called from now on."""
         print(f"Compiling {self.what}: some seconds.", flush=True)
-        choose_cache()
         before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         for again in (False, True):
             self.call = torch.compile(_copy(self.plain), **self.how)
@@ -649,13 +648,14 @@ class Compiled:
         return result
 
 
-def choose_cache() -> None:
-    """A compiler's cache for this kind of processor, unless one is named. In PyTorch 2.13 loops in
-    the cache are as wide as the vectors of the processor for which they were written; where vectors
-    are shorter they are compiled again and leave numbers out, without an error."""
-    kind = torch.backends.cpu.get_cpu_capability()
-    folder = os.path.join(tempfile.gettempdir(), f"torchinductor-{os.getuid()}-{kind}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+def vector_bits() -> int | None:
+    """Bits of the vectors this process may use (1: none), None where the compiler must know.
+
+    Named to the compiler, they are part of the name under which its cache keeps a loop. Left out, a
+    loop written for longer vectors is found by a process that has shorter ones, and in PyTorch 2.13
+    is compiled again for those and leaves numbers out, without an error."""
+    kinds = {"DEFAULT": 1, "AVX2": 256, "AVX512": 512}
+    return kinds.get(torch.backends.cpu.get_cpu_capability())
 
 
 def _copy(function: Callable) -> Callable:
