@@ -61,7 +61,7 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from envs.meltingpot.episodes import Player, count_episodes, play_pairs, random_player, table
+from envs.meltingpot.episodes import Player, background_rows, count_episodes, table
 from envs.meltingpot.scenarios import find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
@@ -81,9 +81,7 @@ class Args(RunArgs):
     max_episode_steps: Count = 0  # truncate episodes there; 0: they end naturally
     team_reward: bool = False  # everyone gets the sum of all rewards
     # Method
-    p: Share | None = None  # p of Eq. (4); default .4 for N <= 2, else .2 (Sec. 5.1)
-    p_means: Literal["fictitious", "trained"] = "fictitious"  # whose probability it is
-    v_shared: bool = False  # one v for all worlds of a process, not one each
+    p: Share | None = None  # P(v_i = 0), fictitious; default .4 for N <= 2, else .2 (Sec. 5.1)
     v_redraw: Literal["iteration", "episode"] = "iteration"  # when v is drawn (Alg. 1: iteration)
     all_fictitious: bool = False  # ablation v = 0
     mask_fictitious: bool = False  # fictitious samples do not train theta (Eq. 9: they do)
@@ -132,7 +130,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     masked, old = args.mask_fictitious, args.clip_centre == "old"
     capped, apart = args.weight_cap is not None, args.advantages_per_population
     replaced = args.reverse_mode != "kl"
-    redrawn = args.v_redraw == "episode"
     narrow = args.distilled_width != 1
     distils = (args.forward or args.reverse) and not args.copy_every and not args.eval_only
     first = args.k_d * args.rollout_steps * args.num_envs  # steps until the first distillation
@@ -149,7 +146,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.copy_every and narrow, "--copy-every needs --distilled-width 1"),
         (args.all_fictitious and args.p is not None, "--p has no use with --all-fictitious"),
         (replaced and not args.reverse, "--no-reverse excludes --reverse-mode"),
-        (args.v_shared and redrawn, "--v-shared excludes --v-redraw episode: worlds end apart"),
     ]
 
 
@@ -175,19 +171,18 @@ PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 # [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
     """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
-    options = {"first_world": first_world, "max_episode_steps": args.max_episode_steps}
-    if args.substrate == "toy":
-        from envs.meltingpot.toy import TileGame
-
-        return TileGame(num_envs, seed, **options)
-    from envs.meltingpot.own import OwnWorlds
-    from envs.meltingpot.worlds import MeltingPot
+    from envs.meltingpot.make import make_worlds
 
     try:
-        if ":" in args.substrate:
-            return OwnWorlds(args.substrate, num_envs, seed, **options)
-        options |= {"num_workers": args.num_workers, "timeout": args.worker_timeout}
-        return MeltingPot(args.substrate, num_envs, seed, **options)
+        return make_worlds(
+            args.substrate,
+            num_envs,
+            seed,
+            first_world=first_world,
+            max_episode_steps=args.max_episode_steps,
+            num_workers=args.num_workers,
+            timeout=args.worker_timeout,
+        )
     except (ValueError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from None
 
@@ -423,11 +418,10 @@ class Agent:
 
 def fictitious_probability(args: Args, num_agents: int) -> float:
     """P(v_i = 0)."""
-    p = args.p
-    if p is None:
-        p = 0.4 if num_agents <= 2 else 0.2
-    # paper and paper differ: in Eq. (4) p is the trained share, for App. B.3 the fictitious one
-    return 1 - p if args.p_means == "trained" else p
+    # paper and paper differ: p is this one in App. B.3, 1 - this one in Eq. (4)
+    if args.p is not None:
+        return args.p
+    return 0.4 if num_agents <= 2 else 0.2
 
 
 def fictitious_share(args: Args, num_agents: int) -> float:
@@ -439,13 +433,10 @@ def fictitious_share(args: Args, num_agents: int) -> float:
 def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
     """v for B worlds of N agents -> (B, N) bool, True for trained."""
     # Eqs. (3)-(5), Alg. 1 lines 2-6; paper is silent: one v per world, or for all
-    worlds, agents = shape
-    rows = 1 if args.v_shared else worlds
-    index = torch.rand(rows, agents, generator=rng).argsort(1)  # "randomize agents' indexes"
-    v = torch.rand(rows, agents, generator=rng) >= fictitious_probability(args, agents)
+    index = torch.rand(shape, generator=rng).argsort(1)  # "randomize agents' indexes"
+    v = torch.rand(shape, generator=rng) >= fictitious_probability(args, shape[1])
     v[:, -1] |= ~v[:, :-1].any(1)  # delta_N = 0: the last is trained if all others are fictitious
-    v = v.gather(1, index).expand(shape)
-    return v & (not args.all_fictitious)
+    return v.gather(1, index) & (not args.all_fictitious)
 
 
 def distillation_phase(args: Args, iteration: int) -> str | None:
@@ -973,39 +964,19 @@ def evaluate(
     beside the bots of each of --eval-scenarios; {"v co-player":
     envs.meltingpot.episodes.summarise(...)}."""
     args = dataclasses.replace(args, max_episode_steps=0)
-    rng, episodes = evaluation.rng, evaluation.episodes
+    rng = evaluation.rng
 
     def player(net: Actor, envs: Any) -> NetPlayer:
         sprites = Sprites(envs, agent.device)
         return NetPlayer(net, sprites, seed=int(rng.integers(2**31)))
 
-    seed = int(rng.integers(2**31))
-    with make_envs(args, min(args.num_envs, episodes), seed) as envs:
-        pairs = {"self-play": (player(agent.actor, envs), None)}
-        for name in args.background:
-            if name == "random":
-                them = random_player(envs.spec.num_actions, rng)
-                pairs["random v random"] = (them, them)
-            elif name == "distilled":
-                them = player(agent.distilled, envs)
-            else:
-                them = player(others[name], envs)
-            pairs[f"v {name}"] = (player(agent.actor, envs), them)
-        evaluation.expect(episodes * len(pairs))
-        results = play_pairs(
-            envs,
-            pairs,
-            num_focal=args.num_focal or max(1, envs.spec.num_agents - 1),
-            episodes=episodes,
-            rng=rng,
-            shuffle_ids=args.eval_ids == "random",
-            videos=evaluation.videos,
-            stem=evaluation.stem,
-            progress=evaluation.progress,
-        )
-
     new_player = functools.partial(player, agent.actor)
-    return results | scenario_rows(args, evaluation, new_player, num_ids=agent.spec.num_agents)
+    partners = {name: functools.partial(player, net) for name, net in others.items()}
+    partners["distilled"] = functools.partial(player, agent.distilled)
+    seed = int(rng.integers(2**31))
+    with make_envs(args, min(args.num_envs, evaluation.episodes), seed) as envs:
+        rows = background_rows(args, evaluation, envs, new_player, partners)
+    return rows | scenario_rows(args, evaluation, new_player, num_ids=agent.spec.num_agents)
 
 
 # --- 9. Train -------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from envs.meltingpot.episodes import Player, count_episodes, play_pairs, random_player, table
+from envs.meltingpot.episodes import Player, background_rows, count_episodes, table
 from envs.meltingpot.scenarios import find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
@@ -138,19 +138,18 @@ PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 # [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
     """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
-    options = {"first_world": first_world, "max_episode_steps": args.max_episode_steps}
-    if args.substrate == "toy":
-        from envs.meltingpot.toy import TileGame
-
-        return TileGame(num_envs, seed, **options)
-    from envs.meltingpot.own import OwnWorlds
-    from envs.meltingpot.worlds import MeltingPot
+    from envs.meltingpot.make import make_worlds
 
     try:
-        if ":" in args.substrate:
-            return OwnWorlds(args.substrate, num_envs, seed, **options)
-        options |= {"num_workers": args.num_workers, "timeout": args.worker_timeout}
-        return MeltingPot(args.substrate, num_envs, seed, **options)
+        return make_worlds(
+            args.substrate,
+            num_envs,
+            seed,
+            first_world=first_world,
+            max_episode_steps=args.max_episode_steps,
+            num_workers=args.num_workers,
+            timeout=args.worker_timeout,
+        )
     except (ValueError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from None
 
@@ -799,37 +798,18 @@ def evaluate(
     beside the bots of each of --eval-scenarios; {"v co-player":
     envs.meltingpot.episodes.summarise(...)}."""
     args = dataclasses.replace(args, max_episode_steps=0)
-    rng, episodes = evaluation.rng, evaluation.episodes
+    rng = evaluation.rng
 
     def player(net: Actor, envs: Any) -> NetPlayer:
         sprites = Sprites(envs, agent.device)
         return NetPlayer(net, sprites, seed=int(rng.integers(2**31)))
 
-    seed = int(rng.integers(2**31))
-    with make_envs(args, min(args.num_envs, episodes), seed) as envs:
-        pairs = {"self-play": (player(agent.actor, envs), None)}
-        for name in args.background:
-            if name == "random":
-                them = random_player(envs.spec.num_actions, rng)
-                pairs["random v random"] = (them, them)
-            else:
-                them = player(others[name], envs)
-            pairs[f"v {name}"] = (player(agent.actor, envs), them)
-        evaluation.expect(episodes * len(pairs))
-        results = play_pairs(
-            envs,
-            pairs,
-            num_focal=args.num_focal or max(1, envs.spec.num_agents - 1),
-            episodes=episodes,
-            rng=rng,
-            shuffle_ids=args.eval_ids == "random",
-            videos=evaluation.videos,
-            stem=evaluation.stem,
-            progress=evaluation.progress,
-        )
-
     new_player = functools.partial(player, agent.actor)
-    return results | scenario_rows(args, evaluation, new_player, num_ids=agent.spec.num_agents)
+    partners = {name: functools.partial(player, net) for name, net in others.items()}
+    seed = int(rng.integers(2**31))
+    with make_envs(args, min(args.num_envs, evaluation.episodes), seed) as envs:
+        rows = background_rows(args, evaluation, envs, new_player, partners)
+    return rows | scenario_rows(args, evaluation, new_player, num_ids=agent.spec.num_agents)
 
 
 # --- 9. Train -------------------------------------------------------------------------------------

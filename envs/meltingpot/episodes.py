@@ -55,6 +55,17 @@ def random_player(num_actions: int, rng: np.random.Generator) -> Player:
     return lambda obs, starts, ids: rng.integers(0, num_actions, ids.shape)
 
 
+def in_turn(players: list[Player]) -> Player:
+    """One player in each world: the first of these in the first, and so on, again and again."""
+
+    def play(obs: Observation, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        actions = np.stack([player(obs, starts, ids) for player in players])  # (., B, N)
+        worlds = np.arange(len(starts))
+        return actions[worlds % len(players), worlds]
+
+    return play
+
+
 def play(
     envs: Any,
     focal: Player,
@@ -213,6 +224,43 @@ def play_pairs(
         if video:
             video.save(videos / f"{stem}-{re.sub('[^a-zA-Z0-9_.]+', '-', name)}.mp4")
     return summaries
+
+
+def background_rows(
+    args: Any,
+    evaluation: Any,
+    envs: Any,
+    new_player: Callable[[Any], Player],
+    partners: Mapping[str, Callable[[Any], Player]],
+) -> dict[str, dict[str, float]]:
+    """{"self-play": summarise()}, and "v NAME" of new_player(envs) beside each of --background,
+    with "random v random" where random is one of them.
+
+    args: a script's, with background, num_focal and eval_ids. evaluation: harness.Evaluation, with
+    how much is played. partners: NAME to what makes its player for envs; who has none has no row.
+    """
+    pairs: dict[str, tuple[Player, Player | None]] = {"self-play": (new_player(envs), None)}
+    for name in args.background:
+        if name == "random":
+            them = random_player(envs.spec.num_actions, evaluation.rng)
+            pairs["random v random"] = (them, them)
+        elif name in partners:
+            them = partners[name](envs)
+        else:
+            continue
+        pairs[f"v {name}"] = (new_player(envs), them)
+    evaluation.expect(evaluation.episodes * len(pairs))
+    return play_pairs(
+        envs,
+        pairs,
+        num_focal=args.num_focal or max(1, envs.spec.num_agents - 1),
+        episodes=evaluation.episodes,
+        rng=evaluation.rng,
+        shuffle_ids=args.eval_ids == "random",
+        videos=evaluation.videos,
+        stem=evaluation.stem,
+        progress=evaluation.progress,
+    )
 
 
 def summarise(results: list[Result], seed: int = 0) -> dict[str, float]:

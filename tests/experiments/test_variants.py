@@ -155,11 +155,11 @@ def test_another_run_is_not_taken(tmp_path, monkeypatch, capsys):
     assert Hosted.started[1][:2] == ["--resume", str(run)]
     assert json.loads((run / "summary.json").read_text())["timesteps"] == 3 * STEPS
     # A flag that the run's version of the script did not have was at its default.
-    del args["weight_cap"], args["p_means"]
+    del args["weight_cap"], args["noise_std"]
     (run / "args.json").write_text(json.dumps(args))
     assert fig(*first) == 0
-    other = ("--p-means", "trained")
-    assert refused(*first, *other) == f"{where} p_means is fictitious, not trained."
+    other = ("--noise-std", "0.2")
+    assert refused(*first, *other) == f"{where} noise_std is 0.1, not 0.2."
 
 
 @pytest.mark.parametrize(

@@ -78,18 +78,16 @@ def test_two_agents_at_the_papers_p():
     assert abs((v == 1).float().mean() - 0.64) < 0.008
 
 
-def test_default_p_depends_on_the_number_of_agents_and_p_means_turns_it_round():
+def test_default_p_depends_on_the_number_of_agents():
     args = bidist.parse([])
     assert bidist.fictitious_probability(args, 2) == 0.4
     assert bidist.fictitious_probability(args, 8) == 0.2
-    args = bidist.parse(["--p", "0.3", "--p-means", "trained"])
-    assert bidist.fictitious_probability(args, 8) == pytest.approx(0.7)
+    args = bidist.parse(["--p", "0.3"])
+    assert bidist.fictitious_probability(args, 8) == 0.3
 
 
-def test_v_shared_and_v_zero():
+def test_each_world_has_its_own_v_and_v_zero():
     rng = torch.Generator().manual_seed(0)
-    alike = bidist.draw_trained(bidist.parse(["--v-shared"]), (50, 8), rng)
-    assert (alike == alike[0]).all()
     own = bidist.draw_trained(bidist.parse([]), (50, 8), rng)
     assert not (own == own[0]).all()
     assert not bidist.draw_trained(bidist.parse(["--all-fictitious"]), (50, 8), rng).any()

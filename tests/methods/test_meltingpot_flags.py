@@ -106,7 +106,6 @@ WRONG_IN_BIDIST = {
     "--copy-every 1 --distilled-width 0.5": "--copy-every --distilled-width",
     "--all-fictitious --p 0.3": "--all-fictitious --p",
     "--no-reverse --reverse-mode noise": "--no-reverse --reverse-mode",
-    "--v-shared --v-redraw episode": "--v-shared --v-redraw",
     "--resume {runs}/{name} --k-d 3": "--k-d 1",
     "--resume {runs}/{name} --no-forward": "--forward",
     "--eval-only {runs}/{name} --final-episodes 1 --distilled-width 0.5": "--distilled-width 1.0",
@@ -245,11 +244,11 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
     typed = {x.name: special.get(x.name) or another(kinds[x.name], x.default) for x in own}
     # What goes together, run by run.
     fixed = {"substrate", "minibatches", "num_envs", "rollout_steps", "chunk_length"}
-    alone = {"all_fictitious", "mask_fictitious", "reverse", "v_shared", "copy_every"}
+    alone = {"all_fictitious", "mask_fictitious", "reverse", "copy_every"}
     groups = [set(typed) - alone]
     if name == BIDIST:
         groups += [
-            fixed | {"all_fictitious", "reverse", "v_shared"},
+            fixed | {"all_fictitious", "reverse"},
             fixed | {"mask_fictitious", "copy_every"},
         ]
     for number, group in enumerate(groups):

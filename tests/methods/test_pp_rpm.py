@@ -28,6 +28,8 @@ from runs import (
 )
 from toolbox import MAPPO, ROOT, load_script, mappo, setting, sharpen
 
+from envs.meltingpot.episodes import in_turn
+
 PP, RPM = "baselines.pp_meltingpot", "baselines.rpm_meltingpot"
 PATHS = {name: ROOT / f"{name.replace('.', '/')}.py" for name in (PP, RPM)}
 pp, rpm = (load_script(path) for path in PATHS.values())
@@ -521,7 +523,7 @@ def test_before_the_first_iteration_there_is_no_past(capfd):
 
 def test_worlds_take_past_players_in_turn():
     players = [lambda obs, starts, ids, k=k: np.full((5, 2), k) for k in range(3)]
-    actions = pp.past_player(players)(None, np.ones(5, bool), None)
+    actions = in_turn(players)(None, np.ones(5, bool), None)
     assert actions[:, 0].tolist() == [0, 1, 2, 0, 1]
 
 

@@ -79,7 +79,7 @@ def test_every_iteration_learns(name):
 VARIANTS = {
     "plain": "",
     "episode, team": "--v-redraw episode --team-reward",
-    "shared, centred": "--v-shared --clip-centre old --p 0.5 --p-means trained",
+    "centred": "--clip-centre old --p 0.5",
     "random": "--reverse-mode random",
     "noise": "--reverse-mode noise --noise-std 0.5",
     "entropy": "--reverse-mode entropy",

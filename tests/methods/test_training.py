@@ -177,8 +177,6 @@ EFFECTS = {
     "team_reward": (["--team-reward"], last("reward_per_1000/all"), "up"),
     "background": (["--background", "distilled"], result("v random"), None),
     "p": (["--p", "0.9"], changed("actor"), None),
-    "p_means": (["--p-means", "trained", "--p", "0.95"], changed("actor"), None),
-    "v_shared": (["--v-shared"], changed("actor"), None),
     "v_redraw": (["--v-redraw", "episode"], changed("actor"), None),
     "all_fictitious": (["--all-fictitious"], lambda s, d: set(metrics(d)[0]), "fewer"),
     "mask_fictitious": (["--mask-fictitious"], changed("actor"), None),
@@ -252,7 +250,7 @@ def test_num_focal(flags, seats, monkeypatch):
         seen.append(num_focal)
         return {}
 
-    monkeypatch.setattr(bidist, "play_pairs", watch)
+    monkeypatch.setattr("envs.meltingpot.episodes.play_pairs", watch)
     bidist.evaluate(s.args, s.agent, {}, Evaluation(s.args, "eval", 0, Path()))
     assert seen == [seats]
 
@@ -281,7 +279,7 @@ def test_eval_ids(ids, monkeypatch):
         seen.append(shuffle_ids)
         return {}
 
-    monkeypatch.setattr(bidist, "play_pairs", watch)
+    monkeypatch.setattr("envs.meltingpot.episodes.play_pairs", watch)
     bidist.evaluate(s.args, s.agent, {}, Evaluation(s.args, "final", 0, Path()))
     assert seen == [ids == "random"], "play_pairs shuffles ids, or not (test_episodes.py)"
 
