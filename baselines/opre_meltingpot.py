@@ -350,10 +350,15 @@ class MixtureCritic(nn.Module):
         self.values.out = orthogonal(OptionHead(64, outputs), 1.0)
         self.posterior = Critic(spec, args.plain)  # paper is silent: q is built as the critic
         self.posterior.out = orthogonal(OptionHead(64, args.num_options), 0.01)
-        if args.share_critic:  # q reads c's CNN, but neither holds nor moves its weights
-            del self.posterior.cnn
-            self.posterior.cnn = torch.no_grad()(self.values.cnn.forward)
+        if args.share_critic:
+            del self.posterior.cnn  # a module; a function has no weights that an optimiser finds
+            self.posterior.cnn = self.borrowed_cnn
         self.hidden_size = 256
+
+    @torch.no_grad()
+    def borrowed_cnn(self, ids: Tensor, sprites: Tensor) -> Tensor:
+        """c's CNN, read by q and not trained by it."""
+        return self.values.cnn(ids, sprites)
 
     def options(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, ...]:
         """log q (T, B, N, K), values (T, B, N) and the states after each step (T, B, N, S)."""
@@ -406,27 +411,33 @@ class Agent:
 
 def mixture(weights: Tensor, options: Tensor) -> Tensor:
     """log sum_z w(z) eta(a|z) from log w (..., K) and log eta (..., K, A) -> (..., A)."""
-    return (weights[..., None] + options).logsumexp(-2)
+    joint = weights[..., None] + options  # (..., K, A)
+    return joint.logsumexp(-2)
 
 
 def kl_divergence(posterior: Tensor, prior: Tensor) -> Tensor:
     """Mean KL(q || p), exact over options, from log-probabilities (..., K)."""
-    return (posterior.exp() * (posterior - prior)).sum(-1).mean()
+    divergences = (posterior.exp() * (posterior - prior)).sum(-1)
+    return divergences.mean()
 
 
 @torch.no_grad()
 def describe(posterior: Tensor, prior: Tensor, options: Tensor) -> dict[str, Tensor]:
     """What options are for, from log q and log p (..., K) and log eta (..., K, A)."""
-    terms = torch.special.entr  # -x log x
+
+    def entropy(p: Tensor) -> Tensor:
+        return torch.special.entr(p).sum(-1)  # -sum p log p
+
     shares = posterior.exp().flatten(0, -2).mean(0)  # (K,)
-    each = prior.exp() * terms(options.exp()).sum(-1)  # (..., K)
-    mu = mixture(prior, options).exp()
+    mu = mixture(prior, options).exp()  # (..., A)
+    of_options = entropy(options.exp())  # (..., K)
+    expected = (prior.exp() * of_options).sum(-1)
     return {
         "kl": kl_divergence(posterior, prior),
-        "prior_entropy": terms(prior.exp()).sum(-1).mean(),
-        "posterior_entropy": terms(posterior.exp()).sum(-1).mean(),
-        "options_used": terms(shares).sum().exp(),  # by q; K if all alike
-        "option_information": (terms(mu).sum(-1) - each.sum(-1)).mean(),  # I(a; z | o) of mu
+        "prior_entropy": entropy(prior.exp()).mean(),
+        "posterior_entropy": entropy(posterior.exp()).mean(),
+        "options_used": entropy(shares).exp(),  # by q; K if all alike
+        "option_information": (entropy(mu) - expected).mean(),  # I(a; z | o) of mu
     }
 
 
@@ -548,8 +559,11 @@ def prepare(
 ) -> tuple[Batch, RolloutState]:
     """The rollout with what the losses need, and the state with the critic's new memory; takes the
     returns into agent.value_norm. Nobody plays with q: what pi_old needs of it comes here."""
-    views, (_, hidden) = batch.critic_views(), state.critic_hidden.chunk(2, -1)
+    views = batch.critic_views()
+    _, hidden = state.critic_hidden.chunk(2, -1)  # q's
     logits, _, _ = replay(args, agent.critic.posterior, views, hidden, agent.sprites)
+    posterior = logits[:-1].log_softmax(-1)  # (T, B, N, K)
+    pi = (posterior + batch.options).logsumexp(-1)
     values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
     # paper is silent: statistics of returns and advantages, once before the epochs
@@ -560,7 +574,7 @@ def prepare(
     batch = dataclasses.replace(
         batch,
         critic_hidden=hidden[:-1],
-        old_log_probs=(logits[:-1].log_softmax(-1) + batch.options).logsumexp(-1),
+        old_log_probs=pi,
         values=(values - mean) / std,
         targets=(returns - mean) / std,
         advantages=(advantages - centre) / (deviation + 1e-5),
@@ -703,11 +717,17 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
     scalars = collections.defaultdict(list)
     for _ in range(args.epochs):
         for part in minibatches(args, batch, rng):
-            views, hidden = part.actor_views(), part.actor_hidden
-            prior, options, _ = agent.actor.options(views, hidden, agent.sprites())
-            views, hidden = part.critic_views(), part.critic_hidden
+            prior, options, _ = agent.actor.options(
+                part.actor_views(),
+                part.actor_hidden,
+                agent.sprites(),
+            )
             with agent.autocast():
-                posterior, value, _ = agent.critic.options(views, hidden, agent.sprites())
+                posterior, value, _ = agent.critic.options(
+                    part.critic_views(),
+                    part.critic_hidden,
+                    agent.sprites(),
+                )
             log_probs = mixture(posterior, options)  # of pi (L, M, N, A)
             log_prob = chosen(log_probs, part.actions)
             ratio = (log_prob - part.log_probs).exp()

@@ -830,7 +830,13 @@ def train(args: Args) -> int:
         state = new_state(agent, args.num_envs)
         if not args.resume:
             envs.reset()
-        own = {"rng": rng, "method_rng": method_rng, "psi": None, "envs": envs, "state": state}
+        own = {
+            "rng": rng,
+            "method_rng": method_rng,
+            "psi": None,
+            "envs": envs,
+            "state": state,
+        }
         run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots)
         if not envs.reproducible:  # all worlds begin new episodes
             state = new_state(agent, args.num_envs)
