@@ -227,7 +227,8 @@ class Actor(nn.Module):
         states = run_gru(self.gru, x, views.starts, hidden)
         x = F.relu(self.head(states))
         prior = self.prior(x).log_softmax(-1)
-        options = self.out(x).unflatten(-1, (prior.shape[-1], -1))
+        logits = self.out(x)  # (T, B, N, K * A)
+        options = logits.unflatten(-1, (prior.shape[-1], -1))
         return prior, options.log_softmax(-1), states
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
@@ -367,7 +368,8 @@ class MixtureCritic(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):  # q is part of a policy
             logits, theirs = self.posterior(views, theirs, sprites)
         posterior = logits.log_softmax(-1)
-        values = (posterior.detach().exp() * values).sum(-1)  # paper is silent: q detached
+        weights = posterior.detach().exp()  # paper is silent: q detached
+        values = (weights * values).sum(-1)
         return posterior, values, torch.cat([ours, theirs], -1)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
@@ -840,7 +842,8 @@ def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
     figures = scalars | {"reward_per_1000/all": 1000 * batch.rewards.mean()}
     weight = (batch.old_log_probs - batch.log_probs).exp()  # w, before the update
     figures["weight_max"] = weight.max()
-    figures["effective_samples"] = weight.mean() ** 2 / (weight**2).mean()  # a share of all
+    square = (weight**2).mean()
+    figures["effective_samples"] = weight.mean() ** 2 / square  # a share of all
     return figures | count_episodes(batch.episodes)
 
 
