@@ -60,9 +60,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from envs.particle.episodes import Player, play, read_population, scripted_players, summarise, table
-from envs.particle.pairs import FastPairs, keep_freed_memory
-from envs.particle.worlds import Game, Observation, ParticleWorld, Step
+from envs.particle.episodes import (
+    EpisodeReturns,
+    Player,
+    play_all,
+    read_population,
+    report_returns,
+    scripted_players,
+    sum_by_type,
+    table,
+)
+from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
+from envs.particle.worlds import Game, Observation, ParticleWorld
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
@@ -128,10 +137,9 @@ RESUMABLE = ("plain", "compile")
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that cannot be meant."""
-    several = "WORLD_SIZE" in os.environ
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
-        (several, "This script is one process: worlds are batched instead"),
+        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
 
@@ -174,26 +182,6 @@ class View(NamedTuple):
     alive: Tensor  # (M, N) bool
     mask: Tensor  # (M, N, N) bool: j lives and is not i
     counts: tuple[int, ...]  # agents of each parameter set, in order
-
-
-# [shared: grouped_linear] begin
-def grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, counts: tuple[int, ...]
-) -> Tensor:
-    """x (M, N, I) by the matrix of each agent's parameter set: weight (S, I, O) -> (M, N, O)."""
-    if len(weight) == 1:
-        y = x @ weight[0]
-        return y if bias is None else y + bias[0]
-    if len(weight) == x.shape[1]:
-        y = torch.einsum("mni,nio->mno", x, weight)
-        return y if bias is None else y + bias
-    parts = [part @ w for part, w in zip(x.split(counts, 1), weight)]
-    if bias is not None:
-        parts = [part + b for part, b in zip(parts, bias)]
-    return torch.cat(parts, 1)
-
-
-# [shared: grouped_linear] end
 
 
 # [shared: layers] begin
@@ -261,24 +249,13 @@ class Pairs:
         return torch.einsum("mij,mijo->mio", g, values)
 
 
-# [shared: pairs] begin
-def pairs_class(args: Args) -> Callable[..., Pairs]:
-    """Pairs or FastPairs, which has the same methods."""
-    if args.plain:
-        return Pairs
-    return functools.partial(FastPairs, compiled=args.compile)
-
-
-# [shared: pairs] end
-
-
 class RelationGraph(nn.Module):
     """phi: whom an agent attends to."""
 
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
         H, K = args.hidden_size, args.key_size
-        self.pairs = pairs_class(args)
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
         self.key_size = K
         self.own = Linear(sets, own_size, H, gain=RELU)
         self.query = Linear(sets, H, K, gain=args.head_gain)
@@ -313,7 +290,7 @@ class GraphNet(nn.Module):
     ):
         super().__init__()
         H = args.hidden_size
-        self.pairs = pairs_class(args)
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
         self.own = MLP(sets, own_size, H, H)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
         self.value = Linear(sets, H, H)
@@ -356,12 +333,11 @@ class Agent:
         own, entity = game.own_features, game.entity_features
         torch.manual_seed(args.seed)
         self.attention = RelationGraph(self.sets, own, entity, args).to(device)
+        net = functools.partial(GraphNet, self.sets, own, args=args)
         # Small first logits: all actions are tried.
-        self.actor = GraphNet(self.sets, own, entity, NUM_ACTIONS, gain=0.1, args=args)
-        entity_size = entity + NUM_ACTIONS  # a critic reads the others' actions, too
-        self.critic = GraphNet(self.sets, own, entity_size, NUM_ACTIONS, gain=1.0, args=args)
-        for net in (self.actor, self.critic):
-            net.to(device)
+        self.actor = net(entity, NUM_ACTIONS, gain=0.1).to(device)
+        # A critic reads the others' actions, too.
+        self.critic = net(entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0).to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
@@ -374,8 +350,8 @@ class Agent:
         """An observation as networks read it."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
         return View(
-            own=obs.own.to(torch.float32).contiguous(),
-            others=obs.others.to(torch.float32).contiguous(),
+            own=obs.own.contiguous(),
+            others=obs.others.contiguous(),
             alive=obs.alive.contiguous(),
             mask=obs.mask(),
             counts=counts,
@@ -387,8 +363,7 @@ class Agent:
         step = self.args.polyak if self.args.target == "polyak" else 1.0
         pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
         for target, net in pairs:
-            slow, fast = list(target.parameters()), list(net.parameters())
-            torch._foreach_lerp_(slow, fast, step)
+            torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), step)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -406,11 +381,6 @@ class Batch(NamedTuple):
     actions: Tensor  # (M, N) int64
     rewards: Tensor  # (M, N) float32, divided by their running deviation
     terminated: Tensor  # (M,) bool
-
-
-def sum_by_type(x: Tensor, game: Game) -> Tensor:  # (..., N) -> (types,)
-    parts = x.split(game.population, -1)
-    return torch.stack([part.sum() for part in parts])
 
 
 class ReplayBuffer:
@@ -494,30 +464,8 @@ class Collector:
         self.worlds = make_envs(args, population, args.num_envs, args.seed)
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
-        N, types = self.game.num_agents, len(self.game.population)
-        self.returns = torch.zeros(args.num_envs, N, device=device)  # of running episodes
-        self.ended = torch.zeros(1 + types, device=device)  # episodes, their returns by type
+        self.returns = EpisodeReturns(self.worlds)
         self.worlds.reset()
-
-    def count(self, step: Step) -> None:
-        """Returns of running and ended episodes, after a step."""
-        ended = step.terminated | step.truncated
-        returns = self.returns + step.reward
-        self.ended[0] += ended.sum()
-        self.ended[1:] += sum_by_type(returns * ended[:, None], self.game)
-        self.returns = returns * ~ended[:, None]
-
-    def report(self) -> dict[str, float]:
-        """Returns of the episodes that ended since the last report, per agent."""
-        episodes, *sums = self.ended.tolist()
-        self.ended.zero_()
-        if not episodes:
-            return {}
-        means = [x / episodes / n for x, n in zip(sums, self.game.population)]
-        figures = {f"return/{self.name}": sum(means) / len(means), "episodes": episodes}
-        if len(means) > 1:
-            figures |= {f"return/{self.name}/{k}": x for k, x in enumerate(means)}
-        return figures
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the replay's rows."""
@@ -525,8 +473,7 @@ class Collector:
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
             "rewards": self.buffer.reward_sums,
-            "returns": self.returns,
-            "ended": self.ended,
+            **self.returns.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -534,8 +481,7 @@ class Collector:
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
         self.buffer.reward_sums = saved["rewards"].to(self.device)
-        self.returns = saved["returns"].to(self.device)
-        self.ended = saved["ended"].to(self.device)
+        self.returns.load_state_dict(saved)
 
 
 @torch.no_grad()
@@ -550,7 +496,7 @@ def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
     row = {"state": state, "final_state": step.final_state, "actions": actions}
     row |= {"rewards": step.reward, "terminated": step.terminated}
     collector.buffer.add(row, view.alive)
-    collector.count(step)
+    collector.returns.add(step)
 
 
 # --- 7. Update ------------------------------------------------------------------------------------
@@ -663,23 +609,13 @@ def net_player(agent: Agent, seed: int) -> Player:
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Episodes without learning, at the end beside scripted players in the same worlds. Returns
-    {"population player": envs.particle.episodes.summarise(...)}."""
+    """Episodes without learning, at the end beside scripted players in the same worlds."""
     world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
     worlds = make_envs(args, args.population, evaluation.episodes, world_seed)
     players = {"": net_player(agent, player_seed)}
     if evaluation.final:
         players |= scripted_players(scripted_seed)
-    evaluation.expect(len(players) * evaluation.episodes)
-    results = {}
-    for name, player in players.items():
-        worlds.seed(world_seed)  # all meet the same episodes
-        film = None
-        if evaluation.videos and not name:
-            film = evaluation.videos / f"{evaluation.stem}-{args.population}.mp4"
-        returns = play(worlds, player, film, evaluation.progress)
-        results[f"{args.population} {name}".rstrip()] = summarise(args.task, returns)
-    return results
+    return play_all(evaluation, worlds, players, world_seed)
 
 
 def load_agent(path: str) -> tuple[Args, Agent]:
@@ -731,10 +667,7 @@ def train(args: Args) -> int:
             run.lap("learn_s")
             run.advance(args.num_envs)
             if run.is_due(args.log_every):
-                figures = collector.report()
-                if figures:
-                    figures["return"] = figures[f"return/{collector.name}"]
-                run.log(figures)
+                run.log(report_returns({args.population: collector.returns}))
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

@@ -517,7 +517,7 @@ def test_gradients_of_pairs_by_hand(kind, rows, n, N):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("wanted", ["xab", "x", "ab", "a", "b"])
 def test_gradcheck_of_pairs(kind, rows, wanted):
-    """With any of the inputs given, as under frozen()."""
+    """With any of the inputs given, as where phi learns by way of the policies."""
     inputs = pair_inputs(getattr(pairs, kind), rows, 3, 4)
     for name, x in zip("xab", inputs):
         x.requires_grad_(name in wanted)
@@ -1374,7 +1374,7 @@ def test_uniform_prior():
 def test_latents_are_drawn_from_the_prior():
     """Frequencies of each agent within 5 standard errors, agents independent of each other."""
     s = setting("pacman", "2,1", "3,2")
-    z = mra.draw_latents(s.agent, s.game, (20_000,), seeded(0)).numpy()
+    z = mra.draw_latents(s.agent, s.game, 20_000, seeded(0)).numpy()
     assert z.shape == (20_000, 3)
     p = np.exp(numbers(s.agent.log_prior(s.game)))
     assert np.ptp(p) > 0.2, "far from uniform"
