@@ -20,8 +20,7 @@ prior psi and the population classifier xi. Targets Q' and pi' follow.
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
 key, S parameter sets, Z latents, Ds De features of oneself and of others. What the paper leaves
-open is decided in docs/mra.md; the worlds: docs/particle.md. The parent is
-baselines/maddpg_particle.py.
+open: docs/mra.md; the worlds: docs/particle.md; the parent: baselines/maddpg_particle.py.
 """
 
 from __future__ import annotations
@@ -69,12 +68,12 @@ from torch import Tensor, nn
 from envs.particle.episodes import (
     EpisodeReturns,
     Player,
+    RewardScale,
     play,
     play_all,
     read_population,
     report_returns,
     scripted_players,
-    sum_by_type,
     table,
 )
 from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
@@ -167,8 +166,12 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     ]
 
 
-def read_adapting(argv: list[str], given: Args) -> Args:
-    """The command line on top of the arguments of the run that --adapt names."""
+def read(argv: list[str]) -> Args:
+    """The command line, on top of what --preset, --resume or --eval-only stand for; with --adapt on
+    top of the arguments of the run that it names."""
+    given = read_flags(Args, argv)
+    if not given.adapt or given.resume or given.eval_only:
+        return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
     source, own = given.adapt, saved_args(given.adapt, Args)
     if not own.share_parameters:
         raise UsageError(f"{source} has parameters per agent, which fit no other population.")
@@ -314,11 +317,8 @@ class RelationGraph(nn.Module):
         self.key_size = K
         self.latents, self.representation = Z, args.representation
         self.heads = Z if args.representation == "option" else 1
-        if args.representation == "concat":
-            own_size = own_size + Z
-        if args.representation == "bilinear":
-            own_size = own_size * Z
-        self.own = Linear(sets, own_size, H, gain=RELU)
+        own_sizes = {"option": own_size, "concat": own_size + Z, "bilinear": own_size * Z}
+        self.own = Linear(sets, own_sizes[args.representation], H, gain=RELU)
         self.query = Linear(sets * self.heads, H, K, gain=args.head_gain)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
         if args.representation == "concat":
@@ -352,10 +352,9 @@ class RelationGraph(nn.Module):
         if self.representation == "concat":
             shift = self.entity_z(view.z, view.counts)
         if self.representation == "bilinear":
-            weight = weight.unflatten(0, (-1, self.latents))  # (S, Z, De, H)
-            bias = bias.unflatten(0, (-1, self.latents))
-            weight, bias = per_agent(weight, view.counts), per_agent(bias, view.counts)
+            weight = per_agent(weight.unflatten(0, (-1, self.latents)), view.counts)
             weight = torch.einsum("mnz,nzdh->mndh", view.z, weight)
+            bias = per_agent(bias.unflatten(0, (-1, self.latents)), view.counts)  # (N, Z, H)
             shift, bias = torch.einsum("mnz,nzh->mnh", view.z, bias), None
         return self.pairs(view.others, weight, bias, view.counts, shift=shift)
 
@@ -379,8 +378,7 @@ class RelationGraph(nn.Module):
         """The graphs (Z, M, N, N) that there are with each z for everybody."""
         if self.heads == 1:
             eye = torch.eye(self.latents, device=view.z.device, dtype=view.z.dtype)
-            views = [view._replace(z=z.expand_as(view.z)) for z in eye]
-            return torch.stack([self(each) for each in views])
+            return torch.stack([self(view._replace(z=z.expand_as(view.z))) for z in eye])
         pairs, queries = self.entities(view), self.queries(view).unbind(2)
         keys = self.split_heads(self.key.weight).unbind(1)
         heads = [pairs.scores(query, key) for query, key in zip(queries, keys)]
@@ -392,13 +390,7 @@ class GraphNet(nn.Module):
     e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z."""
 
     def __init__(
-        self,
-        sets: int,
-        own_size: int,
-        entity_size: int,
-        outputs: int,
-        gain: float,
-        args: Args,
+        self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
     ):
         super().__init__()
         H = args.hidden_size
@@ -434,11 +426,7 @@ class LatentPrior(nn.Module):
     def __init__(self, types: int, latents: int):
         super().__init__()
         self.types = types
-        self.net = nn.Sequential(
-            nn.Linear(types, 32),
-            nn.ReLU(),
-            nn.Linear(32, types * latents),
-        )
+        self.net = nn.Sequential(nn.Linear(types, 32), nn.ReLU(), nn.Linear(32, types * latents))
 
     def forward(self, population: tuple[int, ...]) -> Tensor:
         """log p(z|m) (types, Z)."""
@@ -494,11 +482,9 @@ class Agent:
     def log_prior(self, game: Game) -> Tensor:
         """log p(z|m) (N, Z)."""
         Z, floor = self.args.latent_size, self.args.prior_floor
+        log_p = torch.zeros(len(game.population), Z, device=self.device).log_softmax(-1)
         if self.learns_prior:
             log_p = self.latent_prior(game.population)
-        else:
-            types = len(game.population)
-            log_p = torch.zeros(types, Z, device=self.device).log_softmax(-1)
         if floor:
             log_p = ((1 - floor) * log_p.exp() + floor / Z).log()
         return per_agent(log_p, game.population)
@@ -596,7 +582,7 @@ class ReplayBuffer:
         self.args, self.worlds, self.device = args, worlds, device
         self.game, self.steps = worlds.game, 0  # environment steps
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
-        types = len(self.game.population)
+        self.reward_scale = RewardScale(worlds)
         self.rows = {
             "state": torch.empty(size, S, device=device),
             "final_state": torch.empty(size, S, device=device),  # at the end of the step
@@ -605,8 +591,6 @@ class ReplayBuffer:
             "terminated": torch.empty(size, dtype=torch.bool, device=device),
             "z": torch.empty(size, N, dtype=torch.int8, device=device),
         }
-        # 1, r, r^2, summed over living agents of each type
-        self.reward_sums = torch.zeros(3, types, dtype=torch.float64, device=device)
 
     @property
     def size(self) -> int:
@@ -614,27 +598,12 @@ class ReplayBuffer:
 
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
         """Store a step of all worlds; alive (B, N)."""
-        B, size = len(alive), self.args.buffer_size
-        place = torch.arange(B, device=self.device)
-        place = (self.steps + place) % size
+        end = self.steps + len(alive)
+        place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
             self.rows[name][place] = x.to(self.rows[name].dtype)
-        rewards = (row["rewards"] * alive).double()
-        powers = (alive.double(), rewards, rewards * rewards)
-        sums = [sum_by_type(x, self.game) for x in powers]
-        self.reward_sums += torch.stack(sums)
-        self.steps += B
-
-    def deviation(self) -> Tensor:
-        """(N,): what the rewards of each agent are divided by, at least .01."""
-        # paper is silent: no mean is taken off, games that end early would change
-        count, total, square = self.reward_sums
-        variance = square / count - (total / count) ** 2
-        std = variance.clamp(min=0).sqrt().float()
-        std = std.clamp(min=0.01)
-        if not self.args.scale_rewards:
-            std = torch.ones_like(std)
-        return per_agent(std, self.game.population)
+        self.reward_scale.add(row["rewards"], alive)
+        self.steps = end
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
@@ -643,11 +612,15 @@ class ReplayBuffer:
         row = {name: x[index] for name, x in self.rows.items()}
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])
+        rewards = row["rewards"]
+        if self.args.scale_rewards:
+            # paper is silent: no mean is taken off, games that end early would change
+            rewards = rewards / self.reward_scale.deviation()
         return Batch(
             view=agent.view(self.game, obs, row["z"]),
             next_view=agent.view(self.game, next_obs, row["z"]),
             actions=row["actions"].long(),
-            rewards=row["rewards"] / self.deviation(),
+            rewards=rewards,
             terminated=row["terminated"],
         )
 
@@ -679,7 +652,7 @@ class Collector:
         return {
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
-            "rewards": self.buffer.reward_sums,
+            "rewards": self.buffer.reward_scale.sums,
             **self.returns.state_dict(),
             "z": self.z,
         }
@@ -688,7 +661,7 @@ class Collector:
         """Go on where state_dict() was taken."""
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
-        self.buffer.reward_sums = saved["rewards"].to(self.device)
+        self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
         self.returns.load_state_dict(saved)
         self.z = saved["z"].to(self.device)
 
@@ -843,12 +816,11 @@ def update(
     if not args.adapt:
         reptile(args, agent, start)
         if args.phi_gradient == "mi" and args.latent_size > 1:
-            information = information_update(args, agent, buffer, batch.view)
-            means[f"mi/{collector.name}"] = information
+            means[f"mi/{collector.name}"] = information_update(args, agent, buffer, batch.view)
         if agent.learns_prior:
             means |= latent_update(args, agent, collectors, latent_rng)
     agent.follow()
-    rewards = torch.stack([each.buffer.reward_sums for each in collectors])
+    rewards = torch.stack([each.buffer.reward_scale.sums for each in collectors])
     check_finite(rewards=rewards, **means)
     return means
 
@@ -878,10 +850,9 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
             for kind, row in enumerate(agent.latent_prior(game.population).exp()):
                 for z, x in enumerate(row):  # psi's own, without --prior-floor
                     scalars[f"prior/{name}/{kind}/{z}"] = x
-    distances = []
-    for p, q in itertools.combinations(priors, 2):
-        distances.append((p - q).abs().sum() / 2)
-    if distances:
+    if len(priors) > 1:
+        pairs = itertools.combinations(priors, 2)
+        distances = [(p - q).abs().sum() / 2 for p, q in pairs]
         scalars["prior_distance"] = torch.stack(distances).mean()
     check_finite(**scalars)
     return scalars
@@ -933,14 +904,14 @@ def best_latents(
 
 
 def evaluate(
-    args: Args, agent: Agent, collectors: list[Collector], evaluation: Evaluation
+    args: Args, agent: Agent, own: dict[str, Collector], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
     """Episodes without learning: with z drawn, with each z for everybody, with a uniform graph; at
-    the end also with the best z, beside scripted players, and in populations never met."""
+    the end also with the best z, beside scripted players, and in populations never met. own: of
+    the populations that it learns in."""
     Z, results = args.latent_size, {}
     world_seed, player_seed, *seeds = evaluation.rng.integers(2**31, size=6).tolist()
     latent_rng = torch.Generator().manual_seed(seeds[3])
-    own = {collector.name: collector for collector in collectors}
     unseen = args.eval_populations if evaluation.final else ()
     for population in dict.fromkeys((*own, *unseen)):
         worlds = make_envs(args, population, evaluation.episodes, world_seed)
@@ -949,7 +920,9 @@ def evaluate(
         if args.adapt and population in own:
             z = own[population].z[0]  # theirs for good
         players = {"": net_player(agent, z, player_seed)}
-        same = {f"z={k}": (k,) * len(counts) for k in range(Z)} if Z > 1 else {}
+        same = {}  # of each type all agents have the same z
+        if Z > 1:
+            same |= {f"z={k}": (k,) * len(counts) for k in range(Z)}
         filmed = ("", *same)
         if evaluation.final and Z > 1:
             best = best_latents(args, agent, evaluation, population, seeds[1:3])
@@ -977,8 +950,8 @@ def load_agent(path: str) -> tuple[Args, Agent]:
 
 
 def load_player(path: str, seed: int = 1) -> Player:
-    """The policy of a run or checkpoint as a player for envs.particle.episodes, in any population:
-    where an episode begins, latents are drawn from p(z|m)."""
+    """The policy of a run or checkpoint as a player for envs.particle.episodes, in all
+    populations."""
     _, agent = load_agent(path)
     return net_player(agent, None, seed)
 
@@ -996,7 +969,7 @@ def begin(
         nets = {name: part for name, part in agent.parts().items() if isinstance(part, nn.Module)}
         restore(nets, saved["agent"], args.adapt)
         sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]
-        collectors[0].buffer.reward_sums += torch.stack(sums).mean(0).to(agent.device)
+        collectors[0].buffer.reward_scale.sums += torch.stack(sums).mean(0).to(agent.device)
     for collector in collectors:
         B = 1 if args.adapt else args.num_envs
         collector.z[:] = draw_latents(agent, collector.game, B, latent_rng)
@@ -1014,10 +987,9 @@ def train(args: Args) -> int:
         rng = torch.Generator().manual_seed(args.seed)
         latent_rng = torch.Generator().manual_seed(args.seed + 2**32)
         by_name = {collector.name: collector for collector in collectors}
-        returns = {name: collector.returns for name, collector in by_name.items()}
         own = {"rng": rng, "latent_rng": latent_rng, "collectors": by_name}
         run.restore(agent=agent)
-        run.judge = functools.partial(evaluate, args, agent, collectors)
+        run.judge = functools.partial(evaluate, args, agent, by_name)
         if args.eval_only:
             run.restore_own(own)  # an adapted population keeps its latents
             return run.evaluate_only()
@@ -1033,30 +1005,22 @@ def train(args: Args) -> int:
             turn = run.iteration // args.max_episode_steps % len(collectors)
             collector = collectors[turn]
             buffer = collector.buffer
-            updates = buffer.steps // args.update_every
             collect(agent, collector, rng, latent_rng)
             run.lap("collect_s")
-            is_due = buffer.steps // args.update_every > updates
+            is_due = buffer.steps % args.update_every < args.num_envs  # a multiple was passed
             if is_due and buffer.size >= args.batch_size:
                 run.note(update(args, agent, collector, collectors, rng, latent_rng))
             run.lap("learn_s")
             run.advance(args.num_envs)
             if run.is_due(args.log_every):
                 look_rng = torch.Generator().manual_seed(run.timesteps)
-                run.log(diagnose(agent, collectors, look_rng) | report_returns(returns))
+                returns = report_returns([each.returns for each in collectors])
+                run.log(diagnose(agent, collectors, look_rng) | returns)
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
                 run.evaluate("eval")
         return run.finish()
-
-
-def read(argv: list[str]) -> Args:
-    """The command line, on top of what --preset, --resume, --eval-only or --adapt stand for."""
-    given = read_flags(Args, argv)
-    if given.adapt and not (given.resume or given.eval_only):
-        return read_adapting(argv, given)
-    return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
 
 
 def main(argv: list[str] | None = None) -> int:

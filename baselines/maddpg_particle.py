@@ -63,11 +63,11 @@ from torch import Tensor, nn
 from envs.particle.episodes import (
     EpisodeReturns,
     Player,
+    RewardScale,
     play_all,
     read_population,
     report_returns,
     scripted_players,
-    sum_by_type,
     table,
 )
 from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
@@ -280,13 +280,7 @@ class GraphNet(nn.Module):
     without others."""
 
     def __init__(
-        self,
-        sets: int,
-        own_size: int,
-        entity_size: int,
-        outputs: int,
-        gain: float,
-        args: Args,
+        self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
     ):
         super().__init__()
         H = args.hidden_size
@@ -392,7 +386,7 @@ class ReplayBuffer:
         self.args, self.worlds, self.device = args, worlds, device
         self.game, self.steps = worlds.game, 0  # environment steps
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
-        types = len(self.game.population)
+        self.reward_scale = RewardScale(worlds)
         self.rows = {
             "state": torch.empty(size, S, device=device),
             "final_state": torch.empty(size, S, device=device),  # at the end of the step
@@ -400,8 +394,6 @@ class ReplayBuffer:
             "rewards": torch.empty(size, N, device=device),  # raw
             "terminated": torch.empty(size, dtype=torch.bool, device=device),
         }
-        # 1, r, r^2, summed over living agents of each type
-        self.reward_sums = torch.zeros(3, types, dtype=torch.float64, device=device)
 
     @property
     def size(self) -> int:
@@ -409,27 +401,12 @@ class ReplayBuffer:
 
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
         """Store a step of all worlds; alive (B, N)."""
-        B, size = len(alive), self.args.buffer_size
-        place = torch.arange(B, device=self.device)
-        place = (self.steps + place) % size
+        end = self.steps + len(alive)
+        place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
             self.rows[name][place] = x.to(self.rows[name].dtype)
-        rewards = (row["rewards"] * alive).double()
-        powers = (alive.double(), rewards, rewards * rewards)
-        sums = [sum_by_type(x, self.game) for x in powers]
-        self.reward_sums += torch.stack(sums)
-        self.steps += B
-
-    def deviation(self) -> Tensor:
-        """(N,): what the rewards of each agent are divided by, at least .01."""
-        # paper is silent: no mean is taken off, games that end early would change
-        count, total, square = self.reward_sums
-        variance = square / count - (total / count) ** 2
-        std = variance.clamp(min=0).sqrt().float()
-        std = std.clamp(min=0.01)
-        if not self.args.scale_rewards:
-            std = torch.ones_like(std)
-        return per_agent(std, self.game.population)
+        self.reward_scale.add(row["rewards"], alive)
+        self.steps = end
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
@@ -438,11 +415,15 @@ class ReplayBuffer:
         row = {name: x[index] for name, x in self.rows.items()}
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])
+        rewards = row["rewards"]
+        if self.args.scale_rewards:
+            # paper is silent: no mean is taken off, games that end early would change
+            rewards = rewards / self.reward_scale.deviation()
         return Batch(
             view=agent.view(self.game, obs),
             next_view=agent.view(self.game, next_obs),
             actions=row["actions"].long(),
-            rewards=row["rewards"] / self.deviation(),
+            rewards=rewards,
             terminated=row["terminated"],
         )
 
@@ -472,7 +453,7 @@ class Collector:
         return {
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
-            "rewards": self.buffer.reward_sums,
+            "rewards": self.buffer.reward_scale.sums,
             **self.returns.state_dict(),
         }
 
@@ -480,7 +461,7 @@ class Collector:
         """Go on where state_dict() was taken."""
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
-        self.buffer.reward_sums = saved["rewards"].to(self.device)
+        self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
         self.returns.load_state_dict(saved)
 
 
@@ -589,7 +570,7 @@ def update(
         scalars["actor_grad_norm"].append(norm)
     agent.follow()
     means = {name: torch.stack(x).mean() for name, x in scalars.items()}
-    check_finite(rewards=buffer.reward_sums, **means)
+    check_finite(rewards=buffer.reward_scale.sums, **means)
     return means
 
 
@@ -658,16 +639,15 @@ def train(args: Args) -> int:
             replays={args.population: buffer},
         )
         while run.goes_on():
-            updates = buffer.steps // args.update_every
             collect(agent, collector, rng)
             run.lap("collect_s")
-            is_due = buffer.steps // args.update_every > updates
+            is_due = buffer.steps % args.update_every < args.num_envs  # a multiple was passed
             if is_due and buffer.size >= args.batch_size:
                 run.note(update(args, agent, collector, rng))
             run.lap("learn_s")
             run.advance(args.num_envs)
             if run.is_due(args.log_every):
-                run.log(report_returns({args.population: collector.returns}))
+                run.log(report_returns([collector.returns]))
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

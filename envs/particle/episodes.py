@@ -29,6 +29,11 @@ def read_population(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
+def population_name(game: Game) -> str:
+    """What read_population() reads: "6", "8,4"."""
+    return ",".join(map(str, game.population))
+
+
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
@@ -91,7 +96,7 @@ def play_all(
     """Summaries of all players in the same episodes, one in each world: {"population player":
     summarise(...)}. evaluation: harness.Evaluation, with where films go and who is told how far it
     is; seed: of the worlds; filmed: players of whom there is a film, if there are any."""
-    population = ",".join(map(str, worlds.game.population))
+    population = population_name(worlds.game)
     results = {}
     evaluation.expect(len(players) * worlds.num_worlds)
     for name, player in players.items():
@@ -167,14 +172,19 @@ class EpisodeReturns:
         self.ended[1:] += sum_by_type(returns * ended[:, None], self.game)
         self.running = returns * ~ended[:, None]
 
-    def report(self) -> tuple[int, list[float]]:
-        """Episodes that ended since the last report; their mean return per agent of each type, an
-        empty list where there were none."""
+    def report(self) -> dict[str, float]:
+        """Scalars of the episodes that ended since the last report: return per agent, with several
+        types of each and their mean. Nothing where there were none."""
         episodes, *sums = self.ended.tolist()
         self.ended.zero_()
         if not episodes:
-            return 0, []
-        return episodes, [x / episodes / n for x, n in zip(sums, self.game.population)]
+            return {}
+        means = [x / episodes / n for x, n in zip(sums, self.game.population)]
+        name = f"return/{population_name(self.game)}"
+        scalars = {"episodes": episodes, name: sum(means) / len(means)}
+        if len(means) > 1:
+            scalars |= {f"{name}/{kind}": x for kind, x in enumerate(means)}
+        return scalars
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"returns": self.running, "ended": self.ended}
@@ -185,18 +195,38 @@ class EpisodeReturns:
         self.ended = saved["ended"].to(self.device)
 
 
-def report_returns(populations: dict[str, EpisodeReturns]) -> dict[str, float]:
-    """Scalars of the episodes that ended since the last report: returns per agent in each
-    population, of each type where there are several, and their mean over populations."""
-    figures, returns = {}, []
-    for name, each in populations.items():
-        episodes, by_type = each.report()
-        if not episodes:
-            continue
-        returns.append(sum(by_type) / len(by_type))
-        figures |= {f"return/{name}": returns[-1], "episodes": episodes}
-        if len(by_type) > 1:
-            figures |= {f"return/{name}/{kind}": x for kind, x in enumerate(by_type)}
+class RewardScale:
+    """How large the rewards of one population are: sums over all steps, of living agents."""
+
+    def __init__(self, worlds: ParticleWorld):
+        self.game = worlds.game
+        types = len(worlds.game.population)
+        # 1, r, r^2 (3, types)
+        self.sums = torch.zeros(3, types, dtype=torch.float64, device=worlds.device)
+
+    def add(self, rewards: Tensor, alive: Tensor) -> None:
+        """Of all worlds in a step, (B, N)."""
+        rewards = (rewards * alive).double()
+        powers = (alive.double(), rewards, rewards * rewards)
+        self.sums += torch.stack([sum_by_type(x, self.game) for x in powers])
+
+    def deviation(self) -> Tensor:
+        """(N,): the standard deviation for each agent's type, at least .01."""
+        count, total, square = self.sums
+        variance = square / count - (total / count) ** 2
+        deviation = variance.clamp(min=0).sqrt().float().clamp(min=0.01)
+        counts = torch.tensor(self.game.population, device=deviation.device)
+        return deviation.repeat_interleave(counts)
+
+
+def report_returns(populations: list[EpisodeReturns]) -> dict[str, float]:
+    """What each population reports, and "return", the mean of their returns."""
+    scalars, returns = {}, []
+    for population in populations:
+        report = population.report()
+        scalars |= report
+        if report:
+            returns.append(report[f"return/{population_name(population.game)}"])
     if returns:
-        figures["return"] = sum(returns) / len(returns)
-    return figures
+        scalars["return"] = sum(returns) / len(returns)
+    return scalars

@@ -1252,17 +1252,19 @@ def test_deviation_of_rewards_is_that_of_the_living(script):
         living = reward[..., part][alive[..., part]]
         expected += [living.std()] * (part.stop - part.start)
     assert abs(expected[0] - reward[..., :2].std()) > 1e-3, "the dead would change it"
-    assert np.abs(numbers(collector.buffer.deviation()) - expected).max() < 1e-6
+    assert np.abs(numbers(collector.buffer.reward_scale.deviation()) - expected).max() < 1e-6
     raw = short_pacman(script, "--no-scale-rewards")
-    record(raw, raw.collectors[0], 3)
-    assert (raw.collectors[0].buffer.deviation() == 1).all()
+    rows = record(raw, raw.collectors[0], 1)
+    batch = raw.collectors[0].buffer.sample(raw.agent, seeded(0), 8)
+    index = torch.randint(0, 8, (8,), generator=seeded(0))
+    assert torch.equal(batch.rewards, rows[0].reward[index])
 
 
 def test_deviation_has_a_floor():
     s = setting("resource", "3", double=False)
     buffer = s.collectors[0].buffer
-    buffer.reward_sums += torch.tensor([[15.0], [30.0], [60.0]])  # 15 times 2
-    assert torch.allclose(buffer.deviation(), torch.full((3,), 0.01))
+    buffer.reward_scale.sums += torch.tensor([[15.0], [30.0], [60.0]])  # 15 times 2
+    assert torch.allclose(buffer.reward_scale.deviation(), torch.full((3,), 0.01))
 
 
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
@@ -1294,7 +1296,7 @@ def test_replay_gives_back_what_was_seen(script):
                     mine = getattr(ours, name)
                     assert mine == x if name == "counts" else torch.equal(mine[m], x[0]), name
             assert torch.equal(batch.actions[m], row.actions[b])
-            assert torch.equal(batch.rewards[m], row.reward[b] / collector.buffer.deviation())
+            assert torch.equal(batch.rewards[m], row.reward[b] / buffer.reward_scale.deviation())
             assert batch.terminated[m] == row.terminated[b]
             checked["died"] |= bool((batch.view.alive[m] != batch.next_view.alive[m]).any())
             checked["terminated"] |= bool(row.terminated[b])
