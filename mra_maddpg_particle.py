@@ -20,14 +20,12 @@ prior psi and the population classifier xi. Targets Q' and pi' follow.
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
 key, S parameter sets, Z latents, Ds De features of oneself and of others. What the paper leaves
-open is decided in docs/mra.md; the worlds: docs/particle.md. The parent is
-baselines/maddpg_particle.py.
+open: docs/mra.md; the worlds: docs/particle.md; the parent: baselines/maddpg_particle.py.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -36,7 +34,7 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 from harness import (
@@ -67,11 +65,19 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from envs.particle.episodes import Player, play, read_population, scripted_players, summarise, table
-from envs.particle.pairs import FastPairs, keep_freed_memory
-from envs.particle.worlds import Game, Observation, ParticleWorld, Step
-
-Latents = Annotated[int, Interval(ge=1, le=128)]  # replays keep z in 8 bits
+from envs.particle.episodes import (
+    EpisodeReturns,
+    Player,
+    RewardScale,
+    play,
+    play_all,
+    read_population,
+    report_returns,
+    scripted_players,
+    table,
+)
+from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
+from envs.particle.worlds import Game, Observation, ParticleWorld
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
@@ -98,7 +104,7 @@ class Args(RunArgs):
     num_envs: Positive = 12  # B, worlds
     max_episode_steps: Positive = 20  # horizon
     # Method
-    latent_size: Latents = 6  # Z
+    latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z; replays keep z in 8 bits
     representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z
     latent_prior: Literal["learned", "uniform"] = "learned"  # p(z|m); uniform: uni-MRA
     prior_floor: Share = 0.0  # of p(z|m), shared by all z; not in the paper, see docs/mra.md
@@ -148,7 +154,6 @@ FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step")
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that cannot be meant."""
-    several = "WORLD_SIZE" in os.environ
     populations = args.populations + args.eval_populations
     one_size = not args.share_parameters
     return [
@@ -157,12 +162,16 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (one_size and len(populations) > 1, "Several populations need --share-parameters"),
-        (several, "This script is one process: worlds are batched instead"),
+        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
 
-def read_adapting(argv: list[str], given: Args) -> Args:
-    """The command line on top of the arguments of the run that --adapt names."""
+def read(argv: list[str]) -> Args:
+    """The command line, on top of what --preset, --resume or --eval-only stand for; with --adapt on
+    top of the arguments of the run that it names."""
+    given = read_flags(Args, argv)
+    if not given.adapt or given.resume or given.eval_only:
+        return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
     source, own = given.adapt, saved_args(given.adapt, Args)
     if not own.share_parameters:
         raise UsageError(f"{source} has parameters per agent, which fit no other population.")
@@ -217,26 +226,6 @@ class View(NamedTuple):
     mask: Tensor  # (M, N, N) bool: j lives and is not i
     counts: tuple[int, ...]  # agents of each parameter set, in order
     z: Tensor  # (M, N, Z) latents, one-hot
-
-
-# [shared: grouped_linear] begin
-def grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, counts: tuple[int, ...]
-) -> Tensor:
-    """x (M, N, I) by the matrix of each agent's parameter set: weight (S, I, O) -> (M, N, O)."""
-    if len(weight) == 1:
-        y = x @ weight[0]
-        return y if bias is None else y + bias[0]
-    if len(weight) == x.shape[1]:
-        y = torch.einsum("mni,nio->mno", x, weight)
-        return y if bias is None else y + bias
-    parts = [part @ w for part, w in zip(x.split(counts, 1), weight)]
-    if bias is not None:
-        parts = [part + b for part, b in zip(parts, bias)]
-    return torch.cat(parts, 1)
-
-
-# [shared: grouped_linear] end
 
 
 # [shared: layers] begin
@@ -317,17 +306,6 @@ class Pairs:
         return torch.einsum("mij,mijo->mio", g, values)
 
 
-# [shared: pairs] begin
-def pairs_class(args: Args) -> Callable[..., Pairs]:
-    """Pairs or FastPairs, which has the same methods."""
-    if args.plain:
-        return Pairs
-    return functools.partial(FastPairs, compiled=args.compile)
-
-
-# [shared: pairs] end
-
-
 class RelationGraph(nn.Module):
     """phi: whom an agent attends to. With --representation option z picks a head (Sec. 4.2), with
     the others (App. E.3) there is one head, which reads z."""
@@ -335,15 +313,12 @@ class RelationGraph(nn.Module):
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
         H, K, Z = args.hidden_size, args.key_size, args.latent_size
-        self.pairs = pairs_class(args)
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
         self.key_size = K
         self.latents, self.representation = Z, args.representation
         self.heads = Z if args.representation == "option" else 1
-        if args.representation == "concat":
-            own_size = own_size + Z
-        if args.representation == "bilinear":
-            own_size = own_size * Z
-        self.own = Linear(sets, own_size, H, gain=RELU)
+        own_sizes = {"option": own_size, "concat": own_size + Z, "bilinear": own_size * Z}
+        self.own = Linear(sets, own_sizes[args.representation], H, gain=RELU)
         self.query = Linear(sets * self.heads, H, K, gain=args.head_gain)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
         if args.representation == "concat":
@@ -377,10 +352,9 @@ class RelationGraph(nn.Module):
         if self.representation == "concat":
             shift = self.entity_z(view.z, view.counts)
         if self.representation == "bilinear":
-            weight = weight.unflatten(0, (-1, self.latents))  # (S, Z, De, H)
-            bias = bias.unflatten(0, (-1, self.latents))
-            weight, bias = per_agent(weight, view.counts), per_agent(bias, view.counts)
+            weight = per_agent(weight.unflatten(0, (-1, self.latents)), view.counts)
             weight = torch.einsum("mnz,nzdh->mndh", view.z, weight)
+            bias = per_agent(bias.unflatten(0, (-1, self.latents)), view.counts)  # (N, Z, H)
             shift, bias = torch.einsum("mnz,nzh->mnh", view.z, bias), None
         return self.pairs(view.others, weight, bias, view.counts, shift=shift)
 
@@ -404,8 +378,7 @@ class RelationGraph(nn.Module):
         """The graphs (Z, M, N, N) that there are with each z for everybody."""
         if self.heads == 1:
             eye = torch.eye(self.latents, device=view.z.device, dtype=view.z.dtype)
-            views = [view._replace(z=z.expand_as(view.z)) for z in eye]
-            return torch.stack([self(each) for each in views])
+            return torch.stack([self(view._replace(z=z.expand_as(view.z))) for z in eye])
         pairs, queries = self.entities(view), self.queries(view).unbind(2)
         keys = self.split_heads(self.key.weight).unbind(1)
         heads = [pairs.scores(query, key) for query, key in zip(queries, keys)]
@@ -417,17 +390,11 @@ class GraphNet(nn.Module):
     e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z."""
 
     def __init__(
-        self,
-        sets: int,
-        own_size: int,
-        entity_size: int,
-        outputs: int,
-        gain: float,
-        args: Args,
+        self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
     ):
         super().__init__()
         H = args.hidden_size
-        self.pairs = pairs_class(args)
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
         self.own = MLP(sets, own_size, H, H)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
         self.value = Linear(sets, H, H)
@@ -459,11 +426,7 @@ class LatentPrior(nn.Module):
     def __init__(self, types: int, latents: int):
         super().__init__()
         self.types = types
-        self.net = nn.Sequential(
-            nn.Linear(types, 32),
-            nn.ReLU(),
-            nn.Linear(32, types * latents),
-        )
+        self.net = nn.Sequential(nn.Linear(types, 32), nn.ReLU(), nn.Linear(32, types * latents))
 
     def forward(self, population: tuple[int, ...]) -> Tensor:
         """log p(z|m) (types, Z)."""
@@ -496,12 +459,11 @@ class Agent:
         own, entity = game.own_features, game.entity_features
         torch.manual_seed(args.seed)
         self.attention = RelationGraph(self.sets, own, entity, args).to(device)
+        net = functools.partial(GraphNet, self.sets, own, args=args)
         # Small first logits: all actions are tried.
-        self.actor = GraphNet(self.sets, own, entity, NUM_ACTIONS, gain=0.1, args=args)
-        entity_size = entity + NUM_ACTIONS  # a critic reads the others' actions, too
-        self.critic = GraphNet(self.sets, own, entity_size, NUM_ACTIONS, gain=1.0, args=args)
-        for net in (self.actor, self.critic):
-            net.to(device)
+        self.actor = net(entity, NUM_ACTIONS, gain=0.1).to(device)
+        # A critic reads the others' actions, too.
+        self.critic = net(entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0).to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
@@ -513,19 +475,16 @@ class Agent:
         self.learns_prior = number > 1 and args.latent_prior == "learned"
         if self.learns_prior:
             self.latent_prior = LatentPrior(types, args.latent_size).to(device)
-            classifier = GraphNet(self.sets, own, entity, number, gain=1.0, args=args)
-            self.population_classifier = classifier.to(device)
-            both = [*self.latent_prior.parameters(), *classifier.parameters()]
-            self.latent_optimiser = adam(both)
+            self.population_classifier = net(entity, number, gain=1.0).to(device)
+            both = nn.ModuleList((self.latent_prior, self.population_classifier))
+            self.latent_optimiser = adam(both.parameters())
 
     def log_prior(self, game: Game) -> Tensor:
         """log p(z|m) (N, Z)."""
         Z, floor = self.args.latent_size, self.args.prior_floor
+        log_p = torch.zeros(len(game.population), Z, device=self.device).log_softmax(-1)
         if self.learns_prior:
             log_p = self.latent_prior(game.population)
-        else:
-            types = len(game.population)
-            log_p = torch.zeros(types, Z, device=self.device).log_softmax(-1)
         if floor:
             log_p = ((1 - floor) * log_p.exp() + floor / Z).log()
         return per_agent(log_p, game.population)
@@ -534,12 +493,12 @@ class Agent:
         """An observation, and latents (M, N), as networks read them."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
         return View(
-            own=obs.own.to(torch.float32).contiguous(),
-            others=obs.others.to(torch.float32).contiguous(),
+            own=obs.own.contiguous(),
+            others=obs.others.contiguous(),
             alive=obs.alive.contiguous(),
             mask=obs.mask(),
             counts=counts,
-            z=F.one_hot(z.long(), self.args.latent_size).to(torch.float32),
+            z=F.one_hot(z.long(), self.args.latent_size).float(),
         )
 
     @torch.no_grad()
@@ -548,8 +507,7 @@ class Agent:
         step = self.args.polyak if self.args.target == "polyak" else 1.0
         pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
         for target, net in pairs:
-            slow, fast = list(target.parameters()), list(net.parameters())
-            torch._foreach_lerp_(slow, fast, step)
+            torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), step)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -559,23 +517,10 @@ class Agent:
 # --- 5. The paper ---------------------------------------------------------------------------------
 
 
-def draw_latents(agent: Agent, game: Game, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """z ~ p_psi(z|m) for each agent: shape (..., N)."""
-    log_p = agent.log_prior(game).detach()
-    return sample(log_p.expand(*shape, *log_p.shape), rng)
-
-
-@contextlib.contextmanager
-def frozen(*nets: nn.Module) -> Iterator[None]:
-    """Gradients pass through these networks without reaching their weights."""
-    parameters = [p for net in nets for p in net.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
+def draw_latents(agent: Agent, game: Game, num_worlds: int, rng: torch.Generator) -> Tensor:
+    """z ~ p_psi(z|m) for each agent (B, N)."""
+    log_p = agent.log_prior(game).detach()  # (N, Z)
+    return sample(log_p.expand(num_worlds, -1, -1), rng)
 
 
 def graph_information(agent: Agent, view: View, log_prior: Tensor) -> Tensor:
@@ -592,8 +537,9 @@ def graph_information(agent: Agent, view: View, log_prior: Tensor) -> Tensor:
 
 def population_loss(agent: Agent, view: View, log_prior: Tensor, label: int) -> Tensor:
     """Cross-entropy of the classifier's guess of the population, of which label is the index,
-    expected over z; log_prior (N, Z)."""
-    g = agent.attention.all(view)  # (Z, M, N, N)
+    expected over z; phi is given; log_prior (N, Z)."""
+    with torch.no_grad():
+        g = agent.attention.all(view)  # (Z, M, N, N)
     log_guess = agent.population_classifier(view, g).log_softmax(-1)
     surprise = -log_guess[..., label]  # (Z, M, N)
     p = log_prior.exp().T[:, None]  # (Z, 1, N)
@@ -627,11 +573,6 @@ class Batch(NamedTuple):
     terminated: Tensor  # (M,) bool
 
 
-def sum_by_type(x: Tensor, game: Game) -> Tensor:  # (..., N) -> (types,)
-    parts = x.split(game.population, -1)
-    return torch.stack([part.sum() for part in parts])
-
-
 class ReplayBuffer:
     """Transitions of one population, and how large its rewards are.
 
@@ -641,7 +582,7 @@ class ReplayBuffer:
         self.args, self.worlds, self.device = args, worlds, device
         self.game, self.steps = worlds.game, 0  # environment steps
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
-        types = len(self.game.population)
+        self.reward_scale = RewardScale(worlds)
         self.rows = {
             "state": torch.empty(size, S, device=device),
             "final_state": torch.empty(size, S, device=device),  # at the end of the step
@@ -650,8 +591,6 @@ class ReplayBuffer:
             "terminated": torch.empty(size, dtype=torch.bool, device=device),
             "z": torch.empty(size, N, dtype=torch.int8, device=device),
         }
-        # 1, r, r^2, summed over living agents of each type
-        self.reward_sums = torch.zeros(3, types, dtype=torch.float64, device=device)
 
     @property
     def size(self) -> int:
@@ -659,27 +598,12 @@ class ReplayBuffer:
 
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
         """Store a step of all worlds; alive (B, N)."""
-        B, size = len(alive), self.args.buffer_size
-        place = torch.arange(B, device=self.device)
-        place = (self.steps + place) % size
+        end = self.steps + len(alive)
+        place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
             self.rows[name][place] = x.to(self.rows[name].dtype)
-        rewards = (row["rewards"] * alive).double()
-        powers = (alive.double(), rewards, rewards * rewards)
-        sums = [sum_by_type(x, self.game) for x in powers]
-        self.reward_sums += torch.stack(sums)
-        self.steps += B
-
-    def deviation(self) -> Tensor:
-        """(N,): what the rewards of each agent are divided by, at least .01."""
-        # paper is silent: no mean is taken off, games that end early would change
-        count, total, square = self.reward_sums
-        variance = square / count - (total / count) ** 2
-        std = variance.clamp(min=0).sqrt().float()
-        std = std.clamp(min=0.01)
-        if not self.args.scale_rewards:
-            std = torch.ones_like(std)
-        return per_agent(std, self.game.population)
+        self.reward_scale.add(row["rewards"], alive)
+        self.steps = end
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
@@ -688,11 +612,15 @@ class ReplayBuffer:
         row = {name: x[index] for name, x in self.rows.items()}
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])
+        rewards = row["rewards"]
+        if self.args.scale_rewards:
+            # paper is silent: no mean is taken off, games that end early would change
+            rewards = rewards / self.reward_scale.deviation()
         return Batch(
             view=agent.view(self.game, obs, row["z"]),
             next_view=agent.view(self.game, next_obs, row["z"]),
             actions=row["actions"].long(),
-            rewards=row["rewards"] / self.deviation(),
+            rewards=rewards,
             terminated=row["terminated"],
         )
 
@@ -714,40 +642,18 @@ class Collector:
         self.worlds = make_envs(args, population, args.num_envs, args.seed)
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
-        N, types = self.game.num_agents, len(self.game.population)
-        self.returns = torch.zeros(args.num_envs, N, device=device)  # of running episodes
-        self.ended = torch.zeros(1 + types, device=device)  # episodes, their returns by type
-        self.z = torch.zeros(args.num_envs, N, dtype=torch.int64, device=device)
+        self.returns = EpisodeReturns(self.worlds)
+        shape = (args.num_envs, self.game.num_agents)
+        self.z = torch.zeros(shape, dtype=torch.int64, device=device)  # of running episodes
         self.worlds.reset()
-
-    def count(self, step: Step) -> None:
-        """Returns of running and ended episodes, after a step."""
-        ended = step.terminated | step.truncated
-        returns = self.returns + step.reward
-        self.ended[0] += ended.sum()
-        self.ended[1:] += sum_by_type(returns * ended[:, None], self.game)
-        self.returns = returns * ~ended[:, None]
-
-    def report(self) -> dict[str, float]:
-        """Returns of the episodes that ended since the last report, per agent."""
-        episodes, *sums = self.ended.tolist()
-        self.ended.zero_()
-        if not episodes:
-            return {}
-        means = [x / episodes / n for x, n in zip(sums, self.game.population)]
-        figures = {f"return/{self.name}": sum(means) / len(means), "episodes": episodes}
-        if len(means) > 1:
-            figures |= {f"return/{self.name}/{k}": x for k, x in enumerate(means)}
-        return figures
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the replay's rows."""
         return {
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
-            "rewards": self.buffer.reward_sums,
-            "returns": self.returns,
-            "ended": self.ended,
+            "rewards": self.buffer.reward_scale.sums,
+            **self.returns.state_dict(),
             "z": self.z,
         }
 
@@ -755,9 +661,8 @@ class Collector:
         """Go on where state_dict() was taken."""
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
-        self.buffer.reward_sums = saved["rewards"].to(self.device)
-        self.returns = saved["returns"].to(self.device)
-        self.ended = saved["ended"].to(self.device)
+        self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
+        self.returns.load_state_dict(saved)
         self.z = saved["z"].to(self.device)
 
 
@@ -776,10 +681,10 @@ def collect(
     row |= {"rewards": step.reward, "terminated": step.terminated}
     row |= {"z": collector.z}
     collector.buffer.add(row, view.alive)
-    collector.count(step)
+    collector.returns.add(step)
     if not agent.args.adapt:  # a new episode, new latents
         ended = (step.terminated | step.truncated)[:, None]
-        new = draw_latents(agent, collector.game, collector.z.shape[:1], latent_rng)
+        new = draw_latents(agent, collector.game, worlds.num_worlds, latent_rng)
         collector.z = torch.where(ended, new, collector.z)
 
 
@@ -852,29 +757,30 @@ def actor_loss(
 def information_update(args: Args, agent: Agent, buffer: ReplayBuffer, view: View) -> Tensor:
     """A step of phi up the bound on I(g; a|o), which it returns."""
     log_prior = agent.log_prior(buffer.game).detach()
-    with frozen(agent.actor, agent.target_actor):
-        information = mean(graph_information(agent, view, log_prior), view.alive)
-        descend(-information, agent.attention, agent.actor_optimiser, args.max_grad_norm)
+    policies = nn.ModuleList((agent.actor, agent.target_actor))
+    policies.requires_grad_(False)  # phi learns by way of them
+    information = mean(graph_information(agent, view, log_prior), view.alive)
+    descend(-information, agent.attention, agent.actor_optimiser, args.max_grad_norm)
+    policies.requires_grad_(True)
     return information.detach()
 
 
 def latent_update(
     args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """A step of psi and xi on observations of all populations; phi is given. Returns scalars."""
-    scalars = {}
+    """A step of psi and xi on observations of all populations. Returns scalars."""
+    losses = {}
     size = math.ceil(args.batch_size / len(collectors))
-    with frozen(agent.attention):
-        for label, collector in enumerate(collectors):
-            if collector.buffer.size:
-                view = collector.buffer.sample(agent, rng, size).view
-                log_prior = agent.log_prior(collector.game)
-                loss = population_loss(agent, view, log_prior, label)
-                scalars[f"xi_loss/{collector.name}"] = loss
-        loss = torch.stack(list(scalars.values())).mean()
-        nets = nn.ModuleList((agent.latent_prior, agent.population_classifier))
-        descend(loss, nets, agent.latent_optimiser, args.max_grad_norm)
-    return {name: x.detach() for name, x in scalars.items()}
+    for label, collector in enumerate(collectors):
+        if collector.buffer.size:
+            view = collector.buffer.sample(agent, rng, size).view
+            log_prior = agent.log_prior(collector.game)
+            loss = population_loss(agent, view, log_prior, label)
+            losses[f"xi_loss/{collector.name}"] = loss
+    nets = nn.ModuleList((agent.latent_prior, agent.population_classifier))
+    loss = torch.stack(list(losses.values())).mean()
+    descend(loss, nets, agent.latent_optimiser, args.max_grad_norm)
+    return losses
 
 
 def update(
@@ -910,12 +816,11 @@ def update(
     if not args.adapt:
         reptile(args, agent, start)
         if args.phi_gradient == "mi" and args.latent_size > 1:
-            information = information_update(args, agent, buffer, batch.view)
-            means[f"mi/{collector.name}"] = information
+            means[f"mi/{collector.name}"] = information_update(args, agent, buffer, batch.view)
         if agent.learns_prior:
             means |= latent_update(args, agent, collectors, latent_rng)
     agent.follow()
-    rewards = torch.stack([each.buffer.reward_sums for each in collectors])
+    rewards = torch.stack([each.buffer.reward_scale.sums for each in collectors])
     check_finite(rewards=rewards, **means)
     return means
 
@@ -945,10 +850,9 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
             for kind, row in enumerate(agent.latent_prior(game.population).exp()):
                 for z, x in enumerate(row):  # psi's own, without --prior-floor
                     scalars[f"prior/{name}/{kind}/{z}"] = x
-    distances = []
-    for p, q in itertools.combinations(priors, 2):
-        distances.append((p - q).abs().sum() / 2)
-    if distances:
+    if len(priors) > 1:
+        pairs = itertools.combinations(priors, 2)
+        distances = [(p - q).abs().sum() / 2 for p, q in pairs]
         scalars["prior_distance"] = torch.stack(distances).mean()
     check_finite(**scalars)
     return scalars
@@ -957,23 +861,29 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
 # --- 8. Evaluate ----------------------------------------------------------------------------------
 
 
-def net_player(agent: Agent, z: Tensor, seed: int, uniform: bool = False) -> Player:
-    """Our agents with latents z (B, N) as a player for envs.particle.episodes: sampled actions.
-    uniform: with a graph that knows nothing."""
+def net_player(agent: Agent, z: Tensor | None, seed: int, uniform: bool = False) -> Player:
+    """Our agents as a player for envs.particle.episodes: sampled actions, latents z (B, N) or, of
+    all worlds, (N,); None: drawn from p(z|m) where an episode begins. uniform: with a graph that
+    knows nothing."""
     rng = torch.Generator().manual_seed(seed)
+    latent_rng = torch.Generator().manual_seed(seed + 2**32)
+    drawn = weakref.WeakKeyDictionary()  # of worlds that it plays in: (B, N)
+
+    def latents(worlds: ParticleWorld) -> Tensor:
+        B = worlds.num_worlds
+        if z is not None:
+            return z.expand(B, -1)
+        new = draw_latents(agent, worlds.game, B, latent_rng)
+        begins = worlds.clocks.time[:B, None] == 0
+        drawn[worlds] = torch.where(begins, new, drawn.get(worlds, new))
+        return drawn[worlds]
 
     def act(worlds: ParticleWorld) -> Tensor:  # (B, N)
-        view = agent.view(worlds.game, worlds.obs, z)
+        view = agent.view(worlds.game, worlds.obs, latents(worlds))
         g = uniform_graph(view) if uniform else agent.attention(view)
         return sample(agent.actor(view, g).log_softmax(-1), rng)
 
     return act
-
-
-def same_latents(game: Game, episodes: int, z: tuple[int, ...], device: torch.device) -> Tensor:
-    """(episodes, N): everybody of a type has the same, z has one for each type."""
-    latents = torch.tensor([z[kind] for kind in game.types], device=device)
-    return latents.expand(episodes, -1)
 
 
 def best_latents(
@@ -982,55 +892,48 @@ def best_latents(
     """The z, one for each type, with the largest return (mean of types) in --eval-episodes other
     episodes; seeds: of worlds, of players."""
     worlds = make_envs(args, population, args.eval_episodes, seeds[0])
-    types, found = len(worlds.game.population), {}
-    evaluation.expect(args.eval_episodes * args.latent_size**types)
-    for z in itertools.product(range(args.latent_size), repeat=types):
+    game, found = worlds.game, {}
+    choices = list(itertools.product(range(args.latent_size), repeat=len(game.population)))
+    evaluation.expect(args.eval_episodes * len(choices))
+    for choice in choices:
         worlds.seed(seeds[0])
-        latents = same_latents(worlds.game, args.eval_episodes, z, agent.device)
-        player = net_player(agent, latents, seeds[1])
-        found[z] = play(worlds, player, progress=evaluation.progress).mean()
+        z = per_agent(torch.tensor(choice, device=agent.device), game.population)
+        returns = play(worlds, net_player(agent, z, seeds[1]), progress=evaluation.progress)
+        found[choice] = returns.mean()
     return max(found, key=found.get)
 
 
 def evaluate(
-    args: Args, agent: Agent, collectors: list[Collector], evaluation: Evaluation
+    args: Args, agent: Agent, own: dict[str, Collector], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
     """Episodes without learning: with z drawn, with each z for everybody, with a uniform graph; at
-    the end also with the best z, beside scripted players, and in populations never met. Returns
-    {"population player": envs.particle.episodes.summarise(...)}."""
-    Z, episodes, results = args.latent_size, evaluation.episodes, {}
+    the end also with the best z, beside scripted players, and in populations never met. own: of
+    the populations that it learns in."""
+    Z, results = args.latent_size, {}
     world_seed, player_seed, *seeds = evaluation.rng.integers(2**31, size=6).tolist()
     latent_rng = torch.Generator().manual_seed(seeds[3])
-    own = {collector.name: collector for collector in collectors}
     unseen = args.eval_populations if evaluation.final else ()
     for population in dict.fromkeys((*own, *unseen)):
-        worlds = make_envs(args, population, episodes, world_seed)
-        game = worlds.game
-        z = draw_latents(agent, game, (episodes,), latent_rng)
-        if args.adapt and population in own:  # theirs for good
-            z = own[population].z[:1].expand(episodes, -1)
+        worlds = make_envs(args, population, evaluation.episodes, world_seed)
+        counts = worlds.game.population
+        z = draw_latents(agent, worlds.game, evaluation.episodes, latent_rng)
+        if args.adapt and population in own:
+            z = own[population].z[0]  # theirs for good
         players = {"": net_player(agent, z, player_seed)}
-        same = {}
-        for k in range(Z) if Z > 1 else ():
-            same[f"z={k}"] = (k,) * len(game.population)
+        same = {}  # of each type all agents have the same z
+        if Z > 1:
+            same |= {f"z={k}": (k,) * len(counts) for k in range(Z)}
+        filmed = ("", *same)
         if evaluation.final and Z > 1:
             best = best_latents(args, agent, evaluation, population, seeds[1:3])
             same[f"best z={','.join(map(str, best))}"] = best
-        for name, one in same.items():
-            latents = same_latents(game, episodes, one, agent.device)
+        for name, choice in same.items():
+            latents = per_agent(torch.tensor(choice, device=agent.device), counts)
             players[name] = net_player(agent, latents, player_seed)
         players["uniform g"] = net_player(agent, z, player_seed, uniform=True)
         if evaluation.final:
             players |= scripted_players(seeds[0])
-        evaluation.expect(len(players) * episodes)
-        for name, player in players.items():
-            worlds.seed(world_seed)  # all meet the same episodes
-            film = None
-            if evaluation.videos and (not name or name.startswith("z=")):
-                stem = f"{evaluation.stem}-{population}-{name}".rstrip("-")
-                film = evaluation.videos / f"{stem}.mp4"
-            returns = play(worlds, player, film, evaluation.progress)
-            results[f"{population} {name}".rstrip()] = summarise(args.task, returns)
+        results |= play_all(evaluation, worlds, players, world_seed, filmed)
     return results
 
 
@@ -1047,23 +950,10 @@ def load_agent(path: str) -> tuple[Args, Agent]:
 
 
 def load_player(path: str, seed: int = 1) -> Player:
-    """The policy of a run or checkpoint as a player for envs.particle.episodes, in any population:
-    where an episode begins, latents are drawn from p(z|m)."""
+    """The policy of a run or checkpoint as a player for envs.particle.episodes, in all
+    populations."""
     _, agent = load_agent(path)
-    rng = torch.Generator().manual_seed(seed)
-    latent_rng = torch.Generator().manual_seed(seed + 2**32)
-    latents = weakref.WeakKeyDictionary()  # of worlds that it plays in: z (B, N)
-
-    def act(worlds: ParticleWorld) -> Tensor:  # (B, N)
-        B = worlds.num_worlds
-        new = draw_latents(agent, worlds.game, (B,), latent_rng)
-        begins = worlds.clocks.time[:B, None] == 0
-        latents[worlds] = torch.where(begins, new, latents.get(worlds, new))
-        view = agent.view(worlds.game, worlds.obs, latents[worlds])
-        logits = agent.actor(view, agent.attention(view))
-        return sample(logits.log_softmax(-1), rng)
-
-    return act
+    return net_player(agent, None, seed)
 
 
 # --- 9. Train -------------------------------------------------------------------------------------
@@ -1079,23 +969,10 @@ def begin(
         nets = {name: part for name, part in agent.parts().items() if isinstance(part, nn.Module)}
         restore(nets, saved["agent"], args.adapt)
         sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]
-        collectors[0].buffer.reward_sums += torch.stack(sums).mean(0).to(agent.device)
+        collectors[0].buffer.reward_scale.sums += torch.stack(sums).mean(0).to(agent.device)
     for collector in collectors:
         B = 1 if args.adapt else args.num_envs
-        z = draw_latents(agent, collector.game, (B,), latent_rng)
-        collector.z = z.expand(args.num_envs, -1).clone()
-
-
-def report(collectors: list[Collector]) -> dict[str, float]:
-    """Returns of the episodes that ended since the last report, in each population and all."""
-    figures = {}
-    for collector in collectors:
-        figures |= collector.report()
-    names = [f"return/{collector.name}" for collector in collectors]
-    returns = [figures[name] for name in names if name in figures]
-    if returns:
-        figures["return"] = sum(returns) / len(returns)
-    return figures
+        collector.z[:] = draw_latents(agent, collector.game, B, latent_rng)
 
 
 def train(args: Args) -> int:
@@ -1112,7 +989,7 @@ def train(args: Args) -> int:
         by_name = {collector.name: collector for collector in collectors}
         own = {"rng": rng, "latent_rng": latent_rng, "collectors": by_name}
         run.restore(agent=agent)
-        run.judge = functools.partial(evaluate, args, agent, collectors)
+        run.judge = functools.partial(evaluate, args, agent, by_name)
         if args.eval_only:
             run.restore_own(own)  # an adapted population keeps its latents
             return run.evaluate_only()
@@ -1122,36 +999,28 @@ def train(args: Args) -> int:
             args.task,
             parts={"agent": agent},
             own=own,
-            replays={collector.name: collector.buffer for collector in collectors},
+            replays={name: collector.buffer for name, collector in by_name.items()},
         )
         while run.goes_on():
             turn = run.iteration // args.max_episode_steps % len(collectors)
             collector = collectors[turn]
             buffer = collector.buffer
-            updates = buffer.steps // args.update_every
             collect(agent, collector, rng, latent_rng)
             run.lap("collect_s")
-            is_due = buffer.steps // args.update_every > updates
+            is_due = buffer.steps % args.update_every < args.num_envs  # a multiple was passed
             if is_due and buffer.size >= args.batch_size:
                 run.note(update(args, agent, collector, collectors, rng, latent_rng))
             run.lap("learn_s")
             run.advance(args.num_envs)
             if run.is_due(args.log_every):
                 look_rng = torch.Generator().manual_seed(run.timesteps)
-                run.log(diagnose(agent, collectors, look_rng) | report(collectors))
+                returns = report_returns([each.returns for each in collectors])
+                run.log(diagnose(agent, collectors, look_rng) | returns)
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
                 run.evaluate("eval")
         return run.finish()
-
-
-def read(argv: list[str]) -> Args:
-    """The command line, on top of what --preset, --resume, --eval-only or --adapt stand for."""
-    given = read_flags(Args, argv)
-    if given.adapt and not (given.resume or given.eval_only):
-        return read_adapting(argv, given)
-    return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -60,9 +60,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from envs.particle.episodes import Player, play, read_population, scripted_players, summarise, table
-from envs.particle.pairs import FastPairs, keep_freed_memory
-from envs.particle.worlds import Game, Observation, ParticleWorld, Step
+from envs.particle.episodes import (
+    EpisodeReturns,
+    Player,
+    RewardScale,
+    play_all,
+    read_population,
+    report_returns,
+    scripted_players,
+    table,
+)
+from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
+from envs.particle.worlds import Game, Observation, ParticleWorld
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
@@ -128,10 +137,9 @@ RESUMABLE = ("plain", "compile")
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that cannot be meant."""
-    several = "WORLD_SIZE" in os.environ
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
-        (several, "This script is one process: worlds are batched instead"),
+        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
 
@@ -174,26 +182,6 @@ class View(NamedTuple):
     alive: Tensor  # (M, N) bool
     mask: Tensor  # (M, N, N) bool: j lives and is not i
     counts: tuple[int, ...]  # agents of each parameter set, in order
-
-
-# [shared: grouped_linear] begin
-def grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, counts: tuple[int, ...]
-) -> Tensor:
-    """x (M, N, I) by the matrix of each agent's parameter set: weight (S, I, O) -> (M, N, O)."""
-    if len(weight) == 1:
-        y = x @ weight[0]
-        return y if bias is None else y + bias[0]
-    if len(weight) == x.shape[1]:
-        y = torch.einsum("mni,nio->mno", x, weight)
-        return y if bias is None else y + bias
-    parts = [part @ w for part, w in zip(x.split(counts, 1), weight)]
-    if bias is not None:
-        parts = [part + b for part, b in zip(parts, bias)]
-    return torch.cat(parts, 1)
-
-
-# [shared: grouped_linear] end
 
 
 # [shared: layers] begin
@@ -261,24 +249,13 @@ class Pairs:
         return torch.einsum("mij,mijo->mio", g, values)
 
 
-# [shared: pairs] begin
-def pairs_class(args: Args) -> Callable[..., Pairs]:
-    """Pairs or FastPairs, which has the same methods."""
-    if args.plain:
-        return Pairs
-    return functools.partial(FastPairs, compiled=args.compile)
-
-
-# [shared: pairs] end
-
-
 class RelationGraph(nn.Module):
     """phi: whom an agent attends to."""
 
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
         H, K = args.hidden_size, args.key_size
-        self.pairs = pairs_class(args)
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
         self.key_size = K
         self.own = Linear(sets, own_size, H, gain=RELU)
         self.query = Linear(sets, H, K, gain=args.head_gain)
@@ -303,17 +280,11 @@ class GraphNet(nn.Module):
     without others."""
 
     def __init__(
-        self,
-        sets: int,
-        own_size: int,
-        entity_size: int,
-        outputs: int,
-        gain: float,
-        args: Args,
+        self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
     ):
         super().__init__()
         H = args.hidden_size
-        self.pairs = pairs_class(args)
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
         self.own = MLP(sets, own_size, H, H)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
         self.value = Linear(sets, H, H)
@@ -356,12 +327,11 @@ class Agent:
         own, entity = game.own_features, game.entity_features
         torch.manual_seed(args.seed)
         self.attention = RelationGraph(self.sets, own, entity, args).to(device)
+        net = functools.partial(GraphNet, self.sets, own, args=args)
         # Small first logits: all actions are tried.
-        self.actor = GraphNet(self.sets, own, entity, NUM_ACTIONS, gain=0.1, args=args)
-        entity_size = entity + NUM_ACTIONS  # a critic reads the others' actions, too
-        self.critic = GraphNet(self.sets, own, entity_size, NUM_ACTIONS, gain=1.0, args=args)
-        for net in (self.actor, self.critic):
-            net.to(device)
+        self.actor = net(entity, NUM_ACTIONS, gain=0.1).to(device)
+        # A critic reads the others' actions, too.
+        self.critic = net(entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0).to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
@@ -374,8 +344,8 @@ class Agent:
         """An observation as networks read it."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
         return View(
-            own=obs.own.to(torch.float32).contiguous(),
-            others=obs.others.to(torch.float32).contiguous(),
+            own=obs.own.contiguous(),
+            others=obs.others.contiguous(),
             alive=obs.alive.contiguous(),
             mask=obs.mask(),
             counts=counts,
@@ -387,8 +357,7 @@ class Agent:
         step = self.args.polyak if self.args.target == "polyak" else 1.0
         pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
         for target, net in pairs:
-            slow, fast = list(target.parameters()), list(net.parameters())
-            torch._foreach_lerp_(slow, fast, step)
+            torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), step)
 
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -408,11 +377,6 @@ class Batch(NamedTuple):
     terminated: Tensor  # (M,) bool
 
 
-def sum_by_type(x: Tensor, game: Game) -> Tensor:  # (..., N) -> (types,)
-    parts = x.split(game.population, -1)
-    return torch.stack([part.sum() for part in parts])
-
-
 class ReplayBuffer:
     """Transitions of one population, and how large its rewards are.
 
@@ -422,7 +386,7 @@ class ReplayBuffer:
         self.args, self.worlds, self.device = args, worlds, device
         self.game, self.steps = worlds.game, 0  # environment steps
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
-        types = len(self.game.population)
+        self.reward_scale = RewardScale(worlds)
         self.rows = {
             "state": torch.empty(size, S, device=device),
             "final_state": torch.empty(size, S, device=device),  # at the end of the step
@@ -430,8 +394,6 @@ class ReplayBuffer:
             "rewards": torch.empty(size, N, device=device),  # raw
             "terminated": torch.empty(size, dtype=torch.bool, device=device),
         }
-        # 1, r, r^2, summed over living agents of each type
-        self.reward_sums = torch.zeros(3, types, dtype=torch.float64, device=device)
 
     @property
     def size(self) -> int:
@@ -439,27 +401,12 @@ class ReplayBuffer:
 
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
         """Store a step of all worlds; alive (B, N)."""
-        B, size = len(alive), self.args.buffer_size
-        place = torch.arange(B, device=self.device)
-        place = (self.steps + place) % size
+        end = self.steps + len(alive)
+        place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
             self.rows[name][place] = x.to(self.rows[name].dtype)
-        rewards = (row["rewards"] * alive).double()
-        powers = (alive.double(), rewards, rewards * rewards)
-        sums = [sum_by_type(x, self.game) for x in powers]
-        self.reward_sums += torch.stack(sums)
-        self.steps += B
-
-    def deviation(self) -> Tensor:
-        """(N,): what the rewards of each agent are divided by, at least .01."""
-        # paper is silent: no mean is taken off, games that end early would change
-        count, total, square = self.reward_sums
-        variance = square / count - (total / count) ** 2
-        std = variance.clamp(min=0).sqrt().float()
-        std = std.clamp(min=0.01)
-        if not self.args.scale_rewards:
-            std = torch.ones_like(std)
-        return per_agent(std, self.game.population)
+        self.reward_scale.add(row["rewards"], alive)
+        self.steps = end
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
@@ -468,11 +415,15 @@ class ReplayBuffer:
         row = {name: x[index] for name, x in self.rows.items()}
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])
+        rewards = row["rewards"]
+        if self.args.scale_rewards:
+            # paper is silent: no mean is taken off, games that end early would change
+            rewards = rewards / self.reward_scale.deviation()
         return Batch(
             view=agent.view(self.game, obs),
             next_view=agent.view(self.game, next_obs),
             actions=row["actions"].long(),
-            rewards=row["rewards"] / self.deviation(),
+            rewards=rewards,
             terminated=row["terminated"],
         )
 
@@ -494,48 +445,24 @@ class Collector:
         self.worlds = make_envs(args, population, args.num_envs, args.seed)
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
-        N, types = self.game.num_agents, len(self.game.population)
-        self.returns = torch.zeros(args.num_envs, N, device=device)  # of running episodes
-        self.ended = torch.zeros(1 + types, device=device)  # episodes, their returns by type
+        self.returns = EpisodeReturns(self.worlds)
         self.worlds.reset()
-
-    def count(self, step: Step) -> None:
-        """Returns of running and ended episodes, after a step."""
-        ended = step.terminated | step.truncated
-        returns = self.returns + step.reward
-        self.ended[0] += ended.sum()
-        self.ended[1:] += sum_by_type(returns * ended[:, None], self.game)
-        self.returns = returns * ~ended[:, None]
-
-    def report(self) -> dict[str, float]:
-        """Returns of the episodes that ended since the last report, per agent."""
-        episodes, *sums = self.ended.tolist()
-        self.ended.zero_()
-        if not episodes:
-            return {}
-        means = [x / episodes / n for x, n in zip(sums, self.game.population)]
-        figures = {f"return/{self.name}": sum(means) / len(means), "episodes": episodes}
-        if len(means) > 1:
-            figures |= {f"return/{self.name}/{k}": x for k, x in enumerate(means)}
-        return figures
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the replay's rows."""
         return {
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
-            "rewards": self.buffer.reward_sums,
-            "returns": self.returns,
-            "ended": self.ended,
+            "rewards": self.buffer.reward_scale.sums,
+            **self.returns.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on where state_dict() was taken."""
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
-        self.buffer.reward_sums = saved["rewards"].to(self.device)
-        self.returns = saved["returns"].to(self.device)
-        self.ended = saved["ended"].to(self.device)
+        self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
+        self.returns.load_state_dict(saved)
 
 
 @torch.no_grad()
@@ -550,7 +477,7 @@ def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
     row = {"state": state, "final_state": step.final_state, "actions": actions}
     row |= {"rewards": step.reward, "terminated": step.terminated}
     collector.buffer.add(row, view.alive)
-    collector.count(step)
+    collector.returns.add(step)
 
 
 # --- 7. Update ------------------------------------------------------------------------------------
@@ -643,7 +570,7 @@ def update(
         scalars["actor_grad_norm"].append(norm)
     agent.follow()
     means = {name: torch.stack(x).mean() for name, x in scalars.items()}
-    check_finite(rewards=buffer.reward_sums, **means)
+    check_finite(rewards=buffer.reward_scale.sums, **means)
     return means
 
 
@@ -663,23 +590,13 @@ def net_player(agent: Agent, seed: int) -> Player:
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Episodes without learning, at the end beside scripted players in the same worlds. Returns
-    {"population player": envs.particle.episodes.summarise(...)}."""
+    """Episodes without learning, at the end beside scripted players in the same worlds."""
     world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
     worlds = make_envs(args, args.population, evaluation.episodes, world_seed)
     players = {"": net_player(agent, player_seed)}
     if evaluation.final:
         players |= scripted_players(scripted_seed)
-    evaluation.expect(len(players) * evaluation.episodes)
-    results = {}
-    for name, player in players.items():
-        worlds.seed(world_seed)  # all meet the same episodes
-        film = None
-        if evaluation.videos and not name:
-            film = evaluation.videos / f"{evaluation.stem}-{args.population}.mp4"
-        returns = play(worlds, player, film, evaluation.progress)
-        results[f"{args.population} {name}".rstrip()] = summarise(args.task, returns)
-    return results
+    return play_all(evaluation, worlds, players, world_seed)
 
 
 def load_agent(path: str) -> tuple[Args, Agent]:
@@ -722,19 +639,15 @@ def train(args: Args) -> int:
             replays={args.population: buffer},
         )
         while run.goes_on():
-            updates = buffer.steps // args.update_every
             collect(agent, collector, rng)
             run.lap("collect_s")
-            is_due = buffer.steps // args.update_every > updates
+            is_due = buffer.steps % args.update_every < args.num_envs  # a multiple was passed
             if is_due and buffer.size >= args.batch_size:
                 run.note(update(args, agent, collector, rng))
             run.lap("learn_s")
             run.advance(args.num_envs)
             if run.is_due(args.log_every):
-                figures = collector.report()
-                if figures:
-                    figures["return"] = figures[f"return/{collector.name}"]
-                run.log(figures)
+                run.log(report_returns([collector.returns]))
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

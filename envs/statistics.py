@@ -9,7 +9,7 @@ computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,8 @@ BOUNDS = (2.5, 97.5)  # percentiles
 
 def draw_rows(count: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """Which of `count` units each resample has: (resamples, count), with replacement."""
-    return np.random.default_rng(seed).integers(0, count, (resamples, count))
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, count, (resamples, count))
 
 
 def percentiles(figures: np.ndarray) -> tuple[float, float]:
@@ -33,15 +34,18 @@ def percentiles(figures: np.ndarray) -> tuple[float, float]:
 
 def mean_interval(x: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
     """Of the mean of x (E,); rows from draw_rows(E)."""
-    return percentiles(x[rows].mean(1))
+    means = x[rows].mean(1)
+    return percentiles(means)
 
 
 def ratio_interval(
     numerator: np.ndarray, denominator: np.ndarray, rows: np.ndarray
 ) -> tuple[float, float]:
     """Of the ratio of two sums over units (E,); resamples whose denominator is 0 are left out."""
-    above, below = numerator[rows].sum(1), denominator[rows].sum(1)
-    return percentiles(above[below > 0] / below[below > 0])
+    above = numerator[rows].sum(1)
+    below = denominator[rows].sum(1)
+    kept = below > 0
+    return percentiles(above[kept] / below[kept])
 
 
 def accelerated_interval(
@@ -50,35 +54,45 @@ def accelerated_interval(
     """Of the mean of x (E,), corrected for bias and skewness (BCa); the mean itself, twice, where
     there is no spread."""
     if len(x) < 2 or x.std() == 0:
-        return float(x.mean()), float(x.mean())
+        mean = float(x.mean())
+        return mean, mean
     from scipy.stats import bootstrap
 
     rng = np.random.default_rng(seed)
     found = bootstrap((x,), np.mean, n_resamples=resamples, rng=rng)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    low, high = found.confidence_interval
+    return float(low), float(high)
 
 
 def share_interval(hits: int, count: int) -> tuple[float, float]:
     """Of the share hits / count (Wilson)."""
     from scipy.stats import binomtest
 
-    low, high = binomtest(hits, count).proportion_ci(method="wilson")
+    test = binomtest(hits, count)
+    low, high = test.proportion_ci(method="wilson")
     return float(low), float(high)
 
 
 def clustered_interval(
-    runs: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 5000, seed: int = 1
+    runs: Sequence[tuple[np.ndarray, np.ndarray]],
+    resamples: int = 5000,
+    seed: int = 1,
 ) -> tuple[float, float]:
     """Of the mean over runs of a ratio of sums, for numerators and denominators (E,) of each: runs
     are drawn, then episodes within each run that was drawn. Of one run: over its episodes."""
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(runs), (resamples, len(runs)))
-    figures = np.empty(drawn.shape)
-    for number, (above, below) in enumerate(runs):
+    shape = (resamples, len(runs))
+    drawn = rng.integers(0, len(runs), shape)
+    ratios = np.empty(shape)
+    for number, (numerator, denominator) in enumerate(runs):
         places = drawn == number  # where this run was drawn, each time with other episodes
-        rows = rng.integers(0, len(above), (places.sum(), len(above)))
-        figures[places] = above[rows].sum(-1) / below[rows].sum(-1)
-    return percentiles(figures.mean(1))
+        episodes = len(numerator)
+        rows = rng.integers(0, episodes, (places.sum(), episodes))
+        above = numerator[rows].sum(-1)
+        below = denominator[rows].sum(-1)
+        ratios[places] = above / below
+    means = ratios.mean(1)
+    return percentiles(means)
 
 
 class Difference(NamedTuple):
@@ -88,6 +102,12 @@ class Difference(NamedTuple):
     low: float  # NaN, as high and p: a method has one seed, which has no spread
     high: float
     p: float  # two-sided: how often chance alone, seeds dealt anew, differs as much
+
+
+def resampled_means(x: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Of x (S,), drawn anew from itself: (resamples,)."""
+    rows = rng.integers(0, len(x), (resamples, len(x)))
+    return x[rows].mean(1)
 
 
 def seed_difference(
@@ -102,15 +122,22 @@ def seed_difference(
     from scipy.stats import permutation_test
 
     rng = np.random.default_rng(seed)
-    ours = x[rng.integers(0, len(x), (resamples, len(x)))].mean(1)
-    theirs = y[rng.integers(0, len(y), (resamples, len(y)))].mean(1)
+    ours = resampled_means(x, resamples, rng)
+    theirs = resampled_means(y, resamples, rng)
     low, high = percentiles(ours - theirs)
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
         return a.mean(axis) - b.mean(axis)
 
-    test = permutation_test((x, y), statistic, vectorized=True, n_resamples=200_000, rng=rng)
-    return Difference(mean, low, high, float(test.pvalue))
+    test = permutation_test(
+        (x, y),
+        statistic,
+        vectorized=True,
+        n_resamples=200_000,
+        rng=rng,
+    )
+    p = float(test.pvalue)
+    return Difference(mean, low, high, p)
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -118,20 +145,34 @@ def seed_difference(
 
 def with_interval(row: Mapping[str, float], name: str, digits: int) -> str:
     """A cell, "1.23 [1.10, 1.36]", of a row with name, name_low and name_high."""
-    value, low, high = (f"{row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
-    return f"{value} [{low}, {high}]"
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{row[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table_line(cells: Iterable[Any]) -> str:
+    texts = map(str, cells)
+    return f"| {' | '.join(texts)} |"
 
 
 def aligned_table(lines: Sequence[Sequence[str]]) -> str:
     """Markdown that lines up in a terminal, too; the first line has the titles."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
-    text = [f"| {' | '.join(cells)} |" for cells in padded]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    columns = zip(*lines, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    text = []
+    for line in lines:
+        cells = zip(line, widths)
+        padded = [cell.ljust(width) for cell, width in cells]
+        text.append(table_line(padded))
+    rules = ["-" * (width + 2) for width in widths]
+    text.insert(1, f"|{'|'.join(rules)}|")
     return "\n".join(text)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as Markdown, columns by their keys."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    titles = list(rows[0])
+    rules = ["---"] * len(titles)
+    text = [table_line(titles), table_line(rules)]
+    for row in rows:
+        text.append(table_line(row.values()))
+    return "\n".join(text) + "\n"

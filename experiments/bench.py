@@ -834,7 +834,7 @@ def fresh_returns(script: Any, s: SimpleNamespace, bench: Mra) -> list[float]:
     for collector in s.collectors:
         world = script.make_envs(s.args, collector.name, bench.episodes, bench.seed + 12345)
         rng = torch.Generator().manual_seed(bench.seed)
-        z = script.draw_latents(s.agent, world.game, (bench.episodes,), rng)
+        z = script.draw_latents(s.agent, world.game, bench.episodes, rng)
         player = script.net_player(s.agent, z, bench.seed)
         found.append(float(particle_episodes.play(world, player).mean()))
     return found

@@ -282,7 +282,13 @@ def draw_curves(runs: list[Trained], rows: list[dict[str, Any]]) -> Any:
     for name in returns_of(runs[0]):
         panels[name] = f"{name.replace('_', ' of ', 1)} with z, less mean"
     size = (4.4 * len(runs), 2.4 * len(panels))
-    figure, axes = plt.subplots(len(panels), len(runs), figsize=size, squeeze=False, sharex="col")
+    figure, axes = plt.subplots(
+        len(panels),
+        len(runs),
+        figsize=size,
+        squeeze=False,
+        sharex="col",
+    )
     for column, trained in enumerate(runs):
         name = trained.name
         own = [row for row in rows if row["run"] == name]
@@ -297,7 +303,8 @@ def draw_curves(runs: list[Trained], rows: list[dict[str, Any]]) -> Any:
                     dashed = points(own, "xi_accuracy_uniform_g", population)
                     axis.plot(*dashed, "--", color=colour, lw=0.8)
             if kind == "xi_loss":
-                axis.axhline(math.log(len(trained.populations)), color="0.5", lw=0.8, ls=":")
+                nothing = math.log(len(trained.populations))  # what knowing nothing costs
+                axis.axhline(nothing, color="0.5", lw=0.8, ls=":")
             axis.set_ylabel(label, fontsize=8)
             axis.grid(alpha=0.3)
         axes[0][column].set_title(name, fontsize=10)
@@ -315,17 +322,24 @@ def points(rows: list[dict[str, Any]], kind: str, of: str) -> tuple[list[float],
 def draw_returns(axis: Any, rows: list[dict], kind: str, population: str, colour: str) -> None:
     """A line per z: its return less the mean over z, at each evaluation."""
     names = {row["of"] for row in rows if row["figure"] == kind}
-    lines = [points(rows, kind, name) for name in sorted(names)]
-    lines = [line for name, line in zip(sorted(names), lines) if name.split(" ")[0] == population]
+    own = [name for name in sorted(names) if name.split(" ")[0] == population]
+    lines = [points(rows, kind, name) for name in own]
     if not lines or len({len(steps) for steps, _ in lines}) > 1:
         return
     mean = np.mean([values for _, values in lines], 0)
     for steps, values in lines:
-        axis.plot(steps, np.array(values) - mean, color=colour, lw=0.8, marker=".", ms=3)
+        rest = np.array(values) - mean
+        axis.plot(steps, rest, color=colour, lw=0.8, marker=".", ms=3)
 
 
 def latents(world: ParticleWorld, z: int) -> torch.Tensor:
     return torch.full((world.num_worlds, world.num_agents), z)
+
+
+def positions(world: ParticleWorld, state: Tensor) -> np.ndarray:
+    """Of agents in the first world (N, 2); state (B, S)."""
+    bodies = unpack(world.game, state.T)
+    return bodies.position[..., 0].T.numpy()
 
 
 @torch.no_grad()
@@ -334,10 +348,10 @@ def walk(trained: Trained, study: Figures, population: str, z: int) -> np.ndarra
     world = make_world(trained, population, 1, study.seed)
     world.reset()
     player = trained.script.net_player(trained.agent, latents(world, z), study.seed)
-    way = [unpack(world.game, world.state.T).position[..., 0].T.numpy()]
+    way = [positions(world, world.state)]
     for _ in range(world.horizon):
         step = world.step(player(world))
-        way.append(unpack(world.game, step.final_state.T).position[..., 0].T.numpy())
+        way.append(positions(world, step.final_state))
         if step.terminated[0]:
             break
     return np.stack(way)
@@ -346,10 +360,13 @@ def walk(trained: Trained, study: Figures, population: str, z: int) -> np.ndarra
 def draw_ground(axis: Any, world: ParticleWorld) -> None:
     """Landmarks, and the square where things begin."""
     bodies = unpack(world.game, world.state.T)
-    for radius, (x, y) in zip(world.game.landmark_radius, bodies.landmarks[..., 0].T.tolist()):
-        axis.add_patch(plt.Circle((x, y), radius, fc="#fad778", ec="#be8c1e", lw=0.8))
-    axis.add_patch(plt.Rectangle((-1, -1), 2, 2, fill=False, ec="0.8", lw=0.8))
-    axis.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", xticks=[], yticks=[])
+    landmarks = bodies.landmarks[..., 0].T.tolist()
+    for radius, place in zip(world.game.landmark_radius, landmarks):
+        axis.add_patch(plt.Circle(place, radius, fc="#fad778", ec="#be8c1e", lw=0.8))
+    square = plt.Rectangle((-1, -1), 2, 2, fill=False, ec="0.8", lw=0.8)
+    axis.add_patch(square)
+    shown = (-1.4, 1.4)
+    axis.set(xlim=shown, ylim=shown, aspect="equal", xticks=[], yticks=[])
 
 
 def draw_ways(runs: list[Trained], study: Figures, population: str) -> Any:
@@ -391,8 +408,9 @@ def draw_graphs(trained: Trained, study: Figures, population: str) -> Any:
         world.step(player(world))
     columns = min(3, Z)
     lines = -(-Z // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.3 * columns, 3.5 * lines), squeeze=False)
-    places = unpack(world.game, world.state.T).position[..., 0].T
+    size = (3.3 * columns, 3.5 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    places = positions(world, world.state)
     for z, axis in enumerate(axes.flat[:Z]):
         view = trained.agent.view(world.game, world.obs, latents(world, z))
         g = trained.agent.attention(view)
@@ -477,7 +495,8 @@ def together(pac_men: Player, ghosts: Player) -> Player:
 
     def act(world: ParticleWorld) -> Tensor:
         first = world.game.population[0]
-        return torch.cat((pac_men(world)[:, :first], ghosts(world)[:, first:]), 1)
+        own, others = pac_men(world), ghosts(world)
+        return torch.cat((own[:, :first], others[:, first:]), 1)
 
     return act
 
@@ -497,7 +516,8 @@ def tables(rows: list[dict]) -> str:
     for role in ("pac_man", "ghost"):
         found = {}
         for pair in itertools.product(methods, methods):
-            x = [r[role] for r in rows if (r["pac_men"], r["ghosts"]) == pair]
+            played = [row for row in rows if (row["pac_men"], row["ghosts"]) == pair]
+            x = [row[role] for row in played]
             found[pair] = (float(np.mean(x)), min(x), max(x), len(x))
         largest, lines = max(mean for mean, *_ in found.values()), []
         for (pac_men, ghosts), (mean, low, high, pairs) in found.items():

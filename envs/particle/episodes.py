@@ -1,4 +1,5 @@
-"""Playing episodes in particle worlds for evaluation: what players earn, in tables and films.
+"""Episodes in particle worlds: what players earn in evaluations, in tables and films, and what is
+earned while an agent learns.
 
 A player is a function of a world, between reset() and step(): player(world) -> actions (B, N). It
 reads world.obs; scripted ones read the bodies. Every world plays one episode, all at once.
@@ -7,14 +8,15 @@ reads world.obs; scripted ones read the bodies. Every world plays one episode, a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from envs.particle.worlds import TASKS, ParticleWorld, draw, flee, nearest_first
+from envs.particle.worlds import TASKS, Game, ParticleWorld, Step, draw, flee, nearest_first
 from envs.statistics import aligned_table, draw_rows, mean_interval, with_interval
 
 Player = Callable[[ParticleWorld], Tensor]
@@ -25,6 +27,14 @@ def read_population(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"(0|[1-9]\d*)(,(0|[1-9]\d*))*", text):
         raise ValueError(f"A population is a number or, of two types, 8,4: {text} is not.")
     return tuple(map(int, text.split(",")))
+
+
+def population_name(game: Game) -> str:
+    """What read_population() reads: "6", "8,4"."""
+    return ",".join(map(str, game.population))
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
 
 
 def random_player(seed: int) -> Player:
@@ -76,6 +86,31 @@ def play(
     return torch.stack([part.mean(1) for part in parts], 1).cpu().numpy()
 
 
+def play_all(
+    evaluation: Any,
+    worlds: ParticleWorld,
+    players: dict[str, Player],
+    seed: int,
+    filmed: Container[str] = ("",),
+) -> dict[str, dict[str, float]]:
+    """Summaries of all players in the same episodes, one in each world: {"population player":
+    summarise(...)}. evaluation: harness.Evaluation, with where films go and who is told how far it
+    is; seed: of the worlds; filmed: players of whom there is a film, if there are any."""
+    population = population_name(worlds.game)
+    results = {}
+    evaluation.expect(len(players) * worlds.num_worlds)
+    for name, player in players.items():
+        worlds.seed(seed)
+        film = None
+        if evaluation.videos and name in filmed:
+            stem = f"{evaluation.stem}-{population}-{name}".rstrip("-")
+            film = evaluation.videos / f"{stem}.mp4"
+        returns = play(worlds, player, film, evaluation.progress)
+        row = f"{population} {name}".rstrip()
+        results[row] = summarise(worlds.game.task, returns)
+    return results
+
+
 def save_film(path: Path, frames: list[np.ndarray], fps: int = 5) -> None:
     """Frames (H, W, 3) uint8 with even sides as an MP4 (H.264)."""
     import imageio.v2 as imageio
@@ -109,3 +144,89 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         cells = [with_interval(row, key, digits=2) for key in names]
         lines.append([name, *cells, str(int(row["episodes"]))])
     return aligned_table(lines)
+
+
+# --- Learning -------------------------------------------------------------------------------------
+
+
+def sum_by_type(x: Tensor, game: Game) -> Tensor:
+    """Numbers of agents (..., N), added up for each type (types,)."""
+    parts = x.split(game.population, -1)
+    return torch.stack([part.sum() for part in parts])
+
+
+class EpisodeReturns:
+    """Returns in the worlds of one population, in which episode follows episode."""
+
+    def __init__(self, worlds: ParticleWorld):
+        self.game, self.device = worlds.game, worlds.device
+        B, N, types = worlds.num_worlds, worlds.num_agents, len(worlds.game.population)
+        self.running = torch.zeros(B, N, device=self.device)  # of episodes that go on
+        self.ended = torch.zeros(1 + types, device=self.device)  # episodes, their returns by type
+
+    def add(self, step: Step) -> None:
+        """What all worlds gave in a step."""
+        ended = step.terminated | step.truncated
+        returns = self.running + step.reward
+        self.ended[0] += ended.sum()
+        self.ended[1:] += sum_by_type(returns * ended[:, None], self.game)
+        self.running = returns * ~ended[:, None]
+
+    def report(self) -> dict[str, float]:
+        """Scalars of the episodes that ended since the last report: return per agent, with several
+        types of each and their mean. Nothing where there were none."""
+        episodes, *sums = self.ended.tolist()
+        self.ended.zero_()
+        if not episodes:
+            return {}
+        means = [x / episodes / n for x, n in zip(sums, self.game.population)]
+        name = f"return/{population_name(self.game)}"
+        scalars = {"episodes": episodes, name: sum(means) / len(means)}
+        if len(means) > 1:
+            scalars |= {f"{name}/{kind}": x for kind, x in enumerate(means)}
+        return scalars
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"returns": self.running, "ended": self.ended}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Go on where state_dict() was taken, which may be part of a larger one."""
+        self.running = saved["returns"].to(self.device)
+        self.ended = saved["ended"].to(self.device)
+
+
+class RewardScale:
+    """How large the rewards of one population are: sums over all steps, of living agents."""
+
+    def __init__(self, worlds: ParticleWorld):
+        self.game = worlds.game
+        types = len(worlds.game.population)
+        # 1, r, r^2 (3, types)
+        self.sums = torch.zeros(3, types, dtype=torch.float64, device=worlds.device)
+
+    def add(self, rewards: Tensor, alive: Tensor) -> None:
+        """Of all worlds in a step, (B, N)."""
+        rewards = (rewards * alive).double()
+        powers = (alive.double(), rewards, rewards * rewards)
+        self.sums += torch.stack([sum_by_type(x, self.game) for x in powers])
+
+    def deviation(self) -> Tensor:
+        """(N,): the standard deviation for each agent's type, at least .01."""
+        count, total, square = self.sums
+        variance = square / count - (total / count) ** 2
+        deviation = variance.clamp(min=0).sqrt().float().clamp(min=0.01)
+        counts = torch.tensor(self.game.population, device=deviation.device)
+        return deviation.repeat_interleave(counts)
+
+
+def report_returns(populations: list[EpisodeReturns]) -> dict[str, float]:
+    """What each population reports, and "return", the mean of their returns."""
+    scalars, returns = {}, []
+    for population in populations:
+        report = population.report()
+        scalars |= report
+        if report:
+            returns.append(report[f"return/{population_name(population.game)}"])
+    if returns:
+        scalars["return"] = sum(returns) / len(returns)
+    return scalars

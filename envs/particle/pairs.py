@@ -6,7 +6,7 @@ query (of keys: q . K h = (K^T q) . h) or comes after the sum over j (of values,
 What is left for pairs are two sums, which are compiled to single loops.
 
 FastPairs has the methods of the class Pairs that the scripts have in plain form; tests hold both
-equal, gradients included.
+equal, gradients included. grouped_linear() is what both build on.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch import Tensor
 from envs.particle.worlds import Compiled
 
 
-# [shared: grouped_linear] begin
 def grouped_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, counts: tuple[int, ...]
 ) -> Tensor:
-    """x (M, N, I) by the matrix of each agent's parameter set: weight (S, I, O) -> (M, N, O)."""
+    """x (M, N, I) by the matrix of each agent's parameter set: weight (S, I, O), bias (S, O) ->
+    (M, N, O). counts: agents of each set, in order. It is einsum("mni,nio->mno", x, w) + b with
+    weights and biases repeated for agents, in fewer and larger products."""
     if len(weight) == 1:
         y = x @ weight[0]
         return y if bias is None else y + bias[0]
@@ -39,9 +40,6 @@ def grouped_linear(
     if bias is not None:
         parts = [part + b for part, b in zip(parts, bias)]
     return torch.cat(parts, 1)
-
-
-# [shared: grouped_linear] end
 
 
 class FastPairs:

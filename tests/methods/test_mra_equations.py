@@ -517,7 +517,7 @@ def test_gradients_of_pairs_by_hand(kind, rows, n, N):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("wanted", ["xab", "x", "ab", "a", "b"])
 def test_gradcheck_of_pairs(kind, rows, wanted):
-    """With any of the inputs given, as under frozen()."""
+    """With any of the inputs given, as where phi learns by way of the policies."""
     inputs = pair_inputs(getattr(pairs, kind), rows, 3, 4)
     for name, x in zip("xab", inputs):
         x.requires_grad_(name in wanted)
@@ -1252,17 +1252,19 @@ def test_deviation_of_rewards_is_that_of_the_living(script):
         living = reward[..., part][alive[..., part]]
         expected += [living.std()] * (part.stop - part.start)
     assert abs(expected[0] - reward[..., :2].std()) > 1e-3, "the dead would change it"
-    assert np.abs(numbers(collector.buffer.deviation()) - expected).max() < 1e-6
+    assert np.abs(numbers(collector.buffer.reward_scale.deviation()) - expected).max() < 1e-6
     raw = short_pacman(script, "--no-scale-rewards")
-    record(raw, raw.collectors[0], 3)
-    assert (raw.collectors[0].buffer.deviation() == 1).all()
+    rows = record(raw, raw.collectors[0], 1)
+    batch = raw.collectors[0].buffer.sample(raw.agent, seeded(0), 8)
+    index = torch.randint(0, 8, (8,), generator=seeded(0))
+    assert torch.equal(batch.rewards, rows[0].reward[index])
 
 
 def test_deviation_has_a_floor():
     s = setting("resource", "3", double=False)
     buffer = s.collectors[0].buffer
-    buffer.reward_sums += torch.tensor([[15.0], [30.0], [60.0]])  # 15 times 2
-    assert torch.allclose(buffer.deviation(), torch.full((3,), 0.01))
+    buffer.reward_scale.sums += torch.tensor([[15.0], [30.0], [60.0]])  # 15 times 2
+    assert torch.allclose(buffer.reward_scale.deviation(), torch.full((3,), 0.01))
 
 
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
@@ -1294,7 +1296,7 @@ def test_replay_gives_back_what_was_seen(script):
                     mine = getattr(ours, name)
                     assert mine == x if name == "counts" else torch.equal(mine[m], x[0]), name
             assert torch.equal(batch.actions[m], row.actions[b])
-            assert torch.equal(batch.rewards[m], row.reward[b] / collector.buffer.deviation())
+            assert torch.equal(batch.rewards[m], row.reward[b] / buffer.reward_scale.deviation())
             assert batch.terminated[m] == row.terminated[b]
             checked["died"] |= bool((batch.view.alive[m] != batch.next_view.alive[m]).any())
             checked["terminated"] |= bool(row.terminated[b])
@@ -1374,7 +1376,7 @@ def test_uniform_prior():
 def test_latents_are_drawn_from_the_prior():
     """Frequencies of each agent within 5 standard errors, agents independent of each other."""
     s = setting("pacman", "2,1", "3,2")
-    z = mra.draw_latents(s.agent, s.game, (20_000,), seeded(0)).numpy()
+    z = mra.draw_latents(s.agent, s.game, 20_000, seeded(0)).numpy()
     assert z.shape == (20_000, 3)
     p = np.exp(numbers(s.agent.log_prior(s.game)))
     assert np.ptp(p) > 0.2, "far from uniform"

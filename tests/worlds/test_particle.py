@@ -14,6 +14,12 @@ import pytest
 import torch
 from mpe2._mpe_utils.core import Agent, World
 
+from envs.particle.episodes import (
+    EpisodeReturns,
+    RewardScale,
+    population_name,
+    report_returns,
+)
 from envs.particle.worlds import (
     TASKS,
     Bodies,
@@ -590,3 +596,43 @@ def test_half_a_library_in_the_compilers_cache(tmp_path):
         done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=env)
         assert done.returncode == 0 and done.stdout.splitlines()[-1] == "True", done.stderr[-2000:]
         assert (f"if it helps, delete {cache}" in done.stdout) == damaged
+
+
+# --- Episodes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "population"), [("resource", 3), ("pacman", (1, 30))])
+def test_returns_and_rewards_while_an_agent_learns(task, population):
+    """EpisodeReturns and RewardScale against sums in Python, world by world; also gone on with from
+    a state that was saved on the way."""
+    world = ParticleWorld(task, population, 5, seed=2, horizon=8)
+    world.reset()
+    types = np.split(np.arange(world.num_agents), np.cumsum(world.game.population)[:-1])
+    returns, scale = EpisodeReturns(world), RewardScale(world)
+    running, ended = np.zeros((5, world.num_agents)), []
+    rewards = [[] for _ in types]
+    rng = torch.Generator().manual_seed(1)
+    for t in range(30):
+        alive = world.obs.alive
+        step = world.step(torch.randint(0, 5, (5, world.num_agents), generator=rng))
+        scale.add(step.reward, alive)
+        returns.add(step)
+        running += step.reward.double().numpy()
+        for b in np.flatnonzero((step.terminated | step.truncated).numpy()):
+            ended.append(running[b].copy())
+            running[b] = 0
+        for kind, agents in enumerate(types):
+            rewards[kind] += step.reward[:, agents][alive[:, agents]].tolist()
+        if t == 12:
+            saved, returns = returns.state_dict(), EpisodeReturns(world)
+            returns.load_state_dict(saved)
+    means = [np.mean([each[agents].mean() for each in ended]) for agents in types]
+    name = f"return/{population_name(world.game)}"
+    expected = {"episodes": len(ended), name: np.mean(means), "return": np.mean(means)}
+    if len(types) > 1:
+        expected |= {f"{name}/{kind}": mean for kind, mean in enumerate(means)}
+        assert len(ended) > 15, "some have ended early"
+    assert report_returns([returns]) == pytest.approx(expected, rel=1e-4)
+    assert report_returns([returns]) == {}, "of what has ended since"
+    deviations = np.repeat([np.std(x) for x in rewards], world.game.population)
+    assert scale.deviation().tolist() == pytest.approx(deviations, rel=1e-4)
