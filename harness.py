@@ -328,6 +328,13 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
     return rank, size, device
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is fast there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def sum_over_processes(x: Tensor) -> Tensor:
     """x itself, summed in place."""
     if dist.is_initialized():
