@@ -537,6 +537,14 @@ def pack(x: Any) -> Any:
     return x.state_dict() if hasattr(x, "state_dict") else x
 
 
+class Parts:
+    """An object whose networks and optimisers are what a checkpoint holds of it."""
+
+    def parts(self) -> dict[str, Any]:
+        """{name of the attribute: the network or optimiser}."""
+        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
+
+
 def restore(x: Any, saved: Any, source: str) -> None:
     """Put back what pack() took, into x itself; UsageError if it does not fit."""
     if hasattr(x, "parts"):

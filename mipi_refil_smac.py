@@ -45,6 +45,7 @@ from harness import (
     Amount,
     Count,
     Evaluation,
+    Parts,
     Positive,
     Run,
     RunArgs,
@@ -157,7 +158,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     greedy = args.policy == "greedy"
     imagines = args.imagine and args.scenario != "resource"
     regularizes = args.regularizer != "none" and not args.observe_self_only
-    alpha_i = args.alpha if args.alpha_i is None else args.alpha_i
     return [
         ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
@@ -172,10 +172,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--policy greedy is for --regularizer none: its logarithm is not finite",
         ),
         (
-            greedy and args.ba_iterations,
-            "--policy greedy has no alternations of (12) and (13): no --ba-iterations",
-        ),
-        (
             args.observe_self_only and args.regularizer != "mi",
             "--observe-self-only leaves nothing for --regularizer to act on",
         ),
@@ -184,8 +180,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--alpha and --alpha-i are of a regulariser, which this run has not",
         ),
         (
-            args.alpha_i_over_w and (not regularizes or alpha_i == 0),
-            "--alpha-i-over-w needs a regulariser and an --alpha-i that is not 0",
+            not regularizes and args.alpha_i_over_w,
+            "--alpha-i-over-w needs a regulariser",
         ),
         *worlds.wrong_flags(args),
     ]
@@ -261,7 +257,7 @@ def encode(
     played (T, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
     E = slots_in_use(obs.entity_mask[:, SIDE:])
-    slots = torch.cat((torch.arange(A), SIDE + torch.arange(E))).to(last_actions.device)
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)], device=last_actions.device)
     num_actions = obs.avail.shape[-1]
     # One more kind of action, in front, is "none"; its column is left out.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
@@ -454,18 +450,22 @@ class Mixer(nn.Module):
         filled = ~features.empty[:, :A]
         nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
         mask = mask_views(nobody, groups)  # (M, V, A, S)
-        x = F.relu(self.embed(features.entities)).unflatten(-1, (G, -1))  # (M, S, G, H)
+        x = F.relu(self.embed(features.entities))  # (M, S, G H)
+        x = x.unflatten(-1, (G, -1))  # (M, S, G, H)
         query, key, value = self.attention(x, A)
         # Weights of utilities are those of each view, all else is of the full one.
         w = attend(query[:1], key[:1], value[:1], mask)[0]  # (M, V, A, H)
-        rest = attend(query[1:], key[1:], value[1:], mask[:, :1])[:, :, 0]  # (G - 1, M, A, H)
+        rest = attend(query[1:], key[1:], value[1:], mask[:, :1])
+        rest = rest[:, :, 0]  # (G - 1, M, A, H)
         with torch.autocast(x.device.type, enabled=False):
             # Two linear layers with nothing between them as one product, as in Utility.
             weight = self.project @ self.out  # (G, H, E)
-            bias = (self.project_bias[:, None] @ self.out)[:, 0] + self.out_bias  # (G, E)
+            bias = self.project_bias[:, None] @ self.out  # (G, 1, E)
+            bias = bias[:, 0] + self.out_bias  # (G, E)
             w = w.to(weight.dtype) @ weight[0] + bias[0]  # (M, V, A, E)
             # All but w are means over the 8 slots of agents, where empty ones count as 0.
-            rest = (rest.to(weight.dtype) * filled[..., None]).sum(2) / SIDE  # (G - 1, M, H)
+            rest = rest.to(weight.dtype) * filled[..., None]
+            rest = rest.sum(2) / SIDE  # (G - 1, M, H)
             share = filled.sum(-1, keepdim=True) / SIDE  # (M, 1)
             rest = rest @ weight[1:] + share * bias[1:, None]  # (G - 1, M, E)
             utilities = torch.stack(q.present()).movedim(0, 1)  # (M, V, A)
@@ -491,7 +491,7 @@ class Mixer(nn.Module):
         return torch.stack(totals, dim=1), w[:, : gone.shape[-1]]
 
 
-class Agent:
+class Agent(Parts):
     """The networks and their optimisers."""
 
     def __init__(self, args: Args, family: Family, device: torch.device):
@@ -559,10 +559,6 @@ class Agent:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
-
 
 # --- 5. The paper ---------------------------------------------------------------------------------
 
@@ -620,7 +616,7 @@ class Player:
         features = encode(obs, self.last_actions, played, self.agent.device)
         q, memory, self.hidden = self.agent.utility(features, hidden=self.hidden)
         log_pi = self.agent.log_policy(q.full_view, memory.full_view, features.avail_actions).cpu()
-        if self.rng and self.agent.args.policy == "head":  # the largest of log pi + Gumbel noise
+        if self.rng:  # the largest of log pi + Gumbel noise
             log_pi -= torch.empty_like(log_pi).exponential_(generator=self.agent.rng).log()
         actions = log_pi.argmax(-1)
         if self.rng:
@@ -678,10 +674,11 @@ class ReplayBuffer:
         self.fixed = {"length": torch.empty(N, dtype=torch.int64)}  # (N, ...), of an episode
         self.states = {}  # (N, T + 1, ...), of a moment
         for name, x in battles.snapshot._asdict().items():
+            shape = x.shape[1:]
             if name in battles.fixed:
-                self.fixed[name] = torch.empty(N, *x.shape[1:], dtype=x.dtype)
+                self.fixed[name] = torch.empty(N, *shape, dtype=x.dtype)
             else:
-                self.states[name] = torch.empty(N, T + 1, *x.shape[1:], dtype=x.dtype)
+                self.states[name] = torch.empty(N, T + 1, *shape, dtype=x.dtype)
         self.steps = {  # (N, T, ...)
             "actions": torch.empty(N, T, SIDE, dtype=torch.int8),
             "rewards": torch.empty(N, T),
@@ -778,9 +775,9 @@ def copied(x: Any) -> Any:
     return x._make([tensor.to("cpu", copy=True) for tensor in x])
 
 
-def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> tuple[list[Any], Tensor]:
+def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> list[Any]:
     """Play one episode of every battle into the buffer. Returns them (battles.Episode), in the
-    order in which they ended, and all rewards (B, T)."""
+    order in which they ended."""
     battles.reset()
     snapshots = [copied(battles.snapshot)]
     steps, episodes = [], []
@@ -790,8 +787,9 @@ def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> tuple[list[An
         steps.append(copied(Played(actions, step.reward, step.terminated)))
         snapshots.append(copied(step.final))
         episodes += step.episodes
+    check_finite(rewards=torch.stack([step.rewards for step in steps]))
     buffer.add(snapshots, steps, lengths=battles.time.long().cpu())
-    return episodes, torch.stack([step.rewards for step in steps], dim=1)
+    return episodes
 
 
 # [shared: replay] end
@@ -831,10 +829,9 @@ class LivingAgents(NamedTuple):
     team_memory: Tensor  # (n, R), in an imagined team s*, given
     own_memory: Tensor | None  # (n, R)
 
-    def detach(self) -> LivingAgents:
-        """What only heads can learn from: no gradient gets to the trunks."""
-        own_memory = None if self.own_memory is None else self.own_memory.detach()
-        return self._replace(memory=self.memory.detach(), own_memory=own_memory)
+    def map(self, function: Callable[[Tensor], Tensor]) -> LivingAgents:
+        """function of each that is there."""
+        return LivingAgents(*[None if x is None else function(x) for x in self])
 
 
 def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunks:
@@ -852,23 +849,18 @@ def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
     """The agents that are alive (K, A) at the steps of a minibatch, a row each."""
     features = batch.features
     A = alive.shape[1]
-    slot = torch.arange(A, device=alive.device)
-    rows = (batch.now[:, None] * A + slot)[alive]  # (n,), of (M A)
     imagined = trunks.memory.own_group  # s* is who is in one's group
     if imagined is None:
         imagined = trunks.memory.full_view
-
-    def of_rows(x: Tensor) -> Tensor:  # (M, A, ...) -> (n, ...)
-        return x.flatten(0, 1)[rows]
-
-    return LivingAgents(
-        own_state=of_rows(features.entities[:, :A]),
-        avail_actions=of_rows(features.avail_actions),
-        q=of_rows(trunks.q.full_view.detach()),
-        memory=of_rows(trunks.memory.full_view),
-        team_memory=of_rows(imagined.detach()),
-        own_memory=None if trunks.own_memory is None else of_rows(trunks.own_memory),
+    everybody = LivingAgents(  # (M, A, ...)
+        own_state=features.entities[:, :A],
+        avail_actions=features.avail_actions,
+        q=trunks.q.full_view.detach(),
+        memory=trunks.memory.full_view,
+        team_memory=imagined.detach(),
+        own_memory=trunks.own_memory,
     )
+    return everybody.map(lambda x: x[batch.now][alive])
 
 
 @torch.no_grad()
@@ -883,9 +875,7 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
         # The mixer is linear: the expectation of Q_tot is Q_tot of expectations.
         expected = Views((log_pi.exp() * next_q.full_view[later]).sum(-1))
         q_total = agent.target_mixer(expected, features.at(later)).q_total
-    value = q_total
-    if agent.alpha:
-        value = soft_value(q_total, divergence(log_pi, log_m), agent.alpha)
+    value = soft_value(q_total, divergence(log_pi, log_m), agent.alpha)
     return batch.rewards + args.gamma * value * ~batch.terminated
 
 
@@ -959,7 +949,7 @@ def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict
         scalars["grad_norm"] = step_together(args, agent, loss)
         return scalars
     alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
-    fixed = living.detach()
+    fixed = living.map(lambda x: x.detach())  # no gradient gets to the trunks
     for _ in range(agent.ba_iterations - 1):
         learn_marginal(args, agent, fixed)
         actor = actor_loss(args, agent, fixed, alpha)
@@ -1026,7 +1016,8 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     if evaluation.final and args.backend == "sim":
         policies |= world.scripted_policies(policy_seed)
     sizes = dict.fromkeys((*args.team_sizes, *args.eval_team_sizes))
-    evaluation.expect(len(sizes) * len(policies) * math.ceil(number / together) * together)
+    rounds = math.ceil(number / together)
+    evaluation.expect(len(sizes) * len(policies) * rounds * together)
     results = {}
     for size in sizes:
         for name, policy in policies.items():
@@ -1088,7 +1079,7 @@ def train(args: Args) -> int:
         while run.goes_on():
             epsilon = epsilon_at(args, run.timesteps)
             try:
-                episodes, rewards = collect(battles, Player(agent, epsilon, rng), buffer)
+                episodes = collect(battles, Player(agent, epsilon, rng), buffer)
             except BattleError:  # the game; what has been learned is kept
                 run.save()
                 raise
@@ -1097,7 +1088,7 @@ def train(args: Args) -> int:
             scalars = {}
             if buffer.size >= args.batch_size:
                 scalars = update(args, agent, buffer, rng)
-            check_finite(rewards=rewards, **scalars)
+            check_finite(**scalars)
             run.note(scalars)
             since_copy = buffer.episodes % args.target_every
             if since_copy < len(episodes):

@@ -46,6 +46,7 @@ from harness import (
     Amount,
     Count,
     Evaluation,
+    Parts,
     Positive,
     Run,
     RunArgs,
@@ -226,7 +227,7 @@ def encode(
     played (T, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
     E = slots_in_use(obs.entity_mask[:, SIDE:])
-    slots = torch.cat((torch.arange(A), SIDE + torch.arange(E))).to(last_actions.device)
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)], device=last_actions.device)
     num_actions = obs.avail.shape[-1]
     # One more kind of action, in front, is "none"; its column is left out.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
@@ -398,18 +399,22 @@ class Mixer(nn.Module):
         filled = ~features.empty[:, :A]
         nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
         mask = mask_views(nobody, groups)  # (M, V, A, S)
-        x = F.relu(self.embed(features.entities)).unflatten(-1, (G, -1))  # (M, S, G, H)
+        x = F.relu(self.embed(features.entities))  # (M, S, G H)
+        x = x.unflatten(-1, (G, -1))  # (M, S, G, H)
         query, key, value = self.attention(x, A)
         # Weights of utilities are those of each view, all else is of the full one.
         w = attend(query[:1], key[:1], value[:1], mask)[0]  # (M, V, A, H)
-        rest = attend(query[1:], key[1:], value[1:], mask[:, :1])[:, :, 0]  # (G - 1, M, A, H)
+        rest = attend(query[1:], key[1:], value[1:], mask[:, :1])
+        rest = rest[:, :, 0]  # (G - 1, M, A, H)
         with torch.autocast(x.device.type, enabled=False):
             # Two linear layers with nothing between them as one product, as in Utility.
             weight = self.project @ self.out  # (G, H, E)
-            bias = (self.project_bias[:, None] @ self.out)[:, 0] + self.out_bias  # (G, E)
+            bias = self.project_bias[:, None] @ self.out  # (G, 1, E)
+            bias = bias[:, 0] + self.out_bias  # (G, E)
             w = w.to(weight.dtype) @ weight[0] + bias[0]  # (M, V, A, E)
             # All but w are means over the 8 slots of agents, where empty ones count as 0.
-            rest = (rest.to(weight.dtype) * filled[..., None]).sum(2) / SIDE  # (G - 1, M, H)
+            rest = rest.to(weight.dtype) * filled[..., None]
+            rest = rest.sum(2) / SIDE  # (G - 1, M, H)
             share = filled.sum(-1, keepdim=True) / SIDE  # (M, 1)
             rest = rest @ weight[1:] + share * bias[1:, None]  # (G - 1, M, E)
             utilities = torch.stack(q.present()).movedim(0, 1)  # (M, V, A)
@@ -428,7 +433,8 @@ class Mixer(nn.Module):
         if x.shape[1] > 1:
             full_view, own_group, other_group = x.unbind(1)
             x = torch.stack((full_view, own_group + other_group), dim=1)
-        return (F.elu(x + b[:, None]) * w_final.softmax(-1)[:, None]).sum(-1)
+        x = F.elu(x + b[:, None])
+        return (x * w_final.softmax(-1)[:, None]).sum(-1)
 
     def mix_linear(self, q: Tensor, w: Tensor, features: Features) -> Tensor:
         """sum_i w_i Q_i (M, 1) with a softmax over all 8 slots; (M, 2) with that of groups, over
@@ -438,14 +444,15 @@ class Mixer(nn.Module):
         padding = (0, SIDE - q.shape[-1])
         score = F.pad(w.mean(-1).masked_fill(gone, 0.0), padding)  # (M, V, 8)
         q = F.pad(q, padding)
-        totals = [(score[:, 0].softmax(-1) * q[:, 0]).sum(-1)]
+        w = score[:, 0].softmax(-1)
+        totals = [(w * q[:, 0]).sum(-1)]
         if q.shape[1] > 1:
             weights = score[:, 1:].flatten(1).softmax(-1)  # (M, 16)
             totals.append((weights * q[:, 1:].flatten(1)).sum(-1))
         return torch.stack(totals, dim=1)
 
 
-class Agent:
+class Agent(Parts):
     """The networks and their optimiser."""
 
     def __init__(self, args: Args, family: Family, device: torch.device):
@@ -478,10 +485,6 @@ class Agent:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
-
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -563,10 +566,11 @@ class ReplayBuffer:
         self.fixed = {"length": torch.empty(N, dtype=torch.int64)}  # (N, ...), of an episode
         self.states = {}  # (N, T + 1, ...), of a moment
         for name, x in battles.snapshot._asdict().items():
+            shape = x.shape[1:]
             if name in battles.fixed:
-                self.fixed[name] = torch.empty(N, *x.shape[1:], dtype=x.dtype)
+                self.fixed[name] = torch.empty(N, *shape, dtype=x.dtype)
             else:
-                self.states[name] = torch.empty(N, T + 1, *x.shape[1:], dtype=x.dtype)
+                self.states[name] = torch.empty(N, T + 1, *shape, dtype=x.dtype)
         self.steps = {  # (N, T, ...)
             "actions": torch.empty(N, T, SIDE, dtype=torch.int8),
             "rewards": torch.empty(N, T),
@@ -663,9 +667,9 @@ def copied(x: Any) -> Any:
     return x._make([tensor.to("cpu", copy=True) for tensor in x])
 
 
-def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> tuple[list[Any], Tensor]:
+def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> list[Any]:
     """Play one episode of every battle into the buffer. Returns them (battles.Episode), in the
-    order in which they ended, and all rewards (B, T)."""
+    order in which they ended."""
     battles.reset()
     snapshots = [copied(battles.snapshot)]
     steps, episodes = [], []
@@ -675,8 +679,9 @@ def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> tuple[list[An
         steps.append(copied(Played(actions, step.reward, step.terminated)))
         snapshots.append(copied(step.final))
         episodes += step.episodes
+    check_finite(rewards=torch.stack([step.rewards for step in steps]))
     buffer.add(snapshots, steps, lengths=battles.time.long().cpu())
-    return episodes, torch.stack([step.rewards for step in steps], dim=1)
+    return episodes
 
 
 # [shared: replay] end
@@ -766,7 +771,8 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     if evaluation.final and args.backend == "sim":
         policies |= world.scripted_policies(policy_seed)
     sizes = dict.fromkeys((*args.team_sizes, *args.eval_team_sizes))
-    evaluation.expect(len(sizes) * len(policies) * math.ceil(number / together) * together)
+    rounds = math.ceil(number / together)
+    evaluation.expect(len(sizes) * len(policies) * rounds * together)
     results = {}
     for size in sizes:
         for name, policy in policies.items():
@@ -825,7 +831,7 @@ def train(args: Args) -> int:
         while run.goes_on():
             epsilon = epsilon_at(args, run.timesteps)
             try:
-                episodes, rewards = collect(battles, Player(agent, epsilon, rng), buffer)
+                episodes = collect(battles, Player(agent, epsilon, rng), buffer)
             except BattleError:  # the game; what has been learned is kept
                 run.save()
                 raise
@@ -834,7 +840,7 @@ def train(args: Args) -> int:
             scalars = {}
             if buffer.size >= args.batch_size:
                 scalars = update(args, agent, buffer, rng)
-            check_finite(rewards=rewards, **scalars)
+            check_finite(**scalars)
             run.note(scalars)
             since_copy = buffer.episodes % args.target_every
             if since_copy < len(episodes):
