@@ -328,6 +328,13 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
     return rank, size, device
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is fast there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def sum_over_processes(x: Tensor) -> Tensor:
     """x itself, summed in place."""
     if dist.is_initialized():
@@ -528,6 +535,14 @@ def pack(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.detach().cpu()
     return x.state_dict() if hasattr(x, "state_dict") else x
+
+
+class Parts:
+    """An object whose networks and optimisers are what a checkpoint holds of it."""
+
+    def parts(self) -> dict[str, Any]:
+        """{name of the attribute: the network or optimiser}."""
+        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
 
 def restore(x: Any, saved: Any, source: str) -> None:

@@ -45,14 +45,17 @@ from harness import (
     Amount,
     Count,
     Evaluation,
+    Parts,
     Positive,
     Run,
     RunArgs,
     Share,
     UsageError,
     call,
+    check,
     check_finite,
     descend,
+    has_bf16,
     leave,
     load_checkpoint,
     read_args,
@@ -64,12 +67,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from envs.smac import combat, game, resource_collection
-from envs.smac import episodes as combat_episodes
-from envs.smac.combat import FAMILIES, SIDE, Family, Observation
-from envs.smac.episodes import Policy
+from envs.smac import worlds
+from envs.smac.combat import SIDE, Family, Observation
+from envs.smac.episodes import EpisodeLog, Policy
 from envs.smac.game import BattleError
 
 CPU = torch.device("cpu")
@@ -147,7 +148,7 @@ PRESETS = {
         "detach_actor_trunk": True,
     },
 }
-# With --resume the backend stays, see check_backend().
+# With --resume backend and version of the game stay as they were.
 RESUMABLE = ("backend", "env_threads", "game_version", "eval_team_sizes", "compile")
 LINE = ("return", "win", "td_loss", "sps")  # scalars on standard output, without a terminal
 
@@ -157,7 +158,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     greedy = args.policy == "greedy"
     imagines = args.imagine and args.scenario != "resource"
     regularizes = args.regularizer != "none" and not args.observe_self_only
-    alpha_i = args.alpha if args.alpha_i is None else args.alpha_i
     return [
         ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
@@ -172,10 +172,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--policy greedy is for --regularizer none: its logarithm is not finite",
         ),
         (
-            greedy and args.ba_iterations,
-            "--policy greedy has no alternations of (12) and (13): no --ba-iterations",
-        ),
-        (
             args.observe_self_only and args.regularizer != "mi",
             "--observe-self-only leaves nothing for --regularizer to act on",
         ),
@@ -184,62 +180,15 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--alpha and --alpha-i are of a regulariser, which this run has not",
         ),
         (
-            args.alpha_i_over_w and (not regularizes or alpha_i == 0),
-            "--alpha-i-over-w needs a regulariser and an --alpha-i that is not 0",
+            not regularizes and args.alpha_i_over_w,
+            "--alpha-i-over-w needs a regulariser",
         ),
-        *wrong_worlds(args),
+        *worlds.wrong_flags(args),
     ]
 
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
 # [shared: battles] begin
-
-
-def wrong_worlds(args: Args) -> list[tuple[Any, str]]:
-    """Teams that there are not, and flags that this world would ignore."""
-    collects = args.scenario == "resource"
-    in_game = args.backend == "sc2"
-    other_rules = args.clip_regeneration or args.enemy_ai != "sticky"
-    try:
-        family_of(args.scenario).teams((*args.team_sizes, *args.eval_team_sizes))
-        no_team = "--team-sizes is empty" if not args.team_sizes else ""
-    except ValueError as error:
-        no_team = str(error).rstrip(".")
-    return [
-        (no_team, no_team),
-        (collects and in_game, "--scenario resource is no game of --backend sc2"),
-        (
-            collects and other_rules,
-            "--enemy-ai and --clip-regeneration are for battles, not for --scenario resource",
-        ),
-        (
-            in_game and args.enemy_ai != "sticky" and not args.eval_only,
-            "--enemy-ai is for --backend sim, the game has its own",
-        ),
-        (
-            args.game_version and not in_game and not args.eval_only,
-            "--game-version is for --backend sc2",
-        ),
-    ]
-
-
-def check_backend(args: Args, saved: dict[str, Any]) -> None:
-    """UsageError if a run would go on in another backend, or in another version of the game."""
-    for name in ("backend", "game_version"):
-        own = saved["args"][name]
-        if getattr(args, name) != own:
-            flag = name.replace("_", "-")
-            raise UsageError(f"{args.resume} is a run with --{flag} {own or 'unset'}.")
-
-
-def family_of(scenario: str) -> Family | resource_collection.Family:
-    """What is known of a world before there is one."""
-    return resource_collection.Family() if scenario == "resource" else FAMILIES[scenario]
-
-
-def episodes_of(scenario: str) -> Any:
-    """The module with its scripted policies, play(), summarise(), table() and film()."""
-    return resource_collection if scenario == "resource" else combat_episodes
 
 
 def make_envs(
@@ -249,23 +198,20 @@ def make_envs(
 
     Only Resource Collection can be on a GPU. UsageError where there are no such teams or no game.
     """
-    options: dict[str, Any] = {
-        "team_sizes": sizes,
-        "num_battles": num_envs,
-        "seed": seed,
-        "episode_limit": args.max_episode_steps,
-        "once": True,
-    }
     try:
-        if args.scenario == "resource":
-            longest = resource_collection.EPISODE_LIMIT
-            options["episode_limit"] = min(args.max_episode_steps, longest)
-            return resource_collection.ResourceCollection(**options, device=device)
-        options["scenario"] = args.scenario
-        options["clip_regeneration"] = args.clip_regeneration
-        if args.backend == "sc2":
-            return game.make_battles(**options, game_version=args.game_version or None)
-        return combat.Combat(**options, enemy_ai=args.enemy_ai, threads=args.env_threads)
+        return worlds.make_worlds(
+            args.backend,
+            args.scenario,
+            team_sizes=sizes,
+            num_battles=num_envs,
+            seed=seed,
+            episode_limit=args.max_episode_steps,
+            clip_regeneration=args.clip_regeneration,
+            enemy_ai=args.enemy_ai,
+            threads=args.env_threads,
+            game_version=args.game_version,
+            device=device,
+        )
     except (ValueError, BattleError) as error:
         raise UsageError(str(error)) from None
 
@@ -311,7 +257,7 @@ def encode(
     played (T, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
     E = slots_in_use(obs.entity_mask[:, SIDE:])
-    slots = torch.cat((torch.arange(A), SIDE + torch.arange(E))).to(last_actions.device)
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)], device=last_actions.device)
     num_actions = obs.avail.shape[-1]
     # One more kind of action, in front, is "none"; its column is left out.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
@@ -504,18 +450,22 @@ class Mixer(nn.Module):
         filled = ~features.empty[:, :A]
         nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
         mask = mask_views(nobody, groups)  # (M, V, A, S)
-        x = F.relu(self.embed(features.entities)).unflatten(-1, (G, -1))  # (M, S, G, H)
+        x = F.relu(self.embed(features.entities))  # (M, S, G H)
+        x = x.unflatten(-1, (G, -1))  # (M, S, G, H)
         query, key, value = self.attention(x, A)
         # Weights of utilities are those of each view, all else is of the full one.
         w = attend(query[:1], key[:1], value[:1], mask)[0]  # (M, V, A, H)
-        rest = attend(query[1:], key[1:], value[1:], mask[:, :1])[:, :, 0]  # (G - 1, M, A, H)
+        rest = attend(query[1:], key[1:], value[1:], mask[:, :1])
+        rest = rest[:, :, 0]  # (G - 1, M, A, H)
         with torch.autocast(x.device.type, enabled=False):
             # Two linear layers with nothing between them as one product, as in Utility.
             weight = self.project @ self.out  # (G, H, E)
-            bias = (self.project_bias[:, None] @ self.out)[:, 0] + self.out_bias  # (G, E)
+            bias = self.project_bias[:, None] @ self.out  # (G, 1, E)
+            bias = bias[:, 0] + self.out_bias  # (G, E)
             w = w.to(weight.dtype) @ weight[0] + bias[0]  # (M, V, A, E)
             # All but w are means over the 8 slots of agents, where empty ones count as 0.
-            rest = (rest.to(weight.dtype) * filled[..., None]).sum(2) / SIDE  # (G - 1, M, H)
+            rest = rest.to(weight.dtype) * filled[..., None]
+            rest = rest.sum(2) / SIDE  # (G - 1, M, H)
             share = filled.sum(-1, keepdim=True) / SIDE  # (M, 1)
             rest = rest @ weight[1:] + share * bias[1:, None]  # (G - 1, M, E)
             utilities = torch.stack(q.present()).movedim(0, 1)  # (M, V, A)
@@ -541,14 +491,7 @@ class Mixer(nn.Module):
         return torch.stack(totals, dim=1), w[:, : gone.shape[-1]]
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is fast there."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-class Agent:
+class Agent(Parts):
     """The networks and their optimisers."""
 
     def __init__(self, args: Args, family: Family, device: torch.device):
@@ -616,10 +559,6 @@ class Agent:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
-
 
 # --- 5. The paper ---------------------------------------------------------------------------------
 
@@ -677,7 +616,7 @@ class Player:
         features = encode(obs, self.last_actions, played, self.agent.device)
         q, memory, self.hidden = self.agent.utility(features, hidden=self.hidden)
         log_pi = self.agent.log_policy(q.full_view, memory.full_view, features.avail_actions).cpu()
-        if self.rng and self.agent.args.policy == "head":  # the largest of log pi + Gumbel noise
+        if self.rng:  # the largest of log pi + Gumbel noise
             log_pi -= torch.empty_like(log_pi).exponential_(generator=self.agent.rng).log()
         actions = log_pi.argmax(-1)
         if self.rng:
@@ -735,10 +674,11 @@ class ReplayBuffer:
         self.fixed = {"length": torch.empty(N, dtype=torch.int64)}  # (N, ...), of an episode
         self.states = {}  # (N, T + 1, ...), of a moment
         for name, x in battles.snapshot._asdict().items():
+            shape = x.shape[1:]
             if name in battles.fixed:
-                self.fixed[name] = torch.empty(N, *x.shape[1:], dtype=x.dtype)
+                self.fixed[name] = torch.empty(N, *shape, dtype=x.dtype)
             else:
-                self.states[name] = torch.empty(N, T + 1, *x.shape[1:], dtype=x.dtype)
+                self.states[name] = torch.empty(N, T + 1, *shape, dtype=x.dtype)
         self.steps = {  # (N, T, ...)
             "actions": torch.empty(N, T, SIDE, dtype=torch.int8),
             "rewards": torch.empty(N, T),
@@ -749,22 +689,20 @@ class ReplayBuffer:
     def size(self) -> int:
         return min(self.episodes, self.args.buffer_size)
 
-    def add(self, snapshots: list[Any], steps: list[Played], lengths: list[int]) -> None:
-        """Store an episode of each of B battles, of T + 1 snapshots and T steps the first so many;
-        the rest is 0."""
-        B, length = len(lengths), torch.tensor(lengths)
-        place = torch.arange(self.episodes, self.episodes + B) % self.args.buffer_size
-        self.fixed["length"][place] = length
+    def add(self, snapshots: list[Any], steps: list[Played], lengths: Tensor) -> None:
+        """Store an episode of each of B battles: T + 1 snapshots and the T steps between them, of
+        which its first lengths (B,) are real; nobody reads the rest."""
+        place = torch.arange(self.episodes, self.episodes + len(lengths)) % self.args.buffer_size
+        self.fixed["length"][place] = lengths
         for name in self.battles.fixed:
             self.fixed[name][place] = getattr(snapshots[0], name)
-        is_over = torch.arange(len(snapshots)) > length[:, None]  # (B, T + 1)
-        for name, store in self.states.items():
-            x = torch.stack([getattr(snapshot, name) for snapshot in snapshots], dim=1)
-            write_rows(store, place, x, is_over)
-        for name, store in self.steps.items():
-            x = torch.stack([getattr(step, name) for step in steps], dim=1)
-            write_rows(store, place, x, is_over[:, 1:])
-        self.episodes += B
+        for t, snapshot in enumerate(snapshots):
+            for name, store in self.states.items():
+                store[place, t] = getattr(snapshot, name)
+        for t, step in enumerate(steps):
+            for name, store in self.steps.items():
+                store[place, t] = getattr(step, name).to(store.dtype)
+        self.episodes += len(lengths)
 
     def sample(self, rng: torch.Generator, size: int) -> Batch:
         """size episodes, each at most once."""
@@ -822,10 +760,8 @@ class ReplayBuffer:
             x[:n] = tensors[name]
         real = self.is_real()
         for name, x in self.states.items():
-            x[:n] = 0
             x[:n][real] = tensors[name]
         for name, x in self.steps.items():
-            x[:n] = 0
             x[:n][real[:, 1:]] = tensors[name]
 
     def is_real(self) -> Tensor:
@@ -834,64 +770,26 @@ class ReplayBuffer:
         return time <= self.fixed["length"][: self.size, None]
 
 
-def write_rows(store: Tensor, place: Tensor, x: Tensor, is_over: Tensor) -> None:
-    """Episodes x (B, T, ...) into store at place (B,), 0 where they are over, and behind them."""
-    x[is_over] = 0
-    store[place] = 0
-    store[place, : x.shape[1]] = x.to(store.dtype)
+def copied(x: Any) -> Any:
+    """A named tuple on the CPU: worlds write into their own tensors."""
+    return x._make([tensor.to("cpu", copy=True) for tensor in x])
 
 
-def to_cpu(x: Tensor) -> Tensor:
-    """A copy: worlds write into their own tensors."""
-    return x.to("cpu", copy=True)
-
-
-def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> tuple[list[Any], Tensor]:
+def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> list[Any]:
     """Play one episode of every battle into the buffer. Returns them (battles.Episode), in the
-    order in which they ended, and all rewards (B, T)."""
+    order in which they ended."""
     battles.reset()
-    snapshots = [battles.snapshot._make(map(to_cpu, battles.snapshot))]
+    snapshots = [copied(battles.snapshot)]
     steps, episodes = [], []
     while len(episodes) < battles.num_battles:
         actions = policy(battles)
         step = battles.step(actions)
-        steps.append(Played(to_cpu(actions), to_cpu(step.reward), to_cpu(step.terminated)))
-        snapshots.append(step.final._make(map(to_cpu, step.final)))
+        steps.append(copied(Played(actions, step.reward, step.terminated)))
+        snapshots.append(copied(step.final))
         episodes += step.episodes
-    length_of = {episode.battle: episode.length for episode in episodes}
-    buffer.add(snapshots, steps, [length_of[b] for b in range(battles.num_battles)])
-    return episodes, torch.stack([step.rewards for step in steps], dim=1)
-
-
-class EpisodeLog:
-    """Episodes of training since the last line of the log."""
-
-    def __init__(self, kind: Any):
-        """kind: battles.Episode."""
-        self.kind, self.episodes = kind, []
-
-    def means(self) -> dict[str, float]:
-        """Means of their returns, wins and lengths, also by team size; then none are left."""
-        by_size = collections.defaultdict(list)
-        for episode in self.episodes:
-            by_size[""].append(episode)
-            by_size[f"/{sum(episode.team)}"].append(episode)
-        scalars = {"episodes": len(self.episodes)}
-        for size, played in sorted(by_size.items()):
-            scalars[f"return{size}"] = sum(episode.reward for episode in played) / len(played)
-            if hasattr(played[0], "won"):
-                scalars[f"win{size}"] = sum(episode.won for episode in played) / len(played)
-        if self.episodes:
-            steps = sum(episode.length for episode in self.episodes)
-            scalars["length"] = steps / len(self.episodes)
-        self.episodes = []
-        return scalars
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"episodes": [tuple(episode) for episode in self.episodes]}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.episodes = [self.kind._make(episode) for episode in saved["episodes"]]
+    check_finite(rewards=torch.stack([step.rewards for step in steps]))
+    buffer.add(snapshots, steps, lengths=battles.time.long().cpu())
+    return episodes
 
 
 # [shared: replay] end
@@ -931,10 +829,9 @@ class LivingAgents(NamedTuple):
     team_memory: Tensor  # (n, R), in an imagined team s*, given
     own_memory: Tensor | None  # (n, R)
 
-    def detach(self) -> LivingAgents:
-        """What only heads can learn from: no gradient gets to the trunks."""
-        own_memory = None if self.own_memory is None else self.own_memory.detach()
-        return self._replace(memory=self.memory.detach(), own_memory=own_memory)
+    def map(self, function: Callable[[Tensor], Tensor]) -> LivingAgents:
+        """function of each that is there."""
+        return LivingAgents(*[None if x is None else function(x) for x in self])
 
 
 def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunks:
@@ -952,23 +849,18 @@ def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
     """The agents that are alive (K, A) at the steps of a minibatch, a row each."""
     features = batch.features
     A = alive.shape[1]
-    slot = torch.arange(A, device=alive.device)
-    rows = (batch.now[:, None] * A + slot)[alive]  # (n,), of (M A)
     imagined = trunks.memory.own_group  # s* is who is in one's group
     if imagined is None:
         imagined = trunks.memory.full_view
-
-    def of_rows(x: Tensor) -> Tensor:  # (M, A, ...) -> (n, ...)
-        return x.flatten(0, 1)[rows]
-
-    return LivingAgents(
-        own_state=of_rows(features.entities[:, :A]),
-        avail_actions=of_rows(features.avail_actions),
-        q=of_rows(trunks.q.full_view.detach()),
-        memory=of_rows(trunks.memory.full_view),
-        team_memory=of_rows(imagined.detach()),
-        own_memory=None if trunks.own_memory is None else of_rows(trunks.own_memory),
+    everybody = LivingAgents(  # (M, A, ...)
+        own_state=features.entities[:, :A],
+        avail_actions=features.avail_actions,
+        q=trunks.q.full_view.detach(),
+        memory=trunks.memory.full_view,
+        team_memory=imagined.detach(),
+        own_memory=trunks.own_memory,
     )
+    return everybody.map(lambda x: x[batch.now][alive])
 
 
 @torch.no_grad()
@@ -983,9 +875,7 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
         # The mixer is linear: the expectation of Q_tot is Q_tot of expectations.
         expected = Views((log_pi.exp() * next_q.full_view[later]).sum(-1))
         q_total = agent.target_mixer(expected, features.at(later)).q_total
-    value = q_total
-    if agent.alpha:
-        value = soft_value(q_total, divergence(log_pi, log_m), agent.alpha)
+    value = soft_value(q_total, divergence(log_pi, log_m), agent.alpha)
     return batch.rewards + args.gamma * value * ~batch.terminated
 
 
@@ -1059,7 +949,7 @@ def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict
         scalars["grad_norm"] = step_together(args, agent, loss)
         return scalars
     alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
-    fixed = living.detach()
+    fixed = living.map(lambda x: x.detach())  # no gradient gets to the trunks
     for _ in range(agent.ba_iterations - 1):
         learn_marginal(args, agent, fixed)
         actor = actor_loss(args, agent, fixed, alpha)
@@ -1116,7 +1006,7 @@ def update(
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """Greedy episodes of every team size; at the end, unless in the game, those of scripted
     policies in the same battles beside them. Returns {"size policy": what summarise() says}."""
-    world = episodes_of(args.scenario)
+    world = worlds.playing(args.scenario)
     battle_seed, policy_seed = evaluation.rng.integers(2**31, size=2).tolist()
     new_battles = functools.partial(make_envs, args, seed=battle_seed, device=agent.device)
     number = together = evaluation.episodes
@@ -1126,18 +1016,13 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     if evaluation.final and args.backend == "sim":
         policies |= world.scripted_policies(policy_seed)
     sizes = dict.fromkeys((*args.team_sizes, *args.eval_team_sizes))
-    evaluation.expect(len(sizes) * len(policies) * math.ceil(number / together) * together)
+    rounds = math.ceil(number / together)
+    evaluation.expect(len(sizes) * len(policies) * rounds * together)
     results = {}
     for size in sizes:
         for name, policy in policies.items():
             with contextlib.closing(new_battles(sizes=(size,), num_envs=together)) as battles:
-                episodes = []
-                while len(episodes) < number:
-                    episodes += world.play(battles, policy, evaluation.progress)
-            row = world.summarise(episodes[:number])
-            if args.backend == "sc2":  # those that a failing game cut short count as not won
-                row["lost_to_failures"] = sum(battles.lost)
-                tqdm.write(f"{battles.game_version}: {sum(battles.lost)} episodes lost")
+                row = worlds.score(args.scenario, battles, policy, number, evaluation.progress)
             results[f"{size} {name}".rstrip()] = row
         if evaluation.videos:
             with contextlib.closing(new_battles(sizes=(size,), num_envs=1)) as battles:
@@ -1152,7 +1037,7 @@ def load_player(path: str) -> Policy:
     """The greedy policy of a run or checkpoint, for battles of its scenario that begin together."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
-    agent = Agent(args, family_of(args.scenario), CPU)
+    agent = Agent(args, worlds.family_of(args.scenario), CPU)
     restore(agent, saved["agent"], path)
     return Player(agent)
 
@@ -1164,10 +1049,10 @@ def load_player(path: str) -> Policy:
 
 def train(args: Args) -> int:
     """The run, with --resume from its checkpoint on; returns the exit code."""
-    table = episodes_of(args.scenario).table
+    table = worlds.playing(args.scenario).table
     with Run(args, table, LINE) as run:
         if args.resume:
-            check_backend(args, run.saved)
+            check(worlds.wrong_to_resume(args, run.saved["args"]))
         battles = make_envs(
             args, sizes=args.team_sizes, num_envs=args.num_envs, seed=args.seed, device=run.device
         )
@@ -1194,7 +1079,7 @@ def train(args: Args) -> int:
         while run.goes_on():
             epsilon = epsilon_at(args, run.timesteps)
             try:
-                episodes, rewards = collect(battles, Player(agent, epsilon, rng), buffer)
+                episodes = collect(battles, Player(agent, epsilon, rng), buffer)
             except BattleError:  # the game; what has been learned is kept
                 run.save()
                 raise
@@ -1203,7 +1088,7 @@ def train(args: Args) -> int:
             scalars = {}
             if buffer.size >= args.batch_size:
                 scalars = update(args, agent, buffer, rng)
-            check_finite(rewards=rewards, **scalars)
+            check_finite(**scalars)
             run.note(scalars)
             since_copy = buffer.episodes % args.target_every
             if since_copy < len(episodes):

@@ -947,7 +947,7 @@ def training_speed(script: Any, flags: str, bench: Any) -> float:
     steps, start = 0, clock(bench)
     for _ in range(bench.iterations):
         player = script.Player(s.agent, 1.0, s.rng)
-        episodes, _ = script.collect(s.battles, player, s.buffer)
+        episodes = script.collect(s.battles, player, s.buffer)
         script.update(s.args, s.agent, s.buffer, s.rng)
         steps += sum(episode.length for episode in episodes)
     return steps / (clock(bench) - start)

@@ -297,7 +297,8 @@ class Evaluated:
         """The mean of what training logged in the time of those evaluations; NaN for nothing."""
         first, end = (self.evaluations[k]["timesteps"] for k in (-last, -1))
         lines = [x for x in self.learning if first <= x["timesteps"] <= end]
-        return float(np.mean([x[name] for x in lines if name in x] or [np.nan]))
+        values = [x[name] for x in lines if name in x]
+        return float(np.mean(values or [np.nan]))
 
 
 def row_name(args: dict[str, Any]) -> str:
@@ -330,8 +331,10 @@ def read_evaluations(run: Run, study: Tables) -> Evaluated:
         raise UsageError(f"{run.where} is a run of {args['script']}.py.")
     evaluations = [x for x in run.log if any(k.startswith("eval/") for k in x)]
     periods = [0, *(x["timesteps"] // study.every for x in evaluations)]
-    evaluations = [x for x, a, b in zip(evaluations, periods, periods[1:]) if a < b]
-    evaluations = [x for x in evaluations if not study.until or x["timesteps"] <= study.until]
+    begun = itertools.pairwise(periods)
+    evaluations = [x for x, (before, now) in zip(evaluations, begun) if before < now]
+    if study.until:
+        evaluations = [x for x in evaluations if x["timesteps"] <= study.until]
     if len(evaluations) < study.last:
         found = f"{len(evaluations)} evaluations"
         found += f" until {study.until:,} steps" if study.until else ""
@@ -385,7 +388,8 @@ def script_rows(task: str, runs: list[Evaluated], measure: str) -> list[dict[str
     for script, sizes in found.items():
         row = {"": task.upper(), "method": f"{script} (script)"}
         for column, members in runs[0].columns.items():
-            row[column] = short(float(np.mean([np.mean(sizes[x]) for x in members])), measure)
+            means = [np.mean(sizes[size]) for size in members]
+            row[column] = short(float(np.mean(means)), measure)
         rows.append(row | {"seeds": "", "steps": ""})
     return rows
 
@@ -395,8 +399,11 @@ def group(runs: list[Evaluated]) -> dict[str, dict[str, list[Evaluated]]]:
     seed that is there twice."""
     found: dict[str, dict[str, list[Evaluated]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.seed):
-        others = {k: [x.flags.get(k) for x in runs if k in x.known] for k in run.flags}
-        own = {k: x for k, x in run.flags.items() if any(x != other for other in others[k])}
+        own = {}
+        for name, value in run.flags.items():
+            others = [x.flags.get(name) for x in runs if name in x.known]
+            if any(value != other for other in others):
+                own[name] = value
         members = found[run.task][" ".join([run.method, *as_words(own)])]
         if any(run.seed == other.seed for other in members):
             raise UsageError(f"{run.where} and {members[-1].where} are the same run: one seed.")
@@ -468,7 +475,8 @@ def draw_tables(found: dict[str, dict[str, list[Evaluated]]], measures: tuple[st
     columns = next(iter(next(iter(found.values())).values()))[0].columns
     size = 3.2 * len(columns) + 1.2, 2.6 * len(lines)
     every = list(dict.fromkeys(method for methods in found.values() for method in methods))
-    colours = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])
+    dark, bright = range(0, 20, 2), range(1, 20, 2)
+    colours = plt.get_cmap("tab20")([*dark, *bright])
     figure, axes = plt.subplots(len(lines), len(columns), figsize=size, squeeze=False)
     for panels, (task, measure) in zip(axes, lines, strict=True):
         for axis, column in zip(panels, columns, strict=True):
@@ -480,8 +488,9 @@ def draw_tables(found: dict[str, dict[str, list[Evaluated]]], measures: tuple[st
                     axis.plot(xs, ys, color=colour, alpha=0.35, linewidth=0.8)
                 end = 1.02 * min(xs[-1] for xs in times)  # runs end with their last battles
                 grid = [x for x in min(times, key=len) if x <= end]
-                ys = np.mean([np.interp(grid, *each) for each in zip(times, values)], 0)
-                axis.plot(grid, ys, color=colour, label=f"{method} ({len(runs)})")
+                curves = [np.interp(grid, xs, ys) for xs, ys in zip(times, values)]
+                label = f"{method} ({len(runs)})"
+                axis.plot(grid, np.mean(curves, 0), color=colour, label=label)
             axis.set_title(f"{task.upper()} {column}: {measure}", fontsize=9)
             axis.grid(alpha=0.3)
         panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.02))  # beside it
@@ -616,10 +625,12 @@ def measure(opened: Opened, study: Dependence) -> dict[str, np.ndarray]:
     episode = features.played.nonzero()[:, 1]  # (M,)
     B = features.played.shape[1]
 
+    def sum_of(x: Tensor) -> Tensor:  # (M,) -> (B,)
+        return torch.zeros(B).index_add(0, episode, x.float())
+
     def per_episode(x: Tensor) -> np.ndarray:
-        sums = torch.zeros(B).index_add(0, episode, (x * living).sum(1).float())
-        counts = torch.zeros(B).index_add(0, episode, living.sum(1).float())
-        return (sums / counts).numpy()
+        sums = sum_of((x * living).sum(1))
+        return (sums / sum_of(living.sum(1))).numpy()
 
     real, _ = says(opened, features)
     alone, _ = says(opened, without_mates(features))
@@ -643,9 +654,8 @@ def dependence(study: Dependence) -> None:
     """Print the table."""
     rows = []
     for run in read_runs(study.runs):
-        found = measure(
-            open_checkpoint(run, Run(Path(study.states)) if study.states else run), study
-        )
+        states = Run(Path(study.states)) if study.states else run
+        found = measure(open_checkpoint(run, states), study)
         row = {"run": run.name, "mates": "", "groups": "", "nats": ""}
         for name, x in found.items():
             low, high = accelerated_interval(x)
@@ -714,8 +724,10 @@ def policies_of(policy: Nets) -> np.ndarray:
     team = torch.tensor([[0, 0], [1, 1]])  # types of both agents
     with torch.no_grad():
         inputs = inputs_of(team).flatten(0, 1)
-        p = policy(inputs.expand(len(policy.first), -1, -1)).softmax(-1)
-    return p[..., 1].view(-1, 2, 2).transpose(1, 2).double().numpy()
+        inputs = inputs.expand(len(policy.first), -1, -1)
+        p = policy(inputs).softmax(-1)[..., 1]
+    p = p.view(-1, 2, 2).transpose(1, 2)
+    return p.double().numpy()
 
 
 def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
@@ -726,8 +738,10 @@ def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
     critic, b = Nets(rngs, 4, H, 2), Nets(rngs, 2, H, 1)
     policy, marginal = Nets(rngs, 4, H, 2), Nets(rngs, 2, H, 2)
     options = {"lr": study.learning_rate, "alpha": 0.99, "eps": 1e-5}
-    new = lambda *nets: torch.optim.RMSprop([p for x in nets for p in x.parameters()], **options)  # noqa: E731
-    judge, actor, prior = new(critic, b), new(policy), new(marginal)
+    both = [*critic.parameters(), *b.parameters()]
+    judge = torch.optim.RMSprop(both, **options)
+    actor = torch.optim.RMSprop(policy.parameters(), **options)
+    prior = torch.optim.RMSprop(marginal.parameters(), **options)
     types = torch.tensor([[TYPES.index(t) for t in team] for team in TRAINED])
     payoffs = torch.tensor(np.stack([game[team] for team in TRAINED]), dtype=torch.float32)
     all_actions = torch.ones(2, dtype=torch.bool)
@@ -778,7 +792,8 @@ def exact_rows(study: MatrixGame) -> list[dict[str, str]]:
     for objective in OBJECTIVES:
         for alpha in (0.0,) if objective == "none" else GAME_ALPHAS[1:]:
             found = optima(PAYOFFS[study.payoffs], objective, alpha, study.grid)
-            best, each = found[0], [", ".join(f"{x:.3g}" for x in p) for p in found[0].policies]
+            best = found[0]
+            each = [", ".join(f"{x:.3g}" for x in p) for p in best.policies]
             row = {"objective": LABELS[objective], "alpha": f"{alpha:g}"}
             row |= {"value": f"{best.value:.3f}", "reward in training": f"{best.reward:.3f}"}
             row |= {"p(1) of agent 1 as A, B": each[0], "of agent 2": each[1]}

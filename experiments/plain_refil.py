@@ -49,14 +49,17 @@ def episodes_of(s: Any, seed: int, size: int) -> Episodes:
     length = buffer.fixed["length"][chosen]
     T, n = int(length.max()), buffer.battles.family.n_actions
     entities, unseen, avail = [], [], []
+    # Behind its end, where the buffer has anything, an episode stands still.
+    moment = torch.minimum(torch.arange(T + 1)[:, None], length)  # (T + 1, B)
+    step = torch.minimum(torch.arange(T)[:, None], length - 1)  # (T, B)
+    actions = buffer.steps["actions"][chosen, step].long()  # (T, B, 8)
     for t in range(T + 1):
-        snapshot = {name: x[chosen, t].contiguous() for name, x in buffer.states.items()}
+        snapshot = {name: x[chosen, moment[t]] for name, x in buffer.states.items()}
         snapshot |= {name: buffer.fixed[name][chosen] for name in buffer.battles.fixed}
         obs = buffer.battles.observe(buffer.battles.snapshot._replace(**snapshot))
         last_actions = torch.zeros(size, SLOTS, n)
         if t:
-            acted = buffer.steps["actions"][chosen, t - 1].long()
-            last_actions[:, :SIDE] = torch.eye(n)[acted]
+            last_actions[:, :SIDE] = torch.eye(n)[actions[t - 1]]
         entities.append(torch.cat((obs.entities, last_actions), dim=-1))
         unseen.append(obs.obs_mask[:, :SIDE])
         avail.append(obs.avail)
@@ -65,9 +68,9 @@ def episodes_of(s: Any, seed: int, size: int) -> Episodes:
         unseen=torch.stack(unseen),
         empty=obs.entity_mask,
         avail_actions=torch.stack(avail),
-        actions=buffer.steps["actions"][chosen, :T].transpose(0, 1).long(),
-        rewards=buffer.steps["rewards"][chosen, :T].T,
-        terminated=buffer.steps["terminated"][chosen, :T].T,
+        actions=actions,
+        rewards=buffer.steps["rewards"][chosen, step],
+        terminated=buffer.steps["terminated"][chosen, step],
         length=length,
     )
 

@@ -1,4 +1,4 @@
-"""Playing battles for evaluation: scripted agents, and what policies win.
+"""Playing battles: scripted agents, what policies win, and what training logs of its episodes.
 
 A policy is a function of battles, after reset() or step(): policy(battles) -> actions (B, A). It
 reads battles.obs and battles.snapshot, so it plays the simulator and the real game alike.
@@ -6,6 +6,7 @@ reads battles.obs and battles.snapshot, so it plays the simulator and the real g
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def random_policy(seed: int) -> Policy:
     rng = torch.Generator().manual_seed(seed)
 
     def play(battles: Any) -> Tensor:
-        avail = battles.obs.avail.float()
+        avail = battles.obs.avail.float().cpu()
         return torch.multinomial(avail.flatten(0, 1), 1, generator=rng).view(avail.shape[:2])
 
     return play
@@ -137,13 +138,11 @@ def tell_nobody(episodes: int) -> None:
     """How far one is interests nobody."""
 
 
-def play(
-    battles: Any, policy: Policy, progress: Callable[[int], None] = tell_nobody
-) -> list[Episode]:
-    """One episode of every battle (made with once=True), in the order of battles; progress(n) is
-    called when n of them have ended."""
+def play(battles: Any, policy: Policy, progress: Callable[[int], None] = tell_nobody) -> list[Any]:
+    """One episode (battles.Episode) of every battle (made with once=True), in the order of battles;
+    progress(n) is called when n of them have ended."""
     battles.reset()
-    episodes: list[Episode] = []
+    episodes: list[Any] = []
     while len(episodes) < battles.num_battles:
         ended = battles.step(policy(battles)).episodes
         progress(len(ended))
@@ -172,3 +171,34 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         rest = f"{row['return']:.2f}", f"{row['length']:.0f}", f"{int(row['episodes'])}"
         lines.append([name, with_interval(row, "win", digits=3), *rest])
     return aligned_table(lines)
+
+
+class EpisodeLog:
+    """Episodes of training since the last line of the log."""
+
+    def __init__(self, kind: Any):
+        """kind: battles.Episode."""
+        self.kind, self.episodes = kind, []
+
+    def means(self) -> dict[str, float]:
+        """Means of their returns, wins and lengths, also by team size; then none are left."""
+        by_size = defaultdict(list)
+        for episode in self.episodes:
+            by_size[""].append(episode)
+            by_size[f"/{sum(episode.team)}"].append(episode)
+        scalars = {"episodes": len(self.episodes)}
+        for size, played in sorted(by_size.items()):
+            scalars[f"return{size}"] = sum(episode.reward for episode in played) / len(played)
+            if hasattr(played[0], "won"):
+                scalars[f"win{size}"] = sum(episode.won for episode in played) / len(played)
+        if self.episodes:
+            steps = sum(episode.length for episode in self.episodes)
+            scalars["length"] = steps / len(self.episodes)
+        self.episodes = []
+        return scalars
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"episodes": [tuple(episode) for episode in self.episodes]}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.episodes = [self.kind._make(episode) for episode in saved["episodes"]]

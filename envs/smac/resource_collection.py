@@ -25,7 +25,6 @@ of home, types 1 to 3, invader is seen. Time is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,8 @@ import torch
 from torch import Tensor
 
 from envs.particle.worlds import GOLDEN, mixed
+from envs.smac.episodes import Policy, random_policy
+from envs.smac.episodes import play as play  # as episodes.play
 from envs.statistics import accelerated_interval, aligned_table, with_interval
 
 SIDE = 8  # slots of agents
@@ -460,8 +461,6 @@ def choose(where: Tensor, new: Snapshot, old: Snapshot) -> Snapshot:
 
 # --- Playing --------------------------------------------------------------------------------------
 
-Policy = Callable[[ResourceCollection], Tensor]
-
 
 def towards(offset: Tensor) -> Tensor:
     """The action (...) that goes along the longer side of offset (..., 2)."""
@@ -517,38 +516,9 @@ def forager(world: ResourceCollection) -> Tensor:
     return torch.where(obs.avail[..., NOOP], NOOP, towards(target - place))
 
 
-def random_policy(seed: int) -> Policy:
-    """Every available action with the same probability."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def play(world: ResourceCollection) -> Tensor:
-        avail = world.obs.avail.float().cpu()
-        return torch.multinomial(avail.flatten(0, 1), 1, generator=rng).view(avail.shape[:2])
-
-    return play
-
-
 def scripted_policies(seed: int) -> dict[str, Policy]:
     """The reference points of every table."""
     return {"random": random_policy(seed), "forager": forager, "collector": collector}
-
-
-def tell_nobody(episodes: int) -> None:
-    """How far one is interests nobody."""
-
-
-def play(
-    world: ResourceCollection, policy: Policy, progress: Callable[[int], None] = tell_nobody
-) -> list[Episode]:
-    """One episode of every world (made with once=True), in the order of worlds; progress(n) is
-    called when n of them have ended."""
-    world.reset()
-    episodes: list[Episode] = []
-    while len(episodes) < world.num_battles:
-        ended = world.step(policy(world)).episodes
-        progress(len(ended))
-        episodes += ended
-    return sorted(episodes, key=lambda episode: episode.battle)
 
 
 def summarise(episodes: list[Episode]) -> dict[str, float]:

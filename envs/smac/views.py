@@ -30,15 +30,31 @@ from envs.smac.combat import (
 )
 
 WINDOW = 0.75 * MAP  # pictures show so much of the map, around its middle; all of it if need be
-COLOURS = ((31, 119, 180), (214, 39, 40))  # allies, enemies
-GROUND, GRID, DEAD = (255, 255, 255), (236, 236, 236), (190, 190, 190)
-SHOT, BEAM = (120, 120, 120), (250, 150, 40)
-FULL, EMPTY, SHIELDED = (60, 160, 60), (225, 225, 225), (90, 150, 240)
-CORNERS = {COLOSSUS: 4, STALKER: 3, ZEALOT: 4, MARAUDER: 6, MARINE: 20, MEDIVAC: 20}
-TURN = {COLOSSUS: 0.0, STALKER: -math.pi / 2, ZEALOT: math.pi / 4}  # of the first corner
+GROUND, GRID = "#ffffff", "#ececec"
+ALLY, ENEMY = "#1f77b4", "#d62728"
+DEAD, OUTLINE = "#bebebe", "#1e1e1e"
+SHOT, BEAM = "#787878", "#fa9628"
+FULL, SHIELDED = "#3ca03c", "#5a96f0"  # bars
+EMPTY = "#e1e1e1"
+CORNERS = {
+    COLOSSUS: 4,
+    STALKER: 3,
+    ZEALOT: 4,
+    MARAUDER: 6,
+    MARINE: 20,
+    MEDIVAC: 20,
+}
+TURN = {  # of the first corner
+    COLOSSUS: 0.0,
+    STALKER: -math.pi / 2,
+    ZEALOT: math.pi / 4,
+}
+Point = tuple[float, float]
 
 
-def draw(snap: Snapshot, b: int, units: Any = None, actions: Any = None, size: int = 480):
+def draw(
+    snap: Snapshot, b: int, units: Any = None, actions: Any = None, size: int = 480
+) -> np.ndarray:
     """A picture (size, size, 3) uint8 of snapshot b: allies blue, enemies red; Stalkers triangles,
     Zealots squares, Colossi diamonds, Marines discs, Marauders hexagons, Medivacs discs with a
     cross; bars of hit points (green) and shields (blue); crosses where units died.
@@ -50,78 +66,135 @@ def draw(snap: Snapshot, b: int, units: Any = None, actions: Any = None, size: i
 
     fine = 2 * size  # drawn at twice the size, for smooth edges
     image = Image.new("RGB", (fine, fine), GROUND)
-    brush = ImageDraw.Draw(image)
-    present = np.flatnonzero(np.asarray(snap.type[b]) != NOBODY).tolist()
-    x, y = (np.asarray(v[b], float) - MAP / 2 for v in (snap.x, snap.y))
+    types = np.asarray(snap.type[b])
     living = np.asarray(snap.alive[b])
-    out = max([abs(v[i]) + 1.5 for v in (x, y) for i in present if living[i]], default=0.0)
-    window = max(WINDOW, min(2 * out, MAP))
-    scale = fine / window
-
-    def place(px: float, py: float) -> tuple[float, float]:
-        return (px + window / 2) * scale, (window / 2 - py) * scale
-
-    for k in range(-int(MAP / 2), int(MAP / 2) + 1, 2):
-        brush.line([*place(k, -MAP / 2), *place(k, MAP / 2)], fill=GRID, width=2)
-        brush.line([*place(-MAP / 2, k), *place(MAP / 2, k)], fill=GRID, width=2)
-    for i in sorted(present, key=lambda i: (living[i], snap.type[b][i] == MEDIVAC)):
-        _draw_unit(brush, snap, b, i, place(x[i], y[i]), scale)
-    slot_of = {int(snap.tag[b][i]): i for i in present}
-    for i in present[: 0 if actions is None else None]:
-        j = slot_of.get(int(actions[i]) - FIRST_TARGET) if i < SIDE and living[i] else None
-        if j is not None and living[j]:
-            _dots(brush, place(x[i], y[i]), place(x[j], y[j]), COLOURS[0])
-    for i in present[: 0 if units is None else None]:
-        _draw_shots(brush, units, i, lambda px, py: place(px - MAP / 2, py - MAP / 2), scale)
+    present = np.flatnonzero(types != NOBODY).tolist()
+    canvas = Canvas(ImageDraw.Draw(image), fine, find_window(snap, b))
+    canvas.draw_grid()
+    # The dead first, and above all others who flies.
+    for i in sorted(present, key=lambda i: (living[i], types[i] == MEDIVAC)):
+        canvas.draw_unit(snap, b, i)
+    if actions is not None:
+        slot_of = {int(snap.tag[b][i]): i for i in present}
+        for i in present:
+            if i < SIDE and living[i]:
+                j = slot_of.get(int(actions[i]) - FIRST_TARGET)
+                if j is not None and living[j]:
+                    canvas.draw_choice(snap, b, i, j)
+    if units is not None:
+        for i in present:
+            canvas.draw_shots(units, i)
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def _draw_unit(brush: Any, snap: Snapshot, b: int, i: int, at: tuple, scale: float) -> None:
-    kind, (px, py) = int(snap.type[b][i]), at
-    if not snap.alive[b][i]:
-        r = 0.25 * scale
-        brush.line([px - r, py - r, px + r, py + r], fill=DEAD, width=4)
-        brush.line([px - r, py + r, px + r, py - r], fill=DEAD, width=4)
-        return
-    r, n = RADIUS[kind] * scale, CORNERS[kind]
-    corners = [TURN.get(kind, 0.0) + 2 * math.pi * k / n for k in range(n)]
-    points = [(px + r * math.cos(a), py + r * math.sin(a)) for a in corners]
-    brush.polygon(points, fill=COLOURS[i // SIDE], outline=(30, 30, 30))
-    if kind == MEDIVAC:
-        brush.line([px - r / 2, py, px + r / 2, py], fill=GROUND, width=int(r / 3))
-        brush.line([px, py - r / 2, px, py + r / 2], fill=GROUND, width=int(r / 3))
-    bars = [(snap.health[b][i] / HEALTH[kind], FULL)]
-    if SHIELD[kind]:
-        bars.append((snap.shield[b][i] / SHIELD[kind], SHIELDED))
-    for row, (share, colour) in enumerate(bars):
-        top, left, wide = py - r - 10 - 10 * row, px - 0.5 * scale, scale
-        brush.rectangle([left, top, left + wide, top + 7], fill=EMPTY)
-        brush.rectangle([left, top, left + wide * float(share), top + 7], fill=colour)
+def find_window(snap: Snapshot, b: int) -> float:
+    """How much of the map a picture shows: more than WINDOW if somebody lives outside."""
+    alive = np.asarray(snap.alive[b])
+    out = 0.0
+    for x in (snap.x[b], snap.y[b]):
+        from_middle = np.abs(np.asarray(x, float) - MAP / 2)
+        out = max(out, *(from_middle[alive] + 1.5))
+    return max(WINDOW, min(2 * out, MAP))
 
 
-def _draw_shots(brush: Any, units: Any, i: int, place: Callable, scale: float) -> None:
-    """Missiles as dots, beams as bars across their targets, other attacks and healing as lines."""
-    me = units[i]
-    if me["missile_at"] != NOBODY:
-        px, py = place(me["missile_x"], me["missile_y"])
-        brush.ellipse([px - 7, py - 7, px + 7, py + 7], fill=COLOURS[i // SIDE])
-    if me["beam_age"] != NEVER:
-        dx, dy = BEAM_HALF * me["beam_dx"], BEAM_HALF * me["beam_dy"]
-        ends = [place(me["beam_x"] + k * dx, me["beam_y"] + k * dy) for k in (-1, 1)]
-        brush.line([*ends[0], *ends[1]], fill=BEAM, width=8)
-        brush.line([*place(me["x"], me["y"]), *place(me["beam_x"], me["beam_y"])], fill=SHOT)
-    if me["alive"] and me["order"] == ENGAGE and me["target"] != NOBODY:
-        you = units[me["target"]]
-        if me["type"] == MEDIVAC or me["winding"] != NEVER or me["backswing"] > 0.0:
-            colour = FULL if me["type"] == MEDIVAC else SHOT
-            brush.line([*place(me["x"], me["y"]), *place(you["x"], you["y"])], fill=colour, width=3)
+class Canvas:
+    """A picture that is drawn in places of the map."""
 
+    def __init__(self, brush: Any, pixels: int, window: float):
+        """window: how much of the map, around its middle, these pixels show."""
+        self.brush = brush
+        self.scale = pixels / window  # pixels of a unit of length
+        self.margin = (MAP - window) / 2
 
-def _dots(brush: Any, a: tuple, b: tuple, colour: tuple) -> None:
-    n = max(int(math.dist(a, b) / 16), 1)
-    for k in range(1, n):
-        px, py = (p + (q - p) * k / n for p, q in zip(a, b))
-        brush.ellipse([px - 2, py - 2, px + 2, py + 2], fill=colour)
+    def place(self, x: float, y: float) -> Point:
+        """The pixel of a place on the map, whose y goes up."""
+        left = float(x) - self.margin
+        top = MAP - self.margin - float(y)
+        return left * self.scale, top * self.scale
+
+    def line(self, a: Point, b: Point, colour: str, width: int) -> None:
+        """A line between two pixels."""
+        self.brush.line([a, b], fill=colour, width=width)
+
+    def dot(self, at: Point, radius: float, colour: str) -> None:
+        """A disc around a pixel."""
+        x, y = at
+        box = [x - radius, y - radius, x + radius, y + radius]
+        self.brush.ellipse(box, fill=colour)
+
+    def draw_grid(self) -> None:
+        """Lines two units of length apart."""
+        for k in range(0, int(MAP) + 1, 2):
+            self.line(self.place(k, 0), self.place(k, MAP), GRID, width=2)
+            self.line(self.place(0, k), self.place(MAP, k), GRID, width=2)
+
+    def draw_unit(self, snap: Snapshot, b: int, i: int) -> None:
+        """A unit with its bars, or a cross."""
+        kind = int(snap.type[b][i])
+        x, y = self.place(snap.x[b][i], snap.y[b][i])
+        if not snap.alive[b][i]:
+            r = 0.25 * self.scale
+            self.line((x - r, y - r), (x + r, y + r), DEAD, width=4)
+            self.line((x - r, y + r), (x + r, y - r), DEAD, width=4)
+            return
+        r = RADIUS[kind] * self.scale
+        points = []
+        for k in range(CORNERS[kind]):
+            angle = TURN.get(kind, 0.0) + 2 * math.pi * k / CORNERS[kind]
+            points.append((x + r * math.cos(angle), y + r * math.sin(angle)))
+        colour = ALLY if i < SIDE else ENEMY
+        self.brush.polygon(points, fill=colour, outline=OUTLINE)
+        if kind == MEDIVAC:
+            width = int(r / 3)
+            self.line((x - r / 2, y), (x + r / 2, y), GROUND, width)
+            self.line((x, y - r / 2), (x, y + r / 2), GROUND, width)
+        health = snap.health[b][i] / HEALTH[kind]
+        self.draw_bar(x, y - r - 10, health, FULL)
+        if SHIELD[kind]:
+            shield = snap.shield[b][i] / SHIELD[kind]
+            self.draw_bar(x, y - r - 20, shield, SHIELDED)
+
+    def draw_bar(self, x: float, top: float, share: float, colour: str) -> None:
+        """A bar in the middle of which is x, filled up to a share."""
+        left = x - self.scale / 2
+        right = left + self.scale
+        filled = left + self.scale * float(share)
+        self.brush.rectangle([left, top, right, top + 7], fill=EMPTY)
+        self.brush.rectangle([left, top, filled, top + 7], fill=colour)
+
+    def draw_choice(self, snap: Snapshot, b: int, i: int, j: int) -> None:
+        """A dotted line from unit i to unit j."""
+        ax, ay = self.place(snap.x[b][i], snap.y[b][i])
+        bx, by = self.place(snap.x[b][j], snap.y[b][j])
+        n = int(math.dist((ax, ay), (bx, by)) / 16)
+        for k in range(1, n):
+            at = ax + (bx - ax) * k / n, ay + (by - ay) * k / n
+            self.dot(at, 2, ALLY)
+
+    def draw_shots(self, units: Any, i: int) -> None:
+        """Missiles as dots, beams as bars across their targets, other attacks and healing as
+        lines."""
+        me = units[i]
+        here = self.place(me["x"], me["y"])
+        if me["missile_at"] != NOBODY:
+            at = self.place(me["missile_x"], me["missile_y"])
+            self.dot(at, 7, ALLY if i < SIDE else ENEMY)
+        if me["beam_age"] != NEVER:
+            x, y = me["beam_x"], me["beam_y"]
+            dx = BEAM_HALF * me["beam_dx"]
+            dy = BEAM_HALF * me["beam_dy"]
+            first = self.place(x - dx, y - dy)
+            last = self.place(x + dx, y + dy)
+            self.line(first, last, BEAM, width=8)
+            self.line(here, self.place(x, y), SHOT, width=1)
+        if not me["alive"] or me["order"] != ENGAGE or me["target"] == NOBODY:
+            return
+        heals = me["type"] == MEDIVAC
+        attacks = me["winding"] != NEVER or me["backswing"] > 0.0
+        if heals or attacks:
+            target = units[me["target"]]
+            there = self.place(target["x"], target["y"])
+            self.line(here, there, FULL if heals else SHOT, width=3)
 
 
 def film(battles: Any, policy: Callable[[Any], Any], path: Path, fps: int = 6) -> None:
@@ -130,16 +203,21 @@ def film(battles: Any, policy: Callable[[Any], Any], path: Path, fps: int = 6) -
 
     battles.reset()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with imageio.get_writer(path, fps=fps, codec="libx264", quality=6) as writer:
+    options = {"fps": fps, "codec": "libx264", "quality": 6}
+    with imageio.get_writer(path, **options) as writer:
         writer.append_data(draw(battles.snapshot, 0))
         while True:
             actions = policy(battles)
             step = battles.step(actions)
-            over = bool(step.terminated[0] | step.truncated[0])
-            units = getattr(battles, "units", None)  # of the next episode, if this is over
-            units = None if units is None or over else units[0]
-            frame = draw(step.final, 0, units, None if over else np.asarray(actions)[0])
-            for _ in range(fps if over else 1):
-                writer.append_data(frame)
-            if over:
-                return
+            if step.terminated[0] or step.truncated[0]:
+                break
+            units = getattr(battles, "units", None)
+            frame = draw(
+                step.final,
+                0,
+                units=None if units is None else units[0],
+                actions=np.asarray(actions)[0],
+            )
+            writer.append_data(frame)
+        for _ in range(fps):  # the units are already those of a next episode, if there is one
+            writer.append_data(draw(step.final, 0))

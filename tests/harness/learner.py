@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from harness import (
     Amount,
     Evaluation,
+    Parts,
     Positive,
     Run,
     RunArgs,
@@ -93,7 +94,7 @@ class Replay:
         return {"numbers": self.numbers}
 
 
-class Agent:
+class Agent(Parts):
     """The policy and its optimiser."""
 
     def __init__(self, args: Args, device: torch.device):
@@ -104,10 +105,6 @@ class Agent:
     def log_probs(self) -> Tensor:
         """(A,)"""
         return self.actor.weight[:, 0].log_softmax(-1)
-
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"actor": self.actor, "optimiser": self.optimiser}
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:

@@ -42,6 +42,7 @@ from battle_tools import (
 )
 from runs import differences, exact, index, metrics, only_error, script, states
 
+from envs.smac import worlds
 from envs.smac.combat import Combat
 from envs.smac.episodes import play
 
@@ -289,7 +290,7 @@ def test_living_agents_are_those_that_may_act():
         assert torch.equal(living.own_memory[n], trunks.own_memory[m, i])
     learns = [living.q, living.memory, living.team_memory, living.own_memory]
     assert [x.requires_grad for x in learns] == [False, True, False, True]
-    assert not any(x.requires_grad for x in living.detach())
+    assert not any(x.requires_grad for x in living.map(lambda x: x.detach()))
 
 
 @pytest.mark.numeric
@@ -514,7 +515,7 @@ def test_shared_blocks_are_the_same():
     assert mine.keys() == theirs.keys() and len(mine) >= 4
     for name in mine:
         assert mine[name] == theirs[name], name
-    assert sum(map(len, mine.values())) > 400
+    assert sum(map(len, mine.values())) > 300
     assert (mipi.RESUMABLE, mipi.LINE) == (refil.RESUMABLE, refil.LINE)
     assert mipi.PRESETS["cpu"] == refil.PRESETS["cpu"] | {"detach_actor_trunk": True}
 
@@ -602,15 +603,12 @@ def test_what_is_logged():
 
 WRONG = {
     "--policy greedy": "--policy greedy --regularizer none",
-    "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
     "--observe-self-only --alpha-i .1": "--alpha-i regulariser",
     "--observe-self-only --alpha .1": "--alpha regulariser",
     "--observe-self-only --regularizer entropy": "--observe-self-only --regularizer",
     "--observe-self-only --alpha-i-over-w": "--alpha-i-over-w",
     "--regularizer none --alpha .1": "--alpha regulariser",
     "--regularizer none --alpha-i-over-w": "--alpha-i-over-w",
-    "--alpha 0 --alpha-i-over-w": "--alpha-i-over-w 0",
-    "--alpha-i 0 --alpha-i-over-w": "--alpha-i-over-w 0",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--scenario resource --imagine-weight .3": "--scenario resource --imagine-weight",
     "--scenario resource --enemy-ai focus": "--enemy-ai battles",
@@ -640,7 +638,7 @@ def test_several_processes(capfd, monkeypatch):
 
 def coefficients(flags):
     args = read(mipi, flags)
-    agent = mipi.Agent(args, mipi.family_of(args.scenario), CPU)
+    agent = mipi.Agent(args, worlds.family_of(args.scenario), CPU)
     return agent.alpha, agent.alpha_i
 
 
@@ -660,7 +658,7 @@ def test_alphas():
 
 def test_the_method_draws_from_a_stream_of_its_own():
     """Which is not the run's, and another with another seed."""
-    seeds = [mipi.Agent(mipi.Args(seed=k), mipi.family_of("sz"), CPU).rng for k in (1, 2)]
+    seeds = [mipi.Agent(mipi.Args(seed=k), worlds.family_of("sz"), CPU).rng for k in (1, 2)]
     draws = [torch.rand(50, generator=rng) for rng in (*seeds, torch.Generator().manual_seed(1))]
     for a, b in itertools.combinations(draws, 2):
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.6 and not torch.isin(a, b).any()

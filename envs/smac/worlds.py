@@ -1,0 +1,112 @@
+"""The world behind a script's flags: battles in the simulator or in the real game, or Resource
+Collection, which have one interface.
+
+    wrong_flags(args)                      which of --scenario, --backend, ... exclude each other
+    battles = make_worlds("sim", "sz", (3, 4, 5), num_battles=8, seed=1)
+    playing("sz").play(battles, policy)    the functions around a world's episodes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from envs.smac import combat, episodes, game, resource_collection
+from envs.smac.combat import FAMILIES, Family
+from envs.smac.episodes import Policy
+
+
+def family_of(scenario: str) -> Family | resource_collection.Family:
+    """What is known of a world before there is one."""
+    return resource_collection.Family() if scenario == "resource" else FAMILIES[scenario]
+
+
+def playing(scenario: str) -> Any:
+    """The module with its scripted_policies(), play(), summarise(), table() and film()."""
+    return resource_collection if scenario == "resource" else episodes
+
+
+def make_worlds(
+    backend: str,
+    scenario: str,
+    team_sizes: tuple[int, ...],
+    num_battles: int,
+    seed: int,
+    episode_limit: int = combat.EPISODE_LIMIT,
+    clip_regeneration: bool = False,
+    enemy_ai: str = "sticky",
+    threads: int = 1,
+    game_version: str = "",
+    device: torch.device | str = "cpu",
+) -> Any:
+    """num_battles of a scenario, which stand still when they have ended. Each world reads what is
+    for it: `sim` enemy_ai and threads, `sc2` game_version, Resource Collection the device and at
+    most 145 steps. ValueError where there are no such teams, BattleError where there is no game."""
+    options = {"team_sizes": team_sizes, "num_battles": num_battles, "seed": seed, "once": True}
+    if scenario == "resource":
+        limit = min(episode_limit, resource_collection.EPISODE_LIMIT)
+        return resource_collection.ResourceCollection(**options, episode_limit=limit, device=device)
+    options |= {"scenario": scenario, "episode_limit": episode_limit}
+    options |= {"clip_regeneration": clip_regeneration}
+    if backend == "sc2":
+        return game.make_battles(**options, game_version=game_version or None)
+    return combat.Combat(**options, enemy_ai=enemy_ai, threads=threads)
+
+
+def wrong_flags(args: Any) -> list[tuple[Any, str]]:
+    """(whether it is wrong, sentence): teams that there are not, and flags of a script's `args`
+    that its world would ignore."""
+    collects = args.scenario == "resource"
+    in_game = args.backend == "sc2"
+    other_rules = args.clip_regeneration or args.enemy_ai != "sticky"
+    try:
+        family_of(args.scenario).teams((*args.team_sizes, *args.eval_team_sizes))
+        no_team = "--team-sizes is empty" if not args.team_sizes else ""
+    except ValueError as error:
+        no_team = str(error).rstrip(".")
+    return [
+        (no_team, no_team),
+        (collects and in_game, "--scenario resource is no game of --backend sc2"),
+        (
+            collects and other_rules,
+            "--enemy-ai and --clip-regeneration are for battles, not for --scenario resource",
+        ),
+        (
+            in_game and args.enemy_ai != "sticky" and not args.eval_only,
+            "--enemy-ai is for --backend sim, the game has its own",
+        ),
+        (
+            args.game_version and not in_game and not args.eval_only,
+            "--game-version is for --backend sc2",
+        ),
+    ]
+
+
+def wrong_to_resume(args: Any, own: dict[str, Any]) -> list[tuple[Any, str]]:
+    """(whether it is wrong, sentence): a run, whose arguments are `own`, goes on in its backend and
+    in its version of the game; evaluated it may be elsewhere."""
+    return [
+        (args.backend != own["backend"], f"{args.resume} is a run with --backend {own['backend']}"),
+        (
+            args.game_version != own["game_version"],
+            f"{args.resume} is a run with --game-version {own['game_version'] or 'unset'}",
+        ),
+    ]
+
+
+def score(
+    scenario: str, battles: Any, policy: Policy, number: int, progress: Callable[[int], None]
+) -> dict[str, float]:
+    """What summarise() says of a policy's first `number` episodes, played in rounds of all battles;
+    of the game also how many it lost by failing, which count as not won. progress: see play()."""
+    world, played = playing(scenario), []
+    while len(played) < number:
+        played += world.play(battles, policy, progress)
+    row = world.summarise(played[:number])
+    if isinstance(battles, game.RealBattles):
+        row["lost_to_failures"] = sum(battles.lost)
+        tqdm.write(f"{battles.game_version}: {sum(battles.lost)} episodes lost")
+    return row
