@@ -94,7 +94,7 @@ class Args(RunArgs):
     final_episodes: Count = 1000  # the same at the end and with --eval-only
     save_every: Count = 200_000  # checkpoints, of which the last two are kept
     # Environment
-    task: str = "treasure"  # treasure, resource or pacman
+    task: str = "treasure"  # treasure, resource, pacman, signpost or rooms
     populations: tuple[str, ...] = ("3", "6", "12", "24")  # m; in pacman 4,2 6,3 8,4
     adapt: str = ""  # run directory or checkpoint to adapt to --population (Algorithm 5)
     population: str = ""  # that population
@@ -932,7 +932,7 @@ def evaluate(
             players[name] = net_player(agent, latents, player_seed)
         players["uniform g"] = net_player(agent, z, player_seed, uniform=True)
         if evaluation.final:
-            players |= scripted_players(seeds[0])
+            players |= scripted_players(args.task, seeds[0])
         results |= play_all(evaluation, worlds, players, world_seed, filmed)
     return results
 

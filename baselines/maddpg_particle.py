@@ -88,7 +88,7 @@ class Args(RunArgs):
     final_episodes: Count = 1000  # the same at the end and with --eval-only
     save_every: Count = 200_000  # checkpoints, of which the last two are kept
     # Environment
-    task: str = "treasure"  # treasure, resource or pacman
+    task: str = "treasure"  # treasure, resource, pacman, signpost or rooms
     population: str = "6"  # agents; in pacman Pac-Men and ghosts, as 8,4
     shaping: bool = True  # treasure, pacman: -.1 x distance to what one wants
     collision_penalty: Amount = 0.0  # treasure: per agent touched
@@ -595,7 +595,7 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     worlds = make_envs(args, args.population, evaluation.episodes, world_seed)
     players = {"": net_player(agent, player_seed)}
     if evaluation.final:
-        players |= scripted_players(scripted_seed)
+        players |= scripted_players(args.task, scripted_seed)
     return play_all(evaluation, worlds, players, world_seed)
 
 

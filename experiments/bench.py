@@ -455,7 +455,9 @@ def spread_observation(game: Game, bodies: Bodies) -> ParticleObservation:
     landmarks = (bodies.landmarks[:, None] - p[:, :, None]).transpose(1, 2)  # (2, L, N, B)
     agents = (p[:, None] - p[:, :, None]).transpose(1, 2)
     own = torch.cat((v, p, landmarks.flatten(0, 1), agents.flatten(0, 1)))
-    return ParticleObservation(own.permute(2, 1, 0), p.clone().permute(2, 1, 0), bodies.alive.T)
+    return ParticleObservation(
+        own.permute(2, 1, 0), p.clone().permute(2, 1, 0), *2 * (bodies.alive.T,)
+    )
 
 
 SPREAD = Task(

@@ -345,7 +345,12 @@ POPULATIONS = {
     "treasure": ("3", "6", "12", "24", "48"),
     "resource": ("3", "6", "7", "9", "10", "12", "13", "15", "18", "24"),
     "pacman": ("4,2", "6,3", "8,4", "2,8"),
+    "signpost": ("3", "4", "5", "6", "7", "8", "9", "10"),
+    "rooms": ("2,3", "3,3", "4,3", "5,3", "6,3", "7,3", "8,3", "9,3"),
 }
+
+
+ParticleTask = Literal["treasure", "resource", "pacman", "signpost", "rooms"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,11 +358,11 @@ class Particle:
     """What scripted players earn in the particle worlds.
 
     Return per agent of each type and episode, with 95 % bootstrap intervals over episodes. Random
-    play draws each action with the same probability; nearest-first and flee are
+    play draws each action with the same probability; the others are
     envs/particle/worlds.py's. Writes OUT.csv and OUT.md.
     """
 
-    tasks: tuple[Literal["treasure", "resource", "pacman"], ...] = tuple(POPULATIONS)
+    tasks: tuple[ParticleTask, ...] = tuple(POPULATIONS)
     episodes: Annotated[int, Interval(ge=2)] = 1024  # of each player and population
     seed: Seed = 1
     out: Path = Path("particle_players")  # writes OUT.csv and OUT.md
@@ -368,7 +373,7 @@ def particle_rows(task: str, population: str, study: Particle) -> list[dict[str,
     numbers = particle_episodes.read_population(population)
     drawn = draw_rows(study.episodes, resamples=1000, seed=study.seed)
     rows = []
-    for player, policy in particle_episodes.scripted_players(study.seed).items():
+    for player, policy in particle_episodes.scripted_players(task, study.seed).items():
         world = ParticleWorld(task, numbers, study.episodes, seed=study.seed)
         returns = particle_episodes.play(world, policy)  # (episodes, types)
         for role, x in zip(TASKS[task].roles, returns.T, strict=True):
@@ -392,7 +397,11 @@ def particle(study: Particle) -> None:
         place = (row["task"], row["population"], row["role"])
         line = lines.setdefault(place, dict(zip(("world", "population", "who"), place)))
         line[row["player"]] = f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-    finish(study.out, markdown_table(list(lines.values())), rows)
+    by_players: dict[tuple, list[dict]] = {}  # worlds with other players have a table of their own
+    for line in lines.values():
+        by_players.setdefault(tuple(line), []).append(line)
+    text = "\n".join(markdown_table(own) for own in by_players.values())
+    finish(study.out, text, rows)
 
 
 # --- Battles --------------------------------------------------------------------------------------

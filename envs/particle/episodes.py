@@ -16,7 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.particle.worlds import TASKS, Game, ParticleWorld, Step, draw, flee, nearest_first
+from envs.particle.worlds import (
+    TASKS,
+    Game,
+    ParticleWorld,
+    Step,
+    blind,
+    draw,
+    flee,
+    knows_population,
+    nearest_first,
+    wrong_population,
+)
 from envs.statistics import aligned_table, draw_rows, mean_interval, with_interval
 
 Player = Callable[[ParticleWorld], Tensor]
@@ -48,9 +59,13 @@ def random_player(seed: int) -> Player:
     return play
 
 
-def scripted_players(seed: int) -> dict[str, Player]:
-    """The reference points of every table."""
-    return {"random": random_player(seed), "nearest-first": nearest_first, "flee": flee}
+def scripted_players(task: str, seed: int) -> dict[str, Player]:
+    """The reference points of every table of a task."""
+    players: dict[str, Player] = {"random": random_player(seed)}
+    if task in ("signpost", "rooms"):
+        knowing = {"knows population": knows_population, "blind": blind}
+        return players | knowing | {"wrong population": wrong_population}
+    return players | {"nearest-first": nearest_first, "flee": flee}
 
 
 def tell_nobody(episodes: int) -> None:

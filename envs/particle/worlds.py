@@ -3,6 +3,8 @@
     treasure    N agents collect 20 treasures, which reappear elsewhere when touched
     resource    N agents share 6 resources of different size
     pacman      P Pac-Men eat 20 dots, G ghosts eat Pac-Men; a touched Pac-Man is dead
+    signpost    N agents go to one of three posts: N decides to which, and nobody says so
+    rooms       F followers go to one of three leaders: F decides to which
 
     world = ParticleWorld("treasure", 6, num_worlds=64, device="cpu", seed=1)
     obs = world.reset()              # obs.own (B, N, Ds), obs.entities() (B, N, N, De), obs.mask()
@@ -58,6 +60,10 @@ class Game:
     landmark_radius: tuple[float, ...]  # of each landmark
     nearest: int  # landmarks that an agent sees, or is seen with
     sizes: bool = False  # whether it sees their sizes, too
+    in_order: bool = False  # whether it sees them in their own order, not the nearest first
+    coloured: bool = False  # whether agents of the last type are told apart, by a colour each
+    contact: bool = True  # whether agents push each other
+    only_last_seen: bool = False  # whether others see agents of the last type alone
     walls: bool = False  # whether positions stay in [-1, 1]^2
     mortal: bool = False  # whether agents may die
     shaping: bool = True  # treasure, pacman: -.1 x distance to what one wants
@@ -69,8 +75,9 @@ class Game:
         kinds, landmarks = get_args(Integration), self.num_landmarks
         if self.integration not in kinds:
             raise ValueError(f"integration is {' or '.join(kinds)}, not {self.integration!r}.")
-        if not 1 <= self.nearest <= landmarks:
-            raise ValueError(f"nearest is from 1 to {landmarks}, not {self.nearest}.")
+        fewest = min(1, landmarks)
+        if not fewest <= self.nearest <= landmarks:
+            raise ValueError(f"nearest is from {fewest} to {landmarks}, not {self.nearest}.")
         if not 0 <= self.collision_penalty < math.inf:
             raise ValueError(f"collision_penalty is not negative: not {self.collision_penalty}.")
 
@@ -99,10 +106,11 @@ class Game:
 
     @property
     def entity_features(self) -> int:
-        """De: relative position, velocity, one number per type if there are several, landmarks."""
-        return (
-            4 + (len(self.population) if len(self.population) > 1 else 0) + self.landmark_features
-        )
+        """De: relative position, velocity, one number per type if there are several, one per
+        colour, landmarks."""
+        types = len(self.population) if len(self.population) > 1 else 0
+        colours = self.population[-1] if self.coloured else 0
+        return 4 + types + colours + self.landmark_features
 
     @property
     def state_size(self) -> int:
@@ -124,6 +132,10 @@ def make_game(task: str, population: int | tuple[int, ...], **options: Any) -> G
     if min(population) < 1:
         few = _name(population)
         raise ValueError(f"A population has at least one agent of each type: not {few}.")
+    leaders = TASKS[task].num_last
+    if leaders and population[-1] != leaders:
+        given = _name(population)
+        raise ValueError(f"A population of {task} has {leaders} of type {roles[-1]}, not {given}.")
     fixed = TASKS[task].fixed(sum(population))
     if unknown := options.keys() - {field.name for field in dataclasses.fields(Game)}:
         raise ValueError(f"A world has no option {min(unknown)}.")
@@ -196,9 +208,10 @@ def move(game: Game, bodies: Bodies, actions: Tensor) -> Bodies:
     p, v = bodies.position, bodies.velocity
     right = (actions == 2).to(p.dtype) - (actions == 1).to(p.dtype)
     up = (actions == 4).to(p.dtype) - (actions == 3).to(p.dtype)
-    x, y, push = pushes(game, bodies)
-    contact = torch.stack(((x * push).sum(1), (y * push).sum(1)))
-    force = torch.stack((right, up)) * per_agent(game, game.force, p) + contact
+    force = torch.stack((right, up)) * per_agent(game, game.force, p)
+    if game.contact:
+        x, y, push = pushes(game, bodies)
+        force = force + torch.stack(((x * push).sum(1), (y * push).sum(1)))
     moved = v * (1 - DAMPING) + force * DT  # masses are 1
     if min(game.top_speed) < math.inf:
         speed = moved.square().sum(0).sqrt()
@@ -278,6 +291,27 @@ def pacman_outcome(game: Game, bodies: Bodies) -> Outcome:
     return Outcome(torch.cat((pac_men, ghosts)), alive, eaten.any(0))
 
 
+def wanted(game: Game) -> int:
+    """signpost, rooms: the number of the post or leader that pays, by how many agents there are."""
+    return sum(game.population[0] > bound for bound in (3, 6))
+
+
+def signpost_outcome(game: Game, bodies: Bodies) -> Outcome:
+    """Minus the distance to the post that pays in this population."""
+    distance = landmark_distances(game, bodies)  # (N, L, B)
+    nothing = torch.zeros_like(distance[0], dtype=torch.bool)
+    return Outcome(-distance[:, wanted(game)], bodies.alive, nothing)
+
+
+def rooms_outcome(game: Game, bodies: Bodies) -> Outcome:
+    """Followers: minus the distance to the leader that pays in this population; leaders nothing."""
+    F = game.population[0]
+    to_leader = agent_distances(bodies)[:, F + wanted(game)]  # (N, B)
+    is_follower = torch.arange(game.num_agents, device=to_leader.device)[:, None] < F
+    nothing = torch.zeros_like(landmark_distances(game, bodies)[0], dtype=torch.bool)
+    return Outcome(-to_leader * is_follower, bodies.alive, nothing)
+
+
 # --- Observations ---------------------------------------------------------------------------------
 
 
@@ -288,8 +322,9 @@ class Observation(NamedTuple):
     """
 
     own: Tensor  # (B, N, Ds) v_i, p_i, its landmarks relative to it
-    others: Tensor  # (B, N, De) p_j, v_j, type of j if there are several, j's landmarks
+    others: Tensor  # (B, N, De) p_j, v_j, type of j if there are several, its colour, j's landmarks
     alive: Tensor  # (B, N) bool
+    seen: Tensor  # (B, N) bool, who lives and is seen by others
 
     def entities(self) -> Tensor:
         """(B, N, N, De): of i and j, as others[j], but with p_j - p_i."""
@@ -299,9 +334,9 @@ class Observation(NamedTuple):
         return seen
 
     def mask(self) -> Tensor:
-        """(B, N, N) bool: j lives and is not i."""
+        """(B, N, N) bool: j is seen, and is not i."""
         itself = torch.eye(self.own.shape[1], dtype=torch.bool, device=self.own.device)
-        return self.alive[:, None] & ~itself
+        return self.seen[:, None] & ~itself
 
 
 def nearest(key: Tensor, values: list[Tensor], k: int) -> list[Tensor]:
@@ -326,18 +361,35 @@ def observation(game: Game, bodies: Bodies) -> Observation:
     """What everybody sees."""
     p, v = bodies.position, bodies.velocity
     between = bodies.landmarks[:, None] - p[:, :, None]  # (2, N, L, B)
-    radius = torch.tensor(game.landmark_radius, dtype=p.dtype, device=p.device)[:, None]
-    edge = between.square().sum(0).sqrt() - radius  # (N, L, B)
-    sizes = [2 * radius[None]] if game.sizes else []
-    seen = torch.stack(nearest(edge, [*between, *sizes], game.nearest), 2)  # (N, k, 2 or 3, B)
-    seen = seen.flatten(1, 2).transpose(0, 1)  # (k x 2 or 3, N, B)
-    kinds = [
-        torch.tensor([float(t == kind) for t in game.types], dtype=p.dtype, device=p.device)
-        for kind in range(len(game.population) if len(game.population) > 1 else 0)
+    if game.in_order:
+        marks = between.permute(2, 0, 1, 3).flatten(0, 1)  # (L x 2, N, B)
+    else:
+        radius = torch.tensor(game.landmark_radius, dtype=p.dtype, device=p.device)[:, None]
+        edge = between.square().sum(0).sqrt() - radius  # (N, L, B)
+        sizes = [2 * radius[None]] if game.sizes else []
+        marks = torch.stack(nearest(edge, [*between, *sizes], game.nearest), 2)  # (N, k, 2 or 3, B)
+        marks = marks.flatten(1, 2).transpose(0, 1)  # (k x 2 or 3, N, B)
+    labels = [label.expand_as(p[:1]) for label in labels_of(game, p)]
+    own, others = torch.cat((v, p, marks)), torch.cat((p, v, *labels, marks))
+    seen = bodies.alive
+    if game.only_last_seen:
+        first_seen = game.num_agents - game.population[-1]
+        seen = seen & (torch.arange(game.num_agents, device=p.device)[:, None] >= first_seen)
+    views = (own.permute(2, 1, 0), others.permute(2, 1, 0))
+    return Observation(*views, alive=bodies.alive.T, seen=seen.T)
+
+
+def labels_of(game: Game, like: Tensor) -> list[Tensor]:
+    """What never changes of each agent, (1, N, 1) each: its type, if there are several, and its
+    colour, one-hot."""
+    N = game.num_agents
+    of_types = len(game.population) if len(game.population) > 1 else 0
+    labels = [[float(kind == own) for own in game.types] for kind in range(of_types)]
+    colours = game.population[-1] if game.coloured else 0
+    labels += [[float(i == N - colours + colour) for i in range(N)] for colour in range(colours)]
+    return [
+        torch.tensor(label, dtype=like.dtype, device=like.device)[None, :, None] for label in labels
     ]
-    kinds = [kind[None, :, None].expand_as(p[:1]) for kind in kinds]
-    own, others = torch.cat((v, p, seen)), torch.cat((p, v, *kinds, seen))
-    return Observation(own.permute(2, 1, 0), others.permute(2, 1, 0), bodies.alive.T)
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
@@ -354,12 +406,27 @@ class Task(NamedTuple):
     fixed: Callable[[int], dict[str, Any]]  # fields of Game, for N agents
     outcome: Callable[[Game, Bodies], Outcome]
     observe: Callable[[Game, Bodies], Observation] = observation
+    place: Callable[[Tensor], Tensor] = lambda places: places  # landmarks (2, L, B) from [-1, 1)^2
+    num_last: int = 0  # agents of the last type; 0: any number
 
 
 def _bodies(radius: float, force: float, landmarks: tuple[float, ...], nearest: int) -> dict:
     """Agents of one type, without top speed."""
     own = dict(radius=(radius,), force=(force,), top_speed=(math.inf,))
     return own | dict(landmark_radius=landmarks, nearest=nearest)
+
+
+def triangle(places: Tensor) -> Tensor:
+    """Three posts (2, 3, B) at the corners of an equilateral triangle, from numbers in [-1, 1) of
+    the same shape: sides from 1.2 to 1.5, turned and mirrored anyhow, its centre near 0."""
+    centre = 0.13 * places[:, 0]  # (2, B)
+    radius = 0.7 + 0.085 * (1 + places[0, 1])
+    angle = math.pi * places[1, 1]
+    turn = torch.where(places[0, 2] < 0, -1.0, 1.0) * (2 * math.pi / 3)
+    corners = [angle + k * turn for k in range(3)]
+    x = torch.stack([radius * corner.cos() for corner in corners])
+    y = torch.stack([radius * corner.sin() for corner in corners])
+    return torch.stack((x, y)) + centre[:, None]
 
 
 TASKS = {
@@ -381,6 +448,27 @@ TASKS = {
             mortal=True,
         ),
         pacman_outcome,
+    ),
+    "signpost": Task(
+        ("agent",),
+        lambda N: _bodies(0.05, 5.0, (0.05,) * 3, 3) | dict(in_order=True, contact=False),
+        signpost_outcome,
+        place=triangle,
+    ),
+    "rooms": Task(
+        ("follower", "leader"),
+        lambda N: dict(
+            radius=(0.05, 0.1),
+            force=(5.0, 5.0),
+            top_speed=(math.inf, 0.0),  # leaders stay where they are
+            landmark_radius=(),
+            nearest=0,
+            coloured=True,
+            contact=False,
+            only_last_seen=True,
+        ),
+        rooms_outcome,
+        num_last=3,
     ),
 }
 
@@ -422,7 +510,8 @@ def fresh(game: Game, clocks: Clocks, dtype: torch.dtype) -> Bodies:
     position, landmarks = places.split((2 * N, 2 * L))
     position = position.unflatten(0, (2, N))
     alive = torch.ones_like(position[0], dtype=torch.bool)
-    return Bodies(position, torch.zeros_like(position), alive, landmarks.unflatten(0, (2, L)))
+    landmarks = TASKS[game.task].place(landmarks.unflatten(0, (2, L)))
+    return Bodies(position, torch.zeros_like(position), alive, landmarks)
 
 
 def advance(game: Game, horizon: int, state: Tensor, actions: Tensor, clocks: Clocks) -> tuple:
@@ -473,8 +562,8 @@ class Step(NamedTuple):
 class ParticleWorld:
     """num_worlds worlds of one task and population, on one device.
 
-    task            treasure, resource or pacman
-    population      agents; for pacman (Pac-Men, ghosts)
+    task            one of TASKS
+    population      agents; for pacman (Pac-Men, ghosts), for rooms (followers, 3)
     compiled        torch.compile() of the step; without a compiler the same functions run eagerly
     first_world     number of the first world: worlds with the same seed and number are the same
     horizon         steps of an episode
@@ -731,17 +820,60 @@ def flee(world: ParticleWorld, fear: float = 0.5) -> Tensor:
     return actions
 
 
+def places_to_go(game: Game, bodies: Bodies) -> Tensor:
+    """signpost, rooms: the posts or leaders (2, 3, B), of which one pays."""
+    if game.task == "signpost":
+        return bodies.landmarks
+    return bodies.position[:, game.population[0] :]
+
+
+def go_to(world: ParticleWorld, place: Tensor) -> Tensor:
+    """(B, N) actions: everyone to its place (2, B)."""
+    bodies = unpack(world.game, world.bodies)
+    actions = towards(place[:, None] - bodies.position, bodies.velocity)
+    return actions.T[: world.num_worlds].contiguous()
+
+
+@torch.no_grad()
+def knows_population(world: ParticleWorld) -> Tensor:
+    """(B, N) actions: signpost, rooms: to the post or leader that pays."""
+    places = places_to_go(world.game, unpack(world.game, world.bodies))
+    return go_to(world, places[:, wanted(world.game)])
+
+
+@torch.no_grad()
+def wrong_population(world: ParticleWorld) -> Tensor:
+    """(B, N) actions: signpost, rooms: to the post or leader of another population."""
+    places = places_to_go(world.game, unpack(world.game, world.bodies))
+    return go_to(world, places[:, (wanted(world.game) + 1) % 3])
+
+
+@torch.no_grad()
+def blind(world: ParticleWorld) -> Tensor:
+    """(B, N) actions: signpost, rooms: to the point with the least sum of distances to the three,
+    which is best for who does not know the population (Weiszfeld's iterations)."""
+    places = places_to_go(world.game, unpack(world.game, world.bodies))
+    point = places.mean(1)
+    for _ in range(50):
+        x, y = places - point[:, None]
+        weight = 1 / (x * x + y * y).sqrt().clamp_min(1e-6)  # (3, B)
+        point = (weight * places).sum(1) / weight.sum(0)
+    return go_to(world, point)
+
+
 # --- Pictures -------------------------------------------------------------------------------------
 
 WINDOW = 1.5  # pictures show [-WINDOW, WINDOW]^2, whatever happens
 COLOURS = ((31, 119, 180), (214, 39, 40))  # of types
+OF_THREE = ((214, 39, 40), (44, 160, 44), (150, 75, 200))  # posts or leaders: red, green, violet
 YELLOW, BROWN, GROUND, LINE = (250, 215, 120), (190, 140, 30), (255, 255, 255), (205, 205, 205)
 
 
 def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:
     """A picture (size, size, 3) uint8 of a state (S,): landmarks yellow, agents blue, ghosts red,
-    the dead as rings. The square where things appear is outlined. Whoever has left the window is
-    seen as a half-disc at its edge."""
+    the dead as rings; posts and leaders red, green and violet, with a black rim where one pays. The
+    square where things appear is outlined. Whoever has left the window is seen as a half-disc at
+    its edge."""
     from PIL import Image, ImageDraw
 
     fine = 2 * size  # drawn at twice the size, for smooth edges
@@ -758,9 +890,16 @@ def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:
     landmarks = zip(game.landmark_radius, bodies.landmarks[..., 0].T.tolist())
     for radius, (x, y) in sorted(landmarks, reverse=True):  # small ones on top
         brush.ellipse(box(x, y, radius), fill=YELLOW, outline=BROWN, width=2)
+    if game.task in ("signpost", "rooms"):
+        radius = (*game.landmark_radius, game.radius[-1])[0]
+        for k, (x, y) in enumerate(places_to_go(game, bodies)[..., 0].T.tolist()):
+            rim = (0, 0, 0) if k == wanted(game) else OF_THREE[k]
+            brush.ellipse(box(x, y, radius), fill=OF_THREE[k], outline=rim, width=6)
     for kind, alive, (x, y) in zip(
         game.types, bodies.alive[:, 0], bodies.position[..., 0].T.tolist()
     ):
+        if game.task == "rooms" and kind == 1:
+            continue  # leaders are drawn
         colour, place = COLOURS[kind], box(x, y, game.radius[kind])
         brush.ellipse(place, fill=colour if alive else None, outline=colour, width=3)
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))

@@ -40,6 +40,8 @@ REPRODUCIBLE = [
     ("particle", "treasure", 3),
     ("particle", "resource", 6),
     ("particle", "pacman", (4, 2)),
+    ("particle", "signpost", 4),
+    ("particle", "rooms", (3, 3)),
     ("battles", "sz", (3, 4, 5)),
     ("battles", "mmm", (8,)),
     ("battles", "csz", (6,)),

@@ -307,7 +307,8 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("task", "population"), [("treasure", 5), ("resource", 6), ("pacman", (4, 2))]
+    ("task", "population"),
+    [("treasure", 5), ("resource", 6), ("pacman", (4, 2)), ("signpost", 4), ("rooms", (3, 3))],
 )
 def test_a_worlds_rollout_does_not_depend_on_the_others(task, population):
     many = rollout(ParticleWorld(task, population, 70, seed=4), 45)
@@ -332,7 +333,8 @@ def test_many_worlds_on_several_threads():
 
 
 @pytest.mark.parametrize(
-    ("task", "population"), [("treasure", 5), ("resource", 6), ("pacman", (4, 2))]
+    ("task", "population"),
+    [("treasure", 5), ("resource", 6), ("pacman", (4, 2)), ("signpost", 4), ("rooms", (3, 3))],
 )
 def test_a_saved_world_goes_on_as_it_was(task, population, tmp_path):
     world = ParticleWorld(task, population, 9, seed=4)
@@ -443,7 +445,8 @@ def test_spawning():
 
 
 @pytest.mark.parametrize(
-    ("task", "population"), [("treasure", 4), ("resource", 6), ("pacman", (4, 2))]
+    ("task", "population"),
+    [("treasure", 4), ("resource", 6), ("pacman", (4, 2)), ("signpost", 4), ("rooms", (3, 3))],
 )
 def test_compiled_steps_are_the_eager_ones(task, population):
     """From the same states, away from thresholds, where a last bit decides who touches what, or
@@ -501,7 +504,10 @@ def test_without_a_compiler_the_world_is_eager(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("chess", 3), "There is no task 'chess': there are treasure, resource, pacman."),
+        (
+            ("chess", 3),
+            "There is no task 'chess': there are treasure, resource, pacman, signpost, rooms.",
+        ),
         (("treasure", (3, 2)), "A population of treasure is one number: 3,2 is not."),
         (("pacman", 3), "A population of pacman is 2 numbers (pac_man, ghost): 3 is not."),
         (("pacman", (0, 2)), "A population has at least one agent of each type: not 0,2."),
