@@ -26,6 +26,7 @@ open: docs/mra.md; the worlds: docs/particle.md; the parent: baselines/maddpg_pa
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -34,7 +35,7 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from harness import (
@@ -106,12 +107,18 @@ class Args(RunArgs):
     # Method
     latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z; replays keep z in 8 bits
     representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z
-    latent_prior: Literal["learned", "uniform"] = "learned"  # p(z|m); uniform: uni-MRA
+    latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); uniform: uni-MRA;
+    # told: z is the number of the population, a bound of what psi can reach
     prior_floor: Share = 0.0  # of p(z|m), shared by all z; not in the paper, see docs/mra.md
     reptile_step: Share = 1.0  # alpha
     share_parameters: bool = True  # one parameter set per type instead of per agent
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # of Eq. (9): how
-    phi_gradient: Literal["actor", "mi"] = "mi"  # phi learns by Eq. (10) / Eq. (11)
+    phi_gradient: Literal["actor", "mi", "both", "both+actor"] = "mi"  # phi learns by Eq. (10) /
+    # Eq. (11), Algorithm 4 / Eqs. (11) and (13), Eqs. (5) and (7) / by all three
+    psi_information: bool = False  # psi ascends Eq. (11), too, as in Eq. (5)
+    tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m, one-hot
+    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # of V in e_i; the paper prints 1
+    own_beside: bool = True  # the actor reads o_s beside e_i
     target: Literal["polyak", "hard"] = "hard"  # how target networks follow
     polyak: Share = 0.01  # their step, with --target polyak
     inner_steps: Positive = 10  # K, minibatches per update
@@ -149,19 +156,29 @@ LINE = ("return", "critic_loss", "entropy", "sps")  # scalars on standard output
 RESUMABLE = ("eval_populations", "plain", "compile")
 # With --adapt: what networks are made for, and what has no part in it.
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "hidden_size")
-FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step")
+FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step", "tell_population")
+FIXED += ("value_layers", "own_beside")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that cannot be meant."""
     populations = args.populations + args.eval_populations
     one_size = not args.share_parameters
+    several, learned = len(args.populations) > 1, args.latent_prior == "learned"
+    told, both = args.latent_prior == "told", "both" in args.phi_gradient
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (one_size and len(populations) > 1, "Several populations need --share-parameters"),
+        (told and args.latent_size < len(args.populations), "Too few z for --latent-prior told"),
+        (both and not several, "--phi-gradient both needs several populations to tell apart"),
+        (both and args.latent_size == 1, "--phi-gradient both needs several z"),
+        (
+            args.psi_information and not (learned and several),
+            "--psi-information needs --latent-prior learned and several populations",
+        ),
         ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
@@ -223,9 +240,10 @@ class View(NamedTuple):
     own: Tensor  # (M, N, Ds) o_s
     others: Tensor  # (M, N, De) of each agent j; o_ij is that with p_j - p_i in the place of p_j
     alive: Tensor  # (M, N) bool
-    mask: Tensor  # (M, N, N) bool: j lives and is not i
+    mask: Tensor  # (M, N, N) bool: i sees j
     counts: tuple[int, ...]  # agents of each parameter set, in order
     z: Tensor  # (M, N, Z) latents, one-hot
+    population: Tensor  # (M, N, P) m, one-hot, for those who are told
 
 
 # [shared: layers] begin
@@ -387,17 +405,31 @@ class RelationGraph(nn.Module):
 
 class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
-    e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z."""
+    e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z.
+
+    told: numbers of m that it reads beside o_s. own: whether it reads o_s.
+    """
 
     def __init__(
-        self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
+        self,
+        sets: int,
+        own_size: int,
+        entity_size: int,
+        outputs: int,
+        gain: float,
+        args: Args,
+        told: int = 0,
+        own: bool = True,
     ):
         super().__init__()
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
-        self.own = MLP(sets, own_size, H, H)
-        self.entity = Linear(sets, entity_size, H, gain=RELU)
-        self.value = Linear(sets, H, H)
+        self.told, self.reads_own = bool(told), own
+        inputs = own_size * own + told
+        self.own = MLP(sets, inputs, H, H) if inputs else None
+        self.linear = args.value_layers == 1
+        self.entity = None if self.linear else Linear(sets, entity_size, H, gain=RELU)
+        self.value = Linear(sets, entity_size if self.linear else H, H)
         self.out = Linear(sets, H, outputs, gain)
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
@@ -407,17 +439,29 @@ class GraphNet(nn.Module):
         if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
-        x = self.own(view.own, view.counts)
-        pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
+        own = [view.own] * self.reads_own + [view.population] * self.told
+        x = self.own(torch.cat(own, -1), view.counts) if own else 0.0
+        if not self.linear:
+            pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
 
         def read(g: Tensor) -> Tensor:
-            e = pairs.sums(g, self.value.weight, self.value.bias)
+            if self.linear:  # V of a sum is the sum of V
+                e = self.value(mean_entity(others, g), view.counts)
+            else:
+                e = pairs.sums(g, self.value.weight, self.value.bias)
             e = e * view.mask.any(-1, keepdim=True)
             return self.out(F.relu(x + e), view.counts)
 
         if g.dim() == 3:
             return read(g)
         return torch.stack([read(each) for each in g])
+
+
+def mean_entity(others: Tensor, g: Tensor) -> Tensor:
+    """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
+    position = others[..., :2] * g.sum(-1, keepdim=True)
+    mean = g @ others
+    return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
 
 
 class LatentPrior(nn.Module):
@@ -460,10 +504,15 @@ class Agent:
         torch.manual_seed(args.seed)
         self.attention = RelationGraph(self.sets, own, entity, args).to(device)
         net = functools.partial(GraphNet, self.sets, own, args=args)
+        number, told = len(args.populations), args.tell_population
         # Small first logits: all actions are tried.
-        self.actor = net(entity, NUM_ACTIONS, gain=0.1).to(device)
+        actor_told = number * (told == "all")
+        actor = net(entity, NUM_ACTIONS, gain=0.1, told=actor_told, own=args.own_beside)
+        self.actor = actor.to(device)
         # A critic reads the others' actions, too.
-        self.critic = net(entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0).to(device)
+        critic_told = number * (told != "nobody")
+        critic = net(entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, told=critic_told)
+        self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
@@ -471,13 +520,23 @@ class Agent:
         actor = {"params": self.actor.parameters()}
         self.actor_optimiser = adam([actor, attention])
         self.critic_optimiser = adam(self.critic.parameters())
-        types, number = len(game.population), len(args.populations)
         self.learns_prior = number > 1 and args.latent_prior == "learned"
+        self.classifies = self.learns_prior or "both" in args.phi_gradient
+        latent_nets = nn.ModuleList()
         if self.learns_prior:
-            self.latent_prior = LatentPrior(types, args.latent_size).to(device)
+            self.latent_prior = LatentPrior(len(game.population), args.latent_size).to(device)
+            latent_nets.append(self.latent_prior)
+        if self.classifies:
             self.population_classifier = net(entity, number, gain=1.0).to(device)
-            both = nn.ModuleList((self.latent_prior, self.population_classifier))
-            self.latent_optimiser = adam(both.parameters())
+            latent_nets.append(self.population_classifier)
+            self.latent_optimiser = adam(latent_nets.parameters())
+
+    def number_of(self, game: Game) -> int:
+        """Of the population among those that it learns in; of an unseen one that of the next
+        larger, or of the largest."""
+        sizes = [sum(read_population(name)) for name in self.args.populations]
+        larger = [size for size in sizes if size >= game.num_agents]
+        return sizes.index(min(larger, default=max(sizes)))
 
     def log_prior(self, game: Game) -> Tensor:
         """log p(z|m) (N, Z)."""
@@ -485,6 +544,9 @@ class Agent:
         log_p = torch.zeros(len(game.population), Z, device=self.device).log_softmax(-1)
         if self.learns_prior:
             log_p = self.latent_prior(game.population)
+        if self.args.latent_prior == "told":
+            log_p = torch.full_like(log_p, -1e9)
+            log_p[:, self.number_of(game)] = 0.0
         if floor:
             log_p = ((1 - floor) * log_p.exp() + floor / Z).log()
         return per_agent(log_p, game.population)
@@ -492,6 +554,7 @@ class Agent:
     def view(self, game: Game, obs: Observation, z: Tensor) -> View:
         """An observation, and latents (M, N), as networks read them."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
+        number = torch.full_like(z, self.number_of(game), dtype=torch.int64)
         return View(
             own=obs.own.contiguous(),
             others=obs.others.contiguous(),
@@ -499,6 +562,7 @@ class Agent:
             mask=obs.mask(),
             counts=counts,
             z=F.one_hot(z.long(), self.args.latent_size).float(),
+            population=F.one_hot(number, len(self.args.populations)).float(),
         )
 
     @torch.no_grad()
@@ -537,9 +601,8 @@ def graph_information(agent: Agent, view: View, log_prior: Tensor) -> Tensor:
 
 def population_loss(agent: Agent, view: View, log_prior: Tensor, label: int) -> Tensor:
     """Cross-entropy of the classifier's guess of the population, of which label is the index,
-    expected over z; phi is given; log_prior (N, Z)."""
-    with torch.no_grad():
-        g = agent.attention.all(view)  # (Z, M, N, N)
+    expected over z; log_prior (N, Z)."""
+    g = agent.attention.all(view)  # (Z, M, N, N)
     log_guess = agent.population_classifier(view, g).log_softmax(-1)
     surprise = -log_guess[..., label]  # (Z, M, N)
     p = log_prior.exp().T[:, None]  # (Z, 1, N)
@@ -754,33 +817,56 @@ def actor_loss(
 # [shared: losses] end
 
 
-def information_update(args: Args, agent: Agent, buffer: ReplayBuffer, view: View) -> Tensor:
-    """A step of phi up the bound on I(g; a|o), which it returns."""
+def information_update(
+    args: Args, agent: Agent, buffer: ReplayBuffer, view: View, label: int
+) -> Tensor:
+    """A step of phi up the bound on I(g; a|o), which it returns, and, if it learns by both, down
+    the loss of the classifier's guess of this population, whose index is label."""
     log_prior = agent.log_prior(buffer.game).detach()
-    policies = nn.ModuleList((agent.actor, agent.target_actor))
-    policies.requires_grad_(False)  # phi learns by way of them
-    information = mean(graph_information(agent, view, log_prior), view.alive)
-    descend(-information, agent.attention, agent.actor_optimiser, args.max_grad_norm)
-    policies.requires_grad_(True)
+    readers = [agent.actor, agent.target_actor]
+    if agent.classifies:
+        readers.append(agent.population_classifier)
+    with frozen(*readers):  # phi learns by way of them
+        information = mean(graph_information(agent, view, log_prior), view.alive)
+        loss = -information
+        if "both" in args.phi_gradient:
+            loss = loss + population_loss(agent, view, log_prior, label)
+        descend(loss, agent.attention, agent.actor_optimiser, args.max_grad_norm)
     return information.detach()
+
+
+@contextlib.contextmanager
+def frozen(*nets: nn.Module) -> Iterator[None]:
+    """Gradients pass through these, and none are made for them."""
+    every = nn.ModuleList(nets)
+    every.requires_grad_(False)
+    yield
+    every.requires_grad_(True)
 
 
 def latent_update(
     args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator
 ) -> dict[str, Tensor]:
     """A step of psi and xi on observations of all populations. Returns scalars."""
-    losses = {}
+    losses, scalars = [], {}
     size = math.ceil(args.batch_size / len(collectors))
     for label, collector in enumerate(collectors):
         if collector.buffer.size:
             view = collector.buffer.sample(agent, rng, size).view
             log_prior = agent.log_prior(collector.game)
-            loss = population_loss(agent, view, log_prior, label)
-            losses[f"xi_loss/{collector.name}"] = loss
-    nets = nn.ModuleList((agent.latent_prior, agent.population_classifier))
-    loss = torch.stack(list(losses.values())).mean()
+            with frozen(agent.attention, agent.actor, agent.target_actor):
+                loss = population_loss(agent, view, log_prior, label)
+                scalars[f"xi_loss/{collector.name}"] = loss.detach()
+                if args.psi_information:
+                    information = graph_information(agent, view, log_prior)
+                    loss = loss - mean(information, view.alive)
+            losses.append(loss)
+    nets = nn.ModuleList([agent.population_classifier])
+    if agent.learns_prior:
+        nets.append(agent.latent_prior)
+    loss = torch.stack(losses).mean()
     descend(loss, nets, agent.latent_optimiser, args.max_grad_norm)
-    return losses
+    return scalars
 
 
 def update(
@@ -799,7 +885,7 @@ def update(
     start = [p.detach().clone() for p in agent.actor.parameters()]
     for _ in range(args.inner_steps):
         batch = buffer.sample(agent, rng, args.batch_size)
-        with torch.set_grad_enabled(args.phi_gradient == "actor"):  # Eq. (10)
+        with torch.set_grad_enabled("actor" in args.phi_gradient):  # Eq. (10)
             g = agent.attention(batch.view)
         with torch.no_grad():
             next_g = agent.attention(batch.next_view)
@@ -815,9 +901,11 @@ def update(
     means = {name: torch.stack(x).mean() for name, x in scalars.items()}
     if not args.adapt:
         reptile(args, agent, start)
-        if args.phi_gradient == "mi" and args.latent_size > 1:
-            means[f"mi/{collector.name}"] = information_update(args, agent, buffer, batch.view)
-        if agent.learns_prior:
+        if args.phi_gradient != "actor" and args.latent_size > 1:
+            label = collectors.index(collector)
+            information = information_update(args, agent, buffer, batch.view, label)
+            means[f"mi/{collector.name}"] = information
+        if agent.classifies:
             means |= latent_update(args, agent, collectors, latent_rng)
     agent.follow()
     rewards = torch.stack([each.buffer.reward_scale.sums for each in collectors])
@@ -840,13 +928,14 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
         scalars[f"information/{name}"] = mean(information, view.alive)
         p = log_prior.exp()  # (N, Z)
         priors.append(p.mean(0))
-        if agent.learns_prior:
+        if agent.classifies:
             g = agent.attention.all(view)
             guess = agent.population_classifier(view, g).argmax(-1)  # (Z, M, N)
             right = (p.T[:, None] * (guess == label)).sum(0)  # (M, N)
             scalars[f"xi_accuracy/{name}"] = mean(right, view.alive)
             guess = agent.population_classifier(view, uniform_graph(view)).argmax(-1)
             scalars[f"xi_accuracy_uniform_g/{name}"] = mean(guess == label, view.alive)
+        if agent.learns_prior:
             for kind, row in enumerate(agent.latent_prior(game.population).exp()):
                 for z, x in enumerate(row):  # psi's own, without --prior-floor
                     scalars[f"prior/{name}/{kind}/{z}"] = x
