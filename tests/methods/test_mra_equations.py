@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +110,8 @@ def random_view(s: SimpleNamespace, M: int, seed: int = 0, dead: float = 0.0):
     if s.script is mra:
         z = rng.integers(s.args.latent_size, size=(M, N))
         fields.append(torch.tensor(np.eye(s.args.latent_size)[z], dtype=s.dtype))
+        told = np.eye(len(s.args.populations))[rng.integers(len(s.args.populations), size=(M, N))]
+        fields.append(torch.tensor(told, dtype=s.dtype))
     return s.script.View(*fields)
 
 
@@ -985,6 +988,14 @@ ROUTES = {  # flags, wanted
     "uni-MRA": ("--latent-prior uniform", [*PLAIN, *PHI]),
     "one latent": ("--latent-size 1 --latent-prior uniform", PLAIN),
     "plain": ("--plain", [*PLAIN, *PHI, *LATENT]),
+    "phi by both": ("--phi-gradient both", [*PLAIN, *PHI, *LATENT]),
+    "phi by both and Eq. (10)": ("--phi-gradient both+actor", [*OMEGA, *PHI, *LATENT]),
+    "phi by both, z by hand": (
+        "--phi-gradient both --latent-prior told",
+        [*PLAIN, *PHI, {"population_classifier"}],
+    ),
+    "psi by both": ("--psi-information", [*PLAIN, *PHI, *LATENT]),
+    "told, V linear": ("--tell-population all --value-layers 1", [*PLAIN, *PHI, *LATENT]),
 }
 
 
@@ -1035,6 +1046,146 @@ def test_what_an_update_moves(flags, moved):
     assert changed - {"target_actor", "target_critic"} == moved
     for name in ("actor", "critic"):
         assert torch.equal(after[f"target_{name}"], after[name])
+
+
+# --- What is not Algorithm 4 ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", REPRESENTATIONS)
+def test_phi_by_both_ascends_eq_11_and_descends_eq_13(how, monkeypatch):
+    """Value and slope of the loss that moves phi, against NumPy; classifier and policies are
+    given."""
+    s = setting("resource", "3", "5", flags=f"--phi-gradient both {small_latents(how)}")
+    view, agent, seen = random_view(s, 4, dead=0.2), s.agent, []
+    monkeypatch.setattr(mra, "descend", lambda loss, net, *_: (seen.append(loss), loss.backward()))
+    told = mra.information_update(s.args, agent, s.collectors[0].buffer, view, label=1)
+    prior = np.exp(numbers(agent.log_prior(s.game)))
+    alive, w = view.alive.numpy(), arrays(agent.attention)
+
+    def value(w: dict) -> float:
+        xi = arrays(agent.population_classifier)
+        guesses = np.stack([read(xi, view, g) for g in graphs(w, view, how)])
+        surprise = -(prior.T[:, None] * log_softmax(guesses)[..., 1]).sum(0)
+        return average(surprise - information(s, w, view, prior, how), alive)
+
+    assert abs(scalar(seen[0]) - value(w)) < 1e-9
+    assert abs(scalar(told) - average(information(s, w, view, prior, how), alive)) < 1e-9
+    check_slopes(value, w, gradients_of(agent.attention), each=1)
+    for net in (agent.population_classifier, agent.actor, agent.target_actor):
+        assert not gradients_of(net) and all(p.requires_grad for p in net.parameters())
+
+
+def test_psi_by_both_ascends_eq_11(monkeypatch):
+    """Its slope is that of Eq. (13) minus that of Eq. (11), both with phi given."""
+    slopes = {}
+    for flags in ("", "--psi-information"):
+        s = setting("resource", "3", "5", flags=f"{small_latents('option')} {flags}")
+        for collector, _ in itertools.product(s.collectors, range(3)):
+            mra.collect(to_single(s.agent), collector, **s.rngs)
+        sampled = []
+        for collector in s.collectors:
+            view = random_view_of(s, collector.game)
+            monkeypatch.setattr(
+                collector.buffer, "sample", lambda *_, v=view: SimpleNamespace(view=v)
+            )
+            sampled.append((view, collector.game))
+        monkeypatch.setattr(mra, "descend", lambda loss, *_: loss.backward())
+        to_double(s.agent)
+        mra.latent_update(s.args, s.agent, s.collectors, seeded(1))
+        slopes[flags] = gradients_of(s.agent.latent_prior)
+    s.agent.latent_prior.zero_grad(set_to_none=True)
+    terms = [
+        mra.mean(mra.graph_information(s.agent, view, s.agent.log_prior(game)), view.alive)
+        for view, game in sampled
+    ]
+    torch.stack(terms).mean().backward()
+    own = gradients_of(s.agent.latent_prior)
+    for name, slope in slopes["--psi-information"].items():
+        assert np.abs(slope - (slopes[""][name] - own[name])).max() < 1e-9
+    assert max(np.abs(x).max() for x in own.values()) > 1e-4
+
+
+def to_single(agent):
+    for net in parts_of(agent).values():
+        net.float()
+    return agent
+
+
+def to_double(agent):
+    for net in parts_of(agent).values():
+        net.double()
+
+
+def random_view_of(s: SimpleNamespace, game) -> Any:
+    return random_view(SimpleNamespace(**vars(s) | {"game": game}), 4, dead=0.2)
+
+
+@pytest.mark.parametrize("plain", ["", "--plain"])
+@pytest.mark.parametrize("name", ["one set", "per type", "per agent"])
+def test_values_with_one_layer_are_linear(name, plain):
+    """e_i = sum_j g_ij (W o_ij + b), with loops, for actor and critic."""
+    s = games(mra, name, f"--value-layers 1 {plain}")
+    view = random_view(s, 4, dead=0.3)
+    g, sets, alive = random_graph(view), set_of(view), view.alive.numpy()
+    actions = torch.randint(0, 5, alive.shape, generator=seeded(2))
+    for net, given in ((s.agent.actor, ()), (s.agent.critic, (actions,))):
+        w, others = arrays(net), numbers(view.others)
+        if given:
+            others = np.concatenate((others, np.eye(5)[actions.numpy()]), -1)
+        ours = numbers(net(view, g, *given))
+        for m, i in itertools.product(*map(range, alive.shape)):
+            k, e = sets[i], 0.0
+            for j in range(alive.shape[1]):
+                if alive[m, j] and j != i:
+                    o = entity(others[m], i, j)
+                    e = e + numbers(g)[m, i, j] * (o @ w["value.weight"][k] + w["value.bias"][k])
+            x = relu(numbers(view.own)[m, i] @ w["own.first.weight"][k] + w["own.first.bias"][k])
+            x = x @ w["own.last.weight"][k] + w["own.last.bias"][k]
+            expected = relu(x + e) @ w["out.weight"][k] + w["out.bias"][k]
+            assert np.abs(ours[m, i] - expected).max() < 1e-9
+        assert "entity.weight" not in w
+
+
+@pytest.mark.parametrize(
+    ("flags", "actor", "critic"),
+    [
+        ("", False, False),
+        ("--tell-population critic", False, True),
+        ("--tell-population all", True, True),
+        ("--tell-population all --no-own-beside", True, True),
+    ],
+)
+def test_who_is_told_the_population(flags, actor, critic):
+    s = setting("resource", "3", "5", flags=flags)
+    view = random_view(s, 6)
+    other = view._replace(population=view.population.flip(-1))
+    g, actions = random_graph(view), torch.zeros(6, 3, dtype=torch.int64)
+    for net, given, told in ((s.agent.actor, (), actor), (s.agent.critic, (actions,), critic)):
+        differ = (net(view, g, *given) - net(other, g, *given)).abs().amax((1, 2))
+        assert (differ > 1e-6).all() if told else not differ.any()
+
+
+def test_without_own_features_the_actor_reads_e_alone():
+    s = setting("resource", "3", flags="--no-own-beside")
+    view = random_view(s, 6)
+    other, g = view._replace(own=view.own + 1), random_graph(view)
+    assert torch.equal(s.agent.actor(view, g), s.agent.actor(other, g))
+    actions = torch.zeros(6, 3, dtype=torch.int64)
+    critic = s.agent.critic
+    assert (critic(view, g, actions) != critic(other, g, actions)).any(), "the critic reads it"
+
+
+def test_told_latents_are_the_populations_numbers():
+    """Of an unseen population that of the next larger one; it does not depend on psi."""
+    s = setting("rooms", "3,3", "6,3", "9,3", flags="--latent-prior told")
+    assert not hasattr(s.agent, "latent_prior")
+    for followers, number in {2: 0, 3: 0, 4: 1, 5: 1, 6: 1, 7: 2, 8: 2, 9: 2, 12: 2}.items():
+        game = make_game("rooms", (followers, 3))
+        assert s.agent.number_of(game) == number
+        p = s.agent.log_prior(game).exp()
+        assert p.shape == (followers + 3, 6) and (p == torch.eye(6)[number]).all()
+        z = mra.draw_latents(s.agent, game, 50, seeded(1))
+        assert (z == number).all()
 
 
 # --- 9. Permutations, and the dead ----------------------------------------------------------------

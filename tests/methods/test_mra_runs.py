@@ -696,6 +696,32 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
         lambda s, d: any(k.startswith("mi/") for k in s["ranks"][0]["noted"]),
         (True, False),
     ),
+    "phi_gradient both": (
+        "--phi-gradient both --latent-prior uniform",
+        lambda s, d: [x in s["agent"] for x in LATENT],
+        ([True] * 3, [False, True, True]),
+    ),
+    "psi_information": ("--psi-information", changed("latent_prior"), None),
+    "tell_population": (
+        "--tell-population critic",
+        lambda s, d: [shape(x, "own.first.weight")(s, d)[1] for x in ("actor", "critic")],
+        ([14, 14], [14, 16]),
+    ),
+    "value_layers": (
+        "--value-layers 1",
+        lambda s, d: ["entity.weight" in s["agent"][x] for x in ("actor", "critic")],
+        ([True, True], [False, False]),
+    ),
+    "own_beside": (
+        "--no-own-beside",
+        lambda s, d: ["own.first.weight" in s["agent"][x] for x in ("actor", "critic")],
+        ([True, True], [False, True]),
+    ),
+    "latent_prior told": (
+        "--latent-prior told",
+        lambda s, d: sorted(set(replays(d)[1]["z"].flatten().tolist())),
+        ([0, 1, 2, 3, 4, 5], [1]),
+    ),
     "reptile_step": (
         "--reptile-step 0",
         moved("actor", "critic", "attention"),
@@ -742,7 +768,7 @@ def len_of_query(state):
 
 def test_every_flag_is_tested():
     fields = [{x.name for x in dataclasses.fields(script(name).Args)} for name in BOTH]
-    method = {name.split(" of ")[0] for name in METHOD}
+    method = {name.split()[0] for name in METHOD}
     assert fields[0] == set(COMMON) | method | set(ELSEWHERE)
     elsewhere = set(ELSEWHERE) - {"adapt", "population"}
     assert fields[1] == set(COMMON) | set(PARENT) | elsewhere
