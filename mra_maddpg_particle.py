@@ -43,6 +43,7 @@ from harness import (
     Amount,
     Count,
     Evaluation,
+    Parts,
     Positive,
     Run,
     RunArgs,
@@ -70,6 +71,7 @@ from envs.particle.episodes import (
     EpisodeReturns,
     Player,
     RewardScale,
+    number_of,
     play,
     play_all,
     read_population,
@@ -117,12 +119,12 @@ class Args(RunArgs):
     # Eq. (11), Algorithm 4 / Eqs. (11) and (13), Eqs. (5) and (7) / by all three
     psi_information: bool = False  # psi ascends Eq. (11), too, as in Eq. (5)
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m, one-hot
-    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # of V in e_i; the paper prints 1
-    own_beside: bool = True  # the actor reads o_s beside e_i
     target: Literal["polyak", "hard"] = "hard"  # how target networks follow
     polyak: Share = 0.01  # their step, with --target polyak
     inner_steps: Positive = 10  # K, minibatches per update
     hidden_size: Positive = 64  # H
+    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # of V in e_i; the paper prints 1
+    own_beside: bool = True  # the actor reads o_s beside e_i
     key_size: Positive = 16  # of queries and keys
     head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
     plain: bool = False  # networks of pairs as written below, not their fast exact form
@@ -173,12 +175,11 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (not args.populations, "--populations is empty"),
         (one_size and len(populations) > 1, "Several populations need --share-parameters"),
         (told and args.latent_size < len(args.populations), "Too few z for --latent-prior told"),
-        (both and not several, "--phi-gradient both needs several populations to tell apart"),
-        (both and args.latent_size == 1, "--phi-gradient both needs several z"),
         (
-            args.psi_information and not (learned and several),
-            "--psi-information needs --latent-prior learned and several populations",
+            both and not (several and args.latent_size > 1),
+            "--phi-gradient both has nothing to tell",
         ),
+        (args.psi_information and not (several and learned), "--psi-information has no psi"),
         ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
@@ -277,6 +278,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
         hidden = F.relu(self.first(x, counts))
         return self.last(hidden, counts)
+
+
+def mean_entity(others: Tensor, g: Tensor) -> Tensor:
+    """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
+    position = others[..., :2] * g.sum(-1, keepdim=True)
+    mean = g @ others
+    return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
 
 
 # [shared: layers] end
@@ -407,7 +415,7 @@ class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z.
 
-    told: numbers of m that it reads beside o_s. own: whether it reads o_s.
+    own_size, told: how many numbers of o_s and, beside them, of m it reads, if any.
     """
 
     def __init__(
@@ -419,14 +427,12 @@ class GraphNet(nn.Module):
         gain: float,
         args: Args,
         told: int = 0,
-        own: bool = True,
     ):
         super().__init__()
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
-        self.told, self.reads_own = bool(told), own
-        inputs = own_size * own + told
-        self.own = MLP(sets, inputs, H, H) if inputs else None
+        self.own_size, self.told = own_size, told
+        self.own = MLP(sets, own_size + told, H, H)
         self.linear = args.value_layers == 1
         self.entity = None if self.linear else Linear(sets, entity_size, H, gain=RELU)
         self.value = Linear(sets, entity_size if self.linear else H, H)
@@ -439,8 +445,8 @@ class GraphNet(nn.Module):
         if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
-        own = [view.own] * self.reads_own + [view.population] * self.told
-        x = self.own(torch.cat(own, -1), view.counts) if own else 0.0
+        own = (view.own[..., : self.own_size], view.population[..., : self.told])
+        x = self.own(torch.cat(own, -1), view.counts)
         if not self.linear:
             pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
 
@@ -455,13 +461,6 @@ class GraphNet(nn.Module):
         if g.dim() == 3:
             return read(g)
         return torch.stack([read(each) for each in g])
-
-
-def mean_entity(others: Tensor, g: Tensor) -> Tensor:
-    """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
-    position = others[..., :2] * g.sum(-1, keepdim=True)
-    mean = g @ others
-    return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
 
 
 class LatentPrior(nn.Module):
@@ -494,7 +493,7 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
 # [shared: sample] end
 
 
-class Agent:
+class Agent(Parts):
     """The networks and their optimisers."""
 
     def __init__(self, args: Args, game: Game, device: torch.device):
@@ -503,15 +502,15 @@ class Agent:
         own, entity = game.own_features, game.entity_features
         torch.manual_seed(args.seed)
         self.attention = RelationGraph(self.sets, own, entity, args).to(device)
-        net = functools.partial(GraphNet, self.sets, own, args=args)
-        number, told = len(args.populations), args.tell_population
+        net = functools.partial(GraphNet, self.sets, args=args)
+        number, who = len(args.populations), args.tell_population
+        actor_told, critic_told = number * (who == "all"), number * (who != "nobody")
         # Small first logits: all actions are tried.
-        actor_told = number * (told == "all")
-        actor = net(entity, NUM_ACTIONS, gain=0.1, told=actor_told, own=args.own_beside)
+        beside = own if args.own_beside else 0
+        actor = net(beside, entity, NUM_ACTIONS, gain=0.1, told=actor_told)
         self.actor = actor.to(device)
         # A critic reads the others' actions, too.
-        critic_told = number * (told != "nobody")
-        critic = net(entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, told=critic_told)
+        critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, told=critic_told)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
@@ -527,16 +526,9 @@ class Agent:
             self.latent_prior = LatentPrior(len(game.population), args.latent_size).to(device)
             latent_nets.append(self.latent_prior)
         if self.classifies:
-            self.population_classifier = net(entity, number, gain=1.0).to(device)
+            self.population_classifier = net(own, entity, number, gain=1.0).to(device)
             latent_nets.append(self.population_classifier)
             self.latent_optimiser = adam(latent_nets.parameters())
-
-    def number_of(self, game: Game) -> int:
-        """Of the population among those that it learns in; of an unseen one that of the next
-        larger, or of the largest."""
-        sizes = [sum(read_population(name)) for name in self.args.populations]
-        larger = [size for size in sizes if size >= game.num_agents]
-        return sizes.index(min(larger, default=max(sizes)))
 
     def log_prior(self, game: Game) -> Tensor:
         """log p(z|m) (N, Z)."""
@@ -546,7 +538,7 @@ class Agent:
             log_p = self.latent_prior(game.population)
         if self.args.latent_prior == "told":
             log_p = torch.full_like(log_p, -1e9)
-            log_p[:, self.number_of(game)] = 0.0
+            log_p[:, number_of(game, self.args.populations)] = 0.0
         if floor:
             log_p = ((1 - floor) * log_p.exp() + floor / Z).log()
         return per_agent(log_p, game.population)
@@ -554,7 +546,8 @@ class Agent:
     def view(self, game: Game, obs: Observation, z: Tensor) -> View:
         """An observation, and latents (M, N), as networks read them."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
-        number = torch.full_like(z, self.number_of(game), dtype=torch.int64)
+        number = number_of(game, self.args.populations)
+        number = torch.full_like(z, number, dtype=torch.int64)
         return View(
             own=obs.own.contiguous(),
             others=obs.others.contiguous(),
@@ -572,10 +565,6 @@ class Agent:
         pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
         for target, net in pairs:
             torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), step)
-
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
 
 # --- 5. The paper ---------------------------------------------------------------------------------

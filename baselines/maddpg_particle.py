@@ -32,7 +32,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,6 +41,7 @@ from harness import (
     Amount,
     Count,
     Evaluation,
+    Parts,
     Positive,
     Run,
     RunArgs,
@@ -58,6 +59,7 @@ from harness import (
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from envs.particle.episodes import (
@@ -101,6 +103,8 @@ class Args(RunArgs):
     polyak: Share = 0.01  # their step, with --target polyak
     inner_steps: Positive = 1  # K, minibatches per update
     hidden_size: Positive = 64  # H
+    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # of V in e_i; the paper prints 1
+    own_beside: bool = True  # the actor reads o_s beside e_i
     key_size: Positive = 16  # of queries and keys
     head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
     plain: bool = False  # networks of pairs as written below, not their fast exact form
@@ -180,7 +184,7 @@ class View(NamedTuple):
     own: Tensor  # (M, N, Ds) o_s
     others: Tensor  # (M, N, De) of each agent j; o_ij is that with p_j - p_i in the place of p_j
     alive: Tensor  # (M, N) bool
-    mask: Tensor  # (M, N, N) bool: j lives and is not i
+    mask: Tensor  # (M, N, N) bool: i sees j
     counts: tuple[int, ...]  # agents of each parameter set, in order
 
 
@@ -215,6 +219,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
         hidden = F.relu(self.first(x, counts))
         return self.last(hidden, counts)
+
+
+def mean_entity(others: Tensor, g: Tensor) -> Tensor:
+    """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
+    position = others[..., :2] * g.sum(-1, keepdim=True)
+    mean = g @ others
+    return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
 
 
 # [shared: layers] end
@@ -285,9 +296,11 @@ class GraphNet(nn.Module):
         super().__init__()
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
+        self.own_size = own_size
         self.own = MLP(sets, own_size, H, H)
-        self.entity = Linear(sets, entity_size, H, gain=RELU)
-        self.value = Linear(sets, H, H)
+        self.linear = args.value_layers == 1
+        self.entity = None if self.linear else Linear(sets, entity_size, H, gain=RELU)
+        self.value = Linear(sets, entity_size if self.linear else H, H)
         self.out = Linear(sets, H, outputs, gain)
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
@@ -296,9 +309,12 @@ class GraphNet(nn.Module):
         if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
-        x = self.own(view.own, view.counts)
-        pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
-        e = pairs.sums(g, self.value.weight, self.value.bias)
+        x = self.own(view.own[..., : self.own_size], view.counts)
+        if self.linear:  # V of a sum is the sum of V
+            e = self.value(mean_entity(others, g), view.counts)
+        else:
+            pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
+            e = pairs.sums(g, self.value.weight, self.value.bias)
         e = e * view.mask.any(-1, keepdim=True)
         return self.out(F.relu(x + e), view.counts)
 
@@ -318,7 +334,7 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
 # [shared: sample] end
 
 
-class Agent:
+class Agent(Parts):
     """The networks and their optimisers."""
 
     def __init__(self, args: Args, game: Game, device: torch.device):
@@ -327,11 +343,14 @@ class Agent:
         own, entity = game.own_features, game.entity_features
         torch.manual_seed(args.seed)
         self.attention = RelationGraph(self.sets, own, entity, args).to(device)
-        net = functools.partial(GraphNet, self.sets, own, args=args)
+        net = functools.partial(GraphNet, self.sets, args=args)
         # Small first logits: all actions are tried.
-        self.actor = net(entity, NUM_ACTIONS, gain=0.1).to(device)
+        beside = own if args.own_beside else 0
+        actor = net(beside, entity, NUM_ACTIONS, gain=0.1)
+        self.actor = actor.to(device)
         # A critic reads the others' actions, too.
-        self.critic = net(entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0).to(device)
+        critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0)
+        self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
@@ -358,10 +377,6 @@ class Agent:
         pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
         for target, net in pairs:
             torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), step)
-
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
 
 # --- 6. Data --------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from harness import (
     Amount,
     Count,
     Evaluation,
+    Parts,
     Positive,
     Run,
     RunArgs,
@@ -339,7 +340,7 @@ class ValueNorm(nn.Module):
 # [shared: meltingpot_networks] end
 
 
-class Agent:
+class Agent(Parts):
     """The networks and their optimisers; sprites: of the worlds where they learn."""
 
     def __init__(self, args: Args, envs: Any, device: torch.device):
@@ -366,10 +367,6 @@ class Agent:
     def autocast(self) -> torch.autocast:
         """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
-
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
 
 # --- 5. The paper ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ reads world.obs; scripted ones read the bodies. Every world plays one episode, a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ def population_name(game: Game) -> str:
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
+
+
+def number_of(game: Game, populations: Sequence[str]) -> int:
+    """Which of these populations a game is of; for another one the next larger, or the largest."""
+    sizes = [sum(read_population(name)) for name in populations]
+    larger = [size for size in sizes if size >= game.num_agents]
+    return sizes.index(min(larger, default=max(sizes)))
 
 
 def random_player(seed: int) -> Player:

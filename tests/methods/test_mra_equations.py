@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from particle_tools import MADDPG, MRA, parse, script, sharpen, softmax, weights
 
 from envs.particle import pairs
+from envs.particle.episodes import number_of
 from envs.particle.worlds import make_game
 
 ROOT = Path(__file__).parents[2]
@@ -803,7 +804,7 @@ def test_information_lies_between_zero_and_log_z(how):
 
 def repeated(view, times: int):
     """One observation many times."""
-    fields = {"own", "others", "alive", "mask", "z"}
+    fields = {"own", "others", "alive", "mask", "z", "population"}
     rows = {k: x for k, x in view._asdict().items() if k in fields}
     return view._replace(**{k: x.expand(times, *x.shape[1:]) for k, x in rows.items()})
 
@@ -1181,7 +1182,7 @@ def test_told_latents_are_the_populations_numbers():
     assert not hasattr(s.agent, "latent_prior")
     for followers, number in {2: 0, 3: 0, 4: 1, 5: 1, 6: 1, 7: 2, 8: 2, 9: 2, 12: 2}.items():
         game = make_game("rooms", (followers, 3))
-        assert s.agent.number_of(game) == number
+        assert number_of(game, s.args.populations) == number
         p = s.agent.log_prior(game).exp()
         assert p.shape == (followers + 3, 6) and (p == torch.eye(6)[number]).all()
         z = mra.draw_latents(s.agent, game, 50, seeded(1))
