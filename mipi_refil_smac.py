@@ -158,6 +158,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     greedy = args.policy == "greedy"
     imagines = args.imagine and args.scenario != "resource"
     regularizes = args.regularizer != "none" and not args.observe_self_only
+    alpha_i = args.alpha if args.alpha_i is None else args.alpha_i
     return [
         ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
@@ -172,6 +173,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--policy greedy is for --regularizer none: its logarithm is not finite",
         ),
         (
+            greedy and args.ba_iterations,
+            "--policy greedy has no alternations of (12) and (13): no --ba-iterations",
+        ),
+        (
             args.observe_self_only and args.regularizer != "mi",
             "--observe-self-only leaves nothing for --regularizer to act on",
         ),
@@ -180,8 +185,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--alpha and --alpha-i are of a regulariser, which this run has not",
         ),
         (
-            not regularizes and args.alpha_i_over_w,
-            "--alpha-i-over-w needs a regulariser",
+            args.alpha_i_over_w and (not regularizes or alpha_i == 0),
+            "--alpha-i-over-w needs a regulariser and an --alpha-i that is not 0",
         ),
         *worlds.wrong_flags(args),
     ]

@@ -603,12 +603,15 @@ def test_what_is_logged():
 
 WRONG = {
     "--policy greedy": "--policy greedy --regularizer none",
+    "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
     "--observe-self-only --alpha-i .1": "--alpha-i regulariser",
     "--observe-self-only --alpha .1": "--alpha regulariser",
     "--observe-self-only --regularizer entropy": "--observe-self-only --regularizer",
     "--observe-self-only --alpha-i-over-w": "--alpha-i-over-w",
     "--regularizer none --alpha .1": "--alpha regulariser",
     "--regularizer none --alpha-i-over-w": "--alpha-i-over-w",
+    "--alpha 0 --alpha-i-over-w": "--alpha-i-over-w 0",
+    "--alpha-i 0 --alpha-i-over-w": "--alpha-i-over-w 0",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--scenario resource --imagine-weight .3": "--scenario resource --imagine-weight",
     "--scenario resource --enemy-ai focus": "--enemy-ai battles",
