@@ -109,16 +109,14 @@ class Args(RunArgs):
     # Method
     latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z; replays keep z in 8 bits
     representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z
-    latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); uniform: uni-MRA;
-    # told: z is the number of the population, a bound of what psi can reach
+    latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); uni-MRA; z = m
     prior_floor: Share = 0.0  # of p(z|m), shared by all z; not in the paper, see docs/mra.md
     reptile_step: Share = 1.0  # alpha
     share_parameters: bool = True  # one parameter set per type instead of per agent
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # of Eq. (9): how
-    phi_gradient: Literal["actor", "mi", "both", "both+actor"] = "mi"  # phi learns by Eq. (10) /
-    # Eq. (11), Algorithm 4 / Eqs. (11) and (13), Eqs. (5) and (7) / by all three
+    phi_gradient: Literal["actor", "mi", "both", "both+actor"] = "mi"  # by Eq. 10; 11; + 13; all
     psi_information: bool = False  # psi ascends Eq. (11), too, as in Eq. (5)
-    tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m, one-hot
+    tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor, too
     target: Literal["polyak", "hard"] = "hard"  # how target networks follow
     polyak: Share = 0.01  # their step, with --target polyak
     inner_steps: Positive = 10  # K, minibatches per update
