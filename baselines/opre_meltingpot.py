@@ -351,7 +351,8 @@ class MixtureCritic(nn.Module):
         self.values = Critic(spec, args.plain)  # c
         self.values.out = orthogonal(OptionHead(64, outputs), 1.0)
         self.posterior = Critic(spec, args.plain)  # paper is silent: q is built as the critic
-        self.posterior.out = orthogonal(OptionHead(64, args.num_options), 0.01)
+        # Options that begin alike under a q that is flat stay alike: q begins with differences.
+        self.posterior.out = orthogonal(OptionHead(64, args.num_options), 1.0)
         if args.share_critic:
             del self.posterior.cnn  # a module; a function has no weights that an optimiser finds
             self.posterior.cnn = self.borrowed_cnn
