@@ -598,9 +598,9 @@ def population_loss(agent: Agent, view: View, log_prior: Tensor, label: int) -> 
 
 
 @torch.no_grad()
-def reptile(args: Args, agent: Agent, start: list[Tensor]) -> None:
-    """theta <- theta + alpha (theta_K - theta), theta being where K steps began."""
-    for p, first in zip(agent.actor.parameters(), start):
+def reptile(args: Args, omega: nn.Module, start: list[Tensor]) -> None:
+    """omega <- omega + alpha (omega_K - omega), omega being where K steps began."""
+    for p, first in zip(omega.parameters(), start):
         # Eq. (5), Algorithm 4
         p.copy_(first.lerp(p, args.reptile_step))
 
@@ -869,7 +869,8 @@ def update(
     scalars = collections.defaultdict(list)
     policy = nn.ModuleList((agent.actor, agent.attention))
     limit, buffer = args.max_grad_norm, collector.buffer
-    start = [p.detach().clone() for p in agent.actor.parameters()]
+    omega = policy if "actor" in args.phi_gradient else agent.actor  # what Eq. (10) or (9) moves
+    start = [p.detach().clone() for p in omega.parameters()]
     for _ in range(args.inner_steps):
         batch = buffer.sample(agent, rng, args.batch_size)
         with torch.set_grad_enabled("actor" in args.phi_gradient):  # Eq. (10)
@@ -887,7 +888,7 @@ def update(
         scalars["actor_grad_norm"].append(norm)
     means = {name: torch.stack(x).mean() for name, x in scalars.items()}
     if not args.adapt:
-        reptile(args, agent, start)
+        reptile(args, omega, start)
         if args.phi_gradient != "actor" and args.latent_size > 1:
             label = collectors.index(collector)
             information = information_update(args, agent, buffer, batch.view, label)

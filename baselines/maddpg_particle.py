@@ -126,7 +126,6 @@ PRESETS = {
     "cpu": {
         "num_envs": 64,
         "learning_rate": 1e-3,
-        "phi_learning_rate": 1e-3,
         "batch_size": 512,
         "update_every": 256,
         "target": "polyak",

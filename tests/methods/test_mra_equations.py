@@ -6,7 +6,6 @@ Weights are read off the modules; everything else here is written anew. Networks
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import shutil
@@ -1334,20 +1333,29 @@ def test_the_critic_does_not_see_ones_own_action(script, name):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_reptile_step(alpha):
-    """theta + alpha (theta_K - theta); only theta moves."""
-    s = setting("resource", "3", "5", flags=f"--reptile-step {alpha}", double=False)
-    agent, first = s.agent, copy.deepcopy(s.agent.actor)
-    sharpen(agent.actor, 1.0, 20)
-    others = {k: weights(net) for k, net in parts_of(agent).items() if k != "actor"}
-    start, last = numbers(weights(first)), numbers(weights(agent.actor))
-    mra.reptile(s.args, agent, [p.detach().clone() for p in first.parameters()])
-    ours, expected = numbers(weights(agent.actor)), start + alpha * (last - start)
-    assert np.abs(last - start).max() > 0.1
-    assert np.abs(ours - expected).max() < 1e-6
-    if alpha in (0, 1):
-        assert (ours == expected).all()
-    for name, x in others.items():
-        assert torch.equal(weights(parts_of(agent)[name]), x), name
+    """omega + alpha (omega_K - omega); theta alone moves, with Eq. (10) theta and phi."""
+    for flags, moves in (("mi", {"actor"}), ("actor", {"actor", "attention"})):
+        how = f"--reptile-step {alpha} --phi-gradient {flags} --latent-prior uniform"
+        s = setting("resource", "3", "5", flags=f"{how} --inner-steps 3", double=False)
+        before = {k: weights(net) for k, net in parts_of(s.agent).items()}
+        seen = {}
+
+        def watched(args, omega, start, s=s, seen=seen, true=mra.reptile):
+            seen["last"] = {k: weights(net) for k, net in parts_of(s.agent).items()}
+            true(args, omega, start)
+            seen["after"] = {k: weights(net) for k, net in parts_of(s.agent).items()}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mra, "reptile", watched)
+            run_update(s, 8)
+        for name, first in before.items():
+            first, last, ours = map(numbers, (first, seen["last"][name], seen["after"][name]))
+            step = alpha if name in moves else 1.0
+            assert np.abs(ours - (first + step * (last - first))).max() < 1e-6, name
+            if name in moves:
+                assert np.abs(last - first).max() > 1e-4, name
+                assert alpha != 0 or (ours == first).all()
+                assert alpha != 1 or (ours == last).all()
 
 
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
