@@ -128,8 +128,10 @@ class Args(RunArgs):
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that cannot be meant, and the sentence for each."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
-    masked, old = args.mask_fictitious, args.clip_centre == "old"
-    capped, apart = args.weight_cap is not None, args.advantages_per_population
+    masked = args.mask_fictitious
+    old = args.clip_centre == "old"
+    capped = args.weight_cap is not None
+    apart = args.advantages_per_population
     replaced = args.reverse_mode != "kl"
     narrow = args.distilled_width != 1
     distils = (args.forward or args.reverse) and not args.copy_every and not args.eval_only
