@@ -227,7 +227,7 @@ class BatchNorm(nn.Module):
         mean = per_set((x * alive).sum(0), view.counts) / rows.clamp(min=1)
         centred = (x - per_agent(mean, view.counts)) * alive
         squares = per_set(centred.square().sum(0), view.counts)
-        step = self.MOMENTUM * (rows > 1)
+        step = self.MOMENTUM * (rows > 1).to(x.dtype)
         self.mean.lerp_(mean, step)
         self.variance.lerp_(squares / (rows - 1).clamp(min=1), step)
         return mean, squares / rows.clamp(min=1)
@@ -283,8 +283,8 @@ class AttentionCritic(nn.Module):
         self.out = Linear(sets, H, A)
 
     def forward(self, view: View, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Q_i(o, (., a_-i)) (M, N, A) of all own actions, which actions (M, N) do not matter for;
-        and attention's logits (M, X, N, N)."""
+        """Q_i(o, (b, a_-i)) (M, N, A) of all own actions b, of actions (M, N) only the others'
+        count; and attention's logits (M, X, N, N)."""
         one_hot = F.one_hot(actions, NUM_ACTIONS).to(view.obs.dtype)
         pair = torch.cat((view.obs, one_hot), -1)  # o_j, a_j
         pair = self.action_norm(pair, view)
@@ -394,8 +394,8 @@ def td_target(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> T
     goes_on = next_view.alive * ~batch.terminated[:, None]
     # Eq. (7)
     if args.discount_entropy:
-        return batch.rewards + args.gamma * goes_on * (next_value + entropy_bonus)
-    return batch.rewards + args.gamma * goes_on * next_value + entropy_bonus
+        return batch.rewards + args.gamma * (next_value + entropy_bonus) * goes_on
+    return batch.rewards + args.gamma * next_value * goes_on + entropy_bonus
 
 
 def critic_loss(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:
