@@ -680,14 +680,15 @@ def test_a_world_with_rewards_that_are_none(capfd, monkeypatch):
 
 @pytest.mark.long
 def test_maac_learns():
-    """LEARNS"""
+    """250 updates of a small network, agents alike. Random players earn 2.4; after 375 it has 23,
+    more than who goes to the nearest treasure."""
     flags = "--preset cpu --population 3 --num-threads 1 --share-parameters --hidden-size 64"
     flags += " --polyak .02 --gamma .9 --learning-rate 3e-3 --eval-every 0 --save-every 0"
-    argv = [*flags.split(), "--total-timesteps", "24000", "--final-episodes", "300"]
+    argv = [*flags.split(), "--total-timesteps", "16000", "--final-episodes", "300"]
     assert maac.main([*argv, "--run-dir", "run"]) == 0
     results = json.loads(Path("run/summary.json").read_text())["eval"]
     assert results["3 random"]["return"] < 3
-    assert results["3"]["return_low"] > 4
+    assert results["3"]["return_low"] > 5
 
 
 # --- The command line -----------------------------------------------------------------------------
