@@ -475,9 +475,24 @@ def test_statistics_of_batches_and_running_ones():
     assert not close(own.mean, slow.mean, 1e-3), "o and o' have statistics of their own"
 
 
-def test_the_agent_acts_by_running_statistics():
-    """Also right after an update, and in a checkpoint."""
+def test_the_agent_acts_by_running_statistics(monkeypatch):
+    """Also right after an update, which uses those of its minibatch, and from a checkpoint."""
+    calls = []
+
+    def watch(name):
+        function = getattr(maac, name)
+
+        def watched(*args):
+            agent = next(x for x in args if isinstance(x, maac.Agent))
+            calls.append((name, agent.actor.training))
+            return function(*args)
+
+        monkeypatch.setattr(maac, name, watched)
+
+    watch("collect")
+    watch("update_actors")
     run(MAAC, "run", 80)
+    assert set(calls) == {("collect", False), ("update_actors", True)}
     args, agent = maac.load_agent("run")
     assert not agent.actor.training and agent.critic.training
     assert agent.target_actor.training and agent.target_critic.training
