@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MRA, MADDPG = "mra_maddpg_particle", "baselines.maddpg_particle"
+MAAC = "baselines.maac_particle"
 BOTH = (MRA, MADDPG)
 
 
@@ -34,10 +35,11 @@ def parse(module: ModuleType, argv: list) -> Any:
 
 def tiny(name: str, run_dir: Path | str, steps: int, *flags: object) -> list[str]:
     """The command line of a run of some environment steps, without evaluation."""
-    argv = "--num-envs 4 --batch-size 16 --buffer-size 500 --update-every 20 --inner-steps 1"
-    argv += " --hidden-size 8 --key-size 4 --eval-episodes 2 --final-episodes 0 --eval-every 0"
+    argv = "--num-envs 4 --batch-size 16 --buffer-size 500 --update-every 20 --hidden-size 8"
+    argv += " --eval-episodes 2 --final-episodes 0 --eval-every 0"
     argv += " --save-every 0 --log-every 1000000"
-    own = ("--population", 3) if name == MADDPG else ("--populations", 3, 5)
+    argv += " --num-updates 1" if name == MAAC else " --inner-steps 1 --key-size 4"
+    own = ("--populations", 3, 5) if name == MRA else ("--population", 3)
     where = ("--total-timesteps", steps, "--run-dir", run_dir)
     return [str(word) for word in (*argv.split(), *own, *where, *flags)]
 
