@@ -368,7 +368,8 @@ class Trunk(nn.Module):
         found = attend(query, key, value, mask[:, None])[0, :, 0]  # (M, A, H)
         agents = torch.cat((x[:, :A], found), dim=-1)
         # With --amp only what is above is bf16: ratios and values need their digits.
-        return x.float(), agents.float()
+        dtype = self.embed.weight.dtype
+        return x.to(dtype), agents.to(dtype)
 
 
 class Actor(nn.Module):
@@ -506,39 +507,29 @@ def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return torch.min(ratio * advantage, clipped * advantage)
 
 
-class Course(NamedTuple):
-    """What happened in the steps of B battles, (T, B) each; after a battle's end anything."""
-
-    rewards: Tensor  # float32
-    next_values: Tensor  # float32: V at the end of the step, also where another battle follows
-    terminated: Tensor  # bool: no value comes after
-    ends: Tensor  # bool: nothing of this battle follows here
-
-
-def lambda_returns(course: Course, gamma: float, gae_lambda: float) -> Tensor:
-    """G (T, B); G - V is GAE."""
-    returns = torch.zeros_like(course.rewards)
-    goes_on = ~course.terminated
-    later = course.next_values[-1]
+def lambda_returns(steps: Played, next_values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """G (T, B); G - V is GAE. next_values (T, B): V at the end of each step."""
+    returns = torch.zeros_like(next_values)
+    goes_on = ~steps.terminated
+    later = next_values[-1]
     for t in reversed(range(len(returns))):
-        value = course.next_values[t]
-        later = torch.where(course.ends[t], value, later)
+        later = torch.where(steps.ends[t], next_values[t], later)
         # G_t = R_t + gamma ((1 - l) V(s_t+1) + l G_t+1)
-        mixed = (1 - gae_lambda) * value + gae_lambda * later
-        later = course.rewards[t] + gamma * mixed * goes_on[t]
+        mixed = (1 - gae_lambda) * next_values[t] + gae_lambda * later
+        later = steps.rewards[t] + gamma * mixed * goes_on[t]
         returns[t] = later
     return returns
 
 
-def n_step_returns(course: Course, gamma: float, n: int) -> Tensor:
+def n_step_returns(steps: Played, next_values: Tensor, gamma: float, n: int) -> Tensor:
     """G (T, B) of n rewards, or of fewer where the battle ends, and the value after them."""
-    goes_on = ~course.terminated
-    later = course.next_values  # G^(0)_t+1 = V'(s_t+1)
+    goes_on = ~steps.terminated
+    later = next_values  # G^(0)_t+1 = V'(s_t+1)
     for _ in range(n):
         # G^(n)_t = R_t + gamma G^(n-1)_t+1
-        returns = course.rewards + gamma * later * goes_on
+        returns = steps.rewards + gamma * later * goes_on
         later = F.pad(returns[1:], (0, 0, 0, 1))
-        later = torch.where(course.ends, course.next_values, later)
+        later = torch.where(steps.ends, next_values, later)
     return returns
 
 
@@ -556,27 +547,12 @@ def sample(log_probs: Tensor, noise: Tensor) -> Tensor:
     return (log_probs - noise.log()).argmax(-1)
 
 
-class Moments(NamedTuple):
-    """Some battles at some time."""
-
-    obs: Observation  # (n, ...)
-    last_actions: Tensor  # (n, 8) int64, -1 where there was none
-
-
-class Choice(NamedTuple):
-    """What agents see and do in those battles that go on, (n, ...)."""
-
-    seen: Moments
-    actions: Tensor  # (n, A) int64
-    log_probs: Tensor  # (n, A) float32
-
-
 class Player:
     """A policy for battles: drawn actions with a generator, most probable ones without."""
 
     def __init__(self, agent: Agent, rng: torch.Generator | None = None):
         self.agent, self.rng = agent, rng
-        self.last_actions = torch.empty(0)  # (B, 8) int64
+        self.last_actions = torch.empty(0)  # (B, 8) int64; -1 where there was none
         self.hidden = torch.empty(0)  # (B, 8, R)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -586,70 +562,75 @@ class Player:
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         self.last_actions = saved["last_actions"]
 
-    def __call__(self, battles: Any) -> Tensor:
-        """Actions (B, 8)."""
-        self.choose(battles)
-        return self.last_actions
-
-    def forget(self, battles: Any) -> None:
-        """What was before the battles that begin now, or before all if they are others."""
+    def begin(self, battles: Any) -> None:
+        """Forget what was before the battles that begin now, or all if they are others."""
         B, device = battles.num_battles, self.agent.device
         if len(self.last_actions) != B:
             self.last_actions = torch.full((B, SIDE), -1)
         if len(self.hidden) != B:
             self.hidden = torch.zeros(B, SIDE, self.agent.args.rnn_size, device=device)
-        begin = battles.time.cpu() == 0
-        self.last_actions[begin] = -1
-        self.hidden[begin.to(device)] = 0.0
+        begins = battles.time.cpu() == 0
+        self.last_actions[begins] = -1
+        self.hidden[begins.to(device)] = 0.0
+
+    def __call__(self, battles: Any) -> Tensor:
+        """Actions (B, 8)."""
+        self.begin(battles)
+        self.last_actions, _ = self.act(battles)
+        return self.last_actions
 
     @torch.no_grad()
-    def choose(self, battles: Any) -> Choice:
-        """The next actions; only battles that go on pass the network."""
-        self.forget(battles)
-        going = (~battles.over).cpu().nonzero()[:, 0]
-        obs = Observation(*(x[going.to(x.device)].cpu() for x in battles.obs))
-        seen = Moments(obs, self.last_actions[going])
+    def act(self, battles: Any) -> tuple[Tensor, Tensor]:
+        """Actions and their log-probabilities (B, 8); only battles that go on pass the network."""
+        going = (~battles.over).cpu().nonzero()[:, 0]  # (n,)
+        obs = Observation(*(x.cpu()[going] for x in battles.obs))
         played = torch.ones(1, len(going), dtype=torch.bool)
-        features = encode(*seen, played, self.agent.device)
-        A = features.unseen.shape[1]
-        there = going.to(self.agent.device)
-        hidden = self.hidden[there, :A]  # (n, A, R)
+        features = encode(obs, self.last_actions[going], played, self.agent.device)
+        A, U = features.avail_actions.shape[1:]
+        hidden = self.hidden[going, :A]  # (n, A, R)
         with self.agent.autocast():
             log_probs, after = self.agent.actor(features, hidden.flatten(0, 1)[None])
-        self.hidden[there, :A] = after.view_as(hidden)
-        actions = log_probs.argmax(-1)
+        self.hidden[going, :A] = after.view_as(hidden)
+        chosen = log_probs.argmax(-1)  # (n, A)
         if self.rng:
             # For all slots and battles, so that draws do not depend on who is left.
-            U = log_probs.shape[-1]
             noise = torch.empty(len(self.hidden), SIDE, U).exponential_(generator=self.rng)
-            actions = sample(log_probs, noise[going, :A].to(log_probs.device))
-        chosen = Choice(seen, actions.cpu(), pick(log_probs, actions).cpu())
-        self.last_actions = torch.zeros_like(self.last_actions)  # empty slots: no-op
-        self.last_actions[going, :A] = chosen.actions
-        return chosen
+            chosen = sample(log_probs, noise[going, :A].to(log_probs.device))
+        actions = torch.zeros_like(self.last_actions)  # empty slots: no-op
+        log_prob = torch.zeros(actions.shape)
+        actions[going, :A] = chosen.cpu()
+        log_prob[going, :A] = pick(log_probs, chosen).cpu()
+        return actions, log_prob
 
 
 class Played(NamedTuple):
-    """A step of B battles, (B, ...)."""
+    """A step of B battles, or T steps of them (T, B, ...)."""
 
-    going: Tensor  # bool: they were not over before it
+    going: Tensor  # (B,) bool: they were not over before it
+    last_actions: Tensor  # (B, 8) int64: of the step before, -1 where there was none
     actions: Tensor  # (B, 8) int64
     log_probs: Tensor  # (B, 8) float32
-    rewards: Tensor  # float32
-    terminated: Tensor  # bool
-    ends: Tensor  # bool: nothing of this battle follows in this rollout
+    rewards: Tensor  # (B,) float32
+    terminated: Tensor  # (B,) bool: no value comes after
+    ends: Tensor  # (B,) bool: nothing of this battle follows in this rollout
 
 
 class Rollout(NamedTuple):
-    """K steps between M moments, in order of time, then battle; the longest battles come first."""
+    """T steps of B battles, the longest first: K in all, between M moments."""
 
-    features: Features  # of M moments: K in which a step begins, then the others
+    steps: Played  # (T, B, ...)
+    features: Features  # of M moments: K in which a step begins, then those after the last ones
     later: Tensor  # (K,) int64: at which moment a step ends
-    actions: Tensor  # (K, A) int64
-    log_probs: Tensor  # (K, A) float32
-    rewards: Tensor  # (K,) float32
-    terminated: Tensor  # (K,) bool
-    ends: Tensor  # (K,) bool
+
+
+def copied(x: Any) -> Any:
+    """A named tuple on the CPU: worlds write into their own tensors."""
+    return x._make([tensor.to("cpu", copy=True) for tensor in x])
+
+
+def stacked(times: list[Any]) -> Any:
+    """Named tuples of tensors (B, ...) as one of (T, B, ...)."""
+    return times[0]._make([torch.stack(x) for x in zip(*times)])
 
 
 def collect(args: Args, battles: Any, player: Player) -> tuple[Rollout, list[Any]]:
@@ -658,41 +639,35 @@ def collect(args: Args, battles: Any, player: Player) -> tuple[Rollout, list[Any
     rounds = args.rollout == "rounds"
     if rounds:
         battles.reset()
-    steps, seen, last, episodes = [], [], [], []
+    steps, seen, after, episodes = [], [], [], []
     is_last = False
     while not is_last:
-        going = ~battles.over
-        choice = player.choose(battles)
+        player.begin(battles)
+        seen.append(copied(battles.obs))
+        going, before = ~battles.over, player.last_actions
+        player.last_actions, log_probs = player.act(battles)
         step = battles.step(player.last_actions)
         over = step.terminated | step.truncated
         is_last = bool(battles.over.all()) if rounds else len(steps) + 1 == args.window_steps
         ends = going & (over | is_last)
         if ends.any():
             final = step.final._make([x[ends] for x in step.final])
-            obs = battles.observe(final)
-            last.append(Moments(obs, player.last_actions[ends.cpu()]))
-        log_probs = torch.zeros(len(going), SIDE)
-        log_probs[going.cpu(), : choice.log_probs.shape[1]] = choice.log_probs
+            after.append(copied(battles.observe(final)))
         played = Played(
             going=going,
+            last_actions=before,
             actions=player.last_actions,
             log_probs=log_probs,
             rewards=step.reward,
             terminated=over if args.timeout_terminates else step.terminated,
             ends=ends,
         )
-        steps.append(Played(*(x.to("cpu", copy=True) for x in played)))
-        seen.append(choice.seen)
+        steps.append(copied(played))
         episodes += step.episodes
-    steps = Played(*(torch.stack(x) for x in zip(*steps)))  # (T, B, ...)
+    steps = stacked(steps)
     check_finite(rewards=steps.rewards)
-    return assemble(steps, joined(seen), joined(last), player.agent.device), episodes
-
-
-def joined(parts: list[Moments]) -> Moments:
-    """Moments of several times, one after the other, on the CPU."""
-    obs = [torch.cat([x.cpu() for x in xs]) for xs in zip(*(part.obs for part in parts))]
-    return Moments(Observation(*obs), torch.cat([part.last_actions for part in parts]))
+    finals = Observation(*(torch.cat(x) for x in zip(*after)))
+    return assemble(steps, stacked(seen), finals, player.agent.device), episodes
 
 
 def numbered(there: Tensor) -> Tensor:
@@ -700,33 +675,21 @@ def numbered(there: Tensor) -> Tensor:
     return there.flatten().cumsum(0).view_as(there) - 1
 
 
-def assemble(steps: Played, seen: Moments, last: Moments, device: torch.device) -> Rollout:
-    """A rollout of steps (T, B, ...); seen: where they began, last: where battles ended, both in
-    order of time, then battle."""
-    K = len(seen.last_actions)
-    old = numbered(steps.going)  # (T, B)
-    end = K + numbered(steps.ends)
+def assemble(
+    steps: Played, seen: Observation, finals: Observation, device: torch.device
+) -> Rollout:
+    """A rollout of steps; seen (T, B, ...): where they began; finals: where battles ended, in order
+    of time, then battle."""
+    last_actions = steps.actions[steps.ends]
+    final = steps.going.sum() + numbered(steps.ends)  # (T, B)
     order = steps.going.sum(0).argsort(descending=True, stable=True)
-    played = steps.going[:, order]
+    steps = steps._make([x[:, order] for x in steps])
+    played = steps.going
     following = F.pad(numbered(played)[1:], (0, 0, 0, 1))  # (T, B): the moment one step later
-    later = torch.where(steps.ends, end, torch.zeros_like(end))[:, order]
-    later = torch.where(steps.ends[:, order], later, following)
-    first = old[:, order][played]  # (K,)
-    index = torch.cat((first, torch.arange(K, K + len(last.last_actions))))
-    both = joined([seen, last])
-    obs = Observation(*(x[index] for x in both.obs))
-    features = encode(obs, both.last_actions[index], played, device)
-    A = features.unseen.shape[1]
-    flat = Played(*(x[:, order][played] for x in steps))
-    return Rollout(
-        features=features,
-        later=later[played],
-        actions=flat.actions[:, :A].to(device),
-        log_probs=flat.log_probs[:, :A].to(device),
-        rewards=flat.rewards,
-        terminated=flat.terminated,
-        ends=flat.ends,
-    )
+    later = torch.where(steps.ends, final[:, order], following)[played]
+    obs = Observation(*(torch.cat((x[:, order][played], y)) for x, y in zip(seen, finals)))
+    last_actions = torch.cat((steps.last_actions[played], last_actions))
+    return Rollout(steps, encode(obs, last_actions, played, device), later)
 
 
 class Batch(NamedTuple):
@@ -764,58 +727,49 @@ def choosing(features: Features) -> Tensor:
 
 def prepare(args: Args, agent: Agent, rollout: Rollout) -> Batch:
     """Returns and advantages of a rollout; takes the returns into agent.value_norm."""
-    played = rollout.features.played
+    steps, device = rollout.steps, agent.device
+    played = steps.going
     K = len(rollout.later)
     values = all_values(agent, agent.critic, rollout.features)  # (M,)
-    next_values = values
     if args.returns == "n-step":
-        next_values = all_values(agent, agent.target_critic, rollout.features)
-    flat = Course(
-        rewards=rollout.rewards,
-        next_values=next_values[rollout.later],
-        terminated=rollout.terminated,
-        ends=rollout.ends,
-    )
-    course = Course(*(x.new_zeros(played.shape).masked_scatter(played, x) for x in flat))
-    if args.returns == "n-step":
-        returns = n_step_returns(course, args.gamma, args.n_steps)[played]  # (K,)
+        values_then = all_values(agent, agent.target_critic, rollout.features)[rollout.later]
+        next_values = torch.zeros(played.shape).masked_scatter(played, values_then)  # (T, B)
+        returns = n_step_returns(steps, next_values, args.gamma, args.n_steps)[played]  # (K,)
     else:
-        returns = lambda_returns(course, args.gamma, args.gae_lambda)[played]
+        next_values = torch.zeros(played.shape).masked_scatter(played, values[rollout.later])
+        returns = lambda_returns(steps, next_values, args.gamma, args.gae_lambda)[played]
     # A = G - V(s)
     advantages = returns - values[:K]
     if args.value_norm:
         agent.value_norm.update(moments(returns))
     mean, std = agent.value_norm.mean_std()
-    features = rollout.features.at(torch.arange(K, device=agent.device))
+    features = rollout.features.at(torch.arange(K, device=device))
+    acts = choosing(features)  # (K, A)
     if args.normalise_advantages:
-        each = advantages.repeat_interleave(choosing(features).sum(-1).cpu())  # of every agent
+        each = advantages.repeat_interleave(acts.sum(-1).cpu())  # of every agent
         advantages = (advantages - each.mean()) / (each.std(correction=0) + 1e-5)
+    A = acts.shape[1]
     return Batch(
         features=features,
-        actions=rollout.actions,
-        log_probs=rollout.log_probs,
-        advantages=advantages.to(agent.device),
-        targets=((returns - mean) / std).to(agent.device),
+        actions=steps.actions[played][:, :A].to(device),
+        log_probs=steps.log_probs[played][:, :A].to(device),
+        advantages=advantages.to(device),
+        targets=((returns - mean) / std).to(device),
     )
 
 
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch: all steps, shuffled and dealt out; for a GRU whole battles."""
+    """One epoch: all battles, shuffled and dealt out; without memory each step is one by itself."""
     played = batch.features.played  # (T, B)
-    device = batch.actions.device
     if not args.recurrent:
-        for index in torch.randperm(len(batch.actions), generator=rng).tensor_split(
-            args.minibatches
-        ):
-            yield batch.at(index.to(device), played)
-        return
+        played = torch.ones(1, len(batch.actions), dtype=torch.bool)
     number = numbered(played)
     for battles in torch.randperm(played.shape[1], generator=rng).tensor_split(args.minibatches):
         battles = battles.sort().values  # the longest first
         part = played[:, battles]
         part = part[part.any(1)]
         index = number[: len(part), battles][part]
-        yield batch.at(index.to(device), part)
+        yield batch.at(index.to(batch.actions.device), part)
 
 
 # --- 7. Update ------------------------------------------------------------------------------------
@@ -978,7 +932,7 @@ def train(args: Args) -> int:
             check_finite(**scalars)
             run.note(scalars)
             run.lap("learn_s")
-            run.advance(len(rollout.rewards))
+            run.advance(len(rollout.later))
             if run.is_due(args.log_every):
                 run.log(log.means() | {"learning_rate": share * args.learning_rate})
             if run.is_due(args.save_every):
