@@ -413,7 +413,7 @@ class Actor(nn.Module):
         """Logits (M, A, U - 6) of attacking or healing; x (M, A, R or H), entities (M, S, H)."""
         # <W_q x_i, W_k e_j> / sqrt(H): whom, by what it is
         scores = self.query(x) @ self.key(entities).mT / math.sqrt(entities.shape[-1])  # (M, A, S)
-        tags = features[..., : self.num_targets]  # (M, S, U - 6): which action that is
+        tags = features[..., : self.num_targets]  # (M, S, U - 6), one-hot; 0 of empty slots
         return scores @ tags
 
 
@@ -730,13 +730,14 @@ def prepare(args: Args, agent: Agent, rollout: Rollout) -> Batch:
     steps, device = rollout.steps, agent.device
     played = steps.going
     K = len(rollout.later)
-    values = all_values(agent, agent.critic, rollout.features)  # (M,)
+    values = later_values = all_values(agent, agent.critic, rollout.features)  # (M,)
     if args.returns == "n-step":
-        values_then = all_values(agent, agent.target_critic, rollout.features)[rollout.later]
-        next_values = torch.zeros(played.shape).masked_scatter(played, values_then)  # (T, B)
+        later_values = all_values(agent, agent.target_critic, rollout.features)
+    next_values = torch.zeros(played.shape)  # (T, B)
+    next_values[played] = later_values[rollout.later]
+    if args.returns == "n-step":
         returns = n_step_returns(steps, next_values, args.gamma, args.n_steps)[played]  # (K,)
     else:
-        next_values = torch.zeros(played.shape).masked_scatter(played, values[rollout.later])
         returns = lambda_returns(steps, next_values, args.gamma, args.gae_lambda)[played]
     # A = G - V(s)
     advantages = returns - values[:K]

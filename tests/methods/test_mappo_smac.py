@@ -243,17 +243,19 @@ def test_agents_know_what_they_see_and_the_critic_all(flags):
     j = 6
     features.unseen[:, 0, j] = True
     features.avail_actions[:, 0, 6 + j - 4] = False  # out of sight, out of reach
-    x = features.entities.clone().requires_grad_()
-    log_probs, _ = actor(features._replace(entities=x))
+    tags, rest = features.entities[..., :16], features.entities[..., 16:]
+    x = rest.clone().requires_grad_()  # a pointer puts logits where tags are, which are constant
+    now = features._replace(entities=torch.cat((tags, x), -1))
+    log_probs, _ = actor(now)
     may = features.avail_actions[:, 0]
     (gradient,) = torch.autograd.grad(log_probs[:, 0][may].square().sum(), x)
     assert (gradient[:, j] == 0).all() and (gradient[:, 0] != 0).any()
     assert (gradient[features.empty] == 0).all()
-    (gradient,) = torch.autograd.grad(critic(features._replace(entities=x)).sum(), x)
+    (gradient,) = torch.autograd.grad(critic(now).sum(), x)
     assert (gradient[~features.empty[:, j], j] != 0).any()
     assert (gradient[features.empty] == 0).all() and (gradient[~features.empty] != 0).any()
-    other = torch.where(features.empty[..., None], torch.tensor(7.0).double(), features.entities)
-    again = features._replace(entities=other)
+    other = torch.where(features.empty[..., None], torch.tensor(7.0).double(), rest)
+    again = features._replace(entities=torch.cat((tags, other), -1))
     there = ~features.empty[:, :4]
     assert torch.equal(actor(again)[0][there], log_probs[there])
     assert torch.equal(critic(again), critic(features))
