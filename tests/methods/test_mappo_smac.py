@@ -181,6 +181,7 @@ def test_who_learns_is_who_acted(mode, amp, monkeypatch):
         rollout, _ = mappo.collect(s.args, s.battles, s.player)
         batch = mappo.prepare(s.args, s.agent, rollout)
         _, scalars = mappo.policy_loss(s.args, s.agent, batch, 0.01)
+        scalars = {name: x.detach() for name, x in scalars.items()}
         bound = 1e-2 if amp else 1e-5
         assert abs(float(scalars["kl"])) < bound and float(scalars["clipped"]) < bound
         with s.agent.autocast():
@@ -907,8 +908,8 @@ QUICK += " --gamma .95 --minibatches 4 --total-timesteps 60000 --run-dir run --s
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_mappo_learns(seed, monkeypatch):
-    """Three against three weak ones: greedy agents win more than those that only stand and shoot
-    (.67), and than random ones."""
+    """Three against three weak ones, 60,000 steps, some 20 CPU seconds: greedy agents (1.0, .97 at
+    seeds 1, 2) win more than those that only stand and shoot (.67), and than random ones."""
     monkeypatch.setattr(combat, "Combat", WeakEnemies)
     battles = WeakEnemies("sz", (3,), 400, seed=5, once=True, episode_limit=60)
     bar = summarise(play(battles, stand_and_shoot))["win"]
