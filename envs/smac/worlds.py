@@ -41,11 +41,13 @@ def make_worlds(
     threads: int = 1,
     game_version: str = "",
     device: torch.device | str = "cpu",
+    once: bool = True,
 ) -> Any:
-    """num_battles of a scenario, which stand still when they have ended. Each world reads what is
-    for it: `sim` enemy_ai and threads, `sc2` game_version, Resource Collection the device and at
-    most 145 steps. ValueError where there are no such teams, BattleError where there is no game."""
-    options = {"team_sizes": team_sizes, "num_battles": num_battles, "seed": seed, "once": True}
+    """num_battles of a scenario; once: they stand still when they have ended, else others begin.
+    Each world reads what is for it: `sim` enemy_ai and threads, `sc2` game_version, Resource
+    Collection the device and at most 145 steps. ValueError where there are no such teams,
+    BattleError where there is no game."""
+    options = {"team_sizes": team_sizes, "num_battles": num_battles, "seed": seed, "once": once}
     if scenario == "resource":
         limit = min(episode_limit, resource_collection.EPISODE_LIMIT)
         return resource_collection.ResourceCollection(**options, episode_limit=limit, device=device)
