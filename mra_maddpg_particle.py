@@ -172,12 +172,15 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (one_size and len(populations) > 1, "Several populations need --share-parameters"),
-        (told and args.latent_size < len(args.populations), "Too few z for --latent-prior told"),
+        (told and args.latent_size < len(args.populations), "--latent-prior told needs more z"),
         (
             both and not (several and args.latent_size > 1),
-            "--phi-gradient both has nothing to tell",
+            "--phi-gradient both needs several populations and several z",
         ),
-        (args.psi_information and not (several and learned), "--psi-information has no psi"),
+        (
+            args.psi_information and not (several and learned),
+            "--psi-information needs several populations and --latent-prior learned",
+        ),
         ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 

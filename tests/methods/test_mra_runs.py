@@ -434,6 +434,18 @@ WRONG_IN_MRA = {
     "--resume {own} --eval-populations 4,2": "treasure 4,2",
     "--resume {own} --populations 3 5 4": "--populations",
     "--resume {own} --latent-size 2": "--latent-size 6",
+    "--resume {own} --value-layers 1": "--value-layers 2",
+    "--adapt {runs}/mra --population 4 --tell-population all": "--tell-population nobody",
+    "--adapt {runs}/mra --population 4 --value-layers 1": "--value-layers 2",
+    "--adapt {runs}/mra --population 4 --no-own-beside": "--own-beside True",
+    "--value-layers 3": "--value-layers 3",
+    "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told z",
+    "--phi-gradient both --populations 3": "--phi-gradient several populations",
+    "--phi-gradient both --latent-size 1": "--phi-gradient several z",
+    "--psi-information --populations 3": "--psi-information several populations",
+    "--psi-information --latent-prior uniform": "--psi-information --latent-prior learned",
+    "--task rooms --populations 3": "rooms 3",
+    "--task rooms --populations 3,2": "rooms 3 leader 3,2",
 }
 CASES = [(name, line, words) for name in BOTH for line, words in WRONG.items()]
 CASES += [(MADDPG, *case) for case in WRONG_IN_MADDPG.items()]
