@@ -556,6 +556,7 @@ def test_setup_once_then_quick_then_repaired(project):
     assert not canary.exists() and ready.exists()
 
 
+@pytest.mark.long
 def test_without_uv_pip_does_it(project):
     """uv that cannot be had, or that fails, is no error."""
     (project / "requirements-lock.txt").write_text("iniconfig==2.3.1\n")

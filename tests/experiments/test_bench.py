@@ -25,6 +25,7 @@ def test_memory_of_a_rollout(capsys):
     ]
 
 
+@pytest.mark.long
 def test_speed_of_scenarios():
     flags = "--substrates coins --scenarios SC0 --episodes 0 --steps 5 --num-envs 1"
     code, printed, _ = command("bench", "scenarios", *flags.split(), "--num-workers", 1)

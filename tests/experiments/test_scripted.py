@@ -12,6 +12,7 @@ from envs.smac import resource_collection
 from envs.smac.resource_collection import collector
 
 
+@pytest.mark.long
 def test_returns_of_bots(tmp_path):
     """Both tables against figures made here from the lines of the CSV."""
     names = {"visitors": ("puppet_cooperator_0", "random"), "residents": ("puppet_defector_0",)}

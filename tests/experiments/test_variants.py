@@ -114,6 +114,7 @@ def test_a_killed_run_goes_on(tmp_path, capsys):
     assert differences(exact(run), exact(whole)) == []
 
 
+@pytest.mark.long
 def test_another_run_is_not_taken(tmp_path, monkeypatch, capsys):
     """A run with other --extra flags is refused, finished or not; how it was evaluated and how long
     it is may differ, and then nothing is trained or only the rest."""

@@ -170,6 +170,7 @@ def test_a_closed_terminal_stops_and_saves(tmp_path):
     assert index("run")[0]["timesteps"] == lines("run")[-1]["timesteps"]
 
 
+@pytest.mark.long
 def test_the_end_of_a_pipe_ends_no_run(tmp_path):
     """`| head`, or `| tee` after a Ctrl-C."""
     process = subprocess.Popen(
@@ -184,6 +185,7 @@ def test_the_end_of_a_pipe_ends_no_run(tmp_path):
     assert json.loads(Path("run/summary.json").read_text())["timesteps"] == 40 * PULLS
 
 
+@pytest.mark.long
 def test_nohup(tmp_path):
     """What is ignored stays ignored."""
     process = subprocess.Popen(
@@ -213,6 +215,7 @@ def test_an_evaluation_says_how_far_it_is(tmp_path, monkeypatch, capfd):
     assert played == sorted(set(played))
 
 
+@pytest.mark.long
 def test_bars_on_a_terminal(tmp_path):
     """One of environment steps, one of episodes."""
     main, terminal = pty.openpty()

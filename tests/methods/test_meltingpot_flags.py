@@ -235,6 +235,7 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
         "rollout_steps": (["22"], 22),
         "chunk_length": (["11"], 11),
         "minibatches": (["2"], 2),
+        "k_d": (["1"], 1),
         "clip_centre": (["old"], "old"),
         "weight_cap": (["1"], 1.0),
         "eval_scenarios": (["none"], "none"),
@@ -243,7 +244,7 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
     own = dataclasses.fields(script(name).Args)[len(dataclasses.fields(RunArgs)) :]
     typed = {x.name: special.get(x.name) or another(kinds[x.name], x.default) for x in own}
     # What goes together, run by run.
-    fixed = {"substrate", "minibatches", "num_envs", "rollout_steps", "chunk_length"}
+    fixed = {"substrate", "minibatches", "num_envs", "rollout_steps", "chunk_length", "k_d"}
     alone = {"all_fictitious", "mask_fictitious", "reverse", "copy_every"}
     groups = [set(typed) - alone]
     if name == BIDIST:
@@ -252,7 +253,7 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
             fixed | {"mask_fictitious", "copy_every"},
         ]
     for number, group in enumerate(groups):
-        argv = ["--run-dir", f"run{number}", "--total-timesteps", "400", "--final-episodes", "1"]
+        argv = ["--run-dir", f"run{number}", "--total-timesteps", "66", "--final-episodes", "1"]
         for field in sorted(group):
             words, _ = typed[field]
             flag = field.replace("_", "-")

@@ -365,7 +365,14 @@ def test_the_optimum_of_the_toy_is_reached(script, seed, tmp_path):
 
 @pytest.mark.parametrize(
     "substrate",
-    [pytest.param(name, marks=[pytest.mark.long] * (name == "coop_mining")) for name in PAPER],
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.long]
+            * (name in ("coop_mining", "prisoners_dilemma_in_the_matrix__arena")),
+        )
+        for name in PAPER
+    ],
 )
 def test_one_iteration_on_the_papers_substrates(substrate, tmp_path):
     """Collecting, updating, distilling and evaluating with truncated episodes, two worlds."""

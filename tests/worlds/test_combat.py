@@ -191,6 +191,7 @@ def test_frames_a_marine_needs_to_kill_a_zealot():
         assert not zealot["alive"]
 
 
+@pytest.mark.long
 def test_frames_a_zealot_needs_to_kill_a_marine():
     """45 hit points, 8 a hit: the sixth, the second of the third attack: 2 * 19.2 + 4.48 = 42.9."""
     c, _, j = duel(ZEALOT, MARINE, 0.05)

@@ -38,6 +38,8 @@ PAPER = {  # the paper's five substrates: players, actions, view, global view, f
     "coins": (2, 7, (11, 11), (17, 17), 0),
     "prisoners_dilemma_in_the_matrix__arena": (8, 8, (11, 11), (24, 25), 3),
 }
+SLOWEST = ("coop_mining", "prisoners_dilemma_in_the_matrix__arena")
+PAPERS = [pytest.param(name, marks=[pytest.mark.long] * (name in SLOWEST)) for name in PAPER]
 
 
 def blank(spec):
@@ -167,7 +169,7 @@ def count_pick_ups(before, after):
     return counts
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", PAPERS)
 def test_reading_equals_the_official_wrappers_at_the_same_step(name):
     frames = 280  # before any of the five can end by itself
     both, rng = Both(name, frames), np.random.default_rng(0)
@@ -220,7 +222,7 @@ def test_spec_says_what_the_official_configuration_says(name):
 # --- Many worlds ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", PAPERS)
 def test_shapes_and_types(name):
     rng = np.random.default_rng(0)
     players, _, grid, world_grid, features = PAPER[name]
@@ -449,6 +451,7 @@ def test_an_unknown_substrate_is_one_sentence_with_near_names(wrong, near):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_state_is_saved_and_taken_up_again(tmp_path):
     """Ids keep their meaning; episodes go on being new ones."""
     rng = np.random.default_rng(6)
@@ -489,6 +492,7 @@ def test_state_is_saved_and_taken_up_again(tmp_path):
 # --- No world waits for another ------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_short_builds_are_done_while_the_trainer_learns():
     """With check(), switching four worlds costs far less than one build; without, four of them."""
     rng = np.random.default_rng(7)
@@ -738,6 +742,7 @@ def trainer(tmp_path, timeout):
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_workers_end_when_the_trainer_is_killed(tmp_path):
     with trainer(tmp_path, 8) as (process, workers):
         assert all(map(is_alive, workers))
@@ -827,6 +832,7 @@ def test_asking_for_official_bots_without_tensorflow_is_one_sentence(tmp_path):
     assert last.endswith("pip install -r requirements-bots.txt")
 
 
+@pytest.mark.long
 def test_without_melting_pot_the_toy_runs_and_substrates_are_one_sentence(tmp_path):
     path = without(tmp_path, "meltingpot", "dm_meltingpot", "dmlab2d")
     code = f"""if True:

@@ -446,7 +446,13 @@ def test_spawning():
 
 @pytest.mark.parametrize(
     ("task", "population"),
-    [("treasure", 4), ("resource", 6), ("pacman", (4, 2)), ("signpost", 4), ("rooms", (3, 3))],
+    [
+        ("treasure", 4),
+        pytest.param("resource", 6, marks=pytest.mark.long),
+        pytest.param("pacman", (4, 2), marks=pytest.mark.long),
+        pytest.param("signpost", 4, marks=pytest.mark.long),
+        ("rooms", (3, 3)),
+    ],
 )
 def test_compiled_steps_are_the_eager_ones(task, population):
     """From the same states, away from thresholds, where a last bit decides who touches what, or
@@ -482,6 +488,7 @@ def distinct(game, states):
     return (edge.diff(dim=1) > 1e-5).all(1).all(0)
 
 
+@pytest.mark.long
 def test_without_a_compiler_the_world_is_eager(tmp_path):
     """In a process that finds no C++ compiler, and an empty cache."""
     code = (

@@ -363,7 +363,14 @@ def test_reciprocator_punishes_as_long_as_configured(name):
 # --- What gets through to the focal side ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["chicken_in_the_matrix__repeated_3", "coop_mining_3", "coins_1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chicken_in_the_matrix__repeated_3",
+        pytest.param("coop_mining_3", marks=pytest.mark.long),
+        "coins_1",
+    ],
+)
 def test_the_focal_side_sees_permitted_observations_only(name):
     """Official filter: meltingpot's own, applied to the same substrate's observation names."""
     from meltingpot.configs import substrates
@@ -471,8 +478,7 @@ def test_the_papers_scenarios_run(substrate):
 @pytest.mark.parametrize(
     "substrate",
     [
-        PAPER[0],
-        *(pytest.param(name, marks=pytest.mark.long) for name in PAPER[1:] if name not in BIG),
+        *(pytest.param(name, marks=pytest.mark.long) for name in PAPER if name not in BIG),
         *(pytest.param(name, marks=pytest.mark.slow) for name in BIG),
     ],
 )
@@ -707,6 +713,7 @@ def run_dir(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.long
 def test_a_run_is_evaluated_beside_bots_of_a_named_kind(run_dir):
     summary = json.loads((run_dir / "summary.json").read_text())["eval"]
     assert list(summary) == [
@@ -728,6 +735,7 @@ def test_a_run_is_evaluated_beside_bots_of_a_named_kind(run_dir):
     assert "final/SC3 scripted/return" in last
 
 
+@pytest.mark.long
 def test_a_checkpoint_for_other_actions_is_one_sentence(run_dir, tmp_path, capsys):
     """Coins has 7 actions; a checkpoint that says it is of coins and has 8 does not fit."""
     other = tmp_path / "run"

@@ -237,7 +237,7 @@ def test_a_stopped_standby_is_fatal_when_it_is_needed(long_builds):
         pytest.param("nothing yet", "check", marks=pytest.mark.long),
         ("a build under way", "check"),
         pytest.param("an episode", "check", marks=pytest.mark.long),
-        ("an episode", "need"),
+        pytest.param("an episode", "need", marks=pytest.mark.long),
     ],
 )
 def test_a_dead_standby_is_replaced(holds, found_by, long_builds, capfd):
@@ -284,6 +284,7 @@ def test_standbys_that_die_again_and_again(long_builds, capfd):
 # --- Building ahead -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_one_check_is_enough_for_long_builds(tmp_path, long_builds):
     """All next episodes are built while the trainer learns, two at a time as there are two workers,
     without another call."""
@@ -327,6 +328,7 @@ def test_a_build_that_is_waited_for_takes_no_turn(tmp_path, long_builds):
         assert episodes(envs) == [1, 1]
 
 
+@pytest.mark.long
 def test_the_dead_keep_no_turn(tmp_path, long_builds):
     """A standby is killed while it builds; the other one has waited for its turn."""
     log = tmp_path / "log"
