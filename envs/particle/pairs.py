@@ -123,12 +123,13 @@ class PairReduction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, a, b)
         ctx.scores, ctx.compiled = function is score_kernel, compiled
-        return kernel(function, compiled)(x, a, b)
+        # Detached: a compiled kernel has a form for each pattern of requires_grad, and 8 at most.
+        return kernel(function, compiled)(x.detach(), a.detach(), b.detach())
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b = ctx.saved_tensors
-        d = d.contiguous()
+        x, a, b = (saved.detach() for saved in ctx.saved_tensors)
+        d = d.detach().contiguous()
         of_x = of_a = of_b = None
         if ctx.needs_input_grad[2]:
             other = sum_kernel if ctx.scores else score_kernel

@@ -12,6 +12,8 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import harness
@@ -1493,3 +1495,22 @@ def test_mra_learns_in_several_populations():
         random, scripted = (results[f"{m} {who}"]["return"] for who in ("random", "nearest-first"))
         assert random < 0.6 * scripted
         assert results[f"{m}"]["return"] > 0.9 * scripted, m
+
+
+@pytest.mark.long
+def test_compiled_kernels_stay_compiled(tmp_path):
+    """PyTorch gives a kernel eight compiled forms and then runs it eagerly: two types of agents in
+    three populations, of which some learn by the actor, need fewer."""
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    code = (
+        "import sys, torch, mra_maddpg_particle as mra\n"
+        "torch._dynamo.config.fail_on_recompile_limit_hit = True\n"
+        "sys.exit(mra.main(sys.argv[1:]))\n"
+    )
+    flags = "--preset cpu --task rooms --populations 3,3 6,3 9,3 --num-envs 8 --hidden-size 8"
+    flags += " --latent-size 1 --phi-gradient actor --batch-size 24 --update-every 40"
+    flags += f" --total-timesteps 1000 --final-episodes 5 --run-dir {tmp_path / 'run'}"
+    command = [sys.executable, "-c", code, *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
