@@ -32,6 +32,7 @@ import numpy as np
 import tyro
 
 from envs.statistics import (
+    Centre,
     Difference,
     markdown_table,
     mean_or_iqm,
@@ -139,6 +140,7 @@ class Part(NamedTuple):
     first: str
     other: str  # "": zero
     found: Difference
+    plain: Difference  # the same of means, where the interquartile one counts
     margin: float  # in the effect's unit
     mine: list[list[Point]]  # by world
     theirs: list[list[Point]]
@@ -151,6 +153,14 @@ class Part(NamedTuple):
         if self.why or self.pilot:
             return OPEN
         return verdict_of(self.found, self.margin)
+
+    @property
+    def by_means(self) -> str:
+        """What means over seeds would say, if that is something else."""
+        other = verdict_of(self.plain, self.margin)
+        if self.why or self.pilot or other == self.verdict:
+            return ""
+        return f"by means {other}: {effect_text(self.plain)}"
 
     @property
     def title(self) -> str:
@@ -184,13 +194,13 @@ def margin_of(case: Claim, theirs: list[Point]) -> float:
     return case.margin * abs(level)
 
 
-def compare_seeds(mine: list[Point], theirs: list[Point] | None) -> Difference:
+def compare_seeds(mine: list[Point], theirs: list[Point] | None, centre: Centre) -> Difference:
     """Between two arms; None: of one from 0."""
     if not mine or theirs == []:
         return UNKNOWN
     if theirs is None:
-        return seed_level(values(mine), centre=mean_or_iqm)
-    return seed_difference(values(mine), values(theirs), centre=mean_or_iqm)
+        return seed_level(values(mine), centre=centre)
+    return seed_difference(values(mine), values(theirs), centre=centre)
 
 
 def compare_in(
@@ -204,7 +214,8 @@ def compare_in(
             case=case,
             first=first,
             other=other,
-            found=compare_seeds(points[first], theirs),
+            found=compare_seeds(points[first], theirs, mean_or_iqm),
+            plain=compare_seeds(points[first], theirs, np.mean),
             margin=margin_of(case, theirs or []),
             mine=[points[first]],
             theirs=[theirs or []],
@@ -230,6 +241,7 @@ def compare_ranks(
             first=first,
             other=other,
             found=rank_difference(worlds, first, other) if both else UNKNOWN,
+            plain=rank_difference(worlds, first, other, centre=np.mean) if both else UNKNOWN,
             margin=case.margin,
             mine=[own[first] for own in points],
             theirs=[own[other] for own in points],
@@ -398,10 +410,12 @@ shown, not counted. An effect is the first arm's centre less the other's, over s
 interquartile mean from five seeds on, else the mean; where rows or scenarios are counted the
 difference of mean ranks. Intervals: 95 % bootstraps over seeds, which are drawn as clusters and for
 each arm by itself. p: exact permutation test of means, two-sided, of which three seeds against
-three cannot get below .1. A comparison holds if its interval lies above the margin, does not if it
-lies below, else it is undecided; so it is with too few seeds, a gap among them, or arms that have
-not learned. A claim holds if all of its comparisons do, and does not if one does not. A verdict is
-about the budget beside it (the text of BiDist states no steps: of the 10,000,000 of its script).
+three cannot get below .1 (of more than 200,000 ways to deal seeds as many are drawn). A comparison
+holds if its interval lies above the margin, does not if it lies below, else it is undecided; so it
+is with too few seeds, a gap among them, or arms that have not learned. A claim holds if all of its
+comparisons do, and does not if one does not; where means would say something else, that is told. A
+verdict is about the budget beside it (the text of BiDist states no steps: of the 10,000,000 of its
+script).
 
 ![effects with intervals and margins, by claim](data/claims.png)
 """
@@ -439,8 +453,12 @@ def budget_text(cases: tuple[Claim, ...]) -> str:
 
 def summary_row(outcome: Outcome) -> dict[str, str]:
     case, verdicts = outcome.cases[0], [part.verdict for part in outcome.parts]
-    text = "; ".join(f"{verdicts.count(x)} {x}" for x in (HOLDS, FAILS, OPEN) if x in verdicts)
-    if why := next((part.why for part in outcome.parts if part.why), ""):
+    names = {HOLDS: "hold", FAILS: "do not", OPEN: "undecided"}
+    found = [f"{name}: {verdicts.count(x)}" for x, name in names.items() if x in verdicts]
+    text = ", ".join(found)
+    if why := next(
+        (part.why or part.by_means for part in outcome.parts if part.why or part.by_means), ""
+    ):
         text += f" ({why})"
     groups = [(*x.mine, *(x.theirs if x.other else ())) for x in outcome.parts]
     seeds = min(len(points) for worlds in groups for points in worlds)
@@ -475,6 +493,7 @@ def effect_row(part: Part) -> dict[str, str]:
     if part.pilot:
         steps = max(x.steps for own in part.mine for x in own)
         what = f"pilot{f', {steps:,} steps' if steps else ''}: not counted"
+    texts = [x for x in (part.note, what, part.by_means) if x]
     return {
         "": part.case.id,
         "compared": part.title,
@@ -483,7 +502,7 @@ def effect_row(part: Part) -> dict[str, str]:
         "p": "" if math.isnan(part.found.p) else f"{part.found.p:.2g}",
         "first, by seed": seeds_text(part.mine),
         "other, by seed": seeds_text(part.theirs) if part.other else "",
-        "what": f"{part.note}; {what}" if part.note else what,
+        "what": "; ".join(texts),
     }
 
 

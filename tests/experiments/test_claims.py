@@ -359,6 +359,16 @@ def test_from_five_seeds_on_the_middle_counts(judge, tmp_path):
     assert part.found.high > 100  # that seed is in the interval
 
 
+def test_what_means_would_say_is_told(judge, tmp_path):
+    """One of fifteen that fails is not in the middle half, and seldom in that of a resample."""
+    path = study(tmp_path / "x.csv", a=seeds(*[5.0] * 14, -40.0), b=seeds(*[2.0] * 15))
+    outcome = judge(path, seeds=[*range(11, 26)])
+    (part,) = outcome.parts
+    assert outcome.verdict == "holds" and part.found.mean == 3.0
+    assert part.plain.mean == pytest.approx(0.0) and part.by_means.startswith("by means undecided")
+    assert not judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND)).parts[0].by_means
+
+
 def test_ranks_over_worlds(judge, tmp_path):
     """Two worlds of one cell: b is ahead in one, a in the other and on the whole, where c is last.
     Methods that have not run take no part."""
@@ -411,7 +421,7 @@ def test_what_is_printed_and_written(tmp_path):
     page = (tmp_path / "one" / "CLAIMS.md").read_text()
     assert text == page + "\n"
     for said in (
-        "| M1 | The first is ahead of the second | holds | 1 holds | 3 of 3 (paper: 4) | 0.062 % |",
+        "| M1 | The first is ahead of the second | holds | hold: 1 | 3 of 3 (paper: 4) | 0.062 % |",
         "return per agent",
         "ahead by 1",
         "5, 5.5, 6 | 2, 2.5, 3 | holds |",
