@@ -6,7 +6,7 @@ A run is a directory that a script wrote, or a part of a study: one CSV with wha
 many runs (arguments, the final evaluation, every episode beside scenarios, curves of at most 100
 points), which is small enough for a repository. `pack` makes a study; --curves names the scalars to
 keep, as shell patterns. Commands that read no checkpoint take both: compare.py, scenario_table.py,
-`mipi.py tables`, `bidist.py fig6`.
+claims.py, `mipi.py tables`, `bidist.py fig6`.
 """
 
 from __future__ import annotations
