@@ -8,13 +8,15 @@ computed.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 BOUNDS = (2.5, 97.5)  # percentiles
+Centre = Callable[..., np.ndarray]  # of figures along an axis: np.mean, mean_or_iqm
 
 
 # --- Intervals ------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def clustered_interval(
 
 
 class Difference(NamedTuple):
-    """Of two methods' means over seeds."""
+    """Of two methods' centres over seeds."""
 
     mean: float  # of the first less that of the second
     low: float  # NaN, as high and p: a method has one seed, which has no spread
@@ -104,26 +106,38 @@ class Difference(NamedTuple):
     p: float  # two-sided: how often chance alone, seeds dealt anew, differs as much
 
 
-def resampled_means(x: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Of x (S,), drawn anew from itself: (resamples,)."""
+def mean_or_iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The centre of seeds along an axis: from five seeds on the interquartile mean, a quarter of
+    them left out at either end (of five one each), with fewer the mean."""
+    if x.shape[axis] < 5:
+        return x.mean(axis)
+    from scipy.stats import trim_mean
+
+    return np.asarray(trim_mean(x, 0.25, axis))
+
+
+def resampled_centres(
+    x: np.ndarray, resamples: int, rng: np.random.Generator, centre: Centre = np.mean
+) -> np.ndarray:
+    """Of seeds x (S, ...), drawn anew from themselves: (resamples, ...)."""
     rows = rng.integers(0, len(x), (resamples, len(x)))
-    return x[rows].mean(1)
+    return centre(x[rows], 1)
 
 
 def seed_difference(
-    x: np.ndarray, y: np.ndarray, resamples: int = 5000, seed: int = 1
+    x: np.ndarray, y: np.ndarray, resamples: int = 5000, seed: int = 1, centre: Centre = np.mean
 ) -> Difference:
     """Between figures x (S,) and y (R,) of runs with other seeds, which are drawn for each method
-    by itself: equal seeds of two methods share nothing. The test is exact: all ways to deal the
-    seeds are tried, so that three against three cannot get below .1."""
-    mean = float(x.mean() - y.mean())
+    by itself: equal seeds of two methods share nothing. The test, of means whatever the centre, is
+    exact: all ways to deal the seeds are tried, so that three against three cannot get below .1."""
+    mean = float(centre(x, 0) - centre(y, 0))
     if min(len(x), len(y)) < 2:
         return Difference(mean, math.nan, math.nan, math.nan)
     from scipy.stats import permutation_test
 
     rng = np.random.default_rng(seed)
-    ours = resampled_means(x, resamples, rng)
-    theirs = resampled_means(y, resamples, rng)
+    ours = resampled_centres(x, resamples, rng, centre)
+    theirs = resampled_centres(y, resamples, rng, centre)
     low, high = percentiles(ours - theirs)
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
@@ -138,6 +152,107 @@ def seed_difference(
     )
     p = float(test.pvalue)
     return Difference(mean, low, high, p)
+
+
+def seed_level(
+    x: np.ndarray, resamples: int = 5000, seed: int = 1, centre: Centre = np.mean
+) -> Difference:
+    """Of figures x (S,) from 0; the test, of the mean, is exact: all signs are tried."""
+    mean = float(centre(x, 0))
+    if len(x) < 2:
+        return Difference(mean, math.nan, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    low, high = percentiles(resampled_centres(x, resamples, rng, centre))
+    signs = np.array(list(itertools.product((1, -1), repeat=len(x))))  # (2^S, S)
+    return Difference(mean, low, high, two_sided((signs * x).mean(1), x.mean()))
+
+
+def two_sided(chances: np.ndarray, found: float) -> float:
+    """How often one of all chances is at least as far out as what was found, either tail counted
+    twice."""
+    slack = 1e-9 * max(1.0, abs(found))
+    above = np.mean(chances >= found - slack)
+    below = np.mean(chances <= found + slack)
+    return float(min(1.0, 2 * min(above, below)))
+
+
+# --- Ranks ----------------------------------------------------------------------------------------
+
+# {method: a world's figures (S, cells), all cells of one seed from one policy}
+World = Mapping[str, np.ndarray]
+DEALS = 2_000_000  # that an exact test of ranks tries; beyond, as many are drawn
+
+
+def ranks(figures: np.ndarray) -> np.ndarray:
+    """Of methods along the last axis but one, cell by cell: the largest is 1, equals share."""
+    from scipy.stats import rankdata
+
+    return rankdata(-figures, axis=-2)
+
+
+def mean_ranks(worlds: Sequence[World], centre: Centre = mean_or_iqm) -> dict[str, float]:
+    """Of every method, over the cells of all worlds."""
+    methods = list(worlds[0])
+    found = [ranks(np.stack([centre(world[x], 0) for x in methods])) for world in worlds]
+    means = np.concatenate(found, 1).mean(1)
+    return dict(zip(methods, means.tolist(), strict=True))
+
+
+def rank_difference(
+    worlds: Sequence[World],
+    first: str,
+    other: str,
+    resamples: int = 5000,
+    seed: int = 1,
+    centre: Centre = mean_or_iqm,
+) -> Difference:
+    """By how much the mean rank of `first` is ahead of that of `other`, among all methods. Seeds of
+    each method in each world are drawn as clusters, with all their cells; the test, of ranks of
+    means, deals the two methods' seeds anew, world by world, and leaves the others as they are."""
+    means = mean_ranks(worlds, centre)
+    mean = means[other] - means[first]
+    if min(len(world[x]) for world in worlds for x in (first, other)) < 2:
+        return Difference(mean, math.nan, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    methods = list(worlds[0])
+    ahead, cells = [], 0
+    chances = np.zeros(1)
+    for world in worlds:
+        drawn = [resampled_centres(world[x], resamples, rng, centre) for x in methods]
+        ahead.append(rank_sums(np.stack(drawn, 1), methods, first, other))
+        cells += world[first].shape[1]
+        dealt = rank_sums(deal(world, first, other), methods, first, other)
+        chances = sums_of_both(chances, dealt, rng)
+    low, high = percentiles(sum(ahead) / cells)
+    plain = mean_ranks(worlds, np.mean)
+    p = two_sided(chances / cells, plain[other] - plain[first])
+    return Difference(mean, low, high, p)
+
+
+def rank_sums(figures: np.ndarray, methods: list[str], first: str, other: str) -> np.ndarray:
+    """Ranks of `other` less those of `first`, summed over cells: (D, methods, cells) -> (D,)."""
+    found = ranks(figures)
+    return (found[:, methods.index(other)] - found[:, methods.index(first)]).sum(1)
+
+
+def deal(world: World, first: str, other: str) -> np.ndarray:
+    """Every method's means (deals, methods, cells) for all ways to deal two methods' seeds."""
+    both = np.concatenate([world[first], world[other]])
+    count = len(world[first])
+    chosen = np.array(list(itertools.combinations(range(len(both)), count)))
+    rest = np.array([sorted({*range(len(both))} - {*row}) for row in chosen.tolist()])
+    means = []
+    for method, x in world.items():
+        dealt = {first: both[chosen], other: both[rest]}.get(method, x[None])  # (deals or 1, S, C)
+        means.append(np.broadcast_to(dealt.mean(1), (len(chosen), x.shape[1])))
+    return np.stack(means, 1)
+
+
+def sums_of_both(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Of each of x with each of y; of DEALS pairs that are drawn where that would be more."""
+    if len(x) * len(y) <= DEALS:
+        return np.add.outer(x, y).ravel()
+    return rng.choice(x, DEALS) + rng.choice(y, DEALS)
 
 
 # --- Tables ---------------------------------------------------------------------------------------

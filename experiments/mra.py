@@ -552,11 +552,13 @@ def cross_play(study: CrossPlay) -> None:
 # --- Main -----------------------------------------------------------------------------------------
 
 
+COMMANDS = {"train": train, "figures": figures, "cross-play": cross_play}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     torch.set_num_threads(1)
-    commands = {"train": train, "figures": figures, "cross-play": cross_play}
-    return run_subcommand(commands, argv, __doc__)
+    return run_subcommand(COMMANDS, argv, __doc__)
 
 
 if __name__ == "__main__":

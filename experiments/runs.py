@@ -6,7 +6,7 @@ A run is a directory that a script wrote, or a part of a study: one CSV with wha
 many runs (arguments, the final evaluation, every episode beside scenarios, curves of at most 100
 points), which is small enough for a repository. `pack` makes a study; --curves names the scalars to
 keep, as shell patterns. Commands that read no checkpoint take both: compare.py, scenario_table.py,
-`mipi.py tables`, `bidist.py fig6`.
+claims.py, `mipi.py tables`, `bidist.py fig6`.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ COLUMNS = ("run", "kind", "timesteps", "row", "figure", "value")
 FORGOTTEN = """run_dir resume eval_only track wandb_project wandb_mode wandb_timeout capture_video
 device num_threads num_workers worker_timeout log_every save_every packages resolved"""
 CURVES = """return return/* episode/return episode/pick_ups_per_1000 entropy kl mi mi/*
-information/* xi_loss/* xi_accuracy/* xi_accuracy_uniform_g/* eval/*/win
+information/* xi_loss/* xi_accuracy/* xi_accuracy_uniform_g/* reverse/phi_* eval/*/win
 eval/*/return eval/*/return_agent eval/*/return_pac_man eval/*/return_ghost"""
 
 

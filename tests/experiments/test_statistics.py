@@ -13,8 +13,13 @@ from envs.statistics import (
     draw_rows,
     markdown_table,
     mean_interval,
+    mean_or_iqm,
+    mean_ranks,
+    rank_difference,
+    ranks,
     ratio_interval,
     seed_difference,
+    seed_level,
     share_interval,
     with_interval,
 )
@@ -105,3 +110,85 @@ def test_difference_of_seeds():
 def test_one_seed_has_no_spread():
     found = seed_difference(np.array([3.0]), np.array([1.0, 2.0]))
     assert found.mean == 1.5 and np.isnan([found.low, found.high, found.p]).all()
+
+
+def test_the_middle_half_from_five_seeds_on():
+    """As SciPy's trimmed mean; with fewer the mean."""
+    x = np.random.default_rng(3).gamma(2.0, 3.0, (4, 9, 2))
+    assert np.allclose(mean_or_iqm(x, 1), np.sort(x, 1)[:, 2:7].mean(1))
+    assert np.allclose(mean_or_iqm(x, 0), x.mean(0))
+    assert mean_or_iqm(np.array([9.0, -50.0, 1.0, 2.0, 3.0])) == 2.0
+    five = seed_difference(np.array([0.0, 1.0, 2.0, 3.0, 90.0]), np.zeros(5), centre=mean_or_iqm)
+    assert five.mean == 2.0 and five.high > 3
+    assert five.p == seed_difference(np.array([0.0, 1.0, 2.0, 3.0, 90.0]), np.zeros(5)).p
+
+
+def test_level_of_seeds():
+    """The interval is that of all 4^4 resamples, the test counts all signs."""
+    x = np.array([0.5, 1.0, 1.5, -0.25])
+    found = seed_level(x, resamples=40_000)
+    means = [np.mean(draw) for draw in itertools.product(x, repeat=4)]
+    assert (found.low, found.high) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=0.03)
+    signed = np.array([np.dot(s, x) / 4 for s in itertools.product((1, -1), repeat=4)])
+    assert found.p == pytest.approx(2 * np.mean(signed >= x.mean() - 1e-12))
+    assert np.isnan(seed_level(x[:1]).p)
+
+
+def by_enumeration(worlds, first, other):
+    """Mean ranks' difference of figures {method: (cells,)}, by counting who is ahead."""
+    total, cells = 0.0, 0
+    for world in worlds:
+        for cell in range(len(world[first])):
+            place = {
+                x: sum(y[cell] > own[cell] for y in world.values())
+                + sum(y[cell] == own[cell] for y in world.values()) / 2
+                for x, own in world.items()
+            }
+            total += place[other] - place[first]
+            cells += 1
+    return total / cells
+
+
+def test_differences_of_mean_ranks():
+    """Two worlds, three methods of two or three seeds: the effect, the interval of all resamples of
+    seeds (with all their cells), the test of all deals, in loops."""
+    rng = np.random.default_rng(4)
+    sizes = ({"a": 2, "b": 2, "c": 2}, {"a": 3, "b": 2, "c": 2})
+    worlds = [
+        {x: rng.normal(0.7 * (x == "a"), 1, (count, cells)) for x, count in size.items()}
+        for size, cells in zip(sizes, (2, 3))
+    ]
+    found = rank_difference(worlds, "a", "b", resamples=40_000)
+    centres = [{x: y.mean(0) for x, y in world.items()} for world in worlds]
+    assert found.mean == pytest.approx(by_enumeration(centres, "a", "b"))
+    places = mean_ranks(worlds)
+    assert sum(places.values()) == pytest.approx(6)
+    assert places["b"] - places["a"] == pytest.approx(found.mean)
+
+    def resamples(world):
+        draws = [itertools.product(range(len(y)), repeat=len(y)) for y in world.values()]
+        for rows in itertools.product(*draws):
+            yield {x: y[list(r)].mean(0) for (x, y), r in zip(world.items(), rows)}
+
+    each = [[(by_enumeration([y], "a", "b"), len(y["a"])) for y in resamples(x)] for x in worlds]
+    sums = [(p * m + q * n) / (m + n) for (p, m), (q, n) in itertools.product(*each)]
+    low, high = np.percentile(sums, (2.5, 97.5))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.11)  # steps of .2
+
+    def deals(world):
+        both, count = np.concatenate([world["a"], world["b"]]), len(world["a"])
+        for chosen in itertools.combinations(range(len(both)), count):
+            rest = [k for k in range(len(both)) if k not in chosen]
+            dealt = {"a": both[list(chosen)].mean(0), "b": both[rest].mean(0)}
+            yield dealt | {"c": world["c"].mean(0)}
+
+    chances = np.array(
+        [by_enumeration(x, "a", "b") for x in itertools.product(*map(deals, worlds))]
+    )
+    tails = np.mean(chances >= found.mean - 1e-9), np.mean(chances <= found.mean + 1e-9)
+    assert found.p == pytest.approx(min(1, 2 * min(tails)))
+
+
+def test_equal_figures_share_a_rank():
+    figures = np.array([[1.0, 2.0], [1.0, 3.0], [0.0, 1.0]])
+    assert ranks(figures).tolist() == [[1.5, 2.0], [1.5, 1.0], [3.0, 3.0]]

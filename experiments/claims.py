@@ -1,0 +1,636 @@
+"""Verdicts on the papers' claims, by criteria that were written before the runs.
+
+    python experiments/claims.py                        prints them, from all studies in docs/data
+    python experiments/claims.py --out docs             and writes docs/CLAIMS.md, with its data
+    python experiments/claims.py docs/data/study_sz.csv runs/sz-mipi-s11
+    python experiments/claims.py --commands B3 M1       what has to be run for these claims
+
+The criteria are those of experiments/claims.toml, whose head says how verdicts are reached. A run
+counts for an arm if its script and all flags that training depends on are the arm's, its seed one
+of the claim's and its length the claim's; with other seeds or lengths it is a pilot, which is shown
+and not counted. Tables of other commands are read in --data. Writes OUT/CLAIMS.md,
+OUT/data/claims.png and, of claims that have data, OUT/data/claims/CLAIM.csv: a row per run and cell
+(a row of an evaluation, a scenario).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+from harness import UsageError
+
+import numpy as np
+import tyro
+
+from envs.statistics import (
+    Centre,
+    Difference,
+    markdown_table,
+    mean_or_iqm,
+    mean_ranks,
+    rank_difference,
+    ranks,
+    seed_difference,
+    seed_level,
+)
+from experiments.criteria import (
+    CRITERIA,
+    SLACK,
+    Claim,
+    Measure,
+    Point,
+    Table,
+    fill,
+    is_of,
+    names_of,
+    read_arm,
+    read_claims,
+    read_points,
+    read_tables,
+)
+from experiments.runs import ROOT, Run, plt, read_runs, run_command, save_figure, write_rows
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
+UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
+MOST_SEEDS = 30  # an arm; what would need more is too near its margin
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What to read and to write."""
+
+    # Run directories, studies; default: all studies in --data.
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    out: Path | None = None  # writes OUT/CLAIMS.md, OUT/data/claims.png, OUT/data/claims/*.csv
+    commands: tuple[str, ...] = ()  # print only what has to be run for these claims
+    data: Path = ROOT / "docs/data"  # tables that other commands have made, and studies
+    criteria: Path = CRITERIA
+
+
+# --- What counts ----------------------------------------------------------------------------------
+
+
+def counted(case: Claim, points: list[Point]) -> list[Point]:
+    """Points of the claim's seeds and length, by seed; UsageError where a seed has two."""
+    own = [x for x in points if case.counts(x.seed, x.steps)]
+    own.sort(key=lambda x: case.seeds.index(x.seed))
+    for x, y in itertools.pairwise(own):
+        if x.seed == y.seed:
+            raise UsageError(f"{case.id}: {x.run} and {y.run} are the same arm and seed.")
+    return own
+
+
+def pilots(case: Claim, found: dict[str, list[Point]]) -> dict[str, list[Point]]:
+    """What does not count, of the greatest length that the first arms share with another."""
+    left = {
+        arm: [x for x in points if not case.counts(x.seed, x.steps)]
+        for arm, points in found.items()
+    }
+    for steps in sorted({x.steps for arm in case.first for x in left[arm]}, reverse=True):
+        same = {
+            arm: [x for x in points if abs(x.steps - steps) <= SLACK * steps]
+            for arm, points in left.items()
+        }
+        if not case.others or any(same[arm] for arm in case.others):
+            return same
+    return {arm: [] for arm in found}
+
+
+def too_few(case: Claim, arm: str, points: list[Point]) -> str:
+    """Why an arm's seeds decide nothing yet; "" if they can."""
+    if not points:
+        return f"{arm} has not run"
+    if missing := {*case.seeds[: len(points)]} - {x.seed for x in points}:
+        return f"{arm}: seed {min(missing)} is left out"
+    if len(points) < case.least_seeds:
+        return f"{arm}: {len(points)} seeds of {case.least_seeds}"
+    return ""
+
+
+def below_bar(case: Claim, arm: str, points: list[Point]) -> str:
+    """Whether an arm has not learned what the claim asks of it, by the mean over all its seeds."""
+    if not points:
+        return f"{arm}: whether it has learned is not known"
+    level = float(np.mean(values(points)))
+    if level < case.bar.at_least:
+        return f"{arm} has not learned: {level:.3g}, the bar is {case.bar.at_least:.3g}"
+    return ""
+
+
+def values(points: list[Point]) -> np.ndarray:
+    return np.array([x.value for x in points])
+
+
+# --- Comparisons ----------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """One comparison of a claim."""
+
+    case: Claim  # of ranks, which are over all worlds: in the first
+    first: str
+    other: str  # "": zero
+    found: Difference
+    plain: Difference  # the same of means, where the interquartile one counts
+    margin: float  # in the effect's unit
+    mine: list[list[Point]]  # by world
+    theirs: list[list[Point]]
+    why: str  # nothing is decided, whatever the interval; "": the interval decides
+    note: str = ""  # beside the effect
+    pilot: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.why or self.pilot:
+            return OPEN
+        return verdict_of(self.found, self.margin)
+
+    @property
+    def by_means(self) -> str:
+        """What means over seeds would say, if that is something else."""
+        other = verdict_of(self.plain, self.margin)
+        if self.why or self.pilot or other == self.verdict:
+            return ""
+        return f"by means {other}: {effect_text(self.plain)}"
+
+    @property
+    def title(self) -> str:
+        world = ", ".join(self.case.worlds) if self.case.compare == "rank" else self.case.world
+        return f"{world}: {self.first}{' - ' if self.other else ''}{self.other}"
+
+
+def verdict_of(found: Difference, margin: float) -> str:
+    """By the interval alone."""
+    if found.low > margin:
+        return HOLDS
+    return FAILS if found.high < margin else OPEN
+
+
+def verdict_of_claim(verdicts: list[str]) -> str:
+    """Of a claim, which is all of its comparisons."""
+    if FAILS in verdicts:
+        return FAILS
+    return OPEN if OPEN in verdicts else HOLDS
+
+
+def margin_of(case: Claim, theirs: list[Point]) -> float:
+    """The margin in the quantity's own unit."""
+    if case.margin_of == "unit":
+        return case.margin
+    if not theirs:
+        return math.nan
+    level = float(mean_or_iqm(values(theirs)))
+    if case.margin_of == "gain":
+        level -= float(np.mean([x.zero for x in theirs]))
+    return case.margin * abs(level)
+
+
+def compare_seeds(mine: list[Point], theirs: list[Point] | None, centre: Centre) -> Difference:
+    """Between two arms; None: of one from 0."""
+    if not mine or theirs == []:
+        return UNKNOWN
+    if theirs is None:
+        return seed_level(values(mine), centre=centre)
+    return seed_difference(values(mine), values(theirs), centre=centre)
+
+
+def compare_in(
+    case: Claim, points: dict[str, list[Point]], why: dict[str, str], pilot: bool
+) -> list[Part]:
+    """All comparisons in one world."""
+    parts = []
+    for first, other in itertools.product(case.first, case.others or ("",)):
+        theirs = points.get(other)
+        part = Part(
+            case=case,
+            first=first,
+            other=other,
+            found=compare_seeds(points[first], theirs, mean_or_iqm),
+            plain=compare_seeds(points[first], theirs, np.mean),
+            margin=margin_of(case, theirs or []),
+            mine=[points[first]],
+            theirs=[theirs or []],
+            why=why[first] or why.get(other, ""),
+            pilot=pilot,
+        )
+        parts.append(part)
+    return parts
+
+
+def compare_ranks(
+    cases: tuple[Claim, ...], points: list[dict[str, list[Point]]], why: dict[str, str], pilot: bool
+) -> list[Part]:
+    """The first arm with each other, ranked in all worlds among the arms that can be."""
+    case, (first,) = cases[0], cases[0].first
+    ran = [arm for arm in case.arms if all(own[arm] for own in points) and not why[arm]]
+    worlds = [{arm: cells_of(own[arm]) for arm in ran} for own in points]
+    parts = []
+    for other in case.others:
+        both = {first, other} <= {*ran}
+        part = Part(
+            case=case,
+            first=first,
+            other=other,
+            found=rank_difference(worlds, first, other) if both else UNKNOWN,
+            plain=rank_difference(worlds, first, other, centre=np.mean) if both else UNKNOWN,
+            margin=case.margin,
+            mine=[own[first] for own in points],
+            theirs=[own[other] for own in points],
+            why=why[first] or why[other],
+            note=count_first(worlds, first) if both else "",
+            pilot=pilot,
+        )
+        parts.append(part)
+    return parts
+
+
+def cells_of(points: list[Point]) -> np.ndarray:
+    """(S, cells)"""
+    return np.array([[*x.cells.values()] for x in points])
+
+
+def count_first(worlds: list[dict[str, np.ndarray]], first: str) -> str:
+    """In how many cells an arm is ahead of all, and its mean rank."""
+    found = []
+    for world in worlds:
+        means = np.stack([mean_or_iqm(x, 0) for x in world.values()])
+        found += (ranks(means)[[*world].index(first)] == 1).tolist()
+    rank = mean_ranks(worlds)[first]
+    return f"first in {sum(found)} of {len(found)}, mean rank {rank:.2f} of {len(worlds[0])}"
+
+
+class Outcome(NamedTuple):
+    """What has come of a claim."""
+
+    cases: tuple[Claim, ...]
+    parts: list[Part]
+    pilots: list[Part]
+    verdict: str
+
+
+def judge(cases: tuple[Claim, ...], runs: list[Run], data: Path) -> Outcome:
+    """A claim's comparisons, of what counts and of pilots, and its verdict."""
+
+    def points_of(case: Claim, arm: str, measure: Measure) -> list[Point]:
+        return read_points(case, arm, measure, runs, data)
+
+    own, left, why = [], [], []
+    for case in cases:
+        found = {arm: points_of(case, arm, case.measure) for arm in case.arms}
+        own.append({arm: counted(case, points) for arm, points in found.items()})
+        left.append(pilots(case, found))
+        why.append({arm: too_few(case, arm, points) for arm, points in own[-1].items()})
+        for arm in case.bar.arms if case.bar else ():
+            judged = counted(case, points_of(case, arm, case.bar.measure))
+            why[-1][arm] = why[-1][arm] or below_bar(case, arm, judged)
+    free = dict.fromkeys(cases[0].arms, "")
+    if cases[0].compare == "rank":
+        blocked = {arm: next((x[arm] for x in why if x[arm]), "") for arm in free}
+        parts = compare_ranks(cases, own, blocked, pilot=False)
+        seen = compare_ranks(cases, left, free, pilot=True)
+    else:
+        parts = [x for y in zip(cases, own, why) for x in compare_in(*y, pilot=False)]
+        seen = [x for y in zip(cases, left) for x in compare_in(*y, free, pilot=True)]
+    seen = [part for part in seen if not math.isnan(part.found.mean)]
+    verdict = verdict_of_claim([part.verdict for part in parts])
+    return Outcome(cases, parts, seen, verdict)
+
+
+# --- What would decide ----------------------------------------------------------------------------
+
+
+class Missing(NamedTuple):
+    """Runs that an arm still needs for its claim's least number of seeds."""
+
+    name: str  # of their directories, without the seed
+    command: str
+    seeds: tuple[int, ...]
+    timesteps: int
+    hours: float  # of a core, all together
+
+
+def missing_runs(outcome: Outcome, runs: list[Run], slower: dict[str, float]) -> list[Missing]:
+    """A claim's, each once."""
+    found = {}
+    for case, arm in itertools.product(outcome.cases, outcome.cases[0].arms):
+        command = case.arms[arm]
+        have = {
+            run.args["seed"]
+            for run in runs
+            if is_of(run, command) and case.counts(run.args["seed"], run.summary["timesteps"])
+        }
+        seeds = tuple(x for x in case.seeds[: case.least_seeds] if x not in have)
+        if seeds and not command.startswith("experiments/"):
+            name = f"{case.run}-{arm}"
+            hours = case.timesteps / 1e6 * case.hours * slower.get(read_arm(command).script, 1.0)
+            found[name] = Missing(name, command, seeds, case.timesteps, hours * len(seeds))
+    return [*found.values()]
+
+
+def missing_tables(outcome: Outcome) -> list[str]:
+    """Commands whose tables have not all that the claim needs."""
+    found = [part.case.measure for part in outcome.parts if part.why]
+    return [*dict.fromkeys(x.command for x in found if isinstance(x, Table))]
+
+
+def more_seeds(part: Part) -> str:
+    """What would bring an interval off its margin, if the effect stays: it shrinks with the root of
+    the number of seeds."""
+    have = max(len(x) for x in (*part.mine, *part.theirs))
+    half = (part.found.high - part.found.low) / 2
+    distance = abs(part.found.mean - part.margin)
+    most = have * (half / distance) ** 2 if distance else math.inf
+    if most > MOST_SEEDS:
+        return f"{part.title}: more than {MOST_SEEDS} seeds an arm, too near the margin"
+    return f"{part.title}: about {max(have + 1, math.ceil(most))} seeds an arm"
+
+
+def what_decides(outcome: Outcome, missing: list[Missing]) -> str:
+    """In words, the cost aside; "" of what is decided."""
+    if outcome.verdict != OPEN:
+        return ""
+    texts = []
+    scripts = {shlex.split(x.command)[0] for x in missing}
+    if missing:
+        adapts = any("--adapt" in x.command for x in missing)
+        texts.append("these runs, and those that they adapt" if adapts else "these runs")
+    if to_come := sorted(Path(x).name for x in scripts if not (ROOT / x).exists()):
+        texts.append(f"{', '.join(to_come)} (to come)")
+    texts += [f"`python {x.split(' --')[0]}`" for x in missing_tables(outcome)]
+    parts = [part for part in outcome.parts if part.verdict == OPEN]
+    texts += [part.why for part in parts if "learned" in part.why or "left out" in part.why]
+    texts += [more_seeds(part) for part in parts if not part.why]
+    return "; ".join([*dict.fromkeys(texts)][:3])
+
+
+def loop(command: str, name: str, seeds: tuple[int, ...], timesteps: int) -> str:
+    """A line of shell for an arm's runs."""
+    words = command.replace("{seed}", "$s")
+    length = f"--total-timesteps {timesteps} --run-dir runs/{name}-s$s"
+    return f"for s in {' '.join(map(str, seeds))}; do python {words} --seed $s {length}; done"
+
+
+def commands_of(outcome: Outcome, missing: list[Missing], tables: dict[str, Any]) -> list[str]:
+    """What has to be run for a claim: runs that others adapt, runs, studies, tables."""
+    lines = [f"# {outcome.cases[0].id}: {outcome.cases[0].says}"]
+    for x in missing:
+        if source := re.search(r"--adapt runs/(\w+)-(\w+)-s", x.command):
+            world, arm = source.groups()
+            names = names_of(tables, world, x.name)
+            command = fill(tables["arms"][arm], names, x.name)
+            lines.append(loop(command, f"{world}-{arm}", x.seeds, names["timesteps"]))
+    lines += [loop(x.command, x.name, x.seeds, x.timesteps) for x in missing]
+    for x in missing:
+        world, tens = x.name.split("-")[0], x.seeds[0] // 10
+        study = f"docs/data/study_{world}_claims.csv"
+        lines.append(f"python experiments/runs.py pack {study} runs/{world}-*-s{tens}?")
+    return [*dict.fromkeys(lines), *(f"python {x}" for x in missing_tables(outcome))]
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+HOURS = "those that runs have taken on two shared cores (`experiments/claims.toml`)."
+HEAD = """# The papers' claims
+
+    python experiments/claims.py --out docs                # writes this page, and its data
+    python experiments/claims.py --commands B3 M1          # prints what these claims need
+
+Criteria were written before the runs that decide them (`experiments/claims.toml`, with its date and
+what had been seen by then). A run counts if flags, seed and length are the claim's; pilots are
+shown, not counted. An effect is the first arm's centre less the other's, over seeds: the
+interquartile mean from five seeds on, else the mean; where rows or scenarios are counted the
+difference of mean ranks. Intervals: 95 % bootstraps over seeds, which are drawn as clusters and for
+each arm by itself. p: exact permutation test of means, two-sided, of which three seeds against
+three cannot get below .1 (of more than 200,000 ways to deal seeds as many are drawn). A comparison
+holds if its interval lies above the margin, does not if it lies below, else it is undecided; so it
+is with too few seeds, a gap among them, or arms that have not learned. A claim holds if all of its
+comparisons do, and does not if one does not; where means would say something else, that is told. A
+verdict is about the budget beside it (the text of BiDist states no steps: of the 10,000,000 of its
+script).
+
+![effects with intervals and margins, by claim](data/claims.png)
+"""
+
+
+def number(x: float) -> str:
+    return f"{x:.4g}"
+
+
+def seeds_text(worlds: list[list[Point]]) -> str:
+    """Every seed's figure, world by world."""
+    return "; ".join(", ".join(number(x.value) for x in points) or "-" for points in worlds)
+
+
+def effect_text(found: Difference) -> str:
+    if math.isnan(found.mean):
+        return ""
+    interval = "" if math.isnan(found.low) else f" [{found.low:+.3g}, {found.high:+.3g}]"
+    return f"{found.mean:+.3g}{interval}"
+
+
+def margin_text(case: Claim) -> str:
+    if case.margin_of == "unit":
+        return f"{case.margin:g}{' ranks' if case.compare == 'rank' else ''}"
+    whose = {"mean": "mean", "gain": "gain over random"}[case.margin_of]
+    return f"{100 * case.margin:g} % of the other's {whose}"
+
+
+def budget_text(cases: tuple[Claim, ...]) -> str:
+    """A share of the paper's steps, or a range."""
+    shares = sorted(100 * x.timesteps / x.paper_steps for x in cases if x.paper_steps)
+    ends = dict.fromkeys(f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in shares[:1] + shares[-1:])
+    return f"{' to '.join(ends)} %" if shares else "not stated"
+
+
+def summary_row(outcome: Outcome) -> dict[str, str]:
+    case, verdicts = outcome.cases[0], [part.verdict for part in outcome.parts]
+    names = {HOLDS: "hold", FAILS: "do not", OPEN: "undecided"}
+    found = [f"{name}: {verdicts.count(x)}" for x, name in names.items() if x in verdicts]
+    text = ", ".join(found)
+    if why := next(
+        (part.why or part.by_means for part in outcome.parts if part.why or part.by_means), ""
+    ):
+        text += f" ({why})"
+    groups = [(*x.mine, *(x.theirs if x.other else ())) for x in outcome.parts]
+    seeds = min(len(points) for worlds in groups for points in worlds)
+    return {
+        "": case.id,
+        "the paper says": case.says,
+        "verdict": outcome.verdict,
+        "comparisons": text,
+        "seeds an arm": f"{seeds} of {case.least_seeds} (paper: {case.paper_seeds})",
+        "steps, of the paper's": budget_text(outcome.cases),
+    }
+
+
+def criterion_row(outcome: Outcome) -> dict[str, str]:
+    case, bar = outcome.cases[0], ""
+    if case.bar:
+        levels = dict.fromkeys(number(x.bar.at_least) for x in outcome.cases)
+        bar = f"; bar for {', '.join(case.bar.arms)}: {', '.join(levels)}"
+    return {
+        "": case.id,
+        "where": case.where,
+        "quantity": case.quantity,
+        "first; others": f"{', '.join(case.first)}; {', '.join(case.others) or '0'}",
+        "margin": ", ".join(dict.fromkeys(margin_text(x) for x in outcome.cases)),
+        "holds if": case.rule + bar,
+        "seeds; pilots seen": f"{case.seeds[0]} to {case.seeds[-1]}; {case.pilots_seen}",
+    }
+
+
+def effect_row(part: Part) -> dict[str, str]:
+    what = part.why or part.verdict
+    if part.pilot:
+        steps = max(x.steps for own in part.mine for x in own)
+        what = f"pilot{f', {steps:,} steps' if steps else ''}: not counted"
+    texts = [x for x in (part.note, what, part.by_means) if x]
+    return {
+        "": part.case.id,
+        "compared": part.title,
+        "effect": effect_text(part.found),
+        "margin": "" if math.isnan(part.margin) else f"{part.margin:.3g}",
+        "p": "" if math.isnan(part.found.p) else f"{part.found.p:.2g}",
+        "first, by seed": seeds_text(part.mine),
+        "other, by seed": seeds_text(part.theirs) if part.other else "",
+        "what": "; ".join(texts),
+    }
+
+
+def needed_row(outcome: Outcome, missing: list[Missing], text: str) -> dict[str, str]:
+    runs = sum(len(x.seeds) for x in missing)
+    return {
+        "": outcome.cases[0].id,
+        "runs": f"{runs:,}" if runs else "",
+        "core hours": hours_text(sum(x.hours for x in missing)) if runs else "",
+        "what would decide it": text,
+    }
+
+
+def hours_text(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown, in which bars are no ends of cells."""
+    return markdown_table([{k: x.replace("|", "&#124;") for k, x in row.items()} for row in rows])
+
+
+def page(outcomes: list[Outcome], missing: list[list[Missing]]) -> str:
+    """docs/CLAIMS.md."""
+    text = [HEAD, "## Verdicts\n", table([summary_row(x) for x in outcomes])]
+    text += ["## Criteria\n", table([criterion_row(x) for x in outcomes])]
+    parts = [x for outcome in outcomes for x in (*outcome.parts, *outcome.pilots)]
+    effects = [effect_row(x) for x in parts if any(x.mine) or any(x.theirs)]
+    if effects:
+        text += ["## Effects\n", "Seeds of several worlds: world by world.\n", table(effects)]
+    both = zip(outcomes, missing, strict=True)
+    needed = [needed_row(x, own, what) for x, own in both if (what := what_decides(x, own))]
+    if needed:
+        each = {x.name: x for own in missing for x in own}.values()
+        runs, hours = sum(len(x.seeds) for x in each), sum(x.hours for x in each)
+        total = f"All together {runs:,} runs and {hours_text(hours)} core hours, shared ones once."
+        text += ["## What would decide\n", f"{total} Hours are\n{HOURS}\n", table(needed)]
+    return "\n".join(text)
+
+
+def draw(outcomes: list[Outcome]) -> Any:
+    """A panel a claim, in its own unit: counted effects filled, pilots hollow, margins dashed."""
+    shown = {x.cases[0].id: [*x.parts, *x.pilots] for x in outcomes}
+    shown = {
+        name: [part for part in parts if not math.isnan(part.found.low)]
+        for name, parts in shown.items()
+    }
+    shown = {name: parts for name, parts in shown.items() if parts}
+    if not shown:
+        return None
+    heights = [len(parts) + 1.2 for parts in shown.values()]
+    figure, axes = plt.subplots(
+        len(shown),
+        figsize=(9.5, 0.2 * sum(heights) + 0.4),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )
+    for axis, (name, parts) in zip(axes[:, 0], shown.items(), strict=True):
+        for y, part in enumerate(parts):
+            colour = {HOLDS: "tab:green", FAILS: "tab:red", OPEN: "0.35"}[part.verdict]
+            fill = "white" if part.pilot else colour
+            axis.plot([part.found.low, part.found.high], [y, y], color=colour, lw=1.2)
+            axis.plot(part.found.mean, y, "o", color=colour, mfc=fill, ms=4)
+            axis.plot([part.margin] * 2, [y - 0.4, y + 0.4], "k--", lw=0.9)
+        titles = [f"{part.title}{' (pilot)' if part.pilot else ''}" for part in parts]
+        axis.set_yticks(range(len(parts)), titles, fontsize=6)
+        axis.set_ylim(len(parts) - 0.4, -0.6)
+        axis.axvline(0, color="0.8", lw=0.8, zorder=0)
+        axis.tick_params(axis="x", labelsize=6)
+        axis.set_title(name, fontsize=8, loc="left", pad=2)
+    return figure
+
+
+def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
+    """The claim's CSV: a row per run and cell, each once."""
+    rows = {}
+    for part in (*outcome.parts, *outcome.pilots):
+        cases = outcome.cases if part.case.compare == "rank" else (part.case,)
+        for arm, worlds in ((part.first, part.mine), (part.other, part.theirs)):
+            for case, x in [(y, x) for y, own in zip(cases, worlds, strict=True) for x in own]:
+                about = {"counts": "pilot" if part.pilot else "yes", "world": case.world}
+                about |= {"arm": arm, "run": x.run, "seed": x.seed, "timesteps": x.steps or ""}
+                for cell, value in x.cells.items():
+                    row = about | {"cell": cell, "value": value}
+                    rows[tuple(row.values())] = row
+    return [*rows.values()]
+
+
+def write(out: Path, text: str, outcomes: list[Outcome]) -> None:
+    """The page, the figure, a CSV a claim."""
+    folder = out / "data/claims"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (out / "CLAIMS.md").write_text(text)
+        for outcome in outcomes:
+            if rows := rows_of(outcome):
+                write_rows(folder / f"{outcome.cases[0].id}.csv", rows)
+        if (figure := draw(outcomes)) is not None:
+            save_figure(figure, out / "data/claims.png")
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}.") from None
+
+
+def claims(study: Study) -> None:
+    """Judge all claims, or print the commands of some."""
+    tables = read_tables(study.criteria)
+    cases = read_claims(tables)
+    if unknown := [x for x in study.commands if x not in cases]:
+        raise UsageError(f"--commands {unknown[0]}: there are {', '.join(cases)}.")
+    paths = study.runs or sorted(study.data.glob("study_*.csv"))
+    runs = read_runs(paths) if paths else []
+    outcomes = [judge(cases[name], runs, study.data) for name in study.commands or cases]
+    missing = [missing_runs(x, runs, tables["slower"]) for x in outcomes]
+    if study.commands:
+        for outcome, own in zip(outcomes, missing, strict=True):
+            print("\n".join(commands_of(outcome, own, tables)))
+        return
+    text = page(outcomes, missing)
+    if study.out:
+        write(study.out, text, outcomes)
+    print(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    return run_command(claims, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,547 @@
+"""Criteria of the papers' claims, and the verdicts that runs bring them."""
+
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from made_up import ROOT, command, experiment, is_png, rows
+
+claims, criteria, runs_module = (experiment(x) for x in ("claims", "criteria", "runs"))
+DATA = ROOT / "docs/data"
+TO_COME = {f"baselines/{name}.py" for name in ("epc_particle", "rl2_particle", "collaq_smac")}
+IDS = [*(f"B{k}" for k in range(1, 8)), "B1-proxy", *(f"M{k}" for k in range(1, 9))]
+IDS += [f"I{k}" for k in range(1, 7)]
+
+
+@functools.cache
+def book():
+    return criteria.read_claims(criteria.read_tables())
+
+
+@functools.cache
+def studies():
+    return runs_module.read_runs(sorted(DATA.glob("study_*.csv")))
+
+
+def all_cases():
+    return [case for cases in book().values() for case in cases]
+
+
+# --- The criteria ---------------------------------------------------------------------------------
+
+
+def test_all_claims_have_criteria():
+    assert sorted(book()) == sorted(IDS)
+    for case in all_cases():
+        assert case.least_seeds >= 3
+        assert set(case.first).isdisjoint(case.others)
+
+
+def test_confirmatory_seeds_are_fresh():
+    """Nobody had run them, and who chose defaults by 11 to 15 takes others."""
+    chosen_by = criteria.read_tables()["defaults"]
+    for case in all_cases():
+        default = {"B": "bidist_clip_centre", "M": "mra_ladder"}.get(case.id[0])
+        assert min(case.seeds) > 10
+        assert not default or set(case.seeds).isdisjoint(chosen_by[default]["seeds"])
+
+
+def test_arms_are_command_lines_of_the_scripts():
+    """Each is parsed by its script as a whole; what it adapts is an arm's run."""
+    tables = criteria.read_tables()
+    for case in all_cases():
+        for line in case.arms.values():
+            if line.startswith("experiments/"):
+                continue
+            arm = criteria.read_arm(line)
+            assert arm.wanted is not None or arm.script in TO_COME, line
+            if source := re.search(r"--adapt runs/(\w+)-(\w+)-s\{seed\}", line):
+                assert source[1] in tables["worlds"] and source[2] in tables["arms"], line
+
+
+def test_arms_of_a_claim_differ():
+    for case in all_cases():
+        kinds = [criteria.read_arm(line) for line in case.arms.values()]
+        known = [json.dumps(arm) for arm in kinds if arm.wanted is not None]
+        assert len(set(known)) == len(known), case.id
+
+
+def test_one_name_is_one_run():
+    """Claims share runs by their names."""
+    found = {}
+    for case in all_cases():
+        for arm, line in case.arms.items():
+            own = (line, case.timesteps)
+            assert found.setdefault(f"{case.run}-{arm}", own) == own
+
+
+@pytest.mark.parametrize("name", ["spread", "cross_play", "matrix_game"])
+def test_tables_commands_exist(name):
+    """Each is parsed with the command's own options, numbers expanded as a shell does."""
+    lines = {x.measure.command for x in all_cases() if isinstance(x.measure, criteria.Table)}
+    named = {"spread": "fig5", "cross_play": "cross-play", "matrix_game": "matrix-game"}
+    own = [line for line in lines if named[name] in line.split()]
+    assert own
+    for line in own:
+        line = re.sub(r"\{(\d+)\.\.(\d+)\}", lambda x: " ".join(numbers(x)), line)
+        file, *words = shlex.split(line)
+        module = experiment(Path(file).stem)
+        kinds = {x: runs_module.options_of(f) for x, f in module.COMMANDS.items()}
+        tyro.extras.subcommand_cli_from_dict(kinds, args=words)
+
+
+def numbers(found):
+    return map(str, range(int(found[1]), int(found[2]) + 1))
+
+
+def test_what_is_measured_is_in_runs():
+    """In each world some run or table has what is asked for, but where nobody has run: beside
+    official bots, and below."""
+    for case in all_cases():
+        if case.id in ("B1", "B4"):
+            continue
+        points = [
+            x
+            for arm in case.arms
+            for x in criteria.read_points(case, arm, case.measure, studies(), DATA)
+        ]
+        assert points, (case.id, case.world)
+        assert all(np.isfinite(x.value) for x in points)
+        assert all(np.isfinite(x.zero) for x in points if case.measure.zero)
+        if case.bar:
+            (judged, *_) = case.bar.arms
+            own = criteria.read_points(case, judged, case.bar.measure, studies(), DATA)
+            assert own or case.id == "B2", (case.id, case.world)
+
+
+def test_what_reverse_phases_add_is_logged_and_packed(trained, tmp_path):
+    """B4's scalars, from a run of the toy and from its study; by hand from its log."""
+    (measure,) = {case.measure for case in book()["B4"]}
+    study = tmp_path / "study.csv"
+    code, _, _ = command("runs", "pack", study, trained[0])
+    assert code == 0
+    log = [json.loads(x) for x in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    half = log[-1]["timesteps"] / 2
+    own = [
+        x["reverse/phi_peak_after"]
+        - x["reverse/phi_prefers_after"]
+        - x["reverse/phi_peak_before"]
+        + x["reverse/phi_prefers_before"]
+        for x in log
+        if "reverse/phi_peak_after" in x and x["timesteps"] >= half
+    ]
+    assert len(own) >= 2
+    for run in (runs_module.Run(trained[0]), *runs_module.read_study(study)):
+        assert criteria.measure_run(run, measure)[""] == pytest.approx(np.mean(own), abs=1e-8)
+
+
+def test_labels_of_joint_actions_are_fig5s():
+    (case,) = book()["B2"]
+    for arm, label in case.measure.labels.items():
+        module = runs_module.load_script(Path(case.arms[arm].split()[0]).stem)
+        args = runs_module.script_args(module, case.arms[arm].split()[1:])
+        own = dataclasses.asdict(args) | {"script": Path(case.arms[arm].split()[0]).stem}
+        assert runs_module.method_of(own) == label
+
+
+# --- Made-up criteria and runs --------------------------------------------------------------------
+
+TOML = """
+[papers]
+mra = {{ seeds = 4, steps = 1_600_000 }}
+[worlds]
+small = {{ task = "resource", game = "12", timesteps = 1000, hours = 2.0 }}
+large = {{ task = "resource", game = "15", timesteps = 1000, hours = 2.0 }}
+[arms]
+a = "mra_maddpg_particle.py --task {{task}} --populations {{game}}"
+b = "baselines/maddpg_particle.py --task {{task}} --population {{game}}"
+c = "baselines/maac_particle.py --task {{task}} --population {{game}}"
+[measures]
+returns = {{ kind = "final", rows = "{{game}}", figure = "return", zero = "random" }}
+both = {{ kind = "final", rows = "x y", figure = "return" }}
+[claims.M1]
+says = "The first is ahead of the second"
+where = "Fig. 0"
+quantity = "return per agent"
+measure = "returns"
+worlds = ["small"]
+first = ["a"]
+others = ["b"]
+margin = 1.0
+least_seeds = 3
+seeds = [11, 12, 13, 14, 15]
+rule = "ahead by 1"
+pilots_seen = "none at all"
+"""
+FILES = {"a": "mra_maddpg_particle", "b": "maddpg_particle", "c": "maac_particle"}
+GAME = {"a": "populations", "b": "population", "c": "population"}
+
+
+def toml(path, **changes):
+    """The criteria above, with other lines; None: without that line."""
+    text = TOML.format()
+    for name, value in changes.items():
+        text = re.sub(rf"^{name} = .*\n", "", text, flags=re.MULTILINE)
+        if value is not None:
+            text += f"{name} = {value}\n"
+    path.write_text(text)
+    return path
+
+
+def lines_of(arm, seed, figures, steps=1000, game="12", **flags):
+    """A run of an arm as a study has it; figures: {row: return}."""
+    module = runs_module.load_script(FILES[arm])
+    size = (game,) if arm == "a" else game
+    own = module.Args(seed=seed, task="resource", **{GAME[arm]: size}, **flags)
+    args = json.loads(json.dumps(dataclasses.asdict(own))) | {"script": FILES[arm]}
+    name = f"{game}-{arm}-s{seed}-{steps}"
+    for figure, value in args.items():
+        yield (name, "argument", "", "", figure, json.dumps(value))
+    for row, value in ({f"{game} random": 1.0} | figures).items():
+        yield (name, "final", steps, row, "return", value)
+        yield (name, "final", steps, row, "episodes", 10)
+
+
+def study(path, **arms):
+    """A study of returns by arm: {seed: return}, or a list of lines."""
+    found = []
+    for arm, own in arms.items():
+        for seed, value in own.items():
+            found += lines_of(arm, seed, {"12": value})
+    return write_study(path, found)
+
+
+def write_study(path, lines):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(runs_module.COLUMNS)
+        writer.writerows(lines)
+    return path
+
+
+def seeds(*returns):
+    return dict(zip(range(11, 30), returns))
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """What becomes of M1: judge(study, margin = ...)."""
+
+    def judged(path, **changes):
+        tables = criteria.read_tables(toml(tmp_path / "criteria.toml", **changes))
+        cases = criteria.read_claims(tables)["M1"]
+        return claims.judge(cases, runs_module.read_runs([path]), tmp_path)
+
+    return judged
+
+
+AHEAD, BEHIND = seeds(5.0, 5.5, 6.0), seeds(2.0, 2.5, 3.0)
+
+
+def test_holds_or_not_by_the_interval(judge, tmp_path):
+    """The interval is that of all resamples, of which there are 27 times 27."""
+    outcome = judge(study(tmp_path / "x.csv", a=AHEAD, b=BEHIND))
+    (part,) = outcome.parts
+    draws = [
+        [np.mean(x) for x in itertools.product(own.values(), repeat=3)] for own in (AHEAD, BEHIND)
+    ]
+    low, high = np.percentile(np.subtract.outer(*draws), (2.5, 97.5))
+    assert (part.found.low, part.found.high) == pytest.approx((low, high), abs=0.05)
+    assert part.found.mean == pytest.approx(3.0) and part.found.p == pytest.approx(0.1)
+    assert low > 1 and outcome.verdict == "holds"
+    back = judge(study(tmp_path / "y.csv", a=BEHIND, b=AHEAD))
+    assert back.verdict == "does not hold"
+    level = judge(study(tmp_path / "z.csv", a=AHEAD, b=seeds(5.1, 5.4, 5.9)))
+    assert level.verdict == "does not hold"  # no better is not better by 1
+
+
+def test_a_margin_changes_the_verdict(judge, tmp_path):
+    path = study(tmp_path / "x.csv", a=AHEAD, b=BEHIND)
+    verdicts = {margin: judge(path, margin=margin).verdict for margin in (1.0, 3.0, 5.0)}
+    assert verdicts == {1.0: "holds", 3.0: "undecided", 5.0: "does not hold"}
+
+
+@pytest.mark.parametrize(
+    "kind, margin", [("mean", 0.5 * 2.5), ("gain", 0.5 * (2.5 - 1.0)), ("unit", 0.5)]
+)
+def test_margins_are_shares_of_the_others_figures(judge, tmp_path, kind, margin):
+    path = study(tmp_path / "x.csv", a=AHEAD, b=BEHIND)
+    (part,) = judge(path, margin=0.5, margin_of=f'"{kind}"').parts
+    assert part.margin == pytest.approx(margin)
+
+
+def test_too_few_seeds_decide_nothing(judge, tmp_path):
+    outcome = judge(study(tmp_path / "x.csv", a=seeds(5.0, 5.5), b=BEHIND))
+    assert outcome.verdict == "undecided" and outcome.parts[0].why == "a: 2 seeds of 3"
+    outcome = judge(study(tmp_path / "y.csv", a=AHEAD))
+    assert outcome.verdict == "undecided" and outcome.parts[0].why == "b has not run"
+
+
+def test_no_seed_is_left_out(judge, tmp_path):
+    """Neither by a gap, nor by its outcome: the mean of five sees the fifth in the interval."""
+    outcome = judge(study(tmp_path / "x.csv", a={11: 5.0, 13: 5.5, 14: 6.0}, b=BEHIND))
+    assert outcome.verdict == "undecided" and outcome.parts[0].why == "a: seed 12 is left out"
+    path = study(tmp_path / "y.csv", a=seeds(5.0, 5.5, 6.0, -20.0), b=BEHIND)
+    assert len(judge(path).parts[0].mine[0]) == 4 and judge(path).verdict == "undecided"
+
+
+def test_two_runs_of_a_seed_are_refused(tmp_path):
+    both = [*lines_of("a", 11, {"12": 1.0}), *lines_of("a", 11, {"12": 2.0}, steps=1001)]
+    path = write_study(tmp_path / "x.csv", both)
+    words = (path, "--criteria", toml(tmp_path / "criteria.toml"))
+    code, _, stderr = command("claims", *words)
+    assert (code, stderr.count("\n")) == (2, 1) and "the same arm and seed" in stderr
+
+
+def test_what_has_not_learned_decides_nothing(judge, tmp_path):
+    """The bar is for the mean over all seeds: neither the best nor most of them pass it alone."""
+    path = study(tmp_path / "x.csv", a=seeds(9.0, 9.5, -8.0), b=seeds(-9.0, -9.5, -9.0))
+    bar = '{ arms = ["a"], measure = "returns", at_least = %s }'
+    outcome = judge(path, bar=bar % 3.6)
+    assert outcome.verdict == "undecided"
+    assert outcome.parts[0].why == "a has not learned: 3.5, the bar is 3.6"
+    below = judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND), bar=bar % 7)
+    assert below.verdict == "undecided" and below.parts[0].found.low > 1
+    assert judge(study(tmp_path / "z.csv", a=AHEAD, b=BEHIND), bar=bar % 5).verdict == "holds"
+
+
+def test_other_seeds_lengths_and_flags_do_not_count(judge, tmp_path):
+    """Other seeds and lengths are pilots; other flags are another method."""
+    lines = [x for s, y in BEHIND.items() for x in lines_of("b", s, {"12": y})]
+    own = [x for s, y in AHEAD.items() for x in lines_of("a", s, {"12": y}, steps=1040)]
+    assert judge(write_study(tmp_path / "x.csv", lines + own)).verdict == "holds"
+    longer = [x for s, y in AHEAD.items() for x in lines_of("a", s, {"12": y}, steps=1060)]
+    outcome = judge(write_study(tmp_path / "y.csv", lines + longer))
+    assert outcome.parts[0].why == "a has not run" and not outcome.pilots  # no length in common
+    seen = [x for s in (1, 2) for arm in "ab" for x in lines_of(arm, s, {"12": s + 3.0})]
+    outcome = judge(write_study(tmp_path / "z.csv", seen))
+    (pilot,) = outcome.pilots
+    assert outcome.verdict == pilot.verdict == "undecided" and pilot.found.mean == 0
+    assert [x.seed for x in pilot.mine[0]] == [1, 2] and not outcome.parts[0].mine[0]
+    changed = [x for s, y in AHEAD.items() for x in lines_of("a", s, {"12": y}, gamma=0.9)]
+    outcome = judge(write_study(tmp_path / "w.csv", lines + changed))
+    assert outcome.parts[0].why == "a has not run"
+
+
+def test_a_claim_is_all_of_its_comparisons(judge, tmp_path):
+    """One that fails refutes it, though another has not run; one that is open leaves it open."""
+    others = {"others": '["b", "c"]'}
+    path = study(tmp_path / "x.csv", a=AHEAD, b=BEHIND, c=BEHIND)
+    assert judge(path, **others).verdict == "holds"
+    assert judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND), **others).verdict == "undecided"
+    assert judge(study(tmp_path / "z.csv", a=BEHIND, c=AHEAD), **others).verdict == "does not hold"
+
+
+def test_one_arm_from_zero(judge, tmp_path):
+    """All signs are tried: with three seeds p is no less than a quarter."""
+    path = study(tmp_path / "x.csv", a=AHEAD)
+    outcome = judge(path, others=None, compare='"level"')
+    (part,) = outcome.parts
+    assert outcome.verdict == "holds" and part.found.mean == pytest.approx(5.5)
+    assert 5.0 <= part.found.low <= part.found.high <= 6.0
+    assert part.found.p == pytest.approx(0.25)
+    assert judge(path, others=None, compare='"level"', margin=7).verdict == "does not hold"
+
+
+def test_from_five_seeds_on_the_middle_counts(judge, tmp_path):
+    """Of five the three in the middle."""
+    path = study(tmp_path / "x.csv", a=seeds(5.0, 5.5, 6.0, 6.5, 1000.0), b=BEHIND)
+    (part,) = judge(path).parts
+    assert part.found.mean == pytest.approx(6.0 - 2.5)
+    assert part.found.high > 100  # that seed is in the interval
+
+
+def test_what_means_would_say_is_told(judge, tmp_path):
+    """One of fifteen that fails is not in the middle half, and seldom in that of a resample."""
+    path = study(tmp_path / "x.csv", a=seeds(*[5.0] * 14, -40.0), b=seeds(*[2.0] * 15))
+    outcome = judge(path, seeds=[*range(11, 26)])
+    (part,) = outcome.parts
+    assert outcome.verdict == "holds" and part.found.mean == 3.0
+    assert part.plain.mean == pytest.approx(0.0) and part.by_means.startswith("by means undecided")
+    assert not judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND)).parts[0].by_means
+
+
+def test_ranks_over_worlds(judge, tmp_path):
+    """Two worlds of one cell: b is ahead in one, a in the other and on the whole, where c is last.
+    Methods that have not run take no part."""
+    lines = []
+    for game, own in (("12", {"a": 9.0, "b": 3.0, "c": 1.0}), ("15", {"a": 4.0, "b": 5.0, "c": 1})):
+        for arm, s in itertools.product(own, (11, 12, 13)):
+            lines += lines_of(arm, s, {game: own[arm] + s / 100}, game=game)
+    ranked = {"compare": '"rank"', "worlds": '["small", "large"]', "others": '["b", "c"]'}
+    outcome = judge(write_study(tmp_path / "x.csv", lines), margin=0.5, **ranked)
+    found = {part.other: part for part in outcome.parts}
+    assert found["b"].found.mean == 0 and found["c"].found.mean == 1.5
+    assert found["b"].note == "first in 1 of 2, mean rank 1.50 of 3"
+    assert (found["b"].verdict, found["c"].verdict) == ("does not hold", "holds")
+    assert outcome.verdict == "does not hold"
+    fewer = [x for x in lines if not x[0].startswith("15-c")]
+    outcome = judge(write_study(tmp_path / "y.csv", fewer), margin=0.5, **ranked)
+    found = {part.other: part for part in outcome.parts}
+    assert found["c"].why == "c has not run" and found["b"].note.endswith("of 2")
+
+
+def test_what_would_decide(judge, tmp_path):
+    """An interval three times as wide as its distance needs nine times the seeds."""
+    outcome = judge(study(tmp_path / "x.csv", a=AHEAD, b=BEHIND), margin=2.9)
+    (part,) = outcome.parts
+    half, distance = (part.found.high - part.found.low) / 2, part.found.mean - 2.9
+    assert 3 * (half / distance) ** 2 > 30
+    assert "too near the margin" in claims.what_decides(outcome, [])
+    outcome = judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND), margin=2.5)
+    (part,) = outcome.parts
+    half = (part.found.high - part.found.low) / 2
+    wanted = max(4, int(np.ceil(3 * (half / 0.5) ** 2)))
+    assert f"about {wanted} seeds an arm" in claims.what_decides(outcome, [])
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def test_what_is_printed_and_written(tmp_path):
+    """Statement, criterion, effect, every seed, p, budget, verdict; the same twice, to the byte."""
+    path = study(tmp_path / "x.csv", a=AHEAD, b=BEHIND)
+    found = []
+    for name in ("one", "two"):
+        words = (path, "--criteria", toml(tmp_path / "c.toml"), "--out", tmp_path / name)
+        code, text, stderr = command("claims", *words, "--data", tmp_path)
+        assert code == 0, stderr
+        files = sorted(x for x in (tmp_path / name).rglob("*") if x.is_file())
+        found.append([text, *(x.read_bytes() for x in files)])
+    assert found[0] == found[1]
+    text = found[0][0]
+    page = (tmp_path / "one" / "CLAIMS.md").read_text()
+    assert text == page + "\n"
+    for said in (
+        "| M1 | The first is ahead of the second | holds | hold: 1 | 3 of 3 (paper: 4) | 0.062 % |",
+        "return per agent",
+        "ahead by 1",
+        "5, 5.5, 6 | 2, 2.5, 3 | holds |",
+        "| 0.1 |",
+        "+3 [",
+    ):
+        assert said in page, said
+    assert "What would decide" not in page
+    assert is_png(tmp_path / "one/data/claims.png")
+    lines = rows(tmp_path / "one/data/claims/M1.csv")
+    assert [(x["arm"], x["seed"], float(x["value"])) for x in lines] == [
+        *(("a", str(s), y) for s, y in AHEAD.items()),
+        *(("b", str(s), y) for s, y in BEHIND.items()),
+    ]
+
+
+def test_commands_are_what_is_missing(tmp_path):
+    """Seeds that have run are not named, and runs of these commands count."""
+    path = study(tmp_path / "x.csv", a=seeds(1.0), b=BEHIND)
+    words = (path, "--criteria", toml(tmp_path / "c.toml"), "--data", tmp_path)
+    code, text, _ = command("claims", *words, "--commands", "M1")
+    assert code == 0
+    _, line, pack = text.splitlines()
+    assert line.startswith("for s in 12 13; do python mra_maddpg_particle.py ")
+    assert line.endswith(" --seed $s --total-timesteps 1000 --run-dir runs/small-a-s$s; done")
+    assert pack.endswith("pack docs/data/study_small_claims.csv runs/small-*-s1?")
+    flags = shlex.split(line.split("; ")[1].replace("$s", "12"))[3:]
+    args = runs_module.script_args(runs_module.load_script("mra_maddpg_particle"), flags)
+    assert (args.seed, args.total_timesteps, args.populations) == (12, 1000, ("12",))
+    code, text, _ = command("claims", *words)
+    assert code == 0 and "| M1 | 2 | 0.004 | these runs |" in text  # 2 x .001 million x 2 hours
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"margin": '"wide"'}, "M1 in small: margin: input should be a valid number"),
+        ({"seeds": "[11, 12]"}, "least_seeds exceeds"),
+        ({"seeds": "[11, 11, 12]"}, "there twice"),
+        ({"seeds": "[1, 2, 3]"}, "seeds.0: input should be greater than or equal to 10"),
+        ({"first": '["d"]'}, "[arms] has no d"),
+        ({"others": None}, "level has no others"),
+        ({"compare": '"rank"', "first": '["a", "c"]'}, "one arm that is first"),
+        ({"measure": '"wins"'}, "[measures] has no wins"),
+        ({"measure": '"both"', "margin_of": '"gain"'}, "needs a zero"),
+        ({"worlds": '["tiny"]'}, "[worlds] has no tiny"),
+        ({"worlds": None}, "worlds is missing"),
+        ({"rule": None}, "rule: field required"),
+        ({"wish": '"more"'}, "wish: extra inputs are not permitted"),
+        ({"says": '"First in {place}"'}, "the world has no place"),
+        ({"bar": '{ arms = ["c"], measure = "returns", at_least = 1 }'}, "bar names an arm"),
+        ({"a": '"mra_maddpg_particle.py --task {task} --populations"'}, "populations"),
+        ({"a": '"mra_maddpg_particle.py --polyak 3"'}, "--polyak 3"),
+    ],
+)
+def test_bad_criteria_end_in_a_sentence(tmp_path, changes, sentence):
+    path = study(tmp_path / "x.csv", a=AHEAD, b=BEHIND)
+    if "a" in changes:
+        own = toml(tmp_path / "c.toml").read_text()
+        own = re.sub(r"^a = .*", lambda _: f"a = {changes['a']}", own, flags=re.MULTILINE)
+        (tmp_path / "c.toml").write_text(own)
+    else:
+        toml(tmp_path / "c.toml", **changes)
+    words = (path, "--criteria", tmp_path / "c.toml", "--out", tmp_path / "out")
+    code, _, stderr = command("claims", *words)
+    assert code == 2 and sentence in stderr.lower().replace("m1", "M1"), stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--commands", "M9"], "--commands M9: there are M1."),
+        (["nothing.csv"], "nothing.csv cannot be read"),
+        (["--criteria", "none.toml"], "none.toml cannot be read"),
+    ],
+)
+def test_bad_words_end_in_a_sentence(tmp_path, words, sentence):
+    own = ["--criteria", str(toml(tmp_path / "c.toml"))] if "--criteria" not in words else []
+    code, _, stderr = command("claims", *own, "--data", tmp_path, *words)
+    assert (code, stderr.count("\n")) == (2, 1) and sentence in stderr
+
+
+def test_a_run_that_counts_must_have_what_is_measured(tmp_path):
+    """A seed without it would be left out; a pilot is passed over."""
+    lines = [x for s, y in BEHIND.items() for x in lines_of("b", s, {"12": y})]
+    path = write_study(tmp_path / "x.csv", [*lines, *lines_of("a", 11, {"9": 1.0})])
+    words = ("--criteria", toml(tmp_path / "c.toml"), "--data", tmp_path)
+    code, _, stderr = command("claims", path, *words)
+    assert code == 2 and "has no 12, which M1 measures" in stderr
+    path = write_study(tmp_path / "y.csv", [*lines, *lines_of("a", 1, {"9": 1.0})])
+    assert command("claims", path, *words)[0] == 0
+
+
+def test_tables_of_commands(tmp_path):
+    """Of a CSV and of a page; the last step, other columns, names that end in seeds."""
+    (tmp_path / "x.csv").write_text(
+        "who,seed,step,kind,value\na,11,0,greedy,5\na,11,9,greedy,1\na,11,9,drawn,7\n"
+        "a-s3,s12,9,greedy,2\na,12,9,greedy,4\nb,11,9,greedy,8\n"
+    )
+    (tmp_path / "y.md").write_text("# Title\n\n| who | n |\n| --- | --- |\n| a | 1,5 |\n\nEnd.\n")
+    assert criteria.read_table(tmp_path / "y.md") == [{"who": "a", "n": "1,5"}]
+    measure = criteria.Table(
+        kind="table",
+        files=("x.csv",),
+        value="value",
+        key="who",
+        labels={"a": "a"},
+        seed="seed",
+        where={"kind": "greedy"},
+        last="step",
+        command="experiments/mipi.py matrix-game",
+    )
+    found = criteria.read_column(tmp_path / "x.csv", measure, "a")
+    assert found == {11: [1.0], 12: [2.0, 4.0]}
+
+
+@pytest.mark.long
+def test_the_page_is_what_the_command_prints():
+    code, text, stderr = command("claims")
+    assert code == 0, stderr
+    page = (ROOT / "docs/CLAIMS.md").read_text()
+    assert text == page + "\n", "python experiments/claims.py --out docs writes it anew"
