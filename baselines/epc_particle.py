@@ -649,7 +649,8 @@ class Evolution:
     def begin(self, children: list[list[Source]]) -> None:
         """A stage, with sets of copies of these agents; [] is a set of new ones."""
         for k, sources in enumerate(children):
-            seed = self.args.seed + 2**32 * (self.stage * len(children) + k)
+            number = self.stage * len(children) + k
+            seed = (self.args.seed + 1_000_003 * number) % 2**32  # torch reads 32 bits
             args = dataclasses.replace(self.args, seed=seed)
             collector = Collector(args, self.population, self.device)
             agent = Agent(args, collector.game, self.device)
