@@ -140,6 +140,7 @@ ALIKE = [
 ]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("flags, task, population", ALIKE)
 def test_one_set_and_one_stage_are_maddpg(flags, task, population):
     """The same bits after three updates: networks, moments, worlds, replay, what is evaluated."""
@@ -250,6 +251,7 @@ def test_copies_are_copies(task, old, new):
         assert {x // 100 for x in marks(agent)} == {number}
 
 
+@pytest.mark.numeric
 def test_a_copied_agent_does_what_it_did():
     """Among the same others a child's agent has its parent's policy, values and graph."""
     args = args_of("pacman", "2,2")
@@ -318,6 +320,7 @@ def test_families_of_two_roles():
     assert max(counts.values()) < 150, "100 each"
 
 
+@pytest.mark.numeric
 def test_fitness_by_hand():
     assert epc.fitness(np.array([[3.0], [1.0], [2.0]])).tolist() == [[3, 1, 2]]
     # Pac-Men of set a beside ghosts of set b: [a][b] = (per Pac-Man, per ghost).
@@ -335,6 +338,7 @@ def test_rank_by_hand():
     assert epc.rank(scores).tolist() == [[1, 3, 2, 0], [3, 0, 2, 1]]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("task, population", [("resource", "3"), ("pacman", "2,2")])
 def test_tournament_is_everybody_beside_everybody(task, population):
     """Played again by hand: of each role the agents of each set, all in the same episodes."""
