@@ -97,7 +97,7 @@ from envs.particle.worlds import Game, Observation, ParticleWorld
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """EPC in particle worlds. Defaults are MRA's."""
+    """EPC in particle worlds."""
 
     # Run
     total_timesteps: Positive = 1_000_000  # environment steps of all worlds, of each set
