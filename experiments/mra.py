@@ -50,6 +50,7 @@ from experiments.runs import (
 )
 
 MRA, MADDPG = "mra_maddpg_particle.py", "baselines/maddpg_particle.py"
+EPC = "baselines/epc_particle.py"
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -205,15 +206,15 @@ class Trained(NamedTuple):
 
 def load(run: Run) -> Trained:
     """The agents of a run directory, on the CPU; UsageError if it is not of a particle script."""
-    known = [Path(path).stem for path in (MRA, MADDPG)]
+    known = [Path(path).stem for path in (MRA, MADDPG, EPC)]
     if run.args["script"] not in known:
         wanted = " or ".join(known)
         raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {wanted}.")
     script = load_script(run.args["script"])
     args, agent = script.load_agent(str(run.path))
     populations = getattr(args, "populations", ())
-    if not populations or args.adapt:
-        populations = (args.population,)
+    if own := getattr(args, "population", ""):  # MADDPG's, or what MRA is adapted to
+        populations = (own,)
     return Trained(run.name, run, script, args, agent, populations)
 
 
@@ -478,12 +479,12 @@ class CrossPlay:
 
     Runs whose names differ by -s1, -s2, ... only are seeds of one method. For each pair of methods
     all runs' Pac-Men play against all runs' ghosts, --episodes episodes a pair, the same for all
-    pairs; latents are drawn from p(z|m). Writes OUT.csv (a row per pair of runs) and OUT.md: mean
-    returns per agent over pairs of runs, with the lowest and highest pair, and as in the paper
-    divided by the largest of the table (where all are positive).
+    pairs; latents are drawn from p(z|m), EPC's agents copied or left out. Writes OUT.csv (a row per
+    pair of runs) and OUT.md: mean returns per agent over pairs of runs, with the lowest and highest
+    pair, and as in the paper divided by the largest of the table (where all are positive).
     """
 
-    runs: Runs  # of mra_maddpg_particle.py or baselines/maddpg_particle.py, in pacman
+    runs: Runs  # of mra_maddpg_, baselines/maddpg_ or baselines/epc_particle.py, in pacman
     population: str = "8,4"  # Pac-Men, ghosts
     episodes: Annotated[int, Interval(ge=2)] = 200  # of each pair of runs
     seed: Seed = 1
@@ -536,7 +537,8 @@ def cross_play(study: CrossPlay) -> None:
     for x in trained:
         if x.args.task != "pacman":
             raise UsageError(f"{x.run.where} is a run of {x.args.task}, not of pacman.")
-        if not x.args.share_parameters and x.populations != (study.population,):
+        for_one = not getattr(x.args, "share_parameters", True)  # EPC's fit all
+        if for_one and x.populations != (study.population,):
             only = f"has parameters per agent, for {x.populations[0]} only"
             raise UsageError(f"{x.run.where} {only}.")
     rows = []

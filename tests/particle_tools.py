@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MRA, MADDPG = "mra_maddpg_particle", "baselines.maddpg_particle"
-MAAC = "baselines.maac_particle"
+MAAC, EPC = "baselines.maac_particle", "baselines.epc_particle"
 BOTH = (MRA, MADDPG)
 
 
@@ -39,7 +39,9 @@ def tiny(name: str, run_dir: Path | str, steps: int, *flags: object) -> list[str
     argv += " --eval-episodes 2 --final-episodes 0 --eval-every 0"
     argv += " --save-every 0 --log-every 1000000"
     argv += " --num-updates 1" if name == MAAC else " --inner-steps 1 --key-size 4"
-    own = ("--populations", 3, 5) if name == MRA else ("--population", 3)
+    own = ("--populations", 3, 5) if name in (MRA, EPC) else ("--population", 3)
+    if name == EPC:
+        own += ("--sets", 2, "--tournament-episodes", 2, "--max-episode-steps", 5)
     where = ("--total-timesteps", steps, "--run-dir", run_dir)
     return [str(word) for word in (*argv.split(), *own, *where, *flags)]
 

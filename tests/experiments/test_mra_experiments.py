@@ -12,8 +12,8 @@ from made_up import command, experiment, rows
 from PIL import Image
 
 mra, runs_module = experiment("mra"), experiment("runs")
-script, parent = (
-    runs_module.load_script(name) for name in ("mra_maddpg_particle", "maddpg_particle")
+script, parent, epc = (
+    runs_module.load_script(f"{name}_particle") for name in ("mra_maddpg", "maddpg", "epc")
 )
 TINY = "--num-envs 4 --batch-size 16 --update-every 20 --inner-steps 1 --total-timesteps 240 "
 TINY += "--hidden-size 8 --key-size 4 --final-episodes 4 --eval-episodes 2 --log-every 80 "
@@ -22,7 +22,7 @@ TINY += "--save-every 0 --latent-size 3 --eval-every 120"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs in resource of several and of one population, two in pacman, one of MADDPG."""
+    """Runs in resource of several and of one population, two in pacman, one of MADDPG and EPC."""
     folder = tmp_path_factory.mktemp("runs")
     flags = {
         "several-s1": "--task resource --populations 3 4",
@@ -37,6 +37,9 @@ def runs(tmp_path_factory):
     argv = TINY.replace("--latent-size 3", "--share-parameters").split()
     argv += f"--task pacman --population 3,2 --run-dir {folder / 'parent-s1'}".split()
     assert parent.main(argv) == 0
+    argv = TINY.replace("--latent-size 3", "--sets 2 --tournament-episodes 2").split()
+    argv += f"--task pacman --populations 2,1 3,2 --run-dir {folder / 'epc-s1'}".split()
+    assert epc.main(argv) == 0
     return folder
 
 
@@ -122,6 +125,27 @@ def test_cross_play(runs, tmp_path):
     )
     assert float(row["pac_man"]) == pytest.approx(float(total[:, :3].mean()), rel=1e-5)
     assert float(row["ghost"]) == pytest.approx(float(total[:, 3:].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("population", ["3,2", "2,4"])
+def test_cross_play_of_epc(population, runs, tmp_path):
+    """Its best sets, in a population that it has not met with copies."""
+    names = ("chase-s1", "epc-s1")
+    words = [*(runs / x for x in names), "--population", population, "--episodes", 6]
+    code, text, stderr = command("mra", "cross-play", *words, "--out", tmp_path / "x")
+    assert code == 0 and "| epc | chase |" in text, stderr
+    assert mra.load(runs_module.Run(runs / "epc-s1")).populations == ("2,1", "3,2")
+    world = epc.make_envs(epc.load_agent(str(runs / "epc-s1"))[0], population, 6, 1)
+    ours, theirs = (
+        epc.load_player(str(runs / "epc-s1"), 1),
+        script.load_player(str(runs / names[0]), 2),
+    )
+    returns = mra.play(world, mra.together(ours, theirs)).mean(0)
+    (row,) = (
+        r for r in rows(tmp_path / "x.csv") if (r["pac_men"], r["ghosts"]) == ("epc", "chase")
+    )
+    assert float(row["pac_man"]) == pytest.approx(float(returns[0]), rel=1e-5)
+    assert float(row["ghost"]) == pytest.approx(float(returns[1]), rel=1e-5)
 
 
 def test_cross_play_refuses(runs, tmp_path):

@@ -1,0 +1,965 @@
+"""EPC (Long et al., ICLR 2020): an evolutionary population curriculum, a baseline of MRA (TMLR).
+
+Parallel sets of agents learn by MADDPG in a small population. Then every stage has a larger one:
+sets play a tournament, agents of the best are copied into the next stage's sets and learn on there.
+
+    fitness    of a set's agents of a role: their return, mean over all sets from which the agents
+               of the other roles can be; with one role the set's own return
+    selection  for each role the fittest sets are parents
+    children   for each role a pair of parents, (1,1), (1,2) or (2,2); with several roles so many
+               of all combinations are drawn as there are sets
+    crossover  of N agents of a role ceil(N/2) are copies of one parent's, the rest of the other's
+
+    g_ij     = softmax_j q_i . k_ij,   k_ij = K(o_ij),  o_ij = [p_j - p_i, v_j, ...]       Eq. (1)
+    e_i      = sum_j g_ij V(o_ij),     pi and Q read o_i and e_i
+    L(zeta)  = E (Q(o, a) - y)^2,      y = r + gamma Q'(o', a'),  a' ~ pi'                 Eq. (8)
+    dJ       = E grad log pi(a_i | o_i, g_i) Q(o, a), of theta                             Eq. (9)
+    dJ       = the same, of omega = {theta, phi}, as g_i = phi(o_i)                        Eq. (10)
+
+L(zeta) moves the critic, dJ the actor and, by way of g, phi. Targets Q' and pi' follow. Each set
+has --total-timesteps, in equal shares for all stages. The result: of each role the fittest agents.
+
+    python baselines/epc_particle.py --task resource --populations 6 9 12 15 --preset cpu
+    python baselines/epc_particle.py --task pacman --populations 4,2 6,3 8,4 --preset cpu
+    python baselines/epc_particle.py --adapt runs/RUN --populations 48 --sets 1 --parents 1
+    python baselines/epc_particle.py --resume runs/RUN
+    python baselines/epc_particle.py --eval-only runs/RUN --eval-populations 48
+
+Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
+key, S = N parameter sets, Ds De features of oneself and of others. What the papers leave open:
+docs/baselines_particle.md; the worlds: docs/particle.md. Equations are those of MRA; the parent:
+baselines/maddpg_particle.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import (
+    Above,
+    Amount,
+    Count,
+    Evaluation,
+    Parts,
+    Positive,
+    Run,
+    RunArgs,
+    Share,
+    UsageError,
+    as_flag,
+    call,
+    check,
+    check_finite,
+    descend,
+    leave,
+    load_checkpoint,
+    read_args,
+    restore,
+    saved_args,
+)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from annotated_types import Interval
+from torch import Tensor, nn
+
+from envs.particle.episodes import (
+    EpisodeReturns,
+    Player,
+    RewardScale,
+    play,
+    play_all,
+    population_name,
+    read_population,
+    report_returns,
+    scripted_players,
+    table,
+)
+from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
+from envs.particle.worlds import Game, Observation, ParticleWorld
+
+# --- 2. Args --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(RunArgs):
+    """EPC in particle worlds."""
+
+    # Run
+    total_timesteps: Positive = 1_000_000  # environment steps of all worlds, of each set
+    log_every: Positive = 10_000  # lines of metrics.jsonl
+    eval_every: Count = 100_000  # evaluations on the way
+    eval_episodes: Positive = 100  # in those, per row of their table
+    final_episodes: Count = 1000  # the same at the end and with --eval-only
+    save_every: Count = 200_000  # checkpoints, of which the last two are kept
+    # Environment
+    task: str = "treasure"  # treasure, resource, pacman, signpost or rooms
+    populations: tuple[str, ...] = ("3", "6", "12", "24")  # of stages; in pacman 4,2 6,3 8,4
+    eval_populations: tuple[str, ...] = ()  # unseen ones, zero-shot, in the final evaluation
+    adapt: str = ""  # run directory or checkpoint whose best agents the first stage begins with
+    shaping: bool = True  # treasure, pacman: -.1 x distance to what one wants
+    collision_penalty: Amount = 0.0  # treasure: per agent touched
+    num_envs: Positive = 12  # B, worlds
+    max_episode_steps: Positive = 20  # horizon
+    # Method
+    sets: Positive = 3  # parallel sets of agents, in every stage
+    parents: Positive = 2  # the fittest of them, whose agents are copied into the next stage
+    tournament_episodes: Positive = 200  # of each set, with two roles of each pair of sets
+    actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # of Eq. (9): how
+    target: Literal["polyak", "hard"] = "polyak"  # how target networks follow
+    polyak: Share = 0.01  # their step, with --target polyak
+    inner_steps: Positive = 1  # K, minibatches per update
+    hidden_size: Positive = 64  # H
+    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # of V in e_i; the paper prints 1
+    own_beside: bool = True  # the actor reads o_s beside e_i
+    key_size: Positive = 16  # of queries and keys
+    head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
+    plain: bool = False  # networks of pairs as written below, not their fast exact form
+    compile: bool = False  # compile that form (once, some 20 s) and, on a GPU, worlds
+    # Base algorithm
+    learning_rate: Amount = 3e-4  # Adam
+    phi_learning_rate: Amount = 3e-4  # phi's
+    gamma: Share = 0.95  # discount
+    batch_size: Positive = 1024  # M, transitions of a minibatch
+    buffer_size: Positive = 1_000_000  # transitions of a replay
+    update_every: Positive = 100  # environment steps between updates
+    entropy_coef: Amount = 1 / 30  # of targets and actor
+    scale_rewards: bool = True  # divide by their running standard deviation
+    max_grad_norm: Above = 10.0  # of each loss's networks together
+
+
+PRESETS = {
+    "paper": {},
+    "cpu": {
+        "num_envs": 64,
+        "learning_rate": 1e-3,
+        "batch_size": 512,
+        "update_every": 256,
+        "target": "polyak",
+        "polyak": 0.02,
+        "inner_steps": 4,
+        "compile": True,
+    },
+}
+LINE = ("stage", "return", "critic_loss", "entropy", "sps")  # on standard output, if no terminal
+RESUMABLE = ("eval_populations", "plain", "compile")
+# What agents that are copied have in common with the run that they are copied from, by --adapt.
+FIXED = ("task", "hidden_size", "value_layers", "own_beside", "key_size")
+
+
+def validate(args: Args) -> list[tuple[Any, str]]:
+    """Combinations that cannot be meant."""
+    names = args.populations
+    length = args.total_timesteps // max(len(names), 1)  # of a stage
+    return [
+        (not names, "--populations is empty"),
+        (len(set(names)) < len(names), "--populations has one twice"),
+        (args.parents > args.sets, "--parents exceeds --sets"),
+        (length < args.num_envs, "--total-timesteps: some stage has no step of its --num-envs"),
+        (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
+        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
+    ]
+
+
+# --- 3. Worlds ------------------------------------------------------------------------------------
+
+
+# [shared: make_envs] begin
+def make_envs(args: Args, population: str, num_envs: int, seed: int) -> ParticleWorld:
+    """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    try:
+        return ParticleWorld(
+            args.task,
+            read_population(population),
+            num_envs,
+            device="cuda" if cuda else "cpu",
+            seed=seed,
+            compiled=args.compile and cuda,  # on a CPU updates take the time
+            horizon=args.max_episode_steps,
+            shaping=args.shaping,
+            collision_penalty=args.collision_penalty,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+# [shared: make_envs] end
+
+# --- 4. Networks ----------------------------------------------------------------------------------
+
+NUM_ACTIONS = 5  # A
+RELU = math.sqrt(2)  # gain of layers before a ReLU
+
+
+class View(NamedTuple):
+    """What M x N agents observe."""
+
+    own: Tensor  # (M, N, Ds) o_s
+    others: Tensor  # (M, N, De) of each agent j; o_ij is that with p_j - p_i in the place of p_j
+    alive: Tensor  # (M, N) bool
+    mask: Tensor  # (M, N, N) bool: i sees j
+    counts: tuple[int, ...]  # agents of each parameter set, in order
+
+
+# [shared: layers] begin
+def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """(S, ...) of parameter sets -> (N, ...) of agents."""
+    return x.repeat_interleave(torch.tensor(counts, device=x.device), 0)
+
+
+class Linear(nn.Module):
+    """A linear layer per parameter set."""
+
+    def __init__(self, sets: int, inputs: int, outputs: int, gain: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(sets, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(sets, outputs))
+        for weight in self.weight:
+            nn.init.xavier_uniform_(weight, gain)
+
+    def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:  # (M, N, I) -> (M, N, O)
+        return grouped_linear(x, self.weight, self.bias, counts)
+
+
+class MLP(nn.Module):
+    """Two layers per parameter set."""
+
+    def __init__(self, sets: int, inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        self.first = Linear(sets, inputs, hidden, gain=RELU)
+        self.last = Linear(sets, hidden, outputs)
+
+    def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
+        hidden = F.relu(self.first(x, counts))
+        return self.last(hidden, counts)
+
+
+def mean_entity(others: Tensor, g: Tensor) -> Tensor:
+    """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
+    position = others[..., :2] * g.sum(-1, keepdim=True)
+    mean = g @ others
+    return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
+
+
+# [shared: layers] end
+
+
+class Pairs:
+    """Networks of o_ij = [p_j - p_i, v_j, ...] after a first layer that they share: keys, values.
+
+    As the paper has them, with M N^2 H numbers. By default FastPairs, which is equal, does without.
+    """
+
+    def __init__(self, others: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]):
+        """others (M, N, De), weight (S, De, H), bias (S, H)."""
+        N = others.shape[1]
+        relative = others[:, None, :, :2] - others[:, :, None, :2]
+        rest = others[:, None, :, 2:].expand(-1, N, -1, -1)
+        o = torch.cat((relative, rest), -1)  # o_ij (M, N, N, De)
+        hidden = torch.einsum("mijd,idh->mijh", o, per_agent(weight, counts))
+        hidden = hidden + per_agent(bias, counts)[:, None]
+        self.hidden, self.counts = F.relu(hidden), counts  # (M, N, N, H)
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
+        key = per_agent(key, self.counts)
+        keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
+        return torch.einsum("mik,mijk->mij", query, keys)
+
+    def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
+        weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
+        values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
+        return torch.einsum("mij,mijo->mio", g, values)
+
+
+class RelationGraph(nn.Module):
+    """phi: whom an agent attends to."""
+
+    def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
+        super().__init__()
+        H, K = args.hidden_size, args.key_size
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
+        self.key_size = K
+        self.own = Linear(sets, own_size, H, gain=RELU)
+        self.query = Linear(sets, H, K, gain=args.head_gain)
+        self.entity = Linear(sets, entity_size, H, gain=RELU)
+        self.key = Linear(sets, H, K, gain=args.head_gain)  # its bias would cancel in the softmax
+
+    def forward(self, view: View) -> Tensor:
+        """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
+        hidden = F.relu(self.own(view.own, view.counts))
+        query = self.query(hidden, view.counts)  # (M, N, K)
+        entity = self.entity
+        pairs = self.pairs(view.others, entity.weight, entity.bias, view.counts)
+        scores = pairs.scores(query, self.key.weight)
+        # Eq. (1)
+        scores = scores / math.sqrt(self.key_size)
+        scores = scores.masked_fill(~view.mask, -1e9)
+        return scores.softmax(-1) * view.mask
+
+
+class GraphNet(nn.Module):
+    """Actor (theta) or critic (zeta): layers above o_s and e_i = sum_j g_ij V(o_ij), which is 0
+    without others."""
+
+    def __init__(
+        self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
+    ):
+        super().__init__()
+        H = args.hidden_size
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
+        self.own_size = own_size
+        self.own = MLP(sets, own_size, H, H)
+        self.linear = args.value_layers == 1
+        self.entity = None if self.linear else Linear(sets, entity_size, H, gain=RELU)
+        self.value = Linear(sets, entity_size if self.linear else H, H)
+        self.out = Linear(sets, H, outputs, gain)
+
+    def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
+        """Outputs (M, N, .) for graphs g (M, N, N); a critic reads the others' actions (M, N)."""
+        others = view.others
+        if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
+            actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
+            others = torch.cat((others, actions), -1)
+        x = self.own(view.own[..., : self.own_size], view.counts)
+        if self.linear:  # V of a sum is the sum of V
+            e = self.value(mean_entity(others, g), view.counts)
+        else:
+            pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
+            e = pairs.sums(g, self.value.weight, self.value.bias)
+        e = e * view.mask.any(-1, keepdim=True)
+        return self.out(F.relu(x + e), view.counts)
+
+
+# [shared: sample] begin
+def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
+    """Gumbel noise of the shape of a tensor."""
+    noise = torch.empty(like.shape).exponential_(generator=rng)
+    return -noise.log().to(like.device)
+
+
+def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
+    """Actions (...) from log-probabilities (..., A): the largest after adding Gumbel noise."""
+    return (log_probs + gumbel(log_probs, rng)).argmax(-1)
+
+
+# [shared: sample] end
+
+
+class Agent(Parts):
+    """The networks and their optimisers."""
+
+    def __init__(self, args: Args, game: Game, device: torch.device):
+        self.args, self.game, self.device = args, game, device
+        own, entity, N = game.own_features, game.entity_features, game.num_agents
+        torch.manual_seed(args.seed)
+        self.attention = RelationGraph(N, own, entity, args).to(device)
+        net = functools.partial(GraphNet, N, args=args)
+        # Small first logits: all actions are tried.
+        beside = own if args.own_beside else 0
+        actor = net(beside, entity, NUM_ACTIONS, gain=0.1)
+        self.actor = actor.to(device)
+        # A critic reads the others' actions, too.
+        critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0)
+        self.critic = critic.to(device)
+        self.target_actor = copy.deepcopy(self.actor)
+        self.target_critic = copy.deepcopy(self.critic)
+        adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+        attention = {"params": self.attention.parameters(), "lr": args.phi_learning_rate}
+        actor = {"params": self.actor.parameters()}
+        self.actor_optimiser = adam([actor, attention])
+        self.critic_optimiser = adam(self.critic.parameters())
+
+    def view(self, game: Game, obs: Observation) -> View:
+        """An observation as networks read it."""
+        return View(
+            own=obs.own.contiguous(),
+            others=obs.others.contiguous(),
+            alive=obs.alive.contiguous(),
+            mask=obs.mask(),
+            counts=(1,) * game.num_agents,
+        )
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Target networks take a step, or jump, towards the others."""
+        step = self.args.polyak if self.args.target == "polyak" else 1.0
+        pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
+        for target, net in pairs:
+            torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), step)
+
+
+# --- 5. The paper ---------------------------------------------------------------------------------
+
+NETWORKS = ("attention", "actor", "critic", "target_actor", "target_critic")
+Source = tuple[Agent, int]  # whose copy an agent is: set, number in it
+Family = tuple[tuple[int, int], ...]  # of a child: for each role the numbers of its two parents
+
+
+def team(args: Args, agents: list[Agent], choice: Sequence[int]) -> Agent:
+    """A set whose agents of role r are copies of those of agents[choice[r]]."""
+    game = agents[0].game
+    sources = [(agents[choice[role]], i) for i, role in enumerate(game.types)]
+    return copy_agents(sources, Agent(args, game, agents[0].device))
+
+
+def tournament(args: Args, agents: list[Agent], stage: int) -> np.ndarray:
+    """Fitness of sets (roles, sets): everybody's agents of one role beside everybody's of the other
+    roles, in the same episodes."""
+    game, episodes = agents[0].game, args.tournament_episodes
+    roles, sets = len(game.population), len(agents)
+    rng = np.random.default_rng((args.seed, stage, 2))
+    world_seed, player_seed = rng.integers(2**31, size=2).tolist()
+    worlds = make_envs(args, population_name(game), episodes, world_seed)
+    returns = np.zeros((sets,) * roles + (roles,))
+    with contextlib.closing(Evaluation(args, "tournament", stage, Path())) as evaluation:
+        evaluation.expect(episodes * sets**roles)
+        for choice in itertools.product(range(sets), repeat=roles):
+            worlds.seed(world_seed)
+            player = net_player(team(args, agents, choice), player_seed)
+            returns[choice] = play(worlds, player, progress=evaluation.progress).mean(0)
+    return fitness(returns)
+
+
+def fitness(returns: np.ndarray) -> np.ndarray:
+    """Means over opponents (roles, sets) of returns (sets, ..., sets, roles): an axis per role, of
+    the set that its agents are from."""
+    means = []
+    for role in range(returns.shape[-1]):
+        own = np.moveaxis(returns[..., role], role, 0)  # (sets, ...)
+        means.append(own.reshape(len(own), -1).mean(1))
+    return np.stack(means)
+
+
+def rank(scores: np.ndarray) -> np.ndarray:
+    """For each role the sets, the fittest first (roles, sets)."""
+    return np.argsort(-scores, axis=1, kind="stable")
+
+
+def draw(number: int, have: int, rng: np.random.Generator) -> list[int]:
+    """So many of range(have) at random, in order; none again before all have been drawn."""
+    rounds = [rng.permutation(have) for _ in range(number // have + 1)]
+    return sorted(np.concatenate(rounds)[:number].tolist())
+
+
+def families(parents: np.ndarray, children: int, rng: np.random.Generator) -> list[Family]:
+    """So many of all combinations of pairs of parents (roles, parents), a pair for each role."""
+    pairs = [itertools.combinations_with_replacement(best.tolist(), 2) for best in parents]
+    every = list(itertools.product(*pairs))
+    return [every[i] for i in draw(children, len(every), rng)]
+
+
+def crossover(
+    parents: list[tuple[Agent, ...]], population: tuple[int, ...], rng: np.random.Generator
+) -> list[Source]:
+    """Whose copies the agents of a child are: of each role so many of each parent, one more of the
+    first if that does not come out even."""
+    sources = []
+    for role, given in enumerate(parents):
+        shares = np.array_split(range(population[role]), len(given))
+        for parent, share in zip(given, shares):
+            old = parent.game.population
+            chosen = draw(len(share), old[role], rng)
+            sources += [(parent, sum(old[:role]) + i) for i in chosen]
+    return sources
+
+
+@torch.no_grad()
+def copy_agents(sources: list[Source], into: Agent) -> Agent:
+    """Give each agent of a set the networks of another one, and return the set."""
+    for i, (parent, j) in enumerate(sources):
+        for name in NETWORKS:
+            theirs = getattr(parent, name).parameters()
+            for own, other in zip(getattr(into, name).parameters(), theirs):
+                own[i] = other[j]
+    return into
+
+
+def resized(args: Args, agent: Agent, game: Game) -> Agent:
+    """A set's agents in another population: copies of some, or of all and of some twice."""
+    parents = [(agent,)] * len(game.population)
+    sources = crossover(parents, game.population, np.random.default_rng(args.seed))
+    return copy_agents(sources, Agent(args, game, agent.device))
+
+
+# --- 6. Data --------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """A minibatch."""
+
+    view: View  # o
+    next_view: View  # o', at the end of the step
+    actions: Tensor  # (M, N) int64
+    rewards: Tensor  # (M, N) float32, divided by their running deviation
+    terminated: Tensor  # (M,) bool
+
+
+class ReplayBuffer:
+    """Transitions of one population, and how large its rewards are.
+
+    It keeps states of worlds; observations, graphs and all that follows are made again."""
+
+    def __init__(self, args: Args, worlds: ParticleWorld, device: torch.device):
+        self.args, self.worlds, self.device = args, worlds, device
+        self.game, self.steps = worlds.game, 0  # environment steps
+        size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
+        self.reward_scale = RewardScale(worlds)
+        self.rows = {
+            "state": torch.empty(size, S, device=device),
+            "final_state": torch.empty(size, S, device=device),  # at the end of the step
+            "actions": torch.empty(size, N, dtype=torch.int8, device=device),
+            "rewards": torch.empty(size, N, device=device),  # raw
+            "terminated": torch.empty(size, dtype=torch.bool, device=device),
+        }
+
+    @property
+    def size(self) -> int:
+        return min(self.steps, self.args.buffer_size)
+
+    def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
+        """Store a step of all worlds; alive (B, N)."""
+        end = self.steps + len(alive)
+        place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
+        for name, x in row.items():
+            self.rows[name][place] = x.to(self.rows[name].dtype)
+        self.reward_scale.add(row["rewards"], alive)
+        self.steps = end
+
+    def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
+        """size transitions of the replay, with replacement."""
+        index = torch.randint(0, self.size, (size,), generator=rng)
+        index = index.to(self.device)
+        row = {name: x[index] for name, x in self.rows.items()}
+        obs = self.worlds.observe(row["state"])
+        next_obs = self.worlds.observe(row["final_state"])
+        rewards = row["rewards"]
+        if self.args.scale_rewards:
+            # paper is silent: no mean is taken off, games that end early would change
+            rewards = rewards / self.reward_scale.deviation()
+        return Batch(
+            view=agent.view(self.game, obs),
+            next_view=agent.view(self.game, next_obs),
+            actions=row["actions"].long(),
+            rewards=rewards,
+            terminated=row["terminated"],
+        )
+
+    def filled(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the rows."""
+        return {name: x[: self.size] for name, x in self.rows.items()}
+
+    def refill(self, rows: dict[str, Tensor]) -> None:
+        """Put back what filled() gave."""
+        for name, x in rows.items():
+            self.rows[name][: len(x)] = x
+
+
+class Collector:
+    """The worlds of one population, the episodes that run in them, and the replay they fill."""
+
+    def __init__(self, args: Args, population: str, device: torch.device):
+        self.name, self.device = population, device
+        self.worlds = make_envs(args, population, args.num_envs, args.seed)
+        self.game = self.worlds.game
+        self.buffer = ReplayBuffer(args, self.worlds, device)
+        self.returns = EpisodeReturns(self.worlds)
+        self.worlds.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the replay's rows."""
+        return {
+            "worlds": self.worlds.state_dict(),
+            "steps": self.buffer.steps,
+            "rewards": self.buffer.reward_scale.sums,
+            **self.returns.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on where state_dict() was taken."""
+        self.worlds.load_state_dict(saved["worlds"])
+        self.buffer.steps = saved["steps"]
+        self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
+        self.returns.load_state_dict(saved)
+
+
+class ParallelSet(NamedTuple):
+    """One of the sets of a stage: agents, and worlds, replay and randomness of their own."""
+
+    agent: Agent
+    collector: Collector
+    rng: torch.Generator
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside agents and replay."""
+        return {"rng": self.rng, "collector": self.collector}
+
+
+class Evolution:
+    """The parallel sets, the best one of each stage that is over, and when stages are over."""
+
+    def __init__(self, args: Args, device: torch.device, saved: dict[str, Any]):
+        """saved: what a checkpoint has of parts(), or nothing; restore() reads the rest of it."""
+        self.args, self.device = args, device
+        total, stages = args.total_timesteps, len(args.populations)
+        equal = [total * s // stages for s in range(1, stages)]
+        self.ends = saved.get("ends", equal)  # in steps of each set; the last stage ends the run
+        self.finished = saved.get("finished", 0)  # stages
+        self.best: dict[str, Agent] = {}  # by population
+        for name in args.populations[: self.finished]:
+            game = make_envs(args, name, num_envs=1, seed=args.seed).game
+            self.best[name] = Agent(args, game, device)
+        self.sets: dict[str, ParallelSet] = {}  # these two are filled anew in each stage
+        self.replays: dict[str, ReplayBuffer] = {}
+        self.begin([[]] * args.sets)
+
+    @property
+    def stage(self) -> int:
+        return min(self.finished, len(self.ends))
+
+    @property
+    def population(self) -> str:
+        return self.args.populations[self.stage]
+
+    @property
+    def agents(self) -> list[Agent]:
+        return [each.agent for each in self.sets.values()]
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint keeps as "agent"."""
+        sets = {k: each.agent for k, each in self.sets.items()}
+        return {"sets": sets, "best": self.best, "ends": self.ends, "finished": self.finished}
+
+    def begin(self, children: list[list[Source]]) -> None:
+        """A stage, with sets of copies of these agents; [] is a set of new ones."""
+        for k, sources in enumerate(children):
+            number = self.stage * len(children) + k
+            seed = (self.args.seed + 1_000_003 * number) % 2**32  # torch reads 32 bits
+            args = dataclasses.replace(self.args, seed=seed)
+            collector = Collector(args, self.population, self.device)
+            agent = Agent(args, collector.game, self.device)
+            if sources:
+                copy_agents(sources, agent)
+            rng = torch.Generator().manual_seed(seed)
+            self.sets[str(k)] = ParallelSet(agent, collector, rng)
+            self.replays[str(k)] = collector.buffer
+
+    def is_over(self, timesteps: int) -> bool:
+        """Whether the stage is, after so many steps of each set."""
+        return timesteps >= [*self.ends, self.args.total_timesteps][self.stage]
+
+    def reopen(self) -> None:
+        """The last stage goes on after its tournament, as the run is to be longer."""
+        self.best.pop(self.population, None)
+        self.finished = self.stage
+
+    def results(self) -> dict[str, Agent]:
+        """The best set of each stage by its population; of one that goes on by a tournament."""
+        best, name = dict(self.best), self.population
+        if name not in best:
+            scores = tournament(self.args, self.agents, self.stage)
+            best[name] = team(self.args, self.agents, rank(scores)[:, 0])
+        return best
+
+    def select(self, scores: np.ndarray) -> str:
+        """The end of a stage, by fitness (roles, sets): its best set is kept, and unless it was the
+        last one the next begins with children. Returns in words what happened."""
+        args, agents, stage = self.args, self.agents, self.stage
+        ranks = rank(scores)
+        order = "; ".join(" ".join(map(str, sets)) for sets in ranks)
+        text = f"population {self.population}: sets, the fittest first: {order}"
+        self.best[self.population] = team(args, agents, ranks[:, 0])
+        self.finished = stage + 1
+        if self.stage > stage:
+            rng = np.random.default_rng((args.seed, stage, 3))
+            population = read_population(self.population)
+            children, chosen = [], families(ranks[:, : args.parents], args.sets, rng)
+            for family in chosen:
+                parents = [(agents[one], agents[other]) for one, other in family]
+                children.append(crossover(parents, population, rng))
+            self.begin(children)
+            names = [" ".join(f"{a}x{b}" for a, b in family) for family in chosen]
+            text += f"; population {self.population}: children {', '.join(names)}"
+        return text
+
+
+def adapt(args: Args, evolution: Evolution) -> None:
+    """All sets begin as copies of another run's best agents; UsageError if they do not fit."""
+    theirs, agent = load_agent(args.adapt)
+    for name in FIXED:
+        value = getattr(theirs, name)
+        wrong = getattr(args, name) != value
+        check([(wrong, f"{as_flag(name)} is {value} in {args.adapt} and stays so")])
+    game = evolution.agents[0].game
+    same = resized(args, agent, game)
+    evolution.begin([[(same, i) for i in range(game.num_agents)]] * args.sets)
+
+
+@torch.no_grad()
+def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
+    """One step in all worlds."""
+    worlds = collector.worlds
+    state = worlds.state
+    view = agent.view(collector.game, worlds.obs)
+    logits = agent.actor(view, agent.attention(view))
+    actions = sample(logits.log_softmax(-1), rng)  # (B, N)
+    step = worlds.step(actions)
+    row = {"state": state, "final_state": step.final_state, "actions": actions}
+    row |= {"rewards": step.reward, "terminated": step.terminated}
+    collector.buffer.add(row, view.alive)
+    collector.returns.add(step)
+
+
+# --- 7. Update ------------------------------------------------------------------------------------
+
+
+# [shared: losses] begin
+def mean(x: Tensor, alive: Tensor) -> Tensor:
+    """Of (..., N) over the living."""
+    return (x * alive).sum() / alive.sum().clamp(min=1)
+
+
+def pick(x: Tensor, actions: Tensor) -> Tensor:  # (M, N, A), (M, N) -> (M, N)
+    return x.gather(-1, actions[..., None])[..., 0]
+
+
+def critic_loss(
+    args: Args,
+    agent: Agent,
+    batch: Batch,
+    g: Tensor,
+    next_g: Tensor,
+    rng: torch.Generator,
+) -> Tensor:
+    """Eq. (8), with the entropy of a' in the target as in the authors' code; g, next_g (M, N, N)
+    of o and o'."""
+    next_view = batch.next_view
+    with torch.no_grad():
+        log_probs = agent.target_actor(next_view, next_g).log_softmax(-1)
+        actions = sample(log_probs, rng)  # paper and code differ: at o', not at o
+        next_q = pick(agent.target_critic(next_view, next_g, actions), actions)
+        next_q = next_q - args.entropy_coef * pick(log_probs, actions)
+        goes_on = next_view.alive * ~batch.terminated[:, None]
+        target = batch.rewards + args.gamma * next_q * goes_on
+    # Eq. (8)
+    q = agent.critic(batch.view, g, batch.actions)
+    q = pick(q, batch.actions)
+    return mean((q - target).square(), batch.view.alive)
+
+
+def actor_loss(
+    args: Args,
+    actor: Callable[..., Tensor],
+    critic: Callable[..., Tensor],
+    batch: Batch,
+    g: Tensor,
+    rng: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Eq. (9), or (10) if g (M, N, N) can be differentiated; and the policy's entropy."""
+    log_probs = actor(batch.view, g).log_softmax(-1)  # (M, N, A)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    if args.actor_gradient == "gumbel":  # as Lowe et al.: the others' actions are the replay's
+        others = batch.actions
+        soft = (log_probs + gumbel(log_probs, rng)).softmax(-1)
+        hard = F.one_hot(soft.argmax(-1), NUM_ACTIONS)
+        probs = hard + soft - soft.detach()  # straight through
+    else:  # the exact expectation over one's own actions
+        others = sample(log_probs, rng)
+        probs = log_probs.exp()
+    with torch.no_grad():
+        q = critic(batch.view, g, others)  # (M, N, A), of all own actions
+    # Eq. (9)
+    objective = (probs * q).sum(-1) + args.entropy_coef * entropy
+    return -mean(objective, batch.view.alive), mean(entropy, batch.view.alive)
+
+
+# [shared: losses] end
+
+
+def update(
+    args: Args, agent: Agent, collector: Collector, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """K steps of critic and actor, then of the target networks. Returns scalars; RunError if one
+    of them or a reward is not finite."""
+    scalars = collections.defaultdict(list)
+    policy = nn.ModuleList((agent.actor, agent.attention))
+    limit, buffer = args.max_grad_norm, collector.buffer
+    for _ in range(args.inner_steps):
+        batch = buffer.sample(agent, rng, args.batch_size)
+        g = agent.attention(batch.view)
+        with torch.no_grad():
+            next_g = agent.attention(batch.next_view)
+        loss = critic_loss(args, agent, batch, g.detach(), next_g, rng)
+        scalars["critic_loss"].append(loss.detach())
+        norm = descend(loss, agent.critic, agent.critic_optimiser, limit)
+        scalars["critic_grad_norm"].append(norm)
+        loss, entropy = actor_loss(args, agent.actor, agent.critic, batch, g, rng)
+        scalars["actor_loss"].append(loss.detach())
+        scalars["entropy"].append(entropy.detach())
+        norm = descend(loss, policy, agent.actor_optimiser, limit)
+        scalars["actor_grad_norm"].append(norm)
+    agent.follow()
+    means = {name: torch.stack(x).mean() for name, x in scalars.items()}
+    check_finite(rewards=buffer.reward_scale.sums, **means)
+    return means
+
+
+# --- 8. Evaluate ----------------------------------------------------------------------------------
+
+
+def net_player(agent: Agent, seed: int) -> Player:
+    """Our agents as a player for envs.particle.episodes: sampled actions."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def act(worlds: ParticleWorld) -> Tensor:  # (B, N)
+        view = agent.view(worlds.game, worlds.obs)
+        logits = agent.actor(view, agent.attention(view))
+        return sample(logits.log_softmax(-1), rng)
+
+    return act
+
+
+def evaluate(
+    args: Args, evolution: Evolution, evaluation: Evaluation
+) -> dict[str, dict[str, float]]:
+    """Episodes without learning, on the way of the sets in their population. At the end of each
+    stage's best set in its own, of the last one in all others, whose agents are copied or left out,
+    and of scripted players in the same worlds."""
+    world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
+    if not evaluation.final:
+        worlds = make_envs(args, evolution.population, evaluation.episodes, world_seed)
+        players = {f"set={k}": net_player(x, player_seed) for k, x in enumerate(evolution.agents)}
+        return play_all(evaluation, worlds, players, world_seed, filmed=players)
+    best, results = evolution.results(), {}
+    last = best[evolution.population]
+    for name in dict.fromkeys((*best, *args.eval_populations)):
+        worlds = make_envs(args, name, evaluation.episodes, world_seed)
+        moved = net_player(resized(args, last, worlds.game), player_seed)
+        players = {"": net_player(best[name], player_seed) if name in best else moved}
+        if best.get(name, last) is not last:
+            players["last stage"] = moved
+        players |= scripted_players(args.task, scripted_seed)
+        results |= play_all(evaluation, worlds, players, world_seed)
+    return results
+
+
+def load_agent(path: str) -> tuple[Args, Agent]:
+    """Arguments and the last stage's best set of a run or checkpoint, on the CPU; UsageError if it
+    is of another script."""
+    args = saved_args(path, Args)
+    args = dataclasses.replace(args, device="cpu", compile=False, num_envs=1, buffer_size=1)
+    saved, _ = load_checkpoint(path)
+    evolution = Evolution(args, torch.device("cpu"), saved["agent"])
+    restore(evolution, saved["agent"], path)
+    return args, evolution.results()[evolution.population]
+
+
+def load_player(path: str, seed: int = 1) -> Player:
+    """The best agents of a run or checkpoint as a player for envs.particle.episodes, in all
+    populations: they are copied or left out."""
+    args, agent = load_agent(path)
+
+    @functools.cache
+    def player(game: Game) -> Player:
+        return net_player(resized(args, agent, game), seed)
+
+    return lambda worlds: player(worlds.game)(worlds)
+
+
+# --- 9. Train -------------------------------------------------------------------------------------
+
+
+def report(evolution: Evolution, scores: np.ndarray | None) -> dict[str, float]:
+    """The stage, returns of the episodes that ended since the last report, of each set and their
+    means, and where a stage is over fitness (roles, sets)."""
+    scalars, found = {"stage": evolution.stage + 1.0}, collections.defaultdict(list)
+    for k, each in evolution.sets.items():
+        for name, x in report_returns([each.collector.returns]).items():
+            scalars[f"{name}/set={k}"] = x
+            found[name].append(x)
+    scalars |= {name: sum(x) / len(x) for name, x in found.items()}
+    for role, row in enumerate([] if scores is None else scores.tolist()):
+        name = f"fitness/{evolution.population}/{role}"
+        scalars |= {f"{name}/set={k}": x for k, x in enumerate(row)}
+    return scalars
+
+
+def train(args: Args) -> int:
+    """The run, or with --eval-only its evaluation; returns the exit code."""
+    keep_freed_memory()
+    with Run(args, table, LINE) as run:
+        for name in (*args.populations, *args.eval_populations):
+            make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
+        evolution = Evolution(args, run.device, run.saved.get("agent", {}))
+        begins = max(evolution.ends, default=0)  # of the last stage, which may be made longer
+        early = args.resume and args.total_timesteps <= begins
+        check([(early, f"--total-timesteps: the last stage of {args.resume} begins at {begins}")])
+        run.restore(agent=evolution)
+        run.judge = functools.partial(evaluate, args, evolution)
+        if args.eval_only:
+            return run.evaluate_only()
+        if args.adapt and not args.resume:
+            adapt(args, evolution)
+        all_sets = args.sets * args.total_timesteps
+        run.begin(
+            args.task,
+            parts={"agent": evolution},
+            own={"sets": evolution.sets},
+            replays=evolution.replays,
+            stage_ends=[*evolution.ends, args.total_timesteps],
+            all_sets_timesteps=all_sets,
+        )
+        run.say(f"{args.sets} sets, {args.total_timesteps} steps each, {all_sets} in all")
+        if run.timesteps < args.total_timesteps:
+            evolution.reopen()
+        while run.goes_on():
+            for each in evolution.sets.values():
+                collect(each.agent, each.collector, each.rng)
+                run.lap("collect_s")
+                buffer = each.collector.buffer
+                is_due = buffer.steps % args.update_every < args.num_envs  # a multiple was passed
+                if is_due and buffer.size >= args.batch_size:
+                    run.note(update(args, each.agent, each.collector, each.rng))
+                run.lap("learn_s")
+            run.advance(args.num_envs)
+            scores = None
+            if evolution.is_over(run.timesteps):
+                scores = tournament(args, evolution.agents, evolution.stage)
+            if scores is not None or run.is_due(args.log_every):
+                steps = {"all_sets_timesteps": args.sets * run.timesteps}
+                run.log(report(evolution, scores) | steps)
+            if scores is not None:
+                run.say(evolution.select(scores))
+            if run.is_due(args.save_every):
+                run.save()
+            if run.is_due(args.eval_every):
+                run.evaluate("eval")
+        return run.finish()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    return call(
+        lambda: train(read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS))
+    )
+
+
+if __name__ == "__main__":
+    leave(main())
