@@ -571,6 +571,11 @@ class Agent(Parts):
 # --- 5. The paper ---------------------------------------------------------------------------------
 
 
+def latent_generator(seed: int) -> torch.Generator:
+    """Another stream than that of the seed itself; torch reads 32 bits of a seed."""
+    return torch.Generator().manual_seed((seed + 2**31) % 2**32)
+
+
 def draw_latents(agent: Agent, game: Game, num_worlds: int, rng: torch.Generator) -> Tensor:
     """z ~ p_psi(z|m) for each agent (B, N)."""
     log_p = agent.log_prior(game).detach()  # (N, Z)
@@ -946,7 +951,7 @@ def net_player(agent: Agent, z: Tensor | None, seed: int, uniform: bool = False)
     all worlds, (N,); None: drawn from p(z|m) where an episode begins. uniform: with a graph that
     knows nothing."""
     rng = torch.Generator().manual_seed(seed)
-    latent_rng = torch.Generator().manual_seed(seed + 2**32)
+    latent_rng = latent_generator(seed)
     drawn = weakref.WeakKeyDictionary()  # of worlds that it plays in: (B, N)
 
     def latents(worlds: ParticleWorld) -> Tensor:
@@ -1065,7 +1070,7 @@ def train(args: Args) -> int:
         collectors = [Collector(args, name, run.device) for name in names]
         agent = Agent(args, collectors[0].game, run.device)
         rng = torch.Generator().manual_seed(args.seed)
-        latent_rng = torch.Generator().manual_seed(args.seed + 2**32)
+        latent_rng = latent_generator(args.seed)
         by_name = {collector.name: collector for collector in collectors}
         own = {"rng": rng, "latent_rng": latent_rng, "collectors": by_name}
         run.restore(agent=agent)

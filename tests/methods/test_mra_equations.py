@@ -1175,6 +1175,14 @@ def test_without_own_features_the_actor_reads_e_alone():
     assert (critic(view, g, actions) != critic(other, g, actions)).any(), "the critic reads it"
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2**31 + 5, 2**32 - 1])
+def test_latents_are_not_drawn_from_the_noise_of_actions(seed):
+    """With seed + 2**32 they once were: torch leaves out all but 32 bits."""
+    rng = torch.Generator().manual_seed(seed)
+    noise, latents = (mra.gumbel(torch.zeros(64), x) for x in (rng, mra.latent_generator(seed)))
+    assert not (noise == latents).any()
+
+
 def test_told_latents_are_the_populations_numbers():
     """Of an unseen population that of the next larger one; it does not depend on psi."""
     s = setting("rooms", "3,3", "6,3", "9,3", flags="--latent-prior told")
