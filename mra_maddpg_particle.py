@@ -416,7 +416,8 @@ class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z.
 
-    own_size, told: how many numbers of o_s and, beside them, of m it reads, if any.
+    own_size, told: how many numbers of o_s and, beside them and beside each o_ij, of m it reads, if
+    any. (Beside o_s alone it would take far longer to learn whom m makes matter.)
     """
 
     def __init__(
@@ -434,6 +435,7 @@ class GraphNet(nn.Module):
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
         self.own_size, self.told = own_size, told
         self.own = MLP(sets, own_size + told, H, H)
+        entity_size += told
         self.linear = args.value_layers == 1
         self.entity = None if self.linear else Linear(sets, entity_size, H, gain=RELU)
         self.value = Linear(sets, entity_size if self.linear else H, H)
@@ -446,8 +448,10 @@ class GraphNet(nn.Module):
         if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
-        own = (view.own[..., : self.own_size], view.population[..., : self.told])
-        x = self.own(torch.cat(own, -1), view.counts)
+        told = view.population[..., : self.told]
+        others = torch.cat((others, told), -1)
+        own = torch.cat((view.own[..., : self.own_size], told), -1)
+        x = self.own(own, view.counts)
         if not self.linear:
             pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
 

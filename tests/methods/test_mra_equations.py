@@ -1165,6 +1165,17 @@ def test_who_is_told_the_population(flags, actor, critic):
         assert (differ > 1e-6).all() if told else not differ.any()
 
 
+@pytest.mark.parametrize("place", ["own", "entity"])
+def test_m_stands_beside_own_and_beside_each_entity(place):
+    """Either is enough to tell populations apart."""
+    s = setting("resource", "3", "4", flags="--tell-population all")
+    view = random_view(s, 6)
+    other, g = view._replace(population=view.population.flip(-1)), random_graph(view)
+    first = s.agent.actor.own.first if place == "own" else s.agent.actor.entity
+    first.weight.data[:, -2:] = 0  # of two populations
+    assert ((s.agent.actor(view, g) - s.agent.actor(other, g)).abs().amax((1, 2)) > 1e-6).all()
+
+
 def test_without_own_features_the_actor_reads_e_alone():
     s = setting("resource", "3", flags="--no-own-beside")
     view = random_view(s, 6)
