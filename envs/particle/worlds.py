@@ -1008,19 +1008,61 @@ def blind(world: ParticleWorld) -> Tensor:
     return go_to(world, point)
 
 
+@torch.no_grad()
+def deliver(world: ParticleWorld, fear: float = 0.0) -> Tensor:
+    """(B, N) actions: delivery: a collector to its nearest treasure or, laden, to its deposit, but
+    away from another one that is within `fear`; a deposit to the nearest collector that brings it
+    something, else to the mean of the nearest 7."""
+    game, bodies = world.game, unpack(world.game, world.bodies)
+    p, v, C = bodies.position, bodies.velocity, game.population[0]
+    brings = bodies.carried[:, None] == kind_numbers(game, bodies)  # (C, K, B)
+    to_treasures = bodies.landmarks[:, None] - p[:, :C, None]  # (2, C, L, B)
+    to_deposits = p[:, None, C:] - p[:, :C, None]  # (2, C, K, B)
+    treasure = closest(to_treasures, to_treasures.square().sum(0))
+    far = to_deposits.square().sum(0).sqrt()
+    own_far = far.masked_fill(~brings, math.inf)
+    deposit = closest(to_deposits, own_far)
+    collectors = towards(torch.where(bodies.carried == 0, treasure, deposit), v[:, :C])
+    away = p[:, :C, None] - p[:, None, :C]  # (2, C, C, B)
+    apart = away.square().sum(0).sqrt() + torch.eye(C, device=p.device)[..., None] * 1e9
+    run = towards(closest(away, apart), torch.zeros_like(v[:, :C]))
+    collectors = torch.where(apart.amin(1) < fear, run, collectors)
+    bringer = closest(-to_deposits.transpose(1, 2), own_far.transpose(0, 1))
+    middle = nearest_collectors(game, bodies, far)
+    deposits = towards(torch.where(brings.any(0), bringer, middle), v[:, C:])
+    return torch.cat((collectors, deposits)).T[: world.num_worlds].contiguous()
+
+
 # --- Pictures -------------------------------------------------------------------------------------
 
 WINDOW = 1.5  # pictures show [-WINDOW, WINDOW]^2, whatever happens
-COLOURS = ((31, 119, 180), (214, 39, 40))  # of types
+COLOURS = ((31, 119, 180), (214, 39, 40))  # of types; in delivery of kinds
 OF_THREE = ((214, 39, 40), (44, 160, 44), (150, 75, 200))  # posts or leaders: red, green, violet
 YELLOW, BROWN, GROUND, LINE = (250, 215, 120), (190, 140, 30), (255, 255, 255), (205, 205, 205)
+GREY, BLACK = (150, 150, 150), (0, 0, 0)
+
+
+def landmark_colours(game: Game, bodies: Bodies) -> list[tuple[int, ...]]:
+    """Of each landmark of one world; in delivery that of its kind."""
+    if game.carrying:
+        return [COLOURS[int(kind) - 1] for kind in bodies.kinds[:, 0]]
+    return [YELLOW] * game.num_landmarks
+
+
+def agent_colours(game: Game, bodies: Bodies) -> list[tuple[tuple[int, ...], ...]]:
+    """Of each agent of one world and of its rim: by type; in delivery collectors are grey, inside
+    in the colour of what they carry, deposits in that of what they take in, with a black rim."""
+    if game.carrying:
+        collectors = [((GREY, *COLOURS)[int(kind)], GREY) for kind in bodies.carried[:, 0]]
+        return collectors + [(colour, BLACK) for colour in COLOURS]
+    return [(COLOURS[kind], COLOURS[kind]) for kind in game.types]
 
 
 def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:
     """A picture (size, size, 3) uint8 of a state (S,): landmarks yellow, agents blue, ghosts red,
-    the dead as rings; posts and leaders red, green and violet, with a black rim where one pays. The
-    square where things appear is outlined. Whoever has left the window is seen as a half-disc at
-    its edge."""
+    the dead as rings; posts and leaders red, green and violet, with a black rim where one pays; in
+    delivery treasures, who carries them and deposits in the colour of the kind. The square where
+    things appear is outlined. Whoever has left the window is seen as a half-disc at its edge."""
     from PIL import Image, ImageDraw
 
     fine = 2 * size  # drawn at twice the size, for smooth edges
@@ -1034,19 +1076,20 @@ def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:
 
     bodies = unpack(game, torch.as_tensor(state, dtype=torch.float64)[:, None])
     brush.rectangle(box(0, 0, 1), outline=LINE, width=3)
-    landmarks = zip(game.landmark_radius, bodies.landmarks[..., 0].T.tolist())
-    for radius, (x, y) in sorted(landmarks, reverse=True):  # small ones on top
-        brush.ellipse(box(x, y, radius), fill=YELLOW, outline=BROWN, width=2)
+    places, colours = bodies.landmarks[..., 0].T.tolist(), landmark_colours(game, bodies)
+    landmarks = zip(game.landmark_radius, places, colours)
+    for radius, (x, y), colour in sorted(landmarks, reverse=True):  # small ones on top
+        if x != AWAY:
+            brush.ellipse(box(x, y, radius), fill=colour, outline=BROWN, width=2)
     if game.task in ("signpost", "rooms"):
         radius = (*game.landmark_radius, game.radius[-1])[0]
         for k, (x, y) in enumerate(places_to_go(game, bodies)[..., 0].T.tolist()):
-            rim = (0, 0, 0) if k == wanted(game) else OF_THREE[k]
+            rim = BLACK if k == wanted(game) else OF_THREE[k]
             brush.ellipse(box(x, y, radius), fill=OF_THREE[k], outline=rim, width=6)
-    for kind, alive, (x, y) in zip(
-        game.types, bodies.alive[:, 0], bodies.position[..., 0].T.tolist()
-    ):
+    places, colours = bodies.position[..., 0].T.tolist(), agent_colours(game, bodies)
+    for kind, alive, (x, y), (colour, rim) in zip(game.types, bodies.alive[:, 0], places, colours):
         if game.task == "rooms" and kind == 1:
             continue  # leaders are drawn
-        colour, place = COLOURS[kind], box(x, y, game.radius[kind])
-        brush.ellipse(place, fill=colour if alive else None, outline=colour, width=3)
+        place = box(x, y, game.radius[kind])
+        brush.ellipse(place, fill=colour if alive else None, outline=rim, width=3)
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
