@@ -622,7 +622,8 @@ def fresh(game: Game, clocks: Clocks, dtype: torch.dtype) -> Bodies:
     if game.carrying:
         slots = range(2 * (N + L), 2 * (N + L) + L)
         kinds = draw_kinds(game, uniform(clocks, slots, 2 * (N + 2 * L), dtype))
-        bodies = bodies._replace(carried=0 * position[0, : game.population[0]], kinds=kinds)
+        nothing = torch.zeros_like(position[0, : game.population[0]])
+        bodies = bodies._replace(carried=nothing, kinds=kinds)
     return bodies
 
 
