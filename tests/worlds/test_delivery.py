@@ -30,8 +30,6 @@ from envs.particle.worlds import (
     unpack,
 )
 
-pytestmark = pytest.mark.numeric
-
 ROOT = Path(__file__).resolve().parents[2]
 MOVES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], float)
 AWAY = np.array([-999.0, -999.0])
@@ -147,6 +145,7 @@ def crowd(world, seed, spread=0.5):
     )
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("population", "shaping", "nearest"),
     [((6, 2), True, 7), ((12, 2), True, 7), ((6, 2), False, 3), ((1, 2), True, 7)],
@@ -194,6 +193,7 @@ def test_an_episode_is_the_plain_one(population, shaping, nearest):
     assert events[0] >= 2 and (events[1] >= 2 or population == (1, 2))
 
 
+@pytest.mark.numeric
 def test_the_order_of_events():
     """A step pays for what is touched when it ends; the next one begins with who takes and who
     brings it; a treasure is away for one observation, then anywhere, of any kind."""
@@ -242,6 +242,7 @@ def clocks(worlds, time):
     return Clocks(key, torch.zeros_like(key), torch.full_like(key, time))
 
 
+@pytest.mark.numeric
 def test_where_and_as_what_treasures_come():
     """At first and again: anywhere within .95, each kind half of the time, whatever it was."""
     game = make_game("delivery", (3, 2))
@@ -322,6 +323,7 @@ def test_what_does_not_exist_is_one_sentence(arguments, sentence):
     assert str(error.value) == sentence
 
 
+@pytest.mark.numeric
 def test_scripted_players():
     """What docs/data/particle_players.csv says of them, with another seed: within five of its
     standard errors (its intervals are four wide, of twice as many episodes)."""
@@ -337,6 +339,7 @@ def test_scripted_players():
                 assert abs(mean - float(row["mean"])) < 5 * width / 4 * 1.8, (name, role, player)
 
 
+@pytest.mark.numeric
 def test_who_delivers_earns_more_than_who_does_not():
     """And keeping apart saves collisions, at the price of treasures."""
     apart = functools.partial(deliver, fear=0.15)
