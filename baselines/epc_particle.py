@@ -107,11 +107,11 @@ class Args(RunArgs):
     final_episodes: Count = 1000  # the same at the end and with --eval-only
     save_every: Count = 200_000  # checkpoints, of which the last two are kept
     # Environment
-    task: str = "treasure"  # treasure, resource, pacman, signpost or rooms
+    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
     populations: tuple[str, ...] = ("3", "6", "12", "24")  # of stages; in pacman 4,2 6,3 8,4
     eval_populations: tuple[str, ...] = ()  # unseen ones, zero-shot, in the final evaluation
     adapt: str = ""  # run directory or checkpoint whose best agents the first stage begins with
-    shaping: bool = True  # treasure, pacman: -.1 x distance to what one wants
+    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
     collision_penalty: Amount = 0.0  # treasure: per agent touched
     num_envs: Positive = 12  # B, worlds
     max_episode_steps: Positive = 20  # horizon

@@ -90,9 +90,9 @@ class Args(RunArgs):
     final_episodes: Count = 1000  # the same at the end and with --eval-only
     save_every: Count = 200_000  # checkpoints, of which the last two are kept
     # Environment
-    task: str = "treasure"  # treasure, resource, pacman, signpost or rooms
-    population: str = "6"  # agents; in pacman Pac-Men and ghosts, as 8,4
-    shaping: bool = True  # treasure, pacman: -.1 x distance to what one wants
+    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
+    population: str = "6"  # agents; of two types as 8,4 (pacman), 6,2 (delivery)
+    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
     collision_penalty: Amount = 0.0  # treasure: per agent touched
     num_envs: Positive = 12  # B, worlds
     max_episode_steps: Positive = 20  # horizon

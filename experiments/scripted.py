@@ -347,10 +347,11 @@ POPULATIONS = {
     "pacman": ("4,2", "6,3", "8,4", "2,8"),
     "signpost": ("3", "4", "5", "6", "7", "8", "9", "10"),
     "rooms": ("2,3", "3,3", "4,3", "5,3", "6,3", "7,3", "8,3", "9,3"),
+    "delivery": ("3,2", "6,2", "12,2", "24,2"),
 }
 
 
-ParticleTask = Literal["treasure", "resource", "pacman", "signpost", "rooms"]
+ParticleTask = Literal["treasure", "resource", "pacman", "signpost", "rooms", "delivery"]
 
 
 @dataclasses.dataclass(frozen=True)

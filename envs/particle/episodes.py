@@ -7,6 +7,7 @@ reads world.obs; scripted ones read the bodies. Every world plays one episode, a
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from envs.particle.worlds import (
     ParticleWorld,
     Step,
     blind,
+    deliver,
     draw,
     flee,
     knows_population,
@@ -72,6 +74,9 @@ def scripted_players(task: str, seed: int) -> dict[str, Player]:
     if task in ("signpost", "rooms"):
         knowing = {"knows population": knows_population, "blind": blind}
         return players | knowing | {"wrong population": wrong_population}
+    if task == "delivery":
+        apart = functools.partial(deliver, fear=0.15)
+        return players | {"deliver": deliver, "deliver apart": apart}
     return players | {"nearest-first": nearest_first, "flee": flee}
 
 

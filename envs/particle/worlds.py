@@ -1,10 +1,11 @@
-"""Particle worlds of MRA (TMLR), any number of agents, batched on the device.
+"""Particle worlds of MRA (TMLR) and MAAC, any number of agents, batched on the device.
 
     treasure    N agents collect 20 treasures, which reappear elsewhere when touched
     resource    N agents share 6 resources of different size
     pacman      P Pac-Men eat 20 dots, G ghosts eat Pac-Men; a touched Pac-Man is dead
     signpost    N agents go to one of three posts: N decides to which, and nobody says so
     rooms       F followers go to one of three leaders: F decides to which
+    delivery    C collectors bring treasures of two kinds to the deposit of each, as in MAAC's code
 
     world = ParticleWorld("treasure", 6, num_worlds=64, device="cpu", seed=1)
     obs = world.reset()              # obs.own (B, N, Ds), obs.entities() (B, N, N, De), obs.mask()
@@ -45,6 +46,8 @@ DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3
 HORIZON = 20  # steps of an episode
 LONGEST = 2**20  # more steps than an episode can have
 LANES = 32  # numbers of worlds are padded to multiples: the same bits for each, however many
+VISIBLE = 7  # delivery: treasures that one sees at most, and collectors that a deposit looks at
+AWAY = -999.0  # delivery: where a treasure is that has just been taken, x and y
 Integration = Literal["velocity-first", "mpe2"]
 
 
@@ -63,10 +66,12 @@ class Game:
     in_order: bool = False  # whether it sees them in their own order, not the nearest first
     coloured: bool = False  # whether agents of the last type are told apart, by a colour each
     contact: bool = True  # whether agents push each other
+    mass: tuple[float, ...] = ()  # of each type, which counts in pushes only; empty: 1
     only_last_seen: bool = False  # whether others see agents of the last type alone
     walls: bool = False  # whether positions stay in [-1, 1]^2
     mortal: bool = False  # whether agents may die
-    shaping: bool = True  # treasure, pacman: -.1 x distance to what one wants
+    carrying: bool = False  # whether the first type brings landmarks to the last, a kind for each
+    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
     collision_penalty: float = 0.0  # treasure: per agent touched
     integration: Integration = "velocity-first"
 
@@ -75,11 +80,13 @@ class Game:
         kinds, landmarks = get_args(Integration), self.num_landmarks
         if self.integration not in kinds:
             raise ValueError(f"integration is {' or '.join(kinds)}, not {self.integration!r}.")
-        fewest = min(1, landmarks)
-        if not fewest <= self.nearest <= landmarks:
-            raise ValueError(f"nearest is from {fewest} to {landmarks}, not {self.nearest}.")
+        fewest, most = min(1, landmarks), VISIBLE if self.carrying else landmarks
+        if not fewest <= self.nearest <= most:
+            raise ValueError(f"nearest is from {fewest} to {most}, not {self.nearest}.")
         if not 0 <= self.collision_penalty < math.inf:
             raise ValueError(f"collision_penalty is not negative: not {self.collision_penalty}.")
+        if self.carrying and self.collision_penalty:
+            raise ValueError(f"{self.task} has its own collision_penalty, 5: it takes no other.")
 
     @property
     def num_agents(self) -> int:
@@ -95,27 +102,36 @@ class Game:
         return tuple(kind for kind, n in enumerate(self.population) for _ in range(n))
 
     @property
+    def num_kinds(self) -> int:
+        """K: kinds of landmarks, where agents carry them."""
+        return self.population[-1] if self.carrying else 0
+
+    @property
     def landmark_features(self) -> int:
         """Numbers by which the landmarks of an agent are described."""
-        return self.nearest * (3 if self.sizes else 2)
+        return self.nearest * (3 if self.sizes else 2 + self.num_kinds)
 
     @property
     def own_features(self) -> int:
-        """Ds: velocity, position, landmarks."""
-        return 4 + self.landmark_features
+        """Ds: velocity, position, what one takes in and carries, landmarks."""
+        return 4 + 2 * self.num_kinds + self.landmark_features
 
     @property
     def entity_features(self) -> int:
         """De: relative position, velocity, one number per type if there are several, one per
-        colour, landmarks."""
+        colour, landmarks; where agents carry them, instead of all these what one takes in and
+        carries."""
+        if self.carrying:
+            return 4 + 2 * self.num_kinds
         types = len(self.population) if len(self.population) > 1 else 0
         colours = self.population[-1] if self.coloured else 0
         return 4 + types + colours + self.landmark_features
 
     @property
     def state_size(self) -> int:
-        """S: positions, velocities, who lives, landmarks."""
-        return 5 * self.num_agents + 2 * self.num_landmarks
+        """S: positions, velocities, who lives, landmarks; what is carried, kinds of landmarks."""
+        own = self.population[0] + self.num_landmarks if self.carrying else 0
+        return 5 * self.num_agents + 2 * self.num_landmarks + own
 
 
 def make_game(task: str, population: int | tuple[int, ...], **options: Any) -> Game:
@@ -153,23 +169,31 @@ class Bodies(NamedTuple):
     velocity: Tensor  # (2, N, B)
     alive: Tensor  # (N, B) bool
     landmarks: Tensor  # (2, L, B)
+    carried: Tensor | None = None  # (C, B): what each of the first type carries: 0 nothing, 1 ... K
+    kinds: Tensor | None = None  # (L, B): of landmarks, 1 ... K
 
 
 def pack(bodies: Bodies) -> Tensor:
     """Bodies -> states (S, B)."""
-    rows = (bodies.position, bodies.velocity, bodies.alive[None], bodies.landmarks)
+    rows = [bodies.position, bodies.velocity, bodies.alive[None], bodies.landmarks]
+    if bodies.carried is not None:
+        rows += [bodies.carried[None], bodies.kinds[None]]
     return torch.cat([x.flatten(0, 1).to(bodies.position.dtype) for x in rows])
 
 
 def unpack(game: Game, state: Tensor) -> Bodies:
     """States (S, B) -> Bodies."""
     N, L = game.num_agents, game.num_landmarks
-    position, velocity, alive, landmarks = state.split((2 * N, 2 * N, N, 2 * L))
+    rows = [2 * N, 2 * N, N, 2 * L]
+    if game.carrying:
+        rows += [game.population[0], L]
+    position, velocity, alive, landmarks, *carrying = state.split(rows)
     return Bodies(
         position.unflatten(0, (2, N)),
         velocity.unflatten(0, (2, N)),
         alive > 0.5,
         landmarks.unflatten(0, (2, L)),
+        *carrying,
     )
 
 
@@ -211,8 +235,11 @@ def move(game: Game, bodies: Bodies, actions: Tensor) -> Bodies:
     force = torch.stack((right, up)) * per_agent(game, game.force, p)
     if game.contact:
         x, y, push = pushes(game, bodies)
+        if game.mass:  # as in Iqbal's fork: m_j / m_i times the force, then divided by m_i
+            mass = per_agent(game, game.mass, p)
+            push = push * (mass / mass[:, None].square())
         force = force + torch.stack(((x * push).sum(1), (y * push).sum(1)))
-    moved = v * (1 - DAMPING) + force * DT  # masses are 1
+    moved = v * (1 - DAMPING) + force * DT  # a force is meant per mass
     if min(game.top_speed) < math.inf:
         speed = moved.square().sum(0).sqrt()
         top = per_agent(game, game.top_speed, p)
@@ -312,11 +339,53 @@ def rooms_outcome(game: Game, bodies: Bodies) -> Outcome:
     return Outcome(-to_leader * is_follower, bodies.alive, nothing)
 
 
+def delivery_outcome(game: Game, bodies: Bodies) -> Outcome:
+    """Everybody: 5 for each treasure that a collector with nothing touches, and for each collector
+    that touches the deposit of what it carries. Collectors: -5 for each collector that one touches;
+    -.1 x distance to the nearest treasure or, laden, to its deposit. Deposits: -.1 x distance to
+    the nearest collector that brings something or, if none does, to the mean of the nearest 7."""
+    C, K = game.population
+    to_treasures = landmark_distances(game, bodies)[:C]  # (C, L, B)
+    between = agent_distances(bodies)
+    to_deposits = between[:C, C:]  # (C, K, B)
+    free, brings = bodies.carried == 0, bodies.carried[:, None] == kind_numbers(game, bodies)
+    found = (to_treasures < game.radius[0] + game.landmark_radius[0]) & free[:, None]
+    brought = (to_deposits < sum(game.radius)) & brings
+    shared = 5.0 * (found.sum((0, 1)) + brought.sum((0, 1))).to(between.dtype)  # (B,)
+    others = ~torch.eye(C, dtype=torch.bool, device=between.device)[..., None]
+    hits = ((between[:C, :C] < 2 * game.radius[0]) & others).sum(1)
+    collectors, deposits = shared - 5.0 * hits.to(shared.dtype), shared.expand(K, -1)
+    if game.shaping:
+        far = to_deposits.masked_fill(~brings, math.inf)
+        collectors = collectors - 0.1 * torch.where(free, to_treasures.amin(1), far.amin(1))
+        middle = nearest_collectors(game, bodies, to_deposits).square().sum(0).sqrt()
+        deposits = deposits - 0.1 * torch.where(brings.any(0), far.amin(0), middle)
+    nothing = torch.zeros_like(to_treasures[0], dtype=torch.bool)  # hand_over() moves them
+    return Outcome(torch.cat((collectors, deposits)), bodies.alive, nothing)
+
+
+def nearest_collectors(game: Game, bodies: Bodies, to_deposits: Tensor) -> Tensor:
+    """(2, K, B): the mean of the 7 collectors nearest to each deposit, relative to it; of all, if
+    there are fewer. to_deposits: distances (C, K, B)."""
+    C = game.population[0]
+    offset = bodies.position[:, None, :C] - bodies.position[:, C:, None]  # (2, K, C, B)
+    if C > VISIBLE:
+        offset = torch.stack(nearest(to_deposits.transpose(0, 1), [*offset], VISIBLE))
+    return offset.mean(2)
+
+
+def kind_numbers(game: Game, bodies: Bodies) -> Tensor:
+    """(K, 1): 1 ... K."""
+    numbers = torch.arange(1, game.num_kinds + 1, device=bodies.kinds.device)
+    return numbers[:, None].to(bodies.kinds.dtype)
+
+
 # --- Observations ---------------------------------------------------------------------------------
 
 
 class Observation(NamedTuple):
-    """What everybody sees. Agent i sees own[i], and of each other agent j entities[i, j].
+    """What everybody sees. Agent i sees own[i], and of each other agent j entities[i, j]; in
+    delivery other numbers than these: delivery_observation().
 
     In memory worlds lie next to each other: use reshape(), not view(). Do not write into it.
     """
@@ -390,6 +459,28 @@ def labels_of(game: Game, like: Tensor) -> list[Tensor]:
     return [
         torch.tensor(label, dtype=like.dtype, device=like.device)[None, :, None] for label in labels
     ]
+
+
+def delivery_observation(game: Game, bodies: Bodies) -> Observation:
+    """own: v_i, p_i, what i takes in, what it carries (one-hot of K kinds each), and the nearest
+    treasures, relative to it, each with its kind, one-hot; 0 where there are fewer. others: p_j,
+    v_j, what j takes in, what it carries."""
+    p, v = bodies.position, bodies.velocity
+    (C, K), N, L = game.population, game.num_agents, game.num_landmarks
+    number, kind = torch.arange(N, device=p.device)[:, None], kind_numbers(game, bodies)[:, None]
+    takes = (number - C + 1 == kind).expand(-1, -1, p.shape[2])  # (K, N, B), of deposits
+    carries = torch.nn.functional.pad(bodies.carried, (0, 0, 0, K)) == kind  # of collectors
+    between = bodies.landmarks[:, None] - p[:, :, None]  # (2, N, L, B)
+    far = between.square().sum(0).sqrt()
+    order = torch.arange(L, device=p.device)[:, None] * (bodies.landmarks[0] == AWAY)
+    kinds = (bodies.kinds == kind).to(p.dtype)[:, None]  # (K, 1, L, B)
+    shown = min(game.nearest, L)
+    marks = torch.stack(nearest(far + order, [*between, *kinds], shown))  # (2 + K, N, k, B)
+    marks = torch.nn.functional.pad(marks, (0, 0, 0, game.nearest - shown))
+    marks = marks.permute(2, 0, 1, 3).flatten(0, 1)  # (k x (2 + K), N, B)
+    own = torch.cat((v, p, takes, carries, marks)).permute(2, 1, 0)
+    others = torch.cat((p, v, takes, carries)).permute(2, 1, 0)
+    return Observation(own, others, alive=bodies.alive.T, seen=bodies.alive.T)
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
@@ -470,6 +561,22 @@ TASKS = {
         rooms_outcome,
         num_last=3,
     ),
+    "delivery": Task(
+        ("collector", "deposit"),
+        lambda N: dict(
+            radius=(0.05, 0.075),
+            force=(2.25, 2.25),  # Iqbal's fork multiplies by 1.5 twice
+            top_speed=(1.0, 1.0),
+            mass=(1.0, 2.25),
+            landmark_radius=(0.025,) * (N - 2),  # a treasure per collector
+            nearest=VISIBLE,
+            carrying=True,
+        ),
+        delivery_outcome,
+        delivery_observation,
+        place=lambda places: 0.95 * places,
+        num_last=2,
+    ),
 }
 
 
@@ -511,21 +618,61 @@ def fresh(game: Game, clocks: Clocks, dtype: torch.dtype) -> Bodies:
     position = position.unflatten(0, (2, N))
     alive = torch.ones_like(position[0], dtype=torch.bool)
     landmarks = TASKS[game.task].place(landmarks.unflatten(0, (2, L)))
-    return Bodies(position, torch.zeros_like(position), alive, landmarks)
+    bodies = Bodies(position, torch.zeros_like(position), alive, landmarks)
+    if game.carrying:
+        slots = range(2 * (N + L), 2 * (N + L) + L)
+        kinds = draw_kinds(game, uniform(clocks, slots, 2 * (N + 2 * L), dtype))
+        nothing = torch.zeros_like(position[0, : game.population[0]])
+        bodies = bodies._replace(carried=nothing, kinds=kinds)
+    return bodies
+
+
+def draw_kinds(game: Game, draws: Tensor) -> Tensor:
+    """1 ... K, of numbers in [-1, 1)."""
+    return 1 + ((draws + 1) * (game.num_kinds / 2)).floor()
+
+
+def hand_over(game: Game, bodies: Bodies, clocks: Clocks) -> Bodies:
+    """delivery: what follows, when a step begins, from where the last one has led. Who has nothing
+    takes a treasure that it touches (treasures in order, each by the first collector), who touches
+    the deposit of what it carries has nothing, and treasures taken a step ago reappear."""
+    C, N, L = game.population[0], game.num_agents, game.num_landmarks
+    touched = landmark_distances(game, bodies)[:C] < game.radius[0] + game.landmark_radius[0]
+    touched = touched & (clocks.time > 1)  # (C, L, B); before the first step nothing is taken
+    number = torch.arange(C, device=touched.device)[:, None]
+    carried, takers = bodies.carried, []
+    for k in range(L):
+        may = touched[:, k] & (carried == 0)
+        takers.append(torch.where(may, number, C).amin(0))  # (B,), C: nobody
+        carried = torch.where(number == takers[k], bodies.kinds[k], carried)
+    brings = carried[:, None] == kind_numbers(game, bodies)  # (C, K, B)
+    at_deposit = agent_distances(bodies)[:C, C:] < sum(game.radius)
+    carried = torch.where((at_deposit & brings).any(1), 0.0, carried)
+    draws = uniform(clocks, range(3 * L), 2 * (N + 2 * L), carried.dtype)
+    places = TASKS[game.task].place(draws[: 2 * L].unflatten(0, (2, L)))
+    away = bodies.landmarks[0] == AWAY
+    kinds = torch.where(away, draw_kinds(game, draws[2 * L :]), bodies.kinds)
+    landmarks = torch.where(torch.stack(takers) < C, AWAY, bodies.landmarks)
+    landmarks = torch.where(away, places, landmarks)
+    return bodies._replace(landmarks=landmarks, carried=carried, kinds=kinds)
 
 
 def advance(game: Game, horizon: int, state: Tensor, actions: Tensor, clocks: Clocks) -> tuple:
     """One step of all worlds, states (S, B) and actions (B, N) -> the states after it, clocks, and
     Step's fields without a new episode: reward, terminated, truncated, alive, observation, rows."""
     clocks = clocks._replace(time=clocks.time + 1)
-    bodies = move(game, unpack(game, state), actions.T)
+    bodies = unpack(game, state)
+    if game.carrying:
+        bodies = hand_over(game, bodies, clocks)
+    bodies = move(game, bodies, actions.T)
     reward, alive, taken = TASKS[game.task].outcome(game, bodies)
     reward = reward.to(state.dtype)
     N, L = game.num_agents, game.num_landmarks
     slots = range(2 * (N + L), 2 * (N + 2 * L))
     elsewhere = uniform(clocks, slots, slots.stop, state.dtype).unflatten(0, (2, L))
     landmarks = torch.where(taken, elsewhere, bodies.landmarks)
-    bodies = Bodies(bodies.position, bodies.velocity * alive, alive, landmarks)
+    velocity = bodies.velocity * alive
+    bodies = bodies._replace(velocity=velocity, alive=alive, landmarks=landmarks)
     over = ~alive[: game.population[0]].any(0)
     late = (clocks.time >= horizon) & ~over
     state, obs = pack(bodies), TASKS[game.task].observe(game, bodies)
@@ -563,7 +710,8 @@ class ParticleWorld:
     """num_worlds worlds of one task and population, on one device.
 
     task            one of TASKS
-    population      agents; for pacman (Pac-Men, ghosts), for rooms (followers, 3)
+    population      agents; for pacman (Pac-Men, ghosts), for rooms (followers, 3), for delivery
+                    (collectors, 2)
     compiled        torch.compile() of the step; without a compiler the same functions run eagerly
     first_world     number of the first world: worlds with the same seed and number are the same
     horizon         steps of an episode
@@ -861,19 +1009,61 @@ def blind(world: ParticleWorld) -> Tensor:
     return go_to(world, point)
 
 
+@torch.no_grad()
+def deliver(world: ParticleWorld, fear: float = 0.0) -> Tensor:
+    """(B, N) actions: delivery: a collector to its nearest treasure or, laden, to its deposit, but
+    away from another one that is within `fear`; a deposit to the nearest collector that brings it
+    something, else to the mean of the nearest 7."""
+    game, bodies = world.game, unpack(world.game, world.bodies)
+    p, v, C = bodies.position, bodies.velocity, game.population[0]
+    brings = bodies.carried[:, None] == kind_numbers(game, bodies)  # (C, K, B)
+    to_treasures = bodies.landmarks[:, None] - p[:, :C, None]  # (2, C, L, B)
+    to_deposits = p[:, None, C:] - p[:, :C, None]  # (2, C, K, B)
+    treasure = closest(to_treasures, to_treasures.square().sum(0))
+    far = to_deposits.square().sum(0).sqrt()
+    own_far = far.masked_fill(~brings, math.inf)
+    deposit = closest(to_deposits, own_far)
+    collectors = towards(torch.where(bodies.carried == 0, treasure, deposit), v[:, :C])
+    away = p[:, :C, None] - p[:, None, :C]  # (2, C, C, B)
+    apart = away.square().sum(0).sqrt() + torch.eye(C, device=p.device)[..., None] * 1e9
+    run = towards(closest(away, apart), torch.zeros_like(v[:, :C]))
+    collectors = torch.where(apart.amin(1) < fear, run, collectors)
+    bringer = closest(-to_deposits.transpose(1, 2), own_far.transpose(0, 1))
+    middle = nearest_collectors(game, bodies, far)
+    deposits = towards(torch.where(brings.any(0), bringer, middle), v[:, C:])
+    return torch.cat((collectors, deposits)).T[: world.num_worlds].contiguous()
+
+
 # --- Pictures -------------------------------------------------------------------------------------
 
 WINDOW = 1.5  # pictures show [-WINDOW, WINDOW]^2, whatever happens
-COLOURS = ((31, 119, 180), (214, 39, 40))  # of types
+COLOURS = ((31, 119, 180), (214, 39, 40))  # of types; in delivery of kinds
 OF_THREE = ((214, 39, 40), (44, 160, 44), (150, 75, 200))  # posts or leaders: red, green, violet
 YELLOW, BROWN, GROUND, LINE = (250, 215, 120), (190, 140, 30), (255, 255, 255), (205, 205, 205)
+GREY, BLACK = (150, 150, 150), (0, 0, 0)
+
+
+def landmark_colours(game: Game, bodies: Bodies) -> list[tuple[int, ...]]:
+    """Of each landmark of one world; in delivery that of its kind."""
+    if game.carrying:
+        return [COLOURS[int(kind) - 1] for kind in bodies.kinds[:, 0]]
+    return [YELLOW] * game.num_landmarks
+
+
+def agent_colours(game: Game, bodies: Bodies) -> list[tuple[tuple[int, ...], ...]]:
+    """Of each agent of one world and of its rim: by type; in delivery collectors are grey, inside
+    in the colour of what they carry, deposits in that of what they take in, with a black rim."""
+    if game.carrying:
+        collectors = [((GREY, *COLOURS)[int(kind)], GREY) for kind in bodies.carried[:, 0]]
+        return collectors + [(colour, BLACK) for colour in COLOURS]
+    return [(COLOURS[kind], COLOURS[kind]) for kind in game.types]
 
 
 def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:
     """A picture (size, size, 3) uint8 of a state (S,): landmarks yellow, agents blue, ghosts red,
-    the dead as rings; posts and leaders red, green and violet, with a black rim where one pays. The
-    square where things appear is outlined. Whoever has left the window is seen as a half-disc at
-    its edge."""
+    the dead as rings; posts and leaders red, green and violet, with a black rim where one pays; in
+    delivery treasures, who carries them and deposits in the colour of the kind. The square where
+    things appear is outlined. Whoever has left the window is seen as a half-disc at its edge."""
     from PIL import Image, ImageDraw
 
     fine = 2 * size  # drawn at twice the size, for smooth edges
@@ -887,19 +1077,20 @@ def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:
 
     bodies = unpack(game, torch.as_tensor(state, dtype=torch.float64)[:, None])
     brush.rectangle(box(0, 0, 1), outline=LINE, width=3)
-    landmarks = zip(game.landmark_radius, bodies.landmarks[..., 0].T.tolist())
-    for radius, (x, y) in sorted(landmarks, reverse=True):  # small ones on top
-        brush.ellipse(box(x, y, radius), fill=YELLOW, outline=BROWN, width=2)
+    places, colours = bodies.landmarks[..., 0].T.tolist(), landmark_colours(game, bodies)
+    landmarks = zip(game.landmark_radius, places, colours)
+    for radius, (x, y), colour in sorted(landmarks, reverse=True):  # small ones on top
+        if x != AWAY:
+            brush.ellipse(box(x, y, radius), fill=colour, outline=BROWN, width=2)
     if game.task in ("signpost", "rooms"):
         radius = (*game.landmark_radius, game.radius[-1])[0]
         for k, (x, y) in enumerate(places_to_go(game, bodies)[..., 0].T.tolist()):
-            rim = (0, 0, 0) if k == wanted(game) else OF_THREE[k]
+            rim = BLACK if k == wanted(game) else OF_THREE[k]
             brush.ellipse(box(x, y, radius), fill=OF_THREE[k], outline=rim, width=6)
-    for kind, alive, (x, y) in zip(
-        game.types, bodies.alive[:, 0], bodies.position[..., 0].T.tolist()
-    ):
+    places, colours = bodies.position[..., 0].T.tolist(), agent_colours(game, bodies)
+    for kind, alive, (x, y), (colour, rim) in zip(game.types, bodies.alive[:, 0], places, colours):
         if game.task == "rooms" and kind == 1:
             continue  # leaders are drawn
-        colour, place = COLOURS[kind], box(x, y, game.radius[kind])
-        brush.ellipse(place, fill=colour if alive else None, outline=colour, width=3)
+        place = box(x, y, game.radius[kind])
+        brush.ellipse(place, fill=colour if alive else None, outline=rim, width=3)
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))

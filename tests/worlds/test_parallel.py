@@ -42,6 +42,7 @@ REPRODUCIBLE = [
     ("particle", "pacman", (4, 2)),
     ("particle", "signpost", 4),
     ("particle", "rooms", (3, 3)),
+    ("particle", "delivery", (6, 2)),
     ("battles", "sz", (3, 4, 5)),
     ("battles", "mmm", (8,)),
     ("battles", "csz", (6,)),

@@ -308,7 +308,14 @@ def same(a, b):
 
 @pytest.mark.parametrize(
     ("task", "population"),
-    [("treasure", 5), ("resource", 6), ("pacman", (4, 2)), ("signpost", 4), ("rooms", (3, 3))],
+    [
+        ("treasure", 5),
+        ("resource", 6),
+        ("pacman", (4, 2)),
+        ("signpost", 4),
+        ("rooms", (3, 3)),
+        ("delivery", (6, 2)),
+    ],
 )
 def test_a_worlds_rollout_does_not_depend_on_the_others(task, population):
     many = rollout(ParticleWorld(task, population, 70, seed=4), 45)
@@ -334,7 +341,14 @@ def test_many_worlds_on_several_threads():
 
 @pytest.mark.parametrize(
     ("task", "population"),
-    [("treasure", 5), ("resource", 6), ("pacman", (4, 2)), ("signpost", 4), ("rooms", (3, 3))],
+    [
+        ("treasure", 5),
+        ("resource", 6),
+        ("pacman", (4, 2)),
+        ("signpost", 4),
+        ("rooms", (3, 3)),
+        ("delivery", (6, 2)),
+    ],
 )
 def test_a_saved_world_goes_on_as_it_was(task, population, tmp_path):
     world = ParticleWorld(task, population, 9, seed=4)
@@ -513,7 +527,8 @@ def test_without_a_compiler_the_world_is_eager(tmp_path):
     [
         (
             ("chess", 3),
-            "There is no task 'chess': there are treasure, resource, pacman, signpost, rooms.",
+            "There is no task 'chess': there are treasure, resource, pacman, signpost, rooms, "
+            "delivery.",
         ),
         (("treasure", (3, 2)), "A population of treasure is one number: 3,2 is not."),
         (("pacman", 3), "A population of pacman is 2 numbers (pac_man, ghost): 3 is not."),
