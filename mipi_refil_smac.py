@@ -308,7 +308,7 @@ def mask_views(hidden: Tensor, groups: Tensor | None) -> Tensor:
 
 
 # [shared: refil] end
-# [shared: layers] begin
+# [shared: product] begin
 
 
 def apply_both(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ def apply_both(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
-# [shared: layers] end
+# [shared: product] end
 # [shared: attention] begin
 
 

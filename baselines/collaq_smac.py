@@ -242,7 +242,7 @@ def encode(
 
 
 # [shared: features] end
-# [shared: layers] begin
+# [shared: product] begin
 
 
 def apply_both(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def apply_both(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
-# [shared: layers] end
+# [shared: product] end
 # [shared: attention] begin
 
 

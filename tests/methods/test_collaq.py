@@ -379,6 +379,8 @@ def test_diff_of_the_two_files_is_the_method():
     assert gone <= 0.20 * len(parent), f"{gone} of the parent's {len(parent)} are changed or gone"
     assert (collaq.RESUMABLE, collaq.LINE) == (refil.RESUMABLE, refil.LINE)
     assert collaq.PRESETS == refil.PRESETS
+    shared = [{x for x in text if x.startswith("# [shared: ")} for text in (parent, child)]
+    assert shared[0] - shared[1] == {"# [shared: refil] begin", "# [shared: refil] end"}
 
 
 # --- Replay ---------------------------------------------------------------------------------------
