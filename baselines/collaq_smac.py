@@ -96,7 +96,7 @@ class Args(RunArgs):
     mara_weight: Amount = 1.0  # c, of MARA's loss
     subtract_alone: bool = True  # - Q_collab(o_i-) in Q_i; without: Q_alone + Q_collab
     mixer: Literal["flex", "linear"] = "flex"  # of utilities
-    timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
+    timeout_terminates: bool = True  # no bootstrap when time is out, as in REFIL's code
     hidden_size: Positive = 128  # H, of embeddings and attention
     heads: Positive = 4  # h, of attention
     rnn_size: Positive = 64  # R, of the agents' GRU
@@ -374,10 +374,9 @@ class CollaborativeUtility(nn.Module):
         self, features: Features, hidden: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> tuple[Tensor, Terms, tuple[Tensor, Tensor]]:
         """Q_i (M, A, actions), its terms, and both networks' hidden states after them."""
-        seen = features.unseen  # o_i
-        alone = without_teammates(seen)  # o_i-
-        q_alone, hidden_alone = self.alone(features, alone[:, None], hidden[0])
-        views = torch.stack((seen, alone), dim=1)  # (M, 2, A, S)
+        without = without_teammates(features.unseen)  # (M, A, S)
+        q_alone, hidden_alone = self.alone(features, without[:, None], hidden[0])
+        views = torch.stack((features.unseen, without), dim=1)  # (M, 2, A, S): o_i, o_i-
         q_collab, hidden_collab = self.collab(features, views, hidden[1])
         terms = Terms(alone=q_alone[0], collab=q_collab[0], collab_alone=q_collab[1])
         q = add_terms(terms, self.subtract_alone)
