@@ -272,6 +272,10 @@ def mask_views(hidden: Tensor, groups: Tensor | None) -> Tensor:
     return torch.stack((hidden, hidden | apart, hidden | ~apart), dim=1)
 
 
+# [shared: refil] end
+# [shared: product] begin
+
+
 def apply_both(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     """second(first(x)), which are two layers in the authors' network without anything between them,
     as one product: both learn as they would apart, and an update takes about a tenth less CPU time
@@ -282,7 +286,7 @@ def apply_both(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
-# [shared: refil] end
+# [shared: product] end
 # [shared: attention] begin
 
 

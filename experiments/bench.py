@@ -7,6 +7,7 @@
     python experiments/bench.py mra                           an update cycle, and returns over time
     python experiments/bench.py refil                         one update, beside two plain learners
     python experiments/bench.py mipi                          one update, beside its parent
+    python experiments/bench.py collaq                        the same
     pip install -r requirements-bench.txt                     others' worlds, else they are left out
 
 All print Markdown; ratios are measured in one run. Run nothing else meanwhile. `SUBCOMMAND --help`
@@ -1050,41 +1051,53 @@ class Mipi:
     device: Literal["cpu", "cuda"] = "cpu"  # of learning; on cuda seconds are the clock's
 
 
-def time_updates(limit: int, width: int, amp: bool, bench: Mipi) -> None:
-    """Lines of the first table."""
-    flags = f"--hidden-size {width} --max-episode-steps {limit} --updates-per-iteration 1"
-    flags += " --amp" if amp else ""
-    parent, child = load_script("refil_smac"), load_script("mipi_refil_smac")
-    kinds = {"REFIL, linear": (parent, f"{flags} --mixer linear")}
+def mipi_kinds(bench: Mipi) -> dict[str, tuple[str, str]]:
+    """{name: (script, flags)} of the first table."""
+    kinds = {"REFIL, linear": ("refil_smac", "--mixer linear")}
     for m in bench.alternations:
-        kinds[f"MIPI, M = {m}"] = (child, f"{flags} --ba-iterations {m}")
+        kinds[f"MIPI, M = {m}"] = ("mipi_refil_smac", f"--ba-iterations {m}")
+    return kinds
+
+
+def time_updates(
+    kinds: dict[str, tuple[str, str]], limit: int, width: int, amp: bool, bench: Mipi | Collaq
+) -> None:
+    """Lines of the first table; the first of {name: (script, flags)} is 1."""
+    shared = f"--hidden-size {width} --max-episode-steps {limit} --updates-per-iteration 1"
+    shared += " --amp" if amp else ""
     made = {
-        name: begin_battles(script, more, bench, rounds=8) for name, (script, more) in kinds.items()
+        name: begin_battles(load_script(script), f"{shared} {flags}", bench, rounds=8)
+        for name, (script, flags) in kinds.items()
     }
     times: dict[str, list[float]] = {name: [] for name in made}
     for repeat in range(bench.repeats + 1):  # the first does not count
         for name, s in made.items():
             s.rng.manual_seed(bench.seed)  # the same episodes each time
             start = clock(bench)
-            kinds[name][0].update(s.args, s.agent, s.buffer, s.rng)
+            load_script(kinds[name][0]).update(s.args, s.agent, s.buffer, s.rng)
             if repeat:
                 times[name].append(clock(bench) - start)
-    base = min(times["REFIL, linear"])
+    base = min(next(iter(times.values())))
     for name, found in times.items():
         digits = "bf16" if made[name].agent.amp else "fp32"
         least = min(found)
         table_line(limit, width, digits, name, f"{least:.2f}", f"{least / base:.2f}")
 
 
-def mipi(bench: Mipi) -> None:
-    """Print the tables."""
+def compare_updates(kinds: dict[str, tuple[str, str]], bench: Mipi | Collaq) -> None:
+    """Print the first table."""
     check_device(bench)
     fast = load_script("refil_smac").has_bf16(torch.device(bench.device))
     if bench.limits:
         table_head("limit", "H", "in", "update", "seconds", "to REFIL's")
     for limit, width in itertools.product(bench.limits, bench.widths):
         for amp in (False, True) if fast else (False,):
-            time_updates(limit, width, amp, bench)
+            time_updates(kinds, limit, width, amp, bench)
+
+
+def mipi(bench: Mipi) -> None:
+    """Print the tables."""
+    compare_updates(mipi_kinds(bench), bench)
     if bench.presets:
         print()
         table_head("preset", "script", "environment steps per second")
@@ -1092,6 +1105,36 @@ def mipi(bench: Mipi) -> None:
         for name, mixer in (("refil_smac", "--mixer linear"), ("mipi_refil_smac", "")):
             speed = training_speed(load_script(name), f"--preset {preset} {mixer}", bench)
             table_line(preset, name, f"{speed:.0f}")
+
+
+# --- CollaQ ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Collaq:
+    """What CollaQ costs beside its parent: one update of each.
+
+    Seconds of one update on 32 episodes of random play, on one thread: REFIL, AQMIX (REFIL without
+    imagined groups) and CollaQ, all with the flexible mixer. They take turns in one process; the
+    smallest time counts, CPU time on a CPU.
+    """
+
+    limits: tuple[Positive, ...] = (50, 150)  # steps of an episode, at most
+    team_sizes: tuple[Positive, ...] = (3, 4, 5)
+    widths: tuple[Positive, ...] = (128, 64)  # H: the paper's, and --preset cpu's
+    repeats: Positive = 3  # of each update
+    seed: Seed = 1
+    device: Literal["cpu", "cuda"] = "cpu"  # of learning; on cuda seconds are the clock's
+
+
+def collaq(bench: Collaq) -> None:
+    """Print the table."""
+    kinds = {
+        "REFIL": ("refil_smac", ""),
+        "AQMIX": ("refil_smac", "--no-imagine"),
+        "CollaQ": ("collaq_smac", ""),
+    }
+    compare_updates(kinds, bench)
 
 
 # --- Main -----------------------------------------------------------------------------------------
@@ -1105,6 +1148,7 @@ COMMANDS = {
     "mra": mra,
     "refil": refil,
     "mipi": mipi,
+    "collaq": collaq,
 }
 
 

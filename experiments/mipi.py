@@ -15,6 +15,7 @@ options, and what each command's figures mean.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import itertools
 import json
 import math
@@ -77,10 +78,13 @@ from experiments.runs import (
 # --- Training -------------------------------------------------------------------------------------
 
 MIPI, REFIL = "mipi_refil_smac.py", "baselines/refil_smac.py"
+COLLAQ, MAPPO = "baselines/collaq_smac.py", "baselines/mappo_smac.py"
 METHODS = {  # but for --scenario
     "mipi": MIPI,
     "refil": REFIL,
     "aqmix": f"{REFIL} --no-imagine",
+    "collaq": COLLAQ,
+    "mappo": MAPPO,
     "value": f"{MIPI} --regularizer none",
     "entropy": f"{MIPI} --regularizer entropy",
 }
@@ -101,14 +105,14 @@ class Train:
     Runs go to DIR/{task}-{method}-s{seed}; a finished one is kept, one that was stopped goes on.
     What each table compares, trained in teams of 3 to 5 and evaluated in those, 6, 7 and 8:
 
-    table1: MIPI, REFIL and AQMIX;
+    table1: MIPI, REFIL, AQMIX, CollaQ and MAPPO;
     table2: MIPI, Value (no regulariser) and Entropy;
     table3: MIPI with each alpha of the paper's table;
     d3: MIPI with the alpha of the note in appendix D.3;
-    collection: MIPI, REFIL and AQMIX in Resource Collection.
+    collection: those of table1 in Resource Collection.
 
     Evaluations are those that the tables' final figure, the mean of the last five, needs: ten in a
-    run.
+    run. MAPPO takes far fewer gradient steps, and minutes, for as many environment steps.
     """
 
     tables: Annotated[tuple[Table, ...], tyro.conf.Positional]
@@ -117,6 +121,7 @@ class Train:
     total_timesteps: Positive = 500_000  # of every run
     preset: Literal["cpu", "paper"] = "cpu"
     eval_episodes: Positive = 160  # of each size in each of the ten evaluations
+    only: tuple[str, ...] = ()  # runs whose names ("sz-collaq") match one of these shell patterns
     jobs: Positive = 1  # runs at a time
     dir: Path = Path("runs")
     flags: str = ""  # for every run, as --flags="--save-every 100000"
@@ -125,9 +130,12 @@ class Train:
 
 def methods_of(table: str, task: str) -> dict[str, str]:
     """{method: command} of a table's runs in a world."""
-    rows = ("mipi", "value", "entropy") if table == "table2" else ("mipi", "refil", "aqmix")
-    if table not in ("table3", "d3"):
-        return {name: METHODS[name] for name in rows}
+    if table == "table2":
+        return {name: METHODS[name] for name in ("mipi", "value", "entropy")}
+    if table == "table1":
+        return {name: METHODS[name] for name in ("mipi", "refil", "aqmix", "collaq", "mappo")}
+    if table == "collection":  # where there is nobody to point to
+        return methods_of("table1", task) | {"mappo": f"{MAPPO} --target-head tags"}
     if table == "d3":
         alphas, methods = (ALPHAS_D3[task],), {"mipi": METHODS["mipi"]}
     else:
@@ -153,6 +161,12 @@ def train(study: Train) -> None:
     runs: dict[str, str] = {}
     for name in study.tables:
         runs |= commands(name, study)
+    for pattern in study.only:
+        if not fnmatch.filter(runs, pattern):
+            raise UsageError(f"--only {pattern}: no run has such a name.")
+    if study.only:
+        names = {name for pattern in study.only for name in fnmatch.filter(runs, pattern)}
+        runs = {name: command for name, command in runs.items() if name in names}
     jobs = []
     for seed, (name, command) in itertools.product(study.seeds, runs.items()):
         script, *flags = shlex.split(f"{command} {shared} {study.flags}")
@@ -240,13 +254,14 @@ TABLE_3 = {  # and the alphas of appendix D.3, for which the paper has curves on
 }
 TABLES = {"Table 1": TABLE_1, "Table 2": TABLE_2, "Table 3": TABLE_3}
 DEFAULT_ALPHA = {"sz": 0.03, "csz": 0.03, "mmm": 0.1, "resource": 0.05}
+BASELINES = {"collaq_smac": "CollaQ", "mappo_smac": "MAPPO"}  # {script: row}
 # Flags that a row's name tells, or does not.
-NAMED = ("seed", "regularizer", "alpha", "observe_self_only", "imagine")
+NAMED = ("seed", "scenario", "regularizer", "alpha", "observe_self_only", "imagine")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """MIPI's Tables 1 to 3 and its curves, from runs of mipi_refil_smac.py and refil_smac.py.
+    """MIPI's Tables 1 to 3 and its curves, from runs of its script and of its baselines'.
 
     A run's final figure is the mean of its last five evaluations on the way (greedy episodes), the
     training column the mean over the sizes that it was trained with. Runs with the same arguments
@@ -254,7 +269,9 @@ class Tables:
     rates stand the paper's (mean and deviation of five seeds, in StarCraft II); rows of the paper
     without a run here are printed as not run. Scripted policies: from the runs' final evaluations.
     Then what training logged in the time of those evaluations: how much policies depend on their
-    team (mi: in imagined teams, kl: in the real one). Rows of unequal length are named. With
+    team (mi: in imagined teams, kl: in the real one). Rows of unequal length are named; minutes are
+    those of collecting and learning, by the clock, until the last evaluation: MAPPO makes as many
+    steps in far fewer. With
     --until longer runs are read as if they had ended there, with --every those that were evaluated
     more often as if they had not. Writes OUT.md, OUT.csv (every evaluation) and OUT.png (curves).
     """
@@ -279,6 +296,7 @@ class Evaluated:
     known: frozenset[str]  # flags of its script
     seed: int
     steps: int  # environment steps of the last evaluation
+    minutes: float  # of collecting and learning until then; NaN if the log has no times
     columns: dict[str, tuple[int, ...]]  # "3-5": the sizes that it was trained with, then others
     evaluations: list[dict[str, float]]  # of metrics.jsonl
     learning: list[dict[str, float]]  # its lines of training
@@ -305,6 +323,8 @@ def row_name(args: dict[str, Any]) -> str:
     """The row of the paper's tables."""
     if args["script"] == "refil_smac":
         return "REFIL" if args["imagine"] else "AQMIX"
+    if args["script"] in BASELINES:
+        return BASELINES[args["script"]]
     alpha, task = args["alpha"], args["scenario"]
     name = {"none": "Value", "entropy": "Entropy", "mi": "MIPI"}[args["regularizer"]]
     if args.get("observe_self_only"):
@@ -317,8 +337,8 @@ def row_name(args: dict[str, Any]) -> str:
 def other_flags(args: dict[str, Any]) -> dict[str, Any]:
     """What a run has otherwise than its preset and its row's name say."""
     module = load_script(args["script"])
-    preset = ["--preset", args["preset"], "--scenario", args["scenario"]]
-    usual = json.loads(json.dumps(dataclasses.asdict(script_args(module, preset))))
+    preset = script_args(module, ["--preset", args["preset"]])
+    usual = json.loads(json.dumps(dataclasses.asdict(preset)))
     told = {"total_timesteps", *free_flags(module), *NAMED}
     names = [k for k in usual if k in args and k not in told]
     return {k: args[k] for k in names if args[k] != usual[k]}
@@ -327,7 +347,7 @@ def other_flags(args: dict[str, Any]) -> dict[str, Any]:
 def read_evaluations(run: Run, study: Tables) -> Evaluated:
     """UsageError for what is no run of these scripts, or has too few evaluations."""
     args = run.args
-    if args["script"] not in ("mipi_refil_smac", "refil_smac"):
+    if args["script"] not in (*SCRIPTS, *BASELINES):
         raise UsageError(f"{run.where} is a run of {args['script']}.py.")
     evaluations = [x for x in run.log if any(k.startswith("eval/") for k in x)]
     periods = [0, *(x["timesteps"] // study.every for x in evaluations)]
@@ -343,6 +363,8 @@ def read_evaluations(run: Run, study: Tables) -> Evaluated:
     columns = {f"{min(sizes)}-{max(sizes)}": sizes}
     columns |= {str(x): (x,) for x in args["eval_team_sizes"] if x not in sizes}
     results = run.summary["eval"]
+    steps = evaluations[-1]["timesteps"]
+    policies = {name: row for name, row in results.items() if " " in name}
     return Evaluated(
         name=run.name,
         where=run.where,
@@ -351,12 +373,21 @@ def read_evaluations(run: Run, study: Tables) -> Evaluated:
         flags=other_flags(args),
         known=frozenset(args),
         seed=args["seed"],
-        steps=evaluations[-1]["timesteps"],
+        steps=steps,
+        minutes=minutes_of(run.log, until=steps),
         columns=columns,
         evaluations=evaluations,
         learning=run.log,
-        scripts={name: row for name, row in results.items() if " " in name},
+        scripts={name: row for name, row in policies.items() if not name.endswith(" sampled")},
     )
+
+
+def minutes_of(log: list[dict[str, float]], until: int) -> float:
+    """Of collecting and learning, by the clock; NaN if the log has no times."""
+    seconds = [
+        x["collect_s"] + x["learn_s"] for x in log if "learn_s" in x and x["timesteps"] <= until
+    ]
+    return sum(seconds) / 60 if seconds else math.nan
 
 
 def short(x: float, measure: str) -> str:
@@ -374,7 +405,9 @@ def row_of(
         if len(each) > 1:
             cell += f" ({', '.join(short(x, measure) for x in each)})"
         row[column] = cell
-    return row | {"seeds": str(len(runs)), "steps": f"{min(run.steps for run in runs):,}"}
+    minutes = float(np.mean([run.minutes for run in runs]))
+    row |= {"seeds": str(len(runs)), "steps": f"{min(run.steps for run in runs):,}"}
+    return row | {"minutes": "" if math.isnan(minutes) else f"{minutes:.1f}"}
 
 
 def script_rows(task: str, runs: list[Evaluated], measure: str) -> list[dict[str, str]]:
@@ -390,7 +423,7 @@ def script_rows(task: str, runs: list[Evaluated], measure: str) -> list[dict[str
         for column, members in runs[0].columns.items():
             means = [np.mean(sizes[size]) for size in members]
             row[column] = short(float(np.mean(means)), measure)
-        rows.append(row | {"seeds": "", "steps": ""})
+        rows.append(row | {"seeds": "", "steps": "", "minutes": ""})
     return rows
 
 
@@ -423,7 +456,7 @@ def win_tables(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
                 runs = found[task].get(method)
                 columns = next(iter(found[task].values()))[0].columns
                 row = {"": task.upper(), "method": method} | dict.fromkeys(columns, "not run")
-                row |= {"seeds": "", "steps": ""}
+                row |= {"seeds": "", "steps": "", "minutes": ""}
                 if runs:
                     row = row_of(task, method, runs, "win", last)
                 if method == "MIPI":

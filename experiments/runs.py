@@ -305,7 +305,7 @@ FORGOTTEN = """run_dir resume eval_only track wandb_project wandb_mode wandb_tim
 device num_threads num_workers worker_timeout log_every save_every packages resolved"""
 CURVES = """return return/* episode/return episode/pick_ups_per_1000 entropy kl mi mi/*
 information/* xi_loss/* xi_accuracy/* xi_accuracy_uniform_g/* reverse/phi_* eval/*/win
-eval/*/return eval/*/return_agent eval/*/return_pac_man eval/*/return_ghost"""
+eval/*/return eval/*/return_agent eval/*/return_pac_man eval/*/return_ghost collect_s learn_s"""
 
 
 def read_study(path: Path) -> list[Run]:
@@ -400,8 +400,8 @@ def as_text(x: float) -> str:
 
 
 def thinned(log: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
-    """A scalar's points; where they are more than POINTS, means over as many equal windows of
-    training, each at its last point's step."""
+    """A scalar's points; where they are more than POINTS, means (of seconds sums) over as many
+    equal windows of training, each at its last point's step."""
     points = [(scalars["timesteps"], scalars[name]) for scalars in log if name in scalars]
     points = [(at, x) for at, x in points if math.isfinite(x)]
     if len(points) <= POINTS:
@@ -409,7 +409,8 @@ def thinned(log: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
     windows: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for at, x in points:
         windows[-(-at * POINTS // points[-1][0])].append((at, x))
-    return [(own[-1][0], float(np.mean([x for _, x in own]))) for own in windows.values()]
+    together = np.sum if name.endswith("_s") else np.mean
+    return [(own[-1][0], float(together([x for _, x in own]))) for own in windows.values()]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""What tests of refil_smac.py and mipi_refil_smac.py share: small runs, mixing in NumPy, what flags
-are measured by."""
+"""What tests of scripts in battles share: small runs, replays, made-up moments, mixing in NumPy,
+what flags are measured by, weak enemies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import harness
 
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from runs import differences, exact, index, metrics
+
+from envs.smac.combat import SIDE, Combat
 
 CPU = torch.device("cpu")
 SMALL = "--hidden-size 8 --heads 2 --rnn-size 6 --mixing-size 5 --buffer-size 40 --num-envs 4"
@@ -97,6 +100,66 @@ def sharpen(net, scale=1.0, seed=0):
 def stacked(views):
     """(V, ...) of Views, or of what a mixer made of them."""
     return torch.stack([x for x in views if x is not None])
+
+
+# --- Minibatches ----------------------------------------------------------------------------------
+
+
+def setting(module, flags="", rounds=4, double=False, epsilon=1.0, noise=1.0):
+    """A buffer of random battles and an agent far from its beginning, targets away from it."""
+    args = read(module, f"{SMALL} --max-episode-steps 60 {flags}")
+    battles = module.make_envs(args, args.team_sizes, args.num_envs, args.seed)
+    agent = module.Agent(args, battles.family, CPU)
+    networks = [part for part in agent.parts().values() if isinstance(part, torch.nn.Module)]
+    for k, net in enumerate(networks):
+        sharpen(net, noise, k)
+    buffer, rng = module.ReplayBuffer(args, battles, CPU), torch.Generator().manual_seed(5)
+    for _ in range(rounds):
+        module.collect(battles, module.Player(agent, epsilon, rng), buffer)
+    if double:
+        for net in networks:
+            net.double()
+    return SimpleNamespace(args=args, battles=battles, agent=agent, buffer=buffer, rng=rng)
+
+
+def sample(s, seed, size):
+    return s.buffer.sample(torch.Generator().manual_seed(seed), size)
+
+
+def as_double(features):
+    return features._replace(entities=features.entities.double())
+
+
+def synthetic(
+    module, seed=0, played=((1, 1, 1), (1, 1, 1), (1, 1, 0)), A=4, filled=(4, 3, 2), width=9
+):
+    """Features of random entities: T x 3 moments of battles with so many units a side."""
+    rng = torch.Generator().manual_seed(seed)
+    played = torch.tensor(played, dtype=torch.bool)
+    battle = played.nonzero()[:, 1]
+    M, slot = len(battle), torch.arange(A)
+    side = slot >= torch.tensor(filled)[battle][:, None]
+    empty = torch.cat((side, side), 1)
+    unseen = torch.rand(M, A, 2 * A, generator=rng) < 0.4
+    unseen |= empty[:, None]
+    unseen[:, slot, slot] = False
+    avail = torch.rand(M, A, 5, generator=rng) < 0.6
+    avail[..., 0] = side
+    avail[..., 1] = ~side
+    entities = torch.randn(M, 2 * A, width, generator=rng)
+    return module.Features(entities, unseen, empty, avail, played)
+
+
+def permuted(features):
+    """Agents among themselves and enemies among themselves, four of each; the agents' order."""
+    mine, all_of = torch.tensor([2, 0, 3, 1]), torch.tensor([2, 0, 3, 1, 5, 7, 6, 4])
+    moved = features._replace(
+        entities=features.entities[:, all_of],
+        unseen=features.unseen[:, mine][:, :, all_of],
+        empty=features.empty[:, all_of],
+        avail_actions=features.avail_actions[:, mine],
+    )
+    return moved, mine, all_of
 
 
 # --- Mixing in NumPy ------------------------------------------------------------------------------
@@ -250,3 +313,25 @@ def check_effect(effect, plain, run_dir, run_script):
         assert differences({"": without}, {"": with_flag})
     else:
         assert (without, with_flag) == relation
+
+
+# --- Learning -------------------------------------------------------------------------------------
+
+
+class WeakEnemies(Combat):
+    """Of the enemies' hit points are 40 % left, and nothing of their shields."""
+
+    def reset(self):
+        super().reset()
+        self.units["health"][:, SIDE:] *= 0.4
+        self.units["shield"][:, SIDE:] = 0
+        self.load_state_dict(self.state_dict())
+        return self.obs
+
+
+def stand_and_shoot(battles):
+    """Nobody walks; who may attack, attacks the lowest tag."""
+    avail = np.asarray(battles.obs.avail)
+    targets = avail[..., 6:]
+    still = np.where(avail[..., 0], 0, 1)
+    return torch.from_numpy(np.where(targets.any(-1), 6 + targets.argmax(-1), still))

@@ -166,13 +166,15 @@ def test_bench_of_battles():
 @pytest.mark.parametrize(
     "name, tables, lines",
     [
-        ("mipi", "--limits 2 --widths 8 --alternations 2", ["REFIL, linear", "MIPI, M = 2"]),
-        ("refil", "--limits 2 --widths 8", ["fp32"]),
+        ("mipi", "--alternations 2 --presets", ["REFIL, linear", "MIPI, M = 2"]),
+        ("refil", "--presets", ["fp32"]),
+        ("collaq", "", ["REFIL", "AQMIX", "CollaQ"]),
     ],
 )
 def test_bench_of_battles_learners(name, tables, lines):
     """On episodes of two steps: what is asked for is printed."""
-    code, text, stderr = command("bench", name, *tables.split(), "--repeats", 1, "--presets")
+    small = ("--limits", 2, "--widths", 8, "--repeats", 1)
+    code, text, stderr = command("bench", name, *small, *tables.split())
     assert code == 0 and all(line in text for line in lines), text + stderr
     code, _, error = command("bench", name, "--repeats", 0)
     assert code == 2 and "--repeats 0" in error

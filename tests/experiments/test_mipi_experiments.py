@@ -20,19 +20,20 @@ from envs.smac import resource_collection
 
 study, runs_module = experiment("mipi"), experiment("runs")
 mipi, refil = (runs_module.load_script(name) for name in ("mipi_refil_smac", "refil_smac"))
-TINY = "--scenario sz --preset cpu --hidden-size 8 --heads 2 --rnn-size 6 --mixing-size 5 "
-TINY += (
-    "--num-envs 4 --batch-size 4 --max-episode-steps 4 --updates-per-iteration 1 --save-every 0 "
-)
+collaq, mappo = (runs_module.load_script(name) for name in ("collaq_smac", "mappo_smac"))
+TINY = "--scenario sz --preset cpu --hidden-size 8 --heads 2 --num-envs 4 --max-episode-steps 4 "
 TINY += "--team-sizes 3 4 --eval-team-sizes 6 --eval-every 32 --eval-episodes 4 --final-episodes 4 "
-TINY += "--total-timesteps 96 --log-every 32"
+TINY += "--total-timesteps 96 --log-every 32 --save-every 0 "
+OFF_POLICY = "--mixing-size 5 --batch-size 4 --updates-per-iteration 1"
+ON_POLICY = "--window-steps 4 --minibatches 2"
 
 RANDOM = ("/return", "/win")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Real runs of some updates, with made-up returns: untrained networks earn nothing."""
+    """Real runs of some updates, with made-up returns, as untrained networks earn nothing, and
+    times, as they are over at once."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(1)
     folder = tmp_path_factory.mktemp("runs")
@@ -45,12 +46,16 @@ def runs(tmp_path_factory):
         ("sz-value-s1", mipi, "--regularizer none"),
         ("sz-refil-s1", refil, ""),
         ("sz-aqmix-s1", refil, "--no-imagine"),
+        ("sz-collaq-s1", collaq, ""),
+        ("sz-mappo-s1", mappo, ""),
     ):
+        flags += f" {ON_POLICY if module is mappo else OFF_POLICY}"
         with contextlib.redirect_stdout(io.StringIO()):
             assert module.main(f"{TINY} {flags} --run-dir {folder / name}".split()) == 0
         log, lines = folder / name / "metrics.jsonl", []
         for line in map(json.loads, log.read_text().splitlines()):
             names = [key for key in line if key.startswith("eval/") and key.endswith(RANDOM)]
+            line |= {"learn_s": 600 * rng.uniform()} if "learn_s" in line else {}
             lines.append(json.dumps(line | {key: rng.uniform() for key in names}))
         log.write_text("\n".join(lines) + "\n")
     return folder
@@ -73,15 +78,16 @@ def test_tables(runs, tmp_path):
     """Means over the last evaluations and over seeds, worked out here from the logs; rows that were
     not run; the paper's figures as printed; names of rows."""
     names = ("mipi-s1", "mipi-s2", "inf-s1", "warm-s1", "value-s1", "refil-s1", "aqmix-s1")
+    names += ("collaq-s1", "mappo-s1")
     paths = [runs / f"sz-{name}" for name in names]
     code, text, stderr = command("mipi", "tables", *paths, "--last", 2, "--out", tmp_path / "t")
     assert code == 0, stderr
     assert (tmp_path / "t.md").read_text().strip() == text.strip()
     returns = rows_below(text, "SZ: return per episode")
-    own = {"MIPI", "alpha inf", "Value", "REFIL", "AQMIX"}
+    own = {"MIPI", "alpha inf", "Value", "REFIL", "AQMIX", "CollaQ", "MAPPO"}
     own.add("Entropy, alpha 0.5 --learning-rate 0.0005")  # the preset has another
     scripts = {name for name in returns if name.endswith("(script)")}
-    assert set(returns) - scripts == own and len(scripts) >= 4
+    assert set(returns) - scripts == own and len(scripts) == 4, "MAPPO's samples are no script"
     for column, sizes in {"3-4": (3, 4), "6": (6,)}.items():
         each = []
         for run in (runs / "sz-mipi-s1", runs / "sz-mipi-s2"):
@@ -97,14 +103,20 @@ def test_tables(runs, tmp_path):
     assert third["alpha 0.5"]["paper 3-5"] == ".175±.053"  # some figures of the paper's
     assert third["alpha inf"]["paper 8"] == ".221±.004"
     first = rows_below(text, "Table 1: share of battles won")
-    assert first["CollaQ"]["3-4"] == "not run" and first["CollaQ"]["paper 8"] == ".198±.097"
+    assert first["CollaQ"]["3-4"] != "not run" and first["CollaQ"]["paper 8"] == ".198±.097"
+    for name, run in (("CollaQ", "sz-collaq-s1"), ("MAPPO", "sz-mappo-s1")):
+        lines = [json.loads(x) for x in (runs / run / "metrics.jsonl").read_text().splitlines()]
+        seconds = [x["collect_s"] + x["learn_s"] for x in lines if "learn_s" in x]
+        assert first[name]["minutes"] == f"{sum(seconds) / 60:.1f}" != "0.0"
+        assert first[name]["steps"] == f"{lines[-2]['timesteps']:,}"
     assert set(rows_below(text, "Table 2: share of battles won")) == {
         "MIPI, alpha 0.03",
         "Value",
         "Entropy",
     }
     policies = rows_below(text, "SZ: policies, in training, nats")
-    assert set(policies) == own - {"REFIL", "AQMIX"} and policies["Value"]["mi/zealot"] == ""
+    assert set(policies) == own - {"REFIL", "AQMIX", "CollaQ"}
+    assert policies["Value"]["mi/zealot"] == policies["MAPPO"]["mi"] == ""
     each = []
     for run in (runs / "sz-mipi-s1", runs / "sz-mipi-s2"):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -180,19 +192,29 @@ def test_runs_of_the_tables(tmp_path):
     tables = ["table1", "table2", "table3", "d3", "collection"]
     code, text, stderr = command("mipi", "train", *tables, *words)
     assert code == 0, stderr
-    wanted = {("resource", name) for name in ("MIPI", "REFIL", "AQMIX")}
+    wanted = {("resource", name) for name in ("MIPI", "REFIL", "AQMIX", "CollaQ", "MAPPO")}
     for table in study.TABLES.values():
         for task, rows in table.items():
-            wanted |= {(task, name) for name in rows if name not in ("CollaQ", "MAPPO")}
+            wanted |= {(task, name) for name in rows}
     found = []
     for line in text.splitlines():
         path, *argv = shlex.split(line)[1:]
-        parent = refil if path.startswith("baselines") else mipi
-        args = runs_module.script_args(parent, argv)
-        assert args.eval_every * 10 == args.total_timesteps == 500_000 and args.num_envs == 32
-        plain = json.loads(json.dumps(vars(args))) | {"script": parent.__name__.split(".")[-1]}
+        (module,) = (x for x in (mipi, refil, collaq, mappo) if x.__file__.endswith(path))
+        args = runs_module.script_args(module, argv)
+        assert args.eval_every * 10 == args.total_timesteps == 500_000 and args.preset == "cpu"
+        assert args.num_envs == module.PRESETS["cpu"]["num_envs"]
+        plain = json.loads(json.dumps(vars(args))) | {"script": module.__name__.split(".")[-1]}
         found.append((args.scenario, study.row_name(plain), args.seed))
     assert sorted(found) == sorted((*pair, seed) for pair in wanted for seed in (1, 2))
+    code, text, stderr = command("mipi", "train", *tables, *words, "--only", "*-collaq", "mmm-m*o")
+    assert code == 0, stderr
+    folders = [words[words.index("--run-dir") + 1] for words in map(str.split, text.splitlines())]
+    names = [folder.rsplit("/", 1)[-1] for folder in folders]
+    tasks = ("sz", "csz", "mmm", "resource")
+    some = [*(f"{task}-collaq" for task in tasks), "mmm-mappo"]
+    assert sorted(names) == sorted(f"{name}-s{seed}" for name in some for seed in (1, 2))
+    code, _, stderr = command("mipi", "train", *tables, *words, "--only", "sz-nobody")
+    assert code == 2 and "--only sz-nobody" in stderr
 
 
 def test_rows_are_named_by_the_flags_in_which_runs_differ():
@@ -210,6 +232,7 @@ def test_rows_are_named_by_the_flags_in_which_runs_differ():
             known=known,
             seed=seed,
             steps=1,
+            minutes=1.0,
             columns={"3": (3,)},
             evaluations=[],
             learning=[],

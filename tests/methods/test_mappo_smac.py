@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from battle_tools import (
     CPU,
+    WeakEnemies,
     changed,
     check_effect,
     elsewhere,
@@ -32,6 +33,7 @@ from battle_tools import (
     rows,
     shape,
     sharpen,
+    stand_and_shoot,
 )
 from runs import differences, exact, index, metrics, only_error, script, states
 
@@ -878,25 +880,6 @@ def test_resource_collection(capfd):
 
 
 # --- Learning -------------------------------------------------------------------------------------
-
-
-class WeakEnemies(Combat):
-    """Of the enemies' hit points are 40 % left, and nothing of their shields."""
-
-    def reset(self):
-        super().reset()
-        self.units["health"][:, SIDE:] *= 0.4
-        self.units["shield"][:, SIDE:] = 0
-        self.load_state_dict(self.state_dict())
-        return self.obs
-
-
-def stand_and_shoot(battles):
-    """Nobody walks; who may attack, attacks the lowest tag."""
-    avail = np.asarray(battles.obs.avail)
-    targets = avail[..., 6:]
-    still = np.where(avail[..., 0], 0, 1)
-    return torch.from_numpy(np.where(targets.any(-1), 6 + targets.argmax(-1), still))
 
 
 QUICK = "--preset cpu --rollout rounds --num-envs 64 --hidden-size 32 --team-sizes 3"

@@ -1,5 +1,6 @@
 """refil_smac.py against plain versions written from the specification, and as a whole: masks,
-groups, mixers, targets, replay, resuming, flags, learning.
+groups, mixers, targets, replay, resuming, flags, learning. What holds of any script that is built
+so is also asked of its child collaq_smac.py, whose own tests are in test_collaq.py.
 
 experiments/plain_refil.py is REFIL step by step in torch; numpy_mix() takes utilities as given and
 mixes them with loops. Both read weights off the modules; everything else in them is written anew.
@@ -12,11 +13,11 @@ import functools
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import harness
 from harness import RunArgs, UsageError
 
+import battle_tools as tools
 import numpy as np
 import pytest
 import torch
@@ -24,33 +25,38 @@ import torch.nn.functional as F
 from battle_tools import (
     CPU,
     EFFECTS,
-    SMALL,
+    WeakEnemies,
+    as_double,
     check_effect,
     elsewhere,
     finite,
     initial,
     nets,
     numpy_mix,
+    permuted,
     read,
     resuming,
     run,
+    sample,
     saved_replay,
     shape,
     sharpen,
     stacked,
+    stand_and_shoot,
     tiny,
     weights_of,
 )
 from runs import ROOT, differences, exact, index, metrics, only_error, script, states
 
 from envs.smac import combat, game, worlds
-from envs.smac.combat import SIDE, Combat
+from envs.smac.combat import Combat
 from envs.smac.episodes import play, summarise
 
 sys.path.insert(0, str(ROOT / "experiments"))
 from plain_refil import Folded, Plain, all_slots, episodes_of
 
-refil = script("baselines.refil_smac")
+refil, collaq = script("baselines.refil_smac"), script("baselines.collaq_smac")
+EACH = pytest.mark.parametrize("module", [refil, collaq], ids=["refil", "collaq"])
 MIXERS = ("", "--mixer linear")
 EPISODE = 100_000  # bytes that one may take in a replay
 __all__ = ["elsewhere"]  # a fixture of all tests here
@@ -59,47 +65,8 @@ __all__ = ["elsewhere"]  # a fixture of all tests here
 # --- Settings -------------------------------------------------------------------------------------
 
 
-def setting(flags="", rounds=4, double=False, epsilon=1.0, noise=1.0):
-    """A buffer of random battles and an agent far from its beginning, targets away from it."""
-    args = read(refil, f"{SMALL} --max-episode-steps 60 {flags}")
-    battles = refil.make_envs(args, args.team_sizes, args.num_envs, args.seed)
-    agent = refil.Agent(args, battles.family, CPU)
-    for k, net in enumerate((agent.utility, agent.mixer, agent.target_utility, agent.target_mixer)):
-        sharpen(net, noise, k)
-    buffer, rng = refil.ReplayBuffer(args, battles, CPU), torch.Generator().manual_seed(5)
-    for _ in range(rounds):
-        refil.collect(battles, refil.Player(agent, epsilon, rng), buffer)
-    if double:
-        for part in agent.parts().values():
-            if isinstance(part, torch.nn.Module):
-                part.double()
-    return SimpleNamespace(args=args, battles=battles, agent=agent, buffer=buffer, rng=rng)
-
-
-def sample(s, seed, size):
-    return s.buffer.sample(torch.Generator().manual_seed(seed), size)
-
-
-def as_double(features):
-    return features._replace(entities=features.entities.double())
-
-
-def synthetic(seed=0, played=((1, 1, 1), (1, 1, 1), (1, 1, 0)), A=4, filled=(4, 3, 2), width=9):
-    """Features of random entities: T x 3 moments of battles with so many units a side."""
-    rng = torch.Generator().manual_seed(seed)
-    played = torch.tensor(played, dtype=torch.bool)
-    battle = played.nonzero()[:, 1]
-    M, slot = len(battle), torch.arange(A)
-    side = slot >= torch.tensor(filled)[battle][:, None]
-    empty = torch.cat((side, side), 1)
-    unseen = torch.rand(M, A, 2 * A, generator=rng) < 0.4
-    unseen |= empty[:, None]
-    unseen[:, slot, slot] = False
-    avail = torch.rand(M, A, 5, generator=rng) < 0.6
-    avail[..., 0] = side
-    avail[..., 1] = ~side
-    entities = torch.randn(M, 2 * A, width, generator=rng)
-    return refil.Features(entities, unseen, empty, avail, played)
+setting = functools.partial(tools.setting, refil)
+synthetic = functools.partial(tools.synthetic, refil)
 
 
 def networks(flags="", width=9, actions=5, double=True):
@@ -174,14 +141,7 @@ def test_permuting_entities_permutes_outputs(flags, imagine):
     """Agents among themselves and enemies among themselves; Q_tot stays."""
     features, (utility, mixer) = as_double(synthetic()), networks(flags)
     groups = groups_of(features) if imagine else None
-    mine, all_of = torch.tensor([2, 0, 3, 1]), torch.tensor([2, 0, 3, 1, 5, 7, 6, 4])
-    moved = refil.Features(
-        features.entities[:, all_of],
-        features.unseen[:, mine][:, :, all_of],
-        features.empty[:, all_of],
-        features.avail_actions[:, mine],
-        features.played,
-    )
+    moved, mine, all_of = permuted(features)
     other = groups[:, all_of] if imagine else None
     q, p = q_of(utility, features, groups), q_of(utility, moved, other)
     assert torch.allclose(q[:, :, mine], p, atol=1e-12)
@@ -493,27 +453,30 @@ def test_recurrent_replay_equals_stepping(monkeypatch):
             assert torch.allclose(q[m], seen[t][order[b]], atol=1e-4)
 
 
-def test_players_forget_what_was_before_an_episode():
+@EACH
+def test_players_forget_what_was_before_an_episode(module):
     """The same agents in the same battles do the same, whatever they played before."""
-    s = setting(rounds=0)
-    player, played = refil.Player(s.agent), []
+    s = tools.setting(module, rounds=0)
+    player, played = module.Player(s.agent), []
     for _ in range(2):
         s.battles.seed(3)
         played.append(play(s.battles, player))
     s.battles.seed(3)
-    played.append(play(s.battles, refil.Player(s.agent)))
+    played.append(play(s.battles, module.Player(s.agent)))
     assert played[0] == played[1] == played[2]
-    assert player.hidden is not None and float(player.hidden.abs().max()) > 0
+    hidden = player.hidden if module is collaq else [player.hidden]
+    assert all(float(x.abs().max()) > 0 for x in hidden)
 
 
-def test_actions_are_greedy_but_for_epsilon():
+@EACH
+def test_actions_are_greedy_but_for_epsilon(module):
     """Best available ones; random ones are available and spread evenly."""
-    s = setting(rounds=0)
+    s = tools.setting(module, rounds=0)
     s.battles.reset()
     rng = torch.Generator().manual_seed(0)
-    greedy = refil.Player(s.agent)(s.battles)
+    greedy = module.Player(s.agent)(s.battles)
     avail, there = s.battles.obs.avail, ~s.battles.obs.entity_mask[:, :8]
-    tries = torch.stack([refil.Player(s.agent, 0.5, rng)(s.battles) for _ in range(400)])
+    tries = torch.stack([module.Player(s.agent, 0.5, rng)(s.battles) for _ in range(400)])
     assert avail.gather(-1, tries.movedim(0, -1)).all() and (tries[:, ~there] == 0).all()
     choices = avail.sum(-1)[there].double()
     expected = 0.5 + 0.5 / choices
@@ -537,10 +500,11 @@ def test_epsilon_falls_and_stays():
 # --- Same seed, same bits -------------------------------------------------------------------------
 
 
-def test_same_seed_same_bits():
+@EACH
+def test_same_seed_same_bits(module):
     """Another seed changes every network, the generator, and what is logged."""
     a, b, c = (
-        run(refil, run_dir, 64, "--log-every", 32, "--eval-every", 64, "--seed", seed)
+        run(module, run_dir, 64, "--log-every", 32, "--eval-every", 64, "--seed", seed)
         for run_dir, seed in (("a", 7), ("b", 7), ("c", 8))
     )
     assert differences(a, b) == [] and differences(saved_replay("a"), saved_replay("b")) == []
@@ -555,18 +519,24 @@ MODES = {
     "bootstrap, bf16": "--no-timeout-terminates --amp --scenario csz --target-every 4",
     "resource collection": "--scenario resource --no-imagine",
 }
+CHILD = {
+    "collaq, replay wraps": "",
+    "collaq, linear, bf16, another family": "--mixer linear --scenario mmm --amp",
+    "collaq, sum of two, resource collection": "--no-subtract-alone --scenario resource",
+}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES | CHILD)
 def test_half_and_resumed_is_whole(mode):
     """Stopped twice, before the first update and later, between lines of the log, which are the
     same, too."""
-    flags = [*MODES[mode].split(), "--log-every", "48", "--batch-size", "4"]
-    run(refil, "whole", 128, *flags)
-    run(refil, "cut", 10, *flags)
+    module = collaq if mode in CHILD else refil
+    flags = [*(MODES | CHILD)[mode].split(), "--log-every", "48", "--batch-size", "4"]
+    run(module, "whole", 128, *flags)
+    run(module, "cut", 10, *flags)
     assert exact("cut")["timesteps"] == 16
-    assert refil.main(resuming("cut", 70)) == 0
-    assert refil.main(resuming("cut", 128)) == 0
+    assert module.main(resuming("cut", 70)) == 0
+    assert module.main(resuming("cut", 128)) == 0
     whole, cut = exact("whole"), exact("cut")
     assert whole["timesteps"] == 128 and int(saved_replay("whole")["episodes"]) == 16
     assert differences(whole, cut) == []
@@ -578,10 +548,11 @@ def test_half_and_resumed_is_whole(mode):
     assert {"return/3", "td_loss", "epsilon"} <= set(logged[1])
 
 
-def test_looking_at_a_run_changes_nothing():
+@EACH
+def test_looking_at_a_run_changes_nothing(module):
     """Lines of the log, checkpoints and evaluations draw nothing from the run's generator."""
     looks = ("--log-every", 16, "--save-every", 16, "--eval-every", 48, "--final-episodes", 1)
-    a, b = run(refil, "plain", 64), run(refil, "looks", 64, *looks)
+    a, b = run(module, "plain", 64), run(module, "looks", 64, *looks)
     assert len(metrics("looks")) == 4 + 1 + 1
     for state in (a, b):  # since the last line
         del state["ranks"][0]["log"], state["ranks"][0]["noted"]
@@ -589,8 +560,12 @@ def test_looking_at_a_run_changes_nothing():
     assert differences(saved_replay("plain"), saved_replay("looks")) == []
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_reward_that_is_not_finite(poison, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "module, poison",
+    [(refil, float("nan")), (refil, float("inf")), (collaq, float("nan"))],
+    ids=["refil-nan", "refil-inf", "collaq-nan"],
+)
+def test_a_reward_that_is_not_finite(module, poison, monkeypatch, capfd):
     """The run ends and names it; replays, statistics and weights of all checkpoints are finite, and
     it goes on from the newest one. Whether or not the update draws the episode."""
     calls, step = [], Combat.step
@@ -604,13 +579,13 @@ def test_a_reward_that_is_not_finite(poison, monkeypatch, capfd):
 
     with monkeypatch.context() as patch:
         patch.setattr(Combat, "step", poisoned)
-        assert refil.main(tiny("run", 400, "--save-every", 16, "--log-every", 48)) == 1
+        assert module.main(tiny("run", 400, "--save-every", 16, "--log-every", 48)) == 1
     assert "rewards is not finite" in only_error(capfd.readouterr().err)
     assert [entry["timesteps"] for entry in index("run")] == [80, 64]
     for entry, state in zip(index("run"), states("run")):
         assert finite(state) and finite(saved_replay("run", entry))
-    assert refil.main(resuming("run", 128)) == 0
-    run(refil, "whole", 128, "--save-every", 16, "--log-every", 48)
+    assert module.main(resuming("run", 128)) == 0
+    run(module, "whole", 128, "--save-every", 16, "--log-every", 48)
     assert differences(exact("run"), exact("whole")) == [] and metrics("run") == metrics("whole")
 
 
@@ -641,16 +616,18 @@ def test_what_would_do_something_else_than_it_says(line, words):
     assert [word for word in words.split() if word not in str(error.value)] == []
 
 
-def test_several_processes(capfd, monkeypatch):
+@EACH
+def test_several_processes(module, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refil.main([]) == 2
+    assert module.main([]) == 2
     assert "one process" in only_error(capfd.readouterr().err) and not Path("runs").exists()
 
 
-def test_a_run_goes_on_in_its_own_backend(capfd):
+@EACH
+def test_a_run_goes_on_in_its_own_backend(module, capfd):
     """Evaluated it may be elsewhere."""
-    run(refil, "run", 16)
-    assert refil.main(resuming("run", 32, "--backend", "sc2")) == 2
+    run(module, "run", 16)
+    assert module.main(resuming("run", 32, "--backend", "sc2")) == 2
     assert "--backend sim" in only_error(capfd.readouterr().err)
 
 
@@ -662,12 +639,13 @@ def test_help_says_what_is_the_worlds():
         assert repr(kind) in hints["enemy_ai"]
 
 
-def test_presets():
+@EACH
+def test_presets(module):
     """The one for CPUs sets its flags, others override it wherever they stand."""
-    assert read(refil, "") == refil.Args() == read(refil, "--preset paper")
-    cpu = read(refil, "--preset cpu")
-    assert cpu == dataclasses.replace(refil.Args(), preset="cpu", **refil.PRESETS["cpu"])
-    assert read(refil, "--hidden-size 32 --preset cpu") == dataclasses.replace(cpu, hidden_size=32)
+    assert read(module, "") == module.Args() == read(module, "--preset paper")
+    cpu = read(module, "--preset cpu")
+    assert cpu == dataclasses.replace(module.Args(), preset="cpu", **module.PRESETS["cpu"])
+    assert read(module, "--hidden-size 32 --preset cpu") == dataclasses.replace(cpu, hidden_size=32)
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -713,11 +691,12 @@ def test_imagined_groups_are_drawn_unless_switched_off():
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_amp(fast, monkeypatch):
+@EACH
+def test_amp(module, fast, monkeypatch):
     """bf16 where the hardware has it, else nothing; args.json says which."""
-    plain = run(refil, "plain", 32)
-    monkeypatch.setattr(refil, "has_bf16", lambda device: fast)
-    amp = run(refil, "amp", 32, "--amp")
+    plain = run(module, "plain", 32)
+    monkeypatch.setattr(module, "has_bf16", lambda device: fast)
+    amp = run(module, "amp", 32, "--amp")
     assert bool(differences(plain["agent"], amp["agent"])) == fast
     assert json.loads(Path("amp/args.json").read_text())["resolved"]["amp"] == fast
 
@@ -767,15 +746,17 @@ def test_a_game_that_fails_ends_the_run(monkeypatch, capfd):
     assert index("b")[0]["timesteps"] == 48
 
 
-def test_compile(monkeypatch):
+@EACH
+def test_compile(module, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda net, dynamic: compiled.append(type(net).__name__)
     )
-    a = run(refil, "plain", 32)
+    a = run(module, "plain", 32)
     assert compiled == []
-    b = run(refil, "compiled", 32, "--compile")
-    assert sorted(compiled) == ["Mixer", "Mixer", "Utility", "Utility"]
+    b = run(module, "compiled", 32, "--compile")
+    utility = "CollaborativeUtility" if module is collaq else "Utility"
+    assert sorted(compiled) == sorted(["Mixer", "Mixer", utility, utility])
     assert differences(nets(a), nets(b)) == []
 
 
@@ -791,9 +772,10 @@ def test_compiled_networks_learn_the_same():
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
-def test_rows_of_the_table(capfd):
+@EACH
+def test_rows_of_the_table(module, capfd):
     """A row per size, at the end also of scripted policies in the same battles."""
-    run(refil, "run", 32, "--eval-every", 16, "--eval-episodes", 2, "--final-episodes", 3)
+    run(module, "run", 32, "--eval-every", 16, "--eval-episodes", 2, "--final-episodes", 3)
     results = json.loads(Path("run/summary.json").read_text())["eval"]
     players = ("", " random", " nearest", " focus", " retreat")
     assert list(results) == [f"{size}{player}" for size in (3, 4, 5) for player in players]
@@ -830,10 +812,11 @@ def test_films():
 
 
 @pytest.mark.long
-def test_resource_collection(capfd):
+@EACH
+def test_resource_collection(module, capfd):
     """The other world: its agents, things, table and scripts; 145 steps at most."""
     flags = ["--scenario", "resource", "--max-episode-steps", 150, "--final-episodes", 2]
-    run(refil, "run", 290, *flags, "--log-every", 16, "--batch-size", 2)
+    run(module, "run", 290, *flags, "--log-every", 16, "--batch-size", 2)
     replay = saved_replay("run")
     assert replay["length"].tolist() == [145, 145] and replay["resources"].shape[1:] == (6, 2)
     assert set(replay["present"].sum(1).tolist()) <= {3, 4}
@@ -843,24 +826,25 @@ def test_resource_collection(capfd):
     assert "picked up" in capfd.readouterr().out
     logged = set().union(*metrics("run"))
     assert "return" in logged and "win" not in logged
-    s = setting("--scenario resource")
+    s = tools.setting(module, "--scenario resource")
     features = s.buffer.sample(s.rng, 6).features
     A = features.unseen.shape[1]
     assert features.entities.shape[1:] == (A + 8, 23 + 6)
     assert not features.empty[:, -1].any(), "home is last"
 
 
-def test_evaluation_alone_repeats(capfd):
+@EACH
+def test_evaluation_alone_repeats(module, capfd):
     """The same figures as at the run's end, from its directory or its checkpoint; nothing else is
     written. Other sizes may be asked for."""
-    run(refil, "run", 32, "--final-episodes", 3)
+    run(module, "run", 32, "--final-episodes", 3)
     before, first = sorted(Path("run").rglob("*")), capfd.readouterr().out
     table = first[first.index("| who") :].strip()
     for source in ("run", "run/checkpoint-32.pt"):
-        assert refil.main(["--eval-only", source]) == 0
+        assert module.main(["--eval-only", source]) == 0
         assert capfd.readouterr().out.strip().endswith(table)
     other = ["--eval-team-sizes", "8", "--final-episodes", "2"]
-    assert refil.main(["--eval-only", "run", *other]) == 0
+    assert module.main(["--eval-only", "run", *other]) == 0
     assert "| 8 retreat" in capfd.readouterr().out
     assert sorted(Path("run").rglob("*")) == before
 
@@ -880,23 +864,24 @@ def test_everybody_meets_the_same_battles(monkeypatch):
     assert len({x[2] for x in made[1:]}) == 1 != made[1][2]
 
 
-def test_a_loaded_player_plays_as_the_run_does():
+@EACH
+def test_a_loaded_player_plays_as_the_run_does(module):
     """From a directory or a checkpoint, in battles of another size."""
-    state = run(refil, "run", 64)
-    args = harness.saved_args("run", refil.Args)
-    agent = refil.Agent(args, worlds.family_of("sz"), CPU)
+    state = run(module, "run", 64)
+    args = harness.saved_args("run", module.Args)
+    agent = module.Agent(args, worlds.family_of("sz"), CPU)
     harness.restore(agent, state["agent"], "run")
     earned = []
     for policy in (
-        refil.Player(agent),
-        refil.load_player("run"),
-        refil.load_player("run/checkpoint-64.pt"),
+        module.Player(agent),
+        module.load_player("run"),
+        module.load_player("run/checkpoint-64.pt"),
     ):
         battles = Combat("sz", (5,), 8, seed=9, once=True)
         earned.append([episode.reward for episode in play(battles, policy)])
     assert earned[0] == earned[1] == earned[2]
     with pytest.raises(UsageError, match="no intact checkpoint"):
-        refil.load_player("nowhere")
+        module.load_player("nowhere")
 
 
 # --- Learning -------------------------------------------------------------------------------------
@@ -907,36 +892,19 @@ QUICK += " --target-every 8 --epsilon-steps 8000 --max-episode-steps 60 --eval-e
 QUICK += " --final-episodes 400"
 
 
-class WeakEnemies(Combat):
-    """Of the enemies' hit points are 40 % left, and nothing of their shields."""
-
-    def reset(self):
-        super().reset()
-        self.units["health"][:, SIDE:] *= 0.4
-        self.units["shield"][:, SIDE:] = 0
-        self.load_state_dict(self.state_dict())
-        return self.obs
-
-
-def stand_and_shoot(battles):
-    """Nobody walks; who may attack, attacks the lowest tag."""
-    avail = np.asarray(battles.obs.avail)
-    targets = avail[..., 6:]
-    still = np.where(avail[..., 0], 0, 1)
-    return torch.from_numpy(np.where(targets.any(-1), 6 + targets.argmax(-1), still))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_refil_learns(seed, monkeypatch):
-    """Three against three weak ones, 18,000 steps, some 57 seconds: greedy agents (.85, .83, .74 at
-    seeds 1, 2, 3) win more than those that only stand and shoot (.67), and than random ones."""
+@EACH
+def test_agents_learn(module, seed, monkeypatch):
+    """Three against three weak ones, 18,000 steps, some 57 seconds: greedy agents (REFIL .85, .83,
+    .74 at seeds 1, 2, 3) win more than those that only stand and shoot (.67), and than random
+    ones."""
     monkeypatch.setattr(combat, "Combat", WeakEnemies)
     battles = WeakEnemies("sz", (3,), 400, seed=5, once=True, episode_limit=60)
     bar = summarise(play(battles, stand_and_shoot))["win"]
     argv = [*QUICK.split(), "--total-timesteps", "18000", "--seed", str(seed), "--run-dir", "run"]
-    assert refil.main(argv) == 0
+    assert module.main(argv) == 0
     results = json.loads(Path("run/summary.json").read_text())["eval"]
     assert results["3 random"]["win"] < 0.4 < 0.6 < bar < 0.75
     assert results["3"]["win_low"] > bar
