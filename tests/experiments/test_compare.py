@@ -110,9 +110,13 @@ def test_what_is_no_run_is_one_sentence(two, tmp_path):
 
 
 def test_long_curves_are_thinned():
-    """At most 100 points: means over equal windows, each at its last point's step."""
+    """At most 100 points: means over equal windows, each at its last point's step; of seconds
+    sums, so that the whole stays what it was."""
     runs = experiment("runs")
-    log = [{"timesteps": 10 * k, "x": float(k)} for k in range(1, 1001)]
+    log = [{"timesteps": 10 * k, "x": float(k), "learn_s": float(k)} for k in range(1, 1001)]
     points = runs.thinned(log, "x")
     assert len(points) == 100 and points[0] == (100, 5.5) and points[-1] == (10_000, 995.5)
+    seconds = runs.thinned(log, "learn_s")
+    assert len(seconds) == 100 and seconds[0] == (100, 55.0)
+    assert sum(x for _, x in seconds) == sum(range(1, 1001))
     assert runs.thinned(log[:100], "x") == [(10 * k, float(k)) for k in range(1, 101)]
