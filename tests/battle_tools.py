@@ -317,6 +317,11 @@ def check_effect(effect, plain, run_dir, run_script):
 
 # --- Learning -------------------------------------------------------------------------------------
 
+QUICK = "--team-sizes 3 --eval-team-sizes --hidden-size 32 --rnn-size 32 --mixing-size 16"
+QUICK += " --learning-rate 1e-3 --gamma .95 --batch-size 8 --updates-per-iteration 16"
+QUICK += " --target-every 8 --epsilon-steps 8000 --max-episode-steps 60 --eval-every 0"
+QUICK += " --final-episodes 400"
+
 
 class WeakEnemies(Combat):
     """Of the enemies' hit points are 40 % left, and nothing of their shields."""
