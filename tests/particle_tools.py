@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MRA, MADDPG = "mra_maddpg_particle", "baselines.maddpg_particle"
-MAAC = "baselines.maac_particle"
+MAAC, RL2 = "baselines.maac_particle", "baselines.rl2_particle"
 BOTH = (MRA, MADDPG)
 
 
@@ -35,11 +35,18 @@ def parse(module: ModuleType, argv: list) -> Any:
 
 def tiny(name: str, run_dir: Path | str, steps: int, *flags: object) -> list[str]:
     """The command line of a run of some environment steps, without evaluation."""
-    argv = "--num-envs 4 --batch-size 16 --buffer-size 500 --update-every 20 --hidden-size 8"
+    argv = "--num-envs 4 --hidden-size 8"
+    if name == RL2:
+        argv += " --max-episode-steps 5 --rnn-size 6 --key-size 4 --epochs 1 --minibatches 2"
+    else:
+        argv += " --batch-size 16 --buffer-size 500 --update-every 20"
     argv += " --eval-episodes 2 --final-episodes 0 --eval-every 0"
     argv += " --save-every 0 --log-every 1000000"
-    argv += " --num-updates 1" if name == MAAC else " --inner-steps 1 --key-size 4"
-    own = ("--populations", 3, 5) if name == MRA else ("--population", 3)
+    if name in BOTH:
+        argv += " --inner-steps 1 --key-size 4"
+    if name == MAAC:
+        argv += " --num-updates 1"
+    own = ("--populations", 3, 5) if name in (MRA, RL2) else ("--population", 3)
     where = ("--total-timesteps", steps, "--run-dir", run_dir)
     return [str(word) for word in (*argv.split(), *own, *where, *flags)]
 
