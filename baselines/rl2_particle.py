@@ -103,7 +103,7 @@ class Args(RunArgs):
     eval_populations: tuple[str, ...] = ()  # unseen ones, in the final evaluation
     shaping: bool = True  # treasure, pacman: -.1 x distance to what one wants
     collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds per population; as many trials begin in each
+    num_envs: Positive = 12  # B, worlds per population, and trials that begin in each
     max_episode_steps: Positive = 20  # T, horizon of a game
     # Method
     trial_games: Count = 0  # G, games of a trial; 0: one in each of --populations
@@ -634,8 +634,9 @@ class TrialPlayer:
         return pick(log_probs, self.actions), values
 
     def see(self, reward: Tensor) -> Tensor:
-        """Remember what came of it, reward (B, N); returns it divided by its deviation."""
-        reward = reward / self.agent.deviation(self.worlds)
+        """Remember what came of it, reward (B, N); returns it divided by its deviation, 0 of who
+        did not act."""
+        reward = reward * self.acts / self.agent.deviation(self.worlds)
         one_hot = F.one_hot(self.actions, NUM_ACTIONS).to(reward.dtype)
         done = torch.zeros_like(reward)
         new = torch.cat((one_hot, reward[..., None], done[..., None]), -1)
@@ -740,12 +741,8 @@ def minibatches(
     """One epoch: the worlds of each order, with all their agents, shuffled and dealt out."""
     shuffled = [torch.randperm(args.num_envs, generator=rng) for _ in trials]
     dealt = [worlds.tensor_split(args.minibatches) for worlds in shuffled]
-    for parts in zip(*dealt):
-        device = trials[0][0].acts.device
-        yield [
-            [played.at(worlds.to(device)) for played in trial]
-            for trial, worlds in zip(trials, parts)
-        ]
+    for part in zip(*dealt):
+        yield [[played.at(worlds) for played in trial] for trial, worlds in zip(trials, part)]
 
 
 # --- 7. Update ------------------------------------------------------------------------------------
@@ -804,7 +801,10 @@ def update(
 ) -> dict[str, Tensor]:
     """PPO's epochs over an iteration's trials. Returns scalars; RunError if one of them or a reward
     is not finite."""
-    found = collections.defaultdict(list)
+    found, returns = collections.defaultdict(list), {}
+    for place, games in enumerate(zip(*trials), start=1):
+        scaled = [played.rewards.sum(0).mean() for played in games]
+        returns[f"scaled_return/game {place}"] = torch.stack(scaled).mean()
     for _ in range(args.epochs):
         for part in minibatches(args, trials, rng):
             loss, scalars = losses(args, agent, part)
@@ -813,11 +813,8 @@ def update(
             for name, x in scalars.items():
                 found[name].append(x.detach())
     means = {name: torch.stack(x).mean() for name, x in found.items()}
-    for place, games in enumerate(zip(*trials)):
-        returns = [played.rewards.sum(0).mean() for played in games]
-        means[f"scaled_return/game {place + 1}"] = torch.stack(returns).mean()
-    check_finite(**means)
-    return means
+    check_finite(rewards=torch.stack(list(returns.values())), **means)
+    return means | returns
 
 
 # --- 8. Evaluate ----------------------------------------------------------------------------------
@@ -873,9 +870,10 @@ def load_player(path: str, seed: int = 1, games: int = 1) -> Player:
 
 
 def adapt(args: Args, agent: Agent, collector: Collector) -> None:
-    """Begin with the policy and the sizes of rewards of the run that is adapted."""
+    """Begin with the policy and the sizes of values and rewards of the run that is adapted."""
     saved, _ = load_checkpoint(args.adapt)
-    restore(agent.policy, saved["agent"]["policy"], args.adapt)
+    nets = {"policy": agent.policy, "value_norm": agent.value_norm}
+    restore(nets, saved["agent"], args.adapt)
     sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]
     collector.reward_scale.sums += torch.stack(sums).mean(0).to(agent.device)
 
