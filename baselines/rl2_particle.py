@@ -203,6 +203,7 @@ def make_envs(args: Args, population: str, num_envs: int, seed: int) -> Particle
 
 NUM_ACTIONS = 5  # A
 RELU = math.sqrt(2)  # gain of layers before a ReLU
+Population = tuple[int, ...]  # agents of each type
 
 
 class View(NamedTuple):
@@ -361,22 +362,23 @@ class RecurrentPolicy(nn.Module):
         values = self.critic(rows, counts)
         # h after as many steps as an agent has acted
         states = torch.cat((hidden[None], states))  # (T + 1, B, N, R)
-        number = acts.sum(0)[None, ..., None].expand(1, *hidden.shape)
-        after = states.gather(0, number)[0]
+        number = acts.sum(0)[..., None].expand_as(hidden)  # (B, N, R)
+        after = states.gather(0, number[None])[0]
         return log_probs.unflatten(0, shape[:2]), values.view(shape), after
 
-    def remember(self, x: Tensor, hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def remember(self, x: Tensor, hidden: Tensor, counts: Population) -> Tensor:
         """h (T, B, N, R) after each step of x (T, B, N, .), from hidden (B, N, R) on."""
-        B, N, R = hidden.shape
-        T = len(x)
+        T, B, N = x.shape[:3]
         if self.forgets:  # each step begins with h = 0
-            x, hidden = x.flatten(0, 1)[None], hidden.new_zeros(T * B, N, R)
+            x = x.view(1, T * B, N, -1)
+            hidden = torch.zeros_like(hidden).repeat(T, 1, 1)
         parts = []
-        for gru, rows, h in zip(self.grus, x.split(counts, 2), hidden.split(counts, 1)):
+        inputs = x.split(counts, 2), hidden.split(counts, 1)
+        for gru, rows, h in zip(self.grus, *inputs):
             # Eq. (1)
             states, _ = gru(rows.flatten(1, 2), h.flatten(0, 1)[None])
             parts.append(states.unflatten(1, h.shape[:2]))
-        return torch.cat(parts, 2).view(T, B, N, R)
+        return torch.cat(parts, 2).view(T, B, N, -1)
 
 
 # [shared: sample] begin
@@ -419,7 +421,7 @@ class ValueNorm(nn.Module):
 class Memory(NamedTuple):
     """What the agents of B worlds carry along."""
 
-    population: tuple[int, ...]  # whose
+    population: Population  # whose
     hidden: Tensor  # (B, N, R) h
     previous: Tensor  # (B, N, A + 2) a_t-1 one-hot, r_t-1 / std, done_t-1
 
@@ -470,7 +472,7 @@ class Agent(Parts):
 # --- 5. The paper ---------------------------------------------------------------------------------
 
 
-def same_agents(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[list[int], list[int]]:
+def same_agents(before: Population, after: Population) -> tuple[list[int], list[int]]:
     """The numbers of the agents of one population that are in the next one, too, and their numbers
     there: of each type the first ones."""
     here, there = [], []
@@ -481,15 +483,15 @@ def same_agents(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[list[i
     return here, there
 
 
-def hand_over(hidden: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+def hand_over(hidden: Tensor, before: Population, after: Population) -> Tensor:
     """h (B, N, R) of a population before -> of the next one: that of the same agent or, of one who
     comes in, the mean of its type."""
     # papers are silent: who remembers what when N changes
-    means = torch.stack([part.mean(1) for part in hidden.split(before, 1)], 1)  # (B, S, R)
-    result = per_agent(means.transpose(0, 1), after).transpose(0, 1)  # (B, N', R)
+    means = [part.mean(1) for part in hidden.split(before, 1)]
+    new = per_agent(torch.stack(means), after).transpose(0, 1)  # (B, N', R)
     here, there = same_agents(before, after)
-    result[:, there] = hidden[:, here]
-    return result
+    new[:, there] = hidden[:, here]
+    return new
 
 
 def begin_game(agent: Agent, game: Game, num_worlds: int, last: Memory | None) -> Memory:
@@ -506,7 +508,7 @@ def begin_game(agent: Agent, game: Game, num_worlds: int, last: Memory | None) -
     return Memory(game.population, hidden, previous)
 
 
-def gae(args: Args, trial: list[Played]) -> list[Tensor]:
+def gae(args: Args, trial: Trial) -> list[Tensor]:
     """Advantages (T, B, N) in each game of a trial, 0 where an agent does not act.
 
     An agent that is in the next game, too, goes on there. For others, and at the trial's end, comes
@@ -562,9 +564,18 @@ class Played:
 
     def at(self, worlds: Tensor) -> Played:
         """Some of the worlds."""
-        rows = {name: x[:, worlds] for name, x in vars(self).items() if isinstance(x, Tensor)}
-        obs = self.obs._make([x[:, worlds] for x in self.obs])
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        rows = {name: x[:, worlds] for name, x in tensors.items()}
+        obs = Observation(*(x[:, worlds] for x in self.obs))
         return dataclasses.replace(self, obs=obs, **rows)
+
+
+Trial = list[Played]  # its games, in order
+
+
+def of_acting(games: list[Played], xs: list[Tensor]) -> Tensor:
+    """Of tensors (T, B, N, ...), one for each game, the K steps in which an agent acts (K, ...)."""
+    return torch.cat([x[played.acts] for played, x in zip(games, xs)])
 
 
 class Collector:
@@ -646,7 +657,7 @@ class TrialPlayer:
 
     def __call__(self, worlds: ParticleWorld) -> Tensor:
         """Actions (B, N)."""
-        begins = worlds.clocks.time[: worlds.num_worlds, None] == 0  # (B, 1)
+        goes_on = worlds.clocks.time[: worlds.num_worlds, None] > 0  # (B, 1), an episode
         is_new = worlds is not self.worlds
         if is_new:
             self.calls = 0
@@ -655,11 +666,13 @@ class TrialPlayer:
         game, step = divmod(self.calls, worlds.horizon)
         if is_new or (step == 0 and self.games > 1):
             self.begin(worlds, first=game % self.games == 0)
-        elif self.games > 1:
-            self.playing &= ~begins  # these ended early, and wait for the others
+        elif self.games > 1:  # who ended early waits for the others
+            self.playing = self.playing & goes_on
         else:
-            hidden, previous = (x * ~begins[..., None] for x in self.memory[1:])
-            self.memory = self.memory._replace(hidden=hidden, previous=previous)
+            keeps = goes_on[..., None]
+            self.memory = self.memory._replace(
+                hidden=self.memory.hidden * keeps, previous=self.memory.previous * keeps
+            )
         self.calls += 1
         self.act()
         return self.actions
@@ -684,7 +697,7 @@ def play_game(player: TrialPlayer, collector: Collector) -> Played:
     goes_on = step.alive & player.playing
     _, values, _ = player.agent.act(worlds.game, step.final, player.memory, goes_on)
     record["values"].append(values * goes_on)
-    obs = Observation._make([torch.stack(x) for x in zip(*seen)])
+    obs = Observation(*(torch.stack(x) for x in zip(*seen)))
     tensors = {name: torch.stack(x) for name, x in record.items()}
     return Played(game=worlds.game, obs=obs, **tensors)
 
@@ -705,11 +718,11 @@ def draw_orders(args: Args, number: int, rng: torch.Generator) -> list[list[int]
 @torch.no_grad()
 def collect(
     args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator
-) -> list[list[Played]]:
+) -> list[Trial]:
     """B trials for each order of the populations, game by game."""
     player, trials = TrialPlayer(agent, rng), []
     for order in draw_orders(args, len(collectors), rng):
-        trial: list[Played] = []
+        trial: Trial = []
         for number in order:
             collector = collectors[number]
             collector.worlds.reset()
@@ -719,25 +732,23 @@ def collect(
     return trials
 
 
-def prepare(args: Args, agent: Agent, trials: list[list[Played]]) -> None:
+def prepare(args: Args, agent: Agent, trials: list[Trial]) -> None:
     """Give the games of these trials their advantages and targets; takes the returns into
     agent.value_norm."""
     games = [played for trial in trials for played in trial]
-    found = [advantages for trial in trials for advantages in gae(args, trial)]
-    acts = [played.acts for played in games]
-    every = torch.cat([x[where] for x, where in zip(found, acts)])  # (K,)
-    returns = [played.values[:-1] + x for played, x in zip(games, found)]
+    advantages = [x for trial in trials for x in gae(args, trial)]
+    returns = [played.values[:-1] + x for played, x in zip(games, advantages)]
     if args.value_norm:
-        agent.value_norm.update(moments(torch.cat([x[where] for x, where in zip(returns, acts)])))
+        agent.value_norm.update(moments(of_acting(games, returns)))
     mean, std = agent.value_norm.mean_std()
-    for played, advantages, target in zip(games, found, returns):
-        played.advantages = (advantages - every.mean()) / (every.std(correction=0) + 1e-5)
+    every = of_acting(games, advantages)  # (K,)
+    centre, deviation = every.mean(), every.std(correction=0)
+    for played, advantage, target in zip(games, advantages, returns):
+        played.advantages = (advantage - centre) / (deviation + 1e-5)
         played.targets = (target - mean) / std
 
 
-def minibatches(
-    args: Args, trials: list[list[Played]], rng: torch.Generator
-) -> Iterator[list[list[Played]]]:
+def minibatches(args: Args, trials: list[Trial], rng: torch.Generator) -> Iterator[list[Trial]]:
     """One epoch: the worlds of each order, with all their agents, shuffled and dealt out."""
     shuffled = [torch.randperm(args.num_envs, generator=rng) for _ in trials]
     dealt = [worlds.tensor_split(args.minibatches) for worlds in shuffled]
@@ -752,32 +763,30 @@ def pick(x: Tensor, actions: Tensor) -> Tensor:  # (..., A), (...) -> (...)
     return x.gather(-1, actions[..., None])[..., 0]
 
 
-def replay(agent: Agent, trial: list[Played]) -> tuple[Tensor, Tensor]:
-    """log pi (K, A) and V (K,) of the policy of now in a trial's K steps of acting agents."""
+def replay(agent: Agent, trial: Trial) -> tuple[Tensor, Tensor]:
+    """log pi (K, A) and V (K,) of the policy of now in the K steps of acting agents."""
     log_probs, values = [], []
     memory = None
     for played in trial:
-        T, B = played.acts.shape[:2]
+        T, B, N = played.acts.shape
         memory = begin_game(agent, played.game, B, memory)
-        obs = played.obs._make([x.flatten(0, 1) for x in played.obs])
+        obs = Observation(*(x.flatten(0, 1) for x in played.obs))
         view = agent.view(played.game, obs)
-        log_p, v, hidden = agent.policy(view, played.previous, memory.hidden, played.acts)
-        memory = memory._replace(hidden=hidden)
-        log_probs.append(log_p[played.acts])
-        values.append(v[played.acts])
-    return torch.cat(log_probs), torch.cat(values)
+        found = agent.policy(view, played.previous, memory.hidden, played.acts)
+        log_probs.append(found[0])
+        values.append(found[1])
+        memory = memory._replace(hidden=found[2])
+    return of_acting(trial, log_probs), of_acting(trial, values)
 
 
-def losses(
-    args: Args, agent: Agent, trials: list[list[Played]]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def losses(args: Args, agent: Agent, trials: list[Trial]) -> tuple[Tensor, dict[str, Tensor]]:
     """L, and what it is made of."""
     outputs = [replay(agent, trial) for trial in trials]
     log_probs, values = (torch.cat(x) for x in zip(*outputs))  # (K, A), (K,)
     games = [played for trial in trials for played in trial]
 
     def recorded(name: str) -> Tensor:  # (K,)
-        return torch.cat([getattr(played, name)[played.acts] for played in games])
+        return of_acting(games, [getattr(played, name) for played in games])
 
     difference = pick(log_probs, recorded("actions")) - recorded("log_probs")
     ratio = difference.exp()  # rho
@@ -797,7 +806,7 @@ def losses(
 
 
 def update(
-    args: Args, agent: Agent, trials: list[list[Played]], rng: torch.Generator
+    args: Args, agent: Agent, trials: list[Trial], rng: torch.Generator
 ) -> dict[str, Tensor]:
     """PPO's epochs over an iteration's trials. Returns scalars; RunError if one of them or a reward
     is not finite."""

@@ -50,6 +50,7 @@ from experiments.runs import (
 )
 
 MRA, MADDPG = "mra_maddpg_particle.py", "baselines/maddpg_particle.py"
+RL2 = "baselines/rl2_particle.py"
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -205,9 +206,9 @@ class Trained(NamedTuple):
 
 def load(run: Run) -> Trained:
     """The agents of a run directory, on the CPU; UsageError if it is not of a particle script."""
-    known = [Path(path).stem for path in (MRA, MADDPG)]
+    known = [Path(path).stem for path in (MRA, MADDPG, RL2)]
     if run.args["script"] not in known:
-        wanted = " or ".join(known)
+        wanted = ", ".join(known)
         raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {wanted}.")
     script = load_script(run.args["script"])
     args, agent = script.load_agent(str(run.path))
@@ -483,7 +484,7 @@ class CrossPlay:
     divided by the largest of the table (where all are positive).
     """
 
-    runs: Runs  # of mra_maddpg_particle.py or baselines/maddpg_particle.py, in pacman
+    runs: Runs  # of mra_maddpg_particle.py, or of maddpg or rl2 in baselines/, in pacman
     population: str = "8,4"  # Pac-Men, ghosts
     episodes: Annotated[int, Interval(ge=2)] = 200  # of each pair of runs
     seed: Seed = 1
@@ -536,7 +537,8 @@ def cross_play(study: CrossPlay) -> None:
     for x in trained:
         if x.args.task != "pacman":
             raise UsageError(f"{x.run.where} is a run of {x.args.task}, not of pacman.")
-        if not x.args.share_parameters and x.populations != (study.population,):
+        is_per_agent = not getattr(x.args, "share_parameters", True)
+        if is_per_agent and x.populations != (study.population,):
             only = f"has parameters per agent, for {x.populations[0]} only"
             raise UsageError(f"{x.run.where} {only}.")
     rows = []

@@ -569,6 +569,7 @@ def test_the_dead_and_games_that_end():
         assert not acts.all() and acts[:, :, men:].any()
         over = ~acts[:, :, :men].any(2)  # no Pac-Man acts
         assert (over[:, :, None] <= ~acts[:, :, men:]).all()
+        assert not played.rewards[~acts].any() and played.rewards[acts].any()
         early += int(over[-1].sum())
         goes_on = acts[-1] & (played.values[-1] != 0)
         assert (played.values[-1] != 0).any() and (goes_on == (played.values[-1] != 0)).all()
@@ -746,3 +747,430 @@ def test_the_bandit_is_solved_from_the_second_game_on(memory, monkeypatch):
         assert min(played[1:4] + played[5:]) > 0.8
     else:
         assert max(abs(found)) < 0.2
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+ITERATION = 2 * 2 * 5 * 4  # environment steps of a tiny run: orders, games, steps, worlds
+
+
+def test_same_seed_same_bits():
+    """Another seed changes every weight matrix and what is logged."""
+    looks = ("--log-every", 80, "--eval-every", 160)
+    a, b, c = (run(RL2, name, 240, *looks, "--seed", seed) for name, seed in zip("abc", (7, 7, 8)))
+    assert differences(a, b) == [] and metrics("a") == metrics("b") != metrics("c")
+    assert len(metrics("a")) == 3 + 1 and a["iteration"] == 3
+    changed = set(differences(a, c))
+    for net, part in nets(a).items():
+        assert {f"/agent/{net}/{k}" for k in part if k.endswith("weight")} < changed
+    assert "/ranks/0/rng" in changed
+
+
+MODES = {
+    "treasure": "",
+    "pacman": "--task pacman --populations 2,1 1,3 3,2 --trial-games 2",
+    "rooms": "--task rooms --populations 2,3 1,3 --memory game --no-value-norm",
+    "signpost": "--task signpost --populations 3 --trial-games 2 --no-scale-rewards",
+    "adapt": "",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_equals_uninterrupted(mode):
+    """Stopped twice, also between two lines of the log."""
+    flags = [*MODES[mode].split(), "--log-every", "200", "--epochs", "2"]
+    argv = tiny
+    if mode == "adapt":
+        run(RL2, "source", 80)
+        argv = lambda name, run_dir, steps, *flags: adapting(run_dir, steps, *flags)  # noqa: E731
+    assert rl2.main(argv(RL2, "whole", 480, *flags)) == 0
+    assert rl2.main(argv(RL2, "cut", 52, *flags)) == 0
+    if mode == "adapt":
+        shutil.rmtree("source")  # a run that is resumed needs it no more
+    assert rl2.main(resuming("cut", 164)) == 0
+    assert rl2.main(resuming("cut", 480)) == 0
+    whole, cut = newest("whole"), newest("cut")
+    assert cut["timesteps"] >= 480 and differences(whole, cut) == []
+    assert metrics("whole") == metrics("cut") and len(metrics("cut")) == 2
+    assert all("return" in m for m in metrics("cut"))
+    assert differences(nets(initial("whole")), nets(whole))
+
+
+def test_looking_at_a_run_changes_nothing():
+    """Lines of the log, checkpoints and evaluations draw nothing from the run's generator."""
+    looks = ("--log-every", 80, "--save-every", 80, "--eval-every", 160, "--final-episodes", 1)
+    a, b = run(RL2, "plain", 240), run(RL2, "looks", 240, *looks)
+    for state in (a, b):  # since the last line
+        state["ranks"][0].pop("noted")
+        for collector in collectors(state):
+            collector.pop("ended")
+    assert differences(a, b) == [] and len(metrics("looks")) == 3 + 1 + 1
+
+
+def test_what_is_logged():
+    """Returns of all episodes; and divided by their deviation, in each game of a trial."""
+    run(RL2, "run", 80, "--task", "pacman", "--populations", "2,1", "1,2", "--log-every", 80)
+    (m,) = metrics("run")
+    names = {"timesteps", "policy_loss", "value_loss", "entropy", "kl", "clipped", "grad_norm"}
+    names |= {"scaled_return/game 1", "scaled_return/game 2", "episodes", "return"}
+    names |= {f"return/{x}{kind}" for x in ("2,1", "1,2") for kind in ("", "/0", "/1")}
+    assert set(m) == names and m["episodes"] == 8
+    assert 0 < m["entropy"] <= np.log(5) + 1e-6 and m["value_loss"] > 0
+
+
+def test_evaluations(capfd):
+    """All games of a trial in each population, scripted players in the worlds of the first, unseen
+    ones at the end; alone it repeats the run's."""
+    flags = ("--final-episodes", 5, "--eval-every", 80, "--eval-populations", 4, "--trial-games", 3)
+    run(RL2, "run", 100, *flags)
+    results = json.loads(Path("run/summary.json").read_text())["eval"]
+    scripted = ("", " game 2", " game 3", " random", " nearest-first", " flee")
+    assert list(results) == [f"{x}{name}" for x in (3, 5, 4) for name in scripted]
+    assert len({row["return"] for row in results.values()}) == 18
+    lines = [m for m in metrics("run") if any(k.startswith("eval/") for k in m)]
+    rows = {k.split("/")[1] for k in lines[0] if k.startswith("eval/")}
+    assert rows == {f"{x}{name}" for x in (3, 5) for name in scripted[:3]}
+    before = [x for x in capfd.readouterr().out.splitlines() if x.startswith("|")]
+    files = sorted(Path("run").iterdir())
+    assert rl2.main(["--eval-only", "run"]) == 0
+    assert [x for x in capfd.readouterr().out.splitlines() if x.startswith("|")] == before[-20:]
+    assert sorted(Path("run").iterdir()) == files
+
+
+def test_an_evaluation_keeps_its_memory(monkeypatch):
+    """Game k of a trial begins with what game k - 1 left; each population with nothing."""
+    begun = []
+    real = rl2.begin_game
+
+    def watch(agent, game, num_worlds, last):
+        begun.append((game.population, None if last is None else last.hidden.abs().sum() > 0))
+        return real(agent, game, num_worlds, last)
+
+    run(RL2, "run", 4)
+    args, agent = rl2.load_agent("run")
+    monkeypatch.setattr(rl2, "begin_game", watch)
+    evaluation = harness.Evaluation(args, "final", 0, Path())
+    evaluation.episodes = 3
+    rl2.evaluate(args, agent, ["3", "5"], evaluation)
+    assert begun == [((n,), last) for n in (3, 5) for last in (None, True)]
+    assert evaluation.played == evaluation.expected == 2 * (2 + 3) * 3
+
+
+def test_a_run_as_a_player():
+    """load_player() gives the policy, with the sizes of rewards of its run."""
+    state = run(RL2, "run", 80)
+    args, agent = rl2.load_agent("run")
+    assert differences(dict(agent.policy.state_dict()), state["agent"]["policy"]) == []
+    for name, own in zip(("3", "5"), collectors(state)):
+        assert torch.equal(agent.reward_scales[name].sums, own["rewards"])
+    worlds = rl2.make_envs(args, "4", 5, 1)
+    returns = []
+    for seed in (1, 1, 2):
+        worlds.seed(1)
+        returns.append(play(worlds, rl2.load_player("run", seed)))
+    assert (returns[0] == returns[1]).all() and (returns[0] != returns[2]).any()
+
+
+def test_a_world_with_rewards_that_are_none(capfd, monkeypatch):
+    """The update that comes next ends the run, and no checkpoint holds any of it."""
+    step = rl2.ParticleWorld.step
+
+    def poisoned(self, actions):
+        result = step(self, actions)
+        result.reward[0, 0] = float("nan")
+        return result
+
+    monkeypatch.setattr(rl2.ParticleWorld, "step", poisoned)
+    assert rl2.main(tiny(RL2, "run", 1000)) == 1
+    assert "rewards is not finite" in capfd.readouterr().err
+    assert [entry["timesteps"] for entry in index("run")] == [0]
+
+
+# --- Adapting -------------------------------------------------------------------------------------
+
+
+def adapting(run_dir, steps: int, *flags) -> list[str]:
+    """The command line of an adaptation of the run `source` to four agents."""
+    argv = ["--adapt", "source", "--population", 4, "--final-episodes", 0, "--eval-every", 0]
+    argv += ["--save-every", 0, "--log-every", 1000000, "--total-timesteps", steps]
+    return [str(x) for x in (*argv, "--run-dir", run_dir, *flags)]
+
+
+def test_adapting():
+    """Policy and sizes of values and rewards are the source's, the optimiser is new; trials are as
+    long as the source's, all their games in the new population."""
+    source = run(RL2, "source", 160, "--epochs", 3)
+    assert rl2.main(adapting("run", 40, "--log-every", 40)) == 0
+    begun, end = initial("run"), newest("run")
+    assert differences(nets(begun), nets(source)) == []
+    assert begun["agent"]["optimiser"]["state"] == {} != source["agent"]["optimiser"]["state"]
+    (own,) = collectors(begun)
+    assert own["worlds"]["game"] == "treasure 4"
+    sums = torch.stack([x["rewards"] for x in collectors(source)]).mean(0)
+    assert torch.equal(own["rewards"], sums) and sums.any()
+    assert end["timesteps"] == 2 * 5 * 4 and end["iteration"] == 1
+    (m,) = metrics("run")
+    assert m["episodes"] == 8 and "return/4" in m
+    changed = differences(nets(begun), nets(end))
+    assert {k.split("/")[1] for k in changed} == {"policy", "value_norm"}
+    steps = {float(x["step"]) for x in end["agent"]["optimiser"]["state"].values()}
+    assert steps == {3.0 * 2}, "the source's epochs"
+
+
+def test_flags_of_the_source_hold():
+    """Unless typed; a preset changes no sizes of networks; what is about this run alone is new."""
+    run(RL2, "source", 4, "--no-shaping", "--seed", 3)
+    saved = read(Path("source") / index("source")[0]["name"])["args"]
+    few = ["--adapt", "source", "--population", "4"]
+    args = vars(rl2.read(few))
+    about = {x.name for x in dataclasses.fields(harness.RunArgs)} | {"adapt", "population"}
+    own = {k: tuple(x) if isinstance(x, list) else x for k, x in saved.items()}
+    assert {k for k in args if k not in about and args[k] != own[k]} == set()
+    assert not args["shaping"] and args["seed"] == 1 and args["rnn_size"] == 6
+    typed = vars(rl2.read([*few, "--preset", "cpu", "--epochs", "7", "--trial-games", "5"]))
+    changed = {k for k in typed if typed[k] != args[k]}
+    preset = set(rl2.PRESETS["cpu"]) - {"rnn_size"}
+    assert changed == preset | {"preset", "epochs", "trial_games"}
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+WRONG = {  # command line: words that the one sentence has to contain
+    "--minibatches 5 --num-envs 4": "--minibatches --num-envs",
+    "--populations 3 6 3": "--populations twice",
+    "--population 4": "--adapt --population",
+    "--adapt run": "--adapt --population",
+    "--adapt run --population 4,2": "treasure 4,2",
+    "--adapt run --population x": "x",
+    "--adapt run --population 4 --rnn-size 64": "--rnn-size 6",
+    "--adapt run --population 4 --memory step": "--memory trial",
+    "--adapt run --population 4 --populations 3 6": "--populations",
+    "--adapt run --population 4 --run-dir run": "holds a run already",
+    "--adapt other --population 4": "maddpg_particle rl2_particle",
+    "--adapt nowhere --population 4": "nowhere checkpoint",
+    "--task pirates": "'pirates' treasure resource pacman",
+    "--task pacman": "pacman 3",
+    "--populations 3,": "3,",
+    "--eval-populations 0": "0",
+    "--clip -1": "--clip -1",
+    "--rnn-size 0": "--rnn-size 0",
+    "--resume run --gamma .5": "--gamma 0.99",
+    "--resume run --trial-games 3": "--trial-games 0",
+    "--resume other": "maddpg_particle rl2_particle",
+    "--eval-only other": "maddpg_particle rl2_particle",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_command_line(line, capfd, monkeypatch):
+    if "run" in line.split():
+        run(RL2, "run", 4)
+    if "other" in line:
+        run(MADDPG, "other", 4)
+    capfd.readouterr()
+    monkeypatch.setattr(rl2, "collect", lambda *_: pytest.fail("the run has begun"))
+    before = sorted(Path().rglob("*"))
+    assert rl2.main(shlex.split(line)) == 2
+    err = capfd.readouterr().err.strip()
+    assert err.startswith("error: ") and err.endswith(".") and "\n" not in err
+    assert [word for word in WRONG[line].split() if word not in err] == []
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_several_processes(capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert rl2.main([]) == 2 and "one process" in capfd.readouterr().err
+
+
+def test_presets():
+    plain, fast = parse(rl2, []), parse(rl2, ["--preset", "cpu"])
+    assert plain == rl2.Args() == parse(rl2, ["--preset", "paper"])
+    assert fast == dataclasses.replace(plain, preset="cpu", **rl2.PRESETS["cpu"])
+    assert parse(rl2, ["--preset", "cpu", "--rnn-size", 7]).rnn_size == 7
+
+
+# --- Flags ----------------------------------------------------------------------------------------
+# Each entry: flags, what to measure on a run with and one without them, how the two relate.
+
+
+def policy(state, run_dir):
+    return [state["agent"]["policy"]]
+
+
+def first_weights(state, run_dir):
+    return [initial(run_dir)["agent"]["policy"]]
+
+
+def moved(state, run_dir):
+    return bool(differences(first_weights(state, run_dir), policy(state, run_dir)))
+
+
+def steps_of(state, run_dir):
+    return float(state["agent"]["optimiser"]["state"][0]["step"])
+
+
+def shape(name):
+    return lambda state, run_dir: tuple(state["agent"]["policy"][name].shape)
+
+
+def games(state, run_dir):
+    return [x["worlds"]["game"] for x in collectors(state)]
+
+
+def moments(state, run_dir):
+    return sum(float(x["exp_avg_sq"].sum()) for x in state["agent"]["optimiser"]["state"].values())
+
+
+def rewards(state, run_dir):
+    """Mean and deviation of what the first population's agents earned."""
+    count, total, square = collectors(state)[0]["rewards"][:, 0].tolist()
+    return [torch.tensor([total / count, square / count])]
+
+
+def logged(column):
+    def measure(state, run_dir):
+        path = run_dir / "metrics.jsonl"
+        return sum(column in m for m in metrics(run_dir)) if path.exists() else 0
+
+    return measure
+
+
+def evaluated(key):
+    def measure(state, run_dir):
+        path = run_dir / "metrics.jsonl"
+        lines = metrics(run_dir) if path.exists() else []
+        return next((m[key] for m in lines if key in m), 0)
+
+    return measure
+
+
+FLAGS = {
+    "seed": ("--seed 7", policy, None),
+    "total_timesteps": ("--total-timesteps 161", lambda s, d: s["timesteps"], (160, 240)),
+    "capture_video": (
+        "--capture-video --final-episodes 1",
+        lambda s, d: sorted(x.name for x in d.glob("videos/*")),
+        ([], [f"final-160-{x}{k}.mp4" for x in (3, 5) for k in ("-game 2", "")]),
+    ),
+    "task": (
+        "--task resource",
+        games,
+        (["treasure 3", "treasure 5"], ["resource 3", "resource 5"]),
+    ),
+    "populations": ("--populations 4", games, (["treasure 3", "treasure 5"], ["treasure 4"])),
+    "eval_populations": (
+        "--eval-populations 4 --final-episodes 2",
+        evaluated("final/4/episodes"),
+        (0, 2),
+    ),
+    "shaping": ("--no-shaping", rewards, None),
+    "collision_penalty": ("--collision-penalty 300", rewards, None),
+    "num_envs": ("--num-envs 8", lambda s, d: s["iteration"], (2, 1)),
+    "max_episode_steps": (
+        "--max-episode-steps 10",
+        lambda s, d: [float(x["ended"][0]) for x in collectors(s)],
+        ([16.0, 16.0], [8.0, 8.0]),
+    ),
+    "trial_games": (
+        "--trial-games 4",
+        lambda s, d: [float(x["ended"][0]) for x in collectors(s)] + [s["iteration"]],
+        ([16.0, 16.0, 2], [16.0, 16.0, 1]),
+    ),
+    "memory": ("--memory step", policy, None),
+    "rnn_size": ("--rnn-size 9", shape("grus.0.weight_hh_l0"), ((18, 6), (27, 9))),
+    "hidden_size": ("--hidden-size 9", shape("encoder.value.weight"), ((1, 8, 8), (1, 9, 9))),
+    "key_size": ("--key-size 3", shape("encoder.graph.key.weight"), ((1, 8, 4), (1, 8, 3))),
+    "head_gain": ("--head-gain 4", first_weights, None),
+    "learning_rate": ("--learning-rate 0", moved, (True, False)),
+    "gamma": ("--gamma .5", policy, None),
+    "gae_lambda": ("--gae-lambda .5", policy, None),
+    "clip": ("--clip 0 --epochs 3", lambda s, d: noted(s, "clipped"), "up"),
+    "epochs": ("--epochs 3", steps_of, (4.0, 12.0)),
+    "minibatches": ("--minibatches 4", steps_of, (4.0, 8.0)),
+    "value_coef": ("--value-coef 5", policy, None),
+    "value_norm": (
+        "--no-value-norm",
+        lambda s, d: bool(s["agent"]["value_norm"]["sums"].any()),
+        (True, False),
+    ),
+    "entropy_coef": ("--entropy-coef 5", policy, None),
+    "scale_rewards": ("--no-scale-rewards", policy, None),
+    "max_grad_norm": ("--max-grad-norm .00001", moments, "down"),
+    "log_every": ("--log-every 80", logged("entropy"), (0, 2)),
+    "eval_every": ("--eval-every 80", logged("eval/3/return"), (0, 2)),
+    "eval_episodes": ("--eval-every 80 --eval-episodes 3", evaluated("eval/3/episodes"), (0, 3)),
+    "final_episodes": ("--final-episodes 5", evaluated("final/3/episodes"), (0, 5)),
+    "save_every": (
+        "--save-every 80",
+        lambda s, d: [entry["timesteps"] for entry in index(d)],
+        ([160, 0], [160, 80]),
+    ),
+}
+ELSEWHERE = {
+    "run_dir": "every run here",
+    "resume": "test_resumed_equals_uninterrupted",
+    "eval_only": "test_evaluations",
+    "preset": "test_presets",
+    **dict.fromkeys(("adapt", "population"), "test_adapting"),
+    "plain": "test_policy_and_value_are_those_of_the_equations",
+    **dict.fromkeys(("device", "compile", "num_threads"), "test_devices_and_threads"),
+    **dict.fromkeys(("track", "wandb_project", "wandb_mode", "wandb_timeout"), "tests/harness"),
+}
+
+
+def noted(state, name):
+    """Of what the next line of the log would have."""
+    return float(state["ranks"][0]["noted"][name].mean())
+
+
+def test_every_flag_is_tested():
+    assert {x.name for x in dataclasses.fields(rl2.Args)} == set(FLAGS) | set(ELSEWHERE)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The run without further flags."""
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    return run(RL2, run_dir, 2 * ITERATION), run_dir
+
+
+@pytest.mark.parametrize("field", FLAGS)
+def test_flag_changes_what_it_names(field, plain, tmp_path):
+    flags, measure, relation = FLAGS[field]
+    state = run(RL2, tmp_path / "run", 2 * ITERATION, *flags.split())
+    without, with_flag = measure(*plain), measure(state, tmp_path / "run")
+    if relation is None:
+        for a, b in zip(without, with_flag, strict=True):
+            assert differences(a, b)
+    elif relation in ("up", "down"):
+        assert with_flag > without if relation == "up" else with_flag < without
+    else:
+        assert (without, with_flag) == relation
+
+
+def test_devices_and_threads(monkeypatch):
+    """On a CPU --compile is for the pair kernels alone."""
+    made, asked = [], []
+
+    class World(rl2.ParticleWorld):
+        def __init__(self, *args, **options):
+            made.append((options["device"], options["compiled"]))
+            super().__init__(*args, **options | {"device": "cpu", "compiled": False})
+
+    class Pairs(rl2.FastPairs):
+        def __init__(self, *args, compiled):
+            asked.append(compiled)
+            super().__init__(*args)
+
+    monkeypatch.setattr(rl2, "ParticleWorld", World)
+    monkeypatch.setattr(rl2, "FastPairs", Pairs)
+    run(RL2, "one", 4)
+    assert set(asked) == {False} and torch.get_num_threads() == 1
+    asked.clear()
+    run(RL2, "two", 4, "--device", "cpu", "--num-threads", 2, "--compile")
+    assert set(asked) == {True} and torch.get_num_threads() == 2
+    assert set(made) == {("cpu", False)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for flags in ("", "--compile", "--device cpu --compile"):
+        rl2.make_envs(parse(rl2, flags.split()), "3", 2, 1)
+    assert made[-3:] == [("cuda", False), ("cuda", True), ("cpu", False)]
