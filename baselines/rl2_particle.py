@@ -106,7 +106,8 @@ class Args(RunArgs):
     num_envs: Positive = 12  # B, worlds per population, and trials that begin in each
     max_episode_steps: Positive = 20  # T, horizon of a game
     # Method
-    trial_games: Count = 0  # G, games of a trial; 0: one in each of --populations
+    trial: Literal["cycle", "same"] = "cycle"  # through all populations, or in one of them
+    trial_games: Count = 0  # G, games of a trial; 0: as many as there are --populations
     memory: Literal["trial", "game", "step"] = "trial"  # how long it is kept
     rnn_size: Positive = 256  # R
     hidden_size: Positive = 64  # H
@@ -708,10 +709,11 @@ def num_games(args: Args) -> int:
 
 
 def draw_orders(args: Args, number: int, rng: torch.Generator) -> list[list[int]]:
-    """Orders of a number of populations: a random one, begun at each of them, so that all of them
-    are as often a trial's first game as its last."""
+    """The populations of the games of a trial, by their numbers, for as many trials as there are
+    populations: a random order of them, begun at each, or each by itself."""
     order = torch.randperm(number, generator=rng).tolist()
-    places = range(num_games(args))
+    step = 1 if args.trial == "cycle" else 0
+    places = [step * place for place in range(num_games(args))]
     return [[order[(first + place) % number] for place in places] for first in range(number)]
 
 

@@ -627,6 +627,9 @@ def test_each_population_is_as_often_first_and_last():
     assert len(orders) == 24
     args = dataclasses.replace(s.args, trial_games=3)
     assert [len(order) for order in rl2.draw_orders(args, 2, seeded(1))] == [3, 3]
+    args = dataclasses.replace(args, trial="same")
+    same = rl2.draw_orders(args, 4, seeded(1))
+    assert sorted(same) == [[number] * 3 for number in range(4)], "each trial in one population"
 
 
 def test_every_world_is_in_one_minibatch():
@@ -720,6 +723,7 @@ def pulls(s: SimpleNamespace) -> list[float]:
     return [float((played.rewards * deviation).mean()) for played in trial]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("memory", ["trial", "game"])
 def test_the_bandit_is_solved_from_the_second_game_on(memory, monkeypatch):
     """And not in the first one; without memory of games in none."""
@@ -769,7 +773,7 @@ def test_same_seed_same_bits():
 MODES = {
     "treasure": "",
     "pacman": "--task pacman --populations 2,1 1,3 3,2 --trial-games 2",
-    "rooms": "--task rooms --populations 2,3 1,3 --memory game --no-value-norm",
+    "rooms": "--task rooms --populations 2,3 1,3 --trial same --no-value-norm",
     "signpost": "--task signpost --populations 3 --trial-games 2 --no-scale-rewards",
     "adapt": "",
 }
@@ -778,19 +782,19 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_resumed_equals_uninterrupted(mode):
     """Stopped twice, also between two lines of the log."""
-    flags = [*MODES[mode].split(), "--log-every", "200", "--epochs", "2"]
+    flags = [*MODES[mode].split(), "--log-every", "160"]
     argv = tiny
     if mode == "adapt":
         run(RL2, "source", 80)
         argv = lambda name, run_dir, steps, *flags: adapting(run_dir, steps, *flags)  # noqa: E731
-    assert rl2.main(argv(RL2, "whole", 480, *flags)) == 0
+    assert rl2.main(argv(RL2, "whole", 320, *flags)) == 0
     assert rl2.main(argv(RL2, "cut", 52, *flags)) == 0
     if mode == "adapt":
         shutil.rmtree("source")  # a run that is resumed needs it no more
     assert rl2.main(resuming("cut", 164)) == 0
-    assert rl2.main(resuming("cut", 480)) == 0
+    assert rl2.main(resuming("cut", 320)) == 0
     whole, cut = newest("whole"), newest("cut")
-    assert cut["timesteps"] >= 480 and differences(whole, cut) == []
+    assert cut["timesteps"] >= 320 and differences(whole, cut) == []
     assert metrics("whole") == metrics("cut") and len(metrics("cut")) == 2
     assert all("return" in m for m in metrics("cut"))
     assert differences(nets(initial("whole")), nets(whole))
@@ -1071,6 +1075,7 @@ FLAGS = {
         lambda s, d: [float(x["ended"][0]) for x in collectors(s)],
         ([16.0, 16.0], [8.0, 8.0]),
     ),
+    "trial": ("--trial same", policy, None),
     "trial_games": (
         "--trial-games 4",
         lambda s, d: [float(x["ended"][0]) for x in collectors(s)] + [s["iteration"]],
@@ -1167,7 +1172,7 @@ def test_devices_and_threads(monkeypatch):
     run(RL2, "one", 4)
     assert set(asked) == {False} and torch.get_num_threads() == 1
     asked.clear()
-    run(RL2, "two", 4, "--device", "cpu", "--num-threads", 2, "--compile")
+    run(RL2, "two", 4, "--populations", 3, "--device", "cpu", "--num-threads", 2, "--compile")
     assert set(asked) == {True} and torch.get_num_threads() == 2
     assert set(made) == {("cpu", False)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
