@@ -281,6 +281,10 @@ class MLP(nn.Module):
         return self.last(hidden, counts)
 
 
+# [shared: layers] end
+
+
+# [shared: mean_entity] begin
 def mean_entity(others: Tensor, g: Tensor) -> Tensor:
     """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
     position = others[..., :2] * g.sum(-1, keepdim=True)
@@ -288,7 +292,7 @@ def mean_entity(others: Tensor, g: Tensor) -> Tensor:
     return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
 
 
-# [shared: layers] end
+# [shared: mean_entity] end
 
 
 class Pairs:

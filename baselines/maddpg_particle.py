@@ -220,6 +220,10 @@ class MLP(nn.Module):
         return self.last(hidden, counts)
 
 
+# [shared: layers] end
+
+
+# [shared: mean_entity] begin
 def mean_entity(others: Tensor, g: Tensor) -> Tensor:
     """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
     position = others[..., :2] * g.sum(-1, keepdim=True)
@@ -227,9 +231,10 @@ def mean_entity(others: Tensor, g: Tensor) -> Tensor:
     return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
 
 
-# [shared: layers] end
+# [shared: mean_entity] end
 
 
+# [shared: relation_graph] begin
 class Pairs:
     """Networks of o_ij = [p_j - p_i, v_j, ...] after a first layer that they share: keys, values.
 
@@ -283,6 +288,9 @@ class RelationGraph(nn.Module):
         scores = scores / math.sqrt(self.key_size)
         scores = scores.masked_fill(~view.mask, -1e9)
         return scores.softmax(-1) * view.mask
+
+
+# [shared: relation_graph] end
 
 
 class GraphNet(nn.Module):

@@ -50,7 +50,7 @@ from experiments.runs import (
 )
 
 MRA, MADDPG = "mra_maddpg_particle.py", "baselines/maddpg_particle.py"
-EPC = "baselines/epc_particle.py"
+RL2, EPC = "baselines/rl2_particle.py", "baselines/epc_particle.py"
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -206,9 +206,9 @@ class Trained(NamedTuple):
 
 def load(run: Run) -> Trained:
     """The agents of a run directory, on the CPU; UsageError if it is not of a particle script."""
-    known = [Path(path).stem for path in (MRA, MADDPG, EPC)]
+    known = [Path(path).stem for path in (MRA, MADDPG, RL2, EPC)]
     if run.args["script"] not in known:
-        wanted = " or ".join(known)
+        wanted = ", ".join(known)
         raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {wanted}.")
     script = load_script(run.args["script"])
     args, agent = script.load_agent(str(run.path))
@@ -484,7 +484,7 @@ class CrossPlay:
     pair, and as in the paper divided by the largest of the table (where all are positive).
     """
 
-    runs: Runs  # of mra_maddpg_, baselines/maddpg_ or baselines/epc_particle.py, in pacman
+    runs: Runs  # of mra_maddpg_particle.py, or of maddpg, rl2 or epc in baselines/, in pacman
     population: str = "8,4"  # Pac-Men, ghosts
     episodes: Annotated[int, Interval(ge=2)] = 200  # of each pair of runs
     seed: Seed = 1

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MRA, MADDPG = "mra_maddpg_particle", "baselines.maddpg_particle"
-MAAC, EPC = "baselines.maac_particle", "baselines.epc_particle"
+MAAC, RL2, EPC = (f"baselines.{name}_particle" for name in ("maac", "rl2", "epc"))
 BOTH = (MRA, MADDPG)
 
 
@@ -35,11 +35,18 @@ def parse(module: ModuleType, argv: list) -> Any:
 
 def tiny(name: str, run_dir: Path | str, steps: int, *flags: object) -> list[str]:
     """The command line of a run of some environment steps, without evaluation."""
-    argv = "--num-envs 4 --batch-size 16 --buffer-size 500 --update-every 20 --hidden-size 8"
+    argv = "--num-envs 4 --hidden-size 8"
+    if name == RL2:
+        argv += " --max-episode-steps 5 --rnn-size 6 --key-size 4 --epochs 1 --minibatches 2"
+    else:
+        argv += " --batch-size 16 --buffer-size 500 --update-every 20"
     argv += " --eval-episodes 2 --final-episodes 0 --eval-every 0"
     argv += " --save-every 0 --log-every 1000000"
-    argv += " --num-updates 1" if name == MAAC else " --inner-steps 1 --key-size 4"
-    own = ("--populations", 3, 5) if name in (MRA, EPC) else ("--population", 3)
+    if name == MAAC:
+        argv += " --num-updates 1"
+    elif name != RL2:
+        argv += " --inner-steps 1 --key-size 4"
+    own = ("--populations", 3, 5) if name in (MRA, RL2, EPC) else ("--population", 3)
     if name == EPC:
         own += ("--sets", 2, "--tournament-episodes", 2, "--max-episode-steps", 5)
     where = ("--total-timesteps", steps, "--run-dir", run_dir)

@@ -738,6 +738,8 @@ class ParticleWorld:
         number = torch.arange(first_world, first_world + padded, device=self.device)
         self.numbers = number
         self.bodies = torch.zeros(self.game.state_size, padded, dtype=dtype, device=self.device)
+        # (B, N) of the last step, which reset() leaves as it is: for players with a memory
+        self.last_reward = self.bodies.new_zeros(num_worlds, self.num_agents)
         self.seed(seed)
         what = f"the world ({self.game.task}, {_name(self.game.population)})"
         self._advance = functools.partial(advance, self.game, horizon)
@@ -800,6 +802,7 @@ class ParticleWorld:
         self.seen = obs
         results = reward, over, late, alive
         results = results if padded == B else [x[:B] for x in results]
+        self.last_reward = results[0]
         return Step(self._cut(obs), *results, self._cut(final), last[:B])
 
     @torch.no_grad()

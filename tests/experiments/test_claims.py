@@ -16,7 +16,7 @@ from made_up import ROOT, command, experiment, is_png, rows
 
 claims, criteria, runs_module = (experiment(x) for x in ("claims", "criteria", "runs"))
 DATA = ROOT / "docs/data"
-TO_COME = {"baselines/rl2_particle.py"}
+TO_COME: set[str] = set()
 IDS = [*(f"B{k}" for k in range(1, 8)), "B1-proxy", *(f"M{k}" for k in range(1, 9))]
 IDS += [f"I{k}" for k in range(1, 7)]
 

@@ -148,6 +148,24 @@ def test_cross_play_of_epc(population, runs, tmp_path):
     assert float(row["ghost"]) == pytest.approx(float(returns[1]), rel=1e-5)
 
 
+def test_cross_play_of_rl2(tmp_path):
+    """Its policy plays by its memory, beside any other's."""
+    rl2 = runs_module.load_script("rl2_particle")
+    argv = "--task pacman --populations 2,1 3,2 --num-envs 4 --rnn-size 6 --hidden-size 8 "
+    argv += f"--total-timesteps 4 --epochs 1 --final-episodes 0 --run-dir {tmp_path / 'rl2-s1'}"
+    assert rl2.main(argv.split()) == 0
+    words = [tmp_path / "rl2-s1", "--population", "3,2", "--episodes", 6, "--out", tmp_path / "x"]
+    code, _, stderr = command("mra", "cross-play", *words)
+    assert code == 0, stderr
+    (row,) = rows(tmp_path / "x.csv")
+    trained = mra.load(runs_module.Run(tmp_path / "rl2-s1"))
+    assert trained.populations == ("2,1", "3,2")
+    players = [rl2.load_player(str(tmp_path / "rl2-s1"), seed) for seed in (1, 2)]
+    returns = mra.play(mra.make_world(trained, "3,2", 6, 1), mra.together(*players)).mean(0)
+    found = [float(row["pac_man"]), float(row["ghost"])]  # six digits
+    assert found == pytest.approx(returns.tolist(), rel=1e-5)
+
+
 def test_cross_play_refuses(runs, tmp_path):
     for words, sentence in (
         ([runs / "several-s1"], "is a run of resource"),

@@ -123,8 +123,9 @@ def blocks(path):
 
 
 def test_shared_blocks_are_alike():
-    """Byte for byte."""
+    """Byte for byte, but that MRA's graph has several heads."""
     child, parent = (blocks(ROOT / f"{name.replace('.', '/')}.py") for name in BOTH)
+    assert parent.pop("relation_graph")
     assert child == parent and set(child) >= {"make_envs", "layers", "sample", "losses"}
 
 

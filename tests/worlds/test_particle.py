@@ -405,6 +405,18 @@ def test_steps_before_reset_and_wrong_actions_are_one_sentence():
     assert torch.equal(again.step(torch.ones(32, 3, dtype=torch.int64)).reward, reward)
 
 
+def test_the_last_reward_can_be_read():
+    """Of the worlds that there are, also when the next episodes have begun."""
+    world = ParticleWorld("pacman", (2, 3), 5, seed=1)
+    assert torch.equal(world.last_reward, torch.zeros(5, 5))
+    world.reset()
+    for _ in range(21):
+        step = world.step(nearest_first(world))
+        assert torch.equal(world.last_reward, step.reward) and step.reward.any()
+    world.reset()
+    assert torch.equal(world.last_reward, step.reward)
+
+
 def test_episodes_end_and_begin_anew():
     world = ParticleWorld("treasure", 3, 4, seed=1)
     world.reset()

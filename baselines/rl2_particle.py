@@ -1,0 +1,936 @@
+"""RL2 (Duan et al., 2016) in the particle worlds: a policy that learns a game while it plays it.
+
+Agents play trials: several games, one after another, each in another population. A recurrent policy
+keeps its memory from game to game, and PPO maximises what the whole trial earns. So what is found
+out in one game, from actions and their rewards, can be used in the next, without gradients.
+
+    h_t = GRU(x_t, h_t-1),  x_t = [c(o_t), a_t-1, r_t-1 / std, done_t-1], 0 at a trial's start (1)
+    pi  = softmax(W h_t),  V = w . h_t                                                         (2)
+    A_t = d_t + gamma lambda A_t+1,  d_t = r_t / std + gamma V_t+1 - V_t                       (3)
+          where t + 1 may be the first step of the trial's next game
+    L   = E [- min(rho A, clip(rho, 1 -+ eps) A) + c (V - G)^2 - beta H(pi)],  G = V_old + A   (4)
+          rho = pi(a_t) / pi_old(a_t)
+
+L moves everything: encoder c, GRU, policy and value, a set of each per type of agent.
+
+    python baselines/rl2_particle.py --task resource --populations 6 9 12 15 --preset cpu
+    python baselines/rl2_particle.py --adapt runs/RUN --population 24          or 2,8 for two types
+    python baselines/rl2_particle.py --resume runs/RUN --total-timesteps 2000000
+    python baselines/rl2_particle.py --eval-only runs/RUN --eval-populations 3 7 10 13 18 24
+
+Letters: G games of a trial, T steps of a game, B worlds, N agents, A actions, M = T B, H hidden
+units, R units of the memory, K units of a key, S parameter sets, Ds De features of oneself and of
+others. What the papers leave open is decided in docs/baselines_rl2.md; the worlds:
+docs/particle.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import (
+    Above,
+    Amount,
+    Count,
+    Evaluation,
+    Parts,
+    Positive,
+    Run,
+    RunArgs,
+    Share,
+    UsageError,
+    as_flag,
+    call,
+    check,
+    check_finite,
+    descend,
+    leave,
+    load_checkpoint,
+    moments,
+    read_args,
+    read_flags,
+    restore,
+    saved_args,
+)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from envs.particle.episodes import (
+    EpisodeReturns,
+    Player,
+    RewardScale,
+    play_all,
+    population_name,
+    read_population,
+    report_returns,
+    scripted_players,
+    table,
+)
+from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
+from envs.particle.worlds import Game, Observation, ParticleWorld, Step
+
+# --- 2. Args --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(RunArgs):
+    """RL2 in particle worlds."""
+
+    # Run
+    total_timesteps: Positive = 1_000_000  # environment steps of all worlds
+    log_every: Positive = 10_000  # lines of metrics.jsonl
+    eval_every: Count = 100_000  # evaluations on the way
+    eval_episodes: Positive = 100  # in those, per row of their table
+    final_episodes: Count = 1000  # the same at the end and with --eval-only
+    save_every: Count = 200_000  # checkpoints, of which the last two are kept
+    # Environment
+    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
+    populations: tuple[str, ...] = ("3", "6", "12", "24")  # m; in pacman 4,2 6,3 8,4
+    adapt: str = ""  # run directory or checkpoint to adapt to --population
+    population: str = ""  # that population
+    eval_populations: tuple[str, ...] = ()  # unseen ones, in the final evaluation
+    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
+    collision_penalty: Amount = 0.0  # treasure: per agent touched
+    num_envs: Positive = 12  # B, worlds per population, and trials that begin in each
+    max_episode_steps: Positive = 20  # T, horizon of a game
+    # Method
+    trial: Literal["cycle", "same"] = "cycle"  # through all populations, or in one of them
+    trial_games: Count = 0  # G, games of a trial; 0: as many as there are --populations
+    memory: Literal["trial", "game", "step"] = "trial"  # how long it is kept
+    rnn_size: Positive = 256  # R
+    hidden_size: Positive = 64  # H
+    key_size: Positive = 16  # of queries and keys
+    head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
+    plain: bool = False  # networks of pairs as written below, not their fast exact form
+    compile: bool = False  # compile that form (once, some 20 s) and, on a GPU, worlds
+    # Base algorithm
+    learning_rate: Amount = 5e-4  # Adam
+    gamma: Share = 0.99  # discount
+    gae_lambda: Share = 0.95  # GAE
+    clip: Amount = 0.2  # eps of Eq. (4)
+    epochs: Positive = 10  # over the trials of an iteration
+    minibatches: Positive = 4  # per epoch
+    value_coef: Amount = 0.5  # c of Eq. (4)
+    value_norm: bool = True  # values in units of returns' running mean and deviation
+    entropy_coef: Amount = 0.01  # beta
+    scale_rewards: bool = True  # divide by their running standard deviation
+    max_grad_norm: Above = 0.5  # of all gradients together
+
+
+PRESETS = {
+    "paper": {},
+    "cpu": {
+        "rnn_size": 64,
+        "learning_rate": 2e-3,
+        "gamma": 0.95,
+        "gae_lambda": 0.8,
+        "compile": True,
+    },
+}
+LINE = ("return", "value_loss", "entropy", "sps")  # scalars on standard output, without a terminal
+RESUMABLE = ("eval_populations", "plain", "compile")
+# With --adapt: what the networks are made for.
+FIXED = ("task", "populations", "memory", "rnn_size", "hidden_size", "key_size")
+
+
+def validate(args: Args) -> list[tuple[Any, str]]:
+    """Combinations that cannot be meant."""
+    return [
+        (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
+        (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
+        (not args.populations, "--populations is empty"),
+        (args.minibatches > args.num_envs, "--minibatches exceeds --num-envs"),
+        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
+    ]
+
+
+def read(argv: list[str]) -> Args:
+    """The command line, on top of what --preset, --resume or --eval-only stand for; with --adapt on
+    top of the arguments of the run that it names."""
+    given = read_flags(Args, argv)
+    if not given.adapt or given.resume or given.eval_only:
+        return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
+    source, own = given.adapt, saved_args(given.adapt, Args)
+    new = {field.name: getattr(given, field.name) for field in dataclasses.fields(RunArgs)}
+    new |= {"population": "", "eval_populations": ()}
+    preset = {name: x for name, x in PRESETS[given.preset].items() if name not in FIXED}
+    default = dataclasses.replace(own, **new | preset)
+    args = read_flags(Args, argv, default)
+    for name in FIXED:
+        if getattr(args, name) != (value := getattr(default, name)):
+            raise UsageError(f"{as_flag(name)} is {value} where {source} is adapted.")
+    check(validate(args))
+    return args
+
+
+# --- 3. Worlds ------------------------------------------------------------------------------------
+
+
+# [shared: make_envs] begin
+def make_envs(args: Args, population: str, num_envs: int, seed: int) -> ParticleWorld:
+    """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    try:
+        return ParticleWorld(
+            args.task,
+            read_population(population),
+            num_envs,
+            device="cuda" if cuda else "cpu",
+            seed=seed,
+            compiled=args.compile and cuda,  # on a CPU updates take the time
+            horizon=args.max_episode_steps,
+            shaping=args.shaping,
+            collision_penalty=args.collision_penalty,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+# [shared: make_envs] end
+
+# --- 4. Networks ----------------------------------------------------------------------------------
+
+NUM_ACTIONS = 5  # A
+RELU = math.sqrt(2)  # gain of layers before a ReLU
+Population = tuple[int, ...]  # agents of each type
+
+
+class View(NamedTuple):
+    """What M x N agents observe."""
+
+    own: Tensor  # (M, N, Ds) o_s
+    others: Tensor  # (M, N, De) of each agent j; o_ij is that with p_j - p_i in the place of p_j
+    mask: Tensor  # (M, N, N) bool: i sees j
+    counts: tuple[int, ...]  # agents of each parameter set, in order
+
+
+# [shared: layers] begin
+def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """(S, ...) of parameter sets -> (N, ...) of agents."""
+    return x.repeat_interleave(torch.tensor(counts, device=x.device), 0)
+
+
+class Linear(nn.Module):
+    """A linear layer per parameter set."""
+
+    def __init__(self, sets: int, inputs: int, outputs: int, gain: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(sets, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(sets, outputs))
+        for weight in self.weight:
+            nn.init.xavier_uniform_(weight, gain)
+
+    def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:  # (M, N, I) -> (M, N, O)
+        return grouped_linear(x, self.weight, self.bias, counts)
+
+
+class MLP(nn.Module):
+    """Two layers per parameter set."""
+
+    def __init__(self, sets: int, inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        self.first = Linear(sets, inputs, hidden, gain=RELU)
+        self.last = Linear(sets, hidden, outputs)
+
+    def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
+        hidden = F.relu(self.first(x, counts))
+        return self.last(hidden, counts)
+
+
+# [shared: layers] end
+
+
+# [shared: relation_graph] begin
+class Pairs:
+    """Networks of o_ij = [p_j - p_i, v_j, ...] after a first layer that they share: keys, values.
+
+    As the paper has them, with M N^2 H numbers. By default FastPairs, which is equal, does without.
+    """
+
+    def __init__(self, others: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]):
+        """others (M, N, De), weight (S, De, H), bias (S, H)."""
+        N = others.shape[1]
+        relative = others[:, None, :, :2] - others[:, :, None, :2]
+        rest = others[:, None, :, 2:].expand(-1, N, -1, -1)
+        o = torch.cat((relative, rest), -1)  # o_ij (M, N, N, De)
+        hidden = torch.einsum("mijd,idh->mijh", o, per_agent(weight, counts))
+        hidden = hidden + per_agent(bias, counts)[:, None]
+        self.hidden, self.counts = F.relu(hidden), counts  # (M, N, N, H)
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
+        key = per_agent(key, self.counts)
+        keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
+        return torch.einsum("mik,mijk->mij", query, keys)
+
+    def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
+        weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
+        values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
+        return torch.einsum("mij,mijo->mio", g, values)
+
+
+class RelationGraph(nn.Module):
+    """phi: whom an agent attends to."""
+
+    def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
+        super().__init__()
+        H, K = args.hidden_size, args.key_size
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
+        self.key_size = K
+        self.own = Linear(sets, own_size, H, gain=RELU)
+        self.query = Linear(sets, H, K, gain=args.head_gain)
+        self.entity = Linear(sets, entity_size, H, gain=RELU)
+        self.key = Linear(sets, H, K, gain=args.head_gain)  # its bias would cancel in the softmax
+
+    def forward(self, view: View) -> Tensor:
+        """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
+        hidden = F.relu(self.own(view.own, view.counts))
+        query = self.query(hidden, view.counts)  # (M, N, K)
+        entity = self.entity
+        pairs = self.pairs(view.others, entity.weight, entity.bias, view.counts)
+        scores = pairs.scores(query, self.key.weight)
+        # Eq. (1)
+        scores = scores / math.sqrt(self.key_size)
+        scores = scores.masked_fill(~view.mask, -1e9)
+        return scores.softmax(-1) * view.mask
+
+
+# [shared: relation_graph] end
+
+
+class Encoder(nn.Module):
+    """c_i = relu(own(o_s) + e_i), e_i = sum_j g_ij V(o_ij), which is 0 without others."""
+
+    def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
+        super().__init__()
+        H = args.hidden_size
+        self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
+        self.graph = RelationGraph(sets, own_size, entity_size, args)
+        self.own = MLP(sets, own_size, H, H)
+        self.entity = Linear(sets, entity_size, H, gain=RELU)
+        self.value = Linear(sets, H, H)
+
+    def forward(self, view: View) -> Tensor:  # (M, N, H)
+        g = self.graph(view)
+        pairs = self.pairs(view.others, self.entity.weight, self.entity.bias, view.counts)
+        e = pairs.sums(g, self.value.weight, self.value.bias)
+        e = e * view.mask.any(-1, keepdim=True)
+        return F.relu(self.own(view.own, view.counts) + e)
+
+
+class RecurrentPolicy(nn.Module):
+    """Policy and value of an agent that remembers."""
+
+    def __init__(self, game: Game, args: Args):
+        super().__init__()
+        S, R = len(game.population), args.rnn_size
+        inputs = args.hidden_size + NUM_ACTIONS + 2
+        self.forgets = args.memory == "step"
+        self.encoder = Encoder(S, game.own_features, game.entity_features, args)
+        self.grus = nn.ModuleList(nn.GRU(inputs, R) for _ in range(S))
+        self.actor = Linear(S, R, NUM_ACTIONS, gain=0.1)  # all actions are tried
+        self.critic = Linear(S, R, 1)
+
+    def forward(
+        self, view: View, previous: Tensor, hidden: Tensor, acts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """T steps of a game: log pi (T, B, N, A), V (T, B, N), and h (B, N, R) after them.
+
+        previous  (T, B, N, A + 2): what x_t has beside c
+        hidden    (B, N, R): h before the first step
+        acts      (T, B, N) bool: who no longer acts keeps h, until the game ends
+        """
+        shape, counts = acts.shape, view.counts
+        c = self.encoder(view).unflatten(0, shape[:2])  # (T, B, N, H)
+        x = torch.cat((c, previous), -1)
+        states = self.remember(x, hidden, counts)
+        rows = states.flatten(0, 1)  # (M, N, R)
+        # Eq. (2)
+        log_probs = self.actor(rows, counts).log_softmax(-1)
+        values = self.critic(rows, counts)
+        # h after as many steps as an agent has acted
+        states = torch.cat((hidden[None], states))  # (T + 1, B, N, R)
+        number = acts.sum(0)[..., None].expand_as(hidden)  # (B, N, R)
+        after = states.gather(0, number[None])[0]
+        return log_probs.unflatten(0, shape[:2]), values.view(shape), after
+
+    def remember(self, x: Tensor, hidden: Tensor, counts: Population) -> Tensor:
+        """h (T, B, N, R) after each step of x (T, B, N, .), from hidden (B, N, R) on."""
+        T, B, N = x.shape[:3]
+        if self.forgets:  # each step begins with h = 0
+            x = x.view(1, T * B, N, -1)
+            hidden = torch.zeros_like(hidden).repeat(T, 1, 1)
+        parts = []
+        inputs = x.split(counts, 2), hidden.split(counts, 1)
+        for gru, rows, h in zip(self.grus, *inputs):
+            # Eq. (1)
+            states, _ = gru(rows.flatten(1, 2), h.flatten(0, 1)[None])
+            parts.append(states.unflatten(1, h.shape[:2]))
+        return torch.cat(parts, 2).view(T, B, N, -1)
+
+
+# [shared: sample] begin
+def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
+    """Gumbel noise of the shape of a tensor."""
+    noise = torch.empty(like.shape).exponential_(generator=rng)
+    return -noise.log().to(like.device)
+
+
+def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
+    """Actions (...) from log-probabilities (..., A): the largest after adding Gumbel noise."""
+    return (log_probs + gumbel(log_probs, rng)).argmax(-1)
+
+
+# [shared: sample] end
+
+
+class ValueNorm(nn.Module):
+    """Mean and deviation of G by exponential averages over iterations, debiased."""
+
+    DECAY = 0.8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+
+    def update(self, new: Tensor) -> None:
+        """new (3,): 1, mean and mean square of new returns."""
+        self.sums.lerp_(new, 1 - self.DECAY)
+
+    def mean_std(self) -> tuple[float, float]:
+        """0 and 1 before the first update."""
+        weight, mean, square = self.sums.tolist()
+        if weight == 0:
+            return 0.0, 1.0
+        variance = square / weight - (mean / weight) ** 2
+        return mean / weight, math.sqrt(max(variance, 1e-2))
+
+
+class Memory(NamedTuple):
+    """What the agents of B worlds carry along."""
+
+    population: Population  # whose
+    hidden: Tensor  # (B, N, R) h
+    previous: Tensor  # (B, N, A + 2) a_t-1 one-hot, r_t-1 / std, done_t-1
+
+
+class Agent(Parts):
+    """The policy, its optimiser, and what rewards are divided by."""
+
+    def __init__(self, args: Args, game: Game, device: torch.device):
+        self.args, self.device = args, device
+        torch.manual_seed(args.seed)
+        self.policy = RecurrentPolicy(game, args).to(device)
+        self.value_norm = ValueNorm().to(device)
+        adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+        self.optimiser = adam(self.policy.parameters())
+        self.reward_scales: dict[str, RewardScale] = {}  # of the populations that it learns in
+
+    def view(self, game: Game, obs: Observation) -> View:
+        """An observation as networks read it."""
+        return View(
+            own=obs.own.contiguous(),
+            others=obs.others.contiguous(),
+            mask=obs.mask(),
+            counts=game.population,
+        )
+
+    def act(
+        self, game: Game, obs: Observation, memory: Memory, acts: Tensor
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """One step: log pi (B, N, A), V (B, N), and the memory with the new h of who acts."""
+        view, previous = self.view(game, obs), memory.previous[None]
+        log_probs, values, hidden = self.policy(view, previous, memory.hidden, acts[None])
+        mean, std = self.value_norm.mean_std()
+        return log_probs[0], values[0] * std + mean, memory._replace(hidden=hidden)
+
+    def deviation(self, worlds: ParticleWorld) -> Tensor:
+        """What rewards are divided by (N,): where it does not learn, by the average of where it
+        does."""
+        scale = self.reward_scales.get(population_name(worlds.game))
+        if scale is None:
+            scale = RewardScale(worlds)
+            sums = [each.sums for each in self.reward_scales.values()]
+            scale.sums += torch.stack(sums).mean(0)
+        if not self.args.scale_rewards or not scale.sums.any():
+            return torch.ones(worlds.num_agents, device=self.device)
+        return scale.deviation()
+
+
+# --- 5. The paper ---------------------------------------------------------------------------------
+
+
+def same_agents(before: Population, after: Population) -> tuple[list[int], list[int]]:
+    """The numbers of the agents of one population that are in the next one, too, and their numbers
+    there: of each type the first ones."""
+    here, there = [], []
+    for kind, counts in enumerate(zip(before, after)):
+        both = range(min(counts))
+        here += [sum(before[:kind]) + k for k in both]
+        there += [sum(after[:kind]) + k for k in both]
+    return here, there
+
+
+def hand_over(hidden: Tensor, before: Population, after: Population) -> Tensor:
+    """h (B, N, R) of a population before -> of the next one: that of the same agent or, of one who
+    comes in, the mean of its type."""
+    # papers are silent: who remembers what when N changes
+    means = [part.mean(1) for part in hidden.split(before, 1)]
+    new = per_agent(torch.stack(means), after).transpose(0, 1)  # (B, N', R)
+    here, there = same_agents(before, after)
+    new[:, there] = hidden[:, here]
+    return new
+
+
+def begin_game(agent: Agent, game: Game, num_worlds: int, last: Memory | None) -> Memory:
+    """The memory with which a game begins; last: where the trial's game before it ended, None in a
+    trial's first one."""
+    N, inputs = game.num_agents, NUM_ACTIONS + 2
+    hidden = torch.zeros(num_worlds, N, agent.args.rnn_size, device=agent.device)
+    previous = torch.zeros(num_worlds, N, inputs, device=agent.device)
+    if last is not None and agent.args.memory == "trial":
+        hidden = hand_over(last.hidden, last.population, game.population)
+        here, there = same_agents(last.population, game.population)
+        previous[:, there] = last.previous[:, here]
+        previous[..., -1] = 1.0  # done
+    return Memory(game.population, hidden, previous)
+
+
+def gae(args: Args, trial: Trial) -> list[Tensor]:
+    """Advantages (T, B, N) in each game of a trial, 0 where an agent does not act.
+
+    An agent that is in the next game, too, goes on there. For others, and at the trial's end, comes
+    the value of where the game stopped."""
+    results: list[Tensor] = []
+    following: Played | None = None
+    for played in reversed(trial):
+        next_value = played.values[-1].clone()  # (B, N)
+        running = torch.zeros_like(next_value)
+        if following:  # in whose first step everybody acts
+            here, there = same_agents(played.game.population, following.game.population)
+            next_value[:, here] = following.values[0][:, there]
+            running[:, here] = results[-1][0][:, there]
+        advantages = torch.zeros_like(played.rewards)
+        for t in reversed(range(len(advantages))):
+            acts, value = played.acts[t], played.values[t]
+            # Eq. (3)
+            delta = played.rewards[t] + args.gamma * next_value - value
+            advantage = delta + args.gamma * args.gae_lambda * running
+            advantages[t] = advantage * acts
+            # who does not act waits for the next game
+            running = torch.where(acts, advantage, running)
+            next_value = torch.where(acts, value, next_value)
+        results.append(advantages)
+        following = played
+    return results[::-1]
+
+
+def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Element by element; ratio: of pi to the policy that acted."""
+    # Eq. (4)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.min(ratio * advantage, clipped * advantage)
+
+
+# --- 6. Data --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Played:
+    """A game of a trial, in B worlds."""
+
+    game: Game
+    obs: Observation  # (T, B, N, ...)
+    previous: Tensor  # (T, B, N, A + 2) what x_t has beside c
+    acts: Tensor  # (T, B, N) bool: it lives, and the game has not ended
+    actions: Tensor  # (T, B, N) int64
+    log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted
+    rewards: Tensor  # (T, B, N) float32, divided by their running deviation
+    values: Tensor  # (T + 1, B, N) float32, at last of where the game stopped; 0: the end
+    advantages: Tensor | None = None  # (T, B, N) float32, normalised; these: see prepare()
+    targets: Tensor | None = None  # (T, B, N) float32
+
+    def at(self, worlds: Tensor) -> Played:
+        """Some of the worlds."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        rows = {name: x[:, worlds] for name, x in tensors.items()}
+        obs = Observation(*(x[:, worlds] for x in self.obs))
+        return dataclasses.replace(self, obs=obs, **rows)
+
+
+Trial = list[Played]  # its games, in order
+
+
+def of_acting(games: list[Played], xs: list[Tensor]) -> Tensor:
+    """Of tensors (T, B, N, ...), one for each game, the K steps in which an agent acts (K, ...)."""
+    return torch.cat([x[played.acts] for played, x in zip(games, xs)])
+
+
+class Collector:
+    """The worlds of one population, and how large its rewards are."""
+
+    def __init__(self, args: Args, population: str):
+        self.name = population
+        self.worlds = make_envs(args, population, args.num_envs, args.seed)
+        self.game = self.worlds.game
+        self.reward_scale = RewardScale(self.worlds)
+        self.returns = EpisodeReturns(self.worlds)
+        self.worlds.reset()
+
+    def add(self, step: Step, acts: Tensor) -> None:
+        """Count what all worlds gave; acts (B, N): in worlds without any the game is over."""
+        going = acts.any(1)
+        self.reward_scale.add(step.reward, acts)
+        self.returns.add(
+            step._replace(
+                reward=step.reward * acts,
+                terminated=step.terminated & going,
+                truncated=step.truncated & going,
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "worlds": self.worlds.state_dict(),
+            "rewards": self.reward_scale.sums,
+            **self.returns.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on where state_dict() was taken."""
+        self.worlds.load_state_dict(saved["worlds"])
+        self.reward_scale.sums = saved["rewards"].to(self.worlds.device)
+        self.returns.load_state_dict(saved)
+
+
+class TrialPlayer:
+    """The policy in B worlds, and what its agents remember: sampled actions.
+
+    It is a player for envs.particle.episodes, too: each trial is of `games` games in the worlds
+    that it is called with, of as many calls as their horizon; a trial of one game ends with it."""
+
+    def __init__(self, agent: Agent, rng: torch.Generator, games: int = 1):
+        self.agent, self.rng, self.games = agent, rng, games
+        self.worlds: ParticleWorld | None = None
+        self.calls = 0  # in these worlds
+
+    def begin(self, worlds: ParticleWorld, first: bool) -> None:
+        """A game begins in all worlds, the first one of a trial or the next one."""
+        B = worlds.num_worlds
+        last = None if first else self.memory
+        self.worlds = worlds
+        self.memory = begin_game(self.agent, worlds.game, B, last)
+        self.playing = torch.ones(B, 1, dtype=torch.bool, device=self.agent.device)
+
+    @torch.no_grad()
+    def act(self) -> tuple[Tensor, Tensor]:
+        """Draw actions (B, N); returns their log-probabilities and V, both (B, N)."""
+        game, obs = self.worlds.game, self.worlds.obs
+        self.acts = obs.alive & self.playing
+        log_probs, values, self.memory = self.agent.act(game, obs, self.memory, self.acts)
+        self.actions = sample(log_probs, self.rng)
+        return pick(log_probs, self.actions), values
+
+    def see(self, reward: Tensor) -> Tensor:
+        """Remember what came of it, reward (B, N); returns it divided by its deviation, 0 of who
+        did not act."""
+        reward = reward * self.acts / self.agent.deviation(self.worlds)
+        one_hot = F.one_hot(self.actions, NUM_ACTIONS).to(reward.dtype)
+        done = torch.zeros_like(reward)
+        new = torch.cat((one_hot, reward[..., None], done[..., None]), -1)
+        previous = torch.where(self.acts[..., None], new, self.memory.previous)
+        self.memory = self.memory._replace(previous=previous)
+        return reward
+
+    def __call__(self, worlds: ParticleWorld) -> Tensor:
+        """Actions (B, N)."""
+        goes_on = worlds.clocks.time[: worlds.num_worlds, None] > 0  # (B, 1), an episode
+        is_new = worlds is not self.worlds
+        if is_new:
+            self.calls = 0
+        else:
+            self.see(worlds.last_reward)
+        game, step = divmod(self.calls, worlds.horizon)
+        if is_new or (step == 0 and self.games > 1):
+            self.begin(worlds, first=game % self.games == 0)
+        elif self.games > 1:  # who ended early waits for the others
+            self.playing = self.playing & goes_on
+        else:
+            keeps = goes_on[..., None]
+            self.memory = self.memory._replace(
+                hidden=self.memory.hidden * keeps, previous=self.memory.previous * keeps
+            )
+        self.calls += 1
+        self.act()
+        return self.actions
+
+
+def play_game(player: TrialPlayer, collector: Collector) -> Played:
+    """A game in all worlds of a population; the player has begun it."""
+    record, seen = collections.defaultdict(list), []
+    worlds = collector.worlds
+    for _ in range(worlds.horizon):
+        seen.append(worlds.obs)
+        record["previous"].append(player.memory.previous)
+        log_probs, values = player.act()
+        step = worlds.step(player.actions)
+        collector.add(step, player.acts)
+        record["acts"].append(player.acts)
+        record["actions"].append(player.actions)
+        record["log_probs"].append(log_probs)
+        record["values"].append(values)
+        record["rewards"].append(player.see(step.reward))
+        player.playing = player.playing & ~step.terminated[:, None]
+    goes_on = step.alive & player.playing
+    _, values, _ = player.agent.act(worlds.game, step.final, player.memory, goes_on)
+    record["values"].append(values * goes_on)
+    obs = Observation(*(torch.stack(x) for x in zip(*seen)))
+    tensors = {name: torch.stack(x) for name, x in record.items()}
+    return Played(game=worlds.game, obs=obs, **tensors)
+
+
+def num_games(args: Args) -> int:
+    """G."""
+    return args.trial_games or len(args.populations)
+
+
+def draw_orders(args: Args, number: int, rng: torch.Generator) -> list[list[int]]:
+    """The populations of the games of a trial, by their numbers, for as many trials as there are
+    populations: a random order of them, begun at each, or each by itself."""
+    order = torch.randperm(number, generator=rng).tolist()
+    step = 1 if args.trial == "cycle" else 0
+    places = [step * place for place in range(num_games(args))]
+    return [[order[(first + place) % number] for place in places] for first in range(number)]
+
+
+@torch.no_grad()
+def collect(
+    args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator
+) -> list[Trial]:
+    """B trials for each order of the populations, game by game."""
+    player, trials = TrialPlayer(agent, rng), []
+    for order in draw_orders(args, len(collectors), rng):
+        trial: Trial = []
+        for number in order:
+            collector = collectors[number]
+            collector.worlds.reset()
+            player.begin(collector.worlds, first=not trial)
+            trial.append(play_game(player, collector))
+        trials.append(trial)
+    return trials
+
+
+def prepare(args: Args, agent: Agent, trials: list[Trial]) -> None:
+    """Give the games of these trials their advantages and targets; takes the returns into
+    agent.value_norm."""
+    games = [played for trial in trials for played in trial]
+    advantages = [x for trial in trials for x in gae(args, trial)]
+    returns = [played.values[:-1] + x for played, x in zip(games, advantages)]
+    if args.value_norm:
+        agent.value_norm.update(moments(of_acting(games, returns)))
+    mean, std = agent.value_norm.mean_std()
+    every = of_acting(games, advantages)  # (K,)
+    centre, deviation = every.mean(), every.std(correction=0)
+    for played, advantage, target in zip(games, advantages, returns):
+        played.advantages = (advantage - centre) / (deviation + 1e-5)
+        played.targets = (target - mean) / std
+
+
+def minibatches(args: Args, trials: list[Trial], rng: torch.Generator) -> Iterator[list[Trial]]:
+    """One epoch: the worlds of each order, with all their agents, shuffled and dealt out."""
+    shuffled = [torch.randperm(args.num_envs, generator=rng) for _ in trials]
+    dealt = [worlds.tensor_split(args.minibatches) for worlds in shuffled]
+    for part in zip(*dealt):
+        yield [[played.at(worlds) for played in trial] for trial, worlds in zip(trials, part)]
+
+
+# --- 7. Update ------------------------------------------------------------------------------------
+
+
+def pick(x: Tensor, actions: Tensor) -> Tensor:  # (..., A), (...) -> (...)
+    return x.gather(-1, actions[..., None])[..., 0]
+
+
+def replay(agent: Agent, trial: Trial) -> tuple[Tensor, Tensor]:
+    """log pi (K, A) and V (K,) of the policy of now in the K steps of acting agents."""
+    log_probs, values = [], []
+    memory = None
+    for played in trial:
+        T, B, N = played.acts.shape
+        memory = begin_game(agent, played.game, B, memory)
+        obs = Observation(*(x.flatten(0, 1) for x in played.obs))
+        view = agent.view(played.game, obs)
+        found = agent.policy(view, played.previous, memory.hidden, played.acts)
+        log_probs.append(found[0])
+        values.append(found[1])
+        memory = memory._replace(hidden=found[2])
+    return of_acting(trial, log_probs), of_acting(trial, values)
+
+
+def losses(args: Args, agent: Agent, trials: list[Trial]) -> tuple[Tensor, dict[str, Tensor]]:
+    """L, and what it is made of."""
+    outputs = [replay(agent, trial) for trial in trials]
+    log_probs, values = (torch.cat(x) for x in zip(*outputs))  # (K, A), (K,)
+    games = [played for trial in trials for played in trial]
+
+    def recorded(name: str) -> Tensor:  # (K,)
+        return of_acting(games, [getattr(played, name) for played in games])
+
+    difference = pick(log_probs, recorded("actions")) - recorded("log_probs")
+    ratio = difference.exp()  # rho
+    # Eq. (4)
+    objective = clip_objective(ratio, recorded("advantages"), args.clip).mean()
+    value_loss = (values - recorded("targets")).square().mean()
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    loss = -objective + args.value_coef * value_loss - args.entropy_coef * entropy
+    scalars = {
+        "policy_loss": -objective,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "kl": (ratio - 1 - difference).mean(),  # an estimate of KL(pi_old, pi)
+        "clipped": ((ratio - 1).abs() > args.clip).float().mean(),
+    }
+    return loss, scalars
+
+
+def update(
+    args: Args, agent: Agent, trials: list[Trial], rng: torch.Generator
+) -> dict[str, Tensor]:
+    """PPO's epochs over an iteration's trials. Returns scalars; RunError if one of them or a reward
+    is not finite."""
+    found, returns = collections.defaultdict(list), {}
+    for place, games in enumerate(zip(*trials), start=1):
+        scaled = [played.rewards.sum(0).mean() for played in games]
+        returns[f"scaled_return/game {place}"] = torch.stack(scaled).mean()
+    for _ in range(args.epochs):
+        for part in minibatches(args, trials, rng):
+            loss, scalars = losses(args, agent, part)
+            norm = descend(loss, agent.policy, agent.optimiser, args.max_grad_norm)
+            scalars |= {"grad_norm": norm}
+            for name, x in scalars.items():
+                found[name].append(x.detach())
+    means = {name: torch.stack(x).mean() for name, x in found.items()}
+    check_finite(rewards=torch.stack(list(returns.values())), **means)
+    return means | returns
+
+
+# --- 8. Evaluate ----------------------------------------------------------------------------------
+
+
+def evaluate(
+    args: Args, agent: Agent, names: list[str], evaluation: Evaluation
+) -> dict[str, dict[str, float]]:
+    """Trials without learning, all their games in one population: the first one is zero-shot, later
+    ones show whether memory adapts. At the end beside scripted players, and in populations never
+    met; names: of those that it learns in."""
+    world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
+    unseen = args.eval_populations if evaluation.final else ()
+    results = {}
+    for population in dict.fromkeys((*names, *unseen)):
+        worlds = make_envs(args, population, evaluation.episodes, world_seed)
+        rng = torch.Generator().manual_seed(player_seed)
+        player = TrialPlayer(agent, rng, num_games(args))
+        rows = ["", *(f"game {place}" for place in range(2, num_games(args) + 1))]
+        for place, row in enumerate(rows):
+            filmed = ("", rows[-1])
+            results |= play_all(evaluation, worlds, {row: player}, world_seed + place, filmed)
+        if evaluation.final:
+            scripted = scripted_players(args.task, scripted_seed)
+            results |= play_all(evaluation, worlds, scripted, world_seed)
+    return results
+
+
+def load_agent(path: str) -> tuple[Args, Agent]:
+    """Arguments and policy of a run or checkpoint, on the CPU; UsageError if it is of another
+    script."""
+    args = saved_args(path, Args)
+    args = dataclasses.replace(args, device="cpu", compile=False, num_envs=1)
+    saved, _ = load_checkpoint(path)
+    own = saved["ranks"][0]["collectors"]
+    collectors = [Collector(args, name) for name in own]
+    agent = Agent(args, collectors[0].game, torch.device("cpu"))
+    restore(agent, saved["agent"], path)
+    for collector in collectors:
+        collector.reward_scale.sums += own[collector.name]["rewards"]
+        agent.reward_scales[collector.name] = collector.reward_scale
+    return args, agent
+
+
+def load_player(path: str, seed: int = 1, games: int = 1) -> Player:
+    """The policy of a run or checkpoint as a player for envs.particle.episodes, in all populations;
+    it remembers this many games."""
+    _, agent = load_agent(path)
+    return TrialPlayer(agent, torch.Generator().manual_seed(seed), games)
+
+
+# --- 9. Train -------------------------------------------------------------------------------------
+
+
+def adapt(args: Args, agent: Agent, collector: Collector) -> None:
+    """Begin with the policy and the sizes of values and rewards of the run that is adapted."""
+    saved, _ = load_checkpoint(args.adapt)
+    nets = {"policy": agent.policy, "value_norm": agent.value_norm}
+    restore(nets, saved["agent"], args.adapt)
+    sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]
+    collector.reward_scale.sums += torch.stack(sums).mean(0).to(agent.device)
+
+
+def train(args: Args) -> int:
+    """The run, or with --eval-only its evaluation; returns the exit code."""
+    keep_freed_memory()
+    with Run(args, table, LINE) as run:
+        for name in args.eval_populations:
+            make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
+        names = [args.population] if args.adapt else list(args.populations)
+        collectors = [Collector(args, name) for name in names]
+        agent = Agent(args, collectors[0].game, run.device)
+        agent.reward_scales = {each.name: each.reward_scale for each in collectors}
+        rng = torch.Generator().manual_seed(args.seed)
+        own = {"rng": rng, "collectors": {each.name: each for each in collectors}}
+        run.restore(agent=agent)
+        run.judge = functools.partial(evaluate, args, agent, names)
+        if args.eval_only:
+            run.restore_own(own)  # how large rewards are
+            return run.evaluate_only()
+        if args.adapt and not args.resume:
+            adapt(args, agent, collectors[0])
+        run.begin(args.task, parts={"agent": agent}, own=own)
+        while run.goes_on():
+            trials = collect(args, agent, collectors, rng)
+            run.lap("collect_s")
+            prepare(args, agent, trials)
+            run.note(update(args, agent, trials, rng))
+            run.lap("learn_s")
+            games = len(trials) * num_games(args)
+            run.advance(games * args.max_episode_steps * args.num_envs)
+            if run.is_due(args.log_every):
+                run.log(report_returns([each.returns for each in collectors]))
+            if run.is_due(args.save_every):
+                run.save()
+            if run.is_due(args.eval_every):
+                run.evaluate("eval")
+        return run.finish()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    return call(lambda: train(read(argv)))
+
+
+if __name__ == "__main__":
+    leave(main())
