@@ -420,8 +420,7 @@ class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z.
 
-    own_size, told: how many numbers of o_s and, beside them and beside each o_ij, of m it reads, if
-    any. (Beside o_s alone it would take far longer to learn whom m makes matter.)
+    own_size, told: how many numbers of o_s and, beside o_s and each o_ij, of m it reads, if any.
     """
 
     def __init__(
@@ -454,8 +453,7 @@ class GraphNet(nn.Module):
             others = torch.cat((others, actions), -1)
         told = view.population[..., : self.told]
         others = torch.cat((others, told), -1)
-        own = torch.cat((view.own[..., : self.own_size], told), -1)
-        x = self.own(own, view.counts)
+        x = self.own(torch.cat((view.own[..., : self.own_size], told), -1), view.counts)
         if not self.linear:
             pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
 
@@ -580,8 +578,7 @@ class Agent(Parts):
 
 
 def latent_generator(seed: int) -> torch.Generator:
-    """Another stream than that of the seed itself; torch reads 32 bits of a seed."""
-    return torch.Generator().manual_seed((seed + 2**31) % 2**32)
+    return torch.Generator().manual_seed((seed + 2**31) % 2**32)  # torch reads 32 bits
 
 
 def draw_latents(agent: Agent, game: Game, num_worlds: int, rng: torch.Generator) -> Tensor:

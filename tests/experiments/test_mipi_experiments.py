@@ -372,7 +372,7 @@ def test_what_team_dependence_measures(runs, monkeypatch):
     run = runs_module.Run(runs / "sz-mipi-s1")
     opened = study.open_checkpoint(run, run)
     for k, net in enumerate((opened.agent.utility, opened.agent.policy)):
-        sharpen(net, 1.0, k)
+        sharpen(net, 2.0, k)
     args = study.Dependence((), episodes=6, draws=3)
     found = study.measure(opened, args)
     rng = torch.Generator().manual_seed(1)

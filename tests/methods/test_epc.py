@@ -511,13 +511,13 @@ def restored(state: torch.Tensor) -> torch.Generator:
 
 
 def stopped_at(call: int, monkeypatch, argv: list[str], what: str = "collect") -> int:
-    """The exit code of a run that gets Ctrl-C in a call of collect() or tournament()."""
+    """The exit code of a run that gets SIGTERM in a call of collect() or tournament()."""
     function, calls = getattr(epc, what), []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
         return function(*args)
 
     handlers = {x: signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
