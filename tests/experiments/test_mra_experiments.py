@@ -11,6 +11,7 @@ import torch
 from made_up import command, experiment, rows
 from PIL import Image
 
+pytestmark = pytest.mark.long  # the runs that its tests read take a quarter of a minute
 mra, runs_module = experiment("mra"), experiment("runs")
 script, parent, epc = (
     runs_module.load_script(f"{name}_particle") for name in ("mra_maddpg", "maddpg", "epc")
@@ -43,7 +44,6 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.long
 def test_figures_9_10_and_11(runs, tmp_path):
     """All files are pictures, and the curves are what the run has logged."""
     names = ("several-s1", "single-s1", "single-s2")

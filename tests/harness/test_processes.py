@@ -27,6 +27,7 @@ def torchrun(*argv):
     )
 
 
+@pytest.mark.long
 def test_two_processes(capfd):
     """Six iterations are three and three; each has its replay; only the first one speaks."""
     for argv in (flags("whole", 12), flags("cut", 6), resume("cut", 12)):

@@ -112,10 +112,8 @@ def test_diverged(name, flags, tensor, tmp_path, capfd):
 # Asked to stop ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, number",
-    [(BIDIST, signal.SIGTERM), pytest.param(MAPPO, signal.SIGINT, marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name, number", [(BIDIST, signal.SIGTERM), (MAPPO, signal.SIGINT)])
 def test_stop_saves_and_resumes(name, number, tmp_path):
     run_dir = tmp_path / "run"
     with start(name, tiny(name, run_dir, FOREVER, "--final-episodes", 10**6), tmp_path) as run:

@@ -473,7 +473,7 @@ def test_spawning():
 @pytest.mark.parametrize(
     ("task", "population"),
     [
-        ("treasure", 4),
+        pytest.param("treasure", 4, marks=pytest.mark.long),
         pytest.param("resource", 6, marks=pytest.mark.long),
         pytest.param("pacman", (4, 2), marks=pytest.mark.long),
         pytest.param("signpost", 4, marks=pytest.mark.long),
