@@ -1,10 +1,14 @@
 """Runs that several tests read and none changes."""
 
+import signal
+
 import pytest
 import torch
 from runs import BIDIST, MAPPO, script, tiny
 
 torch.set_num_threads(1)  # as runs do; on a busy machine two wait for each other
+# A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and stops.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
