@@ -389,7 +389,7 @@ class Agent(Parts):
         return Actor(self.spec, self.args.plain, width).to(self.device)
 
     def new_optimiser(self, net: nn.Module, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps)
+        return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps, fused=True)
 
     def new_distilled(self, seed: int) -> Actor:
         """phi's weights are drawn independently of theta's."""

@@ -336,7 +336,7 @@ class Agent(Parts):
         return Actor(self.spec, self.args.plain).to(self.device)
 
     def new_optimiser(self, net: nn.Module, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps)
+        return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps, fused=True)
 
     def autocast(self) -> torch.autocast:
         """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""

@@ -3,7 +3,8 @@
 A Melting Pot view has few different sprites, and at each position few different windows of 4 x 4
 tiles. A layer that depends on a window alone, or on a window and its position, is therefore
 computed once for each different one and looked up: exact, and an order of magnitude less work than
-at every position of every image. Letters: M images, P sprites, K = size * size tiles per window, Q
+at every position of every image. On a CPU tile_kernels.py does it, else torch's operations do,
+those below. Letters: M images, P sprites, K = size * size tiles per window, Q
 positions, U different windows, D different (position, window) pairs.
 """
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from envs.meltingpot.tile_kernels import conv2_and_linear
 from envs.meltingpot.tiles import WorldError
 
 
@@ -36,7 +38,7 @@ class Sprites:
         return self.tensor
 
 
-FEW = 64  # images; to tell their windows apart takes longer than to compute them all
+FEW = 64  # images; torch takes longer to tell their windows apart than to compute them all
 
 
 class TileTables(nn.Module):
@@ -60,9 +62,16 @@ class TileTables(nn.Module):
         """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
         ids = F.pad(ids.long(), self.padding)
         x = F.relu(self.conv1(sprites)).flatten(1)  # (P, 16), a row per sprite
-        if len(ids) <= FEW:
+        if len(ids) <= FEW and not self.use_kernels(x, ids):
             return self.from_images(x[ids])
         return self.from_tables(x, ids)
+
+    def use_kernels(self, x: Tensor, ids: Tensor) -> bool:
+        """Whether tile_kernels.py is faster: on a CPU, if there are fewer sprites than windows."""
+        images, rows, columns = ids.shape
+        edge = self.conv2.kernel_size[0] - 1
+        windows = images * (rows - edge) * (columns - edge)
+        return ids.device.type == "cpu" and len(x) <= windows
 
     def from_images(self, x: Tensor) -> Tensor:
         """What follows conv1, by convolution: x (M, H, W, 16) -> (M, 64)."""
@@ -73,6 +82,8 @@ class TileTables(nn.Module):
 
     def from_tables(self, x: Tensor, ids: Tensor) -> Tensor:
         """What follows conv1, by tables: ids (M, H, W) into x (., 16) -> (M, 64)."""
+        if self.use_kernels(x, ids):
+            return conv2_and_linear(x, ids, self.conv2, self.linear)
         windows = Windows(ids, self.conv2.kernel_size[0])
         x = x.index_select(0, windows.ids.flatten()).view(len(windows.ids), -1)
         kernel = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)

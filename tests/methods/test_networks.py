@@ -49,26 +49,35 @@ def convolutions_on_pixels(net, ids: np.ndarray, pixels: np.ndarray, psi=None):
     return F.relu(linear(x.flatten(1))), (conv1, conv2, linear), positions
 
 
+FORMS = pytest.mark.parametrize(
+    ("form", "images"),
+    [("torch", FEW), ("torch", FEW + 1), ("kernels", FEW), ("kernels", FEW + 1), ("plain", 30)],
+    ids=["few by convolution", "many by tables", "few by kernels", "many by kernels", "plain"],
+)
+
+
+def choose(form: str, monkeypatch) -> None:
+    """What tables run by: torch's operations, as on a GPU, or the kernels for a CPU."""
+    monkeypatch.setattr(TileTables, "use_kernels", lambda self, x, ids: form == "kernels")
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
-@pytest.mark.parametrize(
-    ("plain", "images"),
-    [(False, FEW), (False, FEW + 1), (True, 30)],
-    ids=["few by convolution", "many by tables", "plain"],
-)
+@FORMS
 @pytest.mark.parametrize(
     ("dtype", "output_error", "gradient_error"),
     [(torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-3)],
 )
 def test_both_forms_equal_torchs_layers_on_pixels(
-    script, grid, plain, images, dtype, output_error, gradient_error
+    script, grid, form, images, dtype, output_error, gradient_error, monkeypatch
 ):
     """Outputs and gradients of the script's network and of the tables that run by default. What is
     exact is told in float64. In float32 a ReLU at its kink opens in one form and not in the other,
     so that single gradients differ by more than rounding: their norm must not."""
     ids, pixels = random_views(grid, images, sprites=40, seed=sum(grid))
     net = script.TileCNN(grid)
-    net = (net if plain else TileTables(net)).to(dtype)
+    choose(form, monkeypatch)
+    net = (net if form == "plain" else TileTables(net)).to(dtype)
     sharpen(net, 0.3)
     sprites = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(dtype) / 255
     expected, layers, positions = convolutions_on_pixels(net, ids, pixels)
@@ -106,6 +115,27 @@ def test_plain_flag_gives_the_same(script):
             output.square().sum().backward()
             gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
         assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
+
+
+def test_kernels_run_where_they_are_faster():
+    """On a CPU, unless most windows have sprites of their own, as RandNet's neighbourhoods may."""
+    net, ids = TileTables(bidist.TileCNN((5, 5))), torch.zeros(10, 5, 5, dtype=torch.int64)
+    assert net.use_kernels(torch.zeros(40, 16), ids)
+    assert not net.use_kernels(torch.zeros(41, 16), ids)
+    assert not net.use_kernels(torch.zeros(1, 16), ids.to("meta"))
+
+
+def test_kernels_under_autocast():
+    """--amp: they compute in float32 and return it."""
+    net = TileTables(bidist.TileCNN((5, 5)))
+    ids, pixels = random_views((5, 5), 70, sprites=9, seed=0)
+    sprites = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    expected = net(torch.from_numpy(ids), sprites)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(torch.from_numpy(ids), sprites)
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
+    found.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
 
 
 def changed(change):

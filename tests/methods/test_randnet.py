@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from runs import MAPPO as PARENT
 from runs import command, differences, exact, metrics, only_error, resume, script, tiny
-from test_networks import convolutions_on_pixels, random_views
+from test_networks import FORMS, choose, convolutions_on_pixels, random_views
 from test_reproducible import launch
 from test_training import shared_blocks
 from toolbox import MAPPO, ROOT, collect, load_script, mappo, prepare, setting, sharpen, update
@@ -62,20 +62,17 @@ GRIDS = [(5, 5), (11, 11), (4, 4), (3, 5), (9, 2), (1, 1)]
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(
-    ("plain", "images"),
-    [(False, FEW), (False, FEW + 1), (True, 30)],
-    ids=["few by convolution", "many by tables", "plain"],
-)
+@FORMS
 @pytest.mark.parametrize(
     ("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["double", "float"]
 )
-def test_both_forms_equal_torchs_layers_on_pixels(grid, plain, images, dtype, error):
+def test_both_forms_equal_torchs_layers_on_pixels(grid, form, images, dtype, error, monkeypatch):
     """Outputs and gradients; f_psi is a Conv2d on whole images, black tiles of narrow views
     included, which are pixels like others."""
     ids, pixels = random_views(grid, images, sprites=40, seed=sum(grid))
     net = randnet.TileCNN(grid)
-    net = (net if plain else RandomTileTables(net)).to(dtype)
+    choose(form, monkeypatch)
+    net = (net if form == "plain" else RandomTileTables(net)).to(dtype)
     sharpen(net, 0.3)
     sprites = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(dtype) / 255
     psi = psi_of("--randnet-fan", "channels")

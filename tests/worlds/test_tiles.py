@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from envs.meltingpot import tile_kernels
+from envs.meltingpot.tile_kernels import BLOCK, Pairs, find_pairs
 from envs.meltingpot.tile_tensors import Sprites, Windows
 from envs.meltingpot.tiles import CAPACITY, Palette, Spec, WorldError, ids_to_images
 from envs.meltingpot.toy import TileGame
@@ -411,6 +413,61 @@ def test_windows_are_those_of_a_dictionary(case):
     for number, (first, last) in enumerate(zip(windows.offsets.tolist(), ends)):
         assert sorted(windows.image[first:last].tolist()) == images[number]
     assert (windows.position.diff() >= 0).all(), "positions are not ascending, as linear() needs"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pairs_are_those_of_a_dictionary(case):
+    """As compiled for a CPU."""
+    ids, size = draw_ids(case), case[3]
+    pairs = Pairs(*find_pairs(ids.numpy(), size))
+    columns = ids.shape[2] - size + 1
+    numbers, images = {}, {}
+    for m in range(len(ids)):
+        for q in range(pairs.index.shape[1]):
+            i, j = divmod(q, columns)
+            window = tuple(ids[m, i : i + size, j : j + size].flatten().tolist())
+            number = pairs.index[m, q]
+            assert numbers.setdefault((q, window), number) == number, "one pair has two numbers"
+            images.setdefault(number, []).append(m)
+            assert pairs.begins[q] <= number < pairs.begins[q + 1]
+            assert tuple(pairs.windows[number]) == window, (m, q)
+    assert sorted(numbers.values()) == list(range(len(pairs.windows))) == list(range(len(numbers)))
+    assert pairs.begins[0] == 0 and pairs.begins[-1] == len(pairs.windows)
+    ends = [*pairs.offsets[1:], len(pairs.image)]
+    for number, (first, last) in enumerate(zip(pairs.offsets, ends)):
+        assert pairs.image[first:last].tolist() == images[number]
+
+
+@pytest.mark.parametrize("bits", [0, 1])
+def test_pairs_with_colliding_slots(bits, monkeypatch):
+    """Codes that all want one slot of the hash table, or two, cost time and nothing else."""
+    ids = draw_ids((12, 5, 6, 4, 3)).numpy()
+    expected = find_pairs.py_func(ids, 4)
+    codes = tile_kernels._hash_windows(ids, 4)
+    _, numbers = np.unique(codes, return_inverse=True)
+    crowded = (numbers.reshape(codes.shape).astype(np.uint64) << np.uint64(40)) | (
+        codes & np.uint64(bits)
+    )
+    monkeypatch.setattr(tile_kernels, "_hash_windows", lambda ids, size: crowded)
+    for found, array in zip(find_pairs.py_func(ids, 4), expected):
+        assert np.array_equal(found, array)
+
+
+@pytest.mark.parametrize("rows", [1, BLOCK, 2 * BLOCK + 3])
+def test_layers_of_the_kernels_have_the_gradients_that_they_say(rows):
+    """Of few and many pairs at one position; positions without a pair do not occur."""
+    rng = np.random.default_rng(rows)
+    ids = torch.from_numpy(rng.integers(0, 5, (rows, 4, 5)))
+    torch.manual_seed(0)
+    table, bias, weight = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 16, 3), (3,), (2, 4, 3))
+    )
+
+    def layers(*inputs):
+        return tile_kernels._Layers.apply(*inputs, ids, 4)
+
+    assert torch.autograd.gradcheck(layers, (table, bias, weight))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
