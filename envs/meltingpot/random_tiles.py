@@ -32,9 +32,9 @@ class RandomTileTables(TileTables):
             x = self._neighbourhoods(around.flatten(0, 2), sprites, psi)
             return self.from_images(x.view(*ids.shape, -1))
         # In milliseconds of one thread, there and back, 1280 views of coins by random play (of
-        # chicken): this 43 (13), without f_psi 11 (2). Where torch's operations are all there is, 78
-        # (13), the sums once per neighbourhood and then conv2 on images half as much again, nine
-        # looked-up images and conv2 three times as much.
+        # chicken): this 43 (13), without f_psi 11 (2). With torch's operations alone 78 (13), the
+        # sums once per neighbourhood and then conv2 on images half as much again, nine looked-up
+        # images and conv2 three times as much.
         windows = Windows(padded, 3)
         x = self._neighbourhoods(windows.ids, sprites, psi)
         return self.from_tables(x, windows.window[windows.index].view_as(ids))
