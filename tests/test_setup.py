@@ -522,6 +522,7 @@ def test_help_is_the_default_and_lists_every_target(project):
     assert [line.split()[0] for line in done.stdout.splitlines()] == targets
 
 
+@pytest.mark.long
 def test_setup_once_then_quick_then_repaired(project):
     done = make(project, "setup")
     ready, canary = project / ".venv/ready", project / ".venv/canary"

@@ -364,6 +364,7 @@ def test_file_size_limit(tmp_path):
     assert run(*resume("run", iterations)) == 0  # with room again
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux and unshare")
 def test_full_disk(tmp_path):
     """A file system with room for some checkpoints, in a namespace of its own."""
