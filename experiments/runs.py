@@ -19,6 +19,7 @@ import importlib
 import io
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -473,6 +474,7 @@ class Job:
     flags: tuple[str, ...]  # but for --seed, --total-timesteps and the run's directory
     seed: int
     timesteps: int
+    processes: int = 1  # under torchrun
 
     def argv(self) -> list[str]:
         """The script's flags, but for the run's directory."""
@@ -482,6 +484,11 @@ class Job:
         """What begins the run or goes on with it, without Python."""
         begun = (self.run / "checkpoints.json").exists()
         return [self.script, "--resume" if begun else "--run-dir", str(self.run), *self.argv()]
+
+    def text(self) -> str:
+        """The same for a reader, from the repository."""
+        torchrun = ["torchrun", "--nproc-per-node", str(self.processes)]
+        return shlex.join([*(torchrun if self.processes > 1 else ["python"]), *self.command()])
 
     def is_finished(self) -> bool:
         """Whether the run has ended and is long enough; UsageError if it is another run."""
@@ -509,6 +516,7 @@ class Trainer:
     ends, and nothing new is started."""
 
     def __init__(self) -> None:
+        self.tell: Callable[[str], None] = functools.partial(print, flush=True)
         self.children: list[subprocess.Popen] = []
         self.lock, self.stopped = threading.RLock(), False
 
@@ -520,15 +528,21 @@ class Trainer:
                 if child.poll() is None:
                     child.send_signal(signal.SIGTERM)
 
-    def start(self, job: Job, log: Any) -> subprocess.Popen | None:
-        """The job's process, in a session of its own: Ctrl-C reaches it through stop() alone."""
+    def start(
+        self, job: Job, log: Any, environment: dict[str, str] | None = None
+    ) -> subprocess.Popen | None:
+        """The job's process, in a session of its own: Ctrl-C reaches it through stop() alone. With
+        these variables beside its parent's."""
         script, *argv = job.command()
-        command = [sys.executable, str(ROOT / script), *argv]
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(job.processes)]
+        torchrun = [*torchrun, "--standalone"] if job.processes > 1 else []
+        command = [sys.executable, *torchrun, str(ROOT / script), *argv]
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        options["env"] = os.environ | (environment or {})
         with self.lock:
             if self.stopped:
                 return None
-            print(shlex.join(["python", script, *argv]), flush=True)
+            self.tell(job.text())
             child = subprocess.Popen(command, start_new_session=True, **options)
             self.children.append(child)
             return child
@@ -536,29 +550,36 @@ class Trainer:
     def train(self, job: Job) -> int:
         """The exit code of one run, which is trained to its end; a finished one is kept."""
         if job.is_finished():
-            print(f"{job.run}: finished already", flush=True)
+            self.tell(f"{job.run}: finished already")
             return FINISHED
+        return self.try_once(job)
+
+    def try_once(self, job: Job, environment: dict[str, str] | None = None) -> int:
+        """The exit code of one start."""
         try:
             job.run.parent.mkdir(parents=True, exist_ok=True)
             log = beside(job.run, ".log").open("a")
         except OSError as error:
             raise UsageError(f"{job.run} cannot be made: {error.strerror}.") from None
         with log:
-            child = self.start(job, log)
+            child = self.start(job, log, environment)
             code = child.wait() if child else STOPPED
+        if job.processes > 1 and code and job.is_finished():
+            code = FINISHED  # torchrun's code is 1 whatever happened
         return STOPPED if self.stopped and code != FINISHED else code
 
 
-def train_all(jobs: list[Job], at_once: int = 1, dry_run: bool = False) -> None:
+def train_all(
+    jobs: list[Job], at_once: int = 1, dry_run: bool = False, trainer: Trainer | None = None
+) -> None:
     """Train what is missing, so many at a time, or only print the commands. UsageError if runs
     failed, after all have had their turn; StoppedError if some were stopped."""
     finished = [job.is_finished() for job in jobs]  # all of them, before the first trains
     if dry_run:
         for job, done in zip(jobs, finished, strict=True):
-            command = shlex.join(["python", *job.command()])
-            print(f"{job.run}: finished already" if done else command)
+            print(f"{job.run}: finished already" if done else job.text())
         return
-    trainer = Trainer()
+    trainer = trainer or Trainer()
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = [signal.signal(number, trainer.stop) for number in numbers]
     try:
@@ -567,6 +588,11 @@ def train_all(jobs: list[Job], at_once: int = 1, dry_run: bool = False) -> None:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+    check_codes(jobs, codes)
+
+
+def check_codes(jobs: list[Job], codes: list[int]) -> None:
+    """UsageError if runs failed; StoppedError if some were stopped."""
     failed = [
         f"{job.run} ended with code {code}: see {beside(job.run, '.log')}"
         for job, code in zip(jobs, codes, strict=True)

@@ -1,0 +1,368 @@
+"""experiments/launch.py, with real processes that are really killed. What they train is a script
+that counts: it locks its directory, saves, is stopped and goes on as the real ones do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from made_up import ROOT, experiment
+
+launch, runs = experiment("launch"), experiment("runs")
+
+COUNTER = """
+import fcntl, json, os, pathlib, signal, sys, time
+
+words = sys.argv[1:]
+value = lambda flag, default="0": words[words.index(flag) + 1] if flag in words else default
+run = pathlib.Path(value("--resume" if "--resume" in words else "--run-dir"))
+run.mkdir(parents=True, exist_ok=True)
+lock = (run / "lock").open("a")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    raise SystemExit(2)
+with (run / "calls").open("a") as file:
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    file.write(json.dumps({"words": words, "pid": os.getpid(), "gpu": gpu}) + "\\n")
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+saved = run / "checkpoints.json"
+steps = json.loads(saved.read_text())[0] if saved.exists() else 0
+(run / "args.json").write_text(json.dumps({"script": "counter"}))
+fails = run / "failures"
+total = int(value("--total-timesteps"))
+while steps < total:
+    time.sleep(float(value("--pause", "0.01")))
+    steps += 1
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"timesteps": steps}) + "\\n")
+    (run / "part").write_text(json.dumps([steps]))
+    (run / "part").replace(saved)
+    if stopped:
+        raise SystemExit(75)
+    if steps == 3 and fails.exists() is False and "--fail-once" in words:
+        fails.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "--fail" in words:
+        raise SystemExit(1)
+(run / "summary.json").write_text(json.dumps({"timesteps": steps, "eval": {}}))
+"""
+LAUNCHER = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from experiments import launch, runs
+launch.ROOT = runs.ROOT = Path({folder!r})
+runs.Job.check_same = lambda *found: None
+launch.LOOK_EVERY = 0.2
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    """study(name=command, ...), a file; a script and a launcher beside it."""
+    (tmp_path / "counter.py").write_text(COUNTER)
+    (tmp_path / "launcher.py").write_text(LAUNCHER.format(root=str(ROOT), folder=str(tmp_path)))
+
+    def write(timesteps=5, seeds=(1, 2), flags="", **commands):
+        lines = ['dir = "my runs"', f"seeds = {list(seeds)}", f"timesteps = {timesteps}"]
+        lines += [f'flags = "{flags}"', "[runs]"]
+        lines += [f'{name} = "counter.py {flags}"' for name, flags in commands.items()]
+        (tmp_path / "study.toml").write_text("\n".join(lines))
+        return tmp_path / "study.toml"
+
+    return write
+
+
+def start(file, *words, **environment):
+    command = [sys.executable, str(file.parent / "launcher.py"), str(file), *map(str, words)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    clean = {name: x for name, x in os.environ.items() if not name.startswith("SLURM")}
+    return subprocess.Popen(command, env=clean | environment, cwd="/", **options)
+
+
+@pytest.fixture
+def launched(monkeypatch, capsys):
+    """launched(file, *words, **environment): exit code and output, in this process."""
+    monkeypatch.setattr(runs.Job, "check_same", lambda *found: None)
+    monkeypatch.setattr(launch, "LOOK_EVERY", 0.2)
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+
+    def call(file, *words, **environment):
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "ROOT", file.parent)
+            patch.setattr(runs, "ROOT", file.parent)
+            for name, x in environment.items():
+                patch.setenv(name, x)
+            code = launch.main([str(file), *map(str, words)])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def calls(file, run):
+    path = file.parent / "my runs" / run / "calls"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def records(file):
+    return json.loads((file.parent / "my runs" / "study.json").read_text())
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_first_seed_of_everything_comes_first(study, launched):
+    file = study(a="--words 'two words'", b="", flags="--pause 0")
+    code, output = launched(file, "--dry-run")
+    assert code == 0
+    names = [line.split("my runs/")[1].split("'")[0] for line in output.splitlines()]
+    assert names == ["a-s1", "b-s1", "a-s2", "b-s2"]
+    assert not (file.parent / "my runs").exists()
+    code, output = launched(file, "--extra=--more 1")
+    assert code == 0, output
+    for name in names:
+        (call,) = calls(file, name)
+        own = ["--words", "two words"] if name.startswith("a") else []
+        wanted = ["--run-dir", str(file.parent / "my runs" / name), *own, "--pause", "0"]
+        wanted += ["--more", "1", "--seed", name[-1], "--total-timesteps", "5"]
+        assert call["words"] == wanted and call["gpu"] is None
+        assert f"| {name} | finished | 5 |" in output
+        assert records(file)[name]["starts"] == 1
+    began = [(file.parent / "my runs" / name / "calls").stat().st_mtime for name in names]
+    assert began == sorted(began)
+    code, output = launched(file)
+    assert code == 0 and [len(calls(file, name)) for name in names] == [1] * 4
+    assert "| b-s2 | finished | 5 |" in output
+
+
+def test_parts_of_a_study(study, launched):
+    file = study(a="", b="")
+    assert launched(file, "--only", "b", "--seeds", "7", "8")[0] == 0
+    assert {x.name for x in (file.parent / "my runs").iterdir() if x.is_dir()} == {"b-s7", "b-s8"}
+
+
+def test_a_longer_study_goes_on(study, launched):
+    assert launched(study(timesteps=4, seeds=[1], a=""))[0] == 0
+    file = study(timesteps=6, seeds=[1], a="")
+    assert launched(file)[0] == 0
+    assert [x["words"][0] for x in calls(file, "a-s1")] == ["--run-dir", "--resume"]
+    assert records(file)["a-s1"]["starts"] == 2 and records(file)["a-s1"]["timesteps"] == 6
+
+
+def test_a_killed_run_goes_on(study, launched):
+    file = study(seeds=[1], a="--fail-once")
+    code, output = launched(file)
+    assert code == 0 and "a-s1 ended with code -9, once more" in output
+    assert [x["words"][0] for x in calls(file, "a-s1")] == ["--run-dir", "--resume"]
+    log = (file.parent / "my runs" / "a-s1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["timesteps"] for x in log] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_what_fails_is_reported_at_the_end(study, launched, attempts):
+    """After so many attempts, and after all others have had their turn."""
+    file = study(seeds=[1], timesteps=50, a="--fail", b="--pause 0")
+    code, output = launched(file, "--attempts", attempts)
+    assert code == 2 and len(calls(file, "a-s1")) == attempts
+    assert "| a-s1 | failed with code 1 |" in output and "| b-s1 | finished |" in output
+    assert "a-s1 ended with code 1: see" in output.splitlines()[-1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_launcher_stops_its_runs_saved(study, launched, number):
+    file = study(seeds=[1, 2], timesteps=400, a="--pause 0.05")
+    with start(file, "--jobs", 2) as process:
+        wait_for(lambda: calls(file, "a-s1") and calls(file, "a-s2"))
+        time.sleep(0.3)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command goes on" in output
+    assert "| a-s1 | stopped |" in output
+    for seed in (1, 2):
+        assert not is_alive(calls(file, f"a-s{seed}")[0]["pid"])
+    done = study(seeds=[1, 2], timesteps=30, a="--pause 0")
+    assert launched(done)[0] == 0
+    assert [x["words"][0] for x in calls(file, "a-s2")] == ["--run-dir", "--resume"]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.long
+def test_an_orphan_is_waited_for(study, launched):
+    """The launcher is killed, its run goes on; the next launcher does not start it again."""
+    file = study(seeds=[1], timesteps=600, a="--pause 0.05")
+    with start(file) as process:
+        wait_for(lambda: calls(file, "a-s1"))
+        process.kill()
+    code, output = launched(file)
+    assert code == 0 and "a-s1 is being trained by another process: waiting" in output
+    assert len(calls(file, "a-s1")) == 1
+
+
+@pytest.mark.long
+def test_a_killed_orphan_is_gone_on_with(study, launched):
+    file = study(seeds=[1], timesteps=2000, a="--pause 0.05")
+    with start(file) as process:
+        wait_for(lambda: calls(file, "a-s1"))
+        process.kill()
+    file = study(seeds=[1], timesteps=2000, a="--pause 0")
+    with start(file) as process:
+        assert "waiting for it" in process.stdout.readline()
+        os.kill(calls(file, "a-s1")[0]["pid"], signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [x["words"][0] for x in calls(file, "a-s1")] == ["--run-dir", "--resume"]
+
+
+@pytest.mark.long
+def test_two_launchers_share_a_study(study, launched):
+    file = study(seeds=[1, 2, 3], a="--pause 0.05", b="--pause 0.05")
+    with start(file) as one, start(file, "--jobs", 2) as other:
+        outputs = [x.communicate(timeout=120)[0] for x in (one, other)]
+    assert [one.returncode, other.returncode] == [0, 0], outputs
+    for name in ("a-s1", "b-s1", "a-s2", "b-s2", "a-s3", "b-s3"):
+        log = (file.parent / "my runs" / name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(x)["timesteps"] for x in log] == [1, 2, 3, 4, 5]
+        assert name in records(file)
+
+
+def test_gpus_are_dealt_out(study, launched):
+    file = study(seeds=[1, 2, 3], a="--pause 0.05", b="--pause 0.05")
+    assert launched(file, "--jobs", 4, "--gpus", 2, CUDA_VISIBLE_DEVICES="")[0] == 0
+    (first,), (second,) = calls(file, "a-s1"), calls(file, "b-s1")
+    assert {first["gpu"], second["gpu"]} == {"0", "1"}
+    file = study(seeds=[4], a="")
+    assert launched(file, "--gpus", 1, CUDA_VISIBLE_DEVICES="5,7")[0] == 0
+    assert calls(file, "a-s4")[0]["gpu"] == "5"
+    code, output = launched(file, "--gpus", 3, CUDA_VISIBLE_DEVICES="5,7")
+    assert code == 2 and output == "error: --gpus 3: CUDA_VISIBLE_DEVICES names 2.\n"
+
+
+def test_one_of_an_array(study, launched):
+    file = study(a="", b="")
+    assert launched(file, "--index", 1)[0] == 0
+    assert launched(file, SLURM_ARRAY_TASK_ID="2")[0] == 0
+    assert {x.name for x in (file.parent / "my runs").iterdir() if x.is_dir()} == {"b-s1", "a-s2"}
+    code, output = launched(file, "--index", 4)
+    assert code == 2 and output == "error: --index 4: the study has runs 0 to 3.\n"
+
+
+@pytest.mark.long
+def test_slurm_starts_a_stopped_run_again(study, launched):
+    """As SLURM does it, with `scontrol` and a queue of our own: TERM before the time is out, the
+    run is saved, the job asks to be queued again, and goes on where it was."""
+    file = study(seeds=[1], timesteps=100, a="--pause 0.05")
+    tool = file.parent / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tool.parent}/asked\n')
+    tool.chmod(0o755)
+    slurm = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "123"}
+    slurm["PATH"] = f"{tool.parent}:{os.environ['PATH']}"
+    with start(file, **slurm) as process:
+        wait_for(lambda: calls(file, "a-s1"))
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert (tool.parent / "asked").read_text() == "requeue 123\n"
+    assert launched(file, **slurm)[0] == 0
+    assert (tool.parent / "asked").read_text() == "requeue 123\n"
+    assert [x["words"][0] for x in calls(file, "a-s1")] == ["--run-dir", "--resume"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("dir = ", "is no TOML: "),
+        ('dir = "x"\nseeds = []\ntimesteps = 1\n[runs]\na = "counter.py"', "seeds: "),
+        ('dir = "x"\nseeds = [1]\ntimesteps = 0\n[runs]\na = "counter.py"', "timesteps: "),
+        ('dir = "x"\nseeds = [1]\ntimesteps = 1', "runs: field required"),
+        ('dir = "x"\nseeds = [1]\ntimesteps = 1\nx = 1\n[runs]\na = "counter.py"', "x: extra"),
+        ('dir = "x"\nseeds = [1]\ntimesteps = 1\n[runs]\na = "no.py"', "a: there is no no.py."),
+        ('dir = "x"\nseeds = [1]\ntimesteps = 1\n[runs]\na = ""', "a: names no script."),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_wrong_studies(text, sentence, study, launched):
+    file = study(a="")
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+    code, output = launched(file)
+    assert code == 2 and sentence in output and output.count("\n") == 1
+
+
+def test_bars_show_what_is_trained(tmp_path):
+    """Steps of the log's last whole line."""
+    run = tmp_path / "a-s1"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"timesteps": 3}\n{"timesteps": 4}\n{"times')
+    launcher = launch.Launcher(tmp_path, 1, [{}])
+    launcher.running[run] = runs.Job(run, "counter.py", (), 1, 10)
+    bars = launch.Bars(launcher)
+    bars.look()
+    (bar,) = bars.bars.values()
+    assert (bar.n, bar.total, bar.desc) == (4, 10, "a-s1")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('teps": 6}\n')
+    bars.look()
+    assert bar.n == 6
+    launcher.running.clear()
+    bars.look()
+    assert not bars.bars
+
+
+@pytest.mark.long
+def test_a_worker_of_ray_is_killed(study):
+    """Ray starts its task again, which waits for the run that the dead worker's process still
+    trains. Skipped without requirements-ray.txt."""
+    pytest.importorskip("ray")
+    file = study(seeds=[1], timesteps=900, a="--pause 0.05")
+    with start(file, "--engine", "ray") as process:
+        wait_for(lambda: calls(file, "a-s1"))
+        os.kill(parent_of(calls(file, "a-s1")[0]["pid"]), signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert len(calls(file, "a-s1")) == 1 and "waiting for it" in output
+    assert "| a-s1 | finished | 900 |" in output
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_without_ray(study, launched, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, output = launched(study(a=""), "--engine", "ray")
+    assert code == 2 and output == "error: --engine ray needs requirements-ray.txt.\n"
+
+
+STUDIES = sorted((ROOT / "experiments/studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda x: x.stem)
+def test_studies_are_ones_that_scripts_take(file):
+    options = launch.Launch(study=file)
+    jobs = launch.jobs_of(launch.read_study_file(file), options)
+    assert len({job.run for job in jobs}) == len(jobs)
+    for job in jobs:
+        runs.script_args(runs.load_script(Path(job.script).stem), job.argv())
