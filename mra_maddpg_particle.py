@@ -110,7 +110,6 @@ class Args(RunArgs):
     latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z; replays keep z in 8 bits
     representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z
     latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); uni-MRA; z = m
-    prior_floor: Share = 0.0  # of p(z|m), shared by all z; not in the paper, see docs/mra.md
     reptile_step: Share = 1.0  # alpha
     share_parameters: bool = True  # one parameter set per type instead of per agent
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # of Eq. (9): how
@@ -165,22 +164,18 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     populations = args.populations + args.eval_populations
     one_size = not args.share_parameters
     several, learned = len(args.populations) > 1, args.latent_prior == "learned"
-    told, both = args.latent_prior == "told", "both" in args.phi_gradient
+    alike = "both" in args.phi_gradient and not (several and args.latent_size > 1)
+    unlearned = args.psi_information and not (several and learned)
+    too_few = args.latent_prior == "told" and args.latent_size < len(args.populations)
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (one_size and len(populations) > 1, "Several populations need --share-parameters"),
-        (told and args.latent_size < len(args.populations), "--latent-prior told needs more z"),
-        (
-            both and not (several and args.latent_size > 1),
-            "--phi-gradient both needs several populations and several z",
-        ),
-        (
-            args.psi_information and not (several and learned),
-            "--psi-information needs several populations and --latent-prior learned",
-        ),
+        (too_few, "--latent-prior told needs more z"),
+        (alike, "--phi-gradient both needs several populations and several z"),
+        (unlearned, "--psi-information needs several populations and --latent-prior learned"),
         ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
@@ -420,7 +415,8 @@ class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z.
 
-    own_size, told: how many numbers of o_s and, beside o_s and each o_ij, of m it reads, if any.
+    own_size: how many numbers of o_s it reads. told: of how many populations it is told; it has a
+    first layer above o_ij for each.
     """
 
     def __init__(
@@ -437,11 +433,10 @@ class GraphNet(nn.Module):
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
         self.own_size, self.told = own_size, told
-        self.own = MLP(sets, own_size + told, H, H)
-        entity_size += told
-        self.linear = args.value_layers == 1
-        self.entity = None if self.linear else Linear(sets, entity_size, H, gain=RELU)
-        self.value = Linear(sets, entity_size if self.linear else H, H)
+        self.own = MLP(sets, own_size, H, H)
+        self.linear, each = args.value_layers == 1, sets * max(told, 1)
+        self.entity = None if self.linear else Linear(each, entity_size, H, gain=RELU)
+        self.value = Linear(each, entity_size, H) if self.linear else Linear(sets, H, H)
         self.out = Linear(sets, H, outputs, gain)
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
@@ -451,15 +446,18 @@ class GraphNet(nn.Module):
         if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
-        told = view.population[..., : self.told]
-        others = torch.cat((others, told), -1)
-        x = self.own(torch.cat((view.own[..., : self.own_size], told), -1), view.counts)
+        x = self.own(view.own[..., : self.own_size], view.counts)
+        weight, bias = (self.value if self.linear else self.entity).parameters()
+        if self.told:  # those of this m
+            m = view.population[0, 0]  # (P,)
+            weight = torch.tensordot(m, weight.unflatten(0, (len(m), -1)), 1)
+            bias = torch.tensordot(m, bias.unflatten(0, (len(m), -1)), 1)
         if not self.linear:
-            pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
+            pairs = self.pairs(others, weight, bias, view.counts)
 
         def read(g: Tensor) -> Tensor:
             if self.linear:  # V of a sum is the sum of V
-                e = self.value(mean_entity(others, g), view.counts)
+                e = grouped_linear(mean_entity(others, g), weight, bias, view.counts)
             else:
                 e = pairs.sums(g, self.value.weight, self.value.bias)
             e = e * view.mask.any(-1, keepdim=True)
@@ -539,15 +537,13 @@ class Agent(Parts):
 
     def log_prior(self, game: Game) -> Tensor:
         """log p(z|m) (N, Z)."""
-        Z, floor = self.args.latent_size, self.args.prior_floor
+        Z = self.args.latent_size
         log_p = torch.zeros(len(game.population), Z, device=self.device).log_softmax(-1)
         if self.learns_prior:
             log_p = self.latent_prior(game.population)
         if self.args.latent_prior == "told":
             log_p = torch.full_like(log_p, -1e9)
             log_p[:, number_of(game, self.args.populations)] = 0.0
-        if floor:
-            log_p = ((1 - floor) * log_p.exp() + floor / Z).log()
         return per_agent(log_p, game.population)
 
     def view(self, game: Game, obs: Observation, z: Tensor) -> View:
@@ -938,7 +934,7 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
             scalars[f"xi_accuracy_uniform_g/{name}"] = mean(guess == label, view.alive)
         if agent.learns_prior:
             for kind, row in enumerate(agent.latent_prior(game.population).exp()):
-                for z, x in enumerate(row):  # psi's own, without --prior-floor
+                for z, x in enumerate(row):
                     scalars[f"prior/{name}/{kind}/{z}"] = x
     if len(priors) > 1:
         pairs = itertools.combinations(priors, 2)

@@ -1165,15 +1165,25 @@ def test_who_is_told_the_population(flags, actor, critic):
         assert (differ > 1e-6).all() if told else not differ.any()
 
 
-@pytest.mark.parametrize("place", ["own", "entity"])
-def test_m_stands_beside_own_and_beside_each_entity(place):
-    """Either is enough to tell populations apart."""
-    s = setting("resource", "3", "4", flags="--tell-population all")
-    view = random_view(s, 6)
-    other, g = view._replace(population=view.population.flip(-1)), random_graph(view)
-    first = s.agent.actor.own.first if place == "own" else s.agent.actor.entity
-    first.weight.data[:, -2:] = 0  # of two populations
-    assert ((s.agent.actor(view, g) - s.agent.actor(other, g)).abs().amax((1, 2)) > 1e-6).all()
+@pytest.mark.parametrize("layers", [1, 2])
+def test_who_is_told_m_has_a_layer_of_its_own_above_entities(layers):
+    """In each population it is a network that is not told, with m's weights above o_ij."""
+    flags = f"--value-layers {layers}"
+    told = setting("pacman", "2,2", "3,2", flags=f"{flags} --tell-population all")
+    plain = setting("pacman", "2,2", "3,2", flags=flags).agent.actor
+    view, outputs = random_view(told, 6), []
+    g = random_graph(view)
+    for m in range(2):
+        weights = dict(told.agent.actor.state_dict())
+        name = "value" if layers == 1 else "entity"
+        for part in (f"{name}.weight", f"{name}.bias"):
+            weights[part] = weights[part].unflatten(0, (2, 2))[m]  # of each m, of each type
+        plain.load_state_dict(weights)
+        population = torch.nn.functional.one_hot(torch.tensor(m), 2).to(view.population)
+        seen = view._replace(population=population.expand_as(view.population))
+        outputs.append(told.agent.actor(seen, g))
+        torch.testing.assert_close(outputs[m], plain(seen, g), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(*outputs, atol=1e-3)
 
 
 def test_without_own_features_the_actor_reads_e_alone():
@@ -1529,17 +1539,6 @@ def test_prior_of_populations_never_met(task, own, unseen):
     assert np.abs(np.exp(ours).sum(-1) - 1).max() < 1e-12
     assert np.abs(np.exp(ours) - 1 / 6).max() > 0.05
     assert np.abs(numbers(s.agent.log_prior(s.game))[0] - ours[0]).max() > 1e-3, "m matters"
-
-
-def test_floor_of_the_prior():
-    """--prior-floor e: (1 - e) p + e / Z, of psi's own p."""
-    plain = setting("resource", "3", "4", flags=small_latents("option"))
-    s = setting("resource", "3", "4", flags=small_latents("option") + " --prior-floor .3")
-    game = make_game("resource", 3)
-    p = plain.agent.log_prior(game).exp().detach().numpy()
-    found = s.agent.log_prior(game).exp().detach().numpy()
-    assert np.allclose(found, 0.7 * p + 0.3 / p.shape[1], atol=1e-6)
-    assert not np.allclose(found, p, atol=1e-4)
 
 
 def test_uniform_prior():

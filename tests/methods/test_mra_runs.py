@@ -713,11 +713,6 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
         lambda s, d: [x in s["agent"] for x in LATENT],
         ([True] * 3, [False] * 3),
     ),
-    "prior_floor": (
-        "--prior-floor 1",
-        moved("latent_prior", "population_classifier"),
-        ([True, True], [False, True]),
-    ),
     "phi_gradient": (
         "--phi-gradient actor --latent-prior uniform",
         lambda s, d: any(k.startswith("mi/") for k in s["ranks"][0]["noted"]),
@@ -731,8 +726,8 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
     "psi_information": ("--psi-information", changed("latent_prior"), None),
     "tell_population": (
         "--tell-population critic",
-        lambda s, d: [shape(x, "own.first.weight")(s, d)[1] for x in ("actor", "critic")],
-        ([14, 14], [14, 16]),
+        lambda s, d: [shape(x, "entity.weight")(s, d)[0] for x in ("actor", "critic")],
+        ([1, 1], [1, 2]),
     ),
     "latent_prior told": (
         "--latent-prior told",
