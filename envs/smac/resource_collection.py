@@ -22,7 +22,7 @@ its pause, comes. Agents see their hands and their last event as they were befor
 
 Ours where COPA's is 2 to 4 agents in turn and at most 6: 1 to 8 agents, their number drawn; every
 episode begins with an invader; a resource that finds no free place among 8 draws takes the last.
-docs/battles.md has all rules with their sources.
+docs/resource_collection.md has all rules with their sources.
 """
 
 from __future__ import annotations

@@ -757,7 +757,7 @@ def test_wrong_use():
 
 def test_scripts():
     """The collector earns far more than the forager, which sees no further than agents do, and that
-    far more than random play; more with more agents (64 worlds: docs/battles.md has more)."""
+    far more than random play; more with more agents."""
     earned = {}
     for n in (3, 8):
         w = rc.ResourceCollection((n,), 64, 1, once=True)
