@@ -20,7 +20,7 @@ most one event, the first of these: it catches the invader, picks up the first r
 that is left, delivers; then resources that were taken come back, and the invader walks or, after
 its pause, comes. Agents see their hands and their last event as they were before the step's events.
 
-Ours where COPA's is 2 to 4 agents in turn and at most 6: 1 to 8 agents, their number drawn; every
+Ours: teams have 1 to 8 agents, their number drawn (COPA's 2 to 4 in turn, later 5 or 6); every
 episode begins with an invader; a resource that finds no free place among 8 draws takes the last.
 docs/resource_collection.md has all rules with their sources.
 """
