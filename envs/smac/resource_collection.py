@@ -14,12 +14,15 @@ see comes from a Snapshot alone, which a replay keeps. All worlds are batched in
 device. Lengths are those of the square, time is in steps. Each world has its own stream of random
 numbers: a seed gives a world the same course whatever the number of worlds.
 
-Facts are those of COPA's code where MIPI is silent; ours: agents begin evenly spaced around home,
-the first at a random angle; agents do not collide; a resource that finds no free place among 16
-draws takes the last; of several agents at a resource the first has it; however many touch the
-invader, it is caught once; it cannot be caught in the step in which it comes; what is beyond sight
-is hidden, home too; who is seen shows all its features; of several things one stands on, the last
-of home, types 1 to 3, invader is seen. Time is not.
+A step, as COPA's code has it: agents walk, and bounce off each other, home, resources and the
+invader; an invader that is home costs 4, before anyone can catch it; then each agent in turn has at
+most one event, the first of these: it catches the invader, picks up the first resource of the list
+that is left, delivers; then resources that were taken come back, and the invader walks or, after
+its pause, comes. Agents see their hands and their last event as they were before the step's events.
+
+Ours: teams have 1 to 8 agents, their number drawn (COPA's 2 to 4 in turn, later 5 or 6); every
+episode begins with an invader; a resource that finds no free place among 8 draws takes the last.
+docs/resource_collection.md has all rules with their sources.
 """
 
 from __future__ import annotations
@@ -47,16 +50,21 @@ NOOP, STAY = 0, 1  # actions; 2..5: -x, +x, -y, +y
 MOVES = ((0, 0), (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 DT, DAMPING = 0.1, 0.25
 ACCELERATION = 5.0  # times the agent's speed
-WALL, WALL_WIDTH, WALL_FORCE, WALL_MARGIN = 1.4, 1.0, 100.0, 1e-3
+WALL, WALL_WIDTH, WALL_END = 1.4, 1.0, 1.0  # where walls are, how thick, half their length
+CONTACT_FORCE, CONTACT_MARGIN = 100.0, 1e-3
 AGENT, RESOURCE, INVADING, HOMING = 0.04, 0.05, 0.03, 0.08  # radii
+RADII = (*[AGENT] * SIDE, *[RESOURCE] * 6, INVADING, HOMING)  # of all slots
 TOUCH = 0.01  # contact: distance <= both radii + this
-SIGHT = 0.2
+SIGHT = 0.2  # how far one sees agents, centre to centre; things by their radius farther
 VALUES, SPEEDS = (0.1, 0.5, 0.9), (0.3, 0.5, 0.7)
+MIDDLE = 0.5  # what features have of values and speeds is less this
 START = 0.12  # radius of the circle on which agents begin
-NEAR, FAR, APART, TRIES = 0.4, 0.55, 0.1, 16  # resources: radius NEAR + FAR U, so far apart
+NEAR, FAR, APART, TRIES = 0.4, 0.55, 0.1, 8  # resources: radius NEAR + FAR U, so far apart
 INVADER_START, INVADER_EDGE, INVADER_STEP = 1.42, 0.99, 0.05
 PAUSE = 10  # steps until the next invader, at most
 PICK_UP, DELIVERY, CATCH, ARRIVAL = 10.0, 1.0, 4.0, -4.0  # rewards
+DELIVERED, PICKED, CAUGHT = 1, 2, 5  # events; PICKED, 3 and 4 are of types 1 to 3, 0 is none
+NOWHERE = 9.0  # coordinate of resources that are not there
 ROUND, AHEAD = 0.75, 0.06  # radius of the forager's walk; how far it aims ahead, in turns
 
 
@@ -69,6 +77,9 @@ class Snapshot(NamedTuple):
     position: Tensor  # (B, A, 2) float32
     velocity: Tensor  # (B, A, 2) float32
     holding: Tensor  # (B, A) int8: type of resource, 0 for none
+    event: Tensor  # (B, A) int8: what the last step brought
+    shown_holding: Tensor  # (B, A) int8: what agents see, both as they were a step before
+    shown_event: Tensor  # (B, A) int8
     resources: Tensor  # (B, 6, 2) float32
     invader: Tensor  # (B, 2) float32
     pause: Tensor  # (B,) int8: steps until the invader comes, 0 while it is there
@@ -111,7 +122,7 @@ class Family(NamedTuple):
 
     name: str = "resource"
     n_actions: int = len(MOVES)
-    # Velocity, position, what one holds (4) and stands on (6), values and speed, kind of other (5).
+    # Velocity, position, what one holds (4), event (6), values and speed, kind of thing (5).
     features: int = 2 + 2 + 4 + 6 + 4 + 5
 
     @property
@@ -169,16 +180,30 @@ def around(angle: Tensor, radius: Any) -> Tensor:
 # --- Rules ----------------------------------------------------------------------------------------
 
 
-def place_resource(clocks: Clocks, k: int, resources: Tensor) -> Tensor:
-    """(B, 2) a place for resource k, the first of TRIES that is no nearer than APART to others;
-    those that are not there yet stand far away."""
-    draws = uniform(clocks, 64 + 2 * TRIES * k, TRIES, 2)
-    places = around(draws[..., 0], NEAR + FAR * draws[..., 1])  # (B, TRIES, 2)
-    others = torch.cat((resources[:, :k], resources[:, k + 1 :]), 1)
+def resource_draws(clocks: Clocks) -> Tensor:
+    """(B, 6, TRIES, 2) where each resource would stand, in the order in which it tries."""
+    draws = uniform(clocks, 64, len(KINDS), TRIES, 2)
+    return around(draws[..., 0], NEAR + FAR * draws[..., 1])
+
+
+def first_free(places: Tensor, others: Tensor) -> Tensor:
+    """(B, 2) the first of places (B, TRIES, 2) that is no nearer than APART to others (B, n, 2)."""
     free = (torch.cdist(places, others) >= APART).all(-1)
     free[:, -1] = True
     first = free.float().argmax(-1)  # of the True ones
     return places[torch.arange(len(places), device=places.device), first]
+
+
+def replace_taken(resources: Tensor, taken: Tensor, clocks: Clocks) -> Tensor:
+    """(B, 6, 2) resources, those that were taken (B, 6) elsewhere: one after the other, apart from
+    all that stand and from where it was taken."""
+    draws = resource_draws(clocks)
+    standing = torch.where(taken[..., None], NOWHERE, resources)
+    for k in range(len(KINDS)):
+        others = torch.cat((standing, resources[:, k : k + 1]), 1)
+        place = first_free(draws[:, k], others)
+        standing[:, k] = torch.where(taken[:, k, None], place, standing[:, k])
+    return standing
 
 
 def place_invader(clocks: Clocks) -> Tensor:
@@ -196,39 +221,78 @@ def fresh(clocks: Clocks, sizes: Tensor) -> Snapshot:
     pick = lambda first, options, *shape: torch.tensor(options, device=device)[  # noqa: E731
         (uniform(clocks, first, *shape) * len(options)).long()
     ]
-    angle = uniform(clocks, 2, 1) + slot / size[:, None]
-    resources = torch.full((B, len(KINDS), 2), 9.0, device=device)
+    draws = resource_draws(clocks)
+    resources = torch.full((B, len(KINDS), 2), NOWHERE, device=device)
     for k in range(len(KINDS)):
-        resources[:, k] = place_resource(clocks, k, resources)
+        before = resources[:, : max(k - 1, 0)]  # COPA's code leaves out the last one
+        resources[:, k] = first_free(draws[:, k], before)
     there = present[..., None]
+    nothing = torch.zeros(B, SIDE, dtype=torch.int8, device=device)
     return Snapshot(
         present,
         pick(8, VALUES, SIDE, 3) * there,
         pick(40, SPEEDS, SIDE) * present,
-        around(angle, START) * there,
+        around(slot / size[:, None], START) * there,
         torch.zeros(B, SIDE, 2, device=device),
-        torch.zeros(B, SIDE, dtype=torch.int8, device=device),
+        nothing,
+        nothing,
+        nothing,
+        nothing,
         resources,
         place_invader(clocks),
         torch.zeros(B, dtype=torch.int8, device=device),
     )
 
 
+def overlap(depth: Tensor) -> Tensor:
+    """How deep two bodies are in each other, rounded off where they only just touch."""
+    return torch.nn.functional.softplus(depth / CONTACT_MARGIN) * CONTACT_MARGIN
+
+
 def walls(position: Tensor) -> Tensor:
-    """Force on agents, each coordinate by itself: soft walls at +-WALL."""
+    """(B, A, 2) force of the four walls on agents. Column c is about the two walls across axis c:
+    they push along it and, who is past a wall's end, around its corner."""
+    along = position.flip(-1)  # where along those walls the agent is
+    past = (along.abs() - WALL_END).clamp(min=0) / AGENT
+    meets = past <= 1  # else it is beyond the wall's end altogether
+    sine = past.clamp(max=1) * along.sign()
+    cosine = (1 - sine.square()).sqrt()
     force = torch.zeros_like(position)
     for wall in (-WALL, WALL):
         offset = position - wall
-        depth = WALL_WIDTH / 2 + AGENT - offset.abs()
-        depth = torch.nn.functional.softplus(depth / WALL_MARGIN) * WALL_MARGIN
-        force = force + WALL_FORCE * offset.sign() * depth
+        depth = WALL_WIDTH / 2 + cosine * AGENT - offset.abs()
+        push = CONTACT_FORCE * overlap(depth) * meets
+        force = force + push * cosine * offset.sign() + (push * sine).flip(-1)
     return force
+
+
+def bodies(snap: Snapshot) -> tuple[Tensor, Tensor]:
+    """Of all slots where they are (B, A+E, 2) and whether they are there (B, A+E)."""
+    home = torch.zeros_like(snap.invader)[:, None]
+    places = torch.cat((snap.position, snap.resources, snap.invader[:, None], home), 1)
+    there = torch.ones(places.shape[:2], dtype=torch.bool, device=places.device)
+    there[:, :SIDE], there[:, INVADER] = snap.present, snap.pause == 0
+    return places, there
+
+
+def collisions(snap: Snapshot) -> Tensor:
+    """(B, A, 2) force on agents, away from each agent and thing that they overlap."""
+    places, there = bodies(snap)
+    radii = torch.tensor(RADII, device=places.device)
+    itself = torch.eye(SIDE, SLOTS, dtype=torch.bool, device=places.device)
+    x = snap.position[:, :, None, 0] - places[:, None, :, 0]  # (B, A, A+E)
+    y = snap.position[:, :, None, 1] - places[:, None, :, 1]
+    distance = (x.square() + y.square()).sqrt()
+    push = CONTACT_FORCE * overlap(AGENT + radii - distance) / distance.clamp(min=1e-9)
+    push = push * (there[:, None] & ~itself)
+    return torch.stack(((push * x).sum(-1), (push * y).sum(-1)), -1)
 
 
 def move(snap: Snapshot, actions: Tensor) -> Snapshot:
     """Agents walk: damping, then forces, then the top speed, then the new position."""
     direction = torch.tensor(MOVES, dtype=torch.float32, device=actions.device)[actions]
-    force = ACCELERATION * snap.speed[..., None] * direction + walls(snap.position)
+    force = ACCELERATION * snap.speed[..., None] * direction
+    force = force + walls(snap.position) + collisions(snap)
     velocity = (1 - DAMPING) * snap.velocity + DT * force
     pace = velocity.norm(dim=-1, keepdim=True)
     velocity = velocity * (snap.speed[..., None] / pace.clamp(min=1e-9)).clamp(max=1.0)
@@ -236,48 +300,67 @@ def move(snap: Snapshot, actions: Tensor) -> Snapshot:
     return snap._replace(velocity=velocity, position=snap.position + DT * velocity)
 
 
-def touches(snap: Snapshot, places: Tensor, radius: float) -> Tensor:
-    """(B, A, n) bool: agents in contact with things at places (B, n, 2)."""
-    near = torch.cdist(snap.position, places) <= AGENT + radius + TOUCH
-    return near & snap.present[..., None]
+def touches(snap: Snapshot) -> Tensor:
+    """(B, A, A+E) bool: which slots agents are in contact with."""
+    places, there = bodies(snap)
+    reach = AGENT + torch.tensor(RADII, device=places.device) + TOUCH
+    near = torch.cdist(snap.position, places) <= reach
+    return near & there[:, None] & snap.present[..., None]
+
+
+def first_true(x: Tensor) -> Tensor:
+    """Bool (B, n) with the first True of each row alone."""
+    return x & (x.cumsum(1) == 1)
+
+
+def pick_ups(able: Tensor) -> Tensor:
+    """(B, A, 6) bool who takes which resource: agents in turn, each the first that is left of those
+    that it is able to take (B, A, 6)."""
+    left, taken = torch.ones_like(able[:, 0]), []
+    for i in range(SIDE):
+        taken.append(first_true(able[:, i] & left))
+        left = left & ~taken[i]
+    return torch.stack(taken, 1)
 
 
 def advance(snap: Snapshot, actions: Tensor, clocks: Clocks) -> tuple[Snapshot, Tensor, Tally]:
-    """A step: snapshots, reward (B,), and what it adds to the tally. First the invader, then
-    resources, then home."""
+    """A step: snapshots, reward (B,), and what it adds to the tally."""
     snap = move(snap, actions)
-    # The invader walks; one that pauses comes.
-    there = snap.pause == 0
+    touched, there = touches(snap), snap.pause == 0
+    # The invader's arrival comes before all; nobody catches it at home.
+    arrived = there & (snap.invader.norm(dim=-1) <= INVADING + HOMING + TOUCH)
+    # One event for each agent: the invader, else a resource, else home.
+    catches = first_true(touched[..., INVADER] & ~arrived[:, None])  # (B, A)
+    caught = catches.any(1)
+    able = ~catches & (snap.holding == 0)
+    taken = pick_ups(touched[..., SIDE:INVADER] & able[..., None])  # (B, A, 6)
+    delivers = touched[..., HOME] & ~catches & (snap.holding > 0)
+    kinds = torch.tensor(KINDS, device=actions.device)
+    kind = (taken * kinds).sum(-1)  # (B, A), 0 for none
+    worth = (snap.value[..., kinds - 1] * taken).sum((1, 2))
+    reward = ARRIVAL * arrived + CATCH * caught + PICK_UP * worth + DELIVERY * delivers.sum(1)
+    event = CAUGHT * catches + DELIVERED * delivers + (kind > 0) * (PICKED - 1 + kind)
+    holding = torch.where(delivers, 0, snap.holding + kind)
+    resources = replace_taken(snap.resources, taken.any(1), clocks)
+    # The invader walks, or begins its pause, or comes when that is over.
     distance = snap.invader.norm(dim=-1, keepdim=True)
     nearer = snap.invader * (1 - INVADER_STEP / distance.clamp(min=INVADER_STEP))
-    pause = (snap.pause - 1).clamp(min=0)
-    comes = (snap.pause == 1)[:, None]
-    invader = torch.where(there[:, None], nearer, snap.invader)
-    invader = torch.where(comes, place_invader(clocks), invader)
-    caught = touches(snap, invader[:, None], INVADING)[..., 0].any(1) & there
-    home = invader.norm(dim=-1) <= INVADING + HOMING + TOUCH
-    arrived = home & there & ~caught
+    comes = snap.pause == 1
+    invader = torch.where((there & ~caught & ~arrived)[:, None], nearer, snap.invader)
+    invader = torch.where(comes[:, None], place_invader(clocks), invader)
     wait = 1 + (uniform(clocks, 1, 1)[:, 0] * PAUSE).to(torch.int8)
-    pause = torch.where(caught | arrived, wait, pause)
-    reward = CATCH * caught + ARRIVAL * arrived
-    # Resources: the first of those with empty hands that touch one has it.
-    resources, holding, picked = snap.resources, snap.holding, torch.zeros_like(reward)
-    touched = touches(snap, resources, RESOURCE)  # (B, A, 6)
-    for k, kind in enumerate(KINDS):
-        able = touched[..., k] & (holding == 0)
-        first = able & (able.cumsum(1) == 1)
-        taken = first.any(1)
-        reward = reward + PICK_UP * (snap.value[..., kind - 1] * first).sum(1)
-        holding = torch.where(first, kind, holding).to(torch.int8)
-        place = torch.where(taken[:, None], place_resource(clocks, k, resources), resources[:, k])
-        resources = torch.cat((resources[:, :k], place[:, None], resources[:, k + 1 :]), 1)
-        picked = picked + taken
-    # Home
-    delivered = touches(snap, torch.zeros_like(invader)[:, None], HOMING)[..., 0] & (holding > 0)
-    reward = reward + DELIVERY * delivered.sum(1)
-    holding = torch.where(delivered, 0, holding).to(torch.int8)
-    snap = snap._replace(holding=holding, resources=resources, invader=invader, pause=pause)
-    return snap, reward, Tally(*(x.double() for x in (reward, picked, caught, arrived)))
+    pause = torch.where(caught | arrived, wait, (snap.pause - 1).clamp(min=0))
+    tally = Tally(*(x.double() for x in (reward, taken.sum((1, 2)), caught, arrived)))
+    snap = snap._replace(
+        holding=holding.to(torch.int8),
+        event=event.to(torch.int8),
+        shown_holding=snap.holding,
+        shown_event=snap.event,
+        resources=resources,
+        invader=invader,
+        pause=pause,
+    )
+    return snap, reward, tally
 
 
 def one_hot(x: Tensor, n: int) -> Tensor:
@@ -285,35 +368,25 @@ def one_hot(x: Tensor, n: int) -> Tensor:
 
 
 def observe(snap: Snapshot) -> Observation:
-    """What agents see: agents and things within SIGHT, and themselves."""
+    """What agents see: agents within SIGHT, things that reach into it, and themselves."""
     B, device = len(snap.present), snap.present.device
-    home = torch.zeros_like(snap.invader)[:, None]
-    others = torch.cat((snap.resources, snap.invader[:, None], home), 1)  # (B, E, 2)
-    places = torch.cat((snap.position, others), 1)
-    invader_away = snap.pause > 0
-    empty = torch.zeros(B, SLOTS, dtype=torch.bool, device=device)
-    empty[:, :SIDE], empty[:, INVADER] = ~snap.present, invader_away
-    # What one stands on: nothing, home, types 1 to 3, the invader; of several the last of these.
-    on = touches(snap, home, HOMING)[..., 0].long()
-    near = touches(snap, snap.resources, RESOURCE)
-    for k, kind in enumerate(KINDS):
-        on = torch.where(near[..., k], 1 + kind, on)
-    invaded = touches(snap, snap.invader[:, None], INVADING)[..., 0] & ~invader_away[:, None]
-    on = torch.where(invaded, 5, on)
-    abilities = torch.cat((snap.value, snap.speed[..., None]), -1)
-    own = snap.velocity, snap.position, one_hot(snap.holding, 4), one_hot(on, 6), abilities
-    agents = torch.nn.functional.pad(torch.cat(own, -1), (0, 5)) * snap.present[..., None]
+    places, there = bodies(snap)
+    abilities = torch.cat((snap.value, snap.speed[..., None]), -1) - MIDDLE
+    holding, event = one_hot(snap.shown_holding, 4), one_hot(snap.shown_event, 6)
+    own = torch.cat((snap.velocity, snap.position, holding, event, abilities), -1)
+    agents = torch.nn.functional.pad(own, (0, 5))
     things = torch.zeros(B, OTHERS, agents.shape[-1], device=device)
-    things[..., 2:4] = others
+    things[..., 2:4] = places[:, SIDE:]
     things[..., 18:] = one_hot(torch.tensor([*(k - 1 for k in KINDS), 3, 4], device=device), 5)
-    things[:, INVADER - SIDE] *= ~invader_away[:, None]
+    entities = torch.cat((agents, things), 1) * there[..., None]
+    sight = torch.tensor([0.0] * SIDE + [*RADII[SIDE:]], device=device) + SIGHT
     itself = torch.eye(SLOTS, dtype=torch.bool, device=device)
-    seen = (torch.cdist(places, places) <= SIGHT) | itself
-    unseen = ~seen | empty[:, None] | empty[..., None]
+    seen = (torch.cdist(places, places) <= sight) | itself
+    unseen = ~seen | ~there[:, None] | ~there[..., None]
     avail = torch.ones(B, SIDE, len(MOVES), dtype=torch.bool, device=device)
     avail &= snap.present[..., None]
     avail[..., NOOP] = ~snap.present
-    return Observation(torch.cat((agents, things), 1), unseen, empty, avail)
+    return Observation(entities, unseen, ~there, avail)
 
 
 # --- Worlds ---------------------------------------------------------------------------------------
@@ -433,6 +506,8 @@ class ResourceCollection:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on where state_dict() was taken; ValueError if that was of other worlds."""
         mine = self.state_dict()
+        if saved.keys() != mine.keys():
+            raise ValueError("This state is of other rules of Resource Collection.")
         shapes = [
             {k: getattr(x, "shape", None) for k, x in one.items()} | {"teams": one["teams"]}
             for one in (saved, mine)
@@ -500,13 +575,13 @@ def forager(world: ResourceCollection) -> Tensor:
     to do it walks around home, where resources are."""
     obs = world.obs
     own, things = obs.entities[:, :SIDE], obs.entities[:, SIDE:]
-    place, holds, speed = own[..., 2:4], own[..., 5:8].any(-1), own[..., 17:18]
+    place, holds, abilities = own[..., 2:4], own[..., 5:8].any(-1), own[..., 14:18] + MIDDLE
     seen = ~obs.obs_mask[:, :SIDE, SIDE:]  # (B, A, E)
     turn = torch.atan2(place[..., 1], place[..., 0]) / (2 * math.pi)
     target = around(turn + AHEAD, torch.full_like(turn, ROUND))
-    way = torch.cdist(place, things[:, :6, 2:4]) / speed.clamp(min=0.1)
+    way = torch.cdist(place, things[:, :6, 2:4]) / abilities[..., 3:].clamp(min=0.1)
     kinds = torch.tensor(KINDS, device=way.device) - 1
-    gain = (PICK_UP * own[..., 14:17][..., kinds] + DELIVERY) / (way + 1.0)  # (B, A, 6)
+    gain = (PICK_UP * abilities[..., kinds] + DELIVERY) / (way + 1.0)  # (B, A, 6)
     gain, k = gain.masked_fill(~seen[..., :6], -torch.inf).max(-1)
     chosen = things[..., 2:4].gather(1, k[..., None].expand(-1, -1, 2))
     target = torch.where((gain > 0)[..., None], chosen, target)
