@@ -7,6 +7,7 @@ marginal, which is the mutual information of its actions and the team, given its
     J        = E sum_t gamma^t (r - alpha sum_i log pi_i(u|s) / m_i(u|s+))              (3), (8)
     Q_tot    = sum_i w_i Q_i + V,  w softmax over agents                              (14), (15)
     y        = r + gamma E_pi (Q_tot' - alpha sum_i log pi_i / m_i),  L = E (Q_tot - y)^2   (16)
+    y_t      = r_t + gamma (E_pi ((1 - l) Q_tot' - alpha sum_i ..) + l y_t+1)   --returns lambda
     m_i      = E_s* pi_i(u|s+, s*):  maximum likelihood on imagined teams s*          (12), (17)
     pi_i     ~ m_i exp(Q_i / alpha):  minimise E_pi (alpha log pi_i / m_i - Q_i)      (13), (18)
 
@@ -103,15 +104,20 @@ class Args(RunArgs):
     policy: Literal["head", "greedy"] = "head"  # greedy: the action with the largest utility
     imagine: bool = True  # imagined groups: of Eq. (17)'s teams, and REFIL's loss; not in resource
     imagine_weight: Share = 0.5  # lambda, of that
+    returns: Literal["one-step", "lambda"] = "one-step"  # y
+    td_lambda: Share = 0.8  # l, of lambda-returns
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
     hidden_size: Positive = 128  # H, of embeddings and attention
     heads: Positive = 4  # h, of attention
     rnn_size: Positive = 64  # R, of the agents' GRU
     mixing_size: Positive = 32  # E
     # Base algorithm
-    learning_rate: Amount = 5e-4  # RMSprop's
-    rmsprop_alpha: Share = 0.99  # decay of its mean square
+    optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam: with torch's settings
+    rmsprop_alpha: Share = 0.99  # decay of RMSprop's mean square
     rmsprop_eps: Above = 1e-5  # added to its root
+    learning_rate: Amount = 5e-4  # at first
+    final_share: Share = 1.0  # of it that is left at --total-timesteps
+    anneal_from: Count = 0  # steps after which it falls
     max_grad_norm: Above = 10.0  # of critic, policy head and marginal, each
     gamma: Share = 0.99  # discount
     batch_size: Positive = 32  # episodes of a minibatch
@@ -187,6 +193,16 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (
             args.alpha_i_over_w and (not regularizes or alpha_i == 0),
             "--alpha-i-over-w needs a regulariser and an --alpha-i that is not 0",
+        ),
+        (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
+        (
+            args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
+            "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",
+        ),
+        (args.anneal_from and args.final_share == 1, "--anneal-from needs --final-share below 1"),
+        (
+            args.anneal_from >= args.total_timesteps,
+            "--anneal-from is not before --total-timesteps",
         ),
         *worlds.wrong_flags(args),
     ]
@@ -508,6 +524,28 @@ class Mixer(nn.Module):
         return torch.stack(totals, dim=1), w[:, : gone.shape[-1]]
 
 
+# [shared: optimiser] begin
+
+
+def new_optimiser(args: Args, net: nn.Module) -> torch.optim.Optimizer:
+    """RMSprop as in REFIL's code, or Adam with torch's settings."""
+    options = {"lr": args.learning_rate, "foreach": True}
+    if args.optimiser == "adam":
+        return torch.optim.Adam(net.parameters(), **options)
+    options |= {"alpha": args.rmsprop_alpha, "eps": args.rmsprop_eps}
+    return torch.optim.RMSprop(net.parameters(), **options)
+
+
+def learning_rate_at(args: Args, timesteps: int) -> float:
+    """Stays until --anneal-from, then falls linearly until --total-timesteps."""
+    falling = args.total_timesteps - args.anneal_from
+    done = min(max(timesteps - args.anneal_from, 0) / falling, 1.0)
+    return args.learning_rate * (1 + done * (args.final_share - 1))
+
+
+# [shared: optimiser] end
+
+
 class Agent(Parts):
     """The networks and their optimisers."""
 
@@ -520,17 +558,11 @@ class Agent(Parts):
         self.mixer = Mixer(inputs, args).to(device)
         self.target_utility = copy.deepcopy(self.utility)
         self.target_mixer = copy.deepcopy(self.mixer)
-        options = {
-            "lr": args.learning_rate,
-            "alpha": args.rmsprop_alpha,
-            "eps": args.rmsprop_eps,
-            "foreach": True,
-        }
-        self.optimiser = torch.optim.RMSprop(self.critic().parameters(), **options)
+        self.optimiser = new_optimiser(args, self.critic())
         self.policy = nn.Linear(args.rnn_size, family.n_actions).to(device)
         self.marginal = Utility(inputs, family.n_actions, args).to(device)
-        self.policy_optimiser = torch.optim.RMSprop(self.policy.parameters(), **options)
-        self.marginal_optimiser = torch.optim.RMSprop(self.marginal.parameters(), **options)
+        self.policy_optimiser = new_optimiser(args, self.policy)
+        self.marginal_optimiser = new_optimiser(args, self.marginal)
         own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
         self.rng = torch.Generator().manual_seed(own_seed)  # of what the parent does not draw
         self.resolve(args)
@@ -568,6 +600,12 @@ class Agent(Parts):
         if own_memory is None:
             return torch.zeros_like(avail, dtype=torch.float32)
         return log_probabilities(self.marginal.head(own_memory), avail)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of all optimisers."""
+        for part in self.parts().values():
+            for group in getattr(part, "param_groups", ()):
+                group["lr"] = learning_rate
 
     def copy_to_targets(self) -> None:
         self.target_utility.load_state_dict(self.utility.state_dict())
@@ -880,6 +918,29 @@ def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
     return everybody.map(lambda x: x[batch.now][alive])
 
 
+# [shared: returns] begin
+
+
+def lambda_returns(args: Args, batch: Batch, next_values: Tensor) -> Tensor:
+    """y (K,) of next_values (K,), those at the ends of steps; as in Peng's Q(lambda), what was done
+    later counts as if the values were of it."""
+    # Steps are in order of time, then battle, and battles that go on come first.
+    sizes = batch.features.played[1:].sum(1).tolist()
+    steps = (batch.rewards, next_values, ~batch.terminated)
+    times = list(zip(*(x.split(sizes) for x in steps)))
+    found, later = [], next_values[:0]
+    for rewards, values, goes_on in reversed(times):
+        later = torch.cat((later, values[len(later) :]))  # where no step follows
+        # y_t = r_t + gamma ((1 - l) V_t+1 + l y_t+1)
+        mixed = (1 - args.td_lambda) * values + args.td_lambda * later
+        later = rewards + args.gamma * mixed * goes_on
+        found.append(later)
+    return torch.cat(found[::-1])
+
+
+# [shared: returns] end
+
+
 @torch.no_grad()
 def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tensor:
     """y (K,), of the present policy and marginal."""
@@ -892,7 +953,12 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
         # The mixer is linear: the expectation of Q_tot is Q_tot of expectations.
         expected = Views((log_pi.exp() * next_q.full_view[later]).sum(-1))
         q_total = agent.target_mixer(expected, features.at(later)).q_total
-    value = soft_value(q_total, divergence(log_pi, log_m), agent.alpha)
+    cost = divergence(log_pi, log_m)  # (K, A)
+    if args.returns == "lambda":
+        # What policies pay when a step has ended is in no later y: it comes off the reward.
+        paid = args.gamma * agent.alpha * cost.sum(-1) * ~batch.terminated
+        return lambda_returns(args, batch._replace(rewards=batch.rewards - paid), q_total)
+    value = soft_value(q_total, cost, agent.alpha)
     return batch.rewards + args.gamma * value * ~batch.terminated
 
 
@@ -1102,6 +1168,8 @@ def train(args: Args) -> int:
                 raise
             log.episodes += episodes
             run.lap("collect_s")
+            learning_rate = learning_rate_at(args, run.timesteps)
+            agent.set_learning_rate(learning_rate)
             scalars = {}
             if buffer.size >= args.batch_size:
                 scalars = update(args, agent, buffer, rng)
@@ -1113,7 +1181,8 @@ def train(args: Args) -> int:
             run.lap("learn_s")
             run.advance(sum(episode.length for episode in episodes))
             if run.is_due(args.log_every):
-                run.log(log.means() | {"epsilon": epsilon})
+                settings = {"epsilon": epsilon, "learning_rate": learning_rate}
+                run.log(log.means() | settings)
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

@@ -8,6 +8,7 @@ one's own group only, and those that see the other one only, must together expla
     Q_tot    = sum_i w_i Q_i + V,  w softmax over agents                             --mixer linear
     Q_groups = the same of 2 A utilities, Q_i of i's group and Q_i of the other group
     y        = r + gamma Q_tot'(argmax_u Q_i)                                   double Q-learning
+    y_t      = r_t + gamma ((1 - l) Q_tot'(argmax_u Q_i) + l y_t+1)             --returns lambda
     L        = (1 - lambda) E (Q_tot - y)^2 + lambda E (Q_groups - y)^2
 
 L moves utilities and mixer; Q_tot' is of copies of both, made every --target-every episodes.
@@ -96,15 +97,20 @@ class Args(RunArgs):
     imagine: bool = True  # imagined groups; without: AQMIX
     imagine_weight: Share = 0.5  # lambda, of their loss
     mixer: Literal["flex", "linear"] = "flex"  # of utilities
+    returns: Literal["one-step", "lambda"] = "one-step"  # y
+    td_lambda: Share = 0.8  # l, of lambda-returns
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
     hidden_size: Positive = 128  # H, of embeddings and attention
     heads: Positive = 4  # h, of attention
     rnn_size: Positive = 64  # R, of the agents' GRU
     mixing_size: Positive = 32  # E
     # Base algorithm
-    learning_rate: Amount = 5e-4  # RMSprop's
-    rmsprop_alpha: Share = 0.99  # decay of its mean square
+    optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam: with torch's settings
+    rmsprop_alpha: Share = 0.99  # decay of RMSprop's mean square
     rmsprop_eps: Above = 1e-5  # added to its root
+    learning_rate: Amount = 5e-4  # at first
+    final_share: Share = 1.0  # of it that is left at --total-timesteps
+    anneal_from: Count = 0  # steps after which it falls
     max_grad_norm: Above = 10.0  # of all networks together
     gamma: Share = 0.99  # discount
     batch_size: Positive = 32  # episodes of a minibatch
@@ -153,6 +159,16 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         (not args.imagine and args.imagine_weight != 0.5, "--imagine-weight needs --imagine"),
+        (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
+        (
+            args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
+            "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",
+        ),
+        (args.anneal_from and args.final_share == 1, "--anneal-from needs --final-share below 1"),
+        (
+            args.anneal_from >= args.total_timesteps,
+            "--anneal-from is not before --total-timesteps",
+        ),
         *worlds.wrong_flags(args),
     ]
 
@@ -464,6 +480,28 @@ class Mixer(nn.Module):
         return torch.stack(totals, dim=1)
 
 
+# [shared: optimiser] begin
+
+
+def new_optimiser(args: Args, net: nn.Module) -> torch.optim.Optimizer:
+    """RMSprop as in REFIL's code, or Adam with torch's settings."""
+    options = {"lr": args.learning_rate, "foreach": True}
+    if args.optimiser == "adam":
+        return torch.optim.Adam(net.parameters(), **options)
+    options |= {"alpha": args.rmsprop_alpha, "eps": args.rmsprop_eps}
+    return torch.optim.RMSprop(net.parameters(), **options)
+
+
+def learning_rate_at(args: Args, timesteps: int) -> float:
+    """Stays until --anneal-from, then falls linearly until --total-timesteps."""
+    falling = args.total_timesteps - args.anneal_from
+    done = min(max(timesteps - args.anneal_from, 0) / falling, 1.0)
+    return args.learning_rate * (1 + done * (args.final_share - 1))
+
+
+# [shared: optimiser] end
+
+
 class Agent(Parts):
     """The networks and their optimiser."""
 
@@ -476,13 +514,7 @@ class Agent(Parts):
         self.mixer = Mixer(inputs, args).to(device)
         self.target_utility = copy.deepcopy(self.utility)
         self.target_mixer = copy.deepcopy(self.mixer)
-        options = {
-            "lr": args.learning_rate,
-            "alpha": args.rmsprop_alpha,
-            "eps": args.rmsprop_eps,
-            "foreach": True,
-        }
-        self.optimiser = torch.optim.RMSprop(self.critic().parameters(), **options)
+        self.optimiser = new_optimiser(args, self.critic())
         if args.compile:
             for net in (self.utility, self.mixer, self.target_utility, self.target_mixer):
                 net.compile(dynamic=True)
@@ -490,6 +522,12 @@ class Agent(Parts):
     def critic(self) -> nn.ModuleList:
         """What the loss moves."""
         return nn.ModuleList((self.utility, self.mixer))
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of all optimisers."""
+        for part in self.parts().values():
+            for group in getattr(part, "param_groups", ()):
+                group["lr"] = learning_rate
 
     def copy_to_targets(self) -> None:
         self.target_utility.load_state_dict(self.utility.state_dict())
@@ -715,6 +753,29 @@ def draw_groups(features: Features, rng: torch.Generator) -> Tensor:
     return groups[battle].to(features.empty.device)
 
 
+# [shared: returns] begin
+
+
+def lambda_returns(args: Args, batch: Batch, next_values: Tensor) -> Tensor:
+    """y (K,) of next_values (K,), those at the ends of steps; as in Peng's Q(lambda), what was done
+    later counts as if the values were of it."""
+    # Steps are in order of time, then battle, and battles that go on come first.
+    sizes = batch.features.played[1:].sum(1).tolist()
+    steps = (batch.rewards, next_values, ~batch.terminated)
+    times = list(zip(*(x.split(sizes) for x in steps)))
+    found, later = [], next_values[:0]
+    for rewards, values, goes_on in reversed(times):
+        later = torch.cat((later, values[len(later) :]))  # where no step follows
+        # y_t = r_t + gamma ((1 - l) V_t+1 + l y_t+1)
+        mixed = (1 - args.td_lambda) * values + args.td_lambda * later
+        later = rewards + args.gamma * mixed * goes_on
+        found.append(later)
+    return torch.cat(found[::-1])
+
+
+# [shared: returns] end
+
+
 @torch.no_grad()
 def find_targets(args: Args, agent: Agent, batch: Batch, q: Tensor) -> Tensor:
     """y (K,); q (M, A, actions): the learning networks' utilities."""
@@ -724,6 +785,8 @@ def find_targets(args: Args, agent: Agent, batch: Batch, q: Tensor) -> Tensor:
     chosen = Views(pick(next_q.full_view[later], best))
     # y = r + gamma Q_tot'(argmax_u Q_i)
     q_total = agent.target_mixer(chosen, features.at(later)).q_total
+    if args.returns == "lambda":
+        return lambda_returns(args, batch, q_total)
     return batch.rewards + args.gamma * q_total * ~batch.terminated
 
 
@@ -849,6 +912,8 @@ def train(args: Args) -> int:
                 raise
             log.episodes += episodes
             run.lap("collect_s")
+            learning_rate = learning_rate_at(args, run.timesteps)
+            agent.set_learning_rate(learning_rate)
             scalars = {}
             if buffer.size >= args.batch_size:
                 scalars = update(args, agent, buffer, rng)
@@ -860,7 +925,8 @@ def train(args: Args) -> int:
             run.lap("learn_s")
             run.advance(sum(episode.length for episode in episodes))
             if run.is_due(args.log_every):
-                run.log(log.means() | {"epsilon": epsilon})
+                settings = {"epsilon": epsilon, "learning_rate": learning_rate}
+                run.log(log.means() | settings)
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

@@ -452,6 +452,10 @@ WRONG = {  # with words that the sentence has to contain
     "--hidden-size 10": "--hidden-size --heads",
     "--batch-size 33 --buffer-size 32": "--batch-size --buffer-size",
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",
+    "--td-lambda .5": "--td-lambda --returns lambda",
+    "--optimiser adam --rmsprop-alpha .1": "--rmsprop-alpha --optimiser rmsprop",
+    "--anneal-from 10": "--anneal-from --final-share",
+    "--final-share .5 --anneal-from 10 --total-timesteps 10": "--anneal-from --total-timesteps",
     "--scenario resource --enemy-ai focus": "--enemy-ai battles",
 }
 
@@ -477,6 +481,7 @@ OWN = {
     "rnn_size": ("--rnn-size 7", shape("utility", "alone.gru.weight_hh_l0"), ((12, 4), (21, 7))),
 }
 ELSEWHERE = {
+    "td_lambda": "test_refil.py::test_lambda_returns_are_sums_of_n_step_returns",
     "amp": "test_refil.py::test_amp",
     "compile": "test_refil.py::test_compile",
     # The same lines as the parent's, in blocks that are the same:

@@ -27,6 +27,7 @@ from battle_tools import (
     check_effect,
     elsewhere,
     finite,
+    forward_view,
     initial,
     numpy_mix,
     read,
@@ -221,6 +222,24 @@ def test_critic_is_that_of_numpy(how):
     assert np.isclose(scalars["td_loss"].item(), np.mean(td), rtol=1e-8)
     parts = 0.7 * np.mean(td) + 0.3 * np.mean(imagined) if imagine else np.mean(td)
     assert len(q) == (3 if imagine else 1) and np.isclose(loss.item(), parts, rtol=1e-8)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("timeout", ["", "--no-timeout-terminates"])
+def test_lambda_returns_are_sums_of_n_step_returns(timeout):
+    """Of which each charges what policies pay on the way and, where it bootstraps, then."""
+    s = setting(f"--gamma .9 --alpha .7 --returns lambda --td-lambda .6 {timeout}", double=True)
+    trunks, log_pi, log_m = forward(s)
+    found = mipi.find_targets(s.args, s.agent, s.batch, trunks)
+    args = dataclasses.replace(s.args, returns="one-step")
+    one_step = mipi.find_targets(args, s.agent, s.batch, trunks)
+    pi = log_pi[0].exp().detach()
+    costs = 0.7 * (pi * (log_pi[0] - log_m).detach()).sum((1, 2))[s.batch.later]
+    assert costs.min() > 0
+    values = (one_step - s.batch.rewards) / 0.9
+    expected = forward_view(s.batch, values, costs, 0.9, 0.6)
+    assert np.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert not np.allclose(found, forward_view(s.batch, values, 0 * costs, 0.9, 0.6), atol=1e-3)
 
 
 @pytest.mark.numeric
@@ -527,6 +546,7 @@ MODES = {
     "entropy, csz, bf16": "--regularizer entropy --scenario csz --amp",
     "alone, mmm": "--observe-self-only --scenario mmm --no-imagine",
     "mi, resource collection": "--scenario resource",
+    "mi, lambda-returns, adam": "--returns lambda --optimiser adam",
 }
 
 
@@ -618,6 +638,10 @@ WRONG = {
     "--hidden-size 10": "--hidden-size --heads",
     "--batch-size 33 --buffer-size 32": "--batch-size --buffer-size",
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",
+    "--td-lambda .5": "--td-lambda --returns lambda",
+    "--optimiser adam --rmsprop-alpha .1": "--rmsprop-alpha --optimiser rmsprop",
+    "--anneal-from 10": "--anneal-from --final-share",
+    "--final-share .5 --anneal-from 10 --total-timesteps 10": "--anneal-from --total-timesteps",
     "--team-sizes 2": "3 to 8 2",
     "--alpha -1": "--alpha",
     "--alpha nan": "--alpha",
@@ -686,6 +710,7 @@ OWN = {  # of the method, or measured otherwise
     "mixing_size": ("--mixing-size 6", shape("mixer", "out_bias"), ((2, 3), (2, 6))),
 }
 ELSEWHERE = {
+    "td_lambda": "test_lambda_returns_are_sums_of_n_step_returns",
     "policy": "test_without_the_method_it_is_refil_with_the_linear_mixer",
     "amp": "test_amp_and_compile",
     "compile": "test_amp_and_compile",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from battle_tools import (
     check_effect,
     elsewhere,
     finite,
+    forward_view,
     initial,
     nets,
     numpy_mix,
@@ -293,6 +295,54 @@ def test_losses_and_targets_are_those_of_numpy(flags, bootstrap):
     assert np.isclose(loss.item(), 0.7 * np.mean(td) + 0.3 * np.mean(imagined), rtol=1e-8)
     alone = refil.critic_loss(s.args, s.agent, batch, None)[0]
     assert np.isclose(alone.item(), np.mean(td), rtol=1e-8), "AQMIX"
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("td_lambda", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("bootstrap", [False, True])
+@EACH
+def test_lambda_returns_are_sums_of_n_step_returns(module, bootstrap, td_lambda):
+    """Of all lengths that a battle still has; with lambda 0 the bits of one-step returns."""
+    flags = "--max-episode-steps 45 --team-sizes 5 --gamma .9"
+    s = tools.setting(module, flags + " --no-timeout-terminates" * bootstrap, rounds=2)
+    batch = sample(s, 7, 8)
+    q = s.agent.utility(batch.features)[0]
+    q = q if module is collaq else q.full_view
+    one_step = module.find_targets(s.args, s.agent, batch, q)
+    args = dataclasses.replace(s.args, returns="lambda", td_lambda=td_lambda)
+    found = module.find_targets(args, s.agent, batch, q)
+    values = (one_step - batch.rewards).double() / 0.9
+    expected = forward_view(batch, values, torch.zeros_like(values), 0.9, td_lambda)
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, one_step) == (td_lambda == 0)
+    assert len(set(batch.features.played.sum(0).tolist())) > 2, "lengths differ"
+    assert (batch.terminated.sum() < 8) == bootstrap
+
+
+@EACH
+def test_learning_rates_fall(module):
+    """From --anneal-from on, linearly; as they are without --final-share."""
+    args = read(module, "--final-share .2 --total-timesteps 1000 --learning-rate .01")
+    later = dataclasses.replace(args, anneal_from=600)
+    at = [0, 300, 600, 700, 1000, 1100]
+    found = [[module.learning_rate_at(x, t) for t in at] for x in (args, later)]
+    assert np.allclose(found[0], np.interp(at, [0, 1000], [0.01, 0.002]))
+    assert np.allclose(found[1], np.interp(at, [600, 1000], [0.01, 0.002]))
+    assert {module.learning_rate_at(module.Args(), t) for t in at} == {5e-4}
+
+
+@pytest.mark.parametrize("flags", ["", "--optimiser adam"])
+@EACH
+def test_rates_fall_on_where_they_were(module, flags):
+    """From a checkpoint on the way: the course is that of --total-timesteps."""
+    flags = [*flags.split(), "--final-share", ".1", "--anneal-from", "20", "--returns", "lambda"]
+    run(module, "whole", 96, *flags, "--save-every", 48, "--log-every", 16)
+    shutil.copytree("whole", "cut")
+    assert module.main(resuming("cut/checkpoint-48.pt", 96)) == 0
+    assert differences(exact("whole"), exact("cut")) == [] and metrics("whole") == metrics("cut")
+    rates = [line["learning_rate"] for line in metrics("whole")]
+    expected = np.interp([0, 16, 32, 48, 64, 80], [20, 96], [5e-4, 5e-5])
+    assert np.allclose(rates, expected)
 
 
 # --- The learner against plain ones ---------------------------------------------------------------
@@ -607,6 +657,10 @@ WRONG = {  # with words that the sentence has to contain
     "--scenario resource --enemy-ai focus": "--enemy-ai battles --scenario resource",
     "--scenario resource --clip-regeneration": "--clip-regeneration battles",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
+    "--td-lambda .5": "--td-lambda --returns lambda",
+    "--optimiser adam --rmsprop-eps .1": "--rmsprop-eps --optimiser rmsprop",
+    "--anneal-from 10": "--anneal-from --final-share",
+    "--final-share .5 --anneal-from 10 --total-timesteps 10": "--anneal-from --total-timesteps",
 }
 
 
@@ -657,6 +711,7 @@ OWN = {
     "mixing_size": ("--mixing-size 6", shape("mixer", "out_bias"), ((4, 3), (4, 6))),
 }
 ELSEWHERE = {
+    "td_lambda": "test_lambda_returns_are_sums_of_n_step_returns",
     "amp": "test_amp",
     "compile": "test_compile",
     **dict.fromkeys(
