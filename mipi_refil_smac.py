@@ -70,7 +70,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from envs.smac import worlds
-from envs.smac.combat import SIDE, Family, Observation
+from envs.smac.combat import FIRST_TARGET, SIDE, Family, Observation
 from envs.smac.episodes import EpisodeLog, Policy
 from envs.smac.game import BattleError
 
@@ -104,6 +104,7 @@ class Args(RunArgs):
     policy: Literal["head", "greedy"] = "head"  # greedy: the action with the largest utility
     imagine: bool = True  # imagined groups: of Eq. (17)'s teams, and REFIL's loss; not in resource
     imagine_weight: Share = 0.5  # lambda, of that
+    target_head: Literal["tags", "pointer"] = "tags"  # whom to attack: by its tag, or what it is
     returns: Literal["one-step", "lambda"] = "one-step"  # y
     td_lambda: Share = 0.8  # l, of lambda-returns
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
@@ -203,6 +204,14 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (
             args.anneal_from >= args.total_timesteps,
             "--anneal-from is not before --total-timesteps",
+        ),
+        (
+            args.target_head == "pointer" and args.observe_self_only,
+            "--observe-self-only sees nobody to attack: it needs --target-head tags",
+        ),
+        (
+            args.target_head == "pointer" and args.scenario == "resource",
+            "--scenario resource has nobody to attack: it needs --target-head tags",
         ),
         *worlds.wrong_flags(args),
     ]
@@ -404,6 +413,59 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
 
 
 # [shared: attention] end
+# [shared: heads] begin
+
+KEY_GAIN = 16.0  # of a pointer's keys: units begin about as far apart as by tags
+
+
+class Tagged(NamedTuple):
+    """Units in the order of the actions that attack or heal them: by their tags."""
+
+    units: Tensor  # (M, 1, U - 6, H): as they are embedded; 0 where there is none
+    seen: Tensor  # (M, V, A, U - 6): 1 where agent i sees it in a view, else 0
+
+
+def by_tag(units: Tensor, features: Features, mask: Tensor) -> Tagged:
+    """units (M, S, H), of which mask (M, V, A, S) hides some."""
+    num_targets = features.avail_actions.shape[-1] - FIRST_TARGET
+    tags = features.entities[:, None, :, :num_targets]  # (M, 1, S, U - 6): one-hot, or 0
+    return Tagged(tags.mT @ units[:, None].to(tags.dtype), (~mask).to(tags.dtype) @ tags)
+
+
+class TagHead(nn.Linear):
+    """Numbers (..., U) of actions, of memory (..., R) alone: whom it attacks, it knows by tags."""
+
+    def forward(self, x: Tensor, tagged: Tagged | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class PointerHead(nn.Module):
+    """Numbers (..., A, U) of actions, of memory (..., A, R) and what units are. Attacking one that
+    is hidden is worth the same whoever it is."""
+
+    def __init__(self, R: int, H: int):
+        super().__init__()
+        self.own = nn.Linear(R, FIRST_TARGET + 1)  # the last: attacking anybody
+        self.query = nn.Linear(R, H)
+        self.key = nn.Linear(H, H)
+        self.key.weight.data *= KEY_GAIN
+
+    def forward(self, x: Tensor, tagged: Tagged) -> Tensor:
+        own, key = self.own(x), self.key(tagged.units)
+        # <W_q x_i, W_k e_j> / sqrt(H): whom, by what it is
+        score = self.query(x) @ key.mT / math.sqrt(key.shape[-1])  # (..., A, U - 6)
+        targets = own[..., FIRST_TARGET:] + score * tagged.seen
+        return torch.cat((own[..., :FIRST_TARGET], targets), dim=-1)
+
+
+def new_head(actions: int, args: Args) -> TagHead | PointerHead:
+    """As --target-head says."""
+    if args.target_head == "tags":
+        return TagHead(args.rnn_size, actions)
+    return PointerHead(args.rnn_size, args.hidden_size)
+
+
+# [shared: heads] end
 
 
 def others(unseen: Tensor) -> Tensor:
@@ -423,6 +485,14 @@ def own_states(features: Features) -> Features:
     )
 
 
+def split_views(tagged: Tagged | None) -> Views:
+    """units (M, U - 6, H) and seen (M, A, U - 6) of each view; None without pointers."""
+    if tagged is None:
+        return Views(None)
+    units = tagged.units[:, 0]
+    return Views(*[Tagged(units, seen) for seen in tagged.seen.unbind(1)])
+
+
 class Utility(nn.Module):
     """Q_i(u) of every agent from what it sees and has seen; also the marginal policy, from s+."""
 
@@ -435,25 +505,27 @@ class Utility(nn.Module):
         self.project = nn.Linear(H, H)
         self.gru_input = nn.Linear(H, args.rnn_size)
         self.gru = nn.GRU(args.rnn_size, args.rnn_size)
-        self.head = nn.Linear(args.rnn_size, actions)
+        self.points = args.target_head == "pointer"
+        self.head = new_head(actions, args)
 
     def forward(
         self, features: Features, groups: Tensor | None = None, hidden: Tensor | None = None
-    ) -> tuple[Views, Views, Tensor]:
+    ) -> tuple[Views, Views, Tensor, Views]:
         """Utilities (M, A, actions) and the memory (M, A, R) that they are read off, of each view;
-        the hidden state after them (1, B V A, R)."""
+        the hidden state after them (1, B V A, R); what pointers read in each view, or None."""
         A, unseen = features.unseen.shape[1], features.unseen
         if self.observe_self_only:
             unseen = unseen | others(unseen)
         mask = mask_views(unseen, groups)  # (M, V, A, S)
-        x = F.relu(self.embed(features.entities))  # (M, S, H)
-        query, key, value = self.attention(x[:, :, None], A)
+        units = F.relu(self.embed(features.entities))  # (M, S, H)
+        query, key, value = self.attention(units[:, :, None], A)
         x = attend(query, key, value, mask)[0]  # (M, V, A, H)
         with torch.autocast(x.device.type, enabled=False):  # utilities need their digits
             x = F.relu(apply_both(self.project, self.gru_input, x))
             x, hidden = run_gru(self.gru, x, features.played, hidden)  # (M, V, A, R)
-            q = self.head(x).masked_fill(features.empty[:, None, :A, None], 0.0)
-        return Views(*q.movedim(1, 0)), Views(*x.movedim(1, 0)), hidden
+            tagged = by_tag(units, features, mask) if self.points else None
+            q = self.head(x, tagged).masked_fill(features.empty[:, None, :A, None], 0.0)
+        return Views(*q.movedim(1, 0)), Views(*x.movedim(1, 0)), hidden, split_views(tagged)
 
 
 class Mixed(NamedTuple):
@@ -559,8 +631,9 @@ class Agent(Parts):
         self.target_utility = copy.deepcopy(self.utility)
         self.target_mixer = copy.deepcopy(self.mixer)
         self.optimiser = new_optimiser(args, self.critic())
-        self.policy = nn.Linear(args.rnn_size, family.n_actions).to(device)
-        self.marginal = Utility(inputs, family.n_actions, args).to(device)
+        self.policy = new_head(family.n_actions, args).to(device)
+        tags = dataclasses.replace(args, target_head="tags")  # who sees nobody has no pointer
+        self.marginal = Utility(inputs, family.n_actions, tags).to(device)
         self.policy_optimiser = new_optimiser(args, self.policy)
         self.marginal_optimiser = new_optimiser(args, self.marginal)
         own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
@@ -587,13 +660,16 @@ class Agent(Parts):
         """What the critic's loss moves."""
         return nn.ModuleList((self.utility, self.mixer))
 
-    def log_policy(self, q: Tensor, memory: Tensor, avail: Tensor) -> Tensor:
-        """log pi (..., actions), of memory (..., R) and utilities (..., actions) read off it."""
+    def log_policy(
+        self, q: Tensor, memory: Tensor, avail: Tensor, tagged: Tagged | None = None
+    ) -> Tensor:
+        """log pi (..., actions), of memory (..., R) and utilities (..., actions) read off it; with
+        a pointer (..., A, R), and tagged."""
         if self.args.policy == "greedy":
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
         with torch.autocast(memory.device.type, enabled=False):
-            return log_probabilities(self.policy(memory), avail)
+            return log_probabilities(self.policy(memory, tagged), avail)
 
     def log_marginal(self, own_memory: Tensor | None, avail: Tensor) -> Tensor:
         """log m (..., actions) of own_memory (..., R); 0 without a marginal."""
@@ -669,8 +745,9 @@ class Player:
             self.last_actions = torch.full(obs.avail.shape[:2], -1, device=obs.avail.device)
         played = torch.ones(1, len(obs.avail), dtype=torch.bool)
         features = encode(obs, self.last_actions, played, self.agent.device)
-        q, memory, self.hidden = self.agent.utility(features, hidden=self.hidden)
-        log_pi = self.agent.log_policy(q.full_view, memory.full_view, features.avail_actions).cpu()
+        q, memory, self.hidden, tagged = self.agent.utility(features, hidden=self.hidden)
+        views = q.full_view, memory.full_view, features.avail_actions, tagged.full_view
+        log_pi = self.agent.log_policy(*views).cpu()
         if self.rng:  # the largest of log pi + Gumbel noise
             log_pi -= torch.empty_like(log_pi).exponential_(generator=self.agent.rng).log()
         actions = log_pi.argmax(-1)
@@ -871,6 +948,7 @@ class Trunks(NamedTuple):
 
     q: Views  # (M, A, actions), utilities
     memory: Views  # (M, A, R), what utilities and policy are read off
+    tagged: Views  # what their pointers read, or None
     own_memory: Tensor | None  # (M, A, R), what the marginal is read off
 
 
@@ -883,6 +961,9 @@ class LivingAgents(NamedTuple):
     memory: Tensor  # (n, R)
     team_memory: Tensor  # (n, R), in an imagined team s*, given
     own_memory: Tensor | None  # (n, R)
+    units: Tensor | None = None  # (n, U - 6, H), with pointers; and the two that follow
+    seen: Tensor | None = None  # (n, U - 6)
+    team_seen: Tensor | None = None  # (n, U - 6), in an imagined team
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LivingAgents:
         """function of each that is there."""
@@ -893,17 +974,18 @@ def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunk
     """Utilities in all views and, where it is needed, the marginal's network; groups (M, S)."""
     own_memory = None
     with agent.autocast():
-        q, memory, _ = agent.utility(features, groups)
+        q, memory, _, tagged = agent.utility(features, groups)
         if agent.informed:
-            _, own, _ = agent.marginal(own_states(features))
+            _, own, *_ = agent.marginal(own_states(features))
             own_memory = own.full_view
-    return Trunks(q, memory, own_memory)
+    return Trunks(q, memory, tagged, own_memory)
 
 
 def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
     """The agents that are alive (K, A) at the steps of a minibatch, a row each."""
     features = batch.features
     A = alive.shape[1]
+    tagged = trunks.tagged.full_view
     imagined = trunks.memory.own_group  # s* is who is in one's group
     if imagined is None:
         imagined = trunks.memory.full_view
@@ -915,6 +997,12 @@ def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
         team_memory=imagined.detach(),
         own_memory=trunks.own_memory,
     )
+    if tagged is not None:
+        everybody = everybody._replace(
+            units=tagged.units[:, None].expand(-1, A, -1, -1),
+            seen=tagged.seen,
+            team_seen=(trunks.tagged.own_group or tagged).seen,
+        )
     return everybody.map(lambda x: x[batch.now][alive])
 
 
@@ -946,10 +1034,11 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
     """y (K,), of the present policy and marginal."""
     features, later = batch.features, batch.later
     avail = features.avail_actions
-    log_pi = agent.log_policy(trunks.q.full_view, trunks.memory.full_view, avail)[later]
+    q, memory, tagged = trunks.q.full_view, trunks.memory.full_view, trunks.tagged.full_view
+    log_pi = agent.log_policy(q, memory, avail, tagged)[later]
     log_m = agent.log_marginal(trunks.own_memory, avail)[later]  # (K, A, actions)
     with agent.autocast():
-        next_q, _, _ = agent.target_utility(features)
+        next_q, *_ = agent.target_utility(features)
         # The mixer is linear: the expectation of Q_tot is Q_tot of expectations.
         expected = Views((log_pi.exp() * next_q.full_view[later]).sum(-1))
         q_total = agent.target_mixer(expected, features.at(later)).q_total
@@ -984,12 +1073,24 @@ def critic_loss(
     return (1 - weight) * td_loss + weight * group_loss, w, scalars
 
 
+def log_policies(agent: Agent, living: LivingAgents, imagined: bool = False) -> Tensor:
+    """log pi (n, actions) in the real or in imagined teams."""
+    memory, seen = living.memory, living.seen
+    if imagined:
+        memory, seen = living.team_memory, living.team_seen
+    q, avail = living.q, living.avail_actions
+    if living.units is None:
+        return agent.log_policy(q, memory, avail)
+    tagged = Tagged(living.units, seen[:, None])  # of one agent at a time
+    return agent.log_policy(q[:, None], memory[:, None], avail[:, None], tagged)[:, 0]
+
+
 def learn_marginal(args: Args, agent: Agent, living: LivingAgents) -> dict[str, Tensor]:
     """Eq. (12): a step of the marginal, if there is one, towards policies in imagined teams."""
     if not agent.informed:
         return {}
     with torch.no_grad():
-        log_pi = log_probabilities(agent.policy(living.team_memory), living.avail_actions)
+        log_pi = log_policies(agent, living, imagined=True)
     log_m = agent.log_marginal(living.own_memory, living.avail_actions)
     loss = marginal_loss(log_pi, log_m).mean()
     descend(loss, agent.marginal, agent.marginal_optimiser, args.max_grad_norm)
@@ -998,8 +1099,9 @@ def learn_marginal(args: Args, agent: Agent, living: LivingAgents) -> dict[str, 
 
 def actor_loss(args: Args, agent: Agent, living: LivingAgents, alpha: Tensor | float) -> Tensor:
     """Eq. (13): what moves the policy; alpha: a number or (n,)."""
-    memory = living.memory.detach() if args.detach_actor_trunk else living.memory
-    log_pi = log_probabilities(agent.policy(memory), living.avail_actions)
+    if args.detach_actor_trunk:
+        living = living.map(lambda x: x.detach())
+    log_pi = log_policies(agent, living)
     with torch.no_grad():
         log_m = agent.log_marginal(living.own_memory, living.avail_actions)
     return policy_loss(log_pi, log_m, living.q, alpha).mean()
@@ -1049,7 +1151,7 @@ def measure(agent: Agent, living: LivingAgents, w: Tensor) -> dict[str, Tensor]:
     """What the method is about, over living agents: mutual information in imagined teams, also by
     type of unit, the policy's divergence from its marginal, its entropy, w (n,) and alpha / w."""
     avail = living.avail_actions
-    log_pi = agent.log_policy(living.q, living.memory, avail)
+    log_pi = log_policies(agent, living)
     entropy = -divergence(log_pi, torch.zeros_like(log_pi))
     alpha_over_w = agent.alpha / w
     scalars = {"entropy": entropy.mean(), "w": w.mean(), "alpha_over_w": alpha_over_w.mean()}
@@ -1057,8 +1159,7 @@ def measure(agent: Agent, living: LivingAgents, w: Tensor) -> dict[str, Tensor]:
         return scalars
     log_m = agent.log_marginal(living.own_memory, avail)
     scalars["kl"] = divergence(log_pi, log_m).mean()
-    log_pi_in_team = log_probabilities(agent.policy(living.team_memory), avail)
-    information = divergence(log_pi_in_team, log_m)  # (n,)
+    information = divergence(log_policies(agent, living, imagined=True), log_m)  # (n,)
     scalars["mi"] = information.mean()
     for name, column in agent.types.items():
         is_type = living.own_state[:, column] > 0

@@ -70,7 +70,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from envs.smac import worlds
-from envs.smac.combat import SIDE, Family, Observation
+from envs.smac.combat import FIRST_TARGET, SIDE, Family, Observation
 from envs.smac.episodes import EpisodeLog, Policy
 from envs.smac.game import BattleError
 
@@ -97,6 +97,7 @@ class Args(RunArgs):
     imagine: bool = True  # imagined groups; without: AQMIX
     imagine_weight: Share = 0.5  # lambda, of their loss
     mixer: Literal["flex", "linear"] = "flex"  # of utilities
+    target_head: Literal["tags", "pointer"] = "tags"  # whom to attack: by its tag, or what it is
     returns: Literal["one-step", "lambda"] = "one-step"  # y
     td_lambda: Share = 0.8  # l, of lambda-returns
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
@@ -168,6 +169,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (
             args.anneal_from >= args.total_timesteps,
             "--anneal-from is not before --total-timesteps",
+        ),
+        (
+            args.target_head == "pointer" and args.scenario == "resource",
+            "--scenario resource has nobody to attack: it needs --target-head tags",
         ),
         *worlds.wrong_flags(args),
     ]
@@ -369,6 +374,59 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
 
 
 # [shared: attention] end
+# [shared: heads] begin
+
+KEY_GAIN = 16.0  # of a pointer's keys: units begin about as far apart as by tags
+
+
+class Tagged(NamedTuple):
+    """Units in the order of the actions that attack or heal them: by their tags."""
+
+    units: Tensor  # (M, 1, U - 6, H): as they are embedded; 0 where there is none
+    seen: Tensor  # (M, V, A, U - 6): 1 where agent i sees it in a view, else 0
+
+
+def by_tag(units: Tensor, features: Features, mask: Tensor) -> Tagged:
+    """units (M, S, H), of which mask (M, V, A, S) hides some."""
+    num_targets = features.avail_actions.shape[-1] - FIRST_TARGET
+    tags = features.entities[:, None, :, :num_targets]  # (M, 1, S, U - 6): one-hot, or 0
+    return Tagged(tags.mT @ units[:, None].to(tags.dtype), (~mask).to(tags.dtype) @ tags)
+
+
+class TagHead(nn.Linear):
+    """Numbers (..., U) of actions, of memory (..., R) alone: whom it attacks, it knows by tags."""
+
+    def forward(self, x: Tensor, tagged: Tagged | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class PointerHead(nn.Module):
+    """Numbers (..., A, U) of actions, of memory (..., A, R) and what units are. Attacking one that
+    is hidden is worth the same whoever it is."""
+
+    def __init__(self, R: int, H: int):
+        super().__init__()
+        self.own = nn.Linear(R, FIRST_TARGET + 1)  # the last: attacking anybody
+        self.query = nn.Linear(R, H)
+        self.key = nn.Linear(H, H)
+        self.key.weight.data *= KEY_GAIN
+
+    def forward(self, x: Tensor, tagged: Tagged) -> Tensor:
+        own, key = self.own(x), self.key(tagged.units)
+        # <W_q x_i, W_k e_j> / sqrt(H): whom, by what it is
+        score = self.query(x) @ key.mT / math.sqrt(key.shape[-1])  # (..., A, U - 6)
+        targets = own[..., FIRST_TARGET:] + score * tagged.seen
+        return torch.cat((own[..., :FIRST_TARGET], targets), dim=-1)
+
+
+def new_head(actions: int, args: Args) -> TagHead | PointerHead:
+    """As --target-head says."""
+    if args.target_head == "tags":
+        return TagHead(args.rnn_size, actions)
+    return PointerHead(args.rnn_size, args.hidden_size)
+
+
+# [shared: heads] end
 
 
 class Utility(nn.Module):
@@ -382,7 +440,8 @@ class Utility(nn.Module):
         self.project = nn.Linear(H, H)
         self.gru_input = nn.Linear(H, args.rnn_size)
         self.gru = nn.GRU(args.rnn_size, args.rnn_size)
-        self.head = nn.Linear(args.rnn_size, actions)
+        self.points = args.target_head == "pointer"
+        self.head = new_head(actions, args)
 
     def forward(
         self, features: Features, groups: Tensor | None = None, hidden: Tensor | None = None
@@ -390,13 +449,14 @@ class Utility(nn.Module):
         """Utilities (M, A, actions) of each view, and the hidden state after them (1, B V A, R)."""
         A = features.unseen.shape[1]
         mask = mask_views(features.unseen, groups)  # (M, V, A, S)
-        x = F.relu(self.embed(features.entities))  # (M, S, H)
-        query, key, value = self.attention(x[:, :, None], A)
+        units = F.relu(self.embed(features.entities))  # (M, S, H)
+        query, key, value = self.attention(units[:, :, None], A)
         x = attend(query, key, value, mask)[0]  # (M, V, A, H)
         with torch.autocast(x.device.type, enabled=False):  # utilities need their digits
             x = F.relu(apply_both(self.project, self.gru_input, x))
             x, hidden = run_gru(self.gru, x, features.played, hidden)  # (M, V, A, R)
-            q = self.head(x).masked_fill(features.empty[:, None, :A, None], 0.0)
+            tagged = by_tag(units, features, mask) if self.points else None
+            q = self.head(x, tagged).masked_fill(features.empty[:, None, :A, None], 0.0)
         return Views(*q.movedim(1, 0)), hidden
 
 

@@ -262,6 +262,10 @@ def moments_kept(state, run_dir):
     return sorted(state["agent"]["optimiser"]["state"][0])
 
 
+def has_pointer(state, run_dir):
+    return any(name.endswith("head.query.weight") for name in state["agent"]["utility"])
+
+
 def replayed(of):
     return lambda state, run_dir: of(saved_replay(run_dir))
 
@@ -306,6 +310,7 @@ EFFECTS = {  # flags; what to measure; without and with them, or None: the two m
     ),
     "imagine": ("--no-imagine --log-every 16", lines("group_loss"), (0, 0)),
     "imagine_weight": ("--imagine-weight 0", changed("utility"), None),
+    "target_head": ("--target-head pointer", has_pointer, (False, True)),
     "returns": ("--returns lambda", changed("utility"), None),
     "timeout_terminates": ("--no-timeout-terminates", changed("utility"), None),
     "heads": ("--heads 4", changed("utility"), None),

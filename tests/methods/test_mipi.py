@@ -81,8 +81,10 @@ def forward(s):
     features = s.batch.features
     trunks = mipi.run_trunks(s.agent, features, s.groups)
     avail = features.avail_actions
-    log_pi = s.agent.log_policy(stacked(trunks.q), stacked(trunks.memory), avail)
-    return trunks, log_pi, s.agent.log_marginal(trunks.own_memory, avail)
+    views = zip(*(x.present() for x in (trunks.q, trunks.memory)))
+    tagged = trunks.tagged.present() or [None] * len(trunks.q)
+    log_pi = [s.agent.log_policy(q, x, avail, where) for (q, x), where in zip(views, tagged)]
+    return trunks, torch.stack(log_pi), s.agent.log_marginal(trunks.own_memory, avail)
 
 
 # --- Policies -------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ def test_the_marginal_sees_its_own_unit_only():
         other = features._replace(entities=changed)
         again = s.agent.marginal(mipi.own_states(other))[0].full_view
         assert torch.equal(again[:, i], logits[:, i])
-        _, memory, _ = s.agent.utility(now)
+        _, memory, *_ = s.agent.utility(now)
         (gradient,) = torch.autograd.grad(memory.full_view[:, i].square().sum(), x)
         assert (gradient[:, others] != 0).any()
 
@@ -153,7 +155,7 @@ def test_actions_are_drawn_from_policy_and_noise():
     s.battles.reset()
     obs, epsilon = s.battles.obs, 0.3
     features = mipi.encode(obs, torch.full((4, 8), -1), torch.ones(1, 4, dtype=torch.bool), CPU)
-    q, memory, _ = s.agent.utility(features)
+    q, memory, *_ = s.agent.utility(features)
     avail = features.avail_actions
     pi = s.agent.log_policy(q.full_view, memory.full_view, avail).exp()  # (4, A, actions)
     A = pi.shape[1]
@@ -273,6 +275,28 @@ def test_policy_and_marginal_losses_are_those_of_numpy(how):
 
 
 @pytest.mark.numeric
+def test_a_policys_pointer_reads_what_the_utilities_read():
+    """Of living agents the same policies as of all moments, in real and in imagined teams; agents
+    that do not see a unit attack all such ones with one probability."""
+    s = setting("--target-head pointer", double=True)
+    trunks, log_pi, _ = forward(s)
+    features, now = s.batch.features, s.batch.now
+    alive = ~features.avail_actions[now][..., 0]
+    living = mipi.find_living(trunks, s.batch, alive)
+    for view, imagined in ((0, False), (1, True)):
+        found = mipi.log_policies(s.agent, living, imagined)
+        assert torch.allclose(found, log_pi[view][now][alive], atol=1e-12)
+    assert not torch.allclose(log_pi[0], log_pi[1], atol=1e-3)
+    for memory, tagged in zip(trunks.memory, trunks.tagged):
+        targets = s.agent.policy(memory, tagged)[..., 6:].detach()  # (M, A, 8)
+        hidden = tagged.seen == 0
+        low, high = targets.masked_fill(~hidden, np.inf), targets.masked_fill(~hidden, -np.inf)
+        some = hidden.any(-1)
+        assert some.any() and torch.equal(low.amin(-1)[some], high.amax(-1)[some])
+        assert (targets.std(-1)[(~hidden).sum(-1) > 1] > 1e-3).all()
+
+
+@pytest.mark.numeric
 def test_alpha_i_over_w():
     """Eq. (18) with alpha / w_i per agent and state."""
     s = setting("--ba-iterations 1 --alpha .2 --alpha-i-over-w", double=True)
@@ -309,7 +333,15 @@ def test_living_agents_are_those_that_may_act():
         assert torch.equal(living.own_memory[n], trunks.own_memory[m, i])
     learns = [living.q, living.memory, living.team_memory, living.own_memory]
     assert [x.requires_grad for x in learns] == [False, True, False, True]
-    assert not any(x.requires_grad for x in living.map(lambda x: x.detach()))
+    given = [x for x in living.map(lambda x: x.detach()) if x is not None]
+    assert len(given) == len(living) - 3 and not any(x.requires_grad for x in given)
+
+
+class Saying(torch.nn.Module):
+    """What it reads is what it says."""
+
+    def forward(self, x, tagged=None):
+        return x
 
 
 @pytest.mark.numeric
@@ -331,7 +363,7 @@ def test_mutual_information_is_exact_where_it_can_be_counted():
     avail = torch.ones(n, U, dtype=torch.bool)
     avail[..., 0] = False
     log = lambda p: torch.from_numpy(np.log(np.maximum(p, 1e-300))).float()  # noqa: E731
-    s.agent.policy = s.agent.marginal.head = torch.nn.Identity()  # what they read is what they say
+    s.agent.policy = s.agent.marginal.head = Saying()
     living = mipi.LivingAgents(
         own_state=own_state,
         avail_actions=avail,
@@ -433,10 +465,11 @@ def test_alternations_on_cached_trunks_are_blahut_and_arimotos(monkeypatch):
 
 
 @pytest.mark.numeric
+@pytest.mark.parametrize("head", ["tags", "pointer"])
 @pytest.mark.parametrize("flags", ["", "--detach-actor-trunk"])
-def test_what_the_policys_loss_moves(flags):
+def test_what_the_policys_loss_moves(flags, head):
     """The shared trunk, unless that is switched off; never utilities' head, mixer or marginal."""
-    s = setting(f"--ba-iterations 1 {flags}", double=True)
+    s = setting(f"--ba-iterations 1 --target-head {head} {flags}", double=True)
     trunks, _, _ = forward(s)
     y = mipi.find_targets(s.args, s.agent, s.batch, trunks)
     loss, *_ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.q, y)
@@ -546,6 +579,7 @@ MODES = {
     "entropy, csz, bf16": "--regularizer entropy --scenario csz --amp",
     "alone, mmm": "--observe-self-only --scenario mmm --no-imagine",
     "mi, resource collection": "--scenario resource",
+    "mi, pointer, mmm": "--target-head pointer --scenario mmm",
     "mi, lambda-returns, adam": "--returns lambda --optimiser adam",
 }
 
@@ -639,6 +673,8 @@ WRONG = {
     "--batch-size 33 --buffer-size 32": "--batch-size --buffer-size",
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",
     "--td-lambda .5": "--td-lambda --returns lambda",
+    "--scenario resource --target-head pointer": "--target-head tags",
+    "--observe-self-only --target-head pointer": "--observe-self-only --target-head",
     "--optimiser adam --rmsprop-alpha .1": "--rmsprop-alpha --optimiser rmsprop",
     "--anneal-from 10": "--anneal-from --final-share",
     "--final-share .5 --anneal-from 10 --total-timesteps 10": "--anneal-from --total-timesteps",
