@@ -100,6 +100,7 @@ class Args(RunArgs):
     alpha_i_over_w: bool = False  # alpha_i / w_i in Eq. (18), as Lemma 2 needs
     observe_self_only: bool = False  # agents see their own unit only, and alpha is 0
     ba_iterations: Positive | None = None  # M of Eqs. (12), (13); default: 4, in resource 1
+    actor_loss_times_w: bool = False  # Eq. (18) times w_i: the gradient of E_pi Q_tot
     detach_actor_trunk: bool = False  # Eq. (18) does not move the layers shared with utilities
     policy: Literal["head", "greedy"] = "head"  # greedy: the action with the largest utility
     imagine: bool = True  # imagined groups: of Eq. (17)'s teams, and REFIL's loss; not in resource
@@ -182,6 +183,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (
             greedy and args.ba_iterations,
             "--policy greedy has no alternations of (12) and (13): no --ba-iterations",
+        ),
+        (
+            greedy and args.actor_loss_times_w,
+            "--policy greedy has no Eq. (18): no --actor-loss-times-w",
         ),
         (
             args.observe_self_only and args.regularizer != "mi",
@@ -474,17 +479,6 @@ def others(unseen: Tensor) -> Tensor:
     return ~torch.eye(A, S, dtype=torch.bool, device=unseen.device)
 
 
-def own_states(features: Features) -> Features:
-    """s+: agents, each of which sees itself only: entities (M, A, D), unseen (M, A, A)."""
-    A = features.unseen.shape[1]
-    unseen = features.unseen[..., :A]
-    return features._replace(
-        entities=features.entities[:, :A],
-        unseen=unseen | others(unseen),
-        empty=features.empty[:, :A],
-    )
-
-
 def split_views(tagged: Tagged | None) -> Views:
     """units (M, U - 6, H) and seen (M, A, U - 6) of each view; None without pointers."""
     if tagged is None:
@@ -494,7 +488,7 @@ def split_views(tagged: Tagged | None) -> Views:
 
 
 class Utility(nn.Module):
-    """Q_i(u) of every agent from what it sees and has seen; also the marginal policy, from s+."""
+    """Q_i(u) of every agent from what it sees and has seen."""
 
     def __init__(self, inputs: int, actions: int, args: Args):
         super().__init__()
@@ -526,6 +520,31 @@ class Utility(nn.Module):
             tagged = by_tag(units, features, mask) if self.points else None
             q = self.head(x, tagged).masked_fill(features.empty[:, None, :A, None], 0.0)
         return Views(*q.movedim(1, 0)), Views(*x.movedim(1, 0)), hidden, split_views(tagged)
+
+
+class Marginal(nn.Module):
+    """The marginal policy's network, of s+: what an agent's own unit is and was. Attention to one
+    entity is its value, whatever queries and keys are."""
+
+    def __init__(self, inputs: int, actions: int, args: Args):
+        super().__init__()
+        H = args.hidden_size
+        self.embed = nn.Linear(inputs, H)
+        attention = Attention(1, H, args.heads)  # drawn as a Utility's; its values are left
+        self.value = nn.Parameter(attention.key_value.data[0, :, H:].clone())
+        self.project = nn.Linear(H, H)
+        self.gru_input = nn.Linear(H, args.rnn_size)
+        self.gru = nn.GRU(args.rnn_size, args.rnn_size)
+        self.head = nn.Linear(args.rnn_size, actions)
+
+    def forward(self, features: Features) -> Tensor:
+        """What the head reads, (M, A, R)."""
+        A = features.unseen.shape[1]
+        x = F.relu(self.embed(features.entities[:, :A])) @ self.value  # (M, A, H)
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.relu(apply_both(self.project, self.gru_input, x[:, None]))
+            x, _ = run_gru(self.gru, x, features.played, None)  # (M, 1, A, R)
+        return x[:, 0]
 
 
 class Mixed(NamedTuple):
@@ -632,8 +651,7 @@ class Agent(Parts):
         self.target_mixer = copy.deepcopy(self.mixer)
         self.optimiser = new_optimiser(args, self.critic())
         self.policy = new_head(family.n_actions, args).to(device)
-        tags = dataclasses.replace(args, target_head="tags")  # who sees nobody has no pointer
-        self.marginal = Utility(inputs, family.n_actions, tags).to(device)
+        self.marginal = Marginal(inputs, family.n_actions, args).to(device)
         self.policy_optimiser = new_optimiser(args, self.policy)
         self.marginal_optimiser = new_optimiser(args, self.marginal)
         own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
@@ -972,12 +990,9 @@ class LivingAgents(NamedTuple):
 
 def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunks:
     """Utilities in all views and, where it is needed, the marginal's network; groups (M, S)."""
-    own_memory = None
     with agent.autocast():
         q, memory, _, tagged = agent.utility(features, groups)
-        if agent.informed:
-            _, own, *_ = agent.marginal(own_states(features))
-            own_memory = own.full_view
+        own_memory = agent.marginal(features) if agent.informed else None
     return Trunks(q, memory, tagged, own_memory)
 
 
@@ -1097,14 +1112,16 @@ def learn_marginal(args: Args, agent: Agent, living: LivingAgents) -> dict[str, 
     return {"marginal_loss": loss}
 
 
-def actor_loss(args: Args, agent: Agent, living: LivingAgents, alpha: Tensor | float) -> Tensor:
-    """Eq. (13): what moves the policy; alpha: a number or (n,)."""
+def actor_loss(args: Args, agent: Agent, living: LivingAgents, w: Tensor) -> Tensor:
+    """Eq. (13): what moves the policy; w (n,)."""
+    alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
     if args.detach_actor_trunk:
         living = living.map(lambda x: x.detach())
     log_pi = log_policies(agent, living)
     with torch.no_grad():
         log_m = agent.log_marginal(living.own_memory, living.avail_actions)
-    return policy_loss(log_pi, log_m, living.q, alpha).mean()
+    loss = policy_loss(log_pi, log_m, living.q, alpha)  # (n,)
+    return (w * loss if args.actor_loss_times_w else loss).mean()
 
 
 def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
@@ -1133,14 +1150,13 @@ def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict
     if args.policy == "greedy":
         scalars["grad_norm"] = step_together(args, agent, loss)
         return scalars
-    alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
     fixed = living.map(lambda x: x.detach())  # no gradient gets to the trunks
     for _ in range(agent.ba_iterations - 1):
         learn_marginal(args, agent, fixed)
-        actor = actor_loss(args, agent, fixed, alpha)
+        actor = actor_loss(args, agent, fixed, w)
         descend(actor, agent.policy, agent.policy_optimiser, args.max_grad_norm)
     scalars |= learn_marginal(args, agent, living)
-    actor = actor_loss(args, agent, living, alpha)
+    actor = actor_loss(args, agent, living, w)
     scalars["policy_loss"] = actor
     scalars["grad_norm"] = step_together(args, agent, loss + actor)
     return scalars

@@ -117,18 +117,42 @@ def test_the_marginal_sees_its_own_unit_only():
     A = features.unseen.shape[1]
     for i in range(A):
         now = features._replace(entities=x)
-        logits = s.agent.marginal(mipi.own_states(now))[0].full_view
+        logits = s.agent.marginal.head(s.agent.marginal(now))
         (gradient,) = torch.autograd.grad(logits[:, i].square().sum(), x)
         others = [j for j in range(2 * A) if j != i]
         assert (gradient[:, others] == 0).all() and (gradient[:, i] != 0).any()
         changed = features.entities.clone()
         changed[:, others] = 5.0
         other = features._replace(entities=changed)
-        again = s.agent.marginal(mipi.own_states(other))[0].full_view
+        again = s.agent.marginal.head(s.agent.marginal(other))
         assert torch.equal(again[:, i], logits[:, i])
         _, memory, *_ = s.agent.utility(now)
         (gradient,) = torch.autograd.grad(memory.full_view[:, i].square().sum(), x)
         assert (gradient[:, others] != 0).any()
+
+
+@pytest.mark.numeric
+def test_attention_to_one_entity_is_its_value():
+    """A marginal with the weights of utilities whose agents see themselves only says the same, and
+    its value projection has the same gradient; queries and keys have none."""
+    s = setting(double=True)
+    marginal, utility, features = s.agent.marginal, s.agent.utility, s.batch.features
+    weights = utility.state_dict()
+    del weights["attention.query"]
+    weights["value"] = weights.pop("attention.key_value")[0, :, 8:]
+    marginal.load_state_dict(weights)
+    alone = features._replace(unseen=mipi.others(features.unseen) | features.unseen)
+    memory = utility(alone)[1].full_view
+    own = marginal(features)
+    there = features.avail_actions[..., 0].logical_not()  # (M, A): the dead see nobody
+    assert there.any() and torch.allclose(memory[there], own[there], atol=1e-12)
+    query, key_value = torch.autograd.grad(
+        memory[there].square().sum(),
+        (utility.attention.query, utility.attention.key_value),
+    )
+    (value,) = torch.autograd.grad(own[there].square().sum(), marginal.value)
+    assert (query == 0).all() and (key_value[..., :8] == 0).all()
+    assert torch.allclose(key_value[0, :, 8:], value, atol=1e-10) and (value != 0).all()
 
 
 def test_observe_self_only_sees_nobody_else():
@@ -315,6 +339,29 @@ def test_alpha_i_over_w():
     assert torch.isclose(scalars["w"], w[there].mean(), rtol=1e-9)
 
 
+@pytest.mark.numeric
+@pytest.mark.parametrize("flags", ["", "--alpha-i-over-w"])
+def test_actor_loss_times_w(flags):
+    """Eq. (18) times w_i, with both forms of alpha_i; by loops over living agents."""
+    both = "--ba-iterations 1 --regularizer entropy --alpha .2"
+    s = setting(f"{both} --actor-loss-times-w {flags}", double=True)
+    trunks, log_pi, _ = forward(s)
+    features, now = s.batch.features, s.batch.now
+    chosen = trunks.q.map(lambda x: mipi.pick(x[now], s.batch.actions))
+    w = s.agent.mixer(chosen, features.at(now), s.groups[now]).w.detach().numpy()
+    found = mipi.learn(s.args, s.agent, s.batch, s.groups)["policy_loss"].item()
+    log_pi, q = log_pi[0].detach().numpy(), trunks.q.full_view.detach().numpy()
+    each = []
+    for k, i in np.ndindex(*w.shape):
+        may = features.avail_actions[now[k], i].numpy()
+        if may[0]:
+            continue
+        logs, values = log_pi[now[k], i][may], q[now[k], i][may]
+        alpha = 0.2 / w[k, i] if flags else 0.2
+        each.append(w[k, i] * (np.exp(logs) * (alpha * logs - values)).sum())
+    assert np.isclose(found, np.mean(each), rtol=1e-9)
+
+
 def test_living_agents_are_those_that_may_act():
     """In the order of steps, then slots; what is given has no gradient."""
     s = setting()
@@ -390,13 +437,12 @@ def moved(before, after):
 
 
 def snapshot(agent):
-    """Parameters by name, but for one that nothing depends on: who sees one unit attends to it."""
+    """Parameters by name."""
     return {
         f"{part}.{name}": p.detach().clone()
         for part, net in agent.parts().items()
         if isinstance(net, torch.nn.Module)
         for name, p in net.named_parameters()
-        if f"{part}.{name}" != "marginal.attention.query"
     }
 
 
@@ -657,6 +703,7 @@ def test_what_is_logged():
 
 WRONG = {
     "--policy greedy": "--policy greedy --regularizer none",
+    "--regularizer none --policy greedy --actor-loss-times-w": "--policy --actor-loss-times-w",
     "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
     "--observe-self-only --alpha-i .1": "--alpha-i regulariser",
     "--observe-self-only --alpha .1": "--alpha regulariser",
@@ -741,6 +788,7 @@ OWN = {  # of the method, or measured otherwise
     "alpha_i_over_w": ("--alpha-i-over-w", changed("policy"), None),
     "observe_self_only": ("--observe-self-only", changed("utility"), None),
     "ba_iterations": ("--ba-iterations 2", policy_steps, (16.0, 8.0)),
+    "actor_loss_times_w": ("--actor-loss-times-w", changed("utility"), None),
     "detach_actor_trunk": ("--detach-actor-trunk", changed("utility"), None),
     "hidden_size": ("--hidden-size 12", shape("mixer", "project"), ((2, 8, 8), (2, 12, 12))),
     "mixing_size": ("--mixing-size 6", shape("mixer", "out_bias"), ((2, 3), (2, 6))),
@@ -788,7 +836,7 @@ def test_amp_and_compile(monkeypatch):
     plain = run(mipi, "plain", 32)
     assert compiled == []
     assert differences(plain["agent"], run(mipi, "compiled", 32, "--compile")["agent"]) == []
-    assert sorted(compiled) == ["Mixer", "Mixer", "Utility", "Utility", "Utility"]
+    assert sorted(compiled) == ["Marginal", "Mixer", "Mixer", "Utility", "Utility"]
     monkeypatch.setattr(mipi, "has_bf16", lambda device: True)
     amp = run(mipi, "amp", 32, "--amp")
     assert differences(plain["agent"], amp["agent"])
