@@ -1133,8 +1133,11 @@ def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
     return norm
 
 
-def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict[str, Tensor]:
-    """A step of the critic, M alternations of marginal and policy. Returns scalars.
+def learn(
+    args: Args, agent: Agent, batch: Batch, groups: Tensor | None, measures: bool = True
+) -> dict[str, Tensor]:
+    """A step of the critic, M alternations of marginal and policy. Returns scalars; if it measures,
+    those of measure(), too.
 
     Alternations but the last move the two heads, on what the trunks gave once. The last one moves
     the marginal's trunk, and its policy loss goes with the critic's loss through the trunk that the
@@ -1146,7 +1149,8 @@ def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict
     alive = ~batch.features.avail_actions[batch.now][..., 0]  # (K, A): the dead have a no-op
     living = find_living(trunks, batch, alive)
     w = w[alive].clamp(min=1e-6)  # (n,); a softmax can underflow
-    scalars |= measure(agent, living, w)
+    if measures:
+        scalars |= measure(agent, living, w)
     if args.policy == "greedy":
         scalars["grad_norm"] = step_together(args, agent, loss)
         return scalars
@@ -1190,10 +1194,10 @@ def update(
     """Gradient steps on as many minibatches as follow a round of battles. Returns scalars."""
     found = collections.defaultdict(list)
     imagine = args.imagine and args.scenario != "resource"
-    for _ in range(args.updates_per_iteration):
+    for left in reversed(range(args.updates_per_iteration)):
         batch = buffer.sample(rng, args.batch_size)
         groups = draw_groups(batch.features, rng) if imagine else None
-        scalars = learn(args, agent, batch, groups)
+        scalars = learn(args, agent, batch, groups, measures=left == 0)
         for name, x in scalars.items():
             found[name].append(x.detach())
     return {name: torch.stack(x).mean() for name, x in found.items()}

@@ -690,6 +690,25 @@ def test_resource_collection_has_defaults_of_its_own():
     assert more["policy_optimiser"]["state"][0]["step"] == 3 * steps[0]
 
 
+def test_measures_are_taken_once_a_round(monkeypatch):
+    """Of its last minibatch; all else that is learned and logged stays."""
+    calls, measure = [], mipi.measure
+    monkeypatch.setattr(mipi, "measure", lambda *args: calls.append(1) or measure(*args))
+    s, twin = setting("--updates-per-iteration 3"), setting("--updates-per-iteration 3")
+    found = mipi.update(s.args, s.agent, s.buffer, torch.Generator().manual_seed(1))
+    assert len(calls) == 1
+    rng, each = torch.Generator().manual_seed(1), []
+    for _ in range(3):
+        batch = twin.buffer.sample(rng, twin.args.batch_size)
+        groups = mipi.draw_groups(batch.features, rng)
+        each.append(mipi.learn(twin.args, twin.agent, batch, groups))
+    assert found.keys() == each[0].keys()
+    assert torch.equal(found["mi"], each[-1]["mi"]) and found["mi"] != each[0]["mi"]
+    mean = torch.stack([x["td_loss"] for x in each]).mean()
+    assert torch.isclose(found["td_loss"], mean, rtol=1e-6)
+    assert differences(s.agent.utility.state_dict(), twin.agent.utility.state_dict()) == []
+
+
 def test_what_is_logged():
     run(mipi, "run", 64, "--log-every", 16, "--final-episodes", 2)
     logged = metrics("run")
