@@ -98,7 +98,7 @@ class Args(RunArgs):
     imagine_weight: Share = 0.5  # lambda, of their loss
     mixer: Literal["flex", "linear"] = "flex"  # of utilities
     target_head: Literal["tags", "pointer"] = "tags"  # whom to attack: by its tag, or what it is
-    returns: Literal["one-step", "lambda"] = "one-step"  # y
+    returns: Literal["one-step", "lambda"] = "one-step"  # y, of a step or of all that follow
     td_lambda: Share = 0.8  # l, of lambda-returns
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
     hidden_size: Positive = 128  # H, of embeddings and attention
@@ -110,8 +110,8 @@ class Args(RunArgs):
     rmsprop_alpha: Share = 0.99  # decay of RMSprop's mean square
     rmsprop_eps: Above = 1e-5  # added to its root
     learning_rate: Amount = 5e-4  # at first
-    final_share: Share = 1.0  # of it that is left at --total-timesteps
-    anneal_from: Count = 0  # steps after which it falls
+    final_share: Share = 1.0  # of the learning rate that is left at --total-timesteps
+    anneal_from: Count = 0  # steps after which the learning rate falls, linearly
     max_grad_norm: Above = 10.0  # of all networks together
     gamma: Share = 0.99  # discount
     batch_size: Positive = 32  # episodes of a minibatch
