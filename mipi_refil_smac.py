@@ -7,6 +7,7 @@ marginal, which is the mutual information of its actions and the team, given its
     J        = E sum_t gamma^t (r - alpha sum_i log pi_i(u|s) / m_i(u|s+))              (3), (8)
     Q_tot    = sum_i w_i Q_i + V,  w softmax over agents                              (14), (15)
     y        = r + gamma E_pi (Q_tot' - alpha sum_i log pi_i / m_i),  L = E (Q_tot - y)^2   (16)
+    y_t      = r_t + gamma (E_pi ((1 - l) Q_tot' - alpha sum_i ..) + l y_t+1)   --returns lambda
     m_i      = E_s* pi_i(u|s+, s*):  maximum likelihood on imagined teams s*          (12), (17)
     pi_i     ~ m_i exp(Q_i / alpha):  minimise E_pi (alpha log pi_i / m_i - Q_i)      (13), (18)
 
@@ -69,7 +70,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from envs.smac import worlds
-from envs.smac.combat import SIDE, Family, Observation
+from envs.smac.combat import FIRST_TARGET, SIDE, Family, Observation
 from envs.smac.episodes import EpisodeLog, Policy
 from envs.smac.game import BattleError
 
@@ -99,19 +100,26 @@ class Args(RunArgs):
     alpha_i_over_w: bool = False  # alpha_i / w_i in Eq. (18), as Lemma 2 needs
     observe_self_only: bool = False  # agents see their own unit only, and alpha is 0
     ba_iterations: Positive | None = None  # M of Eqs. (12), (13); default: 4, in resource 1
+    actor_loss_times_w: bool = False  # Eq. (18) times w_i: the gradient of E_pi Q_tot
     detach_actor_trunk: bool = False  # Eq. (18) does not move the layers shared with utilities
     policy: Literal["head", "greedy"] = "head"  # greedy: the action with the largest utility
     imagine: bool = True  # imagined groups: of Eq. (17)'s teams, and REFIL's loss; not in resource
     imagine_weight: Share = 0.5  # lambda, of that
+    target_head: Literal["tags", "pointer"] = "tags"  # whom to attack: by its tag, or what it is
+    returns: Literal["one-step", "lambda"] = "one-step"  # y, of a step or of all that follow
+    td_lambda: Share = 0.8  # l, of lambda-returns
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
     hidden_size: Positive = 128  # H, of embeddings and attention
     heads: Positive = 4  # h, of attention
     rnn_size: Positive = 64  # R, of the agents' GRU
     mixing_size: Positive = 32  # E
     # Base algorithm
-    learning_rate: Amount = 5e-4  # RMSprop's
-    rmsprop_alpha: Share = 0.99  # decay of its mean square
+    optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam: with torch's settings
+    rmsprop_alpha: Share = 0.99  # decay of RMSprop's mean square
     rmsprop_eps: Above = 1e-5  # added to its root
+    learning_rate: Amount = 5e-4  # at first
+    final_share: Share = 1.0  # of the learning rate that is left at --total-timesteps
+    anneal_from: Count = 0  # steps after which the learning rate falls, linearly
     max_grad_norm: Above = 10.0  # of critic, policy head and marginal, each
     gamma: Share = 0.99  # discount
     batch_size: Positive = 32  # episodes of a minibatch
@@ -177,6 +185,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--policy greedy has no alternations of (12) and (13): no --ba-iterations",
         ),
         (
+            greedy and args.actor_loss_times_w,
+            "--policy greedy has no Eq. (18): no --actor-loss-times-w",
+        ),
+        (
             args.observe_self_only and args.regularizer != "mi",
             "--observe-self-only leaves nothing for --regularizer to act on",
         ),
@@ -187,6 +199,24 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (
             args.alpha_i_over_w and (not regularizes or alpha_i == 0),
             "--alpha-i-over-w needs a regulariser and an --alpha-i that is not 0",
+        ),
+        (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
+        (
+            args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
+            "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",
+        ),
+        (args.anneal_from and args.final_share == 1, "--anneal-from needs --final-share below 1"),
+        (
+            args.anneal_from >= args.total_timesteps,
+            "--anneal-from is not before --total-timesteps",
+        ),
+        (
+            args.target_head == "pointer" and args.observe_self_only,
+            "--observe-self-only sees nobody to attack: it needs --target-head tags",
+        ),
+        (
+            args.target_head == "pointer" and args.scenario == "resource",
+            "--scenario resource has nobody to attack: it needs --target-head tags",
         ),
         *worlds.wrong_flags(args),
     ]
@@ -388,6 +418,59 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
 
 
 # [shared: attention] end
+# [shared: heads] begin
+
+KEY_GAIN = 16.0  # of a pointer's keys: units begin about as far apart as by tags
+
+
+class Tagged(NamedTuple):
+    """Units in the order of the actions that attack or heal them: by their tags."""
+
+    units: Tensor  # (M, 1, U - 6, H): as they are embedded; 0 where there is none
+    seen: Tensor  # (M, V, A, U - 6): 1 where agent i sees it in a view, else 0
+
+
+def by_tag(units: Tensor, features: Features, mask: Tensor) -> Tagged:
+    """units (M, S, H), of which mask (M, V, A, S) hides some."""
+    num_targets = features.avail_actions.shape[-1] - FIRST_TARGET
+    tags = features.entities[:, None, :, :num_targets]  # (M, 1, S, U - 6): one-hot, or 0
+    return Tagged(tags.mT @ units[:, None].to(tags.dtype), (~mask).to(tags.dtype) @ tags)
+
+
+class TagHead(nn.Linear):
+    """Numbers (..., U) of actions, of memory (..., R) alone: whom it attacks, it knows by tags."""
+
+    def forward(self, x: Tensor, tagged: Tagged | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class PointerHead(nn.Module):
+    """Numbers (..., A, U) of actions, of memory (..., A, R) and what units are. Attacking one that
+    is hidden is worth the same whoever it is."""
+
+    def __init__(self, R: int, H: int):
+        super().__init__()
+        self.own = nn.Linear(R, FIRST_TARGET + 1)  # the last: attacking anybody
+        self.query = nn.Linear(R, H)
+        self.key = nn.Linear(H, H)
+        self.key.weight.data *= KEY_GAIN
+
+    def forward(self, x: Tensor, tagged: Tagged) -> Tensor:
+        own, key = self.own(x), self.key(tagged.units)
+        # <W_q x_i, W_k e_j> / sqrt(H): whom, by what it is
+        score = self.query(x) @ key.mT / math.sqrt(key.shape[-1])  # (..., A, U - 6)
+        targets = own[..., FIRST_TARGET:] + score * tagged.seen
+        return torch.cat((own[..., :FIRST_TARGET], targets), dim=-1)
+
+
+def new_head(actions: int, args: Args) -> TagHead | PointerHead:
+    """As --target-head says."""
+    if args.target_head == "tags":
+        return TagHead(args.rnn_size, actions)
+    return PointerHead(args.rnn_size, args.hidden_size)
+
+
+# [shared: heads] end
 
 
 def others(unseen: Tensor) -> Tensor:
@@ -396,19 +479,16 @@ def others(unseen: Tensor) -> Tensor:
     return ~torch.eye(A, S, dtype=torch.bool, device=unseen.device)
 
 
-def own_states(features: Features) -> Features:
-    """s+: agents, each of which sees itself only: entities (M, A, D), unseen (M, A, A)."""
-    A = features.unseen.shape[1]
-    unseen = features.unseen[..., :A]
-    return features._replace(
-        entities=features.entities[:, :A],
-        unseen=unseen | others(unseen),
-        empty=features.empty[:, :A],
-    )
+def split_views(tagged: Tagged | None) -> Views:
+    """units (M, U - 6, H) and seen (M, A, U - 6) of each view; None without pointers."""
+    if tagged is None:
+        return Views(None)
+    units = tagged.units[:, 0]
+    return Views(*[Tagged(units, seen) for seen in tagged.seen.unbind(1)])
 
 
 class Utility(nn.Module):
-    """Q_i(u) of every agent from what it sees and has seen; also the marginal policy, from s+."""
+    """Q_i(u) of every agent from what it sees and has seen."""
 
     def __init__(self, inputs: int, actions: int, args: Args):
         super().__init__()
@@ -419,25 +499,52 @@ class Utility(nn.Module):
         self.project = nn.Linear(H, H)
         self.gru_input = nn.Linear(H, args.rnn_size)
         self.gru = nn.GRU(args.rnn_size, args.rnn_size)
-        self.head = nn.Linear(args.rnn_size, actions)
+        self.points = args.target_head == "pointer"
+        self.head = new_head(actions, args)
 
     def forward(
         self, features: Features, groups: Tensor | None = None, hidden: Tensor | None = None
-    ) -> tuple[Views, Views, Tensor]:
+    ) -> tuple[Views, Views, Tensor, Views]:
         """Utilities (M, A, actions) and the memory (M, A, R) that they are read off, of each view;
-        the hidden state after them (1, B V A, R)."""
+        the hidden state after them (1, B V A, R); what pointers read in each view, or None."""
         A, unseen = features.unseen.shape[1], features.unseen
         if self.observe_self_only:
             unseen = unseen | others(unseen)
         mask = mask_views(unseen, groups)  # (M, V, A, S)
-        x = F.relu(self.embed(features.entities))  # (M, S, H)
-        query, key, value = self.attention(x[:, :, None], A)
+        units = F.relu(self.embed(features.entities))  # (M, S, H)
+        query, key, value = self.attention(units[:, :, None], A)
         x = attend(query, key, value, mask)[0]  # (M, V, A, H)
         with torch.autocast(x.device.type, enabled=False):  # utilities need their digits
             x = F.relu(apply_both(self.project, self.gru_input, x))
             x, hidden = run_gru(self.gru, x, features.played, hidden)  # (M, V, A, R)
-            q = self.head(x).masked_fill(features.empty[:, None, :A, None], 0.0)
-        return Views(*q.movedim(1, 0)), Views(*x.movedim(1, 0)), hidden
+            tagged = by_tag(units, features, mask) if self.points else None
+            q = self.head(x, tagged).masked_fill(features.empty[:, None, :A, None], 0.0)
+        return Views(*q.movedim(1, 0)), Views(*x.movedim(1, 0)), hidden, split_views(tagged)
+
+
+class Marginal(nn.Module):
+    """The marginal policy's network, of s+: what an agent's own unit is and was. Attention to one
+    entity is its value, whatever queries and keys are."""
+
+    def __init__(self, inputs: int, actions: int, args: Args):
+        super().__init__()
+        H = args.hidden_size
+        self.embed = nn.Linear(inputs, H)
+        attention = Attention(1, H, args.heads)  # drawn as a Utility's; its values are left
+        self.value = nn.Parameter(attention.key_value.data[0, :, H:].clone())
+        self.project = nn.Linear(H, H)
+        self.gru_input = nn.Linear(H, args.rnn_size)
+        self.gru = nn.GRU(args.rnn_size, args.rnn_size)
+        self.head = nn.Linear(args.rnn_size, actions)
+
+    def forward(self, features: Features) -> Tensor:
+        """What the head reads, (M, A, R)."""
+        A = features.unseen.shape[1]
+        x = F.relu(self.embed(features.entities[:, :A])) @ self.value  # (M, A, H)
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.relu(apply_both(self.project, self.gru_input, x[:, None]))
+            x, _ = run_gru(self.gru, x, features.played, None)  # (M, 1, A, R)
+        return x[:, 0]
 
 
 class Mixed(NamedTuple):
@@ -508,6 +615,28 @@ class Mixer(nn.Module):
         return torch.stack(totals, dim=1), w[:, : gone.shape[-1]]
 
 
+# [shared: optimiser] begin
+
+
+def new_optimiser(args: Args, net: nn.Module) -> torch.optim.Optimizer:
+    """RMSprop as in REFIL's code, or Adam with torch's settings."""
+    options = {"lr": args.learning_rate, "foreach": True}
+    if args.optimiser == "adam":
+        return torch.optim.Adam(net.parameters(), **options)
+    options |= {"alpha": args.rmsprop_alpha, "eps": args.rmsprop_eps}
+    return torch.optim.RMSprop(net.parameters(), **options)
+
+
+def learning_rate_at(args: Args, timesteps: int) -> float:
+    """Stays until --anneal-from, then falls linearly until --total-timesteps."""
+    falling = args.total_timesteps - args.anneal_from
+    done = min(max(timesteps - args.anneal_from, 0) / falling, 1.0)
+    return args.learning_rate * (1 + done * (args.final_share - 1))
+
+
+# [shared: optimiser] end
+
+
 class Agent(Parts):
     """The networks and their optimisers."""
 
@@ -520,17 +649,11 @@ class Agent(Parts):
         self.mixer = Mixer(inputs, args).to(device)
         self.target_utility = copy.deepcopy(self.utility)
         self.target_mixer = copy.deepcopy(self.mixer)
-        options = {
-            "lr": args.learning_rate,
-            "alpha": args.rmsprop_alpha,
-            "eps": args.rmsprop_eps,
-            "foreach": True,
-        }
-        self.optimiser = torch.optim.RMSprop(self.critic().parameters(), **options)
-        self.policy = nn.Linear(args.rnn_size, family.n_actions).to(device)
-        self.marginal = Utility(inputs, family.n_actions, args).to(device)
-        self.policy_optimiser = torch.optim.RMSprop(self.policy.parameters(), **options)
-        self.marginal_optimiser = torch.optim.RMSprop(self.marginal.parameters(), **options)
+        self.optimiser = new_optimiser(args, self.critic())
+        self.policy = new_head(family.n_actions, args).to(device)
+        self.marginal = Marginal(inputs, family.n_actions, args).to(device)
+        self.policy_optimiser = new_optimiser(args, self.policy)
+        self.marginal_optimiser = new_optimiser(args, self.marginal)
         own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
         self.rng = torch.Generator().manual_seed(own_seed)  # of what the parent does not draw
         self.resolve(args)
@@ -555,19 +678,28 @@ class Agent(Parts):
         """What the critic's loss moves."""
         return nn.ModuleList((self.utility, self.mixer))
 
-    def log_policy(self, q: Tensor, memory: Tensor, avail: Tensor) -> Tensor:
-        """log pi (..., actions), of memory (..., R) and utilities (..., actions) read off it."""
+    def log_policy(
+        self, q: Tensor, memory: Tensor, avail: Tensor, tagged: Tagged | None = None
+    ) -> Tensor:
+        """log pi (..., actions), of memory (..., R) and utilities (..., actions) read off it; with
+        a pointer (..., A, R), and tagged."""
         if self.args.policy == "greedy":
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
         with torch.autocast(memory.device.type, enabled=False):
-            return log_probabilities(self.policy(memory), avail)
+            return log_probabilities(self.policy(memory, tagged), avail)
 
     def log_marginal(self, own_memory: Tensor | None, avail: Tensor) -> Tensor:
         """log m (..., actions) of own_memory (..., R); 0 without a marginal."""
         if own_memory is None:
             return torch.zeros_like(avail, dtype=torch.float32)
         return log_probabilities(self.marginal.head(own_memory), avail)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of all optimisers."""
+        for part in self.parts().values():
+            for group in getattr(part, "param_groups", ()):
+                group["lr"] = learning_rate
 
     def copy_to_targets(self) -> None:
         self.target_utility.load_state_dict(self.utility.state_dict())
@@ -631,8 +763,9 @@ class Player:
             self.last_actions = torch.full(obs.avail.shape[:2], -1, device=obs.avail.device)
         played = torch.ones(1, len(obs.avail), dtype=torch.bool)
         features = encode(obs, self.last_actions, played, self.agent.device)
-        q, memory, self.hidden = self.agent.utility(features, hidden=self.hidden)
-        log_pi = self.agent.log_policy(q.full_view, memory.full_view, features.avail_actions).cpu()
+        q, memory, self.hidden, tagged = self.agent.utility(features, hidden=self.hidden)
+        views = q.full_view, memory.full_view, features.avail_actions, tagged.full_view
+        log_pi = self.agent.log_policy(*views).cpu()
         if self.rng:  # the largest of log pi + Gumbel noise
             log_pi -= torch.empty_like(log_pi).exponential_(generator=self.agent.rng).log()
         actions = log_pi.argmax(-1)
@@ -833,6 +966,7 @@ class Trunks(NamedTuple):
 
     q: Views  # (M, A, actions), utilities
     memory: Views  # (M, A, R), what utilities and policy are read off
+    tagged: Views  # what their pointers read, or None
     own_memory: Tensor | None  # (M, A, R), what the marginal is read off
 
 
@@ -845,6 +979,9 @@ class LivingAgents(NamedTuple):
     memory: Tensor  # (n, R)
     team_memory: Tensor  # (n, R), in an imagined team s*, given
     own_memory: Tensor | None  # (n, R)
+    units: Tensor | None = None  # (n, U - 6, H), with pointers; and the two that follow
+    seen: Tensor | None = None  # (n, U - 6)
+    team_seen: Tensor | None = None  # (n, U - 6), in an imagined team
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LivingAgents:
         """function of each that is there."""
@@ -853,19 +990,17 @@ class LivingAgents(NamedTuple):
 
 def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunks:
     """Utilities in all views and, where it is needed, the marginal's network; groups (M, S)."""
-    own_memory = None
     with agent.autocast():
-        q, memory, _ = agent.utility(features, groups)
-        if agent.informed:
-            _, own, _ = agent.marginal(own_states(features))
-            own_memory = own.full_view
-    return Trunks(q, memory, own_memory)
+        q, memory, _, tagged = agent.utility(features, groups)
+        own_memory = agent.marginal(features) if agent.informed else None
+    return Trunks(q, memory, tagged, own_memory)
 
 
 def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
     """The agents that are alive (K, A) at the steps of a minibatch, a row each."""
     features = batch.features
     A = alive.shape[1]
+    tagged = trunks.tagged.full_view
     imagined = trunks.memory.own_group  # s* is who is in one's group
     if imagined is None:
         imagined = trunks.memory.full_view
@@ -877,7 +1012,36 @@ def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
         team_memory=imagined.detach(),
         own_memory=trunks.own_memory,
     )
+    if tagged is not None:
+        everybody = everybody._replace(
+            units=tagged.units[:, None].expand(-1, A, -1, -1),
+            seen=tagged.seen,
+            team_seen=(trunks.tagged.own_group or tagged).seen,
+        )
     return everybody.map(lambda x: x[batch.now][alive])
+
+
+# [shared: returns] begin
+
+
+def lambda_returns(args: Args, batch: Batch, next_values: Tensor) -> Tensor:
+    """y (K,) of next_values (K,), those at the ends of steps; as in Peng's Q(lambda), what was done
+    later counts as if the values were of it."""
+    # Steps are in order of time, then battle, and battles that go on come first.
+    sizes = batch.features.played[1:].sum(1).tolist()
+    steps = (batch.rewards, next_values, ~batch.terminated)
+    times = list(zip(*(x.split(sizes) for x in steps)))
+    found, later = [], next_values[:0]
+    for rewards, values, goes_on in reversed(times):
+        later = torch.cat((later, values[len(later) :]))  # where no step follows
+        # y_t = r_t + gamma ((1 - l) V_t+1 + l y_t+1)
+        mixed = (1 - args.td_lambda) * values + args.td_lambda * later
+        later = rewards + args.gamma * mixed * goes_on
+        found.append(later)
+    return torch.cat(found[::-1])
+
+
+# [shared: returns] end
 
 
 @torch.no_grad()
@@ -885,14 +1049,20 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
     """y (K,), of the present policy and marginal."""
     features, later = batch.features, batch.later
     avail = features.avail_actions
-    log_pi = agent.log_policy(trunks.q.full_view, trunks.memory.full_view, avail)[later]
+    q, memory, tagged = trunks.q.full_view, trunks.memory.full_view, trunks.tagged.full_view
+    log_pi = agent.log_policy(q, memory, avail, tagged)[later]
     log_m = agent.log_marginal(trunks.own_memory, avail)[later]  # (K, A, actions)
     with agent.autocast():
-        next_q, _, _ = agent.target_utility(features)
+        next_q, *_ = agent.target_utility(features)
         # The mixer is linear: the expectation of Q_tot is Q_tot of expectations.
         expected = Views((log_pi.exp() * next_q.full_view[later]).sum(-1))
         q_total = agent.target_mixer(expected, features.at(later)).q_total
-    value = soft_value(q_total, divergence(log_pi, log_m), agent.alpha)
+    cost = divergence(log_pi, log_m)  # (K, A)
+    if args.returns == "lambda":
+        # What policies pay when a step has ended is in no later y: it comes off the reward.
+        paid = args.gamma * agent.alpha * cost.sum(-1) * ~batch.terminated
+        return lambda_returns(args, batch._replace(rewards=batch.rewards - paid), q_total)
+    value = soft_value(q_total, cost, agent.alpha)
     return batch.rewards + args.gamma * value * ~batch.terminated
 
 
@@ -918,25 +1088,40 @@ def critic_loss(
     return (1 - weight) * td_loss + weight * group_loss, w, scalars
 
 
+def log_policies(agent: Agent, living: LivingAgents, imagined: bool = False) -> Tensor:
+    """log pi (n, actions) in the real or in imagined teams."""
+    memory, seen = living.memory, living.seen
+    if imagined:
+        memory, seen = living.team_memory, living.team_seen
+    q, avail = living.q, living.avail_actions
+    if living.units is None:
+        return agent.log_policy(q, memory, avail)
+    tagged = Tagged(living.units, seen[:, None])  # of one agent at a time
+    return agent.log_policy(q[:, None], memory[:, None], avail[:, None], tagged)[:, 0]
+
+
 def learn_marginal(args: Args, agent: Agent, living: LivingAgents) -> dict[str, Tensor]:
     """Eq. (12): a step of the marginal, if there is one, towards policies in imagined teams."""
     if not agent.informed:
         return {}
     with torch.no_grad():
-        log_pi = log_probabilities(agent.policy(living.team_memory), living.avail_actions)
+        log_pi = log_policies(agent, living, imagined=True)
     log_m = agent.log_marginal(living.own_memory, living.avail_actions)
     loss = marginal_loss(log_pi, log_m).mean()
     descend(loss, agent.marginal, agent.marginal_optimiser, args.max_grad_norm)
     return {"marginal_loss": loss}
 
 
-def actor_loss(args: Args, agent: Agent, living: LivingAgents, alpha: Tensor | float) -> Tensor:
-    """Eq. (13): what moves the policy; alpha: a number or (n,)."""
-    memory = living.memory.detach() if args.detach_actor_trunk else living.memory
-    log_pi = log_probabilities(agent.policy(memory), living.avail_actions)
+def actor_loss(args: Args, agent: Agent, living: LivingAgents, w: Tensor) -> Tensor:
+    """Eq. (13): what moves the policy; w (n,)."""
+    alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
+    if args.detach_actor_trunk:
+        living = living.map(lambda x: x.detach())
+    log_pi = log_policies(agent, living)
     with torch.no_grad():
         log_m = agent.log_marginal(living.own_memory, living.avail_actions)
-    return policy_loss(log_pi, log_m, living.q, alpha).mean()
+    loss = policy_loss(log_pi, log_m, living.q, alpha)  # (n,)
+    return (w * loss if args.actor_loss_times_w else loss).mean()
 
 
 def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
@@ -948,8 +1133,11 @@ def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
     return norm
 
 
-def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict[str, Tensor]:
-    """A step of the critic, M alternations of marginal and policy. Returns scalars.
+def learn(
+    args: Args, agent: Agent, batch: Batch, groups: Tensor | None, measures: bool = True
+) -> dict[str, Tensor]:
+    """A step of the critic, M alternations of marginal and policy. Returns scalars; if it measures,
+    those of measure(), too.
 
     Alternations but the last move the two heads, on what the trunks gave once. The last one moves
     the marginal's trunk, and its policy loss goes with the critic's loss through the trunk that the
@@ -961,18 +1149,18 @@ def learn(args: Args, agent: Agent, batch: Batch, groups: Tensor | None) -> dict
     alive = ~batch.features.avail_actions[batch.now][..., 0]  # (K, A): the dead have a no-op
     living = find_living(trunks, batch, alive)
     w = w[alive].clamp(min=1e-6)  # (n,); a softmax can underflow
-    scalars |= measure(agent, living, w)
+    if measures:
+        scalars |= measure(agent, living, w)
     if args.policy == "greedy":
         scalars["grad_norm"] = step_together(args, agent, loss)
         return scalars
-    alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
     fixed = living.map(lambda x: x.detach())  # no gradient gets to the trunks
     for _ in range(agent.ba_iterations - 1):
         learn_marginal(args, agent, fixed)
-        actor = actor_loss(args, agent, fixed, alpha)
+        actor = actor_loss(args, agent, fixed, w)
         descend(actor, agent.policy, agent.policy_optimiser, args.max_grad_norm)
     scalars |= learn_marginal(args, agent, living)
-    actor = actor_loss(args, agent, living, alpha)
+    actor = actor_loss(args, agent, living, w)
     scalars["policy_loss"] = actor
     scalars["grad_norm"] = step_together(args, agent, loss + actor)
     return scalars
@@ -983,7 +1171,7 @@ def measure(agent: Agent, living: LivingAgents, w: Tensor) -> dict[str, Tensor]:
     """What the method is about, over living agents: mutual information in imagined teams, also by
     type of unit, the policy's divergence from its marginal, its entropy, w (n,) and alpha / w."""
     avail = living.avail_actions
-    log_pi = agent.log_policy(living.q, living.memory, avail)
+    log_pi = log_policies(agent, living)
     entropy = -divergence(log_pi, torch.zeros_like(log_pi))
     alpha_over_w = agent.alpha / w
     scalars = {"entropy": entropy.mean(), "w": w.mean(), "alpha_over_w": alpha_over_w.mean()}
@@ -991,8 +1179,7 @@ def measure(agent: Agent, living: LivingAgents, w: Tensor) -> dict[str, Tensor]:
         return scalars
     log_m = agent.log_marginal(living.own_memory, avail)
     scalars["kl"] = divergence(log_pi, log_m).mean()
-    log_pi_in_team = log_probabilities(agent.policy(living.team_memory), avail)
-    information = divergence(log_pi_in_team, log_m)  # (n,)
+    information = divergence(log_policies(agent, living, imagined=True), log_m)  # (n,)
     scalars["mi"] = information.mean()
     for name, column in agent.types.items():
         is_type = living.own_state[:, column] > 0
@@ -1007,10 +1194,10 @@ def update(
     """Gradient steps on as many minibatches as follow a round of battles. Returns scalars."""
     found = collections.defaultdict(list)
     imagine = args.imagine and args.scenario != "resource"
-    for _ in range(args.updates_per_iteration):
+    for left in reversed(range(args.updates_per_iteration)):
         batch = buffer.sample(rng, args.batch_size)
         groups = draw_groups(batch.features, rng) if imagine else None
-        scalars = learn(args, agent, batch, groups)
+        scalars = learn(args, agent, batch, groups, measures=left == 0)
         for name, x in scalars.items():
             found[name].append(x.detach())
     return {name: torch.stack(x).mean() for name, x in found.items()}
@@ -1102,6 +1289,8 @@ def train(args: Args) -> int:
                 raise
             log.episodes += episodes
             run.lap("collect_s")
+            learning_rate = learning_rate_at(args, run.timesteps)
+            agent.set_learning_rate(learning_rate)
             scalars = {}
             if buffer.size >= args.batch_size:
                 scalars = update(args, agent, buffer, rng)
@@ -1113,7 +1302,8 @@ def train(args: Args) -> int:
             run.lap("learn_s")
             run.advance(sum(episode.length for episode in episodes))
             if run.is_due(args.log_every):
-                run.log(log.means() | {"epsilon": epsilon})
+                settings = {"epsilon": epsilon, "learning_rate": learning_rate}
+                run.log(log.means() | settings)
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

@@ -8,6 +8,7 @@ one's own group only, and those that see the other one only, must together expla
     Q_tot    = sum_i w_i Q_i + V,  w softmax over agents                             --mixer linear
     Q_groups = the same of 2 A utilities, Q_i of i's group and Q_i of the other group
     y        = r + gamma Q_tot'(argmax_u Q_i)                                   double Q-learning
+    y_t      = r_t + gamma ((1 - l) Q_tot'(argmax_u Q_i) + l y_t+1)             --returns lambda
     L        = (1 - lambda) E (Q_tot - y)^2 + lambda E (Q_groups - y)^2
 
 L moves utilities and mixer; Q_tot' is of copies of both, made every --target-every episodes.
@@ -69,7 +70,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from envs.smac import worlds
-from envs.smac.combat import SIDE, Family, Observation
+from envs.smac.combat import FIRST_TARGET, SIDE, Family, Observation
 from envs.smac.episodes import EpisodeLog, Policy
 from envs.smac.game import BattleError
 
@@ -96,15 +97,21 @@ class Args(RunArgs):
     imagine: bool = True  # imagined groups; without: AQMIX
     imagine_weight: Share = 0.5  # lambda, of their loss
     mixer: Literal["flex", "linear"] = "flex"  # of utilities
+    target_head: Literal["tags", "pointer"] = "tags"  # whom to attack: by its tag, or what it is
+    returns: Literal["one-step", "lambda"] = "one-step"  # y, of a step or of all that follow
+    td_lambda: Share = 0.8  # l, of lambda-returns
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
     hidden_size: Positive = 128  # H, of embeddings and attention
     heads: Positive = 4  # h, of attention
     rnn_size: Positive = 64  # R, of the agents' GRU
     mixing_size: Positive = 32  # E
     # Base algorithm
-    learning_rate: Amount = 5e-4  # RMSprop's
-    rmsprop_alpha: Share = 0.99  # decay of its mean square
+    optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam: with torch's settings
+    rmsprop_alpha: Share = 0.99  # decay of RMSprop's mean square
     rmsprop_eps: Above = 1e-5  # added to its root
+    learning_rate: Amount = 5e-4  # at first
+    final_share: Share = 1.0  # of the learning rate that is left at --total-timesteps
+    anneal_from: Count = 0  # steps after which the learning rate falls, linearly
     max_grad_norm: Above = 10.0  # of all networks together
     gamma: Share = 0.99  # discount
     batch_size: Positive = 32  # episodes of a minibatch
@@ -153,6 +160,20 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         (not args.imagine and args.imagine_weight != 0.5, "--imagine-weight needs --imagine"),
+        (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
+        (
+            args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
+            "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",
+        ),
+        (args.anneal_from and args.final_share == 1, "--anneal-from needs --final-share below 1"),
+        (
+            args.anneal_from >= args.total_timesteps,
+            "--anneal-from is not before --total-timesteps",
+        ),
+        (
+            args.target_head == "pointer" and args.scenario == "resource",
+            "--scenario resource has nobody to attack: it needs --target-head tags",
+        ),
         *worlds.wrong_flags(args),
     ]
 
@@ -353,6 +374,59 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
 
 
 # [shared: attention] end
+# [shared: heads] begin
+
+KEY_GAIN = 16.0  # of a pointer's keys: units begin about as far apart as by tags
+
+
+class Tagged(NamedTuple):
+    """Units in the order of the actions that attack or heal them: by their tags."""
+
+    units: Tensor  # (M, 1, U - 6, H): as they are embedded; 0 where there is none
+    seen: Tensor  # (M, V, A, U - 6): 1 where agent i sees it in a view, else 0
+
+
+def by_tag(units: Tensor, features: Features, mask: Tensor) -> Tagged:
+    """units (M, S, H), of which mask (M, V, A, S) hides some."""
+    num_targets = features.avail_actions.shape[-1] - FIRST_TARGET
+    tags = features.entities[:, None, :, :num_targets]  # (M, 1, S, U - 6): one-hot, or 0
+    return Tagged(tags.mT @ units[:, None].to(tags.dtype), (~mask).to(tags.dtype) @ tags)
+
+
+class TagHead(nn.Linear):
+    """Numbers (..., U) of actions, of memory (..., R) alone: whom it attacks, it knows by tags."""
+
+    def forward(self, x: Tensor, tagged: Tagged | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class PointerHead(nn.Module):
+    """Numbers (..., A, U) of actions, of memory (..., A, R) and what units are. Attacking one that
+    is hidden is worth the same whoever it is."""
+
+    def __init__(self, R: int, H: int):
+        super().__init__()
+        self.own = nn.Linear(R, FIRST_TARGET + 1)  # the last: attacking anybody
+        self.query = nn.Linear(R, H)
+        self.key = nn.Linear(H, H)
+        self.key.weight.data *= KEY_GAIN
+
+    def forward(self, x: Tensor, tagged: Tagged) -> Tensor:
+        own, key = self.own(x), self.key(tagged.units)
+        # <W_q x_i, W_k e_j> / sqrt(H): whom, by what it is
+        score = self.query(x) @ key.mT / math.sqrt(key.shape[-1])  # (..., A, U - 6)
+        targets = own[..., FIRST_TARGET:] + score * tagged.seen
+        return torch.cat((own[..., :FIRST_TARGET], targets), dim=-1)
+
+
+def new_head(actions: int, args: Args) -> TagHead | PointerHead:
+    """As --target-head says."""
+    if args.target_head == "tags":
+        return TagHead(args.rnn_size, actions)
+    return PointerHead(args.rnn_size, args.hidden_size)
+
+
+# [shared: heads] end
 
 
 class Utility(nn.Module):
@@ -366,7 +440,8 @@ class Utility(nn.Module):
         self.project = nn.Linear(H, H)
         self.gru_input = nn.Linear(H, args.rnn_size)
         self.gru = nn.GRU(args.rnn_size, args.rnn_size)
-        self.head = nn.Linear(args.rnn_size, actions)
+        self.points = args.target_head == "pointer"
+        self.head = new_head(actions, args)
 
     def forward(
         self, features: Features, groups: Tensor | None = None, hidden: Tensor | None = None
@@ -374,13 +449,14 @@ class Utility(nn.Module):
         """Utilities (M, A, actions) of each view, and the hidden state after them (1, B V A, R)."""
         A = features.unseen.shape[1]
         mask = mask_views(features.unseen, groups)  # (M, V, A, S)
-        x = F.relu(self.embed(features.entities))  # (M, S, H)
-        query, key, value = self.attention(x[:, :, None], A)
+        units = F.relu(self.embed(features.entities))  # (M, S, H)
+        query, key, value = self.attention(units[:, :, None], A)
         x = attend(query, key, value, mask)[0]  # (M, V, A, H)
         with torch.autocast(x.device.type, enabled=False):  # utilities need their digits
             x = F.relu(apply_both(self.project, self.gru_input, x))
             x, hidden = run_gru(self.gru, x, features.played, hidden)  # (M, V, A, R)
-            q = self.head(x).masked_fill(features.empty[:, None, :A, None], 0.0)
+            tagged = by_tag(units, features, mask) if self.points else None
+            q = self.head(x, tagged).masked_fill(features.empty[:, None, :A, None], 0.0)
         return Views(*q.movedim(1, 0)), hidden
 
 
@@ -464,6 +540,28 @@ class Mixer(nn.Module):
         return torch.stack(totals, dim=1)
 
 
+# [shared: optimiser] begin
+
+
+def new_optimiser(args: Args, net: nn.Module) -> torch.optim.Optimizer:
+    """RMSprop as in REFIL's code, or Adam with torch's settings."""
+    options = {"lr": args.learning_rate, "foreach": True}
+    if args.optimiser == "adam":
+        return torch.optim.Adam(net.parameters(), **options)
+    options |= {"alpha": args.rmsprop_alpha, "eps": args.rmsprop_eps}
+    return torch.optim.RMSprop(net.parameters(), **options)
+
+
+def learning_rate_at(args: Args, timesteps: int) -> float:
+    """Stays until --anneal-from, then falls linearly until --total-timesteps."""
+    falling = args.total_timesteps - args.anneal_from
+    done = min(max(timesteps - args.anneal_from, 0) / falling, 1.0)
+    return args.learning_rate * (1 + done * (args.final_share - 1))
+
+
+# [shared: optimiser] end
+
+
 class Agent(Parts):
     """The networks and their optimiser."""
 
@@ -476,13 +574,7 @@ class Agent(Parts):
         self.mixer = Mixer(inputs, args).to(device)
         self.target_utility = copy.deepcopy(self.utility)
         self.target_mixer = copy.deepcopy(self.mixer)
-        options = {
-            "lr": args.learning_rate,
-            "alpha": args.rmsprop_alpha,
-            "eps": args.rmsprop_eps,
-            "foreach": True,
-        }
-        self.optimiser = torch.optim.RMSprop(self.critic().parameters(), **options)
+        self.optimiser = new_optimiser(args, self.critic())
         if args.compile:
             for net in (self.utility, self.mixer, self.target_utility, self.target_mixer):
                 net.compile(dynamic=True)
@@ -490,6 +582,12 @@ class Agent(Parts):
     def critic(self) -> nn.ModuleList:
         """What the loss moves."""
         return nn.ModuleList((self.utility, self.mixer))
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of all optimisers."""
+        for part in self.parts().values():
+            for group in getattr(part, "param_groups", ()):
+                group["lr"] = learning_rate
 
     def copy_to_targets(self) -> None:
         self.target_utility.load_state_dict(self.utility.state_dict())
@@ -715,6 +813,29 @@ def draw_groups(features: Features, rng: torch.Generator) -> Tensor:
     return groups[battle].to(features.empty.device)
 
 
+# [shared: returns] begin
+
+
+def lambda_returns(args: Args, batch: Batch, next_values: Tensor) -> Tensor:
+    """y (K,) of next_values (K,), those at the ends of steps; as in Peng's Q(lambda), what was done
+    later counts as if the values were of it."""
+    # Steps are in order of time, then battle, and battles that go on come first.
+    sizes = batch.features.played[1:].sum(1).tolist()
+    steps = (batch.rewards, next_values, ~batch.terminated)
+    times = list(zip(*(x.split(sizes) for x in steps)))
+    found, later = [], next_values[:0]
+    for rewards, values, goes_on in reversed(times):
+        later = torch.cat((later, values[len(later) :]))  # where no step follows
+        # y_t = r_t + gamma ((1 - l) V_t+1 + l y_t+1)
+        mixed = (1 - args.td_lambda) * values + args.td_lambda * later
+        later = rewards + args.gamma * mixed * goes_on
+        found.append(later)
+    return torch.cat(found[::-1])
+
+
+# [shared: returns] end
+
+
 @torch.no_grad()
 def find_targets(args: Args, agent: Agent, batch: Batch, q: Tensor) -> Tensor:
     """y (K,); q (M, A, actions): the learning networks' utilities."""
@@ -724,6 +845,8 @@ def find_targets(args: Args, agent: Agent, batch: Batch, q: Tensor) -> Tensor:
     chosen = Views(pick(next_q.full_view[later], best))
     # y = r + gamma Q_tot'(argmax_u Q_i)
     q_total = agent.target_mixer(chosen, features.at(later)).q_total
+    if args.returns == "lambda":
+        return lambda_returns(args, batch, q_total)
     return batch.rewards + args.gamma * q_total * ~batch.terminated
 
 
@@ -849,6 +972,8 @@ def train(args: Args) -> int:
                 raise
             log.episodes += episodes
             run.lap("collect_s")
+            learning_rate = learning_rate_at(args, run.timesteps)
+            agent.set_learning_rate(learning_rate)
             scalars = {}
             if buffer.size >= args.batch_size:
                 scalars = update(args, agent, buffer, rng)
@@ -860,7 +985,8 @@ def train(args: Args) -> int:
             run.lap("learn_s")
             run.advance(sum(episode.length for episode in episodes))
             if run.is_due(args.log_every):
-                run.log(log.means() | {"epsilon": epsilon})
+                settings = {"epsilon": epsilon, "learning_rate": learning_rate}
+                run.log(log.means() | settings)
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

@@ -640,7 +640,8 @@ def says(
     avail = features.avail_actions
     q, *rest = agent.utility(features, groups)
     if hasattr(agent, "policy") and agent.args.policy == "head":
-        log_pi = agent.log_policy(getattr(q, view), getattr(rest[0], view), avail)
+        memory, _, tagged = (getattr(x, view, None) for x in rest)
+        log_pi = agent.log_policy(getattr(q, view), memory, avail, tagged)
         return log_pi.argmax(-1), log_pi
     return getattr(q, view).masked_fill(~avail, opened.script.MASKED).argmax(-1), None
 

@@ -162,6 +162,27 @@ def permuted(features):
     return moved, mine, all_of
 
 
+def forward_view(batch, values, costs, gamma, td_lambda):
+    """lambda-returns (K,) as weighted sums of n-step returns, each written out. values (K,): those
+    at the ends of steps, less costs (K,), which a longer return has to pay, too."""
+    place = batch.features.played.nonzero().tolist()
+    step = {tuple(place[m]): k for k, m in enumerate(batch.now.tolist())}
+    found = np.zeros(len(step))
+    for (t, b), k in step.items():
+        earned, n_step = 0.0, []
+        while (t + len(n_step), b) in step:
+            n = len(n_step)
+            j = step[t + n, b]
+            goes_on = not batch.terminated[j]
+            earned += gamma**n * float(batch.rewards[j])
+            n_step.append(earned + goes_on * gamma ** (n + 1) * float(values[j]))
+            earned -= goes_on * gamma ** (n + 1) * float(costs[j])
+        weights = [(1 - td_lambda) * td_lambda**n for n in range(len(n_step))]
+        weights[-1] = td_lambda ** (len(n_step) - 1)
+        found[k] = np.dot(weights, n_step)
+    return found
+
+
 # --- Mixing in NumPy ------------------------------------------------------------------------------
 
 
@@ -237,6 +258,14 @@ def option(name):
     return lambda state, run_dir: state["agent"]["optimiser"]["param_groups"][0][name]
 
 
+def moments_kept(state, run_dir):
+    return sorted(state["agent"]["optimiser"]["state"][0])
+
+
+def has_pointer(state, run_dir):
+    return any(name.endswith("head.query.weight") for name in state["agent"]["utility"])
+
+
 def replayed(of):
     return lambda state, run_dir: of(saved_replay(run_dir))
 
@@ -281,10 +310,23 @@ EFFECTS = {  # flags; what to measure; without and with them, or None: the two m
     ),
     "imagine": ("--no-imagine --log-every 16", lines("group_loss"), (0, 0)),
     "imagine_weight": ("--imagine-weight 0", changed("utility"), None),
+    "target_head": ("--target-head pointer", has_pointer, (False, True)),
+    "returns": ("--returns lambda", changed("utility"), None),
     "timeout_terminates": ("--no-timeout-terminates", changed("utility"), None),
     "heads": ("--heads 4", changed("utility"), None),
     "rnn_size": ("--rnn-size 7", shape("utility", "gru.weight_hh_l0"), ((12, 4), (21, 7))),
     "learning_rate": ("--learning-rate .01", option("lr"), (5e-4, 0.01)),
+    "final_share": ("--final-share .6", option("lr"), (5e-4, 5e-4 * (1 + 48 / 64 * (0.6 - 1)))),
+    "anneal_from": (
+        "--final-share .6 --anneal-from 32",
+        option("lr"),
+        (5e-4, 5e-4 * (1 + 16 / 32 * (0.6 - 1))),
+    ),
+    "optimiser": (
+        "--optimiser adam",
+        moments_kept,
+        (["square_avg", "step"], ["exp_avg", "exp_avg_sq", "step"]),
+    ),
     "rmsprop_alpha": ("--rmsprop-alpha .5", option("alpha"), (0.99, 0.5)),
     "rmsprop_eps": ("--rmsprop-eps .1", option("eps"), (1e-5, 0.1)),
     "max_grad_norm": ("--max-grad-norm .00001", changed("utility"), None),

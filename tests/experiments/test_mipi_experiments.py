@@ -381,7 +381,7 @@ def test_what_team_dependence_measures(runs, monkeypatch):
 
     def policy(view, groups=None):
         with torch.no_grad():
-            q, x, _ = opened.agent.utility(view, groups)
+            q, x, *_ = opened.agent.utility(view, groups)
             seen = 0 if groups is None else 1
             return opened.agent.log_policy(q[seen], x[seen], view.avail_actions).exp().numpy()
 

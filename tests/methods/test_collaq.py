@@ -213,6 +213,21 @@ def test_trimmed_slots_change_nothing(flags, monkeypatch):
     assert torch.allclose(*found, rtol=1e-10)
 
 
+@pytest.mark.numeric
+@pytest.mark.parametrize("name", TERMS)
+def test_pointers_of_terms_mean_whom_they_see(name):
+    """With --target-head pointer whom to heal is known to Q_collab(o_i) alone, whom to attack to
+    all: agents have the tags 0 to 3 here, enemies 4 to 7."""
+    features, (utility, _) = made_up(filled=(4, 4, 4)), networks("--target-head pointer", 9, 14)
+    features.unseen[:] = False
+    features.entities[..., :8] = torch.eye(8, dtype=torch.float64)
+    avail = torch.ones(8, 4, 14, dtype=torch.bool)
+    term = all_of(utility, features._replace(avail_actions=avail))[name][:, 0, 6:]  # of agent 0
+    for m in range(8):
+        values = term[m].unique().numel()
+        assert values == (8 if name == "collab" else 1 + 1 + 4)  # itself, teammates, enemies
+
+
 # --- Losses ---------------------------------------------------------------------------------------
 
 
@@ -452,6 +467,11 @@ WRONG = {  # with words that the sentence has to contain
     "--hidden-size 10": "--hidden-size --heads",
     "--batch-size 33 --buffer-size 32": "--batch-size --buffer-size",
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",
+    "--td-lambda .5": "--td-lambda --returns lambda",
+    "--scenario resource --target-head pointer": "--target-head tags",
+    "--optimiser adam --rmsprop-alpha .1": "--rmsprop-alpha --optimiser rmsprop",
+    "--anneal-from 10": "--anneal-from --final-share",
+    "--final-share .5 --anneal-from 10 --total-timesteps 10": "--anneal-from --total-timesteps",
     "--scenario resource --enemy-ai focus": "--enemy-ai battles",
 }
 
@@ -477,6 +497,7 @@ OWN = {
     "rnn_size": ("--rnn-size 7", shape("utility", "alone.gru.weight_hh_l0"), ((12, 4), (21, 7))),
 }
 ELSEWHERE = {
+    "td_lambda": "test_refil.py::test_lambda_returns_are_sums_of_n_step_returns",
     "amp": "test_refil.py::test_amp",
     "compile": "test_refil.py::test_compile",
     # The same lines as the parent's, in blocks that are the same:

@@ -27,6 +27,7 @@ from battle_tools import (
     check_effect,
     elsewhere,
     finite,
+    forward_view,
     initial,
     numpy_mix,
     read,
@@ -80,8 +81,10 @@ def forward(s):
     features = s.batch.features
     trunks = mipi.run_trunks(s.agent, features, s.groups)
     avail = features.avail_actions
-    log_pi = s.agent.log_policy(stacked(trunks.q), stacked(trunks.memory), avail)
-    return trunks, log_pi, s.agent.log_marginal(trunks.own_memory, avail)
+    views = zip(*(x.present() for x in (trunks.q, trunks.memory)))
+    tagged = trunks.tagged.present() or [None] * len(trunks.q)
+    log_pi = [s.agent.log_policy(q, x, avail, where) for (q, x), where in zip(views, tagged)]
+    return trunks, torch.stack(log_pi), s.agent.log_marginal(trunks.own_memory, avail)
 
 
 # --- Policies -------------------------------------------------------------------------------------
@@ -114,18 +117,42 @@ def test_the_marginal_sees_its_own_unit_only():
     A = features.unseen.shape[1]
     for i in range(A):
         now = features._replace(entities=x)
-        logits = s.agent.marginal(mipi.own_states(now))[0].full_view
+        logits = s.agent.marginal.head(s.agent.marginal(now))
         (gradient,) = torch.autograd.grad(logits[:, i].square().sum(), x)
         others = [j for j in range(2 * A) if j != i]
         assert (gradient[:, others] == 0).all() and (gradient[:, i] != 0).any()
         changed = features.entities.clone()
         changed[:, others] = 5.0
         other = features._replace(entities=changed)
-        again = s.agent.marginal(mipi.own_states(other))[0].full_view
+        again = s.agent.marginal.head(s.agent.marginal(other))
         assert torch.equal(again[:, i], logits[:, i])
-        _, memory, _ = s.agent.utility(now)
+        _, memory, *_ = s.agent.utility(now)
         (gradient,) = torch.autograd.grad(memory.full_view[:, i].square().sum(), x)
         assert (gradient[:, others] != 0).any()
+
+
+@pytest.mark.numeric
+def test_attention_to_one_entity_is_its_value():
+    """A marginal with the weights of utilities whose agents see themselves only says the same, and
+    its value projection has the same gradient; queries and keys have none."""
+    s = setting(double=True)
+    marginal, utility, features = s.agent.marginal, s.agent.utility, s.batch.features
+    weights = utility.state_dict()
+    del weights["attention.query"]
+    weights["value"] = weights.pop("attention.key_value")[0, :, 8:]
+    marginal.load_state_dict(weights)
+    alone = features._replace(unseen=mipi.others(features.unseen) | features.unseen)
+    memory = utility(alone)[1].full_view
+    own = marginal(features)
+    there = features.avail_actions[..., 0].logical_not()  # (M, A): the dead see nobody
+    assert there.any() and torch.allclose(memory[there], own[there], atol=1e-12)
+    query, key_value = torch.autograd.grad(
+        memory[there].square().sum(),
+        (utility.attention.query, utility.attention.key_value),
+    )
+    (value,) = torch.autograd.grad(own[there].square().sum(), marginal.value)
+    assert (query == 0).all() and (key_value[..., :8] == 0).all()
+    assert torch.allclose(key_value[0, :, 8:], value, atol=1e-10) and (value != 0).all()
 
 
 def test_observe_self_only_sees_nobody_else():
@@ -152,7 +179,7 @@ def test_actions_are_drawn_from_policy_and_noise():
     s.battles.reset()
     obs, epsilon = s.battles.obs, 0.3
     features = mipi.encode(obs, torch.full((4, 8), -1), torch.ones(1, 4, dtype=torch.bool), CPU)
-    q, memory, _ = s.agent.utility(features)
+    q, memory, *_ = s.agent.utility(features)
     avail = features.avail_actions
     pi = s.agent.log_policy(q.full_view, memory.full_view, avail).exp()  # (4, A, actions)
     A = pi.shape[1]
@@ -224,6 +251,24 @@ def test_critic_is_that_of_numpy(how):
 
 
 @pytest.mark.numeric
+@pytest.mark.parametrize("timeout", ["", "--no-timeout-terminates"])
+def test_lambda_returns_are_sums_of_n_step_returns(timeout):
+    """Of which each charges what policies pay on the way and, where it bootstraps, then."""
+    s = setting(f"--gamma .9 --alpha .7 --returns lambda --td-lambda .6 {timeout}", double=True)
+    trunks, log_pi, log_m = forward(s)
+    found = mipi.find_targets(s.args, s.agent, s.batch, trunks)
+    args = dataclasses.replace(s.args, returns="one-step")
+    one_step = mipi.find_targets(args, s.agent, s.batch, trunks)
+    pi = log_pi[0].exp().detach()
+    costs = 0.7 * (pi * (log_pi[0] - log_m).detach()).sum((1, 2))[s.batch.later]
+    assert costs.min() > 0
+    values = (one_step - s.batch.rewards) / 0.9
+    expected = forward_view(s.batch, values, costs, 0.9, 0.6)
+    assert np.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert not np.allclose(found, forward_view(s.batch, values, 0 * costs, 0.9, 0.6), atol=1e-3)
+
+
+@pytest.mark.numeric
 @pytest.mark.parametrize("how", ["", "--no-imagine"])
 def test_policy_and_marginal_losses_are_those_of_numpy(how):
     """Eqs. (17), (18) by loops over available actions, as learn() reports them with M = 1."""
@@ -254,6 +299,28 @@ def test_policy_and_marginal_losses_are_those_of_numpy(how):
 
 
 @pytest.mark.numeric
+def test_a_policys_pointer_reads_what_the_utilities_read():
+    """Of living agents the same policies as of all moments, in real and in imagined teams; agents
+    that do not see a unit attack all such ones with one probability."""
+    s = setting("--target-head pointer", double=True)
+    trunks, log_pi, _ = forward(s)
+    features, now = s.batch.features, s.batch.now
+    alive = ~features.avail_actions[now][..., 0]
+    living = mipi.find_living(trunks, s.batch, alive)
+    for view, imagined in ((0, False), (1, True)):
+        found = mipi.log_policies(s.agent, living, imagined)
+        assert torch.allclose(found, log_pi[view][now][alive], atol=1e-12)
+    assert not torch.allclose(log_pi[0], log_pi[1], atol=1e-3)
+    for memory, tagged in zip(trunks.memory, trunks.tagged):
+        targets = s.agent.policy(memory, tagged)[..., 6:].detach()  # (M, A, 8)
+        hidden = tagged.seen == 0
+        low, high = targets.masked_fill(~hidden, np.inf), targets.masked_fill(~hidden, -np.inf)
+        some = hidden.any(-1)
+        assert some.any() and torch.equal(low.amin(-1)[some], high.amax(-1)[some])
+        assert (targets.std(-1)[(~hidden).sum(-1) > 1] > 1e-3).all()
+
+
+@pytest.mark.numeric
 def test_alpha_i_over_w():
     """Eq. (18) with alpha / w_i per agent and state."""
     s = setting("--ba-iterations 1 --alpha .2 --alpha-i-over-w", double=True)
@@ -270,6 +337,29 @@ def test_alpha_i_over_w():
     assert torch.isclose(scalars["policy_loss"], each[there].mean(), rtol=1e-9)
     assert torch.isclose(scalars["alpha_over_w"], (0.2 / w)[there].mean(), rtol=1e-9)
     assert torch.isclose(scalars["w"], w[there].mean(), rtol=1e-9)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("flags", ["", "--alpha-i-over-w"])
+def test_actor_loss_times_w(flags):
+    """Eq. (18) times w_i, with both forms of alpha_i; by loops over living agents."""
+    both = "--ba-iterations 1 --regularizer entropy --alpha .2"
+    s = setting(f"{both} --actor-loss-times-w {flags}", double=True)
+    trunks, log_pi, _ = forward(s)
+    features, now = s.batch.features, s.batch.now
+    chosen = trunks.q.map(lambda x: mipi.pick(x[now], s.batch.actions))
+    w = s.agent.mixer(chosen, features.at(now), s.groups[now]).w.detach().numpy()
+    found = mipi.learn(s.args, s.agent, s.batch, s.groups)["policy_loss"].item()
+    log_pi, q = log_pi[0].detach().numpy(), trunks.q.full_view.detach().numpy()
+    each = []
+    for k, i in np.ndindex(*w.shape):
+        may = features.avail_actions[now[k], i].numpy()
+        if may[0]:
+            continue
+        logs, values = log_pi[now[k], i][may], q[now[k], i][may]
+        alpha = 0.2 / w[k, i] if flags else 0.2
+        each.append(w[k, i] * (np.exp(logs) * (alpha * logs - values)).sum())
+    assert np.isclose(found, np.mean(each), rtol=1e-9)
 
 
 def test_living_agents_are_those_that_may_act():
@@ -290,7 +380,15 @@ def test_living_agents_are_those_that_may_act():
         assert torch.equal(living.own_memory[n], trunks.own_memory[m, i])
     learns = [living.q, living.memory, living.team_memory, living.own_memory]
     assert [x.requires_grad for x in learns] == [False, True, False, True]
-    assert not any(x.requires_grad for x in living.map(lambda x: x.detach()))
+    given = [x for x in living.map(lambda x: x.detach()) if x is not None]
+    assert len(given) == len(living) - 3 and not any(x.requires_grad for x in given)
+
+
+class Saying(torch.nn.Module):
+    """What it reads is what it says."""
+
+    def forward(self, x, tagged=None):
+        return x
 
 
 @pytest.mark.numeric
@@ -312,7 +410,7 @@ def test_mutual_information_is_exact_where_it_can_be_counted():
     avail = torch.ones(n, U, dtype=torch.bool)
     avail[..., 0] = False
     log = lambda p: torch.from_numpy(np.log(np.maximum(p, 1e-300))).float()  # noqa: E731
-    s.agent.policy = s.agent.marginal.head = torch.nn.Identity()  # what they read is what they say
+    s.agent.policy = s.agent.marginal.head = Saying()
     living = mipi.LivingAgents(
         own_state=own_state,
         avail_actions=avail,
@@ -339,13 +437,12 @@ def moved(before, after):
 
 
 def snapshot(agent):
-    """Parameters by name, but for one that nothing depends on: who sees one unit attends to it."""
+    """Parameters by name."""
     return {
         f"{part}.{name}": p.detach().clone()
         for part, net in agent.parts().items()
         if isinstance(net, torch.nn.Module)
         for name, p in net.named_parameters()
-        if f"{part}.{name}" != "marginal.attention.query"
     }
 
 
@@ -414,10 +511,11 @@ def test_alternations_on_cached_trunks_are_blahut_and_arimotos(monkeypatch):
 
 
 @pytest.mark.numeric
+@pytest.mark.parametrize("head", ["tags", "pointer"])
 @pytest.mark.parametrize("flags", ["", "--detach-actor-trunk"])
-def test_what_the_policys_loss_moves(flags):
+def test_what_the_policys_loss_moves(flags, head):
     """The shared trunk, unless that is switched off; never utilities' head, mixer or marginal."""
-    s = setting(f"--ba-iterations 1 {flags}", double=True)
+    s = setting(f"--ba-iterations 1 --target-head {head} {flags}", double=True)
     trunks, _, _ = forward(s)
     y = mipi.find_targets(s.args, s.agent, s.batch, trunks)
     loss, *_ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.q, y)
@@ -527,6 +625,8 @@ MODES = {
     "entropy, csz, bf16": "--regularizer entropy --scenario csz --amp",
     "alone, mmm": "--observe-self-only --scenario mmm --no-imagine",
     "mi, resource collection": "--scenario resource",
+    "mi, pointer, mmm": "--target-head pointer --scenario mmm",
+    "mi, lambda-returns, adam": "--returns lambda --optimiser adam",
 }
 
 
@@ -590,6 +690,25 @@ def test_resource_collection_has_defaults_of_its_own():
     assert more["policy_optimiser"]["state"][0]["step"] == 3 * steps[0]
 
 
+def test_measures_are_taken_once_a_round(monkeypatch):
+    """Of its last minibatch; all else that is learned and logged stays."""
+    calls, measure = [], mipi.measure
+    monkeypatch.setattr(mipi, "measure", lambda *args: calls.append(1) or measure(*args))
+    s, twin = setting("--updates-per-iteration 3"), setting("--updates-per-iteration 3")
+    found = mipi.update(s.args, s.agent, s.buffer, torch.Generator().manual_seed(1))
+    assert len(calls) == 1
+    rng, each = torch.Generator().manual_seed(1), []
+    for _ in range(3):
+        batch = twin.buffer.sample(rng, twin.args.batch_size)
+        groups = mipi.draw_groups(batch.features, rng)
+        each.append(mipi.learn(twin.args, twin.agent, batch, groups))
+    assert found.keys() == each[0].keys()
+    assert torch.equal(found["mi"], each[-1]["mi"]) and found["mi"] != each[0]["mi"]
+    mean = torch.stack([x["td_loss"] for x in each]).mean()
+    assert torch.isclose(found["td_loss"], mean, rtol=1e-6)
+    assert differences(s.agent.utility.state_dict(), twin.agent.utility.state_dict()) == []
+
+
 def test_what_is_logged():
     run(mipi, "run", 64, "--log-every", 16, "--final-episodes", 2)
     logged = metrics("run")
@@ -603,6 +722,7 @@ def test_what_is_logged():
 
 WRONG = {
     "--policy greedy": "--policy greedy --regularizer none",
+    "--regularizer none --policy greedy --actor-loss-times-w": "--policy --actor-loss-times-w",
     "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
     "--observe-self-only --alpha-i .1": "--alpha-i regulariser",
     "--observe-self-only --alpha .1": "--alpha regulariser",
@@ -618,6 +738,12 @@ WRONG = {
     "--hidden-size 10": "--hidden-size --heads",
     "--batch-size 33 --buffer-size 32": "--batch-size --buffer-size",
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",
+    "--td-lambda .5": "--td-lambda --returns lambda",
+    "--scenario resource --target-head pointer": "--target-head tags",
+    "--observe-self-only --target-head pointer": "--observe-self-only --target-head",
+    "--optimiser adam --rmsprop-alpha .1": "--rmsprop-alpha --optimiser rmsprop",
+    "--anneal-from 10": "--anneal-from --final-share",
+    "--final-share .5 --anneal-from 10 --total-timesteps 10": "--anneal-from --total-timesteps",
     "--team-sizes 2": "3 to 8 2",
     "--alpha -1": "--alpha",
     "--alpha nan": "--alpha",
@@ -681,11 +807,13 @@ OWN = {  # of the method, or measured otherwise
     "alpha_i_over_w": ("--alpha-i-over-w", changed("policy"), None),
     "observe_self_only": ("--observe-self-only", changed("utility"), None),
     "ba_iterations": ("--ba-iterations 2", policy_steps, (16.0, 8.0)),
+    "actor_loss_times_w": ("--actor-loss-times-w", changed("utility"), None),
     "detach_actor_trunk": ("--detach-actor-trunk", changed("utility"), None),
     "hidden_size": ("--hidden-size 12", shape("mixer", "project"), ((2, 8, 8), (2, 12, 12))),
     "mixing_size": ("--mixing-size 6", shape("mixer", "out_bias"), ((2, 3), (2, 6))),
 }
 ELSEWHERE = {
+    "td_lambda": "test_lambda_returns_are_sums_of_n_step_returns",
     "policy": "test_without_the_method_it_is_refil_with_the_linear_mixer",
     "amp": "test_amp_and_compile",
     "compile": "test_amp_and_compile",
@@ -727,7 +855,7 @@ def test_amp_and_compile(monkeypatch):
     plain = run(mipi, "plain", 32)
     assert compiled == []
     assert differences(plain["agent"], run(mipi, "compiled", 32, "--compile")["agent"]) == []
-    assert sorted(compiled) == ["Mixer", "Mixer", "Utility", "Utility", "Utility"]
+    assert sorted(compiled) == ["Marginal", "Mixer", "Mixer", "Utility", "Utility"]
     monkeypatch.setattr(mipi, "has_bf16", lambda device: True)
     amp = run(mipi, "amp", 32, "--amp")
     assert differences(plain["agent"], amp["agent"])

@@ -227,6 +227,29 @@ def test_both_steps_minimise_the_scripts_losses():
     assert slope(loss, expected) < 1e-12 < slope(loss, pi)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_eq_18_times_w_is_the_gradient_of_the_joint_objective(seed):
+    """With alpha / w_i: of E_pi (Q_tot - alpha sum_i log pi_i / m_i), by enumeration of joint
+    actions. Without w_i each agent's gradient is 1 / w_i as large."""
+    rng = np.random.default_rng(seed)
+    q, m = torch.from_numpy(rng.normal(size=(2, 3))), rng.dirichlet(np.ones(3), size=2)
+    w, log_m = torch.tensor([0.125, 0.3]).double(), torch.from_numpy(np.log(m))
+    logits = torch.from_numpy(rng.normal(size=(2, 3))).requires_grad_()
+    log_pi = logits.log_softmax(-1)
+    objective = torch.zeros(()).double()
+    for u in itertools.product(range(3), repeat=2):
+        chosen = [(i, u[i]) for i in (0, 1)]
+        p = torch.stack([log_pi[x].exp() for x in chosen]).prod()
+        ratio = sum(log_pi[x] - log_m[x] for x in chosen)
+        objective = objective + p * (sum(w[i] * q[i, a] for i, a in chosen) - ALPHA * ratio)
+    loss = mipi.policy_loss(log_pi, log_m, q, ALPHA / w)
+    (truth,) = torch.autograd.grad(-objective, logits, retain_graph=True)
+    (weighted,) = torch.autograd.grad((w * loss).sum(), logits, retain_graph=True)
+    (plain,) = torch.autograd.grad(loss.sum(), logits)
+    assert torch.allclose(weighted, truth, atol=1e-12) and truth.abs().max() > 1e-3
+    assert torch.allclose(plain, truth / w[:, None], atol=1e-12)
+
+
 def test_expectation_of_a_linear_mixer_is_exact():
     """Eq. (16)'s expectation over joint actions: of Q_tot and of log ratios, by enumeration."""
     rng = np.random.default_rng(1)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from battle_tools import (
     check_effect,
     elsewhere,
     finite,
+    forward_view,
     initial,
     nets,
     numpy_mix,
@@ -242,6 +245,92 @@ def test_mixing_is_monotonic(flags):
                 assert (gradient >= 0).all() and (gradient > 0).any()
 
 
+ACTIONS = 6 + 8  # of synthetic features with targets
+
+
+def with_targets(seed=0):
+    """Features of four agents and four enemies that have tags; enemies' are 0 to 7, agents' not."""
+    features = as_double(synthetic(seed=seed, width=16 + 5))
+    rng = torch.Generator().manual_seed(seed)
+    features.entities[..., :16] = 0
+    for m in range(len(features.entities)):
+        for side, first in ((0, 8), (1, 0)):
+            tags = torch.randperm(8, generator=rng)[:4] + first
+            for j, tag in enumerate(tags):
+                if not features.empty[m, 4 * side + j]:
+                    features.entities[m, 4 * side + j, tag] = 1
+    avail = torch.ones(*features.unseen.shape[:2], ACTIONS, dtype=torch.bool)
+    return features._replace(avail_actions=avail)
+
+
+@pytest.mark.numeric
+def test_a_pointer_is_a_product_with_what_a_unit_is():
+    """Utilities by loops over views, agents and units, of memory and embeddings as given."""
+    features, (utility, _) = with_targets(), networks("--target-head pointer", 21, ACTIONS)
+    groups, seen, head = groups_of(features), [], utility.head
+    head.register_forward_hook(lambda net, inputs, out: seen.append((inputs[0], out)))
+    q = q_of(utility, features, groups).detach()
+    ((memory, out),) = seen
+    units = torch.relu(utility.embed(features.entities)).detach()
+    mask = refil.mask_views(features.unseen, groups)
+    tag = features.entities[..., :8]
+    for m, v, i in np.ndindex(*memory.shape[:3]):
+        x = memory[m, v, i].detach()
+        expected = head.own(x).detach()
+        expected = torch.cat((expected[:6], expected[6:].expand(8))).clone()
+        for j in range(8):
+            if tag[m, j].any() and not mask[m, v, i, j]:
+                score = head.query(x) @ head.key(units[m, j]) / 8**0.5
+                expected[6 + int(tag[m, j].argmax())] += score.detach()
+        assert torch.allclose(out[m, v, i], expected, atol=1e-10)
+        filled = not features.empty[m, i]
+        assert torch.allclose(q[v, m, i], expected * filled, atol=1e-10)
+
+
+@pytest.mark.numeric
+def test_attacking_a_hidden_unit_is_worth_the_same_whoever_it_is():
+    """In groups' views, too: what a unit is like moves nothing that does not see it; and all hidden
+    ones have one utility. Of units that are seen each has its own."""
+    features, (utility, _) = with_targets(), networks("--target-head pointer", 21, ACTIONS)
+    groups = groups_of(features)
+    mask = refil.mask_views(features.unseen, groups)  # (M, V, A, S)
+    q = q_of(utility, features, groups).movedim(0, 1)[..., 6:]  # (M, V, A, 8)
+    seen = (~mask).double() @ features.entities[:, None, :, :8]
+    assert ((seen > 0).sum(-1) > 1).any() and (seen == 0).any()
+    for m, v, i in np.ndindex(*q.shape[:3]):
+        if features.empty[m, i]:
+            continue
+        hidden, known = (q[m, v, i][seen[m, v, i] == x] for x in (0, 1))
+        assert hidden.unique().numel() == 1
+        assert torch.cat((known, hidden[:1])).unique().numel() == len(known) + 1
+    x = features.entities.clone().requires_grad_()
+    q = utility(features._replace(entities=x), groups)[0].own_group
+    for m, i, j in ((6, 0, 4), (6, 0, 5), (6, 1, 4)):  # the last moment: nobody remembers it
+        u = 6 + int(features.entities[m, j, :8].argmax())
+        (gradient,) = torch.autograd.grad(q[m, i, u], x, retain_graph=True)
+        assert (gradient[m, j] == 0).all() == mask[m, 1, i, j]
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("scenario", ["sz", "mmm"])
+def test_a_pointer_begins_like_tags(scenario):
+    """Utilities of new networks, in battles: as large, and as far apart between those that may be
+    attacked; by a factor of 2.5 at most, the mean of five seeds."""
+    found = {}
+    for head, seed in itertools.product(("tags", "pointer"), range(5)):
+        flags = f"--scenario {scenario} --target-head {head} --seed {seed} --team-sizes 5"
+        s = setting(f"{flags} --hidden-size 64 --heads 4 --rnn-size 64", rounds=1, noise=0)
+        features = sample(s, 1, 6).features
+        q = q_of(s.agent.utility, features)[0].detach()
+        avail = features.avail_actions[..., 6:]
+        choice = avail.sum(-1) > 1
+        targets = q[choice][:, 6:].masked_fill(~avail[choice], np.nan).numpy()
+        apart = np.sqrt(np.nanvar(targets, axis=1).mean())
+        found.setdefault(head, []).append((np.sqrt(np.nanmean(targets**2)), apart))
+    ratio = np.mean(found["pointer"], axis=0) / np.mean(found["tags"], axis=0)
+    assert (ratio > 0.4).all() and (ratio < 2.5).all(), ratio
+
+
 # --- Losses in NumPy ------------------------------------------------------------------------------
 
 
@@ -293,6 +382,54 @@ def test_losses_and_targets_are_those_of_numpy(flags, bootstrap):
     assert np.isclose(loss.item(), 0.7 * np.mean(td) + 0.3 * np.mean(imagined), rtol=1e-8)
     alone = refil.critic_loss(s.args, s.agent, batch, None)[0]
     assert np.isclose(alone.item(), np.mean(td), rtol=1e-8), "AQMIX"
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("td_lambda", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("bootstrap", [False, True])
+@EACH
+def test_lambda_returns_are_sums_of_n_step_returns(module, bootstrap, td_lambda):
+    """Of all lengths that a battle still has; with lambda 0 the bits of one-step returns."""
+    flags = "--max-episode-steps 45 --team-sizes 5 --gamma .9"
+    s = tools.setting(module, flags + " --no-timeout-terminates" * bootstrap, rounds=2)
+    batch = sample(s, 7, 8)
+    q = s.agent.utility(batch.features)[0]
+    q = q if module is collaq else q.full_view
+    one_step = module.find_targets(s.args, s.agent, batch, q)
+    args = dataclasses.replace(s.args, returns="lambda", td_lambda=td_lambda)
+    found = module.find_targets(args, s.agent, batch, q)
+    values = (one_step - batch.rewards).double() / 0.9
+    expected = forward_view(batch, values, torch.zeros_like(values), 0.9, td_lambda)
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, one_step) == (td_lambda == 0)
+    assert len(set(batch.features.played.sum(0).tolist())) > 2, "lengths differ"
+    assert (batch.terminated.sum() < 8) == bootstrap
+
+
+@EACH
+def test_learning_rates_fall(module):
+    """From --anneal-from on, linearly; as they are without --final-share."""
+    args = read(module, "--final-share .2 --total-timesteps 1000 --learning-rate .01")
+    later = dataclasses.replace(args, anneal_from=600)
+    at = [0, 300, 600, 700, 1000, 1100]
+    found = [[module.learning_rate_at(x, t) for t in at] for x in (args, later)]
+    assert np.allclose(found[0], np.interp(at, [0, 1000], [0.01, 0.002]))
+    assert np.allclose(found[1], np.interp(at, [600, 1000], [0.01, 0.002]))
+    assert {module.learning_rate_at(module.Args(), t) for t in at} == {5e-4}
+
+
+@pytest.mark.parametrize("flags", ["", "--optimiser adam"])
+@EACH
+def test_rates_fall_on_where_they_were(module, flags):
+    """From a checkpoint on the way: the course is that of --total-timesteps."""
+    flags = [*flags.split(), "--final-share", ".1", "--anneal-from", "20", "--returns", "lambda"]
+    run(module, "whole", 96, *flags, "--save-every", 48, "--log-every", 16)
+    shutil.copytree("whole", "cut")
+    assert module.main(resuming("cut/checkpoint-48.pt", 96)) == 0
+    assert differences(exact("whole"), exact("cut")) == [] and metrics("whole") == metrics("cut")
+    rates = [line["learning_rate"] for line in metrics("whole")]
+    expected = np.interp([0, 16, 32, 48, 64, 80], [20, 96], [5e-4, 5e-5])
+    assert np.allclose(rates, expected)
 
 
 # --- The learner against plain ones ---------------------------------------------------------------
@@ -430,9 +567,10 @@ def test_a_refilled_replay_is_the_same():
 
 
 @pytest.mark.numeric
-def test_recurrent_replay_equals_stepping(monkeypatch):
+@pytest.mark.parametrize("head", ["tags", "pointer"])
+def test_recurrent_replay_equals_stepping(head, monkeypatch):
     """The utilities that a battle was played by, step by step, are those of the learner."""
-    s, seen = setting(rounds=0, noise=0.5), []
+    s, seen = setting(f"--target-head {head}", rounds=0, noise=0.5), []
     forward = s.agent.utility.forward
 
     def watched(features, groups=None, hidden=None):
@@ -519,9 +657,11 @@ MODES = {
     "linear, another family": "--mixer linear --scenario mmm",
     "bootstrap, bf16": "--no-timeout-terminates --amp --scenario csz --target-every 4",
     "resource collection": "--scenario resource --no-imagine",
+    "pointer": "--target-head pointer --scenario mmm",
 }
 CHILD = {
     "collaq, replay wraps": "",
+    "collaq, pointer": "--target-head pointer",
     "collaq, linear, bf16, another family": "--mixer linear --scenario mmm --amp",
     "collaq, sum of two, resource collection": "--no-subtract-alone --scenario resource",
 }
@@ -607,6 +747,11 @@ WRONG = {  # with words that the sentence has to contain
     "--scenario resource --enemy-ai focus": "--enemy-ai battles --scenario resource",
     "--scenario resource --clip-regeneration": "--clip-regeneration battles",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
+    "--td-lambda .5": "--td-lambda --returns lambda",
+    "--scenario resource --target-head pointer": "--target-head tags",
+    "--optimiser adam --rmsprop-eps .1": "--rmsprop-eps --optimiser rmsprop",
+    "--anneal-from 10": "--anneal-from --final-share",
+    "--final-share .5 --anneal-from 10 --total-timesteps 10": "--anneal-from --total-timesteps",
 }
 
 
@@ -657,6 +802,7 @@ OWN = {
     "mixing_size": ("--mixing-size 6", shape("mixer", "out_bias"), ((4, 3), (4, 6))),
 }
 ELSEWHERE = {
+    "td_lambda": "test_lambda_returns_are_sums_of_n_step_returns",
     "amp": "test_amp",
     "compile": "test_compile",
     **dict.fromkeys(
