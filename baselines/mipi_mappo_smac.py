@@ -8,12 +8,15 @@ differ from a marginal policy m, which sees s+, a part of the state without team
     m    : minimise - E_pi log m(u | s_i+)       pi: the policy that acted, in teams s* or here (17)
     L_pi = - mean_i min(r_i A~, clip(r_i, 1 -+ eps) A~) / sigma - c mean_i H(pi_i)
            + alpha / sigma mean_i KL(pi_i || m)             its minimum without c: m exp(A~ / alpha)
-    L_V  = mean (V(s) - G~)^2,   A~ = G~ - V(s),   G~: the parent's returns, of r~
+    r_i  = pi(u_i | tau_i) / pi_old(u_i | tau_i)                                          ratio
+    L_V  = mean (V(s) - G)^2,   A~ = G - V(s)                the team's, the same for all agents
+    G_t  = r~_t + gamma ((1 - l) V(s_t+1) + l G_t+1)                          --returns lambda
+    G_t  = r~_t + .. + gamma^n V'(s_t+n)           V': a slow copy of V        --returns n-step
 
 Each rollout first moves the marginal by (17); then m, the r~ of the policy that acted, A~ and its
 deviation sigma (1 without --normalise-advantages) stand still while L_pi moves the actor, L_V the
-critic. Sums are over living agents and all actions, nothing is drawn. With --alpha 0 it is the
-parent, bit for bit; with --regularizer entropy m is uniform over available actions.
+critic. KL is exact over actions, of agents that are alive. With --alpha 0 it is the parent, bit for
+bit; with --regularizer entropy m is uniform over available actions.
 
     python baselines/mipi_mappo_smac.py --scenario sz --preset cpu                for CPUs
     python baselines/mipi_mappo_smac.py --scenario sz --preset cpu --regularizer entropy
