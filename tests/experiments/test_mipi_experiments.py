@@ -454,9 +454,9 @@ def test_what_team_dependence_measures(runs, monkeypatch):
 PPO_RUNS = ("sz-mappo-s1", "sz-mappo-mi-0.1-s1", "sz-mappo-mi-0.3-s1")
 
 
-def test_team_dependence_of_ppo(runs, tmp_path):
-    """All PPO runs, REFIL's and MIPI's about the same battles or the same replay; of a run of
-    mappo_smac.py with the weights of its child's the same is said."""
+def test_team_dependence_of_ppo(runs):
+    """All PPO runs, REFIL's and MIPI's about the same battles or the same replay; a run of
+    mappo_smac.py is read by its child's networks."""
     names = [runs / name for name in (*PPO_RUNS, "sz-mipi-s1", "sz-refil-s1")]
     quick = ("--draws", 2, "--fit", 2, "--episodes", 6)
     for states in (names[1], names[3]):
@@ -467,15 +467,11 @@ def test_team_dependence_of_ppo(runs, tmp_path):
             row = rows[path.name]
             assert all(float(row[x].split()[0]) >= 0 for x in ("nats", "out", "swap"))
             assert float(row["kl self"].split()[0]) >= 0
-    for run, weights in ((names[0], names[1]),):
-        shutil.copytree(weights, tmp_path / "child")
-        args = json.loads((tmp_path / "child/args.json").read_text())
-        assert args["script"] == "mipi_mappo_smac"
-        opened = study.open_checkpoint(*map(runs_module.Run, (run, weights)))
-        child = study.open_checkpoint(*map(runs_module.Run, (weights, weights)))
-        assert opened.script is child.script is mipi_mappo
-        theirs = runs_module.Run(run)
-        saved = study.harness.load_checkpoint(str(theirs.path))[0]["agent"]["actor"]
+    for path in names[:2]:
+        run = runs_module.Run(path)
+        opened = study.open_checkpoint(run, run)
+        assert opened.script is mipi_mappo
+        saved = study.harness.load_checkpoint(str(path))[0]["agent"]["actor"]
         assert all(torch.equal(x, saved[k]) for k, x in opened.agent.actor.state_dict().items())
     code, _, stderr = command("mipi", "dependence", runs / "sz-collaq-s1")
     assert code == 2 and "collaq_smac.py, not of" in stderr
@@ -622,9 +618,9 @@ def test_frontier(runs, tmp_path):
         assert min(image.size) > 200
     assert (tmp_path / "f.csv").read_text().count("\n") == 4
     for words, sentence in (
-        ((paths[0], "--states", runs / "nothing"), "is no run directory"),
-        ((runs / "sz-collaq-s1", "--states", paths[0]), "not of"),
-        ((paths[0], "--states", paths[0], "--last", 50), "fewer than --last 50"),
+        ((paths[0], "--last", 1, "--states", runs / "nothing"), "is no run directory"),
+        ((runs / "sz-collaq-s1", "--last", 1, "--states", paths[0]), "collaq_smac.py, not of"),
+        ((paths[0], "--last", 50, "--states", paths[0]), "fewer than --last 50"),
     ):
         code, _, stderr = command("mipi", "frontier", *words, "--out", tmp_path / "g")
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
