@@ -910,6 +910,7 @@ class Frontier:
     seed: Seed = 1  # of its battles
 
 
+UP = "win, unseen"
 ACROSS = ("return, trained", "win, trained", "kl self", "out")
 
 
@@ -921,7 +922,7 @@ def frontier_row(run: Run, evaluated: Evaluated, study: Frontier) -> dict[str, f
     options = Dependence((), episodes=study.episodes, draws=1, fit=study.fit, seed=study.seed)
     found = measure(open_checkpoint(run, Run(Path(study.states))), options)
     wins = [evaluated.final("win", column, study.last) for column in unseen]
-    row = {"win, unseen": float(np.mean(wins))}
+    row = {UP: float(np.mean(wins))}
     for name in ("return", "win"):
         row[f"{name}, trained"] = evaluated.final(name, trained, study.last)
     for name in ("kl self", "out"):
@@ -947,34 +948,49 @@ def frontier_rows(study: Frontier) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["arm"], row["alpha"], row["seed"]))
 
 
-def frontier(study: Frontier) -> None:
-    """Read, measure, draw, write."""
-    check_out(study.out)
-    rows = frontier_rows(study)
-    arms: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+def mean_of_arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per arm and alpha, in the order of the rows: means over seeds."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        arms[row["arm"]][row["alpha"]].append(row)
+        found[row["arm"], row["alpha"]].append(row)
+    means = []
+    for (arm, alpha), runs in found.items():
+        mean = {x: float(np.mean([run[x] for run in runs])) for x in (UP, *ACROSS)}
+        means.append({"arm": arm, "alpha": alpha, "seeds": len(runs)} | mean)
+    return means
+
+
+def draw_frontier(rows: list[dict[str, Any]], means: list[dict[str, Any]]) -> Any:
+    """A panel per quantity across; lines of arms with a term begin at MAPPO, where alpha is 0."""
     figure, axes = plt.subplots(1, len(ACROSS), figsize=(13, 3.4), sharey=True)
-    table = []
-    for k, (arm, alphas) in enumerate(arms.items()):
-        means = []
-        for alpha, runs in alphas.items():
-            mean = {x: float(np.mean([run[x] for run in runs])) for x in ("win, unseen", *ACROSS)}
-            means.append(mean)
-            cells = {name: f"{x:.3f}" for name, x in mean.items()}
-            table.append({"arm": arm, "alpha": f"{alpha:g}", "seeds": str(len(runs))} | cells)
+    for k, arm in enumerate(dict.fromkeys(row["arm"] for row in means)):
+        points = [row for row in rows if row["arm"] == arm]
+        begins = [row for row in means if row["arm"] == "MAPPO" and " + " in arm]
+        line = begins + [row for row in means if row["arm"] == arm]
         for axis, name in zip(axes, ACROSS, strict=True):
-            points = [run for runs in alphas.values() for run in runs]
-            up = [run["win, unseen"] for run in points]
-            axis.scatter([run[name] for run in points], up, color=f"C{k % 10}", s=12, alpha=0.5)
-            line = [[mean[name] for mean in means], [mean["win, unseen"] for mean in means]]
-            axis.plot(*line, color=f"C{k % 10}", marker="o", label=arm)
+            style = {"color": f"C{k % 10}", "alpha": 0.5}
+            axis.scatter([x[name] for x in points], [x[UP] for x in points], s=12, **style)
+            xs, ys = [x[name] for x in line], [x[UP] for x in line]
+            axis.plot(xs, ys, color=f"C{k % 10}", marker="o", label=arm)
             axis.set_xlabel(name)
             axis.grid(alpha=0.3)
     axes[0].set_ylabel("share won in unseen sizes")
     axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.02))
     figure.tight_layout()
-    finish(study.out, markdown_table(table), rows, figure)
+    return figure
+
+
+def frontier(study: Frontier) -> None:
+    """Read, measure, draw, write."""
+    check_out(study.out)
+    rows = frontier_rows(study)
+    means = mean_of_arms(rows)
+    table = []
+    for row in means:
+        cells = {name: f"{row[name]:.3f}" for name in (UP, *ACROSS)}
+        head = {"arm": row["arm"], "alpha": f"{row['alpha']:g}", "seeds": str(row["seeds"])}
+        table.append(head | cells)
+    finish(study.out, markdown_table(table), rows, draw_frontier(rows, means))
 
 
 # --- The matrix game ------------------------------------------------------------------------------

@@ -476,8 +476,7 @@ def test_teachers_in_imagined_teams_see_their_group(own):
 
 @pytest.mark.numeric
 def test_groups_are_refils():
-    """One p ~ U(0, 1) for each battle: the same group in all its steps, in (n + 2 - 1)^-1 ... of
-    them all entities together; p's mean and variance."""
+    """The same in all steps of a battle; with p ~ U(0, 1) all numbers of members are as likely."""
     played = torch.ones(3, 20_000, dtype=torch.bool)
     played[2, 500:] = False
     groups = mipi.draw_groups(played, 4, torch.Generator().manual_seed(0))
@@ -591,41 +590,51 @@ def test_the_dead_pay_nothing():
 
 @EACH_MODE
 def test_dropped_teammates_are_out_of_sight_in_training(mode):
-    """For whole episodes, as often as --drop-teammates says; who acted is who learns; nobody else
-    is hidden, and evaluations see all."""
-    s = setting(
-        f"{MODES[mode]} --alpha 0 --drop-teammates .4 --num-envs 60 --window-steps 20"
-        if mode == "windows"
-        else f"{MODES[mode]} --alpha 0 --drop-teammates .4 --num-envs 60"
-    )
-    assert s.player.dropped.shape == (60, SIDE, SIDE)
-    off_diagonal = ~torch.eye(SIDE, dtype=torch.bool)
-    assert not s.player.dropped[:, ~off_diagonal].any()
-    share = s.player.dropped[:, off_diagonal].float().mean()
-    assert abs(float(share) - 0.4) < 0.05
-    A = s.features.unseen.shape[1]
-    battle = s.features.played.nonzero()[:, 1]
-    order = s.rollout.steps.going.sum(0)
-    assert len(order) == 60
+    """As often as --drop-teammates says; nobody else is hidden; who acted is who learns, and
+    nothing is charged; evaluations see all."""
+    s = setting(f"{MODES[mode]} --alpha 0 --drop-teammates .4 --num-envs 60")
+    others = ~torch.eye(SIDE, dtype=torch.bool)
+    assert s.player.dropped.shape == (60, SIDE, SIDE) and not s.player.dropped[:, ~others].any()
+    assert abs(float(s.player.dropped[:, others].float().mean()) - 0.4) < 0.05
+    plain, looked = s.battles.obs, s.player.look(s.battles.obs)
+    expected = plain.obs_mask.clone()
+    for b, i, j in s.player.dropped.nonzero().tolist():
+        expected[b, i, j] = True
+    assert torch.equal(looked.obs_mask, expected) and not torch.equal(expected, plain.obs_mask)
+    for x, y in zip(looked._replace(obs_mask=0), plain._replace(obs_mask=0)):
+        assert x is y
     term, _ = mipi.find_term(s.args, s.agent, s.rollout)
     batch = mipi.prepare(s.args, s.agent, s.rollout, term)
     _, scalars = mipi.policy_loss(s.args, s.agent, batch, 0.0)
     assert abs(float(scalars["kl"].detach())) < 1e-5
     assert (term.nats == 0).all() and (batch.price == 0).all()
-    if mode == "rounds":
-        plain = setting(MODES[mode] + " --alpha 0 --num-envs 60")
-        first = slice(0, 60)  # the same battles begin
-        more = s.features.unseen[first] & ~plain.features.unseen[first]
-        assert more[..., :A].any() and not more[..., A:].any()
-        in_sight = ~plain.features.unseen[first, :, :A] & off_diagonal[:A, :A]
-        assert abs(float(more[..., :A].sum() / in_sight.sum()) - 0.4) < 0.08
-        assert len(set(battle.tolist())) == 60
     watching = mipi.Player(s.agent, s.rng)
     watching.begin(s.battles)
     assert watching.look(s.battles.obs) is s.battles.obs
 
 
-def test_dropping_draws_from_a_generator_of_its_own(monkeypatch):
+def test_rollouts_have_what_was_looked_at(monkeypatch):
+    """With dropped teammates out of sight, in windows, whose battles stay in their order."""
+    seen, look = [], mipi.Player.look
+
+    def watched(player, obs):
+        found = look(player, obs)
+        seen.append(found.obs_mask.clone())
+        return found
+
+    monkeypatch.setattr(mipi.Player, "look", watched)
+    s = setting(f"{MODES['windows']} --alpha 0 --drop-teammates .4")
+    T, B = s.features.played.shape
+    assert len(seen) == 2 * T  # to act, to store
+    A = s.features.unseen.shape[1]
+    slots = [*range(A), *range(SIDE, SIDE + A)]
+    unseen = s.features.unseen.view(T, B, A, -1)
+    for t in range(T):
+        assert torch.equal(seen[2 * t], seen[2 * t + 1])
+        assert torch.equal(unseen[t], seen[2 * t][:, :A][:, :, slots])
+
+
+def test_dropping_draws_from_a_generator_of_its_own():
     """Actions are drawn as MAPPO's are; new episodes of windows draw anew, running ones keep who is
     dropped."""
     s = setting(f"{MODES['windows']} --alpha 0 --drop-teammates .5")
@@ -750,10 +759,6 @@ def marginal_option(name):
 
 def marginal_steps(state, run_dir):
     return float(state["agent"]["marginal_optimiser"]["state"].get(0, {}).get("step", 0))
-
-
-def noted(name):
-    return lambda state, run_dir: state["ranks"][0]["noted"].get(name)
 
 
 EFFECTS = {  # flags; what to measure; without and with them, or None: the two must differ
