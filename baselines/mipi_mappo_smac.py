@@ -104,12 +104,12 @@ class Args(RunArgs):
     # Method
     alpha: Amount = 0.03  # of Eqs. (8), (16): reward that a nat costs; 0: MAPPO
     regularizer: Literal["mi", "entropy"] = "mi"  # m: the marginal policy; uniform
-    penalise: Literal["both", "loss", "return"] = "both"  # r~ and the loss; ablations: one of them
-    marginal: Literal["imagined", "real"] = "imagined"  # it learns from: random groups; all seen
+    penalise: Literal["both", "loss", "return"] = "both"  # where alpha acts; ablations: one alone
+    marginal: Literal["imagined", "real"] = "imagined"  # its teacher sees: random groups; all
     own: Literal["self", "self+enemies"] = "self"  # s+, what the marginal sees
     marginal_epochs: Positive = 2  # of Eq. (17) over a rollout
     marginal_learning_rate: Amount = 1e-3  # of its Adam; does not fall
-    drop_teammates: Share = 0.0  # control: in training these are out of sight, for an episode
+    drop_teammates: Share = 0.0  # control: share of them out of sight in training
     # The parent's
     rollout: Literal["rounds", "windows"] = "rounds"  # whole battles, or some steps of running ones
     window_steps: Positive = 32  # T of windows
