@@ -45,6 +45,12 @@ EACH_MODE = pytest.mark.parametrize("mode", MODES)
 OWN = pytest.mark.parametrize("own", ["self", "self+enemies"])
 
 
+def some_long(modes, *beginnings):
+    """Parameters, of which those that begin so run with `make test-long` only."""
+    marks = {mode: [pytest.mark.long] * mode.startswith(beginnings) for mode in modes}
+    return [pytest.param(mode, marks=marks[mode]) for mode in modes]
+
+
 # --- Settings -------------------------------------------------------------------------------------
 
 
@@ -112,7 +118,7 @@ def numpy_kl(log_pi, log_m, avail):
 # --- The parent -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", of_parent.WHOLE)
+@pytest.mark.parametrize("mode", some_long(of_parent.WHOLE, "windows within", "windows of"))
 def test_without_its_term_it_is_mappo_bit_for_bit(mode):
     """--alpha 0: networks, optimisers, generator, battles, log and evaluations of whole runs."""
     flags = [*of_parent.WHOLE[mode].split(), "--log-every", "64", "--final-episodes", "1"]
@@ -256,7 +262,7 @@ def test_the_marginals_gradient_is_that_of_cross_entropy(mode):
     log_m, _ = s.agent.marginal(own)
     rows = log_m[acts].masked_fill(~avail[acts], -1e9)
     expected = F.cross_entropy(rows, log_pi[acts].exp())
-    assert torch.allclose(loss(), expected, rtol=1e-10)
+    assert torch.allclose(loss().detach(), expected.detach(), rtol=1e-10)
     theirs = torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True)
     for a, b in zip(found, theirs):
         assert torch.allclose(a, b, atol=1e-10)
@@ -266,7 +272,7 @@ def test_the_marginals_gradient_is_that_of_cross_entropy(mode):
         sides = []
         for change in (1e-6, -2e-6):
             head.data[u] += change
-            sides.append(float(loss()))
+            sides.append(float(loss().detach()))
         head.data[u] += 1e-6
         assert abs((sides[0] - sides[1]) / 2e-6 - float(gradient[u])) < 1e-7
         assert abs(float(gradient[u])) > 1e-4
@@ -684,7 +690,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("mode", WHOLE)
+@pytest.mark.parametrize("mode", some_long(WHOLE, "windows", "entropy", "real"))
 def test_half_and_resumed_is_whole(mode):
     """Stopped twice, between lines of the log, which are the same, too."""
     flags = [*WHOLE[mode].split(), "--log-every", "48"]
