@@ -4,11 +4,13 @@
     python experiments/mipi.py tables runs/sz-* runs/csz-* runs/mmm-* --out docs/data/mipi
     python experiments/mipi.py tables docs/data/study_sz.csv --only "sz-mipi-s?" "sz-refil-s?"
     python experiments/mipi.py dependence runs/sz-mipi-s1 runs/sz-refil-s1
+    python experiments/mipi.py frontier runs/sz-ma* --states runs/sz-mappo-s11    MIPI on PPO
     python experiments/mipi.py matrix-game --payoffs coordinated    Fig. 2 (d)
     python experiments/mipi.py imitation                            Resource Collection from labels
 
 `train` starts every run that a table needs, `tables` prints Tables 1 to 3 from runs or studies,
-`dependence` says how much agents depend on the team around them. `SUBCOMMAND --help` has the
+`dependence` says how much agents depend on the team around them, `frontier` draws what they win in
+unseen teams against that and against what they win in trained ones. `SUBCOMMAND --help` has the
 options, and what each command's figures mean.
 """
 
@@ -37,6 +39,7 @@ import tyro
 from annotated_types import Interval, MinLen
 from torch import Tensor, nn
 
+from envs.smac import worlds
 from envs.smac.matrix_game import (
     OBJECTIVES,
     PAYOFFS,
@@ -79,6 +82,7 @@ from experiments.runs import (
 
 MIPI, REFIL = "mipi_refil_smac.py", "baselines/refil_smac.py"
 COLLAQ, MAPPO = "baselines/collaq_smac.py", "baselines/mappo_smac.py"
+MIPI_MAPPO = "baselines/mipi_mappo_smac.py"
 METHODS = {  # but for --scenario
     "mipi": MIPI,
     "refil": REFIL,
@@ -94,7 +98,18 @@ ALPHAS = {  # of Table 3, but for the default, 0 (Value) and infinity (--observe
     "mmm": ("0.05", "0.5"),
 }
 ALPHAS_D3 = {"sz": "0.01", "csz": "0.015", "mmm": "0.05"}
-Table = Literal["table1", "table2", "table3", "d3", "collection"]
+# Of MIPI on PPO: by a factor of about 3 around the paper's .03; entropy, of which policies have
+# several times as many nats as mutual information, from the same grid without its largest.
+PPO_ALPHAS = {"sz": ("0.01", "0.03", "0.1", "0.3"), "csz": ("0.03", "0.1"), "mmm": ("0.03", "0.1")}
+PPO_ENTROPIES = {"sz": ("0.01", "0.03", "0.1"), "csz": ("0.03",), "mmm": ("0.03",)}
+PPO_CONTROLS = {  # of MIPI on PPO with alpha .03, and of MAPPO
+    "mappo-mi-enemies": f"{MIPI_MAPPO} --own self+enemies",
+    "mappo-mi-real": f"{MIPI_MAPPO} --marginal real",
+    "mappo-mi-loss": f"{MIPI_MAPPO} --penalise loss",
+    "mappo-mi-return": f"{MIPI_MAPPO} --penalise return",
+    "mappo-drop-0.5": f"{MIPI_MAPPO} --alpha 0 --drop-teammates 0.5",
+}
+Table = Literal["table1", "table2", "table3", "d3", "collection", "ppo", "ppo-controls"]
 Task = Literal["sz", "csz", "mmm"]
 
 
@@ -109,7 +124,9 @@ class Train:
     table2: MIPI, Value (no regulariser) and Entropy;
     table3: MIPI with each alpha of the paper's table;
     d3: MIPI with the alpha of the note in appendix D.3;
-    collection: those of table1 in Resource Collection.
+    collection: those of table1 in Resource Collection;
+    ppo: MAPPO (alpha 0), and MIPI on PPO with each alpha of a grid and with strengths of entropy;
+    ppo-controls: MIPI on PPO with its other marginals and ablations, MAPPO with teammates dropped.
 
     Evaluations are those that the tables' final figure, the mean of the last five, needs: ten in a
     run. MAPPO takes far fewer gradient steps, and minutes, for as many environment steps.
@@ -136,6 +153,15 @@ def methods_of(table: str, task: str) -> dict[str, str]:
         return {name: METHODS[name] for name in ("mipi", "refil", "aqmix", "collaq", "mappo")}
     if table == "collection":  # where there is nobody to point to
         return methods_of("table1", task) | {"mappo": f"{MAPPO} --target-head tags"}
+    if table == "ppo-controls":
+        return PPO_CONTROLS
+    if table == "ppo":
+        methods = {"mappo": MAPPO}
+        for x in PPO_ALPHAS[task]:
+            methods[f"mappo-mi-{x}"] = f"{MIPI_MAPPO} --alpha {x}"
+        for x in PPO_ENTROPIES[task]:
+            methods[f"mappo-entropy-{x}"] = f"{MIPI_MAPPO} --regularizer entropy --alpha {x}"
+        return methods
     if table == "d3":
         alphas, methods = (ALPHAS_D3[task],), {"mipi": METHODS["mipi"]}
     else:
@@ -255,6 +281,7 @@ TABLE_3 = {  # and the alphas of appendix D.3, for which the paper has curves on
 TABLES = {"Table 1": TABLE_1, "Table 2": TABLE_2, "Table 3": TABLE_3}
 DEFAULT_ALPHA = {"sz": 0.03, "csz": 0.03, "mmm": 0.1, "resource": 0.05}
 BASELINES = {"collaq_smac": "CollaQ", "mappo_smac": "MAPPO"}  # {script: row}
+PPO = ("mappo_smac", "mipi_mappo_smac")
 # Flags that a row's name tells, or does not.
 NAMED = ("seed", "scenario", "regularizer", "alpha", "observe_self_only", "imagine")
 
@@ -325,6 +352,9 @@ def row_name(args: dict[str, Any]) -> str:
         return "REFIL" if args["imagine"] else "AQMIX"
     if args["script"] in BASELINES:
         return BASELINES[args["script"]]
+    if args["script"] in PPO:
+        term = {"mi": "MI", "entropy": "entropy"}[args["regularizer"]]
+        return f"MAPPO + {term}, alpha {args['alpha']:g}" if args["alpha"] else "MAPPO"
     alpha, task = args["alpha"], args["scenario"]
     name = {"none": "Value", "entropy": "Entropy", "mi": "MIPI"}[args["regularizer"]]
     if args.get("observe_self_only"):
@@ -347,7 +377,7 @@ def other_flags(args: dict[str, Any]) -> dict[str, Any]:
 def read_evaluations(run: Run, study: Tables) -> Evaluated:
     """UsageError for what is no run of these scripts, or has too few evaluations."""
     args = run.args
-    if args["script"] not in (*SCRIPTS, *BASELINES):
+    if args["script"] not in (*SCRIPTS, *BASELINES, *PPO):
         raise UsageError(f"{run.where} is a run of {args['script']}.py.")
     evaluations = [x for x in run.log if any(k.startswith("eval/") for k in x)]
     periods = [0, *(x["timesteps"] // study.every for x in evaluations)]
@@ -377,9 +407,15 @@ def read_evaluations(run: Run, study: Tables) -> Evaluated:
         minutes=minutes_of(run.log, until=steps),
         columns=columns,
         evaluations=evaluations,
-        learning=run.log,
+        learning=[as_mipi_logs(line) for line in run.log] if args["script"] in PPO else run.log,
         scripts={name: row for name, row in policies.items() if not name.endswith(" sampled")},
     )
+
+
+def as_mipi_logs(line: dict[str, float]) -> dict[str, float]:
+    """A line of PPO's log with MIPI's names: its own `kl` is that of a step of learning."""
+    renamed = {"marginal_kl": "kl"}
+    return {renamed.get(name, name): x for name, x in line.items() if name != "kl"}
 
 
 def minutes_of(log: list[dict[str, float]], until: int) -> float:
@@ -564,28 +600,41 @@ def tables(study: Tables) -> None:
 # --- How much agents depend on their team ---------------------------------------------------------
 
 SCRIPTS = ("refil_smac", "mipi_refil_smac")
+OWN = ("self", "self+enemies")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dependence:
     """How much agents depend on their team: what they would do if part of it was not there.
 
-    Agents of refil_smac.py or mipi_refil_smac.py read episodes of a replay, which checkpoints keep:
-    once as they were played, once without seeing their teammates, and --draws times in REFIL's
-    random groups, of which they see their own only (teammates and enemies). Means over the steps of
-    living agents, over episodes, with 95 % bootstrap intervals:
+    Agents of refil_smac.py, mipi_refil_smac.py, mappo_smac.py or mipi_mappo_smac.py read episodes:
+    those of a replay, which checkpoints of the first two keep, or, of a run of the others, battles
+    that its policy plays with drawn actions, from --seed on. They read them as they were played,
+    without seeing their teammates, --draws times in REFIL's random groups, of which they see their
+    own only (teammates and enemies), and with one teammate, drawn for each episode, taken out of
+    sight or of another type, enemies fixed. Means over the steps of living agents, over episodes,
+    with 95 % bootstrap intervals:
 
     mates: share of greedy actions that are others when teammates are not seen, ever;
     groups: the same in random groups;
     nats: I(u; group | what was seen), the mean divergence of the policy in a group from its mean
-    over the draws. With few draws it is too small; it is at most their logarithm. Of runs with a
-    policy that draws, only.
+    over the draws. With few draws it is too small; it is at most their logarithm;
+    out, swap: total variation of the policy when one teammate is taken out, or has another type;
+    of scripts without a policy that draws, the share of greedy actions that are others;
+    kl self, kl self+enemies: the policy's mean divergence, nats, from a marginal policy that sees
+    the own unit only, or beside it enemies, fitted to it anew by --fit minibatches on every second
+    episode and held against it in the others.
+
+    nats and kl are of runs with a policy that draws, only. With --states all are asked about the
+    same episodes, else each about its own.
     """
 
     runs: Runs  # run directories
-    states: str = ""  # the run whose replay all read; default: each run's own
+    states: str = ""  # the run whose replay, or whose battles, all read; default: each run's own
     episodes: Positive = 64  # of it, at most
     draws: Positive = 8  # of groups
+    fit: Positive = 300  # minibatches, of all episodes to learn from, of a marginal policy
+    fit_learning_rate: Above = 3e-3  # of its Adam, at first; falls linearly to 0
     seed: Seed = 1
 
 
@@ -594,34 +643,83 @@ class Opened(NamedTuple):
 
     script: Any
     agent: Any
-    buffer: Any
+    buffer: Any  # episodes, of this or another run: a replay or Battles
+
+
+class Moments(NamedTuple):
+    """Episodes, as networks read them."""
+
+    features: Any  # of M moments
+    now: Tensor  # (K,) int64: at which a step begins
+
+
+class Battles:
+    """What a policy of PPO plays, in the place of a replay."""
+
+    def __init__(self, script: Any, args: Any, agent: Any):
+        self.script, self.agent = script, agent
+        self.args = dataclasses.replace(args, rollout="rounds", device="cpu")
+
+    def sample(self, rng: torch.Generator, size: int) -> Moments:
+        """So many whole battles, of drawn actions; rng also draws the battles."""
+        seed = int(torch.randint(2**31, (), generator=rng))
+        battles = self.script.make_envs(self.args, self.args.team_sizes, size, seed)
+        rollout, _ = self.script.collect(self.args, battles, self.script.Player(self.agent, rng))
+        now = torch.arange(len(rollout.later))
+        return Moments(rollout.features.at(now), now)
+
+
+def check_readable(run: Run) -> None:
+    """UsageError for what is no run of these scripts, or of the game itself."""
+    name, known = run.args["script"], (*SCRIPTS, *PPO)
+    if name not in known:
+        raise UsageError(f"{run.where} is a run of {name}.py, not of {' or '.join(known)}.")
+    if run.args["backend"] != "sim":
+        raise UsageError(f"{run.where} is of the game itself: only the simulator's are read.")
+
+
+def open_agent(run: Run) -> tuple[Any, Any, Any]:
+    """Script, arguments and agent of a run. Those of mappo_smac.py are read as runs of its child
+    without a term, whose pointers do not see what is hidden: else the same."""
+    script = load_script(run.args["script"])
+    args = harness.saved_args(str(run.path), script.Args)
+    saved, _ = harness.load_checkpoint(str(run.path))
+    state = saved["agent"]
+    if run.args["script"] in PPO:
+        script = load_script("mipi_mappo_smac")
+        own = {x.name: getattr(args, x.name) for x in dataclasses.fields(args)}
+        args = script.Args(**({"alpha": 0.0} | own))
+        state = {"actor": state["actor"]}
+    agent = script.Agent(args, worlds.family_of(args.scenario), torch.device("cpu"))
+    parts = {"actor": agent.actor} if run.args["script"] in PPO else agent
+    harness.restore(parts, state, str(run.path))
+    return script, args, agent
+
+
+def open_states(states: Run) -> Any:
+    """The episodes of a run: its replay, or what its policy plays."""
+    script, args, agent = open_agent(states)
+    if states.args["script"] in PPO:
+        return Battles(script, args, agent)
+    source, folder = harness.load_checkpoint(str(states.path), with_replays=True)
+    args = dataclasses.replace(args, device="cpu")
+    battles = script.make_envs(args, args.team_sizes, 1, args.seed)
+    buffer = script.ReplayBuffer(args, battles, torch.device("cpu"))
+    path = folder / f"replay-{source['timesteps']}.pt"
+    buffer.refill(torch.load(path, weights_only=True)["replay"])
+    return buffer
 
 
 def open_checkpoint(run: Run, states: Run) -> Opened:
-    """The agents of a run with the replay of another, or the same; UsageError for what is no run of
-    these scripts, and for a replay of another world."""
-    name = run.args["script"]
-    if name not in SCRIPTS:
-        raise UsageError(f"{run.where} is a run of {name}.py, not of {' or '.join(SCRIPTS)}.")
+    """The agents of a run with the episodes of another, or the same; UsageError for what is no run
+    of these scripts, and for episodes of another world."""
+    check_readable(run)
     if run.args["scenario"] != states.args["scenario"]:
         own, other = run.args["scenario"], states.args["scenario"]
         raise UsageError(f"{run.where} is of {own}, {states.where} of {other}.")
-    for one in (run, states):
-        if one.args["backend"] != "sim":
-            raise UsageError(f"{one.where} is of the game itself: only the simulator's are read.")
-    script = load_script(name)
-    saved, _ = harness.load_checkpoint(str(run.path))
-    source, folder = harness.load_checkpoint(str(states.path), with_replays=True)
-    args = harness.saved_args(str(run.path), script.Args)
-    sizes = {k: source["args"][k] for k in ("buffer_size", "max_episode_steps")}
-    args = dataclasses.replace(args, device="cpu", **sizes)
-    battles = script.make_envs(args, args.team_sizes, 1, args.seed)
-    agent = script.Agent(args, battles.family, torch.device("cpu"))
-    harness.restore(agent, saved["agent"], str(run.path))
-    buffer = script.ReplayBuffer(args, battles, agent.device)
-    path = folder / f"replay-{source['timesteps']}.pt"
-    buffer.refill(torch.load(path, weights_only=True)["replay"])
-    return Opened(script, agent, buffer)
+    check_readable(states)
+    script, _, agent = open_agent(run)
+    return Opened(script, agent, open_states(states))
 
 
 def without_mates(features: Any) -> Any:
@@ -637,6 +735,11 @@ def says(
     """Greedy actions (M, A), and log pi (M, A, actions) where policies draw; with groups (M, S)
     in view of one's own."""
     agent, view = opened.agent, "full_view" if groups is None else "own_group"
+    if hasattr(agent, "actor"):
+        if groups is not None:
+            features = opened.script.imagined_teams(features, groups, "self")
+        log_pi, _ = agent.actor(features)
+        return log_pi.argmax(-1), log_pi
     avail = features.avail_actions
     q, *rest = agent.utility(features, groups)
     if hasattr(agent, "policy") and agent.args.policy == "head":
@@ -644,6 +747,78 @@ def says(
         log_pi = agent.log_policy(getattr(q, view), memory, avail, tagged)
         return log_pi.argmax(-1), log_pi
     return getattr(q, view).masked_fill(~avail, opened.script.MASKED).argmax(-1), None
+
+
+def policy_of(opened: Opened, features: Any) -> Tensor:
+    """Probabilities (M, A, actions), of greedy agents 0 and 1."""
+    greedy, log_pi = says(opened, features)
+    if log_pi is None:
+        return F.one_hot(greedy, features.avail_actions.shape[-1]).float()
+    return log_pi.exp()
+
+
+class Changed(NamedTuple):
+    """Episodes in which one teammate, drawn for each, is not what it was."""
+
+    features: Any
+    others: Tensor  # (M, A) bool: all agents but that one, while it is alive
+
+
+def change_one_mate(features: Any, rng: torch.Generator, columns: list[int] | None) -> Changed:
+    """It is out of sight, or with columns, one per type of unit, of the next type."""
+    A, episode = features.unseen.shape[1], features.played.nonzero()[:, 1]  # (M,)
+    B = features.played.shape[1]
+    filled = ~features.empty[:B, :A]  # (B, A): all battles begin at once
+    noise = torch.rand(B, A, generator=rng).masked_fill(~filled, -1.0)
+    mate = F.one_hot(noise.argmax(-1), A).bool()[episode]  # (M, A)
+    alive = ~features.avail_actions[..., 0]
+    others = ~mate & (alive & mate).any(-1, keepdim=True)
+    if columns is None:
+        unseen = features.unseen.clone()
+        unseen[..., :A] |= mate[:, None] & ~mate[..., None]
+        return Changed(features._replace(unseen=unseen), others)
+    entities = features.entities.clone()
+    kinds = entities[..., columns]  # (M, S, types)
+    changes = F.pad(mate, (0, entities.shape[1] - A))
+    entities[..., columns] = torch.where(changes[..., None], kinds.roll(1, -1), kinds)
+    return Changed(features._replace(entities=entities), others)
+
+
+def some_episodes(features: Any, battles: Tensor) -> tuple[Any, Tensor]:
+    """Those of the moments, and which they are."""
+    script = load_script("mipi_mappo_smac")
+    part = features.played[:, battles]
+    part = part[part.any(1)]
+    index = script.numbered(features.played)[: len(part), battles][part]
+    return features.at(index)._replace(played=part), index
+
+
+def divergence_from_marginal(
+    opened: Opened, features: Any, log_pi: Tensor, study: Dependence, own: str
+) -> Tensor:
+    """KL (M, A) from a marginal policy that was fitted to every second episode."""
+    script, args = load_script("mipi_mappo_smac"), opened.agent.args
+    args = script.Args(
+        hidden_size=64,
+        recurrent=getattr(args, "recurrent", True),
+        target_head="tags" if args.scenario == "resource" else "pointer",
+    )
+    family = worlds.family_of(opened.agent.args.scenario)
+    with torch.random.fork_rng():
+        torch.manual_seed(study.seed)
+        net = script.Marginal(features.entities.shape[-1], family, args)
+    states = script.own_states(features, own)
+    some = torch.arange(0, features.played.shape[1], 2)
+    given, index = some_episodes(states, some)
+    labels, acts = log_pi[index], script.choosing(given)
+    optimiser = torch.optim.Adam(net.parameters(), study.fit_learning_rate)
+    with torch.enable_grad():
+        for step in range(study.fit):
+            left = 1 - step / study.fit
+            optimiser.param_groups[0]["lr"] = left * study.fit_learning_rate
+            loss = script.mean_of(script.marginal_loss(labels, net(given)[0]), acts)
+            harness.descend(loss, net, optimiser, 10.0)
+    return script.divergence(log_pi, net(states)[0])
 
 
 @torch.no_grad()
@@ -662,26 +837,40 @@ def measure(opened: Opened, study: Dependence) -> dict[str, np.ndarray]:
     def sum_of(x: Tensor) -> Tensor:  # (M,) -> (B,)
         return torch.zeros(B).index_add(0, episode, x.float())
 
-    def per_episode(x: Tensor) -> np.ndarray:
-        sums = sum_of((x * living).sum(1))
-        return (sums / sum_of(living.sum(1))).numpy()
+    def per_episode(x: Tensor, where: Tensor = living) -> np.ndarray:
+        sums, count = sum_of((x * where).sum(1)), sum_of(where.sum(1))
+        return (sums / count)[count > 0].numpy()
 
-    real, _ = says(opened, features)
+    real, log_pi = says(opened, features)
     alone, _ = says(opened, without_mates(features))
     found = {"mates": per_episode(alone != real)}
     changed, each = torch.zeros_like(real, dtype=torch.float32), []
     for _ in range(study.draws):
-        groups = opened.script.draw_groups(features, rng)
-        action, log_pi = says(opened, features, groups)
+        groups = load_script("refil_smac").draw_groups(features, rng)
+        action, in_group = says(opened, features, groups)
         changed += (action != real) / study.draws
-        each += [] if log_pi is None else [log_pi]
+        each += [] if in_group is None else [in_group]
     found["groups"] = per_episode(changed)
     if each:
-        log_pi = torch.stack(each)  # (draws, M, A, actions)
-        mean = log_pi.exp().mean(0)
-        ratio = log_pi - mean.clamp(min=1e-30).log()
-        found["nats"] = per_episode((log_pi.exp() * ratio).sum(-1).mean(0))
+        in_groups = torch.stack(each)  # (draws, M, A, actions)
+        mean = in_groups.exp().mean(0)
+        ratio = in_groups - mean.clamp(min=1e-30).log()
+        found["nats"] = per_episode((in_groups.exp() * ratio).sum(-1).mean(0))
+    columns = list(worlds.family_of(opened.agent.args.scenario).type_columns.values())
+    changes = {"out": None, "swap": columns} if columns else {"out": None}
+    for name, of_types in changes.items():
+        other = change_one_mate(features, rng, of_types)
+        apart = policy_of(opened, other.features) - policy_of(opened, features)
+        found[name] = per_episode(apart.abs().sum(-1) / 2, living & other.others)
+    if log_pi is not None and B > 1:
+        judged = living & (episode % 2 == 1)[:, None]
+        for own in OWN:
+            nats = divergence_from_marginal(opened, features, log_pi, study, own)
+            found[f"kl {own}"] = per_episode(nats, judged)
     return found
+
+
+MEASURES = ("mates", "groups", "nats", "out", "swap", *(f"kl {own}" for own in OWN))
 
 
 def dependence(study: Dependence) -> None:
@@ -690,12 +879,119 @@ def dependence(study: Dependence) -> None:
     for run in read_runs(study.runs):
         states = Run(Path(study.states)) if study.states else run
         found = measure(open_checkpoint(run, states), study)
-        row = {"run": run.name, "mates": "", "groups": "", "nats": ""}
+        row = {"run": run.name} | dict.fromkeys(MEASURES, "")
         for name, x in found.items():
             low, high = accelerated_interval(x)
             row[name] = f"{x.mean():.3f} [{low:.3f}, {high:.3f}]"
         rows.append(row)
     print(markdown_table(rows), end="")
+
+
+# --- MIPI on PPO: unseen teams against trained ones -----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """Generalisation against what was learned, and against dependence on the team.
+
+    Equal strength of two regularisers is no single number, so arms with several alphas are compared
+    as curves: a point is a run (mean of its last evaluations on the way, greedy episodes), a line
+    joins the means of an arm's alphas in their order. Up: share of battles won in unseen sizes, a
+    mean over them. Across: return and share won in trained sizes; then `kl self` and `out` of
+    `dependence`, in the same episodes for all, which a run of --states plays. One scenario at a
+    time. Writes OUT.md (means over seeds), OUT.csv (every run) and OUT.png.
+    """
+
+    runs: Runs  # run directories
+    states: str  # the run that plays the episodes in which dependence is measured
+    out: Path = Path("frontier")  # writes OUT.md, OUT.csv and OUT.png
+    last: Positive = 5  # evaluations that make the final figure
+    episodes: Positive = 64  # for dependence
+    fit: Positive = 300  # minibatches of its marginal policies
+    seed: Seed = 1  # of its battles
+
+
+UP = "win, unseen"
+ACROSS = ("return, trained", "win, trained", "kl self", "out")
+
+
+def frontier_row(run: Run, evaluated: Evaluated, study: Frontier) -> dict[str, float]:
+    """What of a run's point is not its name."""
+    trained, *unseen = evaluated.columns
+    if not unseen:
+        raise UsageError(f"{run.where} was evaluated in no unseen size.")
+    options = Dependence((), episodes=study.episodes, draws=1, fit=study.fit, seed=study.seed)
+    found = measure(open_checkpoint(run, Run(Path(study.states))), options)
+    wins = [evaluated.final("win", column, study.last) for column in unseen]
+    row = {UP: float(np.mean(wins))}
+    for name in ("return", "win"):
+        row[f"{name}, trained"] = evaluated.final(name, trained, study.last)
+    for name in ("kl self", "out"):
+        row[name] = float(found[name].mean()) if name in found else math.nan
+    return row
+
+
+def frontier_rows(study: Frontier) -> list[dict[str, Any]]:
+    """A row per run: arms by their names but for alpha, then by that, then by seed."""
+    runs = {run.where: run for run in read_runs(study.runs)}
+    options = Tables(runs=(), last=study.last)
+    found = group([read_evaluations(run, options) for run in runs.values()])
+    if len(found) > 1 or "resource" in found:
+        raise UsageError("These are not battles of one scenario.")
+    rows = []
+    for name, members in next(iter(found.values())).items():
+        method, _, rest = name.partition(", alpha ")
+        alpha, *words = rest.split() if rest else ("0",)
+        for x in members:
+            row = {"run": x.name, "arm": " ".join([method, *words]), "alpha": float(alpha)}
+            row |= {"seed": x.seed, "steps": x.steps}
+            rows.append(row | frontier_row(runs[x.where], x, study))
+    return sorted(rows, key=lambda row: (row["arm"], row["alpha"], row["seed"]))
+
+
+def mean_of_arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per arm and alpha, in the order of the rows: means over seeds."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["arm"], row["alpha"]].append(row)
+    means = []
+    for (arm, alpha), runs in found.items():
+        mean = {x: float(np.mean([run[x] for run in runs])) for x in (UP, *ACROSS)}
+        means.append({"arm": arm, "alpha": alpha, "seeds": len(runs)} | mean)
+    return means
+
+
+def draw_frontier(rows: list[dict[str, Any]], means: list[dict[str, Any]]) -> Any:
+    """A panel per quantity across; lines of arms with a term begin at MAPPO, where alpha is 0."""
+    figure, axes = plt.subplots(1, len(ACROSS), figsize=(13, 3.4), sharey=True)
+    for k, arm in enumerate(dict.fromkeys(row["arm"] for row in means)):
+        points = [row for row in rows if row["arm"] == arm]
+        begins = [row for row in means if row["arm"] == "MAPPO" and " + " in arm]
+        line = begins + [row for row in means if row["arm"] == arm]
+        for axis, name in zip(axes, ACROSS, strict=True):
+            style = {"color": f"C{k % 10}", "alpha": 0.5}
+            axis.scatter([x[name] for x in points], [x[UP] for x in points], s=12, **style)
+            xs, ys = [x[name] for x in line], [x[UP] for x in line]
+            axis.plot(xs, ys, color=f"C{k % 10}", marker="o", label=arm)
+            axis.set_xlabel(name)
+            axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share won in unseen sizes")
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.02))
+    figure.tight_layout()
+    return figure
+
+
+def frontier(study: Frontier) -> None:
+    """Read, measure, draw, write."""
+    check_out(study.out)
+    rows = frontier_rows(study)
+    means = mean_of_arms(rows)
+    table = []
+    for row in means:
+        cells = {name: f"{row[name]:.3f}" for name in (UP, *ACROSS)}
+        head = {"arm": row["arm"], "alpha": f"{row['alpha']:g}", "seeds": str(row["seeds"])}
+        table.append(head | cells)
+    finish(study.out, markdown_table(table), rows, draw_frontier(rows, means))
 
 
 # --- The matrix game ------------------------------------------------------------------------------
@@ -975,6 +1271,7 @@ COMMANDS = {
     "train": train,
     "tables": tables,
     "dependence": dependence,
+    "frontier": frontier,
     "matrix-game": matrix_game,
     "imitation": imitation,
 }

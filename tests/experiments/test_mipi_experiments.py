@@ -21,6 +21,7 @@ from envs.smac import resource_collection
 study, runs_module = experiment("mipi"), experiment("runs")
 mipi, refil = (runs_module.load_script(name) for name in ("mipi_refil_smac", "refil_smac"))
 collaq, mappo = (runs_module.load_script(name) for name in ("collaq_smac", "mappo_smac"))
+mipi_mappo = runs_module.load_script("mipi_mappo_smac")
 TINY = "--scenario sz --preset cpu --hidden-size 8 --heads 2 --num-envs 4 --max-episode-steps 4 "
 TINY += "--team-sizes 3 4 --eval-team-sizes 6 --eval-every 32 --eval-episodes 4 --final-episodes 4 "
 TINY += "--total-timesteps 96 --log-every 32 --save-every 0 "
@@ -48,8 +49,13 @@ def runs(tmp_path_factory):
         ("sz-aqmix-s1", refil, "--no-imagine"),
         ("sz-collaq-s1", collaq, ""),
         ("sz-mappo-s1", mappo, ""),
+        ("sz-mappo-mi-0.1-s1", mipi_mappo, "--alpha .1"),
+        ("sz-mappo-mi-0.3-s1", mipi_mappo, "--alpha .3 --recurrent --rollout rounds"),
+        ("sz-mappo-entropy-0.1-s1", mipi_mappo, "--alpha .1 --regularizer entropy"),
     ):
-        flags += f" {ON_POLICY if module is mappo else OFF_POLICY}"
+        of_ppo = module in (mappo, mipi_mappo)
+        in_rounds = "--minibatches 2" if "rounds" in flags else ON_POLICY
+        flags += f" {in_rounds if of_ppo else OFF_POLICY}"
         with contextlib.redirect_stdout(io.StringIO()):
             assert module.main(f"{TINY} {flags} --run-dir {folder / name}".split()) == 0
         log, lines = folder / name / "metrics.jsonl", []
@@ -78,13 +84,14 @@ def test_tables(runs, tmp_path):
     """Means over the last evaluations and over seeds, worked out here from the logs; rows that were
     not run; the paper's figures as printed; names of rows."""
     names = ("mipi-s1", "mipi-s2", "inf-s1", "warm-s1", "value-s1", "refil-s1", "aqmix-s1")
-    names += ("collaq-s1", "mappo-s1")
+    names += ("collaq-s1", "mappo-s1", "mappo-mi-0.1-s1")
     paths = [runs / f"sz-{name}" for name in names]
     code, text, stderr = command("mipi", "tables", *paths, "--last", 2, "--out", tmp_path / "t")
     assert code == 0, stderr
     assert (tmp_path / "t.md").read_text().strip() == text.strip()
     returns = rows_below(text, "SZ: return per episode")
     own = {"MIPI", "alpha inf", "Value", "REFIL", "AQMIX", "CollaQ", "MAPPO"}
+    own.add("MAPPO + MI, alpha 0.1")
     own.add("Entropy, alpha 0.5 --learning-rate 0.0005")  # the preset has another
     scripts = {name for name in returns if name.endswith("(script)")}
     assert set(returns) - scripts == own and len(scripts) == 4, "MAPPO's samples are no script"
@@ -117,6 +124,11 @@ def test_tables(runs, tmp_path):
     policies = rows_below(text, "SZ: policies, in training, nats")
     assert set(policies) == own - {"REFIL", "AQMIX", "CollaQ"}
     assert policies["Value"]["mi/zealot"] == policies["MAPPO"]["mi"] == ""
+    assert policies["MAPPO"]["kl"] == "", "what PPO calls so is something else"
+    lines = (runs / "sz-mappo-mi-0.1-s1/metrics.jsonl").read_text().splitlines()
+    lines = [x for x in map(json.loads, lines) if "marginal_kl" in x][-2:]
+    nats = np.mean([x["marginal_kl"] for x in lines])
+    assert policies["MAPPO + MI, alpha 0.1"]["kl"] == f"{nats:.3f}"
     each = []
     for run in (runs / "sz-mipi-s1", runs / "sz-mipi-s2"):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -189,17 +201,21 @@ def test_refused(runs, tmp_path):
 def test_runs_of_the_tables(tmp_path):
     """--dry-run names a command for every row of the tables that is one of these methods."""
     words = ["--seeds", "1", "2", "--dir", tmp_path / "runs", "--dry-run"]
-    tables = ["table1", "table2", "table3", "d3", "collection"]
+    tables = ["table1", "table2", "table3", "d3", "collection", "ppo"]
     code, text, stderr = command("mipi", "train", *tables, *words)
     assert code == 0, stderr
     wanted = {("resource", name) for name in ("MIPI", "REFIL", "AQMIX", "CollaQ", "MAPPO")}
     for table in study.TABLES.values():
         for task, rows in table.items():
             wanted |= {(task, name) for name in rows}
-    found = []
+    wanted |= {(task, f"MAPPO + MI, alpha {x}") for task in ("sz",) for x in (0.01, 0.3)}
+    wanted |= {(x, f"MAPPO + MI, alpha {y}") for x in ("sz", "csz", "mmm") for y in (0.03, 0.1)}
+    wanted |= {("sz", f"MAPPO + entropy, alpha {x}") for x in (0.01, 0.1)}
+    wanted |= {(x, "MAPPO + entropy, alpha 0.03") for x in ("sz", "csz", "mmm")}
+    found, modules = [], (mipi, refil, collaq, mappo, mipi_mappo)
     for line in text.splitlines():
         path, *argv = shlex.split(line)[1:]
-        (module,) = (x for x in (mipi, refil, collaq, mappo) if x.__file__.endswith(path))
+        (module,) = (x for x in modules if x.__file__.endswith(path))
         args = runs_module.script_args(module, argv)
         assert args.eval_every * 10 == args.total_timesteps == 500_000 and args.preset == "cpu"
         assert args.num_envs == module.PRESETS["cpu"]["num_envs"]
@@ -215,6 +231,23 @@ def test_runs_of_the_tables(tmp_path):
     assert sorted(names) == sorted(f"{name}-s{seed}" for name in some for seed in (1, 2))
     code, _, stderr = command("mipi", "train", *tables, *words, "--only", "sz-nobody")
     assert code == 2 and "--only sz-nobody" in stderr
+
+
+def test_controls_of_mipi_on_ppo(tmp_path):
+    """Each is alpha .03 with one flag more, or MAPPO with teammates dropped."""
+    words = ("ppo-controls", "--tasks", "sz", "--seeds", 11, "--dir", tmp_path, "--dry-run")
+    code, text, stderr = command("mipi", "train", *words)
+    assert code == 0, stderr
+    usual = runs_module.script_args(mipi_mappo, ["--preset", "cpu"])
+    names = ("own", "marginal", "penalise", "alpha", "drop_teammates")
+    changes = []
+    for line in text.splitlines():
+        path, *argv = shlex.split(line)[1:]
+        assert mipi_mappo.__file__.endswith(path)
+        args = runs_module.script_args(mipi_mappo, argv)
+        assert args.seed == 11 and args.scenario == "sz"
+        changes.append([x for x in names if getattr(args, x) != getattr(usual, x)])
+    assert changes == [["own"], ["marginal"], ["penalise"], ["penalise"], list(names[3:])]
 
 
 def test_rows_are_named_by_the_flags_in_which_runs_differ():
@@ -334,8 +367,9 @@ def test_team_dependence(runs, tmp_path):
     """Nobody depends on a team that is never seen; utilities say no probabilities; all runs are
     asked about the same episodes, or each about its own."""
     names = [runs / f"sz-{name}-s1" for name in ("mipi", "inf", "refil", "aqmix")]
-    own = dependence(*names, "--draws", 3)
-    same = dependence(*names, "--draws", 3, "--states", runs / "sz-refil-s1")
+    quick = ("--draws", 3, "--fit", 2)
+    own = dependence(*names, *quick)
+    same = dependence(*names, *quick, "--states", runs / "sz-refil-s1")
     for rows in (own, same):
         assert set(rows) == {path.name for path in names}
         assert [rows["sz-inf-s1"][k].split()[0] for k in ("mates", "groups")] == ["0.000", "0.000"]
@@ -373,7 +407,7 @@ def test_what_team_dependence_measures(runs, monkeypatch):
     opened = study.open_checkpoint(run, run)
     for k, net in enumerate((opened.agent.utility, opened.agent.policy)):
         sharpen(net, 2.0, k)
-    args = study.Dependence((), episodes=6, draws=3)
+    args = study.Dependence((), episodes=6, draws=3, fit=2)
     found = study.measure(opened, args)
     rng = torch.Generator().manual_seed(1)
     batch = opened.buffer.sample(rng, 6)
@@ -392,7 +426,7 @@ def test_what_team_dependence_measures(runs, monkeypatch):
     draws = [policy(view, mipi.draw_groups(view, rng)) for _ in range(3)]
     real, hidden = policy(view), policy(alone)
     battles, acts = view.played.nonzero()[:, 1].tolist(), set(batch.now.tolist())
-    each = {name: [[] for _ in range(6)] for name in found}
+    each = {name: [[] for _ in range(6)] for name in ("mates", "groups", "nats")}
     for m, b in enumerate(battles):
         for i in range(A) if m in acts else ():
             if view.avail_actions[m, i, 0]:
@@ -415,3 +449,178 @@ def test_what_team_dependence_measures(runs, monkeypatch):
     assert np.array_equal(mates[:, 0], hidden[:, 0]) and not np.allclose(
         enemies[:, 0], hidden[:, 0]
     )
+
+
+PPO_RUNS = ("sz-mappo-s1", "sz-mappo-mi-0.1-s1", "sz-mappo-mi-0.3-s1")
+
+
+def test_team_dependence_of_ppo(runs):
+    """All PPO runs, REFIL's and MIPI's about the same battles or the same replay; a run of
+    mappo_smac.py is read by its child's networks."""
+    names = [runs / name for name in (*PPO_RUNS, "sz-mipi-s1", "sz-refil-s1")]
+    quick = ("--draws", 2, "--fit", 2, "--episodes", 6)
+    for states in (names[1], names[3]):
+        rows = dependence(*names, *quick, "--states", states)
+        assert set(rows) == {path.name for path in names}
+        assert rows["sz-refil-s1"]["kl self"] == rows["sz-refil-s1"]["nats"] == ""
+        for path in names[:4]:
+            row = rows[path.name]
+            assert all(float(row[x].split()[0]) >= 0 for x in ("nats", "out", "swap"))
+            assert float(row["kl self"].split()[0]) >= 0
+    for path in names[:2]:
+        run = runs_module.Run(path)
+        opened = study.open_checkpoint(run, run)
+        assert opened.script is mipi_mappo
+        saved = study.harness.load_checkpoint(str(path))[0]["agent"]["actor"]
+        assert all(torch.equal(x, saved[k]) for k, x in opened.agent.actor.state_dict().items())
+    code, _, stderr = command("mipi", "dependence", runs / "sz-collaq-s1")
+    assert code == 2 and "collaq_smac.py, not of" in stderr
+
+
+def test_one_teammate_is_changed(runs):
+    """Of each episode one that is there: all others lose sight of it, or its type is the next one;
+    nothing else, in sight of whom or of whatever, is another."""
+    run = runs_module.Run(runs / "sz-mappo-mi-0.1-s1")
+    opened = study.open_checkpoint(run, run)
+    features = opened.buffer.sample(torch.Generator().manual_seed(1), 12).features
+    A, S = features.unseen.shape[1:]
+    columns = list(study.worlds.family_of("sz").type_columns.values())
+    episode = features.played.nonzero()[:, 1].tolist()
+    for of_types in (None, columns):
+        rng = torch.Generator().manual_seed(2)
+        other, others = study.change_one_mate(features, rng, of_types)
+        hidden = other.unseen & ~features.unseen
+        turned = (other.entities != features.entities).any(-1)
+        assert hidden.any() == (of_types is None) and turned.any() == (of_types is not None)
+        which = {}
+        for m, b in enumerate(episode):
+            found = {j for i, j in hidden[m].nonzero().tolist()} | set(
+                turned[m].nonzero()[:, 0].tolist()
+            )
+            assert len(found) <= 1 and all(j < A for j in found)
+            which.setdefault(b, set()).update(found)
+            for i in range(A):
+                for j in found if of_types is None else ():
+                    assert other.unseen[m, i, j] == (i != j or features.unseen[m, i, j])
+                if others[m, i]:
+                    assert i not in found
+        assert all(len(found) <= 1 for found in which.values())
+        assert len({tuple(found) for found in which.values()}) > 1
+        if of_types:
+            kinds = features.entities[turned][:, columns]
+            assert torch.equal(other.entities[turned][:, columns], kinds.roll(1, -1))
+            same = other.entities.clone()
+            same[..., columns] = features.entities[..., columns]
+            assert torch.equal(same, features.entities)
+    alive = ~features.avail_actions[..., 0]
+    for m, b in enumerate(episode):
+        (j,) = which[b] or {None}
+        expected = torch.zeros(A, dtype=torch.bool)
+        if j is not None and alive[m, j]:
+            expected[:] = True
+            expected[j] = False
+        assert j is None or torch.equal(others[m], expected)
+
+
+@pytest.mark.parametrize("name", PPO_RUNS[1:])
+def test_what_dependence_measures_of_ppo(runs, name):
+    """Total variation and the share of other actions by loops, of sharp agents with and without a
+    memory."""
+    run = runs_module.Run(runs / name)
+    opened = study.open_checkpoint(run, run)
+    sharpen(opened.agent.actor, 2.0, 0)
+    args = study.Dependence((), episodes=6, draws=2, fit=1)
+    found = study.measure(opened, args)
+    rng = torch.Generator().manual_seed(1)
+    features = opened.buffer.sample(rng, 6).features
+    [refil.draw_groups(features, rng) for _ in range(2)]
+    columns = list(study.worlds.family_of("sz").type_columns.values())
+    out, swap = (study.change_one_mate(features, rng, x) for x in (None, columns))
+    alive = ~features.avail_actions[..., 0]
+
+    def policy(features):
+        with torch.no_grad():
+            return opened.agent.actor(features)[0].exp().double().numpy()
+
+    real, alone = policy(features), policy(study.without_mates(features))
+    episode = features.played.nonzero()[:, 1].tolist()
+    each = {name: [[] for _ in range(6)] for name in ("mates", "out", "swap")}
+    for changed, key in ((out, "out"), (swap, "swap")):
+        pi = policy(changed.features)
+        for m, b in enumerate(episode):
+            for i in np.flatnonzero(alive[m] & changed.others[m]):
+                each[key][b].append(sum(abs(p - q) for p, q in zip(pi[m, i], real[m, i])) / 2)
+    for m, b in enumerate(episode):
+        for i in np.flatnonzero(alive[m]):
+            each["mates"][b].append(real[m, i].argmax() != alone[m, i].argmax())
+    for key, lists in each.items():
+        expected = [np.mean(x) for x in lists if x]
+        np.testing.assert_allclose(found[key], expected, atol=1e-5)
+        assert np.mean(expected) > 1e-3, key
+
+
+def test_a_marginal_is_fitted_anew(runs):
+    """To every second episode: a policy that is a marginal is met in the others, one that looks at
+    others is not; labels of those others change nothing that is learned."""
+    run = runs_module.Run(runs / "sz-mappo-mi-0.1-s1")
+    opened = study.open_checkpoint(run, run)
+    sharpen(opened.agent.actor, 2.0, 0)
+    options = study.Dependence((), episodes=16, fit=150, seed=3)
+    features = opened.buffer.sample(torch.Generator().manual_seed(1), 16).features
+    odd = features.played.nonzero()[:, 1] % 2 == 1
+    judged = ~features.avail_actions[..., 0] & odd[:, None]
+    own = mipi_mappo.Marginal(
+        features.entities.shape[-1], study.worlds.family_of("sz"), opened.agent.args
+    )
+    with torch.no_grad():
+        log_pi = {
+            "own": own(mipi_mappo.own_states(features, "self"))[0],
+            "all": opened.agent.actor(features)[0],
+        }
+    nats = {}
+    for name, x in log_pi.items():
+        args = (opened, features, x, options, "self")
+        nats[name] = float(study.divergence_from_marginal(*args)[judged].mean())
+    assert 0 <= nats["own"] < 0.1 * nats["all"]
+    other = torch.where(odd[:, None, None], log_pi["own"], log_pi["all"])
+    options = study.Dependence((), episodes=16, fit=3, seed=3)
+    a, b = (
+        study.divergence_from_marginal(opened, features, x, options, "self")[~odd]
+        for x in (log_pi["all"], other)
+    )
+    assert torch.equal(a, b)
+
+
+def test_frontier(runs, tmp_path):
+    """Means of the last evaluations, worked out here from the logs; arms by their alphas."""
+    names = (*PPO_RUNS[:2], "sz-mappo-entropy-0.1-s1")
+    paths = [runs / name for name in names]
+    words = ("--states", paths[0], "--last", 2, "--fit", 2, "--episodes", 6)
+    code, text, stderr = command("mipi", "frontier", *paths, *words, "--out", tmp_path / "f")
+    assert code == 0, stderr
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in text.strip().splitlines()]
+    rows = [dict(zip(lines[0], row)) for row in lines[2:]]
+    assert [(x["arm"], x["alpha"]) for x in rows] == [
+        ("MAPPO", "0"),
+        ("MAPPO + MI", "0.1"),
+        ("MAPPO + entropy", "0.1"),
+    ]
+    for row, path in zip(rows, paths, strict=True):
+        unseen = np.mean(logged(path, 6, "win")[-2:])
+        trained = np.mean([logged(path, size, "return")[-2:] for size in (3, 4)])
+        assert row["win, unseen"] == f"{unseen:.3f}"
+        assert row["return, trained"] == f"{trained:.3f}"
+    told = dependence(*paths, *words[:2], "--fit", 2, "--episodes", 6, "--draws", 1)
+    for row, path in zip(rows, paths):
+        for name in ("kl self", "out"):
+            assert row[name] == told[path.name][name].split()[0]
+    with Image.open(tmp_path / "f.png") as image:
+        assert min(image.size) > 200
+    assert (tmp_path / "f.csv").read_text().count("\n") == 4
+    for words, sentence in (
+        ((paths[0], "--last", 1, "--states", runs / "nothing"), "is no run directory"),
+        ((runs / "sz-collaq-s1", "--last", 1, "--states", paths[0]), "collaq_smac.py, not of"),
+        ((paths[0], "--last", 50, "--states", paths[0]), "fewer than --last 50"),
+    ):
+        code, _, stderr = command("mipi", "frontier", *words, "--out", tmp_path / "g")
+        assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)

@@ -1,0 +1,1180 @@
+"""MIPI's question asked of PPO: ours, in no paper. baselines/mappo_smac.py is its parent.
+
+MIPI (Wang, Ye and Lu, NeurIPS 2023) lets policies pay for relying on the team around them, on a
+learner of utilities. Here MAPPO's policies pay the same price: alpha for each nat by which they
+differ from a marginal policy m, which sees s+, a part of the state without teammates.
+
+    r~   = r - alpha sum_i KL(pi_i(. | s) || m(. | s_i+))                   the reward of (8), (16)
+    m    : minimise - E_pi log m(u | s_i+)       pi: the policy that acted, in teams s* or here (17)
+    L_pi = - mean_i min(r_i A~, clip(r_i, 1 -+ eps) A~) / sigma - c mean_i H(pi_i)
+           + alpha / sigma mean_i KL(pi_i || m)             its minimum without c: m exp(A~ / alpha)
+    r_i  = pi(u_i | tau_i) / pi_old(u_i | tau_i)                                          ratio
+    L_V  = mean (V(s) - G)^2,   A~ = G - V(s)                the team's, the same for all agents
+    G_t  = r~_t + gamma ((1 - l) V(s_t+1) + l G_t+1)                          --returns lambda
+    G_t  = r~_t + .. + gamma^n V'(s_t+n)           V': a slow copy of V        --returns n-step
+
+Each rollout first moves the marginal by (17); then m, the r~ of the policy that acted, A~ and its
+deviation sigma (1 without --normalise-advantages) stand still while L_pi moves the actor, L_V the
+critic. KL is exact over actions, of agents that are alive. With --alpha 0 it is the parent, bit for
+bit; with --regularizer entropy m is uniform over available actions.
+
+    python baselines/mipi_mappo_smac.py --scenario sz --preset cpu                for CPUs
+    python baselines/mipi_mappo_smac.py --scenario sz --preset cpu --regularizer entropy
+    python baselines/mipi_mappo_smac.py --scenario sz --preset cpu --own self+enemies
+    python baselines/mipi_mappo_smac.py --scenario sz --preset cpu --alpha 0 --drop-teammates .5
+    python baselines/mipi_mappo_smac.py --resume runs/RUN --total-timesteps 20000000
+    python baselines/mipi_mappo_smac.py --eval-only runs/RUN --backend sc2        in StarCraft II
+
+Letters: T steps, B battles, K steps of all battles, M moments (K in which a step begins, then those
+after which nothing follows), A agents, S entities (agents, then enemies), U actions, D features of
+an entity, H hidden units, R of the GRU, h heads of size d. Decisions: docs/mipi_mappo.md, of the
+parent: docs/baselines_smac.md; worlds: docs/battles.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import functools
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import (
+    Above,
+    Amount,
+    Count,
+    Evaluation,
+    Parts,
+    Positive,
+    Run,
+    RunArgs,
+    Share,
+    UsageError,
+    as_flag,
+    call,
+    check,
+    check_finite,
+    descend,
+    has_bf16,
+    leave,
+    load_checkpoint,
+    moments,
+    read_args,
+    restore,
+    saved_args,
+)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from envs.smac import worlds
+from envs.smac.combat import FIRST_TARGET, SIDE, Family, Observation
+from envs.smac.episodes import EpisodeLog, Policy
+from envs.smac.game import BattleError
+
+CPU = torch.device("cpu")
+
+# --- 2. Args --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(RunArgs):
+    """MIPI on MAPPO in StarCraft micromanagement. MAPPO's defaults are those of MIPI's paper."""
+
+    # Environment
+    backend: Literal["sim", "sc2"] = "sim"  # envs/smac/combat.py or StarCraft II
+    scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # units; Resource Collection
+    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
+    enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
+    clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
+    num_envs: Positive = 10  # B, battles at a time
+    env_threads: Positive = 1  # sim: over which they are spread
+    game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
+    max_episode_steps: Positive = 150  # of a battle; resource has at most 145
+    # Method
+    alpha: Amount = 0.03  # of Eqs. (8), (16): reward that a nat costs; 0: MAPPO
+    regularizer: Literal["mi", "entropy"] = "mi"  # m: the marginal policy; uniform
+    penalise: Literal["both", "loss", "return"] = "both"  # where alpha acts; ablations: one alone
+    marginal: Literal["imagined", "real"] = "imagined"  # its teacher sees: random groups; all
+    own: Literal["self", "self+enemies"] = "self"  # s+, what the marginal sees
+    marginal_epochs: Positive = 2  # of Eq. (17) over a rollout
+    marginal_learning_rate: Amount = 1e-3  # of its Adam; does not fall
+    drop_teammates: Share = 0.0  # control: share of them out of sight in training
+    # The parent's
+    rollout: Literal["rounds", "windows"] = "rounds"  # whole battles, or some steps of running ones
+    window_steps: Positive = 32  # T of windows
+    recurrent: bool = True  # actors with a GRU; without: what they see now
+    target_head: Literal["tags", "pointer"] = "tags"  # whom to attack: by its tag, or what it is
+    hidden_size: Positive = 128  # H, of embeddings and attention
+    heads: Positive = 4  # h, of attention
+    rnn_size: Positive = 64  # R, of the GRU
+    returns: Literal["n-step", "lambda"] = "n-step"  # G
+    n_steps: Positive = 5  # n
+    target_tau: Share = 0.01  # n-step: how far V' moves to V after each rollout
+    gae_lambda: Share = 0.95  # l
+    timeout_terminates: bool = False  # no bootstrap when time is out, as in REFIL's code
+    value_norm: bool = False  # V in units of the returns' mean and deviation
+    normalise_advantages: bool = False  # A with mean 0 and deviation 1
+    # Base algorithm
+    learning_rate: Amount = 5e-4  # Adam's, at first
+    entropy_coef: Amount = 0.001  # c, at first
+    final_share: Share = 1.0  # of both that is left at --total-timesteps; they fall linearly
+    adam_eps: Above = 1e-5  # Adam's
+    epochs: Positive = 4  # over a rollout
+    minibatches: Positive = 1  # of an epoch
+    clip: Amount = 0.2  # eps
+    gamma: Share = 0.99  # discount
+    max_grad_norm: Above = 10.0  # of each network
+    amp: bool = False  # bf16 attention where the hardware has it
+    # Evaluation and checkpoints (every: environment steps)
+    eval_team_sizes: tuple[Positive, ...] = (6, 7, 8)  # unseen ones, evaluated beside team_sizes
+    eval_every: Count = 50_000  # evaluations on the way; 0: never
+    eval_episodes: Positive = 160  # in those, of each team size
+    final_episodes: Count = 160  # of each size at the end and with --eval-only
+    log_every: Positive = 10_000  # lines of metrics.jsonl
+    save_every: Count = 500_000  # checkpoints, of which the last two are kept; 0: at the end
+
+
+PRESETS = {
+    "paper": {},
+    "cpu": {
+        "total_timesteps": 2_000_000,
+        "num_envs": 256,
+        "rollout": "windows",
+        "recurrent": False,
+        "target_head": "pointer",
+        "hidden_size": 64,
+        "returns": "lambda",
+        "value_norm": True,
+        "normalise_advantages": True,
+        "learning_rate": 1e-3,
+        "entropy_coef": 0.01,
+        "final_share": 0.1,
+        "epochs": 3,
+        "minibatches": 8,
+        "max_grad_norm": 0.5,
+        "amp": True,
+        "eval_every": 250_000,
+        "eval_episodes": 64,
+    },
+}
+# With --resume backend and version of the game stay as they were.
+RESUMABLE = ("backend", "env_threads", "game_version", "eval_team_sizes")
+LINE = ("return", "win", "entropy", "sps")  # scalars on standard output, without a terminal
+
+
+def validate(args: Args) -> list[tuple[Any, str]]:
+    """Combinations that would do something else than they say."""
+    windows, n_step = args.rollout == "windows", args.returns == "n-step"
+    given = {name for name, x in vars(Args()).items() if getattr(args, name) != x}
+    steps = args.num_envs * (args.window_steps if windows else 1)
+    in_game = args.backend == "sc2" and not args.eval_only
+    pointer = args.target_head == "pointer"
+    return [
+        ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
+        (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
+        *wrong_terms(args, given),
+        (windows and args.recurrent, "--rollout windows needs --no-recurrent"),
+        (windows and in_game, "--rollout windows needs --backend sim: no game can be saved"),
+        (not windows and "window_steps" in given, "--window-steps needs --rollout windows"),
+        (not args.recurrent and "rnn_size" in given, "--rnn-size needs --recurrent"),
+        (not n_step and "n_steps" in given, "--n-steps needs --returns n-step"),
+        (not n_step and "target_tau" in given, "--target-tau needs --returns n-step"),
+        (n_step and "gae_lambda" in given, "--gae-lambda needs --returns lambda"),
+        (args.minibatches > steps, f"--minibatches exceeds the {steps} parts of a rollout"),
+        (
+            pointer and args.scenario == "resource",
+            "--scenario resource has nobody to attack: it needs --target-head tags",
+        ),
+        *worlds.wrong_flags(args),
+    ]
+
+
+def wrong_terms(args: Args, given: set[str]) -> list[tuple[Any, str]]:
+    """Flags of a term that this run has not; given: those that are not their defaults."""
+    of_marginal = {x for x in given if x.startswith("marginal") or x == "own"}
+    of_term = of_marginal | given & {"regularizer", "penalise"}
+    informed = args.alpha and args.regularizer == "mi"
+    return [
+        (args.alpha == 0 and of_term, f"{flags_of(of_term)} needs an --alpha above 0"),
+        (of_marginal and not informed, f"{flags_of(of_marginal)} needs --regularizer mi"),
+        (
+            args.drop_teammates and args.alpha,
+            "--drop-teammates is a control of MAPPO: it needs --alpha 0",
+        ),
+    ]
+
+
+def flags_of(names: set[str]) -> str:
+    return ", ".join(as_flag(name) for name in sorted(names))
+
+
+# --- 3. Worlds ------------------------------------------------------------------------------------
+
+
+def make_envs(
+    args: Args,
+    sizes: tuple[int, ...],
+    num_envs: int,
+    seed: int,
+    device: torch.device = CPU,
+    once: bool = True,
+) -> Any:
+    """num_envs battles of teams of these sizes; once: they stand still when they have ended, else
+    others begin.
+
+    Only Resource Collection can be on a GPU. UsageError where there are no such teams or no game.
+    """
+    try:
+        return worlds.make_worlds(
+            args.backend,
+            args.scenario,
+            team_sizes=sizes,
+            num_battles=num_envs,
+            seed=seed,
+            episode_limit=args.max_episode_steps,
+            clip_regeneration=args.clip_regeneration,
+            enemy_ai=args.enemy_ai,
+            threads=args.env_threads,
+            game_version=args.game_version,
+            device=device,
+            once=once,
+        )
+    except (ValueError, BattleError) as error:
+        raise UsageError(str(error)) from None
+
+
+# --- 4. Networks ----------------------------------------------------------------------------------
+# [shared: features] begin
+
+MASKED = -1e9  # in the place of a score or a utility: not to be chosen
+CHUNK = 25  # times that the GRU is given at once
+
+
+class Features(NamedTuple):
+    """What networks read of M moments: of those times and battles that were played, in order of
+    time, then battle. A and S count the slots up to the last one that any battle fills."""
+
+    entities: Tensor  # (M, S, D) float32: features; of agents also their last action
+    unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
+    empty: Tensor  # (M, S) bool: no unit has this slot
+    avail_actions: Tensor  # (M, A, actions) bool
+    played: Tensor  # (T, B) bool, on the CPU: the M moments; the longest battles come first
+
+    def at(self, index: Tensor) -> Features:
+        """Some of the moments, for a mixer, which remembers nothing."""
+        return self._replace(
+            entities=self.entities[index],
+            unseen=self.unseen[index],
+            empty=self.empty[index],
+            avail_actions=self.avail_actions[index],
+        )
+
+
+def slots_in_use(empty: Tensor) -> int:
+    """How many slots, of empty (M, 8), there are up to the last that a unit has."""
+    return int((~empty).any(0).nonzero().max()) + 1
+
+
+def encode(
+    obs: Observation, last_actions: Tensor, played: Tensor, device: torch.device
+) -> Features:
+    """Observations (M, ...) as networks read them; last_actions (M, 8): -1 where there was none;
+    played (T, B): see Features."""
+    A = slots_in_use(obs.entity_mask[:, :SIDE])
+    E = slots_in_use(obs.entity_mask[:, SIDE:])
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)], device=last_actions.device)
+    num_actions = obs.avail.shape[-1]
+    # One more kind of action, in front, is "none"; its column is left out.
+    acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
+    acted = F.pad(acted, (0, 0, 0, E))  # others' actions are unknown
+    entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
+    return Features(
+        entities=entities.to(device),
+        unseen=obs.obs_mask[:, :A].index_select(-1, slots).to(device),
+        empty=obs.entity_mask[:, slots].to(device),
+        avail_actions=obs.avail[:, :A].to(device),
+        played=played,
+    )
+
+
+# [shared: features] end
+# [shared: attention] begin
+
+
+def uniform_parameter(inputs: int, *shape: int) -> nn.Parameter:
+    """Weights or biases of several linear layers side by side, as nn.Linear begins."""
+    bound = 1 / math.sqrt(inputs)
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+class Attention(nn.Module):
+    """G attention layers side by side, from agents to entities."""
+
+    def __init__(self, G: int, H: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query = uniform_parameter(H, G, H, H)
+        self.key_value = uniform_parameter(H, G, H, 2 * H)
+
+    def forward(self, x: Tensor, agents: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (G, M, h, A, d), keys and values (G, M, h, S, d) of x (M, S, G, H)."""
+        M, S, G, H = x.shape
+        query = x[:, :agents].flatten(0, 1).transpose(0, 1) @ self.query  # (G, M A, H)
+        key_value = x.flatten(0, 1).transpose(0, 1) @ self.key_value  # (G, M S, 2 H)
+        key, value = key_value.chunk(2, dim=-1)
+        query = query / math.sqrt(H // self.heads)
+        return self.split(query, M), self.split(key, M), self.split(value, M)
+
+    def split(self, x: Tensor, M: int) -> Tensor:
+        """(G, M n, H) -> (G, M, h, n, d)."""
+        G, _, H = x.shape
+        return x.view(G, M, -1, self.heads, H // self.heads).transpose(2, 3)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Weighted values (G, M, V, A, H) in views with mask (M, V, A, S); 0 where all is masked.
+
+    Scores are the same in all views; views are rows of one product with the values.
+    """
+    mask = mask[:, None]  # (M, 1, V, A, S)
+    scores = query @ key.mT  # (G, M, h, A, S)
+    scores = scores[:, :, :, None].masked_fill(mask, MASKED)  # (G, M, h, V, A, S)
+    weights = scores.softmax(-1).masked_fill(mask, 0.0)
+    out = weights.flatten(3, 4) @ value  # (G, M, h, V A, d)
+    out = out.unflatten(3, mask.shape[2:4])  # (G, M, h, V, A, d)
+    return out.permute(0, 1, 3, 4, 2, 5).flatten(-2)
+
+
+def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A GRU over moments (M, V, A, R): chunks of time without the battles that ended before them.
+    After one that ends within a chunk comes 0, which nobody reads."""
+    chunks = played.split(CHUNK)
+    sizes = [int(chunk.sum()) for chunk in chunks]
+    outputs = []
+    for part, chunk in zip(x.split(sizes), chunks):
+        T, B = len(chunk), int(chunk[0].sum())  # B battles go on
+        place = chunk[:, :B].flatten().nonzero()[:, 0].to(x.device)
+        padded = x.new_zeros(T * B, *x.shape[1:]).index_copy(0, place, part)
+        padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
+        if hidden is not None:
+            hidden = hidden[:, : padded.shape[1]].contiguous()
+        padded, hidden = gru(padded, hidden)
+        outputs.append(padded.reshape(T * B, *x.shape[1:])[place])
+    return torch.cat(outputs), hidden
+
+
+# [shared: attention] end
+
+RELU = math.sqrt(2)  # gain of layers before a ReLU
+
+
+def orthogonal(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A layer with orthogonal weights and zero biases."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Trunk(nn.Module):
+    """Entities, embedded, and what each agent finds by attending to them."""
+
+    def __init__(self, inputs: int, args: Args):
+        super().__init__()
+        self.embed = orthogonal(inputs, args.hidden_size, RELU)
+        self.attention = Attention(1, args.hidden_size, args.heads)
+
+    def forward(self, entities: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """entities (M, S, D), of which mask (M, A, S) hides some -> (M, S, H), and of agents what
+        they are and found (M, A, 2 H)."""
+        A = mask.shape[1]
+        x = F.relu(self.embed(entities))  # (M, S, H)
+        query, key, value = self.attention(x[:, :, None], A)
+        found = attend(query, key, value, mask[:, None])[0, :, 0]  # (M, A, H)
+        agents = torch.cat((x[:, :A], found), dim=-1)
+        # With --amp only what is above is bf16: ratios and values need their digits.
+        dtype = self.embed.weight.dtype
+        return x.to(dtype), agents.to(dtype)
+
+
+class Actor(nn.Module):
+    """log pi(u | tau_i) of every agent, from what it sees and, with a GRU, has seen."""
+
+    def __init__(self, inputs: int, family: Family, args: Args):
+        super().__init__()
+        H = args.hidden_size
+        size = args.rnn_size if args.recurrent else H
+        self.recurrent = args.recurrent
+        self.pointer = args.target_head == "pointer"
+        self.num_targets = family.n_actions - FIRST_TARGET
+        self.trunk = Trunk(inputs, args)
+        self.project = orthogonal(2 * H, size, RELU)
+        self.layer = nn.GRU(size, size) if args.recurrent else orthogonal(size, size, RELU)
+        if self.pointer:
+            self.query = orthogonal(size, H, 0.1)
+            self.key = orthogonal(H, H, 1.0)
+        self.head = orthogonal(size, FIRST_TARGET if self.pointer else family.n_actions, 0.01)
+
+    def forward(
+        self, features: Features, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(M, A, U), and the memory after them (1, B A, R); hidden: that before, None at first."""
+        entities, agents = self.trunk(features.entities, features.unseen)
+        with torch.autocast(agents.device.type, enabled=False):
+            x = F.relu(self.project(agents))  # (M, A, R or H)
+            if self.recurrent:
+                x, hidden = run_gru(self.layer, x[:, None], features.played, hidden)
+                x = x[:, 0]
+            else:
+                x = F.relu(self.layer(x))
+            logits = self.head(x)
+            if self.pointer:
+                targets = self.point(x, entities, features)
+                logits = torch.cat((logits, targets), dim=-1)
+            logits = logits.masked_fill(~features.avail_actions, MASKED)
+        return logits.log_softmax(-1), hidden
+
+    def point(self, x: Tensor, entities: Tensor, features: Features) -> Tensor:
+        """Logits (M, A, U - 6) of attacking or healing; x (M, A, R or H), entities (M, S, H)."""
+        # <W_q x_i, W_k e_j> / sqrt(H): whom, by what it is
+        scores = self.query(x) @ self.key(entities).mT / math.sqrt(entities.shape[-1])  # (M, A, S)
+        # Who is in reach is in sight; in imagined teams, and for the marginal, it may not be.
+        scores = scores.masked_fill(features.unseen, 0.0)
+        # (M, S, U - 6), one-hot; 0 of empty slots
+        tags = features.entities[..., : self.num_targets]
+        return scores @ tags
+
+
+class Marginal(Actor):
+    """log m(u | s_i+) of every agent: an actor that is given own_states()."""
+
+    def __init__(self, inputs: int, family: Family, args: Args):
+        super().__init__(inputs, family, args)
+        if self.pointer:
+            size = self.head.in_features
+            self.by_tag = orthogonal(size, self.num_targets, 0.01)
+
+    def point(self, x: Tensor, entities: Tensor, features: Features) -> Tensor:
+        """Also by tags: of targets outside s+ an agent knows whom it attacked last."""
+        return super().point(x, entities, features) + self.by_tag(x)
+
+
+def own_states(features: Features, own: str) -> Features:
+    """s+: agents that see themselves only, entities (M, A, D), unseen (M, A, A), or what they see
+    but other agents, (M, S, D), (M, A, S)."""
+    A, S = features.unseen.shape[1:]
+    if own == "self":
+        S = A
+    mates = F.pad(others(A), (0, S - A)).to(features.unseen.device)  # (A, S)
+    return features._replace(
+        entities=features.entities[:, :S],
+        unseen=features.unseen[..., :S] | mates,
+        empty=features.empty[:, :S],
+    )
+
+
+def others(agents: int) -> Tensor:
+    """(A, A) bool: all but the agent itself."""
+    return ~torch.eye(agents, dtype=torch.bool)
+
+
+class Critic(nn.Module):
+    """V(s) of the team, in units of the value norm, from all units."""
+
+    def __init__(self, inputs: int, args: Args):
+        super().__init__()
+        H = args.hidden_size
+        self.trunk = Trunk(inputs, args)
+        self.project = orthogonal(2 * H, H, RELU)
+        self.layer = orthogonal(H, H, RELU)
+        self.head = orthogonal(H, 1, 1.0)
+
+    def forward(self, features: Features) -> Tensor:
+        """(M,)"""
+        A = features.unseen.shape[1]
+        filled = ~features.empty[:, :A]
+        nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
+        _, agents = self.trunk(features.entities, nobody)
+        with torch.autocast(agents.device.type, enabled=False):
+            x = F.relu(self.project(agents)) * filled[..., None]
+            # A mean over the 8 slots: one over agents would hide how many there are.
+            x = x.sum(1) / SIDE  # (M, H)
+            return self.head(F.relu(self.layer(x)))[:, 0]
+
+
+class ValueNorm(nn.Module):
+    """Mean and deviation of returns by exponential averages over rollouts, debiased."""
+
+    DECAY = 0.95
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+
+    def update(self, new: Tensor) -> None:
+        """new (3,): 1, mean and mean square of new returns."""
+        self.sums.lerp_(new.to(self.sums), 1 - self.DECAY)
+
+    def mean_std(self) -> tuple[float, float]:
+        """0 and 1 before the first update."""
+        weight, mean, square = self.sums.tolist()
+        if weight == 0:
+            return 0.0, 1.0
+        variance = square / weight - (mean / weight) ** 2
+        return mean / weight, math.sqrt(max(variance, 1e-2))
+
+
+class Agent(Parts):
+    """The networks and their optimisers."""
+
+    def __init__(self, args: Args, family: Family, device: torch.device):
+        self.args, self.device = args, device
+        self.amp = args.amp and has_bf16(device)
+        inputs = family.features + family.n_actions
+        torch.manual_seed(args.seed)
+        self.actor = Actor(inputs, family, args).to(device)
+        self.critic = Critic(inputs, args).to(device)
+        self.target_critic = copy.deepcopy(self.critic)
+        self.value_norm = ValueNorm()
+        self.actor_optimiser = self.new_optimiser(self.actor, args.learning_rate)
+        self.critic_optimiser = self.new_optimiser(self.critic, args.learning_rate)
+        self.marginal = Marginal(inputs, family, args).to(device)
+        self.marginal_optimiser = self.new_optimiser(self.marginal, args.marginal_learning_rate)
+        own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
+        self.rng = torch.Generator().manual_seed(own_seed)  # of what the parent does not draw
+
+    def new_optimiser(self, net: nn.Module, learning_rate: float) -> torch.optim.Adam:
+        options = {"lr": learning_rate, "eps": self.args.adam_eps}
+        return torch.optim.Adam(net.parameters(), **options, foreach=True)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for optimiser in (self.actor_optimiser, self.critic_optimiser):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate
+
+    @torch.no_grad()
+    def move_target(self) -> None:
+        """V' goes a part of the way to V."""
+        for slow, fast in zip(self.target_critic.parameters(), self.critic.parameters()):
+            slow.lerp_(fast, self.args.target_tau)
+
+    @torch.no_grad()
+    def say(self, net: Actor, features: Features) -> Tensor:
+        """Log-probabilities (K, A, U) of actor or marginal, which are given from here on."""
+        with self.autocast():
+            log_probs, _ = net(features)
+        return log_probs
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+
+# --- 5. The method --------------------------------------------------------------------------------
+
+
+def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Element by element; ratio: of pi to the policy that acted."""
+    # min(r A, clip(r, 1 -+ eps) A)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.min(ratio * advantage, clipped * advantage)
+
+
+def lambda_returns(steps: Played, next_values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """G (T, B); G - V is GAE. next_values (T, B): V at the end of each step."""
+    returns = torch.zeros_like(next_values)
+    goes_on = ~steps.terminated
+    later = next_values[-1]
+    for t in reversed(range(len(returns))):
+        later = torch.where(steps.ends[t], next_values[t], later)
+        # G_t = R_t + gamma ((1 - l) V(s_t+1) + l G_t+1)
+        mixed = (1 - gae_lambda) * next_values[t] + gae_lambda * later
+        later = steps.rewards[t] + gamma * mixed * goes_on[t]
+        returns[t] = later
+    return returns
+
+
+def n_step_returns(steps: Played, next_values: Tensor, gamma: float, n: int) -> Tensor:
+    """G (T, B) of n rewards, or of fewer where the battle ends, and the value after them."""
+    goes_on = ~steps.terminated
+    later = next_values  # G^(0)_t+1 = V'(s_t+1)
+    for _ in range(n):
+        # G^(n)_t = R_t + gamma G^(n-1)_t+1
+        returns = steps.rewards + gamma * later * goes_on
+        later = F.pad(returns[1:], (0, 0, 0, 1))
+        later = torch.where(steps.ends, next_values, later)
+    return returns
+
+
+def divergence(log_pi: Tensor, log_m: Tensor) -> Tensor:
+    """KL(pi || m) (...) of log-probabilities (..., U); unavailable actions have none in both."""
+    return (log_pi.exp() * (log_pi - log_m)).sum(-1)
+
+
+def marginal_loss(log_pi: Tensor, log_m: Tensor) -> Tensor:
+    """Cross-entropy (...) of log-probabilities (..., U); the policy is given."""
+    # Eq. (17), exact over actions: at its minimum m is the mean of pi over s*
+    return -(log_pi.detach().exp() * log_m).sum(-1)
+
+
+def uniform(avail: Tensor) -> Tensor:
+    """log m (..., U) that is the same for all actions of avail (..., U)."""
+    return torch.zeros(avail.shape, device=avail.device).masked_fill(~avail, MASKED).log_softmax(-1)
+
+
+def draw_groups(played: Tensor, entities: int, rng: torch.Generator) -> Tensor:
+    """(K, S) bool: REFIL's groups, with an own p ~ U(0, 1) for each battle of played (T, B)."""
+    p = torch.rand(played.shape[1], 1, generator=rng)
+    groups = torch.rand(played.shape[1], entities, generator=rng) < p
+    battle = played.nonzero()[:, 1]  # (K,)
+    return groups[battle]
+
+
+def imagined_teams(features: Features, groups: Tensor, own: str) -> Features:
+    """s+ and s*: agents see of what they see their own of the groups (K, S), and always s+."""
+    A = features.unseen.shape[1]
+    apart = groups[:, :A, None] != groups[:, None]  # (K, A, S)
+    if own == "self+enemies":
+        apart[..., A:] = False
+    return features._replace(unseen=features.unseen | apart.to(features.unseen.device))
+
+
+# --- 6. Data --------------------------------------------------------------------------------------
+
+
+def pick(x: Tensor, actions: Tensor) -> Tensor:
+    """x (..., A, U) of actions (..., A)."""
+    return x.gather(-1, actions[..., None])[..., 0]
+
+
+def sample(log_probs: Tensor, noise: Tensor) -> Tensor:
+    """Actions (B, A) from log-probabilities and noise (B, A, U), exponentially distributed: the
+    largest of log pi + Gumbel noise."""
+    return (log_probs - noise.log()).argmax(-1)
+
+
+class Player:
+    """A policy for battles: drawn actions with a generator, most probable ones without."""
+
+    def __init__(self, agent: Agent, rng: torch.Generator | None = None, drop: float = 0.0):
+        """drop: share of teammates that an agent does not see, drawn anew for every episode."""
+        self.agent, self.rng, self.drop = agent, rng, drop
+        self.dropped = torch.empty(0)  # (B, 8, 8) bool: agent i does not see agent j
+        self.last_actions = torch.empty(0)  # (B, 8) int64; -1 where there was none
+        self.hidden = torch.empty(0)  # (B, 8, R)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Of battles that are not over; recurrent agents play whole ones."""
+        return {"last_actions": self.last_actions, "dropped": self.dropped}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        self.last_actions, self.dropped = saved["last_actions"], saved["dropped"]
+
+    def begin(self, battles: Any) -> None:
+        """Forget what was before the battles that begin now, or all if they are others."""
+        B, device = battles.num_battles, self.agent.device
+        if len(self.last_actions) != B:
+            self.last_actions = torch.full((B, SIDE), -1)
+            self.dropped = torch.zeros(B, SIDE, SIDE, dtype=torch.bool)
+        if len(self.hidden) != B:
+            self.hidden = torch.zeros(B, SIDE, self.agent.args.rnn_size, device=device)
+        begins = battles.time.cpu() == 0
+        self.last_actions[begins] = -1
+        self.hidden[begins.to(device)] = 0.0
+        if self.drop and begins.any():
+            noise = torch.rand(B, SIDE, SIDE, generator=self.agent.rng)
+            self.dropped[begins] = ((noise < self.drop) & others(SIDE))[begins]
+
+    def look(self, obs: Observation) -> Observation:
+        """What observations (B, ...) are without the teammates that are dropped."""
+        if not self.drop:
+            return obs
+        obs_mask = obs.obs_mask.clone()
+        obs_mask[:, :SIDE, :SIDE] |= self.dropped.to(obs_mask.device)
+        return obs._replace(obs_mask=obs_mask)
+
+    def __call__(self, battles: Any) -> Tensor:
+        """Actions (B, 8)."""
+        self.begin(battles)
+        self.last_actions, _ = self.act(battles)
+        return self.last_actions
+
+    @torch.no_grad()
+    def act(self, battles: Any) -> tuple[Tensor, Tensor]:
+        """Actions and their log-probabilities (B, 8); only battles that go on pass the network."""
+        going = (~battles.over).cpu().nonzero()[:, 0]  # (n,)
+        obs = Observation(*(x.cpu()[going] for x in self.look(battles.obs)))
+        played = torch.ones(1, len(going), dtype=torch.bool)
+        features = encode(obs, self.last_actions[going], played, self.agent.device)
+        A, U = features.avail_actions.shape[1:]
+        hidden = self.hidden[going, :A]  # (n, A, R)
+        with self.agent.autocast():
+            log_probs, after = self.agent.actor(features, hidden.flatten(0, 1)[None])
+        self.hidden[going, :A] = after.view_as(hidden)
+        chosen = log_probs.argmax(-1)  # (n, A)
+        if self.rng:
+            # For all slots and battles, so that draws do not depend on who is left.
+            noise = torch.empty(len(self.hidden), SIDE, U).exponential_(generator=self.rng)
+            chosen = sample(log_probs, noise[going, :A].to(log_probs.device))
+        actions = torch.zeros_like(self.last_actions)  # empty slots: no-op
+        log_prob = torch.zeros(actions.shape)
+        actions[going, :A] = chosen.cpu()
+        log_prob[going, :A] = pick(log_probs, chosen).cpu()
+        return actions, log_prob
+
+
+class Played(NamedTuple):
+    """A step of B battles, or T steps of them (T, B, ...)."""
+
+    going: Tensor  # (B,) bool: they were not over before it
+    last_actions: Tensor  # (B, 8) int64: of the step before, -1 where there was none
+    actions: Tensor  # (B, 8) int64
+    log_probs: Tensor  # (B, 8) float32
+    rewards: Tensor  # (B,) float32
+    terminated: Tensor  # (B,) bool: no value comes after
+    ends: Tensor  # (B,) bool: nothing of this battle follows in this rollout
+
+
+class Rollout(NamedTuple):
+    """T steps of B battles, the longest first: K in all, between M moments."""
+
+    steps: Played  # (T, B, ...)
+    features: Features  # of M moments: K in which a step begins, then those after the last ones
+    later: Tensor  # (K,) int64: at which moment a step ends
+
+
+def copied(x: Any) -> Any:
+    """A named tuple on the CPU: worlds write into their own tensors."""
+    return x._make([tensor.to("cpu", copy=True) for tensor in x])
+
+
+def stacked(times: list[Any]) -> Any:
+    """Named tuples of tensors (B, ...) as one of (T, B, ...)."""
+    return times[0]._make([torch.stack(x) for x in zip(*times)])
+
+
+def collect(args: Args, battles: Any, player: Player) -> tuple[Rollout, list[Any]]:
+    """A whole episode of every battle, or with windows the next steps; and the episodes that ended
+    (battles.Episode)."""
+    rounds = args.rollout == "rounds"
+    if rounds:
+        battles.reset()
+    steps, seen, after, episodes = [], [], [], []
+    is_last = False
+    while not is_last:
+        player.begin(battles)
+        seen.append(copied(player.look(battles.obs)))
+        going, before = ~battles.over, player.last_actions
+        player.last_actions, log_probs = player.act(battles)
+        step = battles.step(player.last_actions)
+        over = step.terminated | step.truncated
+        is_last = bool(battles.over.all()) if rounds else len(steps) + 1 == args.window_steps
+        ends = going & (over | is_last)
+        if ends.any():
+            final = step.final._make([x[ends] for x in step.final])
+            after.append(copied(battles.observe(final)))
+        played = Played(
+            going=going,
+            last_actions=before,
+            actions=player.last_actions,
+            log_probs=log_probs,
+            rewards=step.reward,
+            terminated=over if args.timeout_terminates else step.terminated,
+            ends=ends,
+        )
+        steps.append(copied(played))
+        episodes += step.episodes
+    steps = stacked(steps)
+    check_finite(rewards=steps.rewards)
+    finals = Observation(*(torch.cat(x) for x in zip(*after)))
+    return assemble(steps, stacked(seen), finals, player.agent.device), episodes
+
+
+def numbered(there: Tensor) -> Tensor:
+    """(T, B) int64: which of those that are there (T, B) it is, in order of time, then battle."""
+    return there.flatten().cumsum(0).view_as(there) - 1
+
+
+def assemble(
+    steps: Played, seen: Observation, finals: Observation, device: torch.device
+) -> Rollout:
+    """A rollout of steps; seen (T, B, ...): where they began; finals: where battles ended, in order
+    of time, then battle."""
+    last_actions = steps.actions[steps.ends]
+    final = steps.going.sum() + numbered(steps.ends)  # (T, B)
+    order = steps.going.sum(0).argsort(descending=True, stable=True)
+    steps = steps._make([x[:, order] for x in steps])
+    played = steps.going
+    following = F.pad(numbered(played)[1:], (0, 0, 0, 1))  # (T, B): the moment one step later
+    later = torch.where(steps.ends, final[:, order], following)[played]
+    obs = Observation(*(torch.cat((x[:, order][played], y)) for x, y in zip(seen, finals)))
+    last_actions = torch.cat((steps.last_actions[played], last_actions))
+    return Rollout(steps, encode(obs, last_actions, played, device), later)
+
+
+class Batch(NamedTuple):
+    """What the losses read of K steps."""
+
+    features: Features  # (K, ...)
+    actions: Tensor  # (K, A) int64
+    log_probs: Tensor  # (K, A) float32: of who acted
+    advantages: Tensor  # (K,) float32
+    targets: Tensor  # (K,) float32: G in units of the value norm
+    log_marginal: Tensor  # (K, A, U) float32: log m
+    price: Tensor  # (K,) float32: alpha / sigma, of a nat
+
+    def at(self, index: Tensor, played: Tensor) -> Batch:
+        """Some of the steps; played: those, for a GRU."""
+        features = self.features.at(index)._replace(played=played)
+        return Batch(features, *(x[index] for x in self[1:]))
+
+
+class Lesson(NamedTuple):
+    """What the marginal learns from K steps."""
+
+    features: Features  # (K, ...), s+
+    log_pi: Tensor  # (K, A, U) float32: of its teacher
+
+    def at(self, index: Tensor, played: Tensor) -> Lesson:
+        """Some of the steps; played: those, for a GRU."""
+        return Lesson(self.features.at(index)._replace(played=played), self.log_pi[index])
+
+
+class Term(NamedTuple):
+    """How far from the marginal the policy is that acted in K steps."""
+
+    log_marginal: Tensor  # (K, A, U) float32: log m
+    nats: Tensor  # (K,) float32: sum_i KL(pi_i || m)
+
+
+ROWS = 4096  # moments that a critic is given at once, without gradients
+
+
+@torch.no_grad()
+def all_values(agent: Agent, critic: Critic, features: Features) -> Tensor:
+    """V (M,) in raw units, on the CPU."""
+    mean, std = agent.value_norm.mean_std()
+    parts = torch.arange(len(features.entities), device=agent.device).split(ROWS)
+    with agent.autocast():
+        values = torch.cat([critic(features.at(part)) for part in parts])
+    return values.cpu() * std + mean
+
+
+def choosing(features: Features) -> Tensor:
+    """(M, A) bool: agents that have a choice. Who is dead or no one has the no-op alone."""
+    return ~features.avail_actions[..., 0]
+
+
+def charged(steps: Played, nats: Tensor, alpha: float) -> Played:
+    """The same steps with rewards r~; nats (K,): of those of them that were played."""
+    rewards = steps.rewards.clone()
+    # Eqs. (8), (16): r~ = r - alpha sum_i KL(pi_i(. | s) || m(. | s_i+))
+    rewards[steps.going] -= alpha * nats.cpu()
+    return steps._replace(rewards=rewards)
+
+
+def prepare(args: Args, agent: Agent, rollout: Rollout, term: Term) -> Batch:
+    """Returns and advantages of a rollout; takes the returns into agent.value_norm."""
+    steps, device = rollout.steps, agent.device
+    if args.penalise != "loss":
+        steps = charged(steps, term.nats, args.alpha)
+    played = steps.going
+    K = len(rollout.later)
+    values = later_values = all_values(agent, agent.critic, rollout.features)  # (M,)
+    if args.returns == "n-step":
+        later_values = all_values(agent, agent.target_critic, rollout.features)
+    next_values = torch.zeros(played.shape)  # (T, B)
+    next_values[played] = later_values[rollout.later]
+    if args.returns == "n-step":
+        returns = n_step_returns(steps, next_values, args.gamma, args.n_steps)[played]  # (K,)
+    else:
+        returns = lambda_returns(steps, next_values, args.gamma, args.gae_lambda)[played]
+    # A = G - V(s)
+    advantages = returns - values[:K]
+    if args.value_norm:
+        agent.value_norm.update(moments(returns))
+    mean, std = agent.value_norm.mean_std()
+    features = rollout.features.at(torch.arange(K, device=device))
+    acts = choosing(features)  # (K, A)
+    sigma = torch.tensor(1.0)
+    if args.normalise_advantages:
+        each = advantages.repeat_interleave(acts.sum(-1).cpu())  # of every agent
+        sigma = each.std(correction=0) + 1e-5
+        advantages = (advantages - each.mean()) / sigma
+    A = acts.shape[1]
+    return Batch(
+        features=features,
+        actions=steps.actions[played][:, :A].to(device),
+        log_probs=steps.log_probs[played][:, :A].to(device),
+        advantages=advantages.to(device),
+        targets=((returns - mean) / std).to(device),
+        log_marginal=term.log_marginal,
+        price=(args.alpha / sigma).expand(K).to(device),
+    )
+
+
+def minibatches(args: Args, batch: Any, rng: torch.Generator) -> Iterator[Any]:
+    """One epoch over a Batch or Lesson: all battles, shuffled and dealt out; without memory each
+    step is one by itself."""
+    played = batch.features.played  # (T, B)
+    if not args.recurrent:
+        played = torch.ones(1, len(batch.features.empty), dtype=torch.bool)
+    number = numbered(played)
+    for battles in torch.randperm(played.shape[1], generator=rng).tensor_split(args.minibatches):
+        battles = battles.sort().values  # the longest first
+        part = played[:, battles]
+        part = part[part.any(1)]
+        index = number[: len(part), battles][part]
+        yield batch.at(index.to(batch.features.empty.device), part)
+
+
+# --- 7. Update ------------------------------------------------------------------------------------
+
+
+def mean_of(x: Tensor, where: Tensor) -> Tensor:
+    """Of those x where (M, A) says so."""
+    return (x * where).sum() / where.sum().clamp(min=1)
+
+
+def find_term(args: Args, agent: Agent, rollout: Rollout) -> tuple[Term, dict[str, Tensor]]:
+    """Fits the marginal, then holds the policy that acted against it; and what was found."""
+    K = len(rollout.later)
+    features = rollout.features.at(torch.arange(K, device=agent.device))
+    log_m, scalars = uniform(features.avail_actions), {}
+    if args.alpha == 0:
+        return Term(log_m, torch.zeros(K, device=agent.device)), scalars
+    log_pi = agent.say(agent.actor, features)  # (K, A, U)
+    if args.regularizer == "mi":
+        log_m, scalars = fit_marginal(args, agent, features, log_pi)
+    acts = choosing(features)  # (K, A)
+    each = divergence(log_pi, log_m) * acts
+    reward, nats = rollout.steps.rewards[rollout.steps.going].mean(), each.sum(-1)
+    scalars["marginal_kl"] = mean_of(each, acts)  # of an agent, in its real team
+    scalars["reward"] = reward
+    scalars["regularised_reward"] = reward - args.alpha * nats.mean().cpu()
+    return Term(log_m, nats), scalars
+
+
+def fit_marginal(
+    args: Args, agent: Agent, features: Features, log_pi: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Epochs of Eq. (17); log m (K, A, U) after them, and the losses. log_pi: in real teams."""
+    K, S = features.empty.shape
+    if args.marginal == "imagined":
+        # As minibatches: a team is imagined for a battle, without memory for a step.
+        played = features.played if args.recurrent else torch.ones(1, K, dtype=torch.bool)
+        groups = draw_groups(played, S, agent.rng)
+        log_pi = agent.say(agent.actor, imagined_teams(features, groups, args.own))
+    lesson = Lesson(own_states(features, args.own), log_pi)
+    losses = []
+    for _ in range(args.marginal_epochs):
+        for part in minibatches(args, lesson, agent.rng):
+            with agent.autocast():
+                log_m, _ = agent.marginal(part.features)  # (M, A, U)
+            loss = mean_of(marginal_loss(part.log_pi, log_m), choosing(part.features))
+            descend(loss, agent.marginal, agent.marginal_optimiser, args.max_grad_norm)
+            losses.append(loss.detach())
+    log_m = agent.say(agent.marginal, lesson.features)
+    information = mean_of(divergence(log_pi, log_m), choosing(features))
+    return log_m, {"marginal_loss": torch.stack(losses).mean(), "mi": information}
+
+
+def policy_loss(
+    args: Args, agent: Agent, part: Batch, entropy_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_pi, and what it is made of."""
+    acts = choosing(part.features)  # (M, A)
+    with agent.autocast():
+        log_probs, _ = agent.actor(part.features)  # (M, A, U)
+    difference = pick(log_probs, part.actions) - part.log_probs
+    ratio = difference.exp()  # (M, A)
+    # min(r A, clip(r, 1 -+ eps) A)
+    objective = mean_of(clip_objective(ratio, part.advantages[:, None], args.clip), acts)
+    # H(pi) = - sum_u pi log pi
+    entropy = mean_of(-(log_probs.exp() * log_probs).sum(-1), acts)
+    scalars = {
+        "policy_loss": -objective,
+        "entropy": entropy,
+        "kl": mean_of(ratio - 1 - difference, acts),  # an estimate of KL(pi_old, pi)
+        "clipped": mean_of(((ratio - 1).abs() > args.clip).float(), acts),
+    }
+    loss = -objective - entropy_coef * entropy
+    if args.alpha and args.penalise != "return":
+        # + alpha / sigma mean_i KL(pi_i || m)
+        nats = divergence(log_probs, part.log_marginal)  # (M, A)
+        penalty = mean_of(part.price[:, None] * nats, acts)
+        scalars["penalty"] = penalty
+        loss = loss + penalty
+    return loss, scalars
+
+
+def value_loss(agent: Agent, part: Batch) -> Tensor:
+    """L_V = mean (V(s) - G)^2."""
+    with agent.autocast():
+        values = agent.critic(part.features)  # (M,)
+    return (values - part.targets).square().mean()
+
+
+def share_left(args: Args, timesteps: int) -> float:
+    """Of learning rate and entropy bonus: falls linearly."""
+    done = min(timesteps / args.total_timesteps, 1.0)
+    return 1 + done * (args.final_share - 1)
+
+
+def update(
+    args: Args, agent: Agent, batch: Batch, rng: torch.Generator, share: float
+) -> dict[str, Tensor]:
+    """PPO's epochs over a rollout; share: see share_left(). Returns scalars."""
+    found = collections.defaultdict(list)
+    agent.set_learning_rate(share * args.learning_rate)
+    for _ in range(args.epochs):
+        for part in minibatches(args, batch, rng):
+            loss, scalars = policy_loss(args, agent, part, share * args.entropy_coef)
+            norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
+            scalars["actor_grad_norm"] = norm
+
+            loss = value_loss(agent, part)
+            norm = descend(loss, agent.critic, agent.critic_optimiser, args.max_grad_norm)
+            scalars |= {"value_loss": loss, "critic_grad_norm": norm}
+
+            for name, x in scalars.items():
+                found[name].append(x.detach())
+    agent.move_target()
+    return {name: torch.stack(x).mean() for name, x in found.items()}
+
+
+# --- 8. Evaluate ----------------------------------------------------------------------------------
+
+
+def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Greedy episodes of every team size; at the end beside them, in the same battles, those with
+    drawn actions and, unless in the game, of scripted policies. Returns {"size policy": what
+    summarise() says}."""
+    world = worlds.playing(args.scenario)
+    battle_seed, policy_seed = evaluation.rng.integers(2**31, size=2).tolist()
+    new_battles = functools.partial(make_envs, args, seed=battle_seed, device=agent.device)
+    number = together = evaluation.episodes
+    if args.backend == "sc2":
+        together = min(number, args.num_envs)
+    policies: dict[str, Policy] = {"": Player(agent)}
+    if evaluation.final:
+        rng = torch.Generator().manual_seed(policy_seed)
+        policies["sampled"] = Player(agent, rng)
+    if evaluation.final and args.backend == "sim":
+        policies |= world.scripted_policies(policy_seed)
+    sizes = dict.fromkeys((*args.team_sizes, *args.eval_team_sizes))
+    rounds = math.ceil(number / together)
+    evaluation.expect(len(sizes) * len(policies) * rounds * together)
+    results = {}
+    for size in sizes:
+        for name, policy in policies.items():
+            with contextlib.closing(new_battles(sizes=(size,), num_envs=together)) as battles:
+                row = worlds.score(args.scenario, battles, policy, number, evaluation.progress)
+            results[f"{size} {name}".rstrip()] = row
+        if evaluation.videos:
+            with contextlib.closing(new_battles(sizes=(size,), num_envs=1)) as battles:
+                path = evaluation.videos / f"{evaluation.stem}-{size}.mp4"
+                evaluation.expect(1)
+                world.film(battles, Player(agent), path)
+                evaluation.progress(1)
+    return results
+
+
+def load_player(path: str) -> Policy:
+    """The greedy policy of a run or checkpoint, for battles of its scenario."""
+    args = saved_args(path, Args)
+    saved, _ = load_checkpoint(path)
+    agent = Agent(args, worlds.family_of(args.scenario), CPU)
+    restore(agent, saved["agent"], path)
+    return Player(agent)
+
+
+# --- 9. Train -------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> int:
+    """The run, with --resume from its checkpoint on; returns the exit code."""
+    table = worlds.playing(args.scenario).table
+    with Run(args, table, LINE) as run:
+        if args.resume:
+            check(worlds.wrong_to_resume(args, run.saved["args"]))
+        battles = make_envs(
+            args,
+            sizes=args.team_sizes,
+            num_envs=args.num_envs,
+            seed=args.seed,
+            device=run.device,
+            once=args.rollout == "rounds",
+        )
+        run.close_at_end(contextlib.closing(battles))
+        agent = Agent(args, battles.family, run.device)
+        run.restore(agent=agent)
+        run.judge = functools.partial(evaluate, args, agent)
+        if args.eval_only:
+            return run.evaluate_only()
+        rng = torch.Generator().manual_seed(args.seed)
+        player = Player(agent, rng, args.drop_teammates)
+        log = EpisodeLog(battles.Episode)
+        if args.rollout == "windows" and not args.resume:
+            battles.reset()
+        run.begin(
+            args.scenario,
+            parts={"agent": agent},
+            own={
+                "rng": rng,
+                "method_rng": agent.rng,
+                "battles": battles,
+                "player": player,
+                "log": log,
+            },
+            amp=agent.amp,
+            game_version=getattr(battles, "game_version", None),
+        )
+        while run.goes_on():
+            try:
+                rollout, episodes = collect(args, battles, player)
+            except BattleError:  # the game; what has been learned is kept
+                run.save()
+                raise
+            log.episodes += episodes
+            run.lap("collect_s")
+            term, scalars = find_term(args, agent, rollout)
+            batch = prepare(args, agent, rollout, term)
+            share = share_left(args, run.timesteps)
+            scalars |= update(args, agent, batch, rng, share)
+            check_finite(**scalars)
+            run.note(scalars)
+            run.lap("learn_s")
+            run.advance(len(rollout.later))
+            if run.is_due(args.log_every):
+                run.log(log.means() | {"learning_rate": share * args.learning_rate})
+            if run.is_due(args.save_every):
+                run.save()
+            if run.is_due(args.eval_every):
+                if args.backend == "sc2":  # evaluations have games of their own
+                    run.save()
+                    battles.close()
+                run.evaluate("eval")
+        battles.close()
+        return run.finish()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    read = functools.partial(read_args, Args, argv, validate, RESUMABLE, PRESETS)
+    return call(lambda: train(read()), BattleError)
+
+
+if __name__ == "__main__":
+    leave(main())
