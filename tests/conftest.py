@@ -7,8 +7,10 @@ import torch
 from runs import BIDIST, MAPPO, script, tiny
 
 torch.set_num_threads(1)  # as runs do; on a busy machine two wait for each other
-# A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and stops.
+# A shell's background jobs ignore Ctrl-C, those under nohup a closed terminal, and so would every
+# process that a test starts and stops.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
