@@ -58,6 +58,7 @@ def parts(run_dir):
     return [path.name for path in Path(run_dir).glob("*.part")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_again_and_again(kills, tmp_path):
     """Half of the kills come at any moment, half while a file is being written. The run then ends

@@ -152,6 +152,7 @@ def maps(pid):
     return "harness" if started and not is_caught and "pydantic_core" in modules else ""
 
 
+@pytest.mark.long
 def test_a_closed_terminal_stops_and_saves(tmp_path):
     """The system sends SIGHUP then, and there is nobody left to write to."""
     main, terminal = pty.openpty()

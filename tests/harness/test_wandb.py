@@ -107,6 +107,7 @@ def tracked(run_dir, iterations, *more):
 # Offline ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_offline_run_read_back(tmp_path, env):
     run_dir = tmp_path / "run"
     more = ("--wandb-mode", "offline", "--wandb-project", "here", "--capture-video")

@@ -130,6 +130,7 @@ def test_stop_saves_and_resumes(name, number, tmp_path):
     assert metrics(run_dir) == metrics(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_stop_in_an_evaluation(tmp_path):
     """It ends at once, while episodes are played and filmed."""
     run_dir = tmp_path / "run"

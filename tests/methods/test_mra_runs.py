@@ -1460,6 +1460,7 @@ def learned(name, steps, *flags):
     return json.loads(Path("run/summary.json").read_text())["eval"]
 
 
+@pytest.mark.long
 def test_maddpg_learns():
     """250 updates of four minibatches. Random players earn 2.4."""
     flags = ("--share-parameters", "--actor-gradient", "expectation", "--population", 3)

@@ -477,7 +477,7 @@ def test_spawning():
         pytest.param("resource", 6, marks=pytest.mark.long),
         pytest.param("pacman", (4, 2), marks=pytest.mark.long),
         pytest.param("signpost", 4, marks=pytest.mark.long),
-        ("rooms", (3, 3)),
+        pytest.param("rooms", (3, 3), marks=pytest.mark.long),
     ],
 )
 def test_compiled_steps_are_the_eager_ones(task, population):

@@ -284,6 +284,7 @@ def test_processes_that_meet_new_sprites_at_once_agree(shared, tmp_path):
             assert np.array_equal(got, sprites), f"process {me} has wrong ids in round {r}"
 
 
+@pytest.mark.long
 def test_a_process_killed_with_the_lock_in_hand_blocks_nobody(shared):
     arrays, palette = shared
     hold = f"""{SHARED}
