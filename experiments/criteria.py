@@ -31,6 +31,7 @@ from experiments.scenario_table import mean, read_cells
 
 CRITERIA = ROOT / "experiments/claims.toml"
 SLACK = 0.05  # by which a run may be longer or shorter than its claim says
+GONE = {"prior_floor": 0.0}  # flags that scripts once had, and their defaults
 PAPERS = {"B": "bidist", "M": "mra", "I": "mipi"}  # by a claim's first letter
 
 
@@ -275,11 +276,14 @@ def source_of(adapt: str) -> str:
 
 
 def is_of(run: Run, command: str) -> bool:
-    """Whether a finished run is one of an arm's; flags that older runs lack are at defaults."""
+    """Whether a finished run is one of an arm's; flags that older runs lack are at defaults, and
+    those that have gone since must be."""
     script, wanted = read_arm(command)
     if wanted is None or run.args["script"] != Path(script).stem or not run.summary["timesteps"]:
         return False
     defaults = load_script(run.args["script"]).Args
+    if any(run.args.get(name, x) != x for name, x in GONE.items()):
+        return False
     for name, x in wanted.items():
         found = run.args.get(name, getattr(defaults, name, None))
         found = list(found) if isinstance(found, tuple) else found

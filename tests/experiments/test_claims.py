@@ -539,6 +539,15 @@ def test_tables_of_commands(tmp_path):
     assert found == {11: [1.0], 12: [2.0, 4.0]}
 
 
+def test_a_flag_that_has_gone_still_tells_runs_apart():
+    """Runs of study_pacman.csv with half of p(z|m) uniform are none of MRA's."""
+    found = {x.name: x for x in runs_module.read_study(ROOT / "docs/data/study_pacman.csv")}
+    ours, theirs = found["pacman-mra-s1"], found["pacman-floor-s1"]
+    command = "mra_maddpg_particle.py --task pacman --populations 4,2 6,3 8,4 "
+    command += "--eval-populations 2,8 --preset cpu"
+    assert criteria.is_of(ours, command) and not criteria.is_of(theirs, command)
+
+
 @pytest.mark.long
 def test_the_page_is_what_the_command_prints():
     code, text, stderr = command("claims")
