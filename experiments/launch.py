@@ -430,7 +430,10 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
 def requeue() -> None:
     """Ask SLURM to start this job again, later."""
     if job := os.environ.get("SLURM_JOB_ID"):
-        subprocess.run(["scontrol", "requeue", job], check=False)
+        try:
+            subprocess.run(["scontrol", "requeue", job], check=False)
+        except OSError as error:
+            print(f"scontrol cannot be started, queue job {job} again: {error.strerror}")
 
 
 def launch(options: Launch) -> None:

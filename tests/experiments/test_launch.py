@@ -288,6 +288,13 @@ def test_slurm_starts_a_stopped_run_again(study, launched):
     assert [x["words"][0] for x in calls(file, "a-s1")] == ["--run-dir", "--resume"]
 
 
+def test_without_scontrol(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    launch.requeue()
+    assert capsys.readouterr().out.startswith("scontrol cannot be started, queue job 123 again:")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -332,18 +339,37 @@ def test_bars_show_what_is_trained(tmp_path):
 
 
 @pytest.mark.long
-def test_a_worker_of_ray_is_killed(study):
+def test_a_worker_of_ray_is_killed(tmp_path):
     """Ray starts its task again, which waits for the run that the dead worker's process still
-    trains. Skipped without requirements-ray.txt."""
+    trains. With a real script, as tasks import the real launcher. Skipped without
+    requirements-ray.txt."""
     pytest.importorskip("ray")
-    file = study(seeds=[1], timesteps=900, a="--pause 0.05")
-    with start(file, "--engine", "ray") as process:
-        wait_for(lambda: calls(file, "a-s1"))
-        os.kill(parent_of(calls(file, "a-s1")[0]["pid"]), signal.SIGKILL)
-        output, _ = process.communicate(timeout=120)
+    flags = "--task resource --populations 3 --num-envs 2 --batch-size 8 --update-every 20 "
+    flags += "--inner-steps 1 --hidden-size 8 --key-size 4 --latent-size 2 --log-every 40 "
+    flags += "--eval-every 0 --final-episodes 2 --no-compile"
+    lines = [f'dir = "{tmp_path}/runs"', "seeds = [1]", "timesteps = 6000", f'flags = "{flags}"']
+    file = tmp_path / "study.toml"
+    file.write_text("\n".join([*lines, "[runs]", 'a = "mra_maddpg_particle.py"']))
+    run = tmp_path / "runs" / "a-s1"
+    command = [sys.executable, str(ROOT / "experiments/launch.py"), str(file), "--engine", "ray"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **options) as process:
+        wait_for(lambda: (run / "metrics.jsonl").exists(), 120)
+        (trainer,) = (int(x) for x in os.listdir("/proc") if x.isdigit() and trains(int(x), run))
+        os.kill(parent_of(trainer), signal.SIGKILL)
+        output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert len(calls(file, "a-s1")) == 1 and "waiting for it" in output
-    assert "| a-s1 | finished | 900 |" in output
+    assert "waiting for it" in output and "| a-s1 | finished | 6,000 |" in output
+    log = [json.loads(line)["timesteps"] for line in (run / "metrics.jsonl").open()]
+    assert log == sorted(log), "two have trained it"
+
+
+def trains(pid, run):
+    """Whether a process is the script's, with this run on its command line."""
+    try:
+        return str(run).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def parent_of(pid):
