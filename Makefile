@@ -40,7 +40,7 @@ train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, v
 test: $(READY)  ## all tests but the long and slow ones, in two processes
 	$(PY) -m pytest -m "not slow and not long" -n 2 --dist loadfile $(ARGS)
 
-test-long: $(READY)  ## the long ones: some seven seconds or more each
+test-long: $(READY)  ## the long ones: some four seconds or more each
 	$(PY) -m pytest -m "long and not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## the slow tests

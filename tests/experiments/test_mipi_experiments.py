@@ -198,6 +198,7 @@ def test_refused(runs, tmp_path):
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
 
 
+@pytest.mark.long
 def test_runs_of_the_tables(tmp_path):
     """--dry-run names a command for every row of the tables that is one of these methods."""
     words = ["--seeds", "1", "2", "--dir", tmp_path / "runs", "--dry-run"]

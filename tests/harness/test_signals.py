@@ -62,7 +62,7 @@ def test_second_signal_ends_it_at_once(number, tmp_path):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("kind", ["eval", "final"])
+@pytest.mark.parametrize("kind", ["eval", pytest.param("final", marks=pytest.mark.long)])
 def test_stop_in_an_evaluation(kind, number, tmp_path):
     """At once, not after its episodes; the weights are saved. Resumed, it is finished."""
     argv = flags("run", 2, "--final-episodes", 1000, "--pause", 0.3)

@@ -284,7 +284,15 @@ def test_server_closed(tmp_path, env, offline_s):
     check_away(tmp_path, env, offline_s)
 
 
-@pytest.mark.parametrize("how", AWAY)
+@pytest.mark.parametrize(
+    "how",
+    [
+        "silent",
+        pytest.param("answers once", marks=pytest.mark.long),
+        pytest.param("out of order", marks=pytest.mark.long),
+        "refuses",
+    ],
+)
 def test_server_away(how, tmp_path, env, offline_s):
     with contextlib.closing(Server(AWAY[how])) as server:
         env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}

@@ -172,6 +172,7 @@ def test_observe_self_only_sees_nobody_else():
     assert not torch.equal(*q_total)
 
 
+@pytest.mark.long
 @pytest.mark.numeric
 def test_actions_are_drawn_from_policy_and_noise():
     """(1 - epsilon) pi + epsilon uniform; greedy in evaluation."""

@@ -231,6 +231,7 @@ class BlindGame(TileGame):
         return obs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("centre", ["w", pytest.param("1", marks=pytest.mark.slow)])
 def test_the_posterior_answers_what_the_prior_cannot_see(centre, monkeypatch):
     """Whoever does not see the colour is right in a third of the steps; pi learns to be right

@@ -85,6 +85,7 @@ def tiles_of(image):
 # --- Goals ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("swap", [False, True])
 def test_clean_up(swap):
     game = Game("clean_up", 6)
@@ -101,6 +102,7 @@ def test_clean_up(swap):
     assert max(cleaned["EAT"]) == 0
 
 
+@pytest.mark.long
 def test_out_of_the_game():
     """Who has been zapped sees nothing, and its POSITION may be anywhere: it does nothing, and
     keeps what it knows of the map."""
@@ -115,6 +117,7 @@ def test_out_of_the_game():
     assert action == 0 and memory.step == 31 and (memory.grid == known).all()
 
 
+@pytest.mark.long
 def test_clean_up_sanction():
     done = Game("clean_up", 6).play(["SANCTION"] + ["random"] * 5, 400)
     zaps = [d["zap"] for d in done]
@@ -154,6 +157,7 @@ def test_mushrooms_destroy(word, left):
     assert done[0]["eating_mushroom"] == 0
 
 
+@pytest.mark.long
 def test_gift():
     words = ["GIFT", "CONSUME_TOKENS", "FORAGE", "COLLECT_TOKENS", "random", "random"]
     game = Game("gift_refinements", 6)
@@ -262,6 +266,7 @@ def layers_by_names(game, word, steps, bodies):
     return truth
 
 
+@pytest.mark.long
 def test_names_of_dirt_and_shadows():
     truth = layers_by_names(Game("clean_up", 7), "random", 60, ("Self", "Avatar"))
     expected = {frozenset(("Dirt", f"water_{k}")) for k in (1, 2, 3, 4)}
@@ -271,6 +276,7 @@ def test_names_of_dirt_and_shadows():
     assert len({min(layers) for layers in truth.values()}) == len(truth)
 
 
+@pytest.mark.long
 def test_names_of_paint():
     game = Game("territory__rooms", 2)
     truth = layers_by_names(game, "CLAIM_NEAR", 100, ("avatar", "sprite_for", "Damaged"))

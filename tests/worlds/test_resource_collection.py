@@ -753,6 +753,7 @@ def test_wrong_use():
         rc.ResourceCollection((2,), 1).step(torch.zeros(1, 8))
 
 
+@pytest.mark.long
 def test_scripts():
     """The collector earns far more than the forager, which sees no further than agents do, and that
     far more than random play; more with more agents."""

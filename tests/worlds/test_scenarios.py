@@ -276,6 +276,7 @@ def test_matrix_puppets_bring_what_they_intend():
     assert len(brought) >= 10 and np.mean(brought) > 0.9
 
 
+@pytest.mark.long
 def test_miners_extract_what_they_are_told():
     spec = get_spec(MINING)
     for name, ore in (("cooperator_0", 2), ("defector_0", 1)):

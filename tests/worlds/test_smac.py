@@ -48,7 +48,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:StarCraft II:UserWarning")
 
 @pytest.mark.skipif(SPEAKS, reason="it runs here")
 @pytest.mark.skipif(not INSTALLED, reason="pysc2 is not installed: requirements-sc2.txt")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which",
+    [
+        "not slow and not long",
+        pytest.param("long and not slow", marks=pytest.mark.long),
+        pytest.param("slow", marks=pytest.mark.slow),
+    ],
+)
 def test_in_a_process_of_its_own(which):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     command += ["-m", which]
@@ -462,7 +469,13 @@ time.sleep(60)"""
 
 @spoken
 @linux
-@pytest.mark.parametrize("program", [f"#!{sys.executable}\n{SILENT}\n", "#!/bin/sh\nexit 1\n"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(f"#!{sys.executable}\n{SILENT}\n", marks=pytest.mark.long),
+        "#!/bin/sh\nexit 1\n",
+    ],
+)
 def test_a_game_that_never_answers_through_pysc2(game_home, monkeypatch, program):
     """A local port that takes the connection and says nothing; a program that ends at once."""
     (game_home / "Versions" / "Base75689" / "SC2_x64").write_text(program)
