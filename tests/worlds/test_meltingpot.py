@@ -179,7 +179,9 @@ def test_reading_equals_the_official_wrappers_at_the_same_step(name):
     picked = earned = ends = 0
     both.reset()
     both.compare_observations()
-    for t in range(frames + 50):
+    for t in range(3_000):
+        if t >= frames + 50 and picked > 0:  # most find something early
+            break
         before = both.timestep
         actions = rng.choice(spec.num_actions, spec.num_agents, p=weights / weights.sum())
         goes_on = both.step(actions, official_first=t % 2 == 0)
@@ -197,10 +199,10 @@ def test_reading_equals_the_official_wrappers_at_the_same_step(name):
         assert goes_on == (not both.timestep.last()), f"step {t}: only one of us says it is over"
         if not goes_on:
             ends += 1
-            assert t + 1 == frames
+            assert t + 1 == ends * frames
             both.reset()
             both.compare_observations()
-    assert ends == 1 and picked > 0, (ends, picked)
+    assert ends >= 1 and picked > 0, (ends, picked)
     if name in ("coins", "coop_mining"):
         assert earned > 0, "no reward was ever seen"
     both.official.close()
