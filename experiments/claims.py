@@ -4,6 +4,7 @@
     python experiments/claims.py --out docs             and writes docs/CLAIMS.md, with its data
     python experiments/claims.py docs/data/study_sz.csv runs/sz-mipi-s11
     python experiments/claims.py --commands B3 M1       what has to be run for these claims
+    python experiments/claims.py --studies experiments/studies    all of it, for launch.py
 
 The criteria are those of experiments/claims.toml, whose head says how verdicts are reached. A run
 counts for an arm if its script and all flags that training depends on are the arm's, its seed one
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 import shlex
@@ -61,6 +63,7 @@ from experiments.runs import ROOT, Run, plt, read_runs, run_command, save_figure
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
+ADAPTED = re.compile(r"--adapt runs/(\w+)-")  # the world whose runs are adapted
 MOST_SEEDS = 30  # an arm; what would need more is too near its margin
 
 
@@ -72,6 +75,7 @@ class Study:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     out: Path | None = None  # writes OUT/CLAIMS.md, OUT/data/claims.png, OUT/data/claims/*.csv
     commands: tuple[str, ...] = ()  # print only what has to be run for these claims
+    studies: Path | None = None  # write only a study for each world into this directory
     data: Path = ROOT / "docs/data"  # tables that other commands have made, and studies
     criteria: Path = CRITERIA
 
@@ -396,6 +400,44 @@ def commands_of(outcome: Outcome, missing: list[Missing], tables: dict[str, Any]
     return [*dict.fromkeys(lines), *(f"python {x}" for x in missing_tables(outcome))]
 
 
+def studies_of(cases: list[Claim]) -> dict[str, str]:
+    """{file name: a study of all runs that claims need in a world}, as launch.py reads them."""
+    worlds: dict[str, list[Claim]] = {}
+    for case in cases:
+        worlds.setdefault(case.run, []).append(case)
+    files = {}
+    for world, its in worlds.items():
+        runs = {f"{world}-{arm}": case.arms[arm] for case in its for arm in case.arms}
+        if all(command.startswith("experiments/") for command in runs.values()):
+            continue
+        seeds = max((case.seeds[: case.least_seeds] for case in its), key=len)
+        claims = ", ".join(dict.fromkeys(case.id for case in its))
+        sources = sorted({x for command in runs.values() for x in ADAPTED.findall(command)})
+        after = f" After claims_{', claims_'.join(sources)}, whose runs some adapt." * bool(sources)
+        lines = [
+            "# Written by `python experiments/claims.py --studies experiments/studies`.",
+            f"about = {json.dumps(f'What claims {claims} need in {world}.{after}')}",
+            'dir = "runs"',
+            f"seeds = {list(seeds)}",
+            f"timesteps = {its[0].timesteps:_}",
+            "",
+            "[runs]",
+            *(f"{name} = {json.dumps(command)}" for name, command in runs.items()),
+        ]
+        files[f"claims_{world}.toml"] = "\n".join(lines) + "\n"
+    return files
+
+
+def write_studies(folder: Path, cases: list[Claim]) -> None:
+    """UsageError if that is no place to write to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in studies_of(cases).items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        raise UsageError(f"--studies {folder} cannot be written: {error.strerror}.") from None
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 HOURS = "those that runs have taken on two shared cores (`experiments/claims.toml`)."
@@ -403,6 +445,7 @@ HEAD = """# The papers' claims
 
     python experiments/claims.py --out docs                # writes this page, and its data
     python experiments/claims.py --commands B3 M1          # prints what these claims need
+    python experiments/launch.py experiments/studies/claims_chicken.toml   # runs it
 
 Criteria were written before the runs that decide them (`experiments/claims.toml`, with its date and
 what had been seen by then). A run counts if flags, seed and length are the claim's; pilots are
@@ -613,6 +656,9 @@ def claims(study: Study) -> None:
     cases = read_claims(tables)
     if unknown := [x for x in study.commands if x not in cases]:
         raise UsageError(f"--commands {unknown[0]}: there are {', '.join(cases)}.")
+    if study.studies:
+        write_studies(study.studies, [*itertools.chain(*cases.values())])
+        return
     paths = study.runs or sorted(study.data.glob("study_*.csv"))
     runs = read_runs(paths) if paths else []
     outcomes = [judge(cases[name], runs, study.data) for name in study.commands or cases]

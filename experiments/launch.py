@@ -15,9 +15,10 @@ A study is a TOML file:
     mappo = "baselines/mappo_meltingpot.py"
     centred = "bidist_mappo_meltingpot.py --clip-centre old"
 
-The first seed of everything comes first, so that a study that is stopped is a complete table of
-fewer seeds. A finished run is kept, one that has a checkpoint goes on, one that fails is tried
-again, one that somebody else writes is waited for. The same command goes on with what was stopped.
+{seed} in a command is the run's seed, and paths are seen from the repository. The first seed of
+everything comes first, so that a study that is stopped is a complete table of fewer seeds. A
+finished run is kept, one that has a checkpoint goes on, one that fails is tried again, one that
+somebody else writes is waited for. The same command goes on with what was stopped.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
         for name, command in study.runs.items():
             if launch.only and name not in launch.only:
                 continue
-            script, *flags = shlex.split(command) or [""]
+            script, *flags = shlex.split(command.replace("{seed}", str(seed))) or [""]
             if not script:
                 raise UsageError(f"{launch.study}: {name}: names no script.")
             if not (ROOT / script).is_file():
@@ -182,10 +183,12 @@ class Record:
 
 
 class Launcher(Trainer):
-    """Trains jobs: tries again what fails, waits for what somebody else writes, deals out GPUs."""
+    """Trains jobs: tries again what fails, waits for what somebody else writes, deals out GPUs.
+    What a study's commands name is seen from the repository."""
 
     def __init__(self, root: Path, attempts: int, slots: list[dict[str, str]]):
         super().__init__()
+        self.folder = ROOT
         self.tell = functools.partial(tqdm.write, file=sys.stdout)
         self.root, self.attempts = root, attempts
         self.slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()

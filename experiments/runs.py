@@ -516,6 +516,7 @@ class Trainer:
     ends, and nothing new is started."""
 
     def __init__(self) -> None:
+        self.folder: Path | None = None  # that runs start in; None: this process's
         self.tell: Callable[[str], None] = functools.partial(print, flush=True)
         self.children: list[subprocess.Popen] = []
         self.lock, self.stopped = threading.RLock(), False
@@ -538,7 +539,7 @@ class Trainer:
         torchrun = [*torchrun, "--standalone"] if job.processes > 1 else []
         command = [sys.executable, *torchrun, str(ROOT / script), *argv]
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        options["env"] = os.environ | (environment or {})
+        options |= {"cwd": self.folder, "env": os.environ | (environment or {})}
         with self.lock:
             if self.stopped:
                 return None

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -546,6 +547,24 @@ def test_a_flag_that_has_gone_still_tells_runs_apart():
     command = "mra_maddpg_particle.py --task pacman --populations 4,2 6,3 8,4 "
     command += "--eval-populations 2,8 --preset cpu"
     assert criteria.is_of(ours, command) and not criteria.is_of(theirs, command)
+
+
+def test_studies_are_what_the_command_writes(tmp_path):
+    """All runs of all claims, no arm left out, with the first seeds that a claim needs."""
+    code, _, stderr = command("claims", "--studies", str(tmp_path))
+    assert code == 0, stderr
+    written = {x.name: x.read_text() for x in tmp_path.iterdir()}
+    kept = {x.name: x.read_text() for x in (ROOT / "experiments/studies").glob("claims_*.toml")}
+    assert written == kept, "python experiments/claims.py --studies experiments/studies"
+    for case in all_cases():
+        commands = {x for x in case.arms.values() if not x.startswith("experiments/")}
+        if commands:
+            study = tomllib.loads(written[f"claims_{case.run}.toml"])
+            assert commands <= set(study["runs"].values())
+            assert study["timesteps"] == case.timesteps
+            assert study["seeds"][: case.least_seeds] == list(case.seeds[: case.least_seeds])
+            for arm, line in case.arms.items():
+                assert study["runs"][f"{case.run}-{arm}"] == line
 
 
 @pytest.mark.long

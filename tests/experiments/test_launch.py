@@ -28,7 +28,8 @@ except BlockingIOError:
     raise SystemExit(2)
 with (run / "calls").open("a") as file:
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
-    file.write(json.dumps({"words": words, "pid": os.getpid(), "gpu": gpu}) + "\\n")
+    about = {"words": words, "pid": os.getpid(), "gpu": gpu, "cwd": os.getcwd()}
+    file.write(json.dumps(about) + "\\n")
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
 saved = run / "checkpoints.json"
@@ -152,6 +153,15 @@ def test_parts_of_a_study(study, launched):
     file = study(a="", b="")
     assert launched(file, "--only", "b", "--seeds", "7", "8")[0] == 0
     assert {x.name for x in (file.parent / "my runs").iterdir() if x.is_dir()} == {"b-s7", "b-s8"}
+
+
+def test_a_command_may_name_its_seed(study, launched):
+    """And paths, which are seen from the repository."""
+    assert launched(study(a="--words 'of {seed}, {seed}'"))[0] == 0
+    for seed in "12":
+        (call,) = calls(study(a=""), f"a-s{seed}")
+        assert call["words"][2:4] == ["--words", f"of {seed}, {seed}"]
+        assert call["cwd"] == str(study(a="").parent)
 
 
 def test_a_longer_study_goes_on(study, launched):
