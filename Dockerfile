@@ -1,8 +1,18 @@
 # docker build -t unseen .
 # docker run --rm --init -v "$PWD/runs:/unseen/runs" unseen
+# docker run --rm --init --gpus all -v "$PWD/runs:/unseen/runs" unseen \
+#     python bidist_mappo_meltingpot.py --device cuda
+#
+# On a cluster without Docker:
+#   apptainer build unseen.sif docker-daemon://unseen:latest
+#   apptainer exec --nv --pwd /unseen --bind "$PWD/runs:/unseen/runs" unseen.sif \
+#       python bidist_mappo_meltingpot.py --device cuda
 #
 # For PyTorch without CUDA, which makes the image some gigabytes smaller, add
 #   --build-arg PIP_EXTRA_INDEX_URL=ADDRESS        (of the CPU build, from PyTorch's own selector)
+# A mounted runs/ has to be writable for the user: --build-arg UID="$(id -u)".
+#
+# Not run: neither Docker nor Apptainer was at hand.
 FROM python:3.12-slim
 
 # The wheels bring everything else: the engine needs only the C++ runtime, which is in the image.
@@ -10,14 +20,20 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends make \
     && rm -rf /var/lib/apt/lists/*
 
+ARG UID=1000
+RUN useradd --create-home --uid "$UID" unseen && install -d -o unseen /unseen
+USER unseen
 WORKDIR /unseen
 ARG PIP_EXTRA_INDEX_URL
 ARG MELTINGPOT_ASSETS=auto
 
 # First what the environment is made from, so that a change elsewhere does not make it anew.
-COPY Makefile requirements-lock.txt ./
-COPY envs/meltingpot/install.py envs/meltingpot/
+COPY --chown=unseen Makefile requirements-lock.txt ./
+COPY --chown=unseen envs/meltingpot/install.py envs/meltingpot/
 RUN make setup PIP_ARGS=--no-cache-dir
 
-COPY . .
+# numba keeps what it has compiled here; an image that is read only, as Apptainer's, needs a place.
+ENV PATH=/unseen/.venv/bin:$PATH NUMBA_CACHE_DIR=/tmp/numba
+COPY --chown=unseen . .
+RUN mkdir -p runs
 CMD ["make", "train"]

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md: links, commands, flags and names exist, pages have their length."""
+"""README.md, its neighbours and docs/*.md: links, commands, flags and names exist, pages have their length."""
 
 import ast
 import functools
@@ -14,7 +14,8 @@ import harness
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*FIRST, *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = ("bidist.md", "mra.md", "mipi.md")
 SCRIPTS = {
     str(path.relative_to(ROOT)): path
@@ -26,6 +27,7 @@ METHOD, RESULTS, WORLD = 150, 120, 220
 FOREIGN = {
     *("--dual-clip", "--literal-blahut-arimoto", "--sample-next-actions"),
     *("--mask-empty-slots", "--mi-samples", "--latent-gradient", "--parallel-populations"),
+    "--prior-floor",
     *("--help", "--no-deps", "--nproc-per-node", "--logdir", "--x", "--no-x"),
 }
 

@@ -1,6 +1,7 @@
 """Setting up: the pins, envs/meltingpot/install.py and the Makefile. Only the slow tests need the
 network; servers here are real ones on the loopback interface."""
 
+import ast
 import contextlib
 import http.server
 import importlib.metadata
@@ -131,14 +132,73 @@ def pins(name):
     return versions
 
 
+RUN, EXPERIMENTS = "requirements.txt", "requirements-experiments.txt"
+LOCKED = [RUN, EXPERIMENTS, "requirements-wandb.txt", "requirements-dev.txt"]
+
+
+def all_pins():
+    """What is installed on purpose, each package in one file."""
+    found = [pins(name) for name in LOCKED]
+    both = {name: version for part in found for name, version in part.items()}
+    assert len(both) == sum(map(len, found))
+    return both
+
+
 def test_requirements_are_in_the_lock():
     lock = pins("requirements-lock.txt")
-    wanted = pins("requirements.txt")
+    wanted = all_pins()
     assert {name: lock.get(name) for name in wanted} == wanted
     assert not set(pins("requirements-bots.txt")) & set(lock)
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-lock.txt"])
+def imports(file, everywhere):
+    """Modules that a file imports as it is imported itself, or anywhere."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+DISTRIBUTIONS = importlib.metadata.packages_distributions()
+OURS = {
+    "harness",
+    "baselines",
+    "envs",
+    "experiments",
+    "tests",
+    *(x.stem for x in ROOT.glob("*.py")),
+}
+
+
+def packages(patterns, everywhere=False):
+    """Names of packages, as requirements have them, and of modules that are not installed."""
+    files = [file for pattern in patterns for file in ROOT.glob(pattern)]
+    assert files
+    modules = {name.split(".")[0] for file in files for name in imports(file, everywhere)}
+    modules -= {*sys.stdlib_module_names, *OURS}
+    return {canonicalize_name(DISTRIBUTIONS.get(name, [name])[0]) for name in modules}
+
+
+SCRIPTS = ["*.py", "baselines/*.py", "envs/**/*.py"]
+
+
+def test_scripts_start_with_what_training_needs():
+    """Also without tables, figures, wandb and tests; dm-meltingpot comes with its installer."""
+    training = {*pins(RUN), "dm-meltingpot"}
+    assert packages(SCRIPTS) <= training
+    assert packages(["experiments/*.py"]) <= training | {*pins(EXPERIMENTS)}
+
+
+def test_whatever_is_imported_is_named():
+    extras = [pins(f"requirements-{name}.txt") for name in ("sc2", "bots", "ray", "bench")]
+    known = {*all_pins(), "dm-meltingpot", *(name for extra in extras for name in extra)}
+    # mpe2's and dmlab2d's own dependencies are theirs; smaclite has no release to pin.
+    assert packages([*SCRIPTS, "experiments/*.py"], everywhere=True) <= known | {"smaclite"}
+
+
+@pytest.mark.parametrize("name", [*LOCKED, "requirements-lock.txt"])
 def test_lock_pins_versions_not_builds(name):
     versions = pins(name)
     assert not [v for v in versions.values() if "+" in v or "/" in v or "@" in v]
@@ -149,7 +209,7 @@ def test_lock_pins_versions_not_builds(name):
 def test_lock_is_complete():
     """Following what every installed package asks for never leaves the lock."""
     lock = pins("requirements-lock.txt")
-    todo, done = list(pins("requirements.txt")), set()
+    todo, done = list(all_pins()), set()
     while todo:
         name = todo.pop()
         if name in done:
