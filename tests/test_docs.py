@@ -1,4 +1,4 @@
-"""README.md, its neighbours and docs/*.md: links, commands, flags and names exist, pages have their length."""
+"""README.md, its neighbours, docs/*.md: links, commands, flags, names exist; lengths are kept."""
 
 import ast
 import functools
