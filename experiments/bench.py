@@ -4,6 +4,7 @@
     python experiments/bench.py scenarios --episodes 10       evaluating beside scripted bots
     python experiments/bench.py particle                      beside mpe2, VMAS and JaxMARL
     python experiments/bench.py combat                        beside SMAX and SMAClite
+    python experiments/bench.py peers                         all three worlds beside all others
     python experiments/bench.py mra                           an update cycle, and returns over time
     python experiments/bench.py refil                         one update, beside two plain learners
     python experiments/bench.py mipi                          one update, beside its parent
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
 import math
 import os
@@ -731,6 +733,55 @@ def combat(bench: Battles) -> None:
             table_line(number, f"{mine:,.0f}", *cells)
 
 
+# --- All worlds beside others' --------------------------------------------------------------------
+
+PEERS = ("dm-meltingpot", "mpe2", "vmas", "jaxmarl", "smaclite", "jax", "torch", "numba", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """Our three kinds of worlds beside what else there is, on this machine and in one run.
+
+    Versions; Melting Pot's own wrapper (as `meltingpot`, the paper's substrates); mpe2, VMAS and
+    JaxMARL (as `particle`); SMAX and SMAClite (as `combat`). What is not installed is left out and
+    named. Each measurement takes --seconds, some minutes in all.
+    """
+
+    substrates: tuple[str, ...] = ("coins", "chicken_in_the_matrix__repeated")
+    numbers: tuple[Positive, ...] = (3, 12, 48)  # agents in particle worlds
+    worlds: tuple[Positive, ...] = (64, 512, 4096)  # particle worlds, of which the fastest counts
+    battles: tuple[Positive, ...] = (1, 64, 1024)
+    seconds: Above = 2.0  # of each measurement, at least
+    rounds: Positive = 5  # of Melting Pot, ours and its own by turns
+    steps: Positive = 300  # per turn
+    cores: Positive = 1  # that the process may use
+
+
+def installed(name: str) -> str:
+    """A distribution's version."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def peers(bench: Peers) -> None:
+    """Print a table for each kind of world."""
+    print(f"{processor()}, {bench.cores} core(s), Python {platform.python_version()}\n")
+    table_head("library", "version")
+    for name in PEERS:
+        table_line(name, installed(name))
+    print("\nMelting Pot, steps/s of one process\n")
+    with held_to(bench.cores):
+        pot = MeltingPot(substrates=bench.substrates, rounds=bench.rounds, steps=bench.steps)
+        bench_worlds(pot)
+    print()
+    common = {"seconds": bench.seconds, "cores": bench.cores}
+    particle(Particle(numbers=bench.numbers, worlds=bench.worlds, own=False, **common))
+    print("\nBattles of 8 against 8, steps/s")
+    combat(Battles(battles=bench.battles, **common))
+
+
 # --- MRA ------------------------------------------------------------------------------------------
 
 
@@ -1149,6 +1200,7 @@ COMMANDS = {
     "refil": refil,
     "mipi": mipi,
     "collaq": collaq,
+    "peers": peers,
 }
 
 

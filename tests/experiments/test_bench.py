@@ -2,6 +2,7 @@
 
 import functools
 import re
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -141,6 +142,21 @@ def test_benchmark_prints_both_tables(capsys, monkeypatch):
     assert min(float(eager), float(slow)) > 0
     assert abs(float(ratio) - float(fast) / max(peers)) < 0.02 * float(ratio)
     assert lines[-1][0].strip() == "pacman" and float(lines[-1][2]) > 0
+
+
+@pytest.mark.long
+def test_peers_are_measured_or_named_as_missing():
+    """Versions as they are installed; a figure for each library that is, and none for others."""
+    words = ["--substrates", "coins", "--rounds", 1, "--steps", 5, "--seconds", 0.01]
+    words += ["--numbers", 3, "--worlds", 8, "--battles", 2]
+    code, printed, stderr = command("bench", "peers", *words)
+    assert code == 0, stderr
+    rows = [[x.strip() for x in x.strip("|").split("|")] for x in printed.splitlines() if "|" in x]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["torch"] == [version("torch")] and table["mpe2"] == [version("mpe2")]
+    assert float(table["coins"][1].replace(",", "")) > 0
+    for name, column, row in (("vmas", 1, "3"), ("jaxmarl", 2, "3"), ("smaclite", 2, "2")):
+        assert (table[name] == ["not installed"]) == (table[row][column][:3] == "not"), name
 
 
 def test_bench_of_mra(capsys):
