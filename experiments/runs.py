@@ -274,6 +274,8 @@ def read_runs(paths: Iterable[Path], only: tuple[str, ...] = ()) -> list[Run]:
     patterns, in the order of the patterns."""
     runs: list[Run] = []
     for path in paths:
+        if path.suffix == ".log" and path.with_suffix("").is_dir():
+            continue  # what a launcher has put beside a run, and RUNS/*-s* names, too
         runs += read_study(path) if path.suffix == ".csv" else [Run(path)]
     if not runs:
         raise UsageError("Name at least one run directory or study.")

@@ -402,3 +402,12 @@ def test_studies_are_ones_that_scripts_take(file):
     assert len({job.run for job in jobs}) == len(jobs)
     for job in jobs:
         runs.script_args(runs.load_script(Path(job.script).stem), job.argv())
+
+
+def test_runs_of_a_study_are_read_without_their_logs(study, launched):
+    """RUNS/*-s* names the launcher's logs, too."""
+    file = study(a="--pause 0", seeds=[1])
+    assert launched(file)[0] == 0
+    named = sorted((file.parent / "my runs").glob("*-s*"))
+    assert [x.name for x in named] == ["a-s1", "a-s1.log"]
+    assert [x.name for x in runs.read_runs(named)] == ["a-s1"]
