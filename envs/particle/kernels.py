@@ -12,7 +12,7 @@ come one after another: begins (S + 1,) says where, and N.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -38,6 +38,16 @@ def begins_of(counts: tuple[int, ...]) -> np.ndarray:
 
 def arrays(*tensors: Tensor) -> list[np.ndarray]:
     return [x.contiguous().numpy() for x in tensors]
+
+
+class Block(NamedTuple):
+    """The agents of one set in some worlds."""
+
+    first: int  # world
+    last: int  # world, which is not among them
+    begin: int  # agent
+    end: int  # agent, which is not among them
+    s: int  # their set
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -193,16 +203,14 @@ def _add_products(x: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
 
 
 @numba.njit(cache=True)
-def _take(
-    x: np.ndarray, worlds: tuple[int, int], agents: tuple[int, int], out: np.ndarray
-) -> np.ndarray:
-    """Rows of some worlds' agents of x (M, N, O), copied to out unless they lie together."""
-    N, size = x.shape[1], agents[1] - agents[0]
-    if size == N:
-        return x.reshape(-1, x.shape[2])[worlds[0] * N : worlds[1] * N]
+def _take(x: np.ndarray, block: Block, out: np.ndarray) -> np.ndarray:
+    """A block's rows of x (M, N, O), copied to out unless they lie together."""
+    N = x.shape[1]
+    if block.end - block.begin == N:
+        return x.reshape(-1, x.shape[2])[block.first * N : block.last * N]
     row = 0
-    for m in range(worlds[0], worlds[1]):
-        for i in range(agents[0], agents[1]):
+    for m in range(block.first, block.last):
+        for i in range(block.begin, block.end):
             for k in range(x.shape[2]):
                 out[row, k] = x[m, i, k]
             row += 1
@@ -210,13 +218,11 @@ def _take(
 
 
 @numba.njit(cache=True)
-def _put(
-    rows: np.ndarray, worlds: tuple[int, int], agents: tuple[int, int], out: np.ndarray
-) -> None:
+def _put(rows: np.ndarray, block: Block, out: np.ndarray) -> None:
     """The opposite: rows to their places in out (M, N, O)."""
     row = 0
-    for m in range(worlds[0], worlds[1]):
-        for i in range(agents[0], agents[1]):
+    for m in range(block.first, block.last):
+        for i in range(block.begin, block.end):
             for k in range(out.shape[2]):
                 out[m, i, k] = rows[row, k]
             row += 1
@@ -230,27 +236,23 @@ def _linear(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, begins: np.ndarray, out: np.ndarray
 ) -> None:
     """GroupedLinear."""
-    M, N, I = x.shape
+    M, _, I = x.shape
     O = weight.shape[2]
     for s in range(len(weight)):
-        agents = (begins[s], begins[s + 1])
-        size = agents[1] - agents[0]
+        size = begins[s + 1] - begins[s]
         step = _worlds(I, O, size)
         taken = np.empty((step * size, I), x.dtype)
         product = np.empty((step * size, O), x.dtype)
-        for m in range(0, M, step):
-            worlds = (m, min(m + step, M))
-            rows = _take(x, worlds, agents, taken)
-            if size == N:
-                y = out.reshape(-1, O)[worlds[0] * N : worlds[1] * N]
-            else:
-                y = product[: len(rows)]
-            _multiply(rows, weight[s], y)
-            for row in range(len(y)):
-                for k in range(O):
-                    y[row, k] += bias[s, k]
-            if size < N:
-                _put(y, worlds, agents, out)
+        for first in range(0, M, step):
+            block = Block(first, min(first + step, M), begins[s], begins[s + 1], s)
+            rows = _take(x, block, taken)
+            _multiply(rows, weight[s], product[: len(rows)])
+            row = 0
+            for m in range(block.first, block.last):
+                for i in range(block.begin, block.end):
+                    for k in range(O):
+                        out[m, i, k] = product[row, k] + bias[s, k]
+                    row += 1
 
 
 @numba.njit(cache=True)
@@ -258,93 +260,142 @@ def _linear_weights(
     d: np.ndarray, x: np.ndarray, begins: np.ndarray, of_weight: np.ndarray, of_bias: np.ndarray
 ) -> None:
     """The gradients of weight (S, I, O) and bias (S, O), from that of the result (M, N, O)."""
-    M, N, I = x.shape
+    M, _, I = x.shape
     O = d.shape[2]
     of_weight[:] = 0
     of_bias[:] = 0
     for s in range(len(of_weight)):
-        agents = (begins[s], begins[s + 1])
-        size = agents[1] - agents[0]
+        size = begins[s + 1] - begins[s]
         step = _worlds(I, O, size)
         taken_x = np.empty((step * size, I), x.dtype)
         taken_d = np.empty((step * size, O), x.dtype)
-        for m in range(0, M, step):
-            worlds = (m, min(m + step, M))
-            rows = _take(x, worlds, agents, taken_x)
-            y = _take(d, worlds, agents, taken_d)
-            _add_products(rows, y, of_weight[s])
-            for row in range(len(y)):
+        for first in range(0, M, step):
+            block = Block(first, min(first + step, M), begins[s], begins[s + 1], s)
+            rows = _take(d, block, taken_d)
+            _add_products(_take(x, block, taken_x), rows, of_weight[s])
+            for row in range(len(rows)):
                 for k in range(O):
-                    of_bias[s, k] += y[row, k]
+                    of_bias[s, k] += rows[row, k]
 
 
 # --- Pairs ----------------------------------------------------------------------------------------
+# Each goes through agents of a set in some worlds, row after row, and for each through the others j,
+# four at a time: then what is added up stays in registers.
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, fastmath={"contract"})
 def _sum_over_others(
-    g: np.ndarray, a: np.ndarray, b: np.ndarray, place: tuple[int, int, int], out: np.ndarray
+    g: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    block: Block,
+    out: np.ndarray,
+    totals: np.ndarray,
 ) -> None:
-    """sum_j g_ij relu(a_j - b_i) (H,) of the agent at place: its world m, i, and number in A."""
-    m, i, layer = place
+    """out (R, H): sum_j g_ij relu(a_j - b_i); totals (R,): sum_j g_ij."""
     zero = a.dtype.type(0)
-    bi = b[m, i]
-    H = len(bi)
-    for h in range(H):
-        out[h] = zero
-    for j in range(g.shape[2]):
-        w = g[m, i, j]
-        if w != zero:
-            aj = a[m, j, layer]
+    N, H = a.shape[1], a.shape[3]
+    row = 0
+    for m in range(block.first, block.last):
+        for i in range(block.begin, block.end):
+            s = i if a.shape[2] == N else block.s
+            total = zero
             for h in range(H):
-                x = aj[h] - bi[h]
-                out[h] += w * (zero if x <= zero else x)
+                out[row, h] = zero
+            for j in range(0, N - 3, 4):
+                w0, w1, w2, w3 = g[m, i, j], g[m, i, j + 1], g[m, i, j + 2], g[m, i, j + 3]
+                total += (w0 + w1) + (w2 + w3)
+                for h in range(H):
+                    y = b[m, i, h]
+                    x0, x1 = a[m, j, s, h] - y, a[m, j + 1, s, h] - y
+                    x2, x3 = a[m, j + 2, s, h] - y, a[m, j + 3, s, h] - y
+                    x = w0 * (zero if x0 <= zero else x0) + w1 * (zero if x1 <= zero else x1)
+                    x += w2 * (zero if x2 <= zero else x2) + w3 * (zero if x3 <= zero else x3)
+                    out[row, h] += x
+            for j in range(N - N % 4, N):
+                total += g[m, i, j]
+                for h in range(H):
+                    x = a[m, j, s, h] - b[m, i, h]
+                    out[row, h] += g[m, i, j] * (zero if x <= zero else x)
+            totals[row] = total
+            row += 1
 
 
-@numba.njit(cache=True, fastmath={"reassoc", "contract"})
+@numba.njit(cache=True, fastmath={"contract", "reassoc"})
 def _dot_with_others(
-    u: np.ndarray, a: np.ndarray, b: np.ndarray, place: tuple[int, int, int], out: np.ndarray
+    u: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    block: Block,
+    out: np.ndarray,
 ) -> None:
-    """u . relu(a_j - b_i) (N,) of all j, of the agent at place; u (H,)."""
-    m, i, layer = place
+    """out (M, N, N): u_i . relu(a_j - b_i), u (R, H)."""
     zero = a.dtype.type(0)
-    bi = b[m, i]
-    H = len(bi)
-    for j in range(a.shape[1]):
-        aj = a[m, j, layer]
-        total = zero
-        for h in range(H):
-            x = aj[h] - bi[h]
-            total += u[h] * (zero if x <= zero else x)
-        out[j] = total
+    N, H = a.shape[1], a.shape[3]
+    row = 0
+    for m in range(block.first, block.last):
+        for i in range(block.begin, block.end):
+            s = i if a.shape[2] == N else block.s
+            for j in range(0, N - 3, 4):
+                sum0, sum1, sum2, sum3 = zero, zero, zero, zero
+                for h in range(H):
+                    y, v = b[m, i, h], u[row, h]
+                    x0, x1 = a[m, j, s, h] - y, a[m, j + 1, s, h] - y
+                    x2, x3 = a[m, j + 2, s, h] - y, a[m, j + 3, s, h] - y
+                    sum0 += v * (zero if x0 <= zero else x0)
+                    sum1 += v * (zero if x1 <= zero else x1)
+                    sum2 += v * (zero if x2 <= zero else x2)
+                    sum3 += v * (zero if x3 <= zero else x3)
+                out[m, i, j], out[m, i, j + 1] = sum0, sum1
+                out[m, i, j + 2], out[m, i, j + 3] = sum2, sum3
+            for j in range(N - N % 4, N):
+                total = zero
+                for h in range(H):
+                    x = a[m, j, s, h] - b[m, i, h]
+                    total += u[row, h] * (zero if x <= zero else x)
+                out[m, i, j] = total
+            row += 1
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, fastmath={"contract"})
 def _gradients_of_others(
     g: np.ndarray,
     u: np.ndarray,
     a: np.ndarray,
     b: np.ndarray,
-    place: tuple[int, int, int],
+    block: Block,
     of_a: np.ndarray,
     of_b: np.ndarray,
 ) -> None:
-    """The gradients of sum_j g_ij u . relu(a_j - b_i), of the agent at place: of_a is added to,
-    of_b (M, N, H) is set; g (N,), u (H,)."""
-    m, i, layer = place
+    """The gradients of sum_ij g_ij u_i . relu(a_j - b_i) for a, to which it is added, and for b;
+    u (R, H)."""
     zero = a.dtype.type(0)
-    bi, di = b[m, i], of_b[m, i]
-    H = len(bi)
-    for h in range(H):
-        di[h] = zero
-    for j in range(a.shape[1]):
-        w = g[j]
-        if w != zero:
-            aj, dj = a[m, j, layer], of_a[m, j, layer]
+    N, H = a.shape[1], a.shape[3]
+    row = 0
+    for m in range(block.first, block.last):
+        for i in range(block.begin, block.end):
+            s = i if a.shape[2] == N else block.s
             for h in range(H):
-                x = w * u[h] if aj[h] > bi[h] else zero
-                dj[h] += x
-                di[h] -= x
+                of_b[m, i, h] = zero
+            for j in range(0, N - 3, 4):
+                w0, w1, w2, w3 = g[m, i, j], g[m, i, j + 1], g[m, i, j + 2], g[m, i, j + 3]
+                for h in range(H):
+                    y, v = b[m, i, h], u[row, h]
+                    x0 = w0 * v if a[m, j, s, h] > y else zero
+                    x1 = w1 * v if a[m, j + 1, s, h] > y else zero
+                    x2 = w2 * v if a[m, j + 2, s, h] > y else zero
+                    x3 = w3 * v if a[m, j + 3, s, h] > y else zero
+                    of_a[m, j, s, h] += x0
+                    of_a[m, j + 1, s, h] += x1
+                    of_a[m, j + 2, s, h] += x2
+                    of_a[m, j + 3, s, h] += x3
+                    of_b[m, i, h] -= (x0 + x1) + (x2 + x3)
+            for j in range(N - N % 4, N):
+                for h in range(H):
+                    x = g[m, i, j] * u[row, h] if a[m, j, s, h] > b[m, i, h] else zero
+                    of_a[m, j, s, h] += x
+                    of_b[m, i, h] -= x
+            row += 1
 
 
 @numba.njit(cache=True)
@@ -360,21 +411,15 @@ def _scores(
     M, N, K = query.shape
     H = b.shape[2]
     for s in range(len(key)):
-        agents = (begins[s], begins[s + 1])
-        size = agents[1] - agents[0]
+        size = begins[s + 1] - begins[s]
         step = _worlds(K, H, size)
         taken = np.empty((step * size, K), b.dtype)
         u = np.empty((step * size, H), b.dtype)
         for first in range(0, M, step):
-            worlds = (first, min(first + step, M))
-            rows = _take(query, worlds, agents, taken)
+            block = Block(first, min(first + step, M), begins[s], begins[s + 1], s)
+            rows = _take(query, block, taken)
             _multiply(rows, key[s], u[: len(rows)])
-            row = 0
-            for m in range(worlds[0], worlds[1]):
-                for i in range(agents[0], agents[1]):
-                    place = (m, i, i if a.shape[2] == N else s)
-                    _dot_with_others(u[row], a, b, place, out[m, i])
-                    row += 1
+            _dot_with_others(u, a, b, block, out)
 
 
 @numba.njit(cache=True)
@@ -396,33 +441,28 @@ def _scores_backward(
     """All gradients, from that of the scores (M, N, N); key (S, H, K), transposed (S, K, H)."""
     M, N, K = query.shape
     H = b.shape[2]
-    of_a[:] = 0
     of_key[:] = 0
+    if ab_needed:
+        of_a[:] = 0
     for s in range(len(key)):
-        agents = (begins[s], begins[s + 1])
-        size = agents[1] - agents[0]
+        size = begins[s + 1] - begins[s]
         step = _worlds(K, H, size)
         taken = np.empty((step * size, K), b.dtype)
         product = np.empty((step * size, K), b.dtype)
         u = np.empty((step * size, H), b.dtype)
-        of_u = np.empty((step * size, H), b.dtype)
+        totals = np.empty(step * size, b.dtype)
         for first in range(0, M, step):
-            worlds = (first, min(first + step, M))
-            rows = _take(query, worlds, agents, taken)
-            _multiply(rows, transposed[s], u[: len(rows)])
-            row = 0
-            for m in range(worlds[0], worlds[1]):
-                for i in range(agents[0], agents[1]):
-                    place = (m, i, i if a.shape[2] == N else s)
-                    if layer_needed:
-                        _sum_over_others(d, a, b, place, of_u[row])
-                    if ab_needed:
-                        _gradients_of_others(d[m, i], u[row], a, b, place, of_a, of_b)
-                    row += 1
+            block = Block(first, min(first + step, M), begins[s], begins[s + 1], s)
+            rows = _take(query, block, taken)
+            count = len(rows)
+            if ab_needed:
+                _multiply(rows, transposed[s], u[:count])
+                _gradients_of_others(d, u, a, b, block, of_a, of_b)
             if layer_needed:
-                _multiply(of_u[:row], key[s], product[:row])
-                _put(product, worlds, agents, of_query)
-                _add_products(of_u[:row], rows, of_key[s])
+                _sum_over_others(d, a, b, block, u, totals)
+                _multiply(u[:count], key[s], product[:count])
+                _put(product, block, of_query)
+                _add_products(u[:count], rows, of_key[s])
 
 
 @numba.njit(cache=True)
@@ -440,28 +480,23 @@ def _sums(
     M, N, H = b.shape
     O = weight.shape[2]
     for s in range(len(weight)):
-        agents = (begins[s], begins[s + 1])
-        size = agents[1] - agents[0]
+        size = begins[s + 1] - begins[s]
         step = _worlds(H, O, size)
         x = np.empty((step * size, H), b.dtype)
         product = np.empty((step * size, O), b.dtype)
+        totals = np.empty(step * size, b.dtype)
         for first in range(0, M, step):
-            worlds = (first, min(first + step, M))
-            row = 0
-            for m in range(worlds[0], worlds[1]):
-                for i in range(agents[0], agents[1]):
-                    place = (m, i, i if a.shape[2] == N else s)
-                    _sum_over_others(g, a, b, place, x[row])
-                    row += 1
-            _multiply(x[:row], weight[s], product[:row])
+            block = Block(first, min(first + step, M), begins[s], begins[s + 1], s)
+            count = (block.last - first) * size
+            _sum_over_others(g, a, b, block, x, totals)
+            _multiply(x[:count], weight[s], product[:count])
             if len(hidden):
-                _put(x, worlds, agents, hidden)
+                _put(x, block, hidden)
             row = 0
-            for m in range(worlds[0], worlds[1]):
-                for i in range(agents[0], agents[1]):
-                    total = g[m, i].sum()
+            for m in range(block.first, block.last):
+                for i in range(block.begin, block.end):
                     for k in range(O):
-                        out[m, i, k] = product[row, k] + total * bias[s, k]
+                        out[m, i, k] = product[row, k] + totals[row] * bias[s, k]
                     row += 1
 
 
@@ -487,36 +522,50 @@ def _sums_backward(
     """All gradients, from that of the sums (M, N, O); transposed (S, O, H)."""
     M, N, H = b.shape
     O = transposed.shape[1]
-    of_a[:] = 0
     of_weight[:] = 0
     of_bias[:] = 0
+    if ab_needed:
+        of_a[:] = 0
     for s in range(len(transposed)):
-        agents = (begins[s], begins[s + 1])
-        size = agents[1] - agents[0]
+        size = begins[s + 1] - begins[s]
         step = _worlds(H, O, size)
         taken = np.empty((step * size, O), b.dtype)
         taken_hidden = np.empty((step * size, H), b.dtype)
         u = np.empty((step * size, H), b.dtype)
         for first in range(0, M, step):
-            worlds = (first, min(first + step, M))
-            rows = _take(d, worlds, agents, taken)
+            block = Block(first, min(first + step, M), begins[s], begins[s + 1], s)
+            rows = _take(d, block, taken)
             if layer_needed:
-                x = _take(hidden, worlds, agents, taken_hidden)
-                _add_products(x, rows, of_weight[s])
-            _multiply(rows, transposed[s], u[: len(rows)])
-            row = 0
-            for m in range(worlds[0], worlds[1]):
-                for i in range(agents[0], agents[1]):
-                    place = (m, i, i if a.shape[2] == N else s)
-                    if layer_needed:
-                        total = g[m, i].sum()
-                        for k in range(O):
-                            of_bias[s, k] += total * rows[row, k]
-                    if g_needed:
-                        _dot_with_others(u[row], a, b, place, of_g[m, i])
-                        constant = np.dot(rows[row], bias[s])
-                        for j in range(N):
-                            of_g[m, i, j] += constant
-                    if ab_needed:
-                        _gradients_of_others(g[m, i], u[row], a, b, place, of_a, of_b)
-                    row += 1
+                _add_products(_take(hidden, block, taken_hidden), rows, of_weight[s])
+                _add_weighted(g, rows, block, of_bias[s])
+            if g_needed or ab_needed:
+                _multiply(rows, transposed[s], u[: len(rows)])
+            if g_needed:
+                _dot_with_others(u, a, b, block, of_g)
+                _add_constants(rows, bias[s], block, of_g)
+            if ab_needed:
+                _gradients_of_others(g, u, a, b, block, of_a, of_b)
+
+
+@numba.njit(cache=True)
+def _add_weighted(g: np.ndarray, d: np.ndarray, block: Block, out: np.ndarray) -> None:
+    """Add to out (O,) rows of d (R, O), each as often as its graph sums to."""
+    row = 0
+    for m in range(block.first, block.last):
+        for i in range(block.begin, block.end):
+            total = g[m, i].sum()
+            for k in range(len(out)):
+                out[k] += total * d[row, k]
+            row += 1
+
+
+@numba.njit(cache=True)
+def _add_constants(d: np.ndarray, bias: np.ndarray, block: Block, out: np.ndarray) -> None:
+    """Add to all out (M, N, N) of an agent its row of d (R, O) times bias (O,)."""
+    row = 0
+    for m in range(block.first, block.last):
+        for i in range(block.begin, block.end):
+            x = np.dot(d[row], bias)
+            for j in range(out.shape[2]):
+                out[m, i, j] += x
+            row += 1
