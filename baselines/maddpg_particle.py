@@ -216,7 +216,7 @@ class MLP(nn.Module):
         self.last = Linear(sets, hidden, outputs)
 
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-        hidden = F.relu(self.first(x, counts))
+        hidden = F.relu(self.first(x, counts), inplace=True)
         return self.last(hidden, counts)
 
 
@@ -279,7 +279,7 @@ class RelationGraph(nn.Module):
 
     def forward(self, view: View) -> Tensor:
         """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
-        hidden = F.relu(self.own(view.own, view.counts))
+        hidden = F.relu(self.own(view.own, view.counts), inplace=True)
         query = self.query(hidden, view.counts)  # (M, N, K)
         entity = self.entity
         pairs = self.pairs(view.others, entity.weight, entity.bias, view.counts)
@@ -319,11 +319,11 @@ class GraphNet(nn.Module):
         x = self.own(view.own[..., : self.own_size], view.counts)
         if self.linear:  # V of a sum is the sum of V
             e = self.value(mean_entity(others, g), view.counts)
+            e = e * view.mask.any(-1, keepdim=True)
         else:
             pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
             e = pairs.sums(g, self.value.weight, self.value.bias)
-        e = e * view.mask.any(-1, keepdim=True)
-        return self.out(F.relu(x + e), view.counts)
+        return self.out(F.relu(x + e, inplace=True), view.counts)
 
 
 # [shared: sample] begin

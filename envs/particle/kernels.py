@@ -70,8 +70,8 @@ class GroupedLinear(torch.autograd.Function):
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-            zero = d.new_zeros(len(weight), d.shape[2])
-            _linear(*arrays(d, weight.mT, zero[:, :1].expand(-1, x.shape[2])), ctx.begins, of_x.numpy())
+            zero = d.new_zeros(len(weight), x.shape[2])
+            _linear(*arrays(d, weight.mT, zero), ctx.begins, of_x.numpy())
         if any(ctx.needs_input_grad[1:3]):
             of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
             of_bias = weight.new_empty(len(weight), weight.shape[2])
@@ -166,6 +166,22 @@ class PairSums(torch.autograd.Function):
             of_b,
         )
         return *chosen(ctx, of_g, of_weight, of_bias, of_a, of_b), None
+
+
+class ScaledRows(torch.autograd.Function):
+    """x (..., K) times scale (...)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _scale_rows(*arrays(x.flatten(0, -2), scale.flatten()), out.flatten(0, -2).numpy())
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        return ScaledRows.apply(d, *ctx.saved_tensors), None
 
 
 def chosen(ctx: Any, *gradients: np.ndarray) -> list[Tensor | None]:
@@ -276,6 +292,14 @@ def _linear_weights(
             for row in range(len(rows)):
                 for k in range(O):
                     of_bias[s, k] += rows[row, k]
+
+
+@numba.njit(cache=True)
+def _scale_rows(x: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
+    """ScaledRows, of x (R, K) and scale (R,)."""
+    for row in range(len(x)):
+        for k in range(x.shape[1]):
+            out[row, k] = x[row, k] * scale[row]
 
 
 # --- Pairs ----------------------------------------------------------------------------------------
@@ -569,3 +593,55 @@ def _add_constants(d: np.ndarray, bias: np.ndarray, block: Block, out: np.ndarra
             for j in range(out.shape[2]):
                 out[m, i, j] += x
             row += 1
+
+
+# --- Observations ---------------------------------------------------------------------------------
+
+
+@numba.njit(cache=True)
+def observe_states(
+    states: np.ndarray,
+    radius: np.ndarray,
+    labels: np.ndarray,
+    in_order: bool,
+    sizes: bool,
+    own: np.ndarray,
+    others: np.ndarray,
+) -> None:
+    """What worlds.observation() makes of states (M, S): own (M, N, Ds), others (M, N, De), of
+    landmarks with radius (L,) and what never changes of each agent, labels (N, T)."""
+    N, L = own.shape[1], len(radius)
+    fields = 3 if sizes else 2
+    first = 4 + labels.shape[1]  # of others' landmarks
+    shown = (own.shape[2] - 4) // fields
+    edge = np.empty(L, states.dtype)
+    order = np.empty(L, np.int64)
+    for m in range(len(states)):
+        position, velocity = states[m, : 2 * N], states[m, 2 * N : 4 * N]
+        landmarks = states[m, 5 * N : 5 * N + 2 * L]
+        for i in range(N):
+            for axis in range(2):
+                own[m, i, axis] = velocity[axis * N + i]
+                own[m, i, 2 + axis] = position[axis * N + i]
+                others[m, i, axis] = position[axis * N + i]
+                others[m, i, 2 + axis] = velocity[axis * N + i]
+            for label in range(labels.shape[1]):
+                others[m, i, 4 + label] = labels[i, label]
+            for l in range(L):
+                x = landmarks[l] - position[i]
+                y = landmarks[L + l] - position[N + i]
+                edge[l] = np.sqrt(x * x + y * y) - radius[l]
+                place = l
+                while place > 0 and not in_order and edge[l] < edge[order[place - 1]]:
+                    order[place] = order[place - 1]
+                    place -= 1
+                order[place] = l
+            for k in range(shown):
+                l = order[k]
+                at = fields * k
+                x = landmarks[l] - position[i]
+                y = landmarks[L + l] - position[N + i]
+                own[m, i, 4 + at], own[m, i, 5 + at] = x, y
+                others[m, i, first + at], others[m, i, first + at + 1] = x, y
+                if sizes:
+                    own[m, i, 6 + at] = others[m, i, first + at + 2] = 2 * radius[l]

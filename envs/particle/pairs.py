@@ -46,6 +46,13 @@ def grouped_linear(
     return torch.cat(parts, 1)
 
 
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """x (..., K) times scale (...), which has no gradient."""
+    if x.device.type == "cpu" and x.dtype == scale.dtype:
+        return kernels.ScaledRows.apply(x, scale)
+    return x * scale[..., None]
+
+
 class FastPairs:
     """relu(o_ij @ weight + bias + shift_i) for all agents i and j, kept as a_j and b_i.
 
@@ -95,11 +102,12 @@ class FastPairs:
         return self._reduce(score_kernel, u)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """sum_j g_ij v_ij (M, N, O), where rows of g (M, N, N) sum to 1; weight (S, H, O)."""
+        """sum_j g_ij v_ij (M, N, O) of graphs g (M, N, N); weight (S, H, O), bias (S, O)."""
         if self.use_kernels:
             return kernels.PairSums.apply(g, weight, bias, self.a, self.b, self.counts)
         hidden = self._reduce(sum_kernel, g)  # (M, N, H)
-        return grouped_linear(hidden, weight, bias, self.counts)
+        each = bias.repeat_interleave(torch.tensor(self.counts, device=bias.device), 0)  # (N, O)
+        return grouped_linear(hidden, weight, None, self.counts) + g.sum(-1, keepdim=True) * each
 
     def _reduce(self, function: Callable, x: Tensor) -> Tensor:
         """A kernel of x (M, N, .), parameter set by parameter set."""
