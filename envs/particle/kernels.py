@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 SMALL = 64**3  # multiplications of a product; BLAS would start threads of its own for more
@@ -302,12 +305,157 @@ def _scale_rows(x: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
             out[row, k] = x[row, k] * scale[row]
 
 
+# --- Tiles ----------------------------------------------------------------------------------------
+# The innermost loops, over the others j, for TILE hidden units at once. They are written in the
+# compiler's own language: from loops over hidden units it makes code that is two to four times as
+# slow, as sums over j then go through memory. The plain loops stand in the section after this one.
+
+TILE = 32
+INDEX = ir.IntType(64)
+
+
+class TileCode:
+    """Writes code for a tile. Arrays are flat; each comes with the place where to begin."""
+
+    def __init__(self, context: Any, builder: Any, signature: Any, values: Any):
+        self.builder, self.values = builder, values
+        flat = signature.args[0]
+        self.kind = context.get_data_type(flat.dtype)
+        self.tile = ir.VectorType(self.kind, TILE)
+        self.zero = ir.Constant(self.tile, [0.0] * TILE)
+        arrays = [k for k, each in enumerate(signature.args) if each == flat]
+        make = context.make_array(flat)
+        starts = [make(context, builder, values[k]).data for k in arrays]
+        self.pointers = [builder.gep(p, [values[k + 1]]) for p, k in zip(starts, arrays)]
+
+    def load(self, pointer: Any, offset: Any = None) -> Any:
+        """TILE numbers."""
+        if offset is not None:
+            pointer = self.builder.gep(pointer, [offset])
+        pointer = self.builder.bitcast(pointer, self.tile.as_pointer())
+        return self.builder.load(pointer, align=self.align())
+
+    def store(self, tile: Any, pointer: Any, offset: Any = None) -> None:
+        if offset is not None:
+            pointer = self.builder.gep(pointer, [offset])
+        pointer = self.builder.bitcast(pointer, self.tile.as_pointer())
+        self.builder.store(tile, pointer, align=self.align())
+
+    def align(self) -> int:
+        return 8 if isinstance(self.kind, ir.DoubleType) else 4
+
+    def repeat(self, pointer: Any, offset: Any) -> Any:
+        """One number, TILE times."""
+        number = self.builder.load(self.builder.gep(pointer, [offset]))
+        empty = ir.Constant(self.tile, ir.Undefined)
+        first = self.builder.insert_element(empty, number, INDEX(0))
+        places = ir.Constant(ir.VectorType(ir.IntType(32), TILE), [0] * TILE)
+        return self.builder.shuffle_vector(first, empty, places)
+
+    def relu(self, x: Any) -> Any:
+        return self.builder.select(self.builder.fcmp_ordered("<", x, self.zero), self.zero, x)
+
+    def add_product(self, total: Any, x: Any, y: Any) -> Any:
+        product = self.builder.fmul(x, y, flags=["contract"])
+        return self.builder.fadd(total, product, flags=["contract"])
+
+    def sum(self, tile: Any) -> Any:
+        """Of TILE numbers."""
+        kind = ir.FunctionType(self.kind, [self.kind, self.tile])
+        name = f"llvm.vector.reduce.fadd.v{TILE}f{8 * self.align()}"
+        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        return self.builder.call(function, [self.kind(0.0), tile], fastmath=["reassoc"])
+
+
+def signature_of(flat: Any, arrays: int, numbers: int) -> Any:
+    """Of a function of so many flat arrays, each with its place, and numbers."""
+    arguments = [flat, types.int64] * arrays + [types.int64] * numbers
+    return types.void(*arguments)
+
+
+@intrinsic
+def _sum_tile(
+    typing: Any, g: Any, g_at: Any, a: Any, a_at: Any, b: Any, b_at: Any, out: Any, out_at: Any,
+    count: Any, step: Any,
+) -> Any:  # fmt: skip
+    """out = sum_j g_j relu(a_j - b) of `count` j; from one a_j to the next it is `step`."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        c = TileCode(context, builder, signature, values)
+        g, a, b, out = c.pointers
+        count, step = values[-2:]
+        y = c.load(b)
+        total = cgutils.alloca_once_value(builder, c.zero)
+        with cgutils.for_range(builder, count) as loop:
+            x = c.load(a, builder.mul(loop.index, step))
+            x = c.relu(builder.fsub(x, y))
+            w = c.repeat(g, loop.index)
+            builder.store(c.add_product(builder.load(total), w, x), total)
+        c.store(builder.load(total), out)
+        return context.get_dummy_value()
+
+    return signature_of(g, 4, 2), code
+
+
+@intrinsic
+def _dot_tiles(
+    typing: Any, u: Any, u_at: Any, a: Any, a_at: Any, b: Any, b_at: Any, out: Any, out_at: Any,
+    count: Any, step: Any, size: Any,
+) -> Any:  # fmt: skip
+    """out_j = u . relu(a_j - b) of `count` j and `size` hidden units, a multiple of TILE."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        c = TileCode(context, builder, signature, values)
+        u, a, b, out = c.pointers
+        count, step, size = values[-3:]
+        tiles = builder.udiv(size, INDEX(TILE))
+        total = cgutils.alloca_once_value(builder, c.zero)
+        with cgutils.for_range(builder, count) as others:
+            builder.store(c.zero, total)
+            row = builder.mul(others.index, step)
+            with cgutils.for_range(builder, tiles) as loop:
+                h = builder.mul(loop.index, INDEX(TILE))
+                x = c.load(a, builder.add(row, h))
+                x = c.relu(builder.fsub(x, c.load(b, h)))
+                builder.store(c.add_product(builder.load(total), c.load(u, h), x), total)
+            builder.store(c.sum(builder.load(total)), builder.gep(out, [others.index]))
+        return context.get_dummy_value()
+
+    return signature_of(u, 4, 3), code
+
+
+@intrinsic
+def _gradient_tile(
+    typing: Any, g: Any, g_at: Any, u: Any, u_at: Any, a: Any, a_at: Any, b: Any, b_at: Any,
+    of_a: Any, of_a_at: Any, of_b: Any, of_b_at: Any, count: Any, step: Any,
+) -> Any:  # fmt: skip
+    """of_a_j += x_j, of_b = -sum_j x_j, x_j = g_j u where a_j > b."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        c = TileCode(context, builder, signature, values)
+        g, u, a, b, of_a, of_b = c.pointers
+        count, step = values[-2:]
+        y, v = c.load(b), c.load(u)
+        total = cgutils.alloca_once_value(builder, c.zero)
+        with cgutils.for_range(builder, count) as loop:
+            row = builder.mul(loop.index, step)
+            x = builder.fmul(c.repeat(g, loop.index), v)
+            open_ = builder.fcmp_ordered(">", c.load(a, row), y)
+            x = builder.select(open_, x, c.zero)
+            c.store(builder.fadd(c.load(of_a, row), x), of_a, row)
+            builder.store(builder.fsub(builder.load(total), x), total)
+        c.store(builder.load(total), of_b)
+        return context.get_dummy_value()
+
+    return signature_of(g, 6, 2), code
+
+
 # --- Pairs ----------------------------------------------------------------------------------------
-# Each goes through agents of a set in some worlds, row after row, and for each through the others j,
-# four at a time: then what is added up stays in registers.
+# Each goes through agents of a set in some worlds, row after row: hidden units in tiles, and what is
+# left of them in the loops that say what a tile does.
 
 
-@numba.njit(cache=True, fastmath={"contract"})
+@numba.njit(cache=True)
 def _sum_over_others(
     g: np.ndarray,
     a: np.ndarray,
@@ -318,70 +466,75 @@ def _sum_over_others(
 ) -> None:
     """out (R, H): sum_j g_ij relu(a_j - b_i); totals (R,): sum_j g_ij."""
     zero = a.dtype.type(0)
-    N, H = a.shape[1], a.shape[3]
+    _, N, A, H = a.shape
+    tiled = H - H % TILE
+    flat_g, flat_a, flat_b, flat_out = g.ravel(), a.ravel(), b.ravel(), out.ravel()
     row = 0
     for m in range(block.first, block.last):
         for i in range(block.begin, block.end):
-            s = i if a.shape[2] == N else block.s
+            s = i if A == N else block.s
+            agent, first = m * N + i, (m * N * A + s) * H
+            for h in range(0, tiled, TILE):
+                _sum_tile(
+                    flat_g,
+                    agent * N,
+                    flat_a,
+                    first + h,
+                    flat_b,
+                    agent * H + h,
+                    flat_out,
+                    row * H + h,
+                    N,
+                    A * H,
+                )
             total = zero
-            for h in range(H):
-                out[row, h] = zero
-            for j in range(0, N - 3, 4):
-                w0, w1, w2, w3 = g[m, i, j], g[m, i, j + 1], g[m, i, j + 2], g[m, i, j + 3]
-                total += (w0 + w1) + (w2 + w3)
-                for h in range(H):
-                    y = b[m, i, h]
-                    x0, x1 = a[m, j, s, h] - y, a[m, j + 1, s, h] - y
-                    x2, x3 = a[m, j + 2, s, h] - y, a[m, j + 3, s, h] - y
-                    x = w0 * (zero if x0 <= zero else x0) + w1 * (zero if x1 <= zero else x1)
-                    x += w2 * (zero if x2 <= zero else x2) + w3 * (zero if x3 <= zero else x3)
-                    out[row, h] += x
-            for j in range(N - N % 4, N):
+            for j in range(N):
                 total += g[m, i, j]
-                for h in range(H):
-                    x = a[m, j, s, h] - b[m, i, h]
-                    out[row, h] += g[m, i, j] * (zero if x <= zero else x)
             totals[row] = total
+            for h in range(tiled, H):
+                total = zero
+                for j in range(N):
+                    x = a[m, j, s, h] - b[m, i, h]
+                    total += g[m, i, j] * (zero if x < zero else x)
+                out[row, h] = total
             row += 1
 
 
-@numba.njit(cache=True, fastmath={"contract", "reassoc"})
+@numba.njit(cache=True)
 def _dot_with_others(
-    u: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    block: Block,
-    out: np.ndarray,
+    u: np.ndarray, a: np.ndarray, b: np.ndarray, block: Block, out: np.ndarray
 ) -> None:
     """out (M, N, N): u_i . relu(a_j - b_i), u (R, H)."""
     zero = a.dtype.type(0)
-    N, H = a.shape[1], a.shape[3]
+    _, N, A, H = a.shape
+    tiled = H - H % TILE
+    flat_u, flat_a, flat_b, flat_out = u.ravel(), a.ravel(), b.ravel(), out.ravel()
     row = 0
     for m in range(block.first, block.last):
         for i in range(block.begin, block.end):
-            s = i if a.shape[2] == N else block.s
-            for j in range(0, N - 3, 4):
-                sum0, sum1, sum2, sum3 = zero, zero, zero, zero
-                for h in range(H):
-                    y, v = b[m, i, h], u[row, h]
-                    x0, x1 = a[m, j, s, h] - y, a[m, j + 1, s, h] - y
-                    x2, x3 = a[m, j + 2, s, h] - y, a[m, j + 3, s, h] - y
-                    sum0 += v * (zero if x0 <= zero else x0)
-                    sum1 += v * (zero if x1 <= zero else x1)
-                    sum2 += v * (zero if x2 <= zero else x2)
-                    sum3 += v * (zero if x3 <= zero else x3)
-                out[m, i, j], out[m, i, j + 1] = sum0, sum1
-                out[m, i, j + 2], out[m, i, j + 3] = sum2, sum3
-            for j in range(N - N % 4, N):
-                total = zero
-                for h in range(H):
+            s = i if A == N else block.s
+            agent, first = m * N + i, (m * N * A + s) * H
+            _dot_tiles(
+                flat_u,
+                row * H,
+                flat_a,
+                first,
+                flat_b,
+                agent * H,
+                flat_out,
+                agent * N,
+                N,
+                A * H,
+                tiled,
+            )
+            for j in range(N):
+                for h in range(tiled, H):
                     x = a[m, j, s, h] - b[m, i, h]
-                    total += u[row, h] * (zero if x <= zero else x)
-                out[m, i, j] = total
+                    out[m, i, j] += u[row, h] * (zero if x < zero else x)
             row += 1
 
 
-@numba.njit(cache=True, fastmath={"contract"})
+@numba.njit(cache=True)
 def _gradients_of_others(
     g: np.ndarray,
     u: np.ndarray,
@@ -394,31 +547,39 @@ def _gradients_of_others(
     """The gradients of sum_ij g_ij u_i . relu(a_j - b_i) for a, to which it is added, and for b;
     u (R, H)."""
     zero = a.dtype.type(0)
-    N, H = a.shape[1], a.shape[3]
+    _, N, A, H = a.shape
+    tiled = H - H % TILE
+    flat_g, flat_u, flat_a, flat_b = g.ravel(), u.ravel(), a.ravel(), b.ravel()
+    flat_of_a, flat_of_b = of_a.ravel(), of_b.ravel()
     row = 0
     for m in range(block.first, block.last):
         for i in range(block.begin, block.end):
-            s = i if a.shape[2] == N else block.s
-            for h in range(H):
-                of_b[m, i, h] = zero
-            for j in range(0, N - 3, 4):
-                w0, w1, w2, w3 = g[m, i, j], g[m, i, j + 1], g[m, i, j + 2], g[m, i, j + 3]
-                for h in range(H):
-                    y, v = b[m, i, h], u[row, h]
-                    x0 = w0 * v if a[m, j, s, h] > y else zero
-                    x1 = w1 * v if a[m, j + 1, s, h] > y else zero
-                    x2 = w2 * v if a[m, j + 2, s, h] > y else zero
-                    x3 = w3 * v if a[m, j + 3, s, h] > y else zero
-                    of_a[m, j, s, h] += x0
-                    of_a[m, j + 1, s, h] += x1
-                    of_a[m, j + 2, s, h] += x2
-                    of_a[m, j + 3, s, h] += x3
-                    of_b[m, i, h] -= (x0 + x1) + (x2 + x3)
-            for j in range(N - N % 4, N):
-                for h in range(H):
+            s = i if A == N else block.s
+            agent, first = m * N + i, (m * N * A + s) * H
+            for h in range(0, tiled, TILE):
+                _gradient_tile(
+                    flat_g,
+                    agent * N,
+                    flat_u,
+                    row * H + h,
+                    flat_a,
+                    first + h,
+                    flat_b,
+                    agent * H + h,
+                    flat_of_a,
+                    first + h,
+                    flat_of_b,
+                    agent * H + h,
+                    N,
+                    A * H,
+                )
+            for h in range(tiled, H):
+                total = zero
+                for j in range(N):
                     x = g[m, i, j] * u[row, h] if a[m, j, s, h] > b[m, i, h] else zero
                     of_a[m, j, s, h] += x
-                    of_b[m, i, h] -= x
+                    total -= x
+                of_b[m, i, h] = total
             row += 1
 
 
