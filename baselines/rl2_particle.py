@@ -114,7 +114,7 @@ class Args(RunArgs):
     key_size: Positive = 16  # of queries and keys
     head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
     plain: bool = False  # networks of pairs as written below, not their fast exact form
-    compile: bool = False  # compile that form (once, some 20 s) and, on a GPU, worlds
+    compile: bool = False  # on a GPU: compile that form and worlds (once, some 20 s)
     # Base algorithm
     learning_rate: Amount = 5e-4  # Adam
     gamma: Share = 0.99  # discount

@@ -30,13 +30,22 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether these kernels are for x and for products with weight (..., I, O)."""
     inputs, outputs = weight.shape[-2:]
     known = x.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype
-    return x.device.type == "cpu" and known and inputs * outputs <= SMALL // 16
+    narrow = max(inputs, outputs) * outputs <= SMALL // 16  # else blocks would have few rows
+    return x.device.type == "cpu" and known and narrow
 
 
 @functools.cache
 def begins_of(counts: tuple[int, ...]) -> np.ndarray:
     """(S + 1,) int64: where each set's agents begin, and their number."""
     return np.cumsum((0, *counts))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """x (M, N, I) by weight (S, I, O) of each agent's set, plus bias (S, O) -> (M, N, O)."""
+    if len(counts) > 1:
+        return GroupedLinear.apply(x, weight, bias, counts)
+    rows = x.reshape(-1, 1, x.shape[2])  # all alike: blocks need not end with a world
+    return GroupedLinear.apply(rows, weight, bias, (1,)).view(*x.shape[:2], -1)
 
 
 def arrays(*tensors: Tensor) -> list[np.ndarray]:
@@ -54,7 +63,7 @@ class Block(NamedTuple):
 
 
 class GroupedLinear(torch.autograd.Function):
-    """x (M, N, I) by weight (S, I, O) of each agent's set, plus bias (S, O) -> (M, N, O)."""
+    """linear() by blocks."""
 
     @staticmethod
     def forward(
@@ -206,7 +215,7 @@ def _worlds(inputs: int, outputs: int, agents: int) -> int:
 @numba.njit(cache=True)
 def _multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
     """x (R, I) times weight (I, O)."""
-    rows = min(ROWS, SMALL // weight.size)
+    rows = max(1, min(ROWS, SMALL // weight.size))
     for first in range(0, len(x), rows):
         last = min(first + rows, len(x))
         np.dot(x[first:last], weight, out[first:last])
@@ -215,7 +224,7 @@ def _multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
 @numba.njit(cache=True)
 def _add_products(x: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
     """Add the sum over rows of x (R, I) times d (R, O) to out (I, O)."""
-    rows = min(ROWS, SMALL // out.size)
+    rows = max(1, min(ROWS, SMALL // out.size))
     for first in range(0, len(x), rows):
         last = min(first + rows, len(x))
         out += np.dot(x[first:last].T, d[first:last])
@@ -255,7 +264,7 @@ def _linear(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, begins: np.ndarray, out: np.ndarray
 ) -> None:
     """GroupedLinear."""
-    M, _, I = x.shape
+    M, N, I = x.shape
     O = weight.shape[2]
     for s in range(len(weight)):
         size = begins[s + 1] - begins[s]
@@ -265,13 +274,15 @@ def _linear(
         for first in range(0, M, step):
             block = Block(first, min(first + step, M), begins[s], begins[s + 1], s)
             rows = _take(x, block, taken)
-            _multiply(rows, weight[s], product[: len(rows)])
-            row = 0
-            for m in range(block.first, block.last):
-                for i in range(block.begin, block.end):
-                    for k in range(O):
-                        out[m, i, k] = product[row, k] + bias[s, k]
-                    row += 1
+            y = product[: len(rows)]
+            if size == N:
+                y = out.reshape(-1, O)[first * N : block.last * N]
+            _multiply(rows, weight[s], y)
+            for row in range(len(y)):
+                for k in range(O):
+                    y[row, k] += bias[s, k]
+            if size < N:
+                _put(y, block, out)
 
 
 @numba.njit(cache=True)
@@ -451,8 +462,8 @@ def _gradient_tile(
 
 
 # --- Pairs ----------------------------------------------------------------------------------------
-# Each goes through agents of a set in some worlds, row after row: hidden units in tiles, and what is
-# left of them in the loops that say what a tile does.
+# Each goes through agents of a set in some worlds, row after row: hidden units in tiles, and what
+# is left of them in the loops that say what a tile does.
 
 
 @numba.njit(cache=True)

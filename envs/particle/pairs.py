@@ -2,8 +2,9 @@
 
 A network of o_ij = [p_j - p_i, v_j, ...] has N^2 inputs. But its first layer is linear and gives
 a_j - b_i, with a_j = W [p_j, v_j, ...] + c and b_i = W_p p_i: N of each. Its second is given to the
-query (of keys: q . K h = (K^T q) . h) or comes after the sum over j (of values, as sum_j g_ij = 1).
-What is left for pairs are two sums, which are compiled to single loops.
+query (of keys: q . K h = (K^T q) . h) or comes after the sum over j (of values). What is left for
+pairs are two sums. On a CPU kernels.py does them, together with what comes before and after; on a
+GPU torch's operations do, which are compiled to single loops where that is asked for.
 
 FastPairs has the methods of the class Pairs that the scripts have in plain form; tests hold both
 equal, gradients included. grouped_linear() is what both build on.
@@ -33,7 +34,7 @@ def grouped_linear(
     weights and biases repeated for agents, in fewer and larger products."""
     if kernels.fits(x, weight) and x.dim() == 3:
         none = weight.new_zeros(()).expand(len(weight), weight.shape[2])
-        return kernels.GroupedLinear.apply(x, weight, none if bias is None else bias, counts)
+        return kernels.linear(x, weight, none if bias is None else bias, counts)
     if len(weight) == 1:
         y = x @ weight[0]
         return y if bias is None else y + bias[0]

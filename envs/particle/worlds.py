@@ -448,7 +448,7 @@ def observation(game: Game, bodies: Bodies) -> Observation:
 
 
 def observation_of_rows(game: Game, states: Tensor) -> Observation:
-    """The same, bit for bit, of states (K, S) on a CPU, in a loop over them; (K, N, .) contiguous."""
+    """What observation() gives of states (K, S), bit for bit, in one loop on a CPU."""
     N, states = game.num_agents, states.contiguous()
     own = states.new_empty(len(states), N, game.own_features)
     others = states.new_empty(len(states), N, game.entity_features)
