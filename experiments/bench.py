@@ -740,9 +740,9 @@ class Mra:
 
     First table: one cycle of the paper's size (K = 10 minibatches of 1024 for critic and actor,
     phi, psi and xi) in resource occupation, CPU milliseconds on one thread, with plain networks of
-    pairs and with their fast form; "round" is one minibatch, critic and actor. Second:
-    bytes of a transition in the replay. Third: returns of fresh episodes (z drawn from p(z|m))
-    after so many CPU seconds of training (after compilation, evaluations left out).
+    pairs and with their fast form; "round" is one minibatch, critic and actor. Second: bytes of a
+    transition in the replay. Third: returns of fresh episodes (z drawn from p(z|m)) after so many
+    CPU seconds of training (after compilation, evaluations left out).
     """
 
     numbers: tuple[Positive, ...] = (6, 12, 24)  # N of the first table

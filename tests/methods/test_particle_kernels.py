@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -119,9 +117,8 @@ def test_where_kernels_are_used():
 GAMES = [("treasure", 5), ("resource", 7), ("pacman", (4, 2)), ("signpost", 5), ("rooms", (3, 3))]
 
 
-@pytest.mark.parametrize(
-    ("game", "dtype"), itertools.product(GAMES, [torch.float32, torch.float64])
-)
+@DTYPES
+@pytest.mark.parametrize("game", GAMES)
 def test_observations_of_states(game, dtype):
     """To the bit what the worlds show, made by torch's operations."""
     world = worlds.ParticleWorld(*game, num_worlds=96, dtype=dtype)
