@@ -79,7 +79,7 @@ from envs.particle.episodes import (
     scripted_players,
     table,
 )
-from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
+from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory, scale_rows
 from envs.particle.worlds import Game, Observation, ParticleWorld
 
 # --- 2. Args --------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class Args(RunArgs):
     key_size: Positive = 16  # of queries and keys
     head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
     plain: bool = False  # networks of pairs as written below, not their fast exact form
-    compile: bool = False  # compile that form (once, some 20 s) and, on a GPU, worlds
+    compile: bool = False  # on a GPU: compile that form and worlds (once, some 20 s)
     # Base algorithm
     learning_rate: Amount = 3e-4  # Adam
     phi_learning_rate: Amount = 3e-4  # phi's
@@ -272,7 +272,7 @@ class MLP(nn.Module):
         self.last = Linear(sets, hidden, outputs)
 
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-        hidden = F.relu(self.first(x, counts))
+        hidden = F.relu(self.first(x, counts), inplace=True)
         return self.last(hidden, counts)
 
 
@@ -366,7 +366,7 @@ class RelationGraph(nn.Module):
             own = torch.cat((own, view.z), -1)
         if self.representation == "bilinear":
             own = (own[..., None] * view.z[..., None, :]).flatten(-2)
-        hidden = F.relu(self.own(own, view.counts))
+        hidden = F.relu(self.own(own, view.counts), inplace=True)
         weight = self.join_heads(self.query.weight)
         bias = self.split_heads(self.query.bias).flatten(1)
         query = grouped_linear(hidden, weight, bias, view.counts)
@@ -395,7 +395,7 @@ class RelationGraph(nn.Module):
         """The graph g (M, N, N) of view.z."""
         query = self.queries(view)
         if self.heads > 1:  # what is not of one's head is 0; mixtures of heads mix their scores
-            query = query * view.z[..., None]
+            query = scale_rows(query, view.z)
         key = self.join_heads(self.key.weight)
         scores = self.entities(view).scores(query.flatten(-2), key)
         return self.normalise(scores, view)
@@ -458,10 +458,10 @@ class GraphNet(nn.Module):
         def read(g: Tensor) -> Tensor:
             if self.linear:  # V of a sum is the sum of V
                 e = grouped_linear(mean_entity(others, g), weight, bias, view.counts)
+                e = e * view.mask.any(-1, keepdim=True)
             else:
                 e = pairs.sums(g, self.value.weight, self.value.bias)
-            e = e * view.mask.any(-1, keepdim=True)
-            return self.out(F.relu(x + e), view.counts)
+            return self.out(F.relu(x + e, inplace=True), view.counts)
 
         if g.dim() == 3:
             return read(g)

@@ -129,7 +129,7 @@ class Args(RunArgs):
     key_size: Positive = 16  # of queries and keys
     head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
     plain: bool = False  # networks of pairs as written below, not their fast exact form
-    compile: bool = False  # compile that form (once, some 20 s) and, on a GPU, worlds
+    compile: bool = False  # on a GPU: compile that form and worlds (once, some 20 s)
     # Base algorithm
     learning_rate: Amount = 3e-4  # Adam
     phi_learning_rate: Amount = 3e-4  # phi's
@@ -245,7 +245,7 @@ class MLP(nn.Module):
         self.last = Linear(sets, hidden, outputs)
 
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-        hidden = F.relu(self.first(x, counts))
+        hidden = F.relu(self.first(x, counts), inplace=True)
         return self.last(hidden, counts)
 
 
@@ -308,7 +308,7 @@ class RelationGraph(nn.Module):
 
     def forward(self, view: View) -> Tensor:
         """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
-        hidden = F.relu(self.own(view.own, view.counts))
+        hidden = F.relu(self.own(view.own, view.counts), inplace=True)
         query = self.query(hidden, view.counts)  # (M, N, K)
         entity = self.entity
         pairs = self.pairs(view.others, entity.weight, entity.bias, view.counts)
@@ -348,11 +348,11 @@ class GraphNet(nn.Module):
         x = self.own(view.own[..., : self.own_size], view.counts)
         if self.linear:  # V of a sum is the sum of V
             e = self.value(mean_entity(others, g), view.counts)
+            e = e * view.mask.any(-1, keepdim=True)
         else:
             pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
             e = pairs.sums(g, self.value.weight, self.value.bias)
-        e = e * view.mask.any(-1, keepdim=True)
-        return self.out(F.relu(x + e), view.counts)
+        return self.out(F.relu(x + e, inplace=True), view.counts)
 
 
 # [shared: sample] begin

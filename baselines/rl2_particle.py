@@ -114,7 +114,7 @@ class Args(RunArgs):
     key_size: Positive = 16  # of queries and keys
     head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
     plain: bool = False  # networks of pairs as written below, not their fast exact form
-    compile: bool = False  # compile that form (once, some 20 s) and, on a GPU, worlds
+    compile: bool = False  # on a GPU: compile that form and worlds (once, some 20 s)
     # Base algorithm
     learning_rate: Amount = 5e-4  # Adam
     gamma: Share = 0.99  # discount
@@ -245,7 +245,7 @@ class MLP(nn.Module):
         self.last = Linear(sets, hidden, outputs)
 
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-        hidden = F.relu(self.first(x, counts))
+        hidden = F.relu(self.first(x, counts), inplace=True)
         return self.last(hidden, counts)
 
 
@@ -297,7 +297,7 @@ class RelationGraph(nn.Module):
 
     def forward(self, view: View) -> Tensor:
         """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
-        hidden = F.relu(self.own(view.own, view.counts))
+        hidden = F.relu(self.own(view.own, view.counts), inplace=True)
         query = self.query(hidden, view.counts)  # (M, N, K)
         entity = self.entity
         pairs = self.pairs(view.others, entity.weight, entity.bias, view.counts)
@@ -327,8 +327,7 @@ class Encoder(nn.Module):
         g = self.graph(view)
         pairs = self.pairs(view.others, self.entity.weight, self.entity.bias, view.counts)
         e = pairs.sums(g, self.value.weight, self.value.bias)
-        e = e * view.mask.any(-1, keepdim=True)
-        return F.relu(self.own(view.own, view.counts) + e)
+        return F.relu(self.own(view.own, view.counts) + e, inplace=True)
 
 
 class RecurrentPolicy(nn.Module):

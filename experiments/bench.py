@@ -791,9 +791,9 @@ class Mra:
 
     First table: one cycle of the paper's size (K = 10 minibatches of 1024 for critic and actor,
     phi, psi and xi) in resource occupation, CPU milliseconds on one thread, with plain networks of
-    pairs, their fast form and that compiled; "round" is one minibatch, critic and actor. Second:
-    bytes of a transition in the replay. Third: returns of fresh episodes (z drawn from p(z|m))
-    after so many CPU seconds of training (after compilation, evaluations left out).
+    pairs and with their fast form; "round" is one minibatch, critic and actor. Second: bytes of a
+    transition in the replay. Third: returns of fresh episodes (z drawn from p(z|m)) after so many
+    CPU seconds of training (after compilation, evaluations left out).
     """
 
     numbers: tuple[Positive, ...] = (6, 12, 24)  # N of the first table
@@ -807,7 +807,7 @@ class Mra:
     seed: Seed = 1
 
 
-KINDS = {"plain": "--plain", "fast": "", "compiled": "--compile"}  # of the first table
+KINDS = {"plain": "--plain", "fast": ""}  # of the first table
 
 
 def begin_mra(script: Any, flags: str) -> SimpleNamespace:
@@ -867,8 +867,7 @@ def cycle_table(script: Any, bench: Mra) -> None:
         for kind, times in found.items():
             table_line(number, kind, *(f"{x:.0f}" for x in times.values()))
         whole = {kind: times["cycle"] for kind, times in found.items()}
-        ratios = whole["plain"] / whole["fast"], whole["plain"] / whole["compiled"]
-        print(f"N = {number}: plain / fast {ratios[0]:.1f}, plain / compiled {ratios[1]:.1f}")
+        print(f"N = {number}: plain / fast {whole['plain'] / whole['fast']:.1f}")
 
 
 def replay_table(script: Any) -> None:

@@ -2,8 +2,9 @@
 
 A network of o_ij = [p_j - p_i, v_j, ...] has N^2 inputs. But its first layer is linear and gives
 a_j - b_i, with a_j = W [p_j, v_j, ...] + c and b_i = W_p p_i: N of each. Its second is given to the
-query (of keys: q . K h = (K^T q) . h) or comes after the sum over j (of values, as sum_j g_ij = 1).
-What is left for pairs are two sums, which are compiled to single loops.
+query (of keys: q . K h = (K^T q) . h) or comes after the sum over j (of values). What is left for
+pairs are two sums. On a CPU kernels.py does them, together with what comes before and after; on a
+GPU torch's operations do, which are compiled to single loops where that is asked for.
 
 FastPairs has the methods of the class Pairs that the scripts have in plain form; tests hold both
 equal, gradients included. grouped_linear() is what both build on.
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from envs.particle import kernels
 from envs.particle.worlds import Compiled
 
 
@@ -30,6 +32,9 @@ def grouped_linear(
     """x (M, N, I) by the matrix of each agent's parameter set: weight (S, I, O), bias (S, O) ->
     (M, N, O). counts: agents of each set, in order. It is einsum("mni,nio->mno", x, w) + b with
     weights and biases repeated for agents, in fewer and larger products."""
+    if kernels.fits(x, weight) and x.dim() == 3:
+        none = weight.new_zeros(()).expand(len(weight), weight.shape[2])
+        return kernels.linear(x, weight, none if bias is None else bias, counts)
     if len(weight) == 1:
         y = x @ weight[0]
         return y if bias is None else y + bias[0]
@@ -40,6 +45,13 @@ def grouped_linear(
     if bias is not None:
         parts = [part + b for part, b in zip(parts, bias)]
     return torch.cat(parts, 1)
+
+
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """x (..., K) times scale (...), which has no gradient."""
+    if x.device.type == "cpu" and x.dtype == scale.dtype:
+        return kernels.ScaledRows.apply(x, scale)
+    return x * scale[..., None]
 
 
 class FastPairs:
@@ -63,7 +75,17 @@ class FastPairs:
     ):
         self.counts, self.compiled = counts, compiled
         position = others[..., :2]
-        if weight.dim() == 4:
+        self.use_kernels = kernels.fits(others, weight)
+        if self.use_kernels:
+            if weight.dim() == 4:
+                self.a = torch.einsum("mjd,mndh->mjnh", others, weight)  # (M, N, N, H)
+                self.b = torch.einsum("mnd,mndh->mnh", position, weight[:, :, :2])  # (M, N, H)
+            else:
+                joined = weight.transpose(0, 1).flatten(1)[None]  # (1, De, S x H)
+                a = grouped_linear(others, joined, bias.flatten()[None], (others.shape[1],))
+                self.a = a.unflatten(-1, (len(weight), -1))  # (M, N, S, H)
+                self.b = grouped_linear(position, weight[:, :2], None, counts)
+        elif weight.dim() == 4:
             self.a = torch.einsum("mjd,mndh->mnjh", others, weight)  # (M, N, N, H)
             self.b = torch.einsum("mnd,mndh->mnh", position, weight[:, :, :2])  # (M, N, H)
         else:
@@ -75,13 +97,18 @@ class FastPairs:
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """q_i . k_ij (M, N, N), keys without bias: query (M, N, K), key (S, H, K)."""
+        if self.use_kernels:
+            return kernels.PairScores.apply(query, key, self.a, self.b, self.counts)
         u = grouped_linear(query, key.mT, None, self.counts)  # (M, N, H)
         return self._reduce(score_kernel, u)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """sum_j g_ij v_ij (M, N, O), where rows of g (M, N, N) sum to 1; weight (S, H, O)."""
+        """sum_j g_ij v_ij (M, N, O) of graphs g (M, N, N); weight (S, H, O), bias (S, O)."""
+        if self.use_kernels:
+            return kernels.PairSums.apply(g, weight, bias, self.a, self.b, self.counts)
         hidden = self._reduce(sum_kernel, g)  # (M, N, H)
-        return grouped_linear(hidden, weight, bias, self.counts)
+        each = bias.repeat_interleave(torch.tensor(self.counts, device=bias.device), 0)  # (N, O)
+        return grouped_linear(hidden, weight, None, self.counts) + g.sum(-1, keepdim=True) * each
 
     def _reduce(self, function: Callable, x: Tensor) -> Tensor:
         """A kernel of x (M, N, .), parameter set by parameter set."""

@@ -41,6 +41,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs.particle import kernels
+
 ACTIONS = ("none", "left", "right", "down", "up")  # PettingZoo's order
 DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3
 HORIZON = 20  # steps of an episode
@@ -440,12 +442,29 @@ def observation(game: Game, bodies: Bodies) -> Observation:
         marks = marks.flatten(1, 2).transpose(0, 1)  # (k x 2 or 3, N, B)
     labels = [label.expand_as(p[:1]) for label in labels_of(game, p)]
     own, others = torch.cat((v, p, marks)), torch.cat((p, v, *labels, marks))
-    seen = bodies.alive
-    if game.only_last_seen:
-        first_seen = game.num_agents - game.population[-1]
-        seen = seen & (torch.arange(game.num_agents, device=p.device)[:, None] >= first_seen)
+    seen = bodies.alive & seen_at_all(game, p)[:, None]
     views = (own.permute(2, 1, 0), others.permute(2, 1, 0))
     return Observation(*views, alive=bodies.alive.T, seen=seen.T)
+
+
+def observation_of_rows(game: Game, states: Tensor) -> Observation:
+    """What observation() gives of states (K, S), bit for bit, in one loop on a CPU."""
+    N, states = game.num_agents, states.contiguous()
+    own = states.new_empty(len(states), N, game.own_features)
+    others = states.new_empty(len(states), N, game.entity_features)
+    radius = states.new_tensor(game.landmark_radius)
+    labels = [label.view(N, 1) for label in labels_of(game, states)]
+    labels = torch.cat(labels, 1) if labels else states.new_empty(N, 0)
+    arrays = states.numpy(), radius.numpy(), labels.contiguous().numpy()
+    kernels.observe_states(*arrays, game.in_order, game.sizes, own.numpy(), others.numpy())
+    alive = states[:, 4 * N : 5 * N] > 0.5
+    return Observation(own, others, alive=alive, seen=alive & seen_at_all(game, states))
+
+
+def seen_at_all(game: Game, like: Tensor) -> Tensor:
+    """(N,) bool: whom others see while they live."""
+    unseen = game.num_agents - game.population[-1] if game.only_last_seen else 0
+    return torch.arange(game.num_agents, device=like.device) >= unseen
 
 
 def labels_of(game: Game, like: Tensor) -> list[Tensor]:
@@ -808,6 +827,9 @@ class ParticleWorld:
     @torch.no_grad()
     def observe(self, states: Tensor) -> Observation:
         """The observations in states (K, S), as the worlds would have given them."""
+        on_cpu = states.device.type == "cpu"
+        if on_cpu and TASKS[self.game.task].observe is observation:
+            return observation_of_rows(self.game, states)
         return TASKS[self.game.task].observe(self.game, unpack(self.game, states.T.contiguous()))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1132,8 +1132,8 @@ def test_flag_changes_what_it_names(base, field, plain, tmp_path):
 
 
 def test_devices_and_threads(monkeypatch):
-    """Compiled kernels are for pairs; on a CPU worlds are left as they are, and so are those of
-    tournaments. The plain form has no kernels."""
+    """--compile is for a GPU: pairs are compiled where the kernels for a CPU are left out. On a CPU
+    worlds are left as they are, and so are those of tournaments. The plain form has no kernels."""
     seen, made = set(), []
 
     class Compiled:
@@ -1150,9 +1150,12 @@ def test_devices_and_threads(monkeypatch):
             super().__init__(*args, **options | {"device": "cpu", "compiled": False})
 
     small = ("--populations", 3, "--update-every", 4, "--batch-size", 4)
+    monkeypatch.setattr(pairs, "Compiled", Compiled)
+    run(EPC, "kernels", 8, *small, "--compile")
+    assert seen == set()
+    monkeypatch.setattr(pairs.kernels, "fits", lambda *tensors: False)  # as on a GPU
     fast = run(EPC, "fast", 8, *small)
     pairs.kernel.cache_clear()
-    monkeypatch.setattr(pairs, "Compiled", Compiled)
     monkeypatch.setattr(epc, "ParticleWorld", World)
     run(EPC, "plain", 4, *small, "--plain", "--compile")
     assert seen == set()

@@ -828,8 +828,9 @@ def test_flag_changes_what_it_names(base, field, plain, tmp_path):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_device_threads_plain_and_compile(name, monkeypatch):
-    """Compiled kernels are a matter of the kernels alone: on a CPU worlds are left as they are. The
-    plain form has none."""
+    """--compile is for a GPU: what it compiles of the networks is shown here by leaving out the
+    kernels for a CPU, which need no compiler. On a CPU worlds are left as they are; the plain form
+    has no kernels."""
     module, seen, made = script(name), {}, []
 
     class Compiled:
@@ -845,10 +846,13 @@ def test_device_threads_plain_and_compile(name, monkeypatch):
             made.append((options["device"], options["compiled"]))
             super().__init__(*args, **options | {"device": "cpu", "compiled": False})
 
-    fast = run(name, "fast", 20, "--num-threads", 1)
-    assert torch.get_num_threads() == 1 and seen == {}
-    pairs.kernel.cache_clear()
     monkeypatch.setattr(pairs, "Compiled", Compiled)
+    run(name, "kernels", 20, "--num-threads", 1, "--compile")
+    assert torch.get_num_threads() == 1 and seen == {}
+    monkeypatch.setattr(pairs.kernels, "fits", lambda *tensors: False)  # as on a GPU
+    fast = run(name, "fast", 20, "--num-threads", 1)
+    assert seen == {}
+    pairs.kernel.cache_clear()
     monkeypatch.setattr(module, "ParticleWorld", World)
     run(name, "plain", 20, "--plain", "--compile")
     assert seen == {}
@@ -1502,6 +1506,8 @@ def test_compiled_kernels_stay_compiled(tmp_path):
         pytest.skip("no C++ compiler")
     code = (
         "import sys, torch, mra_maddpg_particle as mra\n"
+        "from envs.particle import kernels\n"
+        "kernels.fits = lambda *tensors: False\n"  # as on a GPU
         "torch._dynamo.config.fail_on_recompile_limit_hit = True\n"
         "sys.exit(mra.main(sys.argv[1:]))\n"
     )
