@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from envs.meltingpot.episodes import Player, background_rows, count_episodes, table
 from envs.meltingpot.random_tiles import RandomTileTables
 from envs.meltingpot.scenarios import find_scenarios, scenario_rows
-from envs.meltingpot.tile_tensors import Sprites, TileTables
+from envs.meltingpot.tile_tensors import Sprites, TileTables, ids_on
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
 # --- 2. Args --------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class Actor(nn.Module):
 class Views(NamedTuple):
     """What an actor sees of each agent, or the critic of each world."""
 
-    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), uint16 tile ids
+    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), tile ids
     features: Tensor  # actor: (T, B, N, F + N), critic: (T, B, N * (F + A)), float32
     starts: Tensor  # (T, B) bool, an episode begins
 
@@ -293,8 +293,8 @@ def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
     """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
     where an episode starts (T, B)."""
     # Without a break between steps at which some world begins an episode.
-    begins = starts.any(1).nonzero()[:, 0].tolist()
-    cuts = sorted({0, len(x), *begins})
+    begins = starts[1:].any(1).tolist() if len(x) > 1 else []  # a GPU is waited for
+    cuts = [0, *(t for t, begun in enumerate(begins, 1) if begun), len(x)]
     states = []
     for first, last in itertools.pairwise(cuts):
         goes_on = ~starts[first, :, None, None]
@@ -449,9 +449,9 @@ def new_state(agent: Agent, num_envs: int) -> RolloutState:
 class Batch:
     """One rollout. T + 1: with the step after it, for bootstrapping."""
 
-    tile_ids: Tensor  # (T, B, N, H, W) uint16, the views
+    tile_ids: Tensor  # (T, B, N, H, W), the views
     actor_features: Tensor  # (T, B, N, F + N) float32, with agent ids
-    world_ids: Tensor  # (T + 1, B, H', W') uint16, the global views
+    world_ids: Tensor  # (T + 1, B, H', W'), the global views
     critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, of all agents
     starts: Tensor  # (T + 1, B) bool, an episode's first step
     actions: Tensor  # (T, B, N) int64
@@ -583,7 +583,8 @@ def observe(
 
     ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
     """
-    tile_ids, world_ids, features = (torch.from_numpy(x).to(device) for x in obs)
+    tile_ids, world_ids = (ids_on(device, x) for x in (obs.tile_ids, obs.world_ids))
+    features = torch.from_numpy(obs.features).to(device)
     one_hot = torch.eye(num_ids or features.shape[1], device=device)
     if ids is None:
         ids = one_hot.expand(len(features), -1, -1)

@@ -21,6 +21,13 @@ from envs.meltingpot.tile_kernels import conv2_and_linear
 from envs.meltingpot.tiles import WorldError
 
 
+def ids_on(device: torch.device, ids: np.ndarray) -> Tensor:
+    """Tile ids there: uint16 on the CPU, int32 on a GPU, as CUDA cannot index uint16."""
+    if device.type != "cpu":
+        ids = ids.astype(np.int32)
+    return torch.from_numpy(ids).to(device)
+
+
 class Sprites:
     """A world's palette as a tensor, kept up to date as it grows:
 
