@@ -42,15 +42,17 @@ def make_worlds(
     game_version: str = "",
     device: torch.device | str = "cpu",
     once: bool = True,
+    rescale: bool = False,
 ) -> Any:
     """num_battles of a scenario; once: they stand still when they have ended, else others begin.
     Each world reads what is for it: `sim` enemy_ai and threads, `sc2` game_version, Resource
-    Collection the device and at most 145 steps. ValueError where there are no such teams,
+    Collection the device, rescale and at most 145 steps. ValueError where there are no such teams,
     BattleError where there is no game."""
     options = {"team_sizes": team_sizes, "num_battles": num_battles, "seed": seed, "once": once}
     if scenario == "resource":
         limit = min(episode_limit, resource_collection.EPISODE_LIMIT)
-        return resource_collection.ResourceCollection(**options, episode_limit=limit, device=device)
+        options |= {"episode_limit": limit, "device": device, "rescale": rescale}
+        return resource_collection.ResourceCollection(**options)
     options |= {"scenario": scenario, "episode_limit": episode_limit}
     options |= {"clip_regeneration": clip_regeneration}
     if backend == "sc2":
@@ -71,6 +73,10 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
         no_team = str(error).rstrip(".")
     return [
         (no_team, no_team),
+        (
+            getattr(args, "rescale", False) and not collects,
+            "--rescale is for --scenario resource: battles have their own scales",
+        ),
         (collects and in_game, "--scenario resource is no game of --backend sc2"),
         (
             collects and other_rules,
