@@ -89,7 +89,8 @@ class Args(RunArgs):
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
     enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
-    rescale: bool = False  # resource: places and velocities times 5, rewards a tenth
+    rescale: bool = False  # resource: lengths in units of sight, rewards a fiftieth
+    egocentric: bool = False  # resource: also where the nearest things one sees are from oneself
     num_envs: Positive = 8  # B, battles at a time
     env_threads: Positive = 1  # sim: over which they are spread
     game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
@@ -150,19 +151,21 @@ PRESETS = {
     },
     "cpu scenario resource": {  # on top of those
         "rescale": True,
+        "egocentric": True,
         "mixer": "linear",
         "returns": "lambda",
         "timeout_terminates": False,
         "heads": 2,
         "optimiser": "adam",
-        "learning_rate": 5e-4,
-        "batch_size": 32,
+        "learning_rate": 2e-3,
+        "gamma": 0.95,
+        "batch_size": 64,
         "buffer_size": 3000,
         "window_steps": 8,
         "updates_per_iteration": 64,
         "target_every": 64,
         "epsilon_final": 0.4,
-        "epsilon_steps": 300_000,
+        "epsilon_steps": 150_000,
     },
 }
 # With --resume backend and version of the game stay as they were.
@@ -220,6 +223,7 @@ def make_envs(
             game_version=args.game_version,
             device=device,
             rescale=args.rescale,
+            egocentric=args.egocentric,
         )
     except (ValueError, BattleError) as error:
         raise UsageError(str(error)) from None
@@ -939,7 +943,7 @@ def load_player(path: str) -> Policy:
     """The greedy policy of a run or checkpoint, for battles of its scenario that begin together."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
-    agent = Agent(args, worlds.family_of(args.scenario), CPU)
+    agent = Agent(args, worlds.family_of(args.scenario, args.egocentric), CPU)
     restore(agent, saved["agent"], path)
     return Player(agent)
 

@@ -692,7 +692,8 @@ def open_agent(run: Run) -> tuple[Any, Any, Any]:
         own = {x.name: getattr(args, x.name) for x in dataclasses.fields(args)}
         args = script.Args(**({"alpha": 0.0} | own))
         state = {"actor": state["actor"]}
-    agent = script.Agent(args, worlds.family_of(args.scenario), torch.device("cpu"))
+    family = worlds.family_of(args.scenario, args.egocentric)
+    agent = script.Agent(args, family, torch.device("cpu"))
     parts = {"actor": agent.actor} if run.args["script"] in PPO else agent
     harness.restore(parts, state, str(run.path))
     return script, args, agent
@@ -1242,7 +1243,8 @@ def imitation(study: Imitation) -> None:
     flags += ["--learning-rate", str(study.learning_rate), "--seed", str(study.seed)]
     args = script_args(script, [*flags, "--device", "cpu"])
     rng = torch.Generator().manual_seed(study.seed)
-    new_worlds = functools.partial(ResourceCollection, once=True, rescale=args.rescale)
+    options = {"rescale": args.rescale, "egocentric": args.egocentric}
+    new_worlds = functools.partial(ResourceCollection, once=True, **options)
     worlds = new_worlds(study.team_sizes, study.round, study.seed)
     agent = script.Agent(args, worlds.family, torch.device("cpu"))
     rounds: list[list[tuple]] = []

@@ -65,7 +65,7 @@ PAUSE = 10  # steps until the next invader, at most
 PICK_UP, DELIVERY, CATCH, ARRIVAL = 10.0, 1.0, 4.0, -4.0  # rewards
 DELIVERED, PICKED, CAUGHT = 1, 2, 5  # events; PICKED, 3 and 4 are of types 1 to 3, 0 is none
 NOWHERE = 9.0  # coordinate of resources that are not there
-PLACE_SCALE, REWARD_SCALE = 5.0, 0.1  # of worlds that are rescaled
+PLACE_SCALE, REWARD_SCALE = 1 / SIGHT, 0.02  # of worlds that are rescaled
 ROUND, AHEAD = 0.75, 0.06  # radius of the forager's walk; how far it aims ahead, in turns
 
 
@@ -138,6 +138,11 @@ class Family(NamedTuple):
         if not sizes:
             raise ValueError("At least one team size is needed.")
         return [(size,) for size in dict.fromkeys(sizes)]
+
+
+def new_family(egocentric: bool = False) -> Family:
+    """As agents are told about the world: egocentric features are 12 more."""
+    return Family(features=Family().features + 12 * egocentric)
 
 
 class Clocks(NamedTuple):
@@ -368,9 +373,23 @@ def one_hot(x: Tensor, n: int) -> Tensor:
     return torch.nn.functional.one_hot(x.long(), n).float()
 
 
-def observe(snap: Snapshot, place_scale: float = 1.0) -> Observation:
+def nearest_seen(places: Tensor, seen: Tensor) -> Tensor:
+    """(B, A, 12): of each type of resource and the invader, if the agent sees one, where the
+    nearest is from it, in units of SIGHT, and how near: 1 where it stands, 0 at the edge of sight;
+    places (B, A+E, 2), seen (B, A+E, A+E) bool."""
+    sight = torch.tensor(RADII[SIDE:HOME], device=places.device) + SIGHT  # (7,)
+    offset = places[:, None, SIDE:HOME] - places[:, :SIDE, None]  # (B, A, 7, 2)
+    near = (1 - offset.norm(dim=-1) / sight) * seen[:, :SIDE, SIDE:HOME]  # (B, A, 7)
+    offset = offset / SIGHT * seen[:, :SIDE, SIDE:HOME, None]
+    shown = torch.cat((offset, near[..., None]), -1)  # (B, A, 7, 3)
+    first, second, invader = shown.split((3, 3, 1), 2)  # KINDS come twice
+    nearest = torch.where(first[..., 2:] >= second[..., 2:], first, second)
+    return torch.cat((nearest, invader), 2).flatten(2)
+
+
+def observe(snap: Snapshot, place_scale: float = 1.0, egocentric: bool = False) -> Observation:
     """What agents see: agents within SIGHT, things that reach into it, and themselves; velocities
-    and places times place_scale."""
+    and places times place_scale; egocentric: agents' features end with nearest_seen()."""
     B, device = len(snap.present), snap.present.device
     places, there = bodies(snap)
     abilities = torch.cat((snap.value, snap.speed[..., None]), -1) - MIDDLE
@@ -386,6 +405,9 @@ def observe(snap: Snapshot, place_scale: float = 1.0) -> Observation:
     itself = torch.eye(SLOTS, dtype=torch.bool, device=device)
     seen = (torch.cdist(places, places) <= sight) | itself
     unseen = ~seen | ~there[:, None] | ~there[..., None]
+    if egocentric:
+        more = torch.nn.functional.pad(nearest_seen(places, ~unseen), (0, 0, 0, OTHERS))
+        entities = torch.cat((entities, more), -1)
     avail = torch.ones(B, SIDE, len(MOVES), dtype=torch.bool, device=device)
     avail &= snap.present[..., None]
     avail[..., NOOP] = ~snap.present
@@ -402,8 +424,10 @@ class ResourceCollection:
     first_battle    number of the first: worlds with the same seed and number are the same
     episode_limit   steps
     once            worlds that have ended stand still until reset()
-    rescale         observed velocities and places are 5 times, rewards of steps a tenth of theirs;
-                    not what episodes are said to have earned
+    rescale         velocities and places are seen in units of SIGHT, steps are paid a fiftieth;
+                    what episodes are said to have earned stays
+    egocentric      agents' features also say where the nearest things they see are from them; who
+                    sees an agent sees those, too
     """
 
     Episode = Episode
@@ -419,6 +443,7 @@ class ResourceCollection:
         once: bool = False,
         device: str | torch.device = "cpu",
         rescale: bool = False,
+        egocentric: bool = False,
     ):
         for name, least, x in (
             ("num_battles", 1, num_battles),
@@ -428,12 +453,13 @@ class ResourceCollection:
         ):
             if x < least:
                 raise ValueError(f"{name} is at least {least}: not {x}.")
-        self.family, self.num_battles = Family(), num_battles
+        self.family, self.num_battles = new_family(egocentric), num_battles
         self.teams = self.family.teams(tuple(team_sizes))
         self.limit, self.once, self.device = episode_limit, once, torch.device(device)
         self.sizes = torch.tensor([size for (size,) in self.teams], device=self.device)
         self.numbers = torch.arange(first_battle, first_battle + num_battles, device=self.device)
         self.over = torch.zeros(num_battles, dtype=torch.bool, device=self.device)
+        self.egocentric = egocentric
         self.place_scale = PLACE_SCALE if rescale else 1.0
         self.reward_scale = REWARD_SCALE if rescale else 1.0
         self.seed(seed)
@@ -503,7 +529,7 @@ class ResourceCollection:
     @torch.no_grad()
     def observe(self, snapshot: Snapshot) -> Observation:
         """The observations in snapshots (K, ...), as the worlds would have given them."""
-        return observe(snapshot, self.place_scale)
+        return observe(snapshot, self.place_scale, self.egocentric)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next steps and episodes depend on, but for the rules."""

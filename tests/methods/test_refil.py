@@ -734,7 +734,7 @@ CHILD = {
     "collaq, replay wraps": "",
     "collaq, pointer": "--target-head pointer",
     "collaq, linear, bf16, another family": "--mixer linear --scenario mmm --amp",
-    "collaq, windows, resource collection": "--window-steps 3 --scenario resource --rescale",
+    "collaq, windows, resource collection": "--window-steps 3 --scenario resource --egocentric",
     "collaq, sum of two, resource collection": "--no-subtract-alone --scenario resource",
 }
 
@@ -819,6 +819,7 @@ WRONG = {  # with words that the sentence has to contain
     "--scenario resource --enemy-ai focus": "--enemy-ai battles --scenario resource",
     "--scenario resource --clip-regeneration": "--clip-regeneration battles",
     "--rescale": "--rescale --scenario resource",
+    "--egocentric": "--egocentric --scenario resource",
     "--window-steps -1": "--window-steps",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--td-lambda .5": "--td-lambda --returns lambda",
@@ -884,6 +885,7 @@ ELSEWHERE = {
     "amp": "test_amp",
     "compile": "test_compile",
     "rescale": "test_rescaled_worlds",
+    "egocentric": "test_rescaled_worlds",
     **dict.fromkeys(
         ("backend", "game_version", "enemy_ai", "clip_regeneration", "env_threads"),
         "test_flags_of_battles",
@@ -1061,14 +1063,17 @@ def test_resource_collection(module, capfd):
 
 @EACH
 def test_rescaled_worlds(module):
-    """--rescale reaches worlds, replay and player; it is part of the preset for CPUs."""
-    for flags, places, rewards in (("", 1.0, 1.0), ("--rescale", 5.0, 0.1)):
+    """--rescale and --egocentric reach worlds, replay and networks."""
+    for flags, width in (("", 23), ("--rescale", 23), ("--egocentric", 35)):
         s = tools.setting(module, f"--scenario resource --max-episode-steps 30 {flags}", rounds=2)
-        assert (s.battles.place_scale, s.battles.reward_scale) == (places, rewards)
         entities = sample(s, 1, 4).features.entities
-        assert (entities[..., 2:4].abs().amax() > 1.5) == (places == 5.0)
-        earned = s.buffer.steps["rewards"][:8, :30]
-        assert earned.abs().max() > 0 and (earned.abs().max() < 1.5) == (rewards == 0.1)
+        assert entities.shape[-1] == width + 6
+        assert (entities[..., 2:4].abs().amax() > 1.5) == (flags == "--rescale")
+        earned = s.buffer.steps["rewards"][:8, :30].abs().max()
+        assert earned > 0 and (earned < 0.8) == (flags == "--rescale")
+        assert entities[..., 23:-6].any() == (flags == "--egocentric")
+        embed = getattr(s.agent.utility, "alone", s.agent.utility).embed
+        assert embed.in_features == width + 6
 
 
 @EACH

@@ -617,7 +617,7 @@ def test_hands_and_events_are_seen_a_step_late():
 
 
 def test_rescaled():
-    """Velocities and places are seen 5 times as large, steps are paid a tenth; the course, what
+    """Velocities and places are seen 5 times as large, steps are paid a fiftieth; the course, what
     episodes earned and what scripts do stay."""
     plain, other = (
         rc.ResourceCollection((3, 5), 16, 1, episode_limit=40, rescale=x) for x in (False, True)
@@ -633,12 +633,42 @@ def test_rescaled():
         actions = rc.forager(plain)
         assert (actions == rc.forager(other)).float().mean() > 0.999  # but for rounding
         a, b = plain.step(actions), other.step(actions)
-        assert np.allclose(0.1 * a.reward, b.reward, rtol=1e-6) and a.episodes == b.episodes
+        assert np.allclose(0.02 * a.reward, b.reward, rtol=1e-6) and a.episodes == b.episodes
         assert all(torch.equal(x, y) for x, y in zip(a.final, b.final))
         paid += int((a.reward != 0).sum())
         if t == 30:
             other.load_state_dict(other.state_dict())
     assert paid > 50
+
+
+def test_egocentric_features():
+    """Of each type and the invader the nearest that is seen, from the agent, in units of .2, and
+    how near it is; zeros of what it does not see; the rest of the features stays."""
+    w = rc.ResourceCollection((2, 5), 16, 1, egocentric=True)
+    assert w.family.features == 35 == w.reset().entities.shape[-1]
+    counted = 0
+    for _ in range(50):
+        w.step(rc.forager(w))
+        snap, plain = w.snapshot, rc.observe(w.snapshot)
+        assert torch.equal(w.obs.entities[..., :23], plain.entities)
+        assert torch.equal(w.obs.obs_mask, plain.obs_mask)
+        assert not w.obs.entities[:, 8:, 23:].any()
+        for b in range(16):
+            things = [*snap.resources[b].tolist(), snap.invader[b].tolist()]
+            for i in range(8):
+                row = [0.0] * 12
+                for k, slots in enumerate(((0, 3), (1, 4), (2, 5), (6,))):
+                    best = 0.0
+                    for slot in slots:
+                        if plain.obs_mask[b, i, 8 + slot]:
+                            continue
+                        dx, dy = np.array(things[slot]) - snap.position[b, i].numpy()
+                        near = 1 - math.hypot(dx, dy) / (0.2 + rc.RADII[8 + slot])
+                        if near > best:
+                            best, row[3 * k : 3 * k + 3] = near, [dx / 0.2, dy / 0.2, near]
+                            counted += 1
+                assert np.allclose(w.obs.entities[b, i, 23:], row, atol=1e-5)
+    assert counted > 300
 
 
 def test_masks():
