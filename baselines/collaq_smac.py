@@ -89,7 +89,7 @@ class Args(RunArgs):
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
     enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
-    rescale: bool = False  # resource: lengths in units of sight, rewards a fiftieth
+    rescale: bool = False  # resource: lengths in units of sight, rewards a tenth
     egocentric: bool = False  # resource: also where the nearest things one sees are from oneself
     num_envs: Positive = 8  # B, battles at a time
     env_threads: Positive = 1  # sim: over which they are spread
@@ -157,7 +157,7 @@ PRESETS = {
         "timeout_terminates": False,
         "heads": 2,
         "optimiser": "adam",
-        "learning_rate": 2e-3,
+        "learning_rate": 3e-3,
         "gamma": 0.95,
         "batch_size": 64,
         "buffer_size": 3000,

@@ -65,7 +65,7 @@ PAUSE = 10  # steps until the next invader, at most
 PICK_UP, DELIVERY, CATCH, ARRIVAL = 10.0, 1.0, 4.0, -4.0  # rewards
 DELIVERED, PICKED, CAUGHT = 1, 2, 5  # events; PICKED, 3 and 4 are of types 1 to 3, 0 is none
 NOWHERE = 9.0  # coordinate of resources that are not there
-PLACE_SCALE, REWARD_SCALE = 1 / SIGHT, 0.02  # of worlds that are rescaled
+PLACE_SCALE, REWARD_SCALE = 1 / SIGHT, 0.1  # of worlds that are rescaled
 ROUND, AHEAD = 0.75, 0.06  # radius of the forager's walk; how far it aims ahead, in turns
 
 
@@ -424,7 +424,7 @@ class ResourceCollection:
     first_battle    number of the first: worlds with the same seed and number are the same
     episode_limit   steps
     once            worlds that have ended stand still until reset()
-    rescale         velocities and places are seen in units of SIGHT, steps are paid a fiftieth;
+    rescale         velocities and places are seen in units of SIGHT, steps are paid a tenth;
                     what episodes are said to have earned stays
     egocentric      agents' features also say where the nearest things they see are from them; who
                     sees an agent sees those, too

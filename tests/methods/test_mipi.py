@@ -779,7 +779,7 @@ def test_alphas():
     assert coefficients("") == coefficients("--scenario csz") == (0.03, 0.03)
     assert coefficients("--scenario mmm --team-sizes 4") == (0.1, 0.1)
     assert coefficients("--scenario resource") == (0.05, 0.05)
-    assert coefficients("--scenario resource --rescale") == (0.001, 0.001)
+    assert coefficients("--scenario resource --rescale") == (0.005, 0.005)
     assert coefficients("--alpha .2") == (0.2, 0.2)
     assert coefficients("--alpha .2 --alpha-i 0") == (0.2, 0)
     assert coefficients("--alpha-i .5") == (0.03, 0.5)

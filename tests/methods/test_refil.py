@@ -1070,7 +1070,7 @@ def test_rescaled_worlds(module):
         assert entities.shape[-1] == width + 6
         assert (entities[..., 2:4].abs().amax() > 1.5) == (flags == "--rescale")
         earned = s.buffer.steps["rewards"][:8, :30].abs().max()
-        assert earned > 0 and (earned < 0.8) == (flags == "--rescale")
+        assert earned > 0 and (earned < 1.5) == (flags == "--rescale")
         assert entities[..., 23:-6].any() == (flags == "--egocentric")
         embed = getattr(s.agent.utility, "alone", s.agent.utility).embed
         assert embed.in_features == width + 6

@@ -617,7 +617,7 @@ def test_hands_and_events_are_seen_a_step_late():
 
 
 def test_rescaled():
-    """Velocities and places are seen 5 times as large, steps are paid a fiftieth; the course, what
+    """Velocities and places are seen 5 times as large, steps are paid a tenth; the course, what
     episodes earned and what scripts do stay."""
     plain, other = (
         rc.ResourceCollection((3, 5), 16, 1, episode_limit=40, rescale=x) for x in (False, True)
@@ -633,7 +633,7 @@ def test_rescaled():
         actions = rc.forager(plain)
         assert (actions == rc.forager(other)).float().mean() > 0.999  # but for rounding
         a, b = plain.step(actions), other.step(actions)
-        assert np.allclose(0.02 * a.reward, b.reward, rtol=1e-6) and a.episodes == b.episodes
+        assert np.allclose(0.1 * a.reward, b.reward, rtol=1e-6) and a.episodes == b.episodes
         assert all(torch.equal(x, y) for x, y in zip(a.final, b.final))
         paid += int((a.reward != 0).sum())
         if t == 30:
