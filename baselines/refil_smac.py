@@ -157,7 +157,6 @@ PRESETS = {
         "timeout_terminates": False,
         "heads": 2,
         "optimiser": "adam",
-        "learning_rate": 3e-3,
         "gamma": 0.95,
         "batch_size": 64,
         "buffer_size": 3000,
