@@ -134,11 +134,21 @@ def read_args(
     elif args.preset != "paper":
         if args.preset not in (presets or {}):
             raise UsageError(f"--preset {args.preset}: this script has none of that name.")
-        default = cls(**presets[args.preset], preset=args.preset)
+        default = cls(**preset_flags(presets, args), preset=args.preset)
         args = read_flags(cls, argv, default)
     check([(args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes")])
     check(validate(args))
     return args
+
+
+def preset_flags(presets: Presets, args: Any) -> dict[str, Any]:
+    """Those of --preset; and, named "PRESET FLAG VALUE", those for where a flag has that value."""
+    flags = {}
+    for name, more in presets.items():
+        preset, *when = name.split()
+        if preset == args.preset and (not when or getattr(args, when[0]) == when[1]):
+            flags |= more
+    return flags
 
 
 def read_flags(cls: type, argv: list[str], default: Any = None) -> Any:

@@ -89,6 +89,8 @@ class Args(RunArgs):
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
     enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
+    rescale: bool = False  # resource: lengths in units of sight, rewards a tenth
+    egocentric: bool = False  # resource: also where the nearest things one sees are from oneself
     num_envs: Positive = 8  # B, battles at a time
     env_threads: Positive = 1  # sim: over which they are spread
     game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
@@ -114,8 +116,9 @@ class Args(RunArgs):
     anneal_from: Count = 0  # steps after which the learning rate falls, linearly
     max_grad_norm: Above = 10.0  # of all networks together
     gamma: Share = 0.99  # discount
-    batch_size: Positive = 32  # episodes of a minibatch
+    batch_size: Positive = 32  # episodes of a minibatch, or windows of so many
     buffer_size: Positive = 5000  # episodes of the replay
+    window_steps: Count = 0  # of each episode of a minibatch, at random; 0: all
     updates_per_iteration: Positive = 8  # after every num_envs episodes
     target_every: Positive = 200  # episodes between copies to the target networks
     epsilon_start: Share = 1.0  # probability of a random action, at first
@@ -145,6 +148,23 @@ PRESETS = {
         "epsilon_steps": 100_000,
         "eval_every": 250_000,
         "eval_episodes": 32,
+    },
+    "cpu scenario resource": {  # on top of those
+        "rescale": True,
+        "egocentric": True,
+        "mixer": "linear",
+        "returns": "lambda",
+        "timeout_terminates": False,
+        "heads": 2,
+        "optimiser": "adam",
+        "gamma": 0.95,
+        "batch_size": 64,
+        "buffer_size": 3000,
+        "window_steps": 8,
+        "updates_per_iteration": 64,
+        "target_every": 64,
+        "epsilon_final": 0.4,
+        "epsilon_steps": 150_000,
     },
 }
 # With --resume backend and version of the game stay as they were.
@@ -201,6 +221,8 @@ def make_envs(
             threads=args.env_threads,
             game_version=args.game_version,
             device=device,
+            rescale=args.rescale,
+            egocentric=args.egocentric,
         )
     except (ValueError, BattleError) as error:
         raise UsageError(str(error)) from None
@@ -707,21 +729,28 @@ class ReplayBuffer:
         self.episodes += len(lengths)
 
     def sample(self, rng: torch.Generator, size: int) -> Batch:
-        """size episodes, each at most once."""
+        """Of size episodes, each at most once, all steps or --window-steps on end."""
         index = torch.randperm(self.size, generator=rng)[:size]
-        length = self.fixed["length"][index]
+        ends = self.fixed["length"][index]
+        length, start = ends, torch.zeros_like(ends)
+        if window := self.args.window_steps:
+            length = ends.clamp(max=window)
+            start = (torch.rand(len(ends), generator=rng) * (ends - length + 1)).long()
         order = length.argsort(descending=True, stable=True)
-        index, length = index[order], length[order]
+        index, ends, length, start = index[order], ends[order], length[order], start[order]
         T = int(length[0])
         time = torch.arange(T + 1)[:, None]
         played = time <= length  # (T + 1, B)
-        obs = self.observe(index, played)
-        actions = self.steps["actions"][index, :T].transpose(0, 1)  # (T, B, 8)
-        rewards = self.steps["rewards"][index, :T].T  # (T, B)
-        terminated = self.steps["terminated"][index, :T].T
+        time = start + time  # (T + 1, B), in the episode
+        obs = self.observe(index, time, played)
+        last_actions = self.steps["actions"][index, time - 1]  # (T + 1, B, 8)
+        last_actions = last_actions.masked_fill((time == 0)[..., None], -1)[played].long()
+        time = time[:-1]
+        actions = self.steps["actions"][index, time]  # (T, B, 8)
+        rewards = self.steps["rewards"][index, time]  # (T, B)
+        terminated = self.steps["terminated"][index, time]
         if self.args.timeout_terminates:
-            terminated = terminated | (time[:-1] == length - 1)
-        last_actions = F.pad(actions, (0, 0, 0, 0, 1, 0), value=-1)[played].long()  # (M, 8)
+            terminated = terminated | (time == ends - 1)
         features = encode(obs, last_actions, played, self.device)
         A = features.unseen.shape[1]
         moment = played.flatten().cumsum(0).view_as(played) - 1  # (T + 1, B)
@@ -735,15 +764,12 @@ class ReplayBuffer:
             terminated=terminated[goes_on].to(self.device),
         )
 
-    def observe(self, index: Tensor, played: Tensor) -> Observation:
-        """What was observed (M, ...) in episodes index (B,) where played (T + 1, B)."""
-        T = len(played)
-        snapshot = {}
-        for name, x in self.states.items():
-            snapshot[name] = x[index, :T].transpose(0, 1)[played]
+    def observe(self, index: Tensor, time: Tensor, played: Tensor) -> Observation:
+        """What was observed (M, ...) in episodes index (B,) at time (T + 1, B), where played."""
+        snapshot = {name: x[index, time][played] for name, x in self.states.items()}
         for name in self.battles.fixed:
             x = self.fixed[name][index]
-            snapshot[name] = x.expand(T, *x.shape)[played]
+            snapshot[name] = x.expand(len(time), *x.shape)[played]
         return self.battles.observe(self.battles.snapshot._replace(**snapshot))
 
     def filled(self) -> dict[str, Tensor]:
@@ -916,7 +942,7 @@ def load_player(path: str) -> Policy:
     """The greedy policy of a run or checkpoint, for battles of its scenario that begin together."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
-    agent = Agent(args, worlds.family_of(args.scenario), CPU)
+    agent = Agent(args, worlds.family_of(args.scenario, args.egocentric), CPU)
     restore(agent, saved["agent"], path)
     return Player(agent)
 

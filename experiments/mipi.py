@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import json
 import math
@@ -367,7 +368,8 @@ def row_name(args: dict[str, Any]) -> str:
 def other_flags(args: dict[str, Any]) -> dict[str, Any]:
     """What a run has otherwise than its preset and its row's name say."""
     module = load_script(args["script"])
-    preset = script_args(module, ["--preset", args["preset"]])
+    flags = ["--preset", args["preset"], "--scenario", args["scenario"]]
+    preset = script_args(module, flags)
     usual = json.loads(json.dumps(dataclasses.asdict(preset)))
     told = {"total_timesteps", *free_flags(module), *NAMED}
     names = [k for k in usual if k in args and k not in told]
@@ -690,7 +692,8 @@ def open_agent(run: Run) -> tuple[Any, Any, Any]:
         own = {x.name: getattr(args, x.name) for x in dataclasses.fields(args)}
         args = script.Args(**({"alpha": 0.0} | own))
         state = {"actor": state["actor"]}
-    agent = script.Agent(args, worlds.family_of(args.scenario), torch.device("cpu"))
+    family = worlds.family_of(args.scenario, args.egocentric)
+    agent = script.Agent(args, family, torch.device("cpu"))
     parts = {"actor": agent.actor} if run.args["script"] in PPO else agent
     harness.restore(parts, state, str(run.path))
     return script, args, agent
@@ -1185,7 +1188,7 @@ class Imitation:
 
     teacher: Literal["forager", "collector"] = "forager"
     minibatches: Positive = 3000
-    learning_rate: Above = 5e-4  # of RMSprop: the paper's, half of preset cpu's
+    learning_rate: Above = 5e-4  # of the preset's optimiser
     preset: Literal["cpu", "paper"] = "cpu"  # of refil_smac.py: network and minibatches
     round: Positive = 64  # episodes that are played at a time
     every: Positive = 50  # minibatches between rounds
@@ -1240,7 +1243,9 @@ def imitation(study: Imitation) -> None:
     flags += ["--learning-rate", str(study.learning_rate), "--seed", str(study.seed)]
     args = script_args(script, [*flags, "--device", "cpu"])
     rng = torch.Generator().manual_seed(study.seed)
-    worlds = ResourceCollection(study.team_sizes, study.round, study.seed, once=True)
+    options = {"rescale": args.rescale, "egocentric": args.egocentric}
+    new_worlds = functools.partial(ResourceCollection, once=True, **options)
+    worlds = new_worlds(study.team_sizes, study.round, study.seed)
     agent = script.Agent(args, worlds.family, torch.device("cpu"))
     rounds: list[list[tuple]] = []
     for n in range(study.minibatches):
@@ -1251,12 +1256,12 @@ def imitation(study: Imitation) -> None:
         some = torch.randperm(study.round, generator=rng)[: args.batch_size]
         right = learn_labels(script, agent, steps, some)
         if (n + 1) % study.show == 0 or n + 1 == study.minibatches:
-            mixed = ResourceCollection(study.team_sizes, study.episodes, study.seed + 1, once=True)
+            mixed = new_worlds(study.team_sizes, study.episodes, study.seed + 1)
             row = {f"after {n + 1}": summarise(play(mixed, script.Player(agent)))}
             print(f"labels met: {right:.3f}\n{resource_table(row)}\n", flush=True)
     rows = {}
     for size in dict.fromkeys((*study.team_sizes, *study.eval_team_sizes)):
-        world = ResourceCollection((size,), study.episodes, study.seed + 1, once=True)
+        world = new_worlds((size,), study.episodes, study.seed + 1)
         policies = {"taught": script.Player(agent)} | scripted_policies(study.seed)
         for name, policy in policies.items():
             world.seed(study.seed + 1)  # all meet the same teams and places

@@ -65,6 +65,7 @@ PAUSE = 10  # steps until the next invader, at most
 PICK_UP, DELIVERY, CATCH, ARRIVAL = 10.0, 1.0, 4.0, -4.0  # rewards
 DELIVERED, PICKED, CAUGHT = 1, 2, 5  # events; PICKED, 3 and 4 are of types 1 to 3, 0 is none
 NOWHERE = 9.0  # coordinate of resources that are not there
+PLACE_SCALE, REWARD_SCALE = 1 / SIGHT, 0.1  # of worlds that are rescaled
 ROUND, AHEAD = 0.75, 0.06  # radius of the forager's walk; how far it aims ahead, in turns
 
 
@@ -137,6 +138,11 @@ class Family(NamedTuple):
         if not sizes:
             raise ValueError("At least one team size is needed.")
         return [(size,) for size in dict.fromkeys(sizes)]
+
+
+def new_family(egocentric: bool = False) -> Family:
+    """As agents are told about the world: egocentric features are 12 more."""
+    return Family(features=Family().features + 12 * egocentric)
 
 
 class Clocks(NamedTuple):
@@ -367,8 +373,23 @@ def one_hot(x: Tensor, n: int) -> Tensor:
     return torch.nn.functional.one_hot(x.long(), n).float()
 
 
-def observe(snap: Snapshot) -> Observation:
-    """What agents see: agents within SIGHT, things that reach into it, and themselves."""
+def nearest_seen(places: Tensor, seen: Tensor) -> Tensor:
+    """(B, A, 12): of each type of resource and the invader, if the agent sees one, where the
+    nearest is from it, in units of SIGHT, and how near: 1 where it stands, 0 at the edge of sight;
+    places (B, A+E, 2), seen (B, A+E, A+E) bool."""
+    sight = torch.tensor(RADII[SIDE:HOME], device=places.device) + SIGHT  # (7,)
+    offset = places[:, None, SIDE:HOME] - places[:, :SIDE, None]  # (B, A, 7, 2)
+    near = (1 - offset.norm(dim=-1) / sight) * seen[:, :SIDE, SIDE:HOME]  # (B, A, 7)
+    offset = offset / SIGHT * seen[:, :SIDE, SIDE:HOME, None]
+    shown = torch.cat((offset, near[..., None]), -1)  # (B, A, 7, 3)
+    first, second, invader = shown.split((3, 3, 1), 2)  # KINDS come twice
+    nearest = torch.where(first[..., 2:] >= second[..., 2:], first, second)
+    return torch.cat((nearest, invader), 2).flatten(2)
+
+
+def observe(snap: Snapshot, place_scale: float = 1.0, egocentric: bool = False) -> Observation:
+    """What agents see: agents within SIGHT, things that reach into it, and themselves; velocities
+    and places times place_scale; egocentric: agents' features end with nearest_seen()."""
     B, device = len(snap.present), snap.present.device
     places, there = bodies(snap)
     abilities = torch.cat((snap.value, snap.speed[..., None]), -1) - MIDDLE
@@ -379,10 +400,14 @@ def observe(snap: Snapshot) -> Observation:
     things[..., 2:4] = places[:, SIDE:]
     things[..., 18:] = one_hot(torch.tensor([*(k - 1 for k in KINDS), 3, 4], device=device), 5)
     entities = torch.cat((agents, things), 1) * there[..., None]
+    entities[..., :4] *= place_scale
     sight = torch.tensor([0.0] * SIDE + [*RADII[SIDE:]], device=device) + SIGHT
     itself = torch.eye(SLOTS, dtype=torch.bool, device=device)
     seen = (torch.cdist(places, places) <= sight) | itself
     unseen = ~seen | ~there[:, None] | ~there[..., None]
+    if egocentric:
+        more = torch.nn.functional.pad(nearest_seen(places, ~unseen), (0, 0, 0, OTHERS))
+        entities = torch.cat((entities, more), -1)
     avail = torch.ones(B, SIDE, len(MOVES), dtype=torch.bool, device=device)
     avail &= snap.present[..., None]
     avail[..., NOOP] = ~snap.present
@@ -399,6 +424,10 @@ class ResourceCollection:
     first_battle    number of the first: worlds with the same seed and number are the same
     episode_limit   steps
     once            worlds that have ended stand still until reset()
+    rescale         velocities and places are seen in units of SIGHT, steps are paid a tenth;
+                    what episodes are said to have earned stays
+    egocentric      agents' features also say where the nearest things they see are from them; who
+                    sees an agent sees those, too
     """
 
     Episode = Episode
@@ -413,6 +442,8 @@ class ResourceCollection:
         episode_limit: int = EPISODE_LIMIT,
         once: bool = False,
         device: str | torch.device = "cpu",
+        rescale: bool = False,
+        egocentric: bool = False,
     ):
         for name, least, x in (
             ("num_battles", 1, num_battles),
@@ -422,12 +453,15 @@ class ResourceCollection:
         ):
             if x < least:
                 raise ValueError(f"{name} is at least {least}: not {x}.")
-        self.family, self.num_battles = Family(), num_battles
+        self.family, self.num_battles = new_family(egocentric), num_battles
         self.teams = self.family.teams(tuple(team_sizes))
         self.limit, self.once, self.device = episode_limit, once, torch.device(device)
         self.sizes = torch.tensor([size for (size,) in self.teams], device=self.device)
         self.numbers = torch.arange(first_battle, first_battle + num_battles, device=self.device)
         self.over = torch.zeros(num_battles, dtype=torch.bool, device=self.device)
+        self.egocentric = egocentric
+        self.place_scale = PLACE_SCALE if rescale else 1.0
+        self.reward_scale = REWARD_SCALE if rescale else 1.0
         self.seed(seed)
 
     @property
@@ -443,7 +477,7 @@ class ResourceCollection:
         key = mixed(mixed(torch.full_like(self.numbers, seed)) + GOLDEN * (self.numbers + 1))
         self.clocks = Clocks(key, torch.zeros_like(key), torch.zeros_like(key))
         self.snapshot, self.begun = fresh(self.clocks, self.sizes), False
-        self.obs = observe(self.snapshot)
+        self.obs = self.observe(self.snapshot)
         zero = torch.zeros_like(key, dtype=torch.float64)
         self.tally = Tally(zero, zero, zero, zero)
 
@@ -455,7 +489,7 @@ class ResourceCollection:
         self.snapshot, self.begun = fresh(self.clocks, self.sizes), True
         self.over = torch.zeros_like(self.over)
         self.tally = Tally(*(torch.zeros_like(x) for x in self.tally))
-        self.obs = observe(self.snapshot)
+        self.obs = self.observe(self.snapshot)
         return self.obs
 
     @torch.no_grad()
@@ -488,13 +522,14 @@ class ResourceCollection:
             self.clocks = Clocks(key, episode + late, torch.where(late, 0, clocks.time))
             self.snapshot = choose(late, fresh(self.clocks, self.sizes), final)
             self.tally = Tally(*(torch.where(late, 0.0, x) for x in self.tally))
-        self.obs = observe(self.snapshot)
+        self.obs = self.observe(self.snapshot)
+        reward = reward * self.reward_scale
         return Step(self.obs, reward, torch.zeros_like(late), late, final, episodes)
 
     @torch.no_grad()
     def observe(self, snapshot: Snapshot) -> Observation:
         """The observations in snapshots (K, ...), as the worlds would have given them."""
-        return observe(snapshot)
+        return observe(snapshot, self.place_scale, self.egocentric)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next steps and episodes depend on, but for the rules."""
@@ -520,7 +555,7 @@ class ResourceCollection:
         self.clocks, self.tally, self.snapshot = part(Clocks), part(Tally), part(Snapshot)
         self.begun = saved["begun"]
         self.over, self.numbers = (saved[k].to(self.device) for k in ("over", "numbers"))
-        self.obs = observe(self.snapshot)
+        self.obs = self.observe(self.snapshot)
 
     def _episode(self, b: int, final: Snapshot) -> Episode:
         size, counts = int(final.present[b].sum()), [float(x[b]) for x in self.tally]
@@ -575,18 +610,19 @@ def forager(world: ResourceCollection) -> Tensor:
     to do it walks around home, where resources are."""
     obs = world.obs
     own, things = obs.entities[:, :SIDE], obs.entities[:, SIDE:]
-    place, holds, abilities = own[..., 2:4], own[..., 5:8].any(-1), own[..., 14:18] + MIDDLE
+    place, goals = own[..., 2:4] / world.place_scale, things[..., 2:4] / world.place_scale
+    holds, abilities = own[..., 5:8].any(-1), own[..., 14:18] + MIDDLE
     seen = ~obs.obs_mask[:, :SIDE, SIDE:]  # (B, A, E)
     turn = torch.atan2(place[..., 1], place[..., 0]) / (2 * math.pi)
     target = around(turn + AHEAD, torch.full_like(turn, ROUND))
-    way = torch.cdist(place, things[:, :6, 2:4]) / abilities[..., 3:].clamp(min=0.1)
+    way = torch.cdist(place, goals[:, :6]) / abilities[..., 3:].clamp(min=0.1)
     kinds = torch.tensor(KINDS, device=way.device) - 1
     gain = (PICK_UP * abilities[..., kinds] + DELIVERY) / (way + 1.0)  # (B, A, 6)
     gain, k = gain.masked_fill(~seen[..., :6], -torch.inf).max(-1)
-    chosen = things[..., 2:4].gather(1, k[..., None].expand(-1, -1, 2))
+    chosen = goals.gather(1, k[..., None].expand(-1, -1, 2))
     target = torch.where((gain > 0)[..., None], chosen, target)
     target = torch.where(holds[..., None], 0.0, target)
-    invader = things[:, INVADER - SIDE, None, 2:4]
+    invader = goals[:, INVADER - SIDE, None]
     target = torch.where(seen[..., INVADER - SIDE, None], invader, target)
     return torch.where(obs.avail[..., NOOP], NOOP, towards(target - place))
 

@@ -19,9 +19,11 @@ from envs.smac.combat import FAMILIES, Family
 from envs.smac.episodes import Policy
 
 
-def family_of(scenario: str) -> Family | resource_collection.Family:
-    """What is known of a world before there is one."""
-    return resource_collection.Family() if scenario == "resource" else FAMILIES[scenario]
+def family_of(scenario: str, egocentric: bool = False) -> Family | resource_collection.Family:
+    """What is known of a world before there is one; egocentric: see Resource Collection."""
+    if scenario == "resource":
+        return resource_collection.new_family(egocentric)
+    return FAMILIES[scenario]
 
 
 def playing(scenario: str) -> Any:
@@ -42,15 +44,19 @@ def make_worlds(
     game_version: str = "",
     device: torch.device | str = "cpu",
     once: bool = True,
+    rescale: bool = False,
+    egocentric: bool = False,
 ) -> Any:
     """num_battles of a scenario; once: they stand still when they have ended, else others begin.
     Each world reads what is for it: `sim` enemy_ai and threads, `sc2` game_version, Resource
-    Collection the device and at most 145 steps. ValueError where there are no such teams,
-    BattleError where there is no game."""
+    Collection the device, rescale, egocentric and at most 145 steps. ValueError where there are no
+    such teams, BattleError where there is no game."""
     options = {"team_sizes": team_sizes, "num_battles": num_battles, "seed": seed, "once": once}
     if scenario == "resource":
         limit = min(episode_limit, resource_collection.EPISODE_LIMIT)
-        return resource_collection.ResourceCollection(**options, episode_limit=limit, device=device)
+        options |= {"episode_limit": limit, "device": device}
+        options |= {"rescale": rescale, "egocentric": egocentric}
+        return resource_collection.ResourceCollection(**options)
     options |= {"scenario": scenario, "episode_limit": episode_limit}
     options |= {"clip_regeneration": clip_regeneration}
     if backend == "sc2":
@@ -71,6 +77,10 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
         no_team = str(error).rstrip(".")
     return [
         (no_team, no_team),
+        (
+            (getattr(args, "rescale", 0) or getattr(args, "egocentric", 0)) and not collects,
+            "--rescale and --egocentric are for --scenario resource",
+        ),
         (collects and in_game, "--scenario resource is no game of --backend sc2"),
         (
             collects and other_rules,

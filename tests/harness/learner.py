@@ -54,7 +54,11 @@ class Args(RunArgs):
     pause: Amount = 0.0  # seconds that an iteration, and an episode of evaluation, takes longer
 
 
-PRESETS = {"paper": {}, "cpu": {"num_envs": 8, "learning_rate": 0.2}}
+PRESETS = {
+    "paper": {},
+    "cpu": {"num_envs": 8, "learning_rate": 0.2},
+    "cpu poison inf": {"num_envs": 6, "buffer_size": 50},
+}
 LINE = ("reward", "sps")
 RESUMABLE = ("pause", "poison_at")
 

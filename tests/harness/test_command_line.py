@@ -50,6 +50,13 @@ def test_preset_and_what_overrides_it():
         assert run(*flags(name, 4, *preset, *(more if name == "c" else ()))) == 0
     values = [(stored(x)["num_envs"], stored(x)["learning_rate"]) for x in "abc"]
     assert values == [(4, 0.1), (8, 0.2), (2, 0.2)]
+    # What it sets where a flag has some value, and what overrides that.
+    assert run(*flags("d", 4, "--preset", "cpu", "--poison", "inf")) == 0
+    assert run(*flags("e", 4, "--preset", "cpu", "--poison", "inf", "--num-envs", 3)) == 0
+    assert run(*flags("f", 4, "--poison", "inf")) == 0
+    names = ("num_envs", "learning_rate", "buffer_size")
+    found = [tuple(stored(x)[name] for name in names) for x in "def"]
+    assert found == [(6, 0.2, 50), (3, 0.2, 50), (4, 0.1, 1000)]
 
 
 def test_a_resumed_run_keeps_its_own():

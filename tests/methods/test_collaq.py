@@ -500,6 +500,8 @@ ELSEWHERE = {
     "td_lambda": "test_refil.py::test_lambda_returns_are_sums_of_n_step_returns",
     "amp": "test_refil.py::test_amp",
     "compile": "test_refil.py::test_compile",
+    "rescale": "test_refil.py::test_rescaled_worlds",
+    "egocentric": "test_refil.py::test_rescaled_worlds",
     # The same lines as the parent's, in blocks that are the same:
     **dict.fromkeys(
         ("backend", "game_version", "enemy_ai", "clip_regeneration", "env_threads"),

@@ -617,6 +617,8 @@ def test_shared_blocks_are_the_same():
     assert sum(map(len, mine.values())) > 300
     assert (mipi.RESUMABLE, mipi.LINE) == (refil.RESUMABLE, refil.LINE)
     assert mipi.PRESETS["cpu"] == refil.PRESETS["cpu"] | {"detach_actor_trunk": True}
+    collects = refil.PRESETS["cpu scenario resource"]
+    assert mipi.PRESETS["cpu scenario resource"] | {"mixer": "linear"} == collects
 
 
 # --- Same seed, same bits -------------------------------------------------------------------------
@@ -625,7 +627,7 @@ MODES = {
     "mi": "",
     "entropy, csz, bf16": "--regularizer entropy --scenario csz --amp",
     "alone, mmm": "--observe-self-only --scenario mmm --no-imagine",
-    "mi, resource collection": "--scenario resource",
+    "mi, windows, resource collection": "--scenario resource --egocentric --window-steps 3",
     "mi, pointer, mmm": "--target-head pointer --scenario mmm",
     "mi, lambda-returns, adam": "--returns lambda --optimiser adam",
 }
@@ -777,6 +779,7 @@ def test_alphas():
     assert coefficients("") == coefficients("--scenario csz") == (0.03, 0.03)
     assert coefficients("--scenario mmm --team-sizes 4") == (0.1, 0.1)
     assert coefficients("--scenario resource") == (0.05, 0.05)
+    assert coefficients("--scenario resource --rescale") == (0.005, 0.005)
     assert coefficients("--alpha .2") == (0.2, 0.2)
     assert coefficients("--alpha .2 --alpha-i 0") == (0.2, 0)
     assert coefficients("--alpha-i .5") == (0.03, 0.5)
@@ -818,6 +821,8 @@ ELSEWHERE = {
     "policy": "test_without_the_method_it_is_refil_with_the_linear_mixer",
     "amp": "test_amp_and_compile",
     "compile": "test_amp_and_compile",
+    "rescale": "test_refil.py::test_rescaled_worlds",
+    "egocentric": "test_refil.py::test_rescaled_worlds",
     # The same lines as the parent's (test_shared_blocks_are_the_same):
     **dict.fromkeys(
         ("backend", "game_version", "enemy_ai", "clip_regeneration", "env_threads"),

@@ -553,6 +553,76 @@ def test_replay_gives_back_what_was_seen_and_done(monkeypatch):
         assert batch.terminated[k] == (done[t][1][b] | last)
 
 
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_windows_are_parts_of_episodes(bootstrap):
+    """Entities with last actions, actions, rewards and ends are those of the episode at that time;
+    all windows of an episode are drawn, none longer, shorter only where the episode is."""
+    flags = "--max-episode-steps 12 --window-steps 5" + " --no-timeout-terminates" * bootstrap
+    s = setting(flags, rounds=2)
+    store, n = s.buffer, s.battles.family.n_actions
+    store.fixed["length"][:2] = torch.tensor([3, 7])  # as if two had ended early
+    when = torch.arange(store.steps["rewards"].numel())
+    store.steps["rewards"][:] = when.view_as(store.steps["rewards"])  # says where and when it was
+    ends, seen = store.fixed["length"][:8].tolist(), set()
+
+    @functools.cache
+    def observed(episode, time):
+        snapshot = {name: x[episode, time][None] for name, x in store.states.items()}
+        snapshot |= {name: store.fixed[name][episode][None] for name in s.battles.fixed}
+        return s.battles.observe(s.battles.snapshot._replace(**snapshot))
+
+    for seed in range(150):
+        batch = sample(s, seed, 6)
+        features, A = batch.features, batch.features.unseen.shape[1]
+        places = features.played.nonzero().tolist()
+        steps = features.played[1:].sum(0).tolist()
+        of = {}  # place in the minibatch -> episodes
+        for k, m in enumerate(batch.now.tolist()):
+            t, b = places[m]
+            assert places[batch.later[k]] == [t + 1, b]
+            episode, time = divmod(int(batch.rewards[k]), 12)
+            first = of.setdefault(b, (episode, time - t))
+            assert first == (episode, time - t), "one episode, on end"
+            assert torch.equal(batch.actions[k], store.steps["actions"][episode, time, :A].long())
+            assert batch.terminated[k] == (not bootstrap and time == ends[episode] - 1)
+            before = store.steps["actions"][episode, time - 1, :A].long()
+            acted = F.one_hot(before, n) if time else torch.zeros(A, n)
+            assert torch.equal(features.entities[m, :A, -n:], acted)
+            obs = observed(episode, time)
+            assert torch.equal(features.entities[m, :A, :-n], obs.entities[0, :A])
+            assert torch.equal(features.unseen[m, :, :A], obs.obs_mask[0, :A, :A])
+        assert len({episode for episode, _ in of.values()}) == 6
+        assert [steps[b] for b in of] == [min(5, ends[episode]) for episode, _ in of.values()]
+        seen |= set(of.values())
+    assert seen == {(e, t) for e in range(8) for t in range(max(ends[e] - 5, 0) + 1)}
+
+
+@pytest.mark.numeric
+def test_lambda_returns_of_windows():
+    """The window's last step bootstraps from the value that follows it: at the end of the episode,
+    too, unless time out ends it."""
+    flags = "--max-episode-steps 9 --window-steps 4 --gamma .9 --returns lambda --td-lambda .6"
+    ends = 0
+    for timeout in ("", " --no-timeout-terminates"):
+        s = setting(flags + timeout, rounds=2)
+        for seed in range(4):
+            batch = sample(s, seed, 8)
+            q = s.agent.utility(batch.features)[0].full_view
+            y = refil.find_targets(s.args, s.agent, batch, q).view(4, 8)
+            args = dataclasses.replace(s.args, returns="one-step")
+            one_step = refil.find_targets(args, s.agent, batch, q).view(4, 8)
+            rewards, last = batch.rewards.view(4, 8), batch.terminated.view(4, 8)
+            assert torch.allclose(y[-1], one_step[-1], atol=1e-6)
+            for t in (2, 1, 0):
+                # y_t = r_t + gamma ((1 - l) V_t+1 + l y_t+1)
+                mixed = rewards[t] + 0.4 * (one_step[t] - rewards[t]) + 0.6 * 0.9 * y[t + 1]
+                assert torch.allclose(y[t], mixed, rtol=1e-4, atol=1e-4)
+            assert torch.equal(one_step[-1] == rewards[-1], last[-1])
+            ends += int(last.sum())
+            assert not (timeout and last.any())
+    assert ends > 0
+
+
 def test_a_refilled_replay_is_the_same():
     """Whatever was in it before, and where it goes on; nothing of padding is saved."""
     s, other = setting("--buffer-size 10"), setting("--buffer-size 10 --seed 3", rounds=1)
@@ -658,11 +728,13 @@ MODES = {
     "bootstrap, bf16": "--no-timeout-terminates --amp --scenario csz --target-every 4",
     "resource collection": "--scenario resource --no-imagine",
     "pointer": "--target-head pointer --scenario mmm",
+    "windows": "--window-steps 3 --returns lambda --no-timeout-terminates",
 }
 CHILD = {
     "collaq, replay wraps": "",
     "collaq, pointer": "--target-head pointer",
     "collaq, linear, bf16, another family": "--mixer linear --scenario mmm --amp",
+    "collaq, windows, resource collection": "--window-steps 3 --scenario resource --egocentric",
     "collaq, sum of two, resource collection": "--no-subtract-alone --scenario resource",
 }
 
@@ -746,6 +818,9 @@ WRONG = {  # with words that the sentence has to contain
     "--scenario resource --team-sizes 9": "1 to 8 9",
     "--scenario resource --enemy-ai focus": "--enemy-ai battles --scenario resource",
     "--scenario resource --clip-regeneration": "--clip-regeneration battles",
+    "--rescale": "--rescale --scenario resource",
+    "--egocentric": "--egocentric --scenario resource",
+    "--window-steps -1": "--window-steps",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--td-lambda .5": "--td-lambda --returns lambda",
     "--scenario resource --target-head pointer": "--target-head tags",
@@ -792,6 +867,10 @@ def test_presets(module):
     cpu = read(module, "--preset cpu")
     assert cpu == dataclasses.replace(module.Args(), preset="cpu", **module.PRESETS["cpu"])
     assert read(module, "--hidden-size 32 --preset cpu") == dataclasses.replace(cpu, hidden_size=32)
+    flags = module.PRESETS["cpu"] | module.PRESETS["cpu scenario resource"]
+    collects = dataclasses.replace(module.Args(), preset="cpu", scenario="resource", **flags)
+    assert read(module, "--preset cpu --scenario resource") == collects
+    assert collects.rescale and not collects.timeout_terminates and collects.window_steps
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -805,6 +884,8 @@ ELSEWHERE = {
     "td_lambda": "test_lambda_returns_are_sums_of_n_step_returns",
     "amp": "test_amp",
     "compile": "test_compile",
+    "rescale": "test_rescaled_worlds",
+    "egocentric": "test_rescaled_worlds",
     **dict.fromkeys(
         ("backend", "game_version", "enemy_ai", "clip_regeneration", "env_threads"),
         "test_flags_of_battles",
@@ -978,6 +1059,21 @@ def test_resource_collection(module, capfd):
     A = features.unseen.shape[1]
     assert features.entities.shape[1:] == (A + 8, 23 + 6)
     assert not features.empty[:, -1].any(), "home is last"
+
+
+@EACH
+def test_rescaled_worlds(module):
+    """--rescale and --egocentric reach worlds, replay and networks."""
+    for flags, width in (("", 23), ("--rescale", 23), ("--egocentric", 35)):
+        s = tools.setting(module, f"--scenario resource --max-episode-steps 30 {flags}", rounds=2)
+        entities = sample(s, 1, 4).features.entities
+        assert entities.shape[-1] == width + 6
+        assert (entities[..., 2:4].abs().amax() > 1.5) == (flags == "--rescale")
+        earned = s.buffer.steps["rewards"][:8, :30].abs().max()
+        assert earned > 0 and (earned < 1.5) == (flags == "--rescale")
+        assert entities[..., 23:-6].any() == (flags == "--egocentric")
+        embed = getattr(s.agent.utility, "alone", s.agent.utility).embed
+        assert embed.in_features == width + 6
 
 
 @EACH

@@ -616,6 +616,61 @@ def test_hands_and_events_are_seen_a_step_late():
     assert seen == [[0, 0], [2, 3], [0, 1], [0, 0]]
 
 
+def test_rescaled():
+    """Velocities and places are seen 5 times as large, steps are paid a tenth; the course, what
+    episodes earned and what scripts do stay."""
+    plain, other = (
+        rc.ResourceCollection((3, 5), 16, 1, episode_limit=40, rescale=x) for x in (False, True)
+    )
+    plain.reset(), other.reset()
+    assert other.observe(other.snapshot).entities.equal(other.obs.entities)
+    paid = 0
+    for t in range(60):  # another episode follows
+        a, b = plain.obs, other.obs
+        assert np.allclose(5 * a.entities[..., :4], b.entities[..., :4], rtol=1e-6)
+        assert torch.equal(a.entities[..., 4:], b.entities[..., 4:])
+        assert torch.equal(a.obs_mask, b.obs_mask) and torch.equal(a.avail, b.avail)
+        actions = rc.forager(plain)
+        assert (actions == rc.forager(other)).float().mean() > 0.999  # but for rounding
+        a, b = plain.step(actions), other.step(actions)
+        assert np.allclose(0.1 * a.reward, b.reward, rtol=1e-6) and a.episodes == b.episodes
+        assert all(torch.equal(x, y) for x, y in zip(a.final, b.final))
+        paid += int((a.reward != 0).sum())
+        if t == 30:
+            other.load_state_dict(other.state_dict())
+    assert paid > 50
+
+
+def test_egocentric_features():
+    """Of each type and the invader the nearest that is seen, from the agent, in units of .2, and
+    how near it is; zeros of what it does not see; the rest of the features stays."""
+    w = rc.ResourceCollection((2, 5), 16, 1, egocentric=True)
+    assert w.family.features == 35 == w.reset().entities.shape[-1]
+    counted = 0
+    for _ in range(50):
+        w.step(rc.forager(w))
+        snap, plain = w.snapshot, rc.observe(w.snapshot)
+        assert torch.equal(w.obs.entities[..., :23], plain.entities)
+        assert torch.equal(w.obs.obs_mask, plain.obs_mask)
+        assert not w.obs.entities[:, 8:, 23:].any()
+        for b in range(16):
+            things = [*snap.resources[b].tolist(), snap.invader[b].tolist()]
+            for i in range(8):
+                row = [0.0] * 12
+                for k, slots in enumerate(((0, 3), (1, 4), (2, 5), (6,))):
+                    best = 0.0
+                    for slot in slots:
+                        if plain.obs_mask[b, i, 8 + slot]:
+                            continue
+                        dx, dy = np.array(things[slot]) - snap.position[b, i].numpy()
+                        near = 1 - math.hypot(dx, dy) / (0.2 + rc.RADII[8 + slot])
+                        if near > best:
+                            best, row[3 * k : 3 * k + 3] = near, [dx / 0.2, dy / 0.2, near]
+                            counted += 1
+                assert np.allclose(w.obs.entities[b, i, 23:], row, atol=1e-5)
+    assert counted > 300
+
+
 def test_masks():
     """Within .2 one sees agents, centre to centre; oneself always; nobody sees empty slots or an
     invader that has not come; available are all five actions, and no-op to those that are not
@@ -708,7 +763,7 @@ def test_all_tensors_are_made_on_the_worlds_device():
     later, *rest = rc.advance(snap, actions, clocks)
     script = rc.collector(types.SimpleNamespace(snapshot=later))
     obs = rc.observe(later)
-    short_sighted = rc.forager(types.SimpleNamespace(obs=obs))
+    short_sighted = rc.forager(types.SimpleNamespace(obs=obs, place_scale=1.0))
     made = (*snap, *later, *obs, rest[0], *rest[1], script, short_sighted)
     assert {x.device.type for x in made} == {"meta"}
 
@@ -814,7 +869,7 @@ def test_the_forager_sees_what_agents_see():
         moved = torch.where(hidden[:, :6, None], 5.0, snap.resources)
         invader = torch.where(hidden[:, 6:7], 7.0, snap.invader)
         obs = rc.observe(snap._replace(resources=moved, invader=invader))
-        assert torch.equal(rc.forager(types.SimpleNamespace(obs=obs)), actions)
+        assert torch.equal(rc.forager(types.SimpleNamespace(obs=obs, place_scale=1.0)), actions)
         w.step(actions)
     assert acted > 1000, "much was seen, too"
 
