@@ -1,10 +1,10 @@
-"""Runs of a script, one after another, in the processes that torchrun starts, or in this one.
+"""Runs of scripts, one after another, in the processes that torchrun starts, or in this one.
 
-    torchrun --nproc-per-node 2 tests/under_torchrun.py SCRIPT '[["--seed", "1"], ...]' [greedy]
+    torchrun --nproc-per-node 2 tests/under_torchrun.py '[["baselines.SCRIPT", ["--seed", "1"]]]'
 
-Each process notes what it has behind its last iteration, and the first gradients that it uses:
-after run k in k-RANK.pt. greedy: agents draw nothing, so that what worlds do depends on who they
-are and on the networks alone.
+Each process notes what it has behind its last iteration, and with which gradients its optimisers
+take their first step: of run k in k-RANK.pt. With "greedy" behind the runs agents draw nothing, so that what worlds do
+depends on who they are and on the networks alone.
 """
 
 import importlib
@@ -21,49 +21,56 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class Notes:
-    """What a process had in a run."""
+    """What a process has in a run."""
 
     def __init__(self):
-        self.parts, self.gradients, self.iterations = {}, [], 0
+        self.parts, self.own, self.gradients, self.iterations = {}, {}, [], 0
+        self.optimisers = []  # that have taken a step
 
     def add_gradients(self, optimiser, *rest):
         weights = [p for group in optimiser.param_groups for p in group["params"]]
-        if len(self.gradients) < 2:
-            grads = [p.grad.flatten() for p in weights if p.grad is not None]
-            self.gradients.append(torch.cat(grads).clone())
+        if optimiser not in self.optimisers:
+            self.optimisers.append(optimiser)
+            found = [p.grad.flatten() for p in weights if p.grad is not None]
+            self.gradients.append(torch.cat(found).clone())
 
     def add_parts(self, run):
         self.iterations += 1
-        self.parts = harness.pack(run.parts)
-        self.own = harness.pack(run.own)
+        self.parts, self.own = harness.pack(run.parts), harness.pack(run.own)
 
 
-def drive(name, lines, greedy=False):
-    """The scripts' exit codes; stops at the first that is not 0."""
-    script, codes = importlib.import_module(name), []
-    sample, advance = getattr(script, "sample", None), harness.Run.advance
+def note(name, argv, greedy):
+    """The exit code of a script, and Notes."""
+    script, notes, advance = importlib.import_module(name), Notes(), harness.Run.advance
+    sample = getattr(script, "sample", None)
+
+    def noted(run, steps):
+        advance(run, steps)
+        notes.add_parts(run)
+
+    hook = register_optimizer_step_pre_hook(notes.add_gradients)
+    harness.Run.advance = noted
     if greedy:
         script.sample = lambda log_probs, noise: log_probs.argmax(-1)
     try:
-        for number, argv in enumerate(lines):
-            notes = Notes()
-
-            def noted(run, steps, notes=notes):
-                advance(run, steps)
-                notes.add_parts(run)
-
-            harness.Run.advance = noted
-            hook = register_optimizer_step_pre_hook(notes.add_gradients)
-            codes.append(script.main(argv))
-            hook.remove()
-            torch.save(vars(notes), f"{number}-{harness.process_rank()}.pt")
-            if codes[-1]:
-                break
+        return script.main(argv), notes
     finally:
-        script.sample, harness.Run.advance = sample, advance
+        harness.Run.advance, script.sample = advance, sample
+        hook.remove()
+
+
+def drive(lines, greedy=False):
+    """The scripts' exit codes; the first that is not 0 is the last."""
+    codes = []
+    for number, (name, argv) in enumerate(lines):
+        code, notes = note(name, argv, greedy)
+        noted = {name: x for name, x in vars(notes).items() if name != "optimisers"}
+        torch.save(noted, f"{number}-{harness.process_rank()}.pt")
+        codes.append(code)
+        if code:
+            break
     return codes
 
 
 if __name__ == "__main__":
-    name, lines, *greedy = sys.argv[1:]
-    harness.leave(max(drive(name, json.loads(lines), bool(greedy))))
+    harness.leave(drive(json.loads(sys.argv[1]), greedy="greedy" in sys.argv[2:])[-1])

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ from under_torchrun import drive
 
 DRIVER = ROOT / "tests" / "under_torchrun.py"
 ALWAYS = "--final-episodes 0 --eval-every 0 --log-every 1 --save-every 0"
-BATTLES = "--hidden-size 8 --heads 2 --max-episode-steps 12"
+BATTLES = "--hidden-size 8 --heads 2 --max-episode-steps 12 --num-envs 3"
+PARTICLES = "--hidden-size 8 --max-episode-steps 5 --num-envs 3 --task resource"
 SMALL = {
-    "mappo_smac": f"{BATTLES} --num-envs 3",
-    "mipi_mappo_smac": f"{BATTLES} --num-envs 3 --value-norm --normalise-advantages",
+    "mappo_smac": BATTLES,
+    "mipi_mappo_smac": f"{BATTLES} --value-norm --normalise-advantages",
+    "rl2_particle": f"{PARTICLES} --populations 2 3 --rnn-size 8 --minibatches 2",
 }
-LONG = 60  # steps of a run of one iteration or more
+STEPS = {name: 60 for name in SMALL}  # of a run of an iteration or more
+STEPS["rl2_particle"] = 120
 
 pytestmark = pytest.mark.numeric
 
@@ -36,61 +40,120 @@ def elsewhere(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def line(name, run_dir, steps, flags=""):
-    """A command line, as a list."""
-    more = f"--run-dir {run_dir} --total-timesteps {steps}"
-    return f"{SMALL[name]} {ALWAYS} {more} {flags}".split()
-
-
-def resume(run_dir, steps):
-    return ["--resume", run_dir, "--total-timesteps", str(steps)]
-
-
-def launch(name, lines, *greedy):
-    """These runs, one after another, in two processes under torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    argv = [*torchrun, "--nproc-per-node", "2", str(DRIVER), module(name), json.dumps(lines)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*argv, *greedy], env=env, capture_output=True, text=True, timeout=4 * PATIENCE
-    )
-
-
 def module(name):
     is_main = name in ("mra_maddpg_particle", "mipi_refil_smac")
     return name if is_main else f"baselines.{name}"
 
 
-def notes(number, rank=0):
-    """What a process had behind run `number`."""
-    return torch.load(f"{number}-{rank}.pt", weights_only=False)
+def line(name, run_dir, steps, flags=""):
+    """A script and a command line."""
+    more = f"--run-dir {run_dir} --total-timesteps {steps}"
+    return module(name), f"{SMALL[name]} {ALWAYS} {more} {flags}".split()
 
 
-def check_alike(number, iterations=None):
+def resume(name, run_dir, steps):
+    return module(name), ["--resume", run_dir, "--total-timesteps", str(steps)]
+
+
+def launch(lines, *greedy, cwd="."):
+    """These runs, one after another, in two processes under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    argv = [*torchrun, "--nproc-per-node", "2", str(DRIVER), json.dumps(lines), *greedy]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "timeout": 4 * PATIENCE}
+    done = subprocess.run(argv, env=env, cwd=cwd, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def check_alike(ours, theirs):
     """What both processes share is the same in both, what they have of their own is not."""
-    ours, theirs = notes(number, 0), notes(number, 1)
     assert differences(ours["parts"], theirs["parts"]) == []
     assert ours["iterations"] == theirs["iterations"] > 0
-    assert iterations is None or ours["iterations"] == iterations
     for a, b in zip(ours["gradients"], theirs["gradients"], strict=True):
         assert torch.equal(a, b) and a.norm() > 0
     assert "/rng" in "".join(differences(ours["own"], theirs["own"]))
 
 
-def beside_one_process(name, flags, worlds, steps):
-    """A run of two processes with so many worlds each, and one of one process with twice as many;
-    agents draw nothing. Returns the first gradients of both."""
-    lines = [line(name, "two", steps, f"{flags} --num-envs {worlds}")]
-    done = launch(name, lines, "greedy")
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_alike(0)
-    two = notes(0)
-    one_line = line(name, "one", steps, f"{flags} --num-envs {2 * worlds}")
-    assert drive(module(name), [one_line], greedy=True) == [0]
-    return two, notes(0)
+def notes(number, rank=0, folder="."):
+    """What a process had behind run `number`."""
+    return torch.load(f"{folder}/{number}-{rank}.pt", weights_only=False)
 
 
-# --- Two processes, one run -----------------------------------------------------------------------
+# --- Two processes are one with twice the worlds --------------------------------------------------
+
+# Runs in which agents draw nothing: flags, worlds of each process, steps of all. In Resource
+# Collection with one team size, and in resource, everybody lives, so that means over the steps of a
+# process count the same. No gradient is clipped.
+GREEDY = {
+    "mappo_smac": (
+        "--scenario resource --team-sizes 3 --eval-team-sizes 3 --rollout windows --no-recurrent "
+        "--window-steps 12 --returns lambda --value-norm --epochs 1 --normalise-advantages "
+        "--max-grad-norm 1e9",
+        2,
+        96,
+    ),
+    "rl2_particle": ("--epochs 1 --minibatches 1 --max-grad-norm 1e9", 2, 160),
+}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """All these runs in two processes: where they are."""
+    folder = tmp_path_factory.mktemp("ranks")
+    lines = []
+    for name, (flags, worlds, steps) in GREEDY.items():
+        lines.append(line(name, name, steps, f"{flags} --num-envs {worlds}"))
+    launch(lines, "greedy", cwd=folder)
+    return folder
+
+
+def beside_one_process(name, folder):
+    """What of a run the first of two processes had, and one process with all the worlds; and
+    their logs."""
+    flags, worlds, steps = GREEDY[name]
+    number = list(GREEDY).index(name)
+    ours = notes(number, 0, folder)
+    check_alike(ours, notes(number, 1, folder))
+    one = line(name, "one", steps, f"{flags} --num-envs {2 * worlds}")
+    assert drive([one], greedy=True) == [0]
+    alone = notes(0)
+    assert ours["iterations"] == alone["iterations"] > 1
+    logs = metrics(folder / name), metrics("one")
+    assert [m["timesteps"] for m in logs[0]] == [m["timesteps"] for m in logs[1]]
+    return SimpleNamespace(two=ours, one=alone, logs=(logs[0][0], logs[1][0]))
+
+
+def check_gradients(both):
+    """The first that are used are those of one process, but for rounding."""
+    for a, b in zip(both.two["gradients"], both.one["gradients"], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
+def check_logged(both, *names):
+    for name in names:
+        two, one = (log[name] for log in both.logs)
+        assert two == pytest.approx(one, rel=1e-5), name
+
+
+def test_battles_of_two_processes(of_two):
+    """The first gradients of actor and critic, with statistics of returns and advantages, and what
+    is counted and logged of episodes."""
+    both = beside_one_process("mappo_smac", of_two)
+    check_gradients(both)
+    check_logged(both, "episodes", "return", "return/3", "length")
+    assert both.logs[0]["episodes"] == 4
+
+
+def test_trials_of_two_processes(of_two):
+    """The same of games in which rewards are divided by their deviation up to then."""
+    both = beside_one_process("rl2_particle", of_two)
+    check_gradients(both)
+    check_logged(both, "episodes", "return/2", "return/3", "return")
+    assert both.logs[0]["episodes"] == 8  # of a population, two trials in each world
+
+
+# --- Whole runs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.long
@@ -98,37 +161,17 @@ def beside_one_process(name, flags, worlds, steps):
 def test_two_processes(name, capfd):
     """Half and half is whole, to the last bit. Only the first process speaks; both have the same
     weights, and draw their own actions in their own worlds. One process cannot go on."""
-    steps = 4 * LONG
-    lines = [line(name, "whole", steps), line(name, "cut", steps // 2), resume("cut", steps)]
-    done = launch(name, lines)
-    assert done.returncode == 0, done.stderr[-3000:]
+    half, whole = 2 * STEPS[name], 4 * STEPS[name]
+    lines = [line(name, "whole", whole), line(name, "cut", half), resume(name, "cut", whole)]
+    done = launch(lines)
     for number in range(3):
-        check_alike(number)
+        check_alike(notes(number), notes(number, 1))
     assert differences(exact("whole"), exact("cut")) == []
     assert metrics("whole") == metrics("cut")
-    assert exact("whole")["timesteps"] >= steps
+    assert exact("whole")["timesteps"] >= whole
     assert notes(1)["iterations"] + notes(2)["iterations"] == notes(0)["iterations"] > 1
     spoken = [text for text in done.stdout.splitlines() if text.startswith("step ")]
     assert len(spoken) == 2 * len(metrics("whole"))
-    first, second = exact("whole")["ranks"]
-    assert "/rng" in "".join(differences(first, second))
-    assert script(module(name)).main(resume("cut", 2 * steps)) == 2
+    _, argv = resume(name, "cut", 2 * whole)
+    assert script(module(name)).main(argv) == 2
     assert "2 processes began this run; 1 cannot go on" in only_error(capfd.readouterr().err)
-
-
-def test_battles_of_two_processes_are_those_of_one():
-    """Resource Collection with one team size: everybody lives, so that means over a process's steps
-    count the same. The first gradients of actor and critic, returns and their statistics, and what
-    is counted are those of one process with all the worlds."""
-    flags = "--scenario resource --team-sizes 3 --eval-team-sizes 3 --rollout windows "
-    flags += "--no-recurrent --window-steps 12 --returns lambda --value-norm --epochs 1 "
-    flags += "--normalise-advantages --max-grad-norm 1e9"
-    two, one = beside_one_process("mappo_smac", flags, worlds=2, steps=96)
-    assert two["iterations"] == one["iterations"] == 2
-    for a, b in zip(two["gradients"], one["gradients"], strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6 * float(b.abs().max()))
-    first, same = metrics("two")[0], metrics("one")[0]
-    assert first["timesteps"] == same["timesteps"] == 48
-    assert first["episodes"] == same["episodes"] == 4
-    for name in ("return", "return/3", "length"):
-        assert first[name] == pytest.approx(same[name], rel=1e-6)
