@@ -841,6 +841,10 @@ class Run:
             check([(rest, f"{as_flag(name)} {value} is no multiple of {self.size} processes")])
         return dataclasses.replace(args, **shares)
 
+    def in_first(self, function: Callable[[], Any]) -> Any:
+        """What function() returns in the first process, for which the others wait."""
+        return gather(function() if self.rank == 0 else None)[0]
+
     def restore(self, **parts: Any) -> None:
         """Give what is alike in all processes its state from --resume or --eval-only."""
         for name, part in parts.items() if self.saved else ():
