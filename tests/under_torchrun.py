@@ -1,14 +1,16 @@
 """Runs of scripts, one after another, in the processes that torchrun starts, or in this one.
 
-    torchrun --nproc-per-node 2 tests/under_torchrun.py '[["baselines.SCRIPT", ["--seed", "1"]]]'
+    torchrun --nproc-per-node 2 tests/under_torchrun.py '[["baselines.SCRIPT", ["--seed", "1"], 0]]'
 
+The number is after how many environment steps the last process gets a signal to stop; 0: never.
 Each process notes what it has behind its last iteration, and with which gradients its optimisers
-take their first step: of run k in k-RANK.pt. With "greedy" behind the runs agents draw nothing, so that what worlds do
-depends on who they are and on the networks alone.
+take their first step: of run k in k-RANK.pt. With "greedy" behind the runs agents draw nothing, so
+that what worlds do depends on who they are and on the networks alone.
 """
 
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -39,7 +41,7 @@ class Notes:
         self.parts, self.own = harness.pack(run.parts), harness.pack(run.own)
 
 
-def note(name, argv, greedy):
+def note(name, argv, stop_at, greedy):
     """The exit code of a script, and Notes."""
     script, notes, advance = importlib.import_module(name), Notes(), harness.Run.advance
     sample = getattr(script, "sample", None)
@@ -47,6 +49,8 @@ def note(name, argv, greedy):
     def noted(run, steps):
         advance(run, steps)
         notes.add_parts(run)
+        if 0 < stop_at <= run.timesteps and run.rank == run.size - 1:
+            signal.raise_signal(signal.SIGTERM)
 
     hook = register_optimizer_step_pre_hook(notes.add_gradients)
     harness.Run.advance = noted
@@ -60,14 +64,14 @@ def note(name, argv, greedy):
 
 
 def drive(lines, greedy=False):
-    """The scripts' exit codes; the first that is not 0 is the last."""
+    """The scripts' exit codes; after one that is neither 0 nor 75 nothing is run."""
     codes = []
-    for number, (name, argv) in enumerate(lines):
-        code, notes = note(name, argv, greedy)
+    for number, (name, argv, stop_at) in enumerate(lines):
+        code, notes = note(name, argv, stop_at, greedy)
         noted = {name: x for name, x in vars(notes).items() if name != "optimisers"}
         torch.save(noted, f"{number}-{harness.process_rank()}.pt")
         codes.append(code)
-        if code:
+        if code not in (harness.FINISHED, harness.STOPPED):
             break
     return codes
 

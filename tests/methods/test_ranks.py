@@ -19,10 +19,20 @@ DRIVER = ROOT / "tests" / "under_torchrun.py"
 ALWAYS = "--final-episodes 0 --eval-every 0 --log-every 1 --save-every 0"
 BATTLES = "--hidden-size 8 --heads 2 --max-episode-steps 12 --num-envs 3"
 PARTICLES = "--hidden-size 8 --max-episode-steps 5 --num-envs 3 --task resource"
+REPLAY = "--batch-size 8 --buffer-size 48 --update-every 24"
+EPISODES = "--rnn-size 8 --batch-size 4 --buffer-size 16 --target-every 12"
+EPISODES += " --updates-per-iteration 2"
 SMALL = {
     "mappo_smac": BATTLES,
     "mipi_mappo_smac": f"{BATTLES} --value-norm --normalise-advantages",
     "rl2_particle": f"{PARTICLES} --populations 2 3 --rnn-size 8 --minibatches 2",
+    "maddpg_particle": f"{PARTICLES} --population 3 {REPLAY}",
+    "mra_maddpg_particle": f"{PARTICLES} --populations 2 3 {REPLAY} --inner-steps 2",
+    "maac_particle": f"{PARTICLES} --population 3 {REPLAY} --heads 2",
+    "epc_particle": f"{PARTICLES} --populations 2 3 {REPLAY} --sets 2 --tournament-episodes 4",
+    "refil_smac": f"{BATTLES} {EPISODES} --mixing-size 8",
+    "collaq_smac": f"{BATTLES} {EPISODES}",
+    "mipi_refil_smac": f"{BATTLES} {EPISODES} --mixing-size 8",
 }
 STEPS = {name: 60 for name in SMALL}  # of a run of an iteration or more
 STEPS["rl2_particle"] = 120
@@ -45,14 +55,10 @@ def module(name):
     return name if is_main else f"baselines.{name}"
 
 
-def line(name, run_dir, steps, flags=""):
-    """A script and a command line."""
+def line(name, run_dir, steps, flags="", stop_at=0):
+    """A script, a command line, and the step at which it is stopped."""
     more = f"--run-dir {run_dir} --total-timesteps {steps}"
-    return module(name), f"{SMALL[name]} {ALWAYS} {more} {flags}".split()
-
-
-def resume(name, run_dir, steps):
-    return module(name), ["--resume", run_dir, "--total-timesteps", str(steps)]
+    return module(name), f"{SMALL[name]} {ALWAYS} {more} {flags}".split(), stop_at
 
 
 def launch(lines, *greedy, cwd="."):
@@ -94,6 +100,7 @@ GREEDY = {
         96,
     ),
     "rl2_particle": ("--epochs 1 --minibatches 1 --max-grad-norm 1e9", 2, 160),
+    "maddpg_particle": ("--batch-size 40 --update-every 20", 2, 80),
 }
 
 
@@ -121,7 +128,8 @@ def beside_one_process(name, folder):
     assert ours["iterations"] == alone["iterations"] > 1
     logs = metrics(folder / name), metrics("one")
     assert [m["timesteps"] for m in logs[0]] == [m["timesteps"] for m in logs[1]]
-    return SimpleNamespace(two=ours, one=alone, logs=(logs[0][0], logs[1][0]))
+    first = [next(m for m in log if m.get("episodes")) for log in logs]
+    return SimpleNamespace(two=ours, one=alone, logs=first)
 
 
 def check_gradients(both):
@@ -153,25 +161,39 @@ def test_trials_of_two_processes(of_two):
     assert both.logs[0]["episodes"] == 8  # of a population, two trials in each world
 
 
+def test_a_replay_of_two_processes(of_two):
+    """Episodes, updates and steps count over both, and so does how large rewards are."""
+    both = beside_one_process("maddpg_particle", of_two)
+    check_logged(both, "episodes", "return/3")
+    two, one = (run["parts"]["agent"]["actor_optimiser"]["state"] for run in (both.two, both.one))
+    assert two[0]["step"] == one[0]["step"] == 3  # at 40, 60 and 80 steps
+    collectors = [notes(2, rank, of_two)["own"]["collector"] for rank in (0, 1)]
+    for collector in collectors:
+        assert collector["steps"] == 40
+        assert collector["rewards"][0] == 80 * 3  # of three agents, who all live
+        assert torch.equal(collector["rewards"], collectors[0]["rewards"])
+
+
 # --- Whole runs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
 def test_two_processes(name, capfd):
-    """Half and half is whole, to the last bit. Only the first process speaks; both have the same
-    weights, and draw their own actions in their own worlds. One process cannot go on."""
-    half, whole = 2 * STEPS[name], 4 * STEPS[name]
-    lines = [line(name, "whole", whole), line(name, "cut", half), resume(name, "cut", whole)]
+    """Both have the same weights, and draw their own actions in their own worlds; only the first
+    one speaks. A run that one of them is told to stop is stopped in both, and goes on to be the
+    whole, to the last bit; but not in one process."""
+    steps = 4 * STEPS[name]
+    lines = [line(name, "whole", steps), line(name, "cut", steps, stop_at=steps // 2)]
+    lines += [(module(name), ["--resume", "cut"], 0)]
     done = launch(lines)
     for number in range(3):
         check_alike(notes(number), notes(number, 1))
     assert differences(exact("whole"), exact("cut")) == []
     assert metrics("whole") == metrics("cut")
-    assert exact("whole")["timesteps"] >= whole
-    assert notes(1)["iterations"] + notes(2)["iterations"] == notes(0)["iterations"] > 1
+    assert exact("whole")["timesteps"] >= steps
+    assert notes(1)["iterations"] + notes(2)["iterations"] == notes(0)["iterations"]
     spoken = [text for text in done.stdout.splitlines() if text.startswith("step ")]
     assert len(spoken) == 2 * len(metrics("whole"))
-    _, argv = resume(name, "cut", 2 * whole)
-    assert script(module(name)).main(argv) == 2
+    assert script(module(name)).main(["--resume", "cut", "--total-timesteps", str(2 * steps)]) == 2
     assert "2 processes began this run; 1 cannot go on" in only_error(capfd.readouterr().err)
