@@ -10,12 +10,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import harness
+
 import pytest
 import torch
-from runs import PATIENCE, ROOT, differences, exact, metrics, only_error, script
+from runs import PATIENCE, ROOT, differences, exact, index, metrics, only_error, script, until
 from under_torchrun import drive
 
 DRIVER = ROOT / "tests" / "under_torchrun.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ALWAYS = "--final-episodes 0 --eval-every 0 --log-every 1 --save-every 0"
 BATTLES = "--hidden-size 8 --heads 2 --max-episode-steps 12 --num-envs 3"
 PARTICLES = "--hidden-size 8 --max-episode-steps 5 --num-envs 3 --task resource"
@@ -63,8 +66,7 @@ def line(name, run_dir, steps, flags="", stop_at=0):
 
 def launch(lines, *greedy, cwd="."):
     """These runs, one after another, in two processes under torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    argv = [*torchrun, "--nproc-per-node", "2", str(DRIVER), json.dumps(lines), *greedy]
+    argv = [*TORCHRUN, str(DRIVER), json.dumps(lines), *greedy]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     options = {"capture_output": True, "text": True, "timeout": 4 * PATIENCE}
     done = subprocess.run(argv, env=env, cwd=cwd, **options)
@@ -197,3 +199,38 @@ def test_two_processes(name, capfd):
     assert len(spoken) == 2 * len(metrics("whole"))
     assert script(module(name)).main(["--resume", "cut", "--total-timesteps", str(2 * steps)]) == 2
     assert "2 processes began this run; 1 cannot go on" in only_error(capfd.readouterr().err)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="needs Linux")
+@pytest.mark.parametrize("name", ["mappo_smac", "maddpg_particle"])
+def test_sigterm_to_torchrun_saves_in_both(name):
+    """They stop behind the same iteration: a checkpoint, no summary; the run can go on."""
+    _, argv, _ = line(name, "run", 10**9, "--save-every 1")
+    path = ROOT / f"{module(name).replace('.', '/')}.py"
+    command = [*TORCHRUN, str(path), *argv]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **quiet) as process:
+        until(lambda: len(index("run")) > 1, pause=0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE)
+    reached = index("run")[0]["timesteps"]
+    assert reached == metrics("run")[-1]["timesteps"] > 0
+    assert not os.path.exists("run/summary.json")
+    more = ["--resume", "run", "--total-timesteps", str(reached + STEPS[name])]
+    launch([(module(name), more, 0)])
+    check_alike(notes(0), notes(0, 1))
+    assert os.path.exists("run/summary.json")
+
+
+def test_what_cannot_be_shared(capfd, monkeypatch):
+    """One sentence, exit code 2, nothing written."""
+    monkeypatch.setattr(harness, "start_processes", lambda args: (0, 3, torch.device("cpu")))
+    for name, flags in (("maddpg_particle", "--batch-size 8"), ("refil_smac", "--batch-size 4")):
+        name, argv, _ = line(name, "run", 100, flags)
+        assert script(name).main(argv) == 2
+        assert "is no multiple of 3 processes" in only_error(capfd.readouterr().err)
+    name, argv, _ = line("refil_smac", "run", 100, "--batch-size 3 --buffer-size 6")
+    assert script(name).main(argv) == 2
+    assert "--num-envs exceeds --buffer-size" in only_error(capfd.readouterr().err)
+    assert not os.path.exists("run")
