@@ -1267,7 +1267,7 @@ def train(args: Args) -> int:
         if args.resume:
             check(worlds.wrong_to_resume(args, run.saved["args"]))
         args = run.own_share(args, "batch_size", "buffer_size", "target_every")
-        check(validate(args))
+        check(validate(args))  # a round of battles must fit into the share of a process, too
         battles = make_envs(
             args,
             sizes=args.team_sizes,

@@ -919,6 +919,8 @@ def train(args: Args) -> int:
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         args = run.own_share(args, "batch_size", "buffer_size", "update_every")
+        too_short = args.total_timesteps // len(args.populations) < args.num_envs * run.size
+        check([(too_short, "--total-timesteps: some stage has no step of all processes' worlds")])
         for name in (*args.populations, *args.eval_populations):
             make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
         evolution = Evolution(args, run.device, run.saved.get("agent", {}))

@@ -233,4 +233,7 @@ def test_what_cannot_be_shared(capfd, monkeypatch):
     name, argv, _ = line("refil_smac", "run", 100, "--batch-size 3 --buffer-size 6")
     assert script(name).main(argv) == 2
     assert "--num-envs exceeds --buffer-size" in only_error(capfd.readouterr().err)
+    name, argv, _ = line("epc_particle", "run", 16, "--batch-size 6")
+    assert script(name).main(argv) == 2
+    assert "some stage has no step" in only_error(capfd.readouterr().err)
     assert not os.path.exists("run")
