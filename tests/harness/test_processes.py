@@ -1,7 +1,6 @@
 """Two processes under torchrun: equal weights, replays of their own, one voice."""
 
 import dataclasses
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,8 +14,8 @@ import harness
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from runs import PATIENCE, differences, exact, index, metrics, only_error, until
+from two_processes import in_two
 
 from tests.harness.tools import FOREVER, flags, learner, resume, run
 
@@ -84,29 +83,6 @@ def test_ten_clean_exits():
 
 
 # What is of all processes -------------------------------------------------------------------------
-
-
-def join(rank, function, path, pipe):
-    store = dist.FileStore(str(path), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    pipe.send(function(rank))
-    os._exit(0)
-
-
-def in_two(function, tmp_path):
-    """What function(rank) returns in each of two processes that have joined."""
-    fork, pipes, processes = multiprocessing.get_context("fork"), [], []
-    for rank in (0, 1):
-        ours, theirs = fork.Pipe(duplex=False)
-        target = (rank, function, tmp_path / "store", theirs)
-        processes.append(fork.Process(target=join, args=target))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    results = [pipe.recv() for pipe in pipes]
-    for process in processes:
-        process.join()
-    return results
 
 
 ROWS = np.random.default_rng(0).normal(3, 2, (2, 7)).astype(np.float32)  # of two processes

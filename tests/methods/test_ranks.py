@@ -15,6 +15,7 @@ import harness
 import pytest
 import torch
 from runs import PATIENCE, ROOT, differences, exact, index, metrics, only_error, script, until
+from two_processes import in_two
 from under_torchrun import drive
 
 DRIVER = ROOT / "tests" / "under_torchrun.py"
@@ -176,6 +177,28 @@ def test_a_replay_of_two_processes(of_two):
         assert torch.equal(collector["rewards"], collectors[0]["rewards"])
 
 
+def test_batch_norm_of_two_processes(tmp_path):
+    """MAAC's: rows of a process are normalised, and running statistics moved, by those of both."""
+    maac = script("baselines.maac_particle")
+    draw = torch.Generator().manual_seed(3)
+    x = 3 * torch.randn(10, 3, 4, generator=draw) + 1  # (M, N, I), of two parameter sets
+    alive = torch.rand(10, 3, generator=draw) < 0.7
+    share = slice(0, 4), slice(4, 10)
+
+    def normalised(rows):
+        norm = maac.BatchNorm(2, 4)
+        view = maac.View(obs=x[rows], alive=alive[rows], counts=(1, 2))
+        out = norm(x[rows], view)
+        return [tensor.tolist() for tensor in (out, norm.mean, norm.variance)]
+
+    whole = [torch.tensor(part) for part in normalised(slice(None))]
+    for rank, results in enumerate(in_two(lambda rank: normalised(share[rank]), tmp_path)):
+        out, mean, variance = map(torch.tensor, results)
+        torch.testing.assert_close(out, whole[0][share[rank]])
+        torch.testing.assert_close(mean, whole[1])
+        torch.testing.assert_close(variance, whole[2])
+
+
 # --- Whole runs -----------------------------------------------------------------------------------
 
 
@@ -199,6 +222,23 @@ def test_two_processes(name, capfd):
     assert len(spoken) == 2 * len(metrics("whole"))
     assert script(module(name)).main(["--resume", "cut", "--total-timesteps", str(2 * steps)]) == 2
     assert "2 processes began this run; 1 cannot go on" in only_error(capfd.readouterr().err)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["mra_maddpg_particle", "rl2_particle"])
+def test_two_processes_adapt(name):
+    """A run that adapts another one to a population: in MRA all agents keep the same latents."""
+    steps = STEPS[name]
+    flags = f"--adapt source --population 4 --run-dir adapted --total-timesteps {2 * steps}"
+    adapts = module(name), f"{flags} {ALWAYS}".split(), 0
+    launch([line(name, "source", steps), adapts])
+    ours, theirs = notes(1), notes(1, 1)
+    check_alike(ours, theirs)
+    collectors = [own["own"]["collectors"]["4"] for own in (ours, theirs)]
+    assert torch.equal(collectors[0]["rewards"], collectors[1]["rewards"])
+    if name == "mra_maddpg_particle":
+        first, second = (collector["z"] for collector in collectors)
+        assert torch.equal(first, second) and (first == first[0]).all()
 
 
 @pytest.mark.long
