@@ -334,8 +334,22 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
     if size > 1 and not dist.is_initialized():
         # The others wait while the first evaluates; who is dead, torchrun finds out.
         patience = datetime.timedelta(days=1)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        # What is on the CPU is summed, too: numbers of episodes, returns of battles.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=patience)
     return rank, size, device
+
+
+def process_rank() -> int:
+    """The number of this process among those of the run."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_generator(seed: int) -> torch.Generator:
+    """A generator of this process: the first one's begins as if it were alone."""
+    if rank := process_rank():
+        seed = int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+    return torch.Generator().manual_seed(seed)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -350,6 +364,11 @@ def sum_over_processes(x: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def total(number: int) -> int:
+    """Of a number that each process has."""
+    return int(sum_over_processes(torch.tensor(number)))
 
 
 def gather(x: Any) -> list[Any]:
@@ -368,19 +387,32 @@ def moments(x: Tensor) -> Tensor:
     return sums / sums[0]
 
 
-def descend(
-    loss: Tensor, net: nn.Module, optimiser: torch.optim.Optimizer, max_norm: float
-) -> Tensor:
-    """A step on gradients averaged over processes, then clipped; returns their norm before that."""
-    optimiser.zero_grad()
-    loss.backward()
+def mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x over all processes -> () and ()."""
+    if not dist.is_initialized():
+        return x.mean(), x.std(correction=0)
+    _, mean, square = moments(x)
+    return mean.to(x.dtype), (square - mean**2).clamp(min=0).sqrt().to(x.dtype)
+
+
+def average_gradients(net: nn.Module) -> list[nn.Parameter]:
+    """Let gradients be their means over processes; returns the parameters that have one."""
     parameters = [p for p in net.parameters() if p.grad is not None]
     if dist.is_initialized():  # one flat all-reduce
         flat = sum_over_processes(torch.cat([p.grad.flatten() for p in parameters]))
         parts = (flat / dist.get_world_size()).split([p.numel() for p in parameters])
         for p, part in zip(parameters, parts):
             p.grad.copy_(part.view_as(p))
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return parameters
+
+
+def descend(
+    loss: Tensor, net: nn.Module, optimiser: torch.optim.Optimizer, max_norm: float
+) -> Tensor:
+    """A step on gradients averaged over processes, then clipped; returns their norm before that."""
+    optimiser.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(average_gradients(net), max_norm)
     optimiser.step()
     return norm
 
@@ -389,14 +421,12 @@ def check_finite(**tensors: Tensor) -> None:
     """End the run, in all processes, if a tensor holds NaN or infinity, and name it. All are
     looked at before the one wait for a device."""
     tensors = {name: x for name, x in tensors.items() if x.is_floating_point()}
-    if not tensors:
-        return
-    device = next(iter(tensors.values())).device
-    wrong = torch.stack([has_no_number(x.detach()).to(device) for x in tensors.values()])
-    counts = sum_over_processes(wrong.int()).tolist()
-    for name, count in zip(tensors, counts):
-        if count:
-            raise RunError(f"{name} is not finite; the last checkpoint is from before.")
+    found = [has_no_number(x.detach()) for x in tensors.values()]
+    found = torch.stack([x.to(found[0].device) for x in found]).tolist() if found else []
+    wrong = [name for name, is_wrong in zip(tensors, found) if is_wrong]
+    if total(len(wrong)):  # processes may look at different ones
+        name = next(filter(None, gather(wrong)))[0]
+        raise RunError(f"{name} is not finite; the last checkpoint is from before.")
 
 
 def has_no_number(x: Tensor) -> Tensor:
@@ -812,6 +842,19 @@ class Run:
         if self.rank == 0:
             tell(text)
 
+    def own_share(self, args: Any, *names: str) -> Any:
+        """The arguments with this process's share of these, which count over all processes;
+        UsageError if they cannot be shared equally."""
+        shares = {}
+        for name in names:
+            shares[name], rest = divmod(value := getattr(args, name), self.size)
+            check([(rest, f"{as_flag(name)} {value} is no multiple of {self.size} processes")])
+        return dataclasses.replace(args, **shares)
+
+    def in_first(self, function: Callable[[], Any]) -> Any:
+        """What function() returns in the first process, for which the others wait."""
+        return gather(function() if self.rank == 0 else None)[0]
+
     def restore(self, **parts: Any) -> None:
         """Give what is alike in all processes its state from --resume or --eval-only."""
         for name, part in parts.items() if self.saved else ():
@@ -820,7 +863,8 @@ class Run:
     def restore_own(self, own: dict[str, Any]) -> None:
         """Give what is this process's own its state; begin() does it, too."""
         if self.saved:
-            restore(own, self.saved["ranks"][self.rank], self.source)
+            number = self.rank if self.args.resume else 0  # the first one evaluates
+            restore(own, self.saved["ranks"][number], self.source)
 
     def begin(
         self,

@@ -20,6 +20,7 @@ marginal, which is the mutual information of its actions and the team, given its
     python mipi_refil_smac.py --scenario sz --regularizer entropy            or none: the ablations
     python mipi_refil_smac.py --resume runs/RUN --total-timesteps 20000000
     python mipi_refil_smac.py --eval-only runs/RUN --backend sc2             in StarCraft II
+    torchrun --nproc-per-node 2 mipi_refil_smac.py                           two times 8 battles
 
 Letters: T steps, B battles, M moments (of all battles, without padding), K steps between them, A
 agents, S entities (agents, then enemies), V views (all one sees; of it one's own group; of it the
@@ -36,7 +37,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -52,16 +52,20 @@ from harness import (
     RunArgs,
     Share,
     UsageError,
+    average_gradients,
     call,
     check,
     check_finite,
     descend,
+    gather,
     has_bf16,
     leave,
     load_checkpoint,
+    own_generator,
     read_args,
     restore,
     saved_args,
+    total,
 )
 
 import numpy as np
@@ -91,7 +95,7 @@ class Args(RunArgs):
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
     rescale: bool = False  # resource: lengths in units of sight, rewards a tenth
     egocentric: bool = False  # resource: also where the nearest things one sees are from oneself
-    num_envs: Positive = 8  # B, battles at a time
+    num_envs: Positive = 8  # B, battles at a time, per process
     env_threads: Positive = 1  # sim: over which they are spread
     game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
     max_episode_steps: Positive = 150  # of a battle; resource has at most 145
@@ -187,7 +191,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     regularizes = args.regularizer != "none" and not args.observe_self_only
     alpha_i = args.alpha if args.alpha_i is None else args.alpha_i
     return [
-        ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
@@ -246,7 +249,12 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 
 def make_envs(
-    args: Args, sizes: tuple[int, ...], num_envs: int, seed: int, device: torch.device = CPU
+    args: Args,
+    sizes: tuple[int, ...],
+    num_envs: int,
+    seed: int,
+    device: torch.device = CPU,
+    first_battle: int = 0,
 ) -> Any:
     """num_envs battles of teams of these sizes, which stand still when they have ended.
 
@@ -259,6 +267,7 @@ def make_envs(
             team_sizes=sizes,
             num_battles=num_envs,
             seed=seed,
+            first_battle=first_battle,
             episode_limit=args.max_episode_steps,
             clip_regeneration=args.clip_regeneration,
             enemy_ai=args.enemy_ai,
@@ -676,7 +685,7 @@ class Agent(Parts):
         self.policy_optimiser = new_optimiser(args, self.policy)
         self.marginal_optimiser = new_optimiser(args, self.marginal)
         own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
-        self.rng = torch.Generator().manual_seed(own_seed)  # of what the parent does not draw
+        self.rng = own_generator(own_seed)  # of what the parent does not draw
         self.resolve(args)
         self.types = family.type_columns  # {name of a unit: the feature that says so}
         if args.compile:
@@ -1154,7 +1163,7 @@ def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
     """A step of critic and policy on one loss; returns the norm of the critic's gradients."""
     agent.policy_optimiser.zero_grad()
     norm = descend(loss, agent.critic(), agent.optimiser, args.max_grad_norm)
-    nn.utils.clip_grad_norm_(agent.policy.parameters(), args.max_grad_norm)
+    nn.utils.clip_grad_norm_(average_gradients(agent.policy), args.max_grad_norm)
     agent.policy_optimiser.step()
     return norm
 
@@ -1283,8 +1292,15 @@ def train(args: Args) -> int:
     with Run(args, table, LINE) as run:
         if args.resume:
             check(worlds.wrong_to_resume(args, run.saved["args"]))
+        args = run.own_share(args, "batch_size", "buffer_size", "target_every")
+        check(validate(args))  # a round of battles must fit into the share of a process, too
         battles = make_envs(
-            args, sizes=args.team_sizes, num_envs=args.num_envs, seed=args.seed, device=run.device
+            args,
+            sizes=args.team_sizes,
+            num_envs=args.num_envs,
+            seed=args.seed,
+            device=run.device,
+            first_battle=run.rank * args.num_envs,
         )
         run.close_at_end(contextlib.closing(battles))
         agent = Agent(args, battles.family, run.device)
@@ -1293,8 +1309,8 @@ def train(args: Args) -> int:
         if args.eval_only:
             return run.evaluate_only()
         buffer = ReplayBuffer(args, battles, run.device)
-        rng = torch.Generator().manual_seed(args.seed)
-        log = EpisodeLog(battles.Episode)
+        rng = own_generator(args.seed)
+        log = EpisodeLog(battles.Episode, gather)
         run.begin(
             args.scenario,
             parts={"agent": agent},
@@ -1311,7 +1327,8 @@ def train(args: Args) -> int:
             try:
                 episodes = collect(battles, Player(agent, epsilon, rng), buffer)
             except BattleError:  # the game; what has been learned is kept
-                run.save()
+                if run.size == 1:
+                    run.save()
                 raise
             log.episodes += episodes
             run.lap("collect_s")
@@ -1326,7 +1343,7 @@ def train(args: Args) -> int:
             if since_copy < len(episodes):
                 agent.copy_to_targets()
             run.lap("learn_s")
-            run.advance(sum(episode.length for episode in episodes))
+            run.advance(total(sum(episode.length for episode in episodes)))
             if run.is_due(args.log_every):
                 settings = {"epsilon": epsilon, "learning_rate": learning_rate}
                 run.log(log.means() | settings)

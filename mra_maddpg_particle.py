@@ -17,6 +17,7 @@ prior psi and the population classifier xi. Targets Q' and pi' follow.
     python mra_maddpg_particle.py --adapt runs/RUN --population 24            or 2,8 for two types
     python mra_maddpg_particle.py --resume runs/RUN --total-timesteps 2000000
     python mra_maddpg_particle.py --eval-only runs/RUN --eval-populations 3 7 10 13 18 24
+    torchrun --nproc-per-node 2 mra_maddpg_particle.py                        two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
 key, S parameter sets, Z latents, Ds De features of oneself and of others. What the paper leaves
@@ -32,7 +33,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -54,12 +54,16 @@ from harness import (
     check,
     check_finite,
     descend,
+    gather,
     leave,
     load_checkpoint,
+    own_generator,
+    process_rank,
     read_args,
     read_flags,
     restore,
     saved_args,
+    sum_over_processes,
 )
 
 import torch
@@ -104,7 +108,7 @@ class Args(RunArgs):
     eval_populations: tuple[str, ...] = ()  # unseen ones, zero-shot, in the final evaluation
     shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
     collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds
+    num_envs: Positive = 12  # B, worlds per process
     max_episode_steps: Positive = 20  # horizon
     # Method
     latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z; replays keep z in 8 bits
@@ -176,7 +180,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (too_few, "--latent-prior told needs more z"),
         (alike, "--phi-gradient both needs several populations and several z"),
         (unlearned, "--psi-information needs several populations and --latent-prior learned"),
-        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
 
@@ -204,7 +207,9 @@ def read(argv: list[str]) -> Args:
 
 
 # [shared: make_envs] begin
-def make_envs(args: Args, population: str, num_envs: int, seed: int) -> ParticleWorld:
+def make_envs(
+    args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
+) -> ParticleWorld:
     """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
@@ -215,6 +220,7 @@ def make_envs(args: Args, population: str, num_envs: int, seed: int) -> Particle
             device="cuda" if cuda else "cpu",
             seed=seed,
             compiled=args.compile and cuda,  # on a CPU updates take the time
+            first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
             collision_penalty=args.collision_penalty,
@@ -574,7 +580,7 @@ class Agent(Parts):
 
 
 def latent_generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed + 2**31) % 2**32)  # torch reads 32 bits
+    return own_generator((seed + 2**31) % 2**32)  # torch reads 32 bits
 
 
 def draw_latents(agent: Agent, game: Game, num_worlds: int, rng: torch.Generator) -> Tensor:
@@ -641,7 +647,7 @@ class ReplayBuffer:
         self.args, self.worlds, self.device = args, worlds, device
         self.game, self.steps = worlds.game, 0  # environment steps
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
-        self.reward_scale = RewardScale(worlds)
+        self.reward_scale = RewardScale(worlds, sum_over_processes)
         self.rows = {
             "state": torch.empty(size, S, device=device),
             "final_state": torch.empty(size, S, device=device),  # at the end of the step
@@ -698,10 +704,11 @@ class Collector:
 
     def __init__(self, args: Args, population: str, device: torch.device):
         self.name, self.device = population, device
-        self.worlds = make_envs(args, population, args.num_envs, args.seed)
+        first_world = process_rank() * args.num_envs
+        self.worlds = make_envs(args, population, args.num_envs, args.seed, first_world)
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
-        self.returns = EpisodeReturns(self.worlds)
+        self.returns = EpisodeReturns(self.worlds, sum_over_processes)
         shape = (args.num_envs, self.game.num_agents)
         self.z = torch.zeros(shape, dtype=torch.int64, device=device)  # of running episodes
         self.worlds.reset()
@@ -1058,19 +1065,21 @@ def begin(
         collectors[0].buffer.reward_scale.sums += torch.stack(sums).mean(0).to(agent.device)
     for collector in collectors:
         B = 1 if args.adapt else args.num_envs
-        collector.z[:] = draw_latents(agent, collector.game, B, latent_rng)
+        z = draw_latents(agent, collector.game, B, latent_rng).cpu()
+        collector.z[:] = gather(z)[0] if args.adapt else z  # for good: in all processes the same
 
 
 def train(args: Args) -> int:
     """The run, or with --eval-only its evaluation; returns the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
+        args = run.own_share(args, "batch_size", "buffer_size", "update_every")
         for name in args.eval_populations:
             make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
         names = (args.population,) if args.adapt else args.populations
         collectors = [Collector(args, name, run.device) for name in names]
         agent = Agent(args, collectors[0].game, run.device)
-        rng = torch.Generator().manual_seed(args.seed)
+        rng = own_generator(args.seed)
         latent_rng = latent_generator(args.seed)
         by_name = {collector.name: collector for collector in collectors}
         own = {"rng": rng, "latent_rng": latent_rng, "collectors": by_name}
@@ -1097,7 +1106,7 @@ def train(args: Args) -> int:
             if is_due and buffer.size >= args.batch_size:
                 run.note(update(args, agent, collector, collectors, rng, latent_rng))
             run.lap("learn_s")
-            run.advance(args.num_envs)
+            run.advance(args.num_envs * run.size)
             if run.is_due(args.log_every):
                 look_rng = torch.Generator().manual_seed(run.timesteps)
                 returns = report_returns([each.returns for each in collectors])

@@ -20,6 +20,7 @@ every --target-every episodes.
     python baselines/collaq_smac.py --scenario csz --no-subtract-alone        Q_alone + Q_collab
     python baselines/collaq_smac.py --resume runs/RUN --total-timesteps 20000000
     python baselines/collaq_smac.py --eval-only runs/RUN --backend sc2        in StarCraft II
+    torchrun --nproc-per-node 2 baselines/collaq_smac.py                      two times 8 battles
 
 Letters: T steps, B battles, M moments (of all battles, without padding), K steps between them, A
 agents, S entities (agents, then enemies), V views (all one sees; of it what is no teammate), D
@@ -35,7 +36,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -57,12 +57,15 @@ from harness import (
     check,
     check_finite,
     descend,
+    gather,
     has_bf16,
     leave,
     load_checkpoint,
+    own_generator,
     read_args,
     restore,
     saved_args,
+    total,
 )
 
 import torch
@@ -91,7 +94,7 @@ class Args(RunArgs):
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
     rescale: bool = False  # resource: lengths in units of sight, rewards a tenth
     egocentric: bool = False  # resource: also where the nearest things one sees are from oneself
-    num_envs: Positive = 8  # B, battles at a time
+    num_envs: Positive = 8  # B, battles at a time, per process
     env_threads: Positive = 1  # sim: over which they are spread
     game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
     max_episode_steps: Positive = 150  # of a battle; resource has at most 145
@@ -175,7 +178,6 @@ LINE = ("return", "win", "td_loss", "sps")  # scalars on standard output, withou
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that would do something else than they say."""
     return [
-        ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
@@ -202,7 +204,12 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 
 def make_envs(
-    args: Args, sizes: tuple[int, ...], num_envs: int, seed: int, device: torch.device = CPU
+    args: Args,
+    sizes: tuple[int, ...],
+    num_envs: int,
+    seed: int,
+    device: torch.device = CPU,
+    first_battle: int = 0,
 ) -> Any:
     """num_envs battles of teams of these sizes, which stand still when they have ended.
 
@@ -215,6 +222,7 @@ def make_envs(
             team_sizes=sizes,
             num_battles=num_envs,
             seed=seed,
+            first_battle=first_battle,
             episode_limit=args.max_episode_steps,
             clip_regeneration=args.clip_regeneration,
             enemy_ai=args.enemy_ai,
@@ -958,8 +966,15 @@ def train(args: Args) -> int:
     with Run(args, table, LINE) as run:
         if args.resume:
             check(worlds.wrong_to_resume(args, run.saved["args"]))
+        args = run.own_share(args, "batch_size", "buffer_size", "target_every")
+        check(validate(args))  # a round of battles must fit into the share of a process, too
         battles = make_envs(
-            args, sizes=args.team_sizes, num_envs=args.num_envs, seed=args.seed, device=run.device
+            args,
+            sizes=args.team_sizes,
+            num_envs=args.num_envs,
+            seed=args.seed,
+            device=run.device,
+            first_battle=run.rank * args.num_envs,
         )
         run.close_at_end(contextlib.closing(battles))
         agent = Agent(args, battles.family, run.device)
@@ -968,8 +983,8 @@ def train(args: Args) -> int:
         if args.eval_only:
             return run.evaluate_only()
         buffer = ReplayBuffer(args, battles, run.device)
-        rng = torch.Generator().manual_seed(args.seed)
-        log = EpisodeLog(battles.Episode)
+        rng = own_generator(args.seed)
+        log = EpisodeLog(battles.Episode, gather)
         run.begin(
             args.scenario,
             parts={"agent": agent},
@@ -983,7 +998,8 @@ def train(args: Args) -> int:
             try:
                 episodes = collect(battles, Player(agent, epsilon, rng), buffer)
             except BattleError:  # the game; what has been learned is kept
-                run.save()
+                if run.size == 1:
+                    run.save()
                 raise
             log.episodes += episodes
             run.lap("collect_s")
@@ -998,7 +1014,7 @@ def train(args: Args) -> int:
             if since_copy < len(episodes):
                 agent.copy_to_targets()
             run.lap("learn_s")
-            run.advance(sum(episode.length for episode in episodes))
+            run.advance(total(sum(episode.length for episode in episodes)))
             if run.is_due(args.log_every):
                 settings = {"epsilon": epsilon, "learning_rate": learning_rate}
                 run.log(log.means() | settings)

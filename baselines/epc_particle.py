@@ -24,6 +24,7 @@ has --total-timesteps, in equal shares for all stages. The result: of each role 
     python baselines/epc_particle.py --adapt runs/RUN --populations 48 --sets 1 --parents 1
     python baselines/epc_particle.py --resume runs/RUN
     python baselines/epc_particle.py --eval-only runs/RUN --eval-populations 48
+    torchrun --nproc-per-node 2 baselines/epc_particle.py                    two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
 key, S = N parameter sets, Ds De features of oneself and of others. What the papers leave open:
@@ -40,7 +41,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,9 +66,12 @@ from harness import (
     descend,
     leave,
     load_checkpoint,
+    own_generator,
+    process_rank,
     read_args,
     restore,
     saved_args,
+    sum_over_processes,
 )
 
 import numpy as np
@@ -113,7 +116,7 @@ class Args(RunArgs):
     adapt: str = ""  # run directory or checkpoint whose best agents the first stage begins with
     shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
     collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds
+    num_envs: Positive = 12  # B, worlds per process
     max_episode_steps: Positive = 20  # horizon
     # Method
     sets: Positive = 3  # parallel sets of agents, in every stage
@@ -171,7 +174,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.parents > args.sets, "--parents exceeds --sets"),
         (length < args.num_envs, "--total-timesteps: some stage has no step of its --num-envs"),
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
-        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
 
@@ -179,7 +181,9 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 
 # [shared: make_envs] begin
-def make_envs(args: Args, population: str, num_envs: int, seed: int) -> ParticleWorld:
+def make_envs(
+    args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
+) -> ParticleWorld:
     """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
@@ -190,6 +194,7 @@ def make_envs(args: Args, population: str, num_envs: int, seed: int) -> Particle
             device="cuda" if cuda else "cpu",
             seed=seed,
             compiled=args.compile and cuda,  # on a CPU updates take the time
+            first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
             collision_penalty=args.collision_penalty,
@@ -528,7 +533,7 @@ class ReplayBuffer:
         self.args, self.worlds, self.device = args, worlds, device
         self.game, self.steps = worlds.game, 0  # environment steps
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
-        self.reward_scale = RewardScale(worlds)
+        self.reward_scale = RewardScale(worlds, sum_over_processes)
         self.rows = {
             "state": torch.empty(size, S, device=device),
             "final_state": torch.empty(size, S, device=device),  # at the end of the step
@@ -584,10 +589,11 @@ class Collector:
 
     def __init__(self, args: Args, population: str, device: torch.device):
         self.name, self.device = population, device
-        self.worlds = make_envs(args, population, args.num_envs, args.seed)
+        first_world = process_rank() * args.num_envs
+        self.worlds = make_envs(args, population, args.num_envs, args.seed, first_world)
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
-        self.returns = EpisodeReturns(self.worlds)
+        self.returns = EpisodeReturns(self.worlds, sum_over_processes)
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -664,7 +670,7 @@ class Evolution:
             agent = Agent(args, collector.game, self.device)
             if sources:
                 copy_agents(sources, agent)
-            rng = torch.Generator().manual_seed(seed)
+            rng = own_generator(seed)
             self.sets[str(k)] = ParallelSet(agent, collector, rng)
             self.replays[str(k)] = collector.buffer
 
@@ -912,6 +918,9 @@ def train(args: Args) -> int:
     """The run, or with --eval-only its evaluation; returns the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
+        args = run.own_share(args, "batch_size", "buffer_size", "update_every")
+        too_short = args.total_timesteps // len(args.populations) < args.num_envs * run.size
+        check([(too_short, "--total-timesteps: some stage has no step of all processes' worlds")])
         for name in (*args.populations, *args.eval_populations):
             make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
         evolution = Evolution(args, run.device, run.saved.get("agent", {}))
@@ -945,10 +954,11 @@ def train(args: Args) -> int:
                 if is_due and buffer.size >= args.batch_size:
                     run.note(update(args, each.agent, each.collector, each.rng))
                 run.lap("learn_s")
-            run.advance(args.num_envs)
+            run.advance(args.num_envs * run.size)
             scores = None
             if evolution.is_over(run.timesteps):
-                scores = tournament(args, evolution.agents, evolution.stage)
+                fitness = functools.partial(tournament, args, evolution.agents, evolution.stage)
+                scores = run.in_first(fitness)
             if scores is not None or run.is_due(args.log_every):
                 steps = {"all_sets_timesteps": args.sets * run.timesteps}
                 run.log(report(evolution, scores) | steps)

@@ -16,6 +16,7 @@ L(psi) moves the critic, all agents' as one; dJ_i the policy of agent i. Targets
     python baselines/maac_particle.py --task pacman --population 8,4 --preset cpu
     python baselines/maac_particle.py --resume runs/RUN --total-timesteps 2000000
     python baselines/maac_particle.py --eval-only runs/RUN
+    torchrun --nproc-per-node 2 baselines/maac_particle.py                   two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, X heads, D =
 H / X units of a head, S parameter sets, I inputs, O what an agent observes. What paper and authors'
@@ -29,7 +30,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,13 +47,17 @@ from harness import (
     RunArgs,
     Share,
     UsageError,
+    average_gradients,
     call,
     check_finite,
     leave,
     load_checkpoint,
+    own_generator,
+    process_rank,
     read_args,
     restore,
     saved_args,
+    sum_over_processes,
 )
 
 import torch
@@ -92,7 +96,7 @@ class Args(RunArgs):
     population: str = "6"  # agents; of two types as 8,4 (pacman), 6,2 (delivery)
     shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
     collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds
+    num_envs: Positive = 12  # B, worlds per process
     max_episode_steps: Positive = 20  # horizon
     # Method
     share_parameters: bool = False  # one parameter set per type instead of per agent
@@ -137,7 +141,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.batch_size < 2, "--batch-size 1 has no variance for batch norm"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         (without, "--no-discount-entropy has no effect with --entropy-coef 0"),
-        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
 
@@ -145,7 +148,9 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 
 # [shared: make_envs] begin
-def make_envs(args: Args, population: str, num_envs: int, seed: int) -> ParticleWorld:
+def make_envs(
+    args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
+) -> ParticleWorld:
     """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
@@ -156,6 +161,7 @@ def make_envs(args: Args, population: str, num_envs: int, seed: int) -> Particle
             device="cuda" if cuda else "cpu",
             seed=seed,
             compiled=args.compile and cuda,  # on a CPU updates take the time
+            first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
             collision_penalty=args.collision_penalty,
@@ -223,10 +229,11 @@ class BatchNorm(nn.Module):
     def batch_statistics(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Mean and variance (S, I); the running ones take a step towards them."""
         alive = view.alive[..., None].to(x.dtype)  # (M, N, 1)
-        rows = per_set(alive.sum(0), view.counts)  # (S, 1)
-        mean = per_set((x * alive).sum(0), view.counts) / rows.clamp(min=1)
+        rows = sum_over_processes(per_set(alive.sum(0), view.counts))  # (S, 1)
+        sums = sum_over_processes(per_set((x * alive).sum(0), view.counts))
+        mean = sums / rows.clamp(min=1)
         centred = (x - per_agent(mean, view.counts)) * alive
-        squares = per_set(centred.square().sum(0), view.counts)
+        squares = sum_over_processes(per_set(centred.square().sum(0), view.counts))
         step = self.MOMENTUM * (rows > 1).to(x.dtype)
         self.mean.lerp_(mean, step)
         self.variance.lerp_(squares / (rows - 1).clamp(min=1), step)
@@ -458,7 +465,7 @@ class ReplayBuffer:
         self.args, self.worlds, self.device = args, worlds, device
         self.game, self.steps = worlds.game, 0  # environment steps
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
-        self.reward_scale = RewardScale(worlds)
+        self.reward_scale = RewardScale(worlds, sum_over_processes)
         self.rows = {
             "state": torch.empty(size, S, device=device),
             "final_state": torch.empty(size, S, device=device),  # at the end of the step
@@ -514,10 +521,11 @@ class Collector:
 
     def __init__(self, args: Args, population: str, device: torch.device):
         self.name, self.device = population, device
-        self.worlds = make_envs(args, population, args.num_envs, args.seed)
+        first_world = process_rank() * args.num_envs
+        self.worlds = make_envs(args, population, args.num_envs, args.seed, first_world)
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
-        self.returns = EpisodeReturns(self.worlds)
+        self.returns = EpisodeReturns(self.worlds, sum_over_processes)
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -571,6 +579,7 @@ def update_critic(
     loss = critic_loss(args, agent, batch, rng)
     agent.critic_optimiser.zero_grad()
     loss.backward()
+    average_gradients(agent.critic)
     for p in agent.critic.shared_parts().parameters():
         p.grad /= N
     norm = nn.utils.clip_grad_norm_(agent.critic.parameters(), args.critic_grad_norm * N)
@@ -599,6 +608,7 @@ def update_actors(
     policy_losses = per_set(losses, batch.view.counts) / counts
     agent.actor_optimiser.zero_grad()
     policy_losses.sum().backward()
+    average_gradients(agent.actor)
     norm = clip_each_policy(agent.actor, args.actor_grad_norm)
     agent.actor_optimiser.step()
     return {
@@ -678,10 +688,11 @@ def train(args: Args) -> int:
     """The run, or with --eval-only its evaluation; returns the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
+        args = run.own_share(args, "batch_size", "buffer_size", "update_every")
         collector = Collector(args, args.population, run.device)
         agent = Agent(args, collector.game, run.device)
         buffer = collector.buffer
-        rng = torch.Generator().manual_seed(args.seed)
+        rng = own_generator(args.seed)
         run.restore(agent=agent)
         run.judge = functools.partial(evaluate, args, agent)
         if args.eval_only:
@@ -699,7 +710,7 @@ def train(args: Args) -> int:
             if is_due and buffer.size >= args.batch_size:
                 run.note(update(args, agent, collector, rng))
             run.lap("learn_s")
-            run.advance(args.num_envs)
+            run.advance(args.num_envs * run.size)
             if run.is_due(args.log_every):
                 run.log(report_returns([collector.returns]))
             if run.is_due(args.save_every):

@@ -15,6 +15,7 @@ L(zeta) moves the critic, dJ the actor and, by way of g, phi. Targets Q' and pi'
     python baselines/maddpg_particle.py --task pacman --population 8,4 --preset cpu
     python baselines/maddpg_particle.py --resume runs/RUN --total-timesteps 2000000
     python baselines/maddpg_particle.py --eval-only runs/RUN
+    torchrun --nproc-per-node 2 baselines/maddpg_particle.py                 two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
 key, S parameter sets, Ds De features of oneself and of others. What the paper leaves open is
@@ -28,7 +29,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,9 +52,12 @@ from harness import (
     descend,
     leave,
     load_checkpoint,
+    own_generator,
+    process_rank,
     read_args,
     restore,
     saved_args,
+    sum_over_processes,
 )
 
 import torch
@@ -94,7 +97,7 @@ class Args(RunArgs):
     population: str = "6"  # agents; of two types as 8,4 (pacman), 6,2 (delivery)
     shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
     collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds
+    num_envs: Positive = 12  # B, worlds per process
     max_episode_steps: Positive = 20  # horizon
     # Method
     share_parameters: bool = False  # one parameter set per type instead of per agent
@@ -142,7 +145,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     """Combinations that cannot be meant."""
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
-        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
 
@@ -150,7 +152,9 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 
 # [shared: make_envs] begin
-def make_envs(args: Args, population: str, num_envs: int, seed: int) -> ParticleWorld:
+def make_envs(
+    args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
+) -> ParticleWorld:
     """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
@@ -161,6 +165,7 @@ def make_envs(args: Args, population: str, num_envs: int, seed: int) -> Particle
             device="cuda" if cuda else "cpu",
             seed=seed,
             compiled=args.compile and cuda,  # on a CPU updates take the time
+            first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
             collision_penalty=args.collision_penalty,
@@ -408,7 +413,7 @@ class ReplayBuffer:
         self.args, self.worlds, self.device = args, worlds, device
         self.game, self.steps = worlds.game, 0  # environment steps
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
-        self.reward_scale = RewardScale(worlds)
+        self.reward_scale = RewardScale(worlds, sum_over_processes)
         self.rows = {
             "state": torch.empty(size, S, device=device),
             "final_state": torch.empty(size, S, device=device),  # at the end of the step
@@ -464,10 +469,11 @@ class Collector:
 
     def __init__(self, args: Args, population: str, device: torch.device):
         self.name, self.device = population, device
-        self.worlds = make_envs(args, population, args.num_envs, args.seed)
+        first_world = process_rank() * args.num_envs
+        self.worlds = make_envs(args, population, args.num_envs, args.seed, first_world)
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
-        self.returns = EpisodeReturns(self.worlds)
+        self.returns = EpisodeReturns(self.worlds, sum_over_processes)
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -646,10 +652,11 @@ def train(args: Args) -> int:
     """The run, or with --eval-only its evaluation; returns the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
+        args = run.own_share(args, "batch_size", "buffer_size", "update_every")
         collector = Collector(args, args.population, run.device)
         agent = Agent(args, collector.game, run.device)
         buffer = collector.buffer
-        rng = torch.Generator().manual_seed(args.seed)
+        rng = own_generator(args.seed)
         run.restore(agent=agent)
         run.judge = functools.partial(evaluate, args, agent)
         if args.eval_only:
@@ -667,7 +674,7 @@ def train(args: Args) -> int:
             if is_due and buffer.size >= args.batch_size:
                 run.note(update(args, agent, collector, rng))
             run.lap("learn_s")
-            run.advance(args.num_envs)
+            run.advance(args.num_envs * run.size)
             if run.is_due(args.log_every):
                 run.log(report_returns([collector.returns]))
             if run.is_due(args.save_every):

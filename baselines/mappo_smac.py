@@ -19,6 +19,7 @@ nothing: what the team earns later is due to the dead one's actions, too.
     python baselines/mappo_smac.py --scenario resource --team-sizes 3 4 5    Resource Collection
     python baselines/mappo_smac.py --resume runs/RUN --total-timesteps 20000000
     python baselines/mappo_smac.py --eval-only runs/RUN --backend sc2        in StarCraft II
+    torchrun --nproc-per-node 2 baselines/mappo_smac.py                      two times 10 battles
 
 Letters: T steps, B battles, K steps of all battles, M moments (K in which a step begins, then those
 after which nothing follows), A agents, S entities (agents, then enemies), U actions, D features of
@@ -34,7 +35,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,13 +57,17 @@ from harness import (
     check,
     check_finite,
     descend,
+    gather,
     has_bf16,
     leave,
     load_checkpoint,
+    mean_and_deviation,
     moments,
+    own_generator,
     read_args,
     restore,
     saved_args,
+    total,
 )
 
 import torch
@@ -90,7 +94,7 @@ class Args(RunArgs):
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
     enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
-    num_envs: Positive = 10  # B, battles at a time
+    num_envs: Positive = 10  # B, battles at a time, per process
     env_threads: Positive = 1  # sim: over which they are spread
     game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
     max_episode_steps: Positive = 150  # of a battle; resource has at most 145
@@ -165,7 +169,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     in_game = args.backend == "sc2" and not args.eval_only
     pointer = args.target_head == "pointer"
     return [
-        ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         (windows and args.recurrent, "--rollout windows needs --no-recurrent"),
         (windows and in_game, "--rollout windows needs --backend sim: no game can be saved"),
@@ -193,6 +196,7 @@ def make_envs(
     seed: int,
     device: torch.device = CPU,
     once: bool = True,
+    first_battle: int = 0,
 ) -> Any:
     """num_envs battles of teams of these sizes; once: they stand still when they have ended, else
     others begin.
@@ -206,6 +210,7 @@ def make_envs(
             team_sizes=sizes,
             num_battles=num_envs,
             seed=seed,
+            first_battle=first_battle,
             episode_limit=args.max_episode_steps,
             clip_regeneration=args.clip_regeneration,
             enemy_ai=args.enemy_ai,
@@ -748,7 +753,8 @@ def prepare(args: Args, agent: Agent, rollout: Rollout) -> Batch:
     acts = choosing(features)  # (K, A)
     if args.normalise_advantages:
         each = advantages.repeat_interleave(acts.sum(-1).cpu())  # of every agent
-        advantages = (advantages - each.mean()) / (each.std(correction=0) + 1e-5)
+        centre, deviation = mean_and_deviation(each)
+        advantages = (advantages - centre) / (deviation + 1e-5)
     A = acts.shape[1]
     return Batch(
         features=features,
@@ -900,6 +906,7 @@ def train(args: Args) -> int:
             seed=args.seed,
             device=run.device,
             once=args.rollout == "rounds",
+            first_battle=run.rank * args.num_envs,
         )
         run.close_at_end(contextlib.closing(battles))
         agent = Agent(args, battles.family, run.device)
@@ -907,9 +914,9 @@ def train(args: Args) -> int:
         run.judge = functools.partial(evaluate, args, agent)
         if args.eval_only:
             return run.evaluate_only()
-        rng = torch.Generator().manual_seed(args.seed)
+        rng = own_generator(args.seed)
         player = Player(agent, rng)
-        log = EpisodeLog(battles.Episode)
+        log = EpisodeLog(battles.Episode, gather)
         if args.rollout == "windows" and not args.resume:
             battles.reset()
         run.begin(
@@ -923,7 +930,8 @@ def train(args: Args) -> int:
             try:
                 rollout, episodes = collect(args, battles, player)
             except BattleError:  # the game; what has been learned is kept
-                run.save()
+                if run.size == 1:
+                    run.save()
                 raise
             log.episodes += episodes
             run.lap("collect_s")
@@ -933,7 +941,7 @@ def train(args: Args) -> int:
             check_finite(**scalars)
             run.note(scalars)
             run.lap("learn_s")
-            run.advance(len(rollout.later))
+            run.advance(total(len(rollout.later)))
             if run.is_due(args.log_every):
                 run.log(log.means() | {"learning_rate": share * args.learning_rate})
             if run.is_due(args.save_every):

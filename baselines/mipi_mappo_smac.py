@@ -24,6 +24,7 @@ bit; with --regularizer entropy m is uniform over available actions.
     python baselines/mipi_mappo_smac.py --scenario sz --preset cpu --alpha 0 --drop-teammates .5
     python baselines/mipi_mappo_smac.py --resume runs/RUN --total-timesteps 20000000
     python baselines/mipi_mappo_smac.py --eval-only runs/RUN --backend sc2        in StarCraft II
+    torchrun --nproc-per-node 2 baselines/mipi_mappo_smac.py                 two times 10 battles
 
 Letters: T steps, B battles, K steps of all battles, M moments (K in which a step begins, then those
 after which nothing follows), A agents, S entities (agents, then enemies), U actions, D features of
@@ -39,7 +40,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,13 +63,17 @@ from harness import (
     check,
     check_finite,
     descend,
+    gather,
     has_bf16,
     leave,
     load_checkpoint,
+    mean_and_deviation,
     moments,
+    own_generator,
     read_args,
     restore,
     saved_args,
+    total,
 )
 
 import numpy as np
@@ -97,7 +101,7 @@ class Args(RunArgs):
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
     enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
-    num_envs: Positive = 10  # B, battles at a time
+    num_envs: Positive = 10  # B, battles at a time, per process
     env_threads: Positive = 1  # sim: over which they are spread
     game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
     max_episode_steps: Positive = 150  # of a battle; resource has at most 145
@@ -181,7 +185,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     in_game = args.backend == "sc2" and not args.eval_only
     pointer = args.target_head == "pointer"
     return [
-        ("WORLD_SIZE" in os.environ, "This script is one process: battles are batched instead"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         *wrong_terms(args, given),
         (windows and args.recurrent, "--rollout windows needs --no-recurrent"),
@@ -229,6 +232,7 @@ def make_envs(
     seed: int,
     device: torch.device = CPU,
     once: bool = True,
+    first_battle: int = 0,
 ) -> Any:
     """num_envs battles of teams of these sizes; once: they stand still when they have ended, else
     others begin.
@@ -242,6 +246,7 @@ def make_envs(
             team_sizes=sizes,
             num_battles=num_envs,
             seed=seed,
+            first_battle=first_battle,
             episode_limit=args.max_episode_steps,
             clip_regeneration=args.clip_regeneration,
             enemy_ai=args.enemy_ai,
@@ -552,7 +557,7 @@ class Agent(Parts):
         self.marginal = Marginal(inputs, family, args).to(device)
         self.marginal_optimiser = self.new_optimiser(self.marginal, args.marginal_learning_rate)
         own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
-        self.rng = torch.Generator().manual_seed(own_seed)  # of what the parent does not draw
+        self.rng = own_generator(own_seed)  # of what the parent does not draw
 
     def new_optimiser(self, net: nn.Module, learning_rate: float) -> torch.optim.Adam:
         options = {"lr": learning_rate, "eps": self.args.adam_eps}
@@ -909,8 +914,9 @@ def prepare(args: Args, agent: Agent, rollout: Rollout, term: Term) -> Batch:
     sigma = torch.tensor(1.0)
     if args.normalise_advantages:
         each = advantages.repeat_interleave(acts.sum(-1).cpu())  # of every agent
-        sigma = each.std(correction=0) + 1e-5
-        advantages = (advantages - each.mean()) / sigma
+        centre, deviation = mean_and_deviation(each)
+        sigma = deviation + 1e-5
+        advantages = (advantages - centre) / sigma
     A = acts.shape[1]
     return Batch(
         features=features,
@@ -1115,6 +1121,7 @@ def train(args: Args) -> int:
             seed=args.seed,
             device=run.device,
             once=args.rollout == "rounds",
+            first_battle=run.rank * args.num_envs,
         )
         run.close_at_end(contextlib.closing(battles))
         agent = Agent(args, battles.family, run.device)
@@ -1122,9 +1129,9 @@ def train(args: Args) -> int:
         run.judge = functools.partial(evaluate, args, agent)
         if args.eval_only:
             return run.evaluate_only()
-        rng = torch.Generator().manual_seed(args.seed)
+        rng = own_generator(args.seed)
         player = Player(agent, rng, args.drop_teammates)
-        log = EpisodeLog(battles.Episode)
+        log = EpisodeLog(battles.Episode, gather)
         if args.rollout == "windows" and not args.resume:
             battles.reset()
         run.begin(
@@ -1144,7 +1151,8 @@ def train(args: Args) -> int:
             try:
                 rollout, episodes = collect(args, battles, player)
             except BattleError:  # the game; what has been learned is kept
-                run.save()
+                if run.size == 1:
+                    run.save()
                 raise
             log.episodes += episodes
             run.lap("collect_s")
@@ -1155,7 +1163,7 @@ def train(args: Args) -> int:
             check_finite(**scalars)
             run.note(scalars)
             run.lap("learn_s")
-            run.advance(len(rollout.later))
+            run.advance(total(len(rollout.later)))
             if run.is_due(args.log_every):
                 run.log(log.means() | {"learning_rate": share * args.learning_rate})
             if run.is_due(args.save_every):

@@ -17,6 +17,7 @@ L moves everything: encoder c, GRU, policy and value, a set of each per type of 
     python baselines/rl2_particle.py --adapt runs/RUN --population 24          or 2,8 for two types
     python baselines/rl2_particle.py --resume runs/RUN --total-timesteps 2000000
     python baselines/rl2_particle.py --eval-only runs/RUN --eval-populations 3 7 10 13 18 24
+    torchrun --nproc-per-node 2 baselines/rl2_particle.py        two times 12 worlds per population
 
 Letters: G games of a trial, T steps of a game, B worlds, N agents, A actions, M = T B, H hidden
 units, R units of the memory, K units of a key, S parameter sets, Ds De features of oneself and of
@@ -30,7 +31,6 @@ import collections
 import dataclasses
 import functools
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,13 +54,18 @@ from harness import (
     check,
     check_finite,
     descend,
+    gather,
     leave,
     load_checkpoint,
+    mean_and_deviation,
     moments,
+    own_generator,
+    process_rank,
     read_args,
     read_flags,
     restore,
     saved_args,
+    sum_over_processes,
 )
 
 import torch
@@ -103,7 +108,7 @@ class Args(RunArgs):
     eval_populations: tuple[str, ...] = ()  # unseen ones, in the final evaluation
     shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
     collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds per population, and trials that begin in each
+    num_envs: Positive = 12  # B, worlds per population and process, and trials begun in each
     max_episode_steps: Positive = 20  # T, horizon of a game
     # Method
     trial: Literal["cycle", "same"] = "cycle"  # through all populations, or in one of them
@@ -152,7 +157,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (args.minibatches > args.num_envs, "--minibatches exceeds --num-envs"),
-        ("WORLD_SIZE" in os.environ, "This script is one process: worlds are batched instead"),
     ]
 
 
@@ -179,7 +183,9 @@ def read(argv: list[str]) -> Args:
 
 
 # [shared: make_envs] begin
-def make_envs(args: Args, population: str, num_envs: int, seed: int) -> ParticleWorld:
+def make_envs(
+    args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
+) -> ParticleWorld:
     """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
@@ -190,6 +196,7 @@ def make_envs(args: Args, population: str, num_envs: int, seed: int) -> Particle
             device="cuda" if cuda else "cpu",
             seed=seed,
             compiled=args.compile and cuda,  # on a CPU updates take the time
+            first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
             collision_penalty=args.collision_penalty,
@@ -583,10 +590,11 @@ class Collector:
 
     def __init__(self, args: Args, population: str):
         self.name = population
-        self.worlds = make_envs(args, population, args.num_envs, args.seed)
+        first_world = process_rank() * args.num_envs
+        self.worlds = make_envs(args, population, args.num_envs, args.seed, first_world)
         self.game = self.worlds.game
-        self.reward_scale = RewardScale(self.worlds)
-        self.returns = EpisodeReturns(self.worlds)
+        self.reward_scale = RewardScale(self.worlds, sum_over_processes)
+        self.returns = EpisodeReturns(self.worlds, sum_over_processes)
         self.worlds.reset()
 
     def add(self, step: Step, acts: Tensor) -> None:
@@ -711,6 +719,7 @@ def draw_orders(args: Args, number: int, rng: torch.Generator) -> list[list[int]
     """The populations of the games of a trial, by their numbers, for as many trials as there are
     populations: a random order of them, begun at each, or each by itself."""
     order = torch.randperm(number, generator=rng).tolist()
+    order = gather(order)[0]  # processes play the same populations together
     step = 1 if args.trial == "cycle" else 0
     places = [step * place for place in range(num_games(args))]
     return [[order[(first + place) % number] for place in places] for first in range(number)]
@@ -743,7 +752,7 @@ def prepare(args: Args, agent: Agent, trials: list[Trial]) -> None:
         agent.value_norm.update(moments(of_acting(games, returns)))
     mean, std = agent.value_norm.mean_std()
     every = of_acting(games, advantages)  # (K,)
-    centre, deviation = every.mean(), every.std(correction=0)
+    centre, deviation = mean_and_deviation(every)
     for played, advantage, target in zip(games, advantages, returns):
         played.advantages = (advantage - centre) / (deviation + 1e-5)
         played.targets = (target - mean) / std
@@ -898,7 +907,7 @@ def train(args: Args) -> int:
         collectors = [Collector(args, name) for name in names]
         agent = Agent(args, collectors[0].game, run.device)
         agent.reward_scales = {each.name: each.reward_scale for each in collectors}
-        rng = torch.Generator().manual_seed(args.seed)
+        rng = own_generator(args.seed)
         own = {"rng": rng, "collectors": {each.name: each for each in collectors}}
         run.restore(agent=agent)
         run.judge = functools.partial(evaluate, args, agent, names)
@@ -915,7 +924,7 @@ def train(args: Args) -> int:
             run.note(update(args, agent, trials, rng))
             run.lap("learn_s")
             games = len(trials) * num_games(args)
-            run.advance(games * args.max_episode_steps * args.num_envs)
+            run.advance(games * args.max_episode_steps * args.num_envs * run.size)
             if run.is_due(args.log_every):
                 run.log(report_returns([each.returns for each in collectors]))
             if run.is_due(args.save_every):

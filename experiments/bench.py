@@ -9,6 +9,7 @@
     python experiments/bench.py refil                         one update, beside two plain learners
     python experiments/bench.py mipi                          one update, beside its parent
     python experiments/bench.py collaq                        the same
+    python experiments/bench.py ranks                         one process and two, under torchrun
     pip install -r requirements-bench.txt                     others' worlds, else they are left out
 
 All print Markdown; ratios are measured in one run. Run nothing else meanwhile. `SUBCOMMAND --help`
@@ -21,16 +22,19 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
+import json
 import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
@@ -67,7 +71,7 @@ from envs.particle.worlds import (
 )
 from envs.particle.worlds import Observation as ParticleObservation
 from envs.smac.combat import Combat, Scenario
-from experiments.runs import load_script, run_subcommand, script_args
+from experiments.runs import ROOT, load_script, run_subcommand, script_args, script_file
 
 CPU = torch.device("cpu")
 
@@ -1187,6 +1191,89 @@ def collaq(bench: Collaq) -> None:
     compare_updates(kinds, bench)
 
 
+# --- Ranks ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """What two processes bring: environment steps per second of whole training, a script of each
+    world.
+
+    Three ways to train with the same worlds and the same batches: one process with two threads, one
+    with one, and two under torchrun, with one thread and half the worlds each. They take turns;
+    steps per second of collecting and learning, behind the first tenth of a run, medians over
+    rounds.
+    """
+
+    scripts: tuple[Literal["mappo_meltingpot", "mra_maddpg_particle", "mappo_smac"], ...] = (
+        "mappo_meltingpot",
+        "mra_maddpg_particle",
+        "mappo_smac",
+    )
+    rounds: Positive = 3  # of all ways by turns
+    length: Above = 1.0  # of each run, in units of what TRAININGS says
+    substrate: str = "coins"  # of Melting Pot
+
+
+class Training(NamedTuple):
+    """What is trained."""
+
+    flags: str
+    worlds: int  # of all processes
+    steps: int
+
+
+TRAININGS = {
+    "mappo_meltingpot": Training("--substrate {substrate}", worlds=16, steps=64_000),
+    "mra_maddpg_particle": Training("--preset cpu --populations 3 6 12", worlds=64, steps=60_000),
+    "mappo_smac": Training("--preset cpu", worlds=256, steps=160_000),
+}
+WAYS = {  # processes, threads of each
+    "one process, two threads": (1, 2),
+    "one process": (1, 1),
+    "two processes": (2, 1),
+}
+
+
+def training_rate(bench: Ranks, script: str, processes: int, threads: int) -> float:
+    """Environment steps per second."""
+    training = TRAININGS[script]
+    steps = math.ceil(training.steps * bench.length)
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    command = [*(torchrun if processes > 1 else []), str(ROOT / script_file(script))]
+    flags = training.flags.format(substrate=bench.substrate)
+    flags += f" --num-envs {training.worlds // processes} --num-threads {threads}"
+    flags += f" --total-timesteps {steps} --log-every {math.ceil(steps / 10)}"
+    flags += " --eval-every 0 --save-every 0 --final-episodes 0 --device cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [sys.executable, *command, *flags.split(), "--run-dir", folder]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        if done.returncode:
+            raise harness.RunError(f"{script} ended with code {done.returncode}: {done.stderr}")
+        text = (Path(folder) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    seconds = [
+        (line["timesteps"] - before["timesteps"]) / line["sps"]
+        for before, line in itertools.pairwise(lines)
+    ]
+    return (lines[-1]["timesteps"] - lines[0]["timesteps"]) / sum(seconds)
+
+
+def ranks(bench: Ranks) -> None:
+    """Print the table."""
+    print(f"{processor()}, torch {torch.__version__}, {bench}\n")
+    table_head("script", "worlds", *WAYS, "two processes over the faster one")
+    for script in bench.scripts:
+        rates = {way: [] for way in WAYS}
+        for _ in range(bench.rounds):
+            for way, (processes, threads) in WAYS.items():
+                rates[way].append(training_rate(bench, script, processes, threads))
+        two_threads, one_thread, two = map(statistics.median, rates.values())
+        cells = [f"{x:,.0f}" for x in (two_threads, one_thread, two)]
+        ratio = two / max(two_threads, one_thread)
+        table_line(script, TRAININGS[script].worlds, *cells, f"{ratio:.2f}")
+
+
 # --- Main -----------------------------------------------------------------------------------------
 
 
@@ -1200,6 +1287,7 @@ COMMANDS = {
     "mipi": mipi,
     "collaq": collaq,
     "peers": peers,
+    "ranks": ranks,
 }
 
 

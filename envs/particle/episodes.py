@@ -176,6 +176,11 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 # --- Learning -------------------------------------------------------------------------------------
 
 
+def alone(x: Tensor) -> Tensor:
+    """The sum over all processes, if there is but one."""
+    return x
+
+
 def sum_by_type(x: Tensor, game: Game) -> Tensor:
     """Numbers of agents (..., N), added up for each type (types,)."""
     parts = x.split(game.population, -1)
@@ -185,8 +190,9 @@ def sum_by_type(x: Tensor, game: Game) -> Tensor:
 class EpisodeReturns:
     """Returns in the worlds of one population, in which episode follows episode."""
 
-    def __init__(self, worlds: ParticleWorld):
-        self.game, self.device = worlds.game, worlds.device
+    def __init__(self, worlds: ParticleWorld, total: Callable[[Tensor], Tensor] = alone):
+        """total: the sum over processes, all of which report together."""
+        self.total, self.game, self.device = total, worlds.game, worlds.device
         B, N, types = worlds.num_worlds, worlds.num_agents, len(worlds.game.population)
         self.running = torch.zeros(B, N, device=self.device)  # of episodes that go on
         self.ended = torch.zeros(1 + types, device=self.device)  # episodes, their returns by type
@@ -200,9 +206,9 @@ class EpisodeReturns:
         self.running = returns * ~ended[:, None]
 
     def report(self) -> dict[str, float]:
-        """Scalars of the episodes that ended since the last report: return per agent, with several
-        types of each and their mean. Nothing where there were none."""
-        episodes, *sums = self.ended.tolist()
+        """Scalars of the episodes that ended in all processes since the last report: return per
+        agent, with several types of each and their mean. Nothing where there were none."""
+        episodes, *sums = self.total(self.ended).tolist()
         self.ended.zero_()
         if not episodes:
             return {}
@@ -225,8 +231,9 @@ class EpisodeReturns:
 class RewardScale:
     """How large the rewards of one population are: sums over all steps, of living agents."""
 
-    def __init__(self, worlds: ParticleWorld):
-        self.game = worlds.game
+    def __init__(self, worlds: ParticleWorld, total: Callable[[Tensor], Tensor] = alone):
+        """total: the sum over processes, all of which add together."""
+        self.total, self.game = total, worlds.game
         types = len(worlds.game.population)
         # 1, r, r^2 (3, types)
         self.sums = torch.zeros(3, types, dtype=torch.float64, device=worlds.device)
@@ -235,7 +242,7 @@ class RewardScale:
         """Of all worlds in a step, (B, N)."""
         rewards = (rewards * alive).double()
         powers = (alive.double(), rewards, rewards * rewards)
-        self.sums += torch.stack([sum_by_type(x, self.game) for x in powers])
+        self.sums += self.total(torch.stack([sum_by_type(x, self.game) for x in powers]))
 
     def deviation(self) -> Tensor:
         """(N,): the standard deviation for each agent's type, at least .01."""

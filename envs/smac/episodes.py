@@ -173,27 +173,33 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return aligned_table(lines)
 
 
+def alone(episodes: list[Any]) -> list[list[Any]]:
+    """What all processes have, if there is but one."""
+    return [episodes]
+
+
 class EpisodeLog:
     """Episodes of training since the last line of the log."""
 
-    def __init__(self, kind: Any):
-        """kind: battles.Episode."""
-        self.kind, self.episodes = kind, []
+    def __init__(self, kind: Any, gather: Callable[[list[Any]], list[list[Any]]] = alone):
+        """kind: battles.Episode. gather: from what a process has to what all have, a list each."""
+        self.kind, self.gather, self.episodes = kind, gather, []
 
     def means(self) -> dict[str, float]:
-        """Means of their returns, wins and lengths, also by team size; then none are left."""
+        """Means of all processes' returns, wins and lengths, also by team size; then no episodes
+        are left."""
+        every = [episode for own in self.gather(self.episodes) for episode in own]
         by_size = defaultdict(list)
-        for episode in self.episodes:
+        for episode in every:
             by_size[""].append(episode)
             by_size[f"/{sum(episode.team)}"].append(episode)
-        scalars = {"episodes": len(self.episodes)}
+        scalars = {"episodes": len(every)}
         for size, played in sorted(by_size.items()):
             scalars[f"return{size}"] = sum(episode.reward for episode in played) / len(played)
             if hasattr(played[0], "won"):
                 scalars[f"win{size}"] = sum(episode.won for episode in played) / len(played)
-        if self.episodes:
-            steps = sum(episode.length for episode in self.episodes)
-            scalars["length"] = steps / len(self.episodes)
+        if every:
+            scalars["length"] = sum(episode.length for episode in every) / len(every)
         self.episodes = []
         return scalars
 

@@ -37,6 +37,7 @@ def make_worlds(
     team_sizes: tuple[int, ...],
     num_battles: int,
     seed: int,
+    first_battle: int = 0,
     episode_limit: int = combat.EPISODE_LIMIT,
     clip_regeneration: bool = False,
     enemy_ai: str = "sticky",
@@ -47,11 +48,13 @@ def make_worlds(
     rescale: bool = False,
     egocentric: bool = False,
 ) -> Any:
-    """num_battles of a scenario; once: they stand still when they have ended, else others begin.
+    """num_battles of a scenario, whose numbers, from first_battle on, and seed say which they are;
+    once: they stand still when they have ended, else others begin.
     Each world reads what is for it: `sim` enemy_ai and threads, `sc2` game_version, Resource
     Collection the device, rescale, egocentric and at most 145 steps. ValueError where there are no
     such teams, BattleError where there is no game."""
     options = {"team_sizes": team_sizes, "num_battles": num_battles, "seed": seed, "once": once}
+    options |= {"first_battle": first_battle}
     if scenario == "resource":
         limit = min(episode_limit, resource_collection.EPISODE_LIMIT)
         options |= {"episode_limit": limit, "device": device}

@@ -194,3 +194,29 @@ def test_bench_of_battles_learners(name, tables, lines):
     assert code == 0 and all(line in text for line in lines), text + stderr
     code, _, error = command("bench", name, "--repeats", 0)
     assert code == 2 and "--repeats 0" in error
+
+
+def test_bench_of_ranks(monkeypatch, capsys):
+    """Medians over rounds, and the ratio to the faster of the ways with one process."""
+    bench = experiment("bench")
+    asked = []
+
+    def rate(settings, script, processes, threads):
+        asked.append((script, processes, threads))
+        return 100.0 * threads + 260 * (processes - 1) + len(asked)
+
+    monkeypatch.setattr(bench, "training_rate", rate)
+    bench.ranks(bench.Ranks(scripts=("mappo_smac",), rounds=3))
+    cells = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert cells == ["mappo_smac", "256", "204", "105", "366", "1.79"]
+    assert asked == [("mappo_smac", *way) for way in ((1, 2), (1, 1), (2, 1))] * 3
+
+
+@pytest.mark.long
+def test_bench_of_ranks_runs():
+    flags = "--scripts mra_maddpg_particle mappo_smac --rounds 1 --length 0.15"
+    code, text, stderr = command("bench", "ranks", *flags.split())
+    assert code == 0, stderr
+    for line in text.splitlines()[-2:]:
+        *_, two_threads, one, two, ratio = line.strip("| ").replace(",", "").split(" | ")
+        assert float(ratio) == pytest.approx(float(two) / max(float(two_threads), float(one)), 0.02)

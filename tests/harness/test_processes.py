@@ -1,15 +1,21 @@
 """Two processes under torchrun: equal weights, replays of their own, one voice."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import harness
+
+import numpy as np
 import pytest
 import torch
 from runs import PATIENCE, differences, exact, index, metrics, only_error, until
+from two_processes import in_two
 
 from tests.harness.tools import FOREVER, flags, learner, resume, run
 
@@ -65,3 +71,85 @@ def test_sigterm_to_torchrun_saves_in_all(tmp_path):
     assert reached == metrics("run")[-1]["timesteps"]
     done = torchrun(*resume("run", reached // 4 + 4, "--pause", 0))
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_ten_clean_exits():
+    """gloo's threads have crashed short runs at their end now and then."""
+    for number in range(10):
+        done = torchrun(*flags(f"run-{number}", 1, "--final-episodes", 0))
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+# What is of all processes -------------------------------------------------------------------------
+
+
+ROWS = np.random.default_rng(0).normal(3, 2, (2, 7)).astype(np.float32)  # of two processes
+
+
+def test_sums_and_means_are_of_all(tmp_path):
+    net = torch.nn.Linear(1, 1)
+
+    def found(rank):
+        mean, deviation = harness.mean_and_deviation(torch.from_numpy(ROWS[rank, : 4 + 3 * rank]))
+        net.weight.grad = torch.full((1, 1), 1.0 + rank)
+        parameters = harness.average_gradients(net)
+        total = harness.total(5 + rank)
+        return float(mean), float(deviation), total, len(parameters), float(net.weight.grad)
+
+    every = np.concatenate([ROWS[0, :4], ROWS[1]]).astype(float)
+    for mean, deviation, total, number, gradient in in_two(found, tmp_path):
+        assert mean == pytest.approx(every.mean(), rel=1e-6)
+        assert deviation == pytest.approx(every.std(), rel=1e-6)
+        assert (total, number, gradient) == (11, 1, 1.5)
+    row = torch.from_numpy(ROWS[0])
+    assert harness.mean_and_deviation(row) == (row.mean(), row.std(correction=0))
+    assert harness.total(5) == 5
+
+
+def test_what_is_not_finite_in_one_ends_all_even_where_they_look_at_other_things(tmp_path):
+    def found(rank):
+        both = {"a": torch.zeros(2), "b": torch.tensor([0.0, float("nan")])}
+        harness.check_finite(**({} if rank else {"a": both["a"]}))
+        with pytest.raises(harness.RunError) as error:
+            harness.check_finite(**(both if rank else {}))
+        return str(error.value)
+
+    for text in in_two(found, tmp_path):
+        assert text.startswith("b is not finite")
+
+
+def test_draws_are_ones_own_and_the_first_process_draws_as_alone(tmp_path):
+    def seeds(rank):
+        return [harness.own_generator(seed).initial_seed() for seed in range(3)]
+
+    first, second = in_two(seeds, tmp_path)
+    assert first == [0, 1, 2] == seeds(0)
+    assert len({*first, *second}) == 6
+
+
+def test_the_first_process_is_asked(tmp_path):
+    def ask(rank):
+        run = SimpleNamespace(rank=rank)
+        return harness.Run.in_first(run, lambda: f"said by {rank}")
+
+    assert in_two(ask, tmp_path) == ["said by 0"] * 2
+
+
+def test_shares_of_what_counts_over_all():
+    args = learner.Args(num_envs=6, buffer_size=9)
+    share = harness.Run.own_share(SimpleNamespace(size=3), args, "num_envs", "buffer_size")
+    assert share == dataclasses.replace(args, num_envs=2, buffer_size=3)
+    with pytest.raises(harness.UsageError, match="--num-envs 6 is no multiple of 4 processes"):
+        harness.Run.own_share(SimpleNamespace(size=4), args, "num_envs")
+
+
+@pytest.mark.parametrize("resumes, expected", [("run", 1), ("", 0)])
+def test_who_only_evaluates_has_what_the_first_process_had(resumes, expected):
+    ranks = [{"rng": torch.Generator().manual_seed(seed).get_state()} for seed in (0, 1)]
+    args = SimpleNamespace(resume=resumes)
+    run = SimpleNamespace(rank=1, args=args, source="run", saved={"ranks": ranks})
+    own = {"rng": torch.Generator().manual_seed(5)}
+    harness.Run.restore_own(run, own)
+    assert torch.equal(own["rng"].get_state(), ranks[expected]["rng"])

@@ -921,11 +921,6 @@ def test_wrong_command_line(line, source, capfd, monkeypatch):
     assert contents(".", source) == before
 
 
-def test_several_processes(capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert epc.main([]) == 2 and "one process" in capfd.readouterr().err
-
-
 def test_presets():
     """The parent's."""
     plain, fast = parse(epc, []), parse(epc, ["--preset", "cpu"])

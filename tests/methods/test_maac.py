@@ -741,11 +741,6 @@ def test_wrong_command_line(line, capfd, monkeypatch):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_several_processes(capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert maac.main([]) == 2 and "one process" in capfd.readouterr().err
-
-
 def test_presets():
     plain, fast = parse(maac, []), parse(maac, ["--preset", "cpu"])
     assert plain == maac.Args() == parse(maac, ["--preset", "paper"])

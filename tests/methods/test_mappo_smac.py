@@ -653,12 +653,6 @@ def test_what_would_do_something_else_than_it_says(line, words):
     assert [word for word in words.split() if word not in str(error.value)] == []
 
 
-def test_several_processes(capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert mappo.main([]) == 2
-    assert "one process" in only_error(capfd.readouterr().err) and not Path("runs").exists()
-
-
 def test_presets():
     """The one for CPUs sets its flags, others override it wherever they stand."""
     assert read(mappo, "") == mappo.Args() == read(mappo, "--preset paper")

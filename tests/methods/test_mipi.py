@@ -762,12 +762,6 @@ def test_what_would_do_something_else_than_it_says(line, words):
     assert [word for word in words.split() if word not in str(error.value)] == []
 
 
-def test_several_processes(capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert mipi.main([]) == 2
-    assert "one process" in only_error(capfd.readouterr().err) and not Path("runs").exists()
-
-
 def coefficients(flags):
     args = read(mipi, flags)
     agent = mipi.Agent(args, worlds.family_of(args.scenario), CPU)

@@ -494,14 +494,6 @@ def check_wrong(name, line, words, runs, tmp_path, capfd):
     assert contents(tmp_path, runs) == before
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_several_processes(name, runs, tmp_path, capfd, untrained, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    check_wrong(name, "", "one process", runs, tmp_path, capfd)
-    check_wrong(name, "--resume {own}", "one process", runs, tmp_path, capfd)
-
-
 def given(name, argv, monkeypatch):
     """The arguments that main() trains with."""
     seen = []

@@ -838,13 +838,6 @@ def test_what_would_do_something_else_than_it_says(line, words):
 
 
 @EACH
-def test_several_processes(module, capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert module.main([]) == 2
-    assert "one process" in only_error(capfd.readouterr().err) and not Path("runs").exists()
-
-
-@EACH
 def test_a_run_goes_on_in_its_own_backend(module, capfd):
     """Evaluated it may be elsewhere."""
     run(module, "run", 16)

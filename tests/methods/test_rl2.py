@@ -981,11 +981,6 @@ def test_wrong_command_line(line, capfd, monkeypatch):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_several_processes(capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert rl2.main([]) == 2 and "one process" in capfd.readouterr().err
-
-
 def test_presets():
     plain, fast = parse(rl2, []), parse(rl2, ["--preset", "cpu"])
     assert plain == rl2.Args() == parse(rl2, ["--preset", "paper"])
