@@ -130,7 +130,7 @@ class Args(RunArgs):
     gamma: Share = 0.99  # discount
     batch_size: Positive = 32  # episodes of a minibatch, or windows of so many
     buffer_size: Positive = 5000  # episodes of the replay
-    window_steps: Count = 0  # of each episode of a minibatch, at random; 0: all
+    replay_window: Count = 0  # of each episode of a minibatch, at random; 0: all
     updates_per_iteration: Positive = 8  # after every num_envs episodes
     target_every: Positive = 200  # episodes between copies to the target networks
     epsilon_start: Share = 1.0  # probability of a random action, at first
@@ -172,7 +172,7 @@ PRESETS = {
         "gamma": 0.95,
         "batch_size": 64,
         "buffer_size": 3000,
-        "window_steps": 8,
+        "replay_window": 8,
         "updates_per_iteration": 64,
         "target_every": 64,
         "epsilon_final": 0.4,
@@ -886,11 +886,11 @@ class ReplayBuffer:
         self.episodes += len(lengths)
 
     def sample(self, rng: torch.Generator, size: int) -> Batch:
-        """Of size episodes, each at most once, all steps or --window-steps on end."""
+        """Of size episodes, each at most once, all steps or --replay-window on end."""
         index = torch.randperm(self.size, generator=rng)[:size]
         ends = self.fixed["length"][index]
         length, start = ends, torch.zeros_like(ends)
-        if window := self.args.window_steps:
+        if window := self.args.replay_window:
             length = ends.clamp(max=window)
             start = (torch.rand(len(ends), generator=rng) * (ends - length + 1)).long()
         order = length.argsort(descending=True, stable=True)

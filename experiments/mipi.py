@@ -692,7 +692,7 @@ def open_agent(run: Run) -> tuple[Any, Any, Any]:
         own = {x.name: getattr(args, x.name) for x in dataclasses.fields(args)}
         args = script.Args(**({"alpha": 0.0} | own))
         state = {"actor": state["actor"]}
-    family = worlds.family_of(args.scenario, args.egocentric)
+    family = worlds.family_of(args.scenario, getattr(args, "egocentric", False))
     agent = script.Agent(args, family, torch.device("cpu"))
     parts = {"actor": agent.actor} if run.args["script"] in PPO else agent
     harness.restore(parts, state, str(run.path))

@@ -333,7 +333,7 @@ EFFECTS = {  # flags; what to measure; without and with them, or None: the two m
     "gamma": ("--gamma .5", changed("utility"), None),
     "batch_size": ("--batch-size 6", updates, (4.0, 2.0)),
     "buffer_size": ("--buffer-size 4", replayed(lambda x: len(x["length"])), (6, 4)),
-    "window_steps": ("--window-steps 3", changed("utility"), None),
+    "replay_window": ("--replay-window 3", changed("utility"), None),
     "updates_per_iteration": ("--updates-per-iteration 3", updates, (4.0, 12.0)),
     "target_every": ("--target-every 8", targets_follow, (False, True)),
     "epsilon_start": ("--epsilon-start 0", replayed(lambda x: x["actions"]), None),

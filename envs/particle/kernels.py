@@ -31,7 +31,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     inputs, outputs = weight.shape[-2:]
     known = x.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype
     narrow = max(inputs, outputs) * outputs <= SMALL // 16  # else blocks would have few rows
-    return x.device.type == "cpu" and known and narrow
+    return x.device.type == "cpu" and known and narrow and inputs > 0
 
 
 @functools.cache

@@ -105,9 +105,9 @@ def numbers(found):
 
 def test_what_is_measured_is_in_runs():
     """In each world some run or table has what is asked for, but where nobody has run: beside
-    official bots, and below."""
+    official bots, by today's preset of Resource Collection, and below."""
     for case in all_cases():
-        if case.id in ("B1", "B4"):
+        if case.id in ("B1", "B4", "I5"):
             continue
         points = [
             x

@@ -627,7 +627,7 @@ MODES = {
     "mi": "",
     "entropy, csz, bf16": "--regularizer entropy --scenario csz --amp",
     "alone, mmm": "--observe-self-only --scenario mmm --no-imagine",
-    "mi, windows, resource collection": "--scenario resource --egocentric --window-steps 3",
+    "mi, windows, resource collection": "--scenario resource --egocentric --replay-window 3",
     "mi, pointer, mmm": "--target-head pointer --scenario mmm",
     "mi, lambda-returns, adam": "--returns lambda --optimiser adam",
 }

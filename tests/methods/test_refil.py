@@ -557,7 +557,7 @@ def test_replay_gives_back_what_was_seen_and_done(monkeypatch):
 def test_windows_are_parts_of_episodes(bootstrap):
     """Entities with last actions, actions, rewards and ends are those of the episode at that time;
     all windows of an episode are drawn, none longer, shorter only where the episode is."""
-    flags = "--max-episode-steps 12 --window-steps 5" + " --no-timeout-terminates" * bootstrap
+    flags = "--max-episode-steps 12 --replay-window 5" + " --no-timeout-terminates" * bootstrap
     s = setting(flags, rounds=2)
     store, n = s.buffer, s.battles.family.n_actions
     store.fixed["length"][:2] = torch.tensor([3, 7])  # as if two had ended early
@@ -601,7 +601,7 @@ def test_windows_are_parts_of_episodes(bootstrap):
 def test_lambda_returns_of_windows():
     """The window's last step bootstraps from the value that follows it: at the end of the episode,
     too, unless time out ends it."""
-    flags = "--max-episode-steps 9 --window-steps 4 --gamma .9 --returns lambda --td-lambda .6"
+    flags = "--max-episode-steps 9 --replay-window 4 --gamma .9 --returns lambda --td-lambda .6"
     ends = 0
     for timeout in ("", " --no-timeout-terminates"):
         s = setting(flags + timeout, rounds=2)
@@ -728,13 +728,13 @@ MODES = {
     "bootstrap, bf16": "--no-timeout-terminates --amp --scenario csz --target-every 4",
     "resource collection": "--scenario resource --no-imagine",
     "pointer": "--target-head pointer --scenario mmm",
-    "windows": "--window-steps 3 --returns lambda --no-timeout-terminates",
+    "windows": "--replay-window 3 --returns lambda --no-timeout-terminates",
 }
 CHILD = {
     "collaq, replay wraps": "",
     "collaq, pointer": "--target-head pointer",
     "collaq, linear, bf16, another family": "--mixer linear --scenario mmm --amp",
-    "collaq, windows, resource collection": "--window-steps 3 --scenario resource --egocentric",
+    "collaq, windows, resource collection": "--replay-window 3 --scenario resource --egocentric",
     "collaq, sum of two, resource collection": "--no-subtract-alone --scenario resource",
 }
 
@@ -820,7 +820,7 @@ WRONG = {  # with words that the sentence has to contain
     "--scenario resource --clip-regeneration": "--clip-regeneration battles",
     "--rescale": "--rescale --scenario resource",
     "--egocentric": "--egocentric --scenario resource",
-    "--window-steps -1": "--window-steps",
+    "--replay-window -1": "--replay-window",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--td-lambda .5": "--td-lambda --returns lambda",
     "--scenario resource --target-head pointer": "--target-head tags",
@@ -863,7 +863,7 @@ def test_presets(module):
     flags = module.PRESETS["cpu"] | module.PRESETS["cpu scenario resource"]
     collects = dataclasses.replace(module.Args(), preset="cpu", scenario="resource", **flags)
     assert read(module, "--preset cpu --scenario resource") == collects
-    assert collects.rescale and not collects.timeout_terminates and collects.window_steps
+    assert collects.rescale and not collects.timeout_terminates and collects.replay_window
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -1089,9 +1089,9 @@ def test_everybody_meets_the_same_battles(monkeypatch):
     """One battle per episode, of one size, begun by the same seed for all."""
     made, make_envs = [], refil.make_envs
 
-    def watched(args, sizes, num_envs, seed, device):
+    def watched(args, sizes, num_envs, seed, **where):
         made.append((sizes, num_envs, seed))
-        return make_envs(args, sizes, num_envs, seed, device)
+        return make_envs(args, sizes, num_envs, seed, **where)
 
     monkeypatch.setattr(refil, "make_envs", watched)
     run(refil, "run", 16, "--final-episodes", 3)
