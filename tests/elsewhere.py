@@ -103,6 +103,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], gpu: PretendedGpu | No
     tensors = [x for x in flat if isinstance(x, torch.Tensor)]
     there = [x for x in tensors if isinstance(x, Elsewhere)]
     to = device_of(kwargs.get("device"))
+    if any(x.is_meta and not isinstance(x, Elsewhere) for x in tensors):
+        raise RuntimeError(f"{name}: a tensor without data")
     if there:
         check(name, args, tensors, there)
     plain_args, plain = tree_map(held_by, (args, kwargs))
@@ -168,6 +170,16 @@ def with_index(x: Any) -> Any:
     return CUDA if str(x) == "cuda" else x
 
 
+def taken_along(index: Any) -> Any:
+    """An index on the device; C++ would move its parts where there is no data."""
+    if isinstance(index, tuple):
+        return tuple(map(taken_along, index))
+    if isinstance(index, list):
+        index = torch.tensor(index)
+    here = isinstance(index, torch.Tensor) and not isinstance(index, Elsewhere)
+    return index.to(CUDA) if here and index.dim() else index
+
+
 class Claims(TorchFunctionMode):
     """What C++ refuses of tensors that are not quite one."""
 
@@ -179,6 +191,9 @@ class Claims(TorchFunctionMode):
         if func is torch.device:
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(with_index, (args, kwargs or {}))
+        indexes = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+        if indexes and isinstance(args[0], Elsewhere):
+            args = (args[0], taken_along(args[1]), *args[2:])
         if func in (torch.tensor, torch.as_tensor) and is_there(device_of(kwargs.get("device"))):
             return func(*args, **kwargs | {"device": "cpu"}).to(CUDA)
         if func is torch.Tensor.new_tensor and isinstance(args[0], Elsewhere):
