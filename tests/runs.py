@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +60,12 @@ def change_newest(run_dir, change):
     torch.save(state, path)
     known[0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (Path(run_dir) / "checkpoints.json").write_text(json.dumps(known))
+
+
+def some_long(modes, *beginnings):
+    """Parameters, of which those that begin so run with `make test-long` only."""
+    marks = {mode: [pytest.mark.long] * mode.startswith(beginnings) for mode in modes}
+    return [pytest.param(mode, marks=marks[mode]) for mode in modes]
 
 
 # What a run leaves ------------------------------------------------------------------------------

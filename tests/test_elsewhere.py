@@ -21,7 +21,7 @@ PARTICLE = [
 ]
 ON_POLICY = ["baselines.mappo_smac", "baselines.mipi_mappo_smac"]
 OFF_POLICY = ["baselines.refil_smac", "baselines.collaq_smac", "mipi_refil_smac"]
-QUICK = {MAPPO, "baselines.maddpg_particle", "baselines.mappo_smac"}
+QUICK = {MAPPO}
 
 
 # --- The pretence ---------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from battle_tools import (
     sharpen,
     stand_and_shoot,
 )
-from runs import differences, exact, index, metrics, only_error, script, states
+from runs import differences, exact, index, metrics, only_error, script, some_long, states
 
 from envs.smac import combat, game, worlds
 from envs.smac.combat import SIDE, Combat
@@ -569,7 +569,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("mode", WHOLE)
+@pytest.mark.parametrize("mode", some_long(WHOLE, "windows within", "lambda"))
 def test_half_and_resumed_is_whole(mode):
     """Stopped twice, between lines of the log, which are the same, too."""
     flags = [*WHOLE[mode].split(), "--log-every", "48"]

@@ -41,7 +41,7 @@ from battle_tools import (
     tiny,
     weights_of,
 )
-from runs import differences, exact, index, metrics, only_error, script, states
+from runs import differences, exact, index, metrics, only_error, script, some_long, states
 
 from envs.smac import worlds
 from envs.smac.combat import Combat
@@ -633,7 +633,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_long(MODES, "alone", "mi, pointer", "entropy"))
 def test_half_and_resumed_is_whole(mode):
     flags = [*MODES[mode].split(), "--log-every", "48", "--batch-size", "4"]
     whole = run(mipi, "whole", 128, *flags)

@@ -29,7 +29,7 @@ from battle_tools import (
     resuming,
     sharpen,
 )
-from runs import differences, exact, metrics, script
+from runs import differences, exact, metrics, script, some_long
 
 from envs.smac import worlds
 from envs.smac.combat import SIDE, Combat
@@ -43,12 +43,6 @@ MODES = {
 }
 EACH_MODE = pytest.mark.parametrize("mode", MODES)
 OWN = pytest.mark.parametrize("own", ["self", "self+enemies"])
-
-
-def some_long(modes, *beginnings):
-    """Parameters, of which those that begin so run with `make test-long` only."""
-    marks = {mode: [pytest.mark.long] * mode.startswith(beginnings) for mode in modes}
-    return [pytest.param(mode, marks=marks[mode]) for mode in modes]
 
 
 # --- Settings -------------------------------------------------------------------------------------

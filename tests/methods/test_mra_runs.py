@@ -41,6 +41,7 @@ from particle_tools import (
     script,
     tiny,
 )
+from runs import some_long
 
 from envs.particle import episodes, pairs
 from envs.particle.episodes import play
@@ -200,7 +201,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_long(MODES, "maddpg, pacman", "three", "pacman"))
 def test_resumed_equals_uninterrupted(mode, runs):
     """Stopped twice, within a visit, between two updates and between two lines of the log."""
     name, flags = MODES[mode]

@@ -50,7 +50,7 @@ from battle_tools import (
     tiny,
     weights_of,
 )
-from runs import ROOT, differences, exact, index, metrics, only_error, script, states
+from runs import ROOT, differences, exact, index, metrics, only_error, script, some_long, states
 
 from envs.smac import combat, game, worlds
 from envs.smac.combat import Combat
@@ -739,7 +739,18 @@ CHILD = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES | CHILD)
+@pytest.mark.parametrize(
+    "mode",
+    some_long(
+        MODES | CHILD,
+        "linear",
+        "bootstrap",
+        "pointer",
+        "collaq, pointer",
+        "collaq, sum",
+        "collaq, linear",
+    ),
+)
 def test_half_and_resumed_is_whole(mode):
     """Stopped twice, before the first update and later, between lines of the log, which are the
     same, too."""

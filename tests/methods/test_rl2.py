@@ -41,6 +41,7 @@ from particle_tools import (
     tiny,
     weights,
 )
+from runs import some_long
 
 from envs.particle.episodes import play
 from envs.particle.worlds import Observation
@@ -779,7 +780,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_long(MODES, "treasure", "rooms", "signpost"))
 def test_resumed_equals_uninterrupted(mode):
     """Stopped twice, also between two lines of the log."""
     flags = [*MODES[mode].split(), "--log-every", "160"]
