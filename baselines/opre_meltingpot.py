@@ -285,8 +285,11 @@ def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
     """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
     where an episode starts (T, B)."""
     # Without a break between steps at which some world begins an episode.
-    begins = starts[1:].any(1).tolist() if len(x) > 1 else []  # a GPU is waited for
-    cuts = [0, *(t for t, begun in enumerate(begins, 1) if begun), len(x)]
+    begins = []
+    if len(x) > 1:  # a GPU is waited for
+        begins = starts[1:].any(1).tolist()
+    breaks = (t for t, begun in enumerate(begins, 1) if begun)
+    cuts = [0, *breaks, len(x)]
     states = []
     for first, last in itertools.pairwise(cuts):
         goes_on = ~starts[first, :, None, None]
@@ -614,7 +617,8 @@ def observe(
 
     ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
     """
-    tile_ids, world_ids = (ids_on(device, x) for x in (obs.tile_ids, obs.world_ids))
+    tile_ids = ids_on(device, obs.tile_ids)
+    world_ids = ids_on(device, obs.world_ids)
     features = torch.from_numpy(obs.features).to(device)
     one_hot = torch.eye(num_ids or features.shape[1], device=device)
     if ids is None:
