@@ -3,7 +3,6 @@ CUDA cannot, the CPU goes on with what was trained there, and waits are counted 
 
 import importlib
 
-import numpy as np
 import particle_tools
 import pytest
 import torch
@@ -184,4 +183,4 @@ def test_waits_are_bounded(name, more, a_step, a_minibatch, tmp_path, monkeypatc
     more_epochs = waits(name, tmp_path / "epochs", monkeypatch, epochs=3, more=more)
     step, minibatch = (longer - base) / 40, (more_epochs - base) / 8
     print(f"{name}: {step:.1f} waits a step of the worlds, {minibatch:.1f} a minibatch")
-    assert 1 <= step <= a_step and np.isfinite(minibatch) and minibatch <= a_minibatch
+    assert 1 <= step <= a_step and 1 <= minibatch <= a_minibatch
