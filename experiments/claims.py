@@ -64,6 +64,11 @@ from experiments.runs import ROOT, Run, plt, read_runs, run_command, save_figure
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
 ADAPTED = re.compile(r"--adapt runs/(\w+)-")  # the world whose runs are adapted
+PAPERS = {
+    "B": ("BiDist, AAMAS 2025", "unseen co-players"),
+    "M": ("MRA, TMLR", "unseen population sizes"),
+    "I": ("MIPI, NeurIPS 2023", "unseen team compositions"),
+}
 MOST_SEEDS = 30  # an arm; what would need more is too near its margin
 
 
@@ -568,9 +573,36 @@ def table(rows: list[dict[str, str]]) -> str:
     return markdown_table([{k: x.replace("|", "&#124;") for k, x in row.items()} for row in rows])
 
 
+def in_short(names: list[str]) -> str:
+    """B1, B2, B3, B5 -> B1 to B3, B5."""
+    numbers = [int(name[1:]) for name in names]
+    # Numbers that follow each other keep their distance from their places in the list.
+    runs = itertools.groupby(enumerate(names), key=lambda x: numbers[x[0]] - x[0])
+    found = []
+    for _, run in runs:
+        some = [name for _, name in run]
+        found += [f"{some[0]} to {some[-1]}"] if len(some) > 2 else some
+    return ", ".join(found)
+
+
+def papers_table(outcomes: list[Outcome]) -> str:
+    """A row a paper: which claims hold, which do not. The README shows it, too; of proxies neither
+    tells."""
+    rows = []
+    for letter, (method, what) in PAPERS.items():
+        verdicts = {x.cases[0].id: x.verdict for x in outcomes if x.cases[0].id[0] == letter}
+        names = {x: y for x, y in verdicts.items() if "-" not in x}
+        row = {"method": method, "generalises to": what}
+        for verdict in (HOLDS, FAILS, OPEN):
+            row[verdict] = in_short([name for name, x in names.items() if x == verdict])
+        rows.append(row)
+    return markdown_table(rows)
+
+
 def page(outcomes: list[Outcome], missing: list[list[Missing]]) -> str:
     """docs/CLAIMS.md."""
-    text = [HEAD, "## Verdicts\n", table([summary_row(x) for x in outcomes])]
+    text = [HEAD, "## Verdicts\n", papers_table(outcomes)]
+    text += [table([summary_row(x) for x in outcomes])]
     text += ["## Criteria\n", table([criterion_row(x) for x in outcomes])]
     parts = [x for outcome in outcomes for x in (*outcome.parts, *outcome.pilots)]
     effects = [effect_row(x) for x in parts if any(x.mine) or any(x.theirs)]

@@ -573,3 +573,20 @@ def test_the_page_is_what_the_command_prints():
     assert code == 0, stderr
     page = (ROOT / "docs/CLAIMS.md").read_text()
     assert text == page + "\n", "python experiments/claims.py --out docs writes it anew"
+
+
+def test_the_readme_shows_the_verdicts():
+    table = []
+    for page in ("docs/CLAIMS.md", "README.md"):
+        lines = (ROOT / page).read_text().splitlines()
+        first = next(k for k, line in enumerate(lines) if line.startswith("| method | general"))
+        table.append(["".join(line.split()) for line in lines[first : first + 5]])
+    page, readme = table
+    assert page[2:] == readme[2:] and page[0] == readme[0]
+
+
+def test_claims_in_short():
+    """Three on end are told by their ends, two are not."""
+    assert claims.in_short([]) == ""
+    assert claims.in_short(["B2", "B3"]) == "B2, B3"
+    assert claims.in_short(["I1", "I2", "I3", "I5", "I6"]) == "I1 to I3, I5, I6"
