@@ -52,6 +52,7 @@ def test_what_it_adds_is_scipys(mine):
     assert float(mine.js_divergence(far, far)) < 1e-12
 
 
+@pytest.mark.long
 def test_switched_off_it_is_its_parent(mine, tmp_path):
     """--reverse-mode kl trains the parent's bits; without, others."""
     parent = importlib.import_module(BIDIST)

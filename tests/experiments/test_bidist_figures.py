@@ -41,6 +41,7 @@ def probabilities(path, which, study):
     return np.stack(found).reshape(-1, envs.spec.num_actions)
 
 
+@pytest.mark.long
 def test_heat_maps(trained, tmp_path, capsys):
     argv = [str(trained[0]), "--num-envs", "3", "--reverse-lr", "0.01", "--noise-std", "0.5"]
     study = bidist.Fig7(trained[0], num_envs=3, reverse_lr=0.01, noise_std=0.5)

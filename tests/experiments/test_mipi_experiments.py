@@ -80,6 +80,7 @@ def rows_below(text, title):
     return {row[1]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
 
 
+@pytest.mark.long
 def test_tables(runs, tmp_path):
     """Means over the last evaluations and over seeds, worked out here from the logs; rows that were
     not run; the paper's figures as printed; names of rows."""

@@ -19,7 +19,11 @@ from runs import differences, exact, index, metrics, start, until
 
 from tests.harness.tools import FOREVER, NAME, PULLS, flags, learner, resume, run
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SIGNALS = [
+    signal.SIGINT,
+    pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+    pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+]
 
 
 def lines(run_dir):

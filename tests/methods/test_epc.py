@@ -560,15 +560,13 @@ def same_run(a: Path | str, b: Path | str) -> None:
 
 
 LONG = [  # in each stage, and more of the last steps of stages, in one set or the other
-    *[("three", "collect", call) for call in (1, 4, 7, 10, 20, 21, 25)],
+    *[("three", "collect", call) for call in (1, 4, 7, 9, 10, 20, 21, 25, 30)],
     *[("pacman", "collect", call) for call in (3, 15, 16, 18, 30)],
     *[("three", "tournament", 1), ("pacman", "tournament", 2)],
 ]
 STOPS = [
-    ("three", "collect", 9),  # the last step of the first stage, in the first set
     ("three", "collect", 11),  # the first step of the next stage
     ("three", "tournament", 2),
-    ("three", "collect", 30),  # the last step of all
     ("pacman", "tournament", 1),
     *[pytest.param(*stop, marks=pytest.mark.long) for stop in LONG],
 ]

@@ -39,6 +39,7 @@ from particle_tools import (
     tiny,
     weights,
 )
+from runs import some_long
 from torch import nn
 
 from envs.particle.episodes import play
@@ -621,7 +622,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_long(MODES, "rooms", "signpost"))
 def test_resumed_equals_uninterrupted(mode):
     """Stopped twice, between two updates and between two lines of the log."""
     flags = [*MODES[mode].split(), "--log-every", "80"]

@@ -17,7 +17,19 @@ import typing
 from harness import RunArgs
 
 import pytest
-from runs import BIDIST, BOTH, MAPPO, OPRE, ROOT, change_newest, command, only_error, script, tiny
+from runs import (
+    BIDIST,
+    BOTH,
+    MAPPO,
+    OPRE,
+    ROOT,
+    change_newest,
+    command,
+    only_error,
+    script,
+    some_long,
+    tiny,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +188,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", [*BOTH, OPRE])
+@pytest.mark.parametrize("name", some_long([*BOTH, OPRE], *BOTH))
 def test_without_melting_pot(name, tmp_path):
     """--help needs no world; a substrate that is not installed gets the sentence that says how."""
     argv = [sys.executable, "-c", WITHOUT_MELTING_POT, *command(name)[1:]]
@@ -225,7 +237,7 @@ def another(kind, default):
     raise TypeError(kind)
 
 
-@pytest.mark.parametrize("name", [*BOTH, OPRE])
+@pytest.mark.parametrize("name", some_long([*BOTH, OPRE], *BOTH))
 def test_every_flag_arrives_in_args_json(name, tmp_path):
     kinds = typing.get_type_hints(script(name).Args, include_extras=True)
     special = {

@@ -633,7 +633,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", some_long(MODES, "alone", "mi, pointer", "entropy"))
+@pytest.mark.parametrize("mode", some_long(MODES, "alone", "mi, pointer", "mi, lambda", "entropy"))
 def test_half_and_resumed_is_whole(mode):
     flags = [*MODES[mode].split(), "--log-every", "48", "--batch-size", "4"]
     whole = run(mipi, "whole", 128, *flags)

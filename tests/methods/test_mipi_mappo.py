@@ -684,7 +684,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("mode", some_long(WHOLE, "windows", "entropy", "real"))
+@pytest.mark.parametrize("mode", some_long(WHOLE, "rounds", "windows", "entropy", "real"))
 def test_half_and_resumed_is_whole(mode):
     """Stopped twice, between lines of the log, which are the same, too."""
     flags = [*WHOLE[mode].split(), "--log-every", "48"]

@@ -201,7 +201,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", some_long(MODES, "maddpg, pacman", "three", "pacman"))
+@pytest.mark.parametrize("mode", some_long(MODES, "maddpg", "three", "pacman"))
 def test_resumed_equals_uninterrupted(mode, runs):
     """Stopped twice, within a visit, between two updates and between two lines of the log."""
     name, flags = MODES[mode]

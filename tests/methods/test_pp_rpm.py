@@ -366,7 +366,7 @@ def test_diff_is_the_method(child, parent):
 
 CUTS = [
     (PP, "--memory 4 --policies-per-rollout 3 --use-history"),
-    (PP, "--redraw episode --max-episode-steps 7"),
+    pytest.param(PP, "--redraw episode --max-episode-steps 7", marks=pytest.mark.long),
     (RPM, "--rank-width 0.3"),
 ]
 

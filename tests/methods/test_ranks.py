@@ -147,6 +147,7 @@ def check_logged(both, *names):
         assert two == pytest.approx(one, rel=1e-5), name
 
 
+@pytest.mark.long
 def test_battles_of_two_processes(of_two):
     """The first gradients of actor and critic, with statistics of returns and advantages, and what
     is counted and logged of episodes."""
@@ -156,6 +157,7 @@ def test_battles_of_two_processes(of_two):
     assert both.logs[0]["episodes"] == 4
 
 
+@pytest.mark.long
 def test_trials_of_two_processes(of_two):
     """The same of games in which rewards are divided by their deviation up to then."""
     both = beside_one_process("rl2_particle", of_two)
@@ -164,6 +166,7 @@ def test_trials_of_two_processes(of_two):
     assert both.logs[0]["episodes"] == 8  # of a population, two trials in each world
 
 
+@pytest.mark.long
 def test_a_replay_of_two_processes(of_two):
     """Episodes, updates and steps count over both, and so does how large rewards are."""
     both = beside_one_process("maddpg_particle", of_two)

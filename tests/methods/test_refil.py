@@ -745,6 +745,7 @@ CHILD = {
         MODES | CHILD,
         "linear",
         "bootstrap",
+        "resource",
         "pointer",
         "collaq, pointer",
         "collaq, sum",

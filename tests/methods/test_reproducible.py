@@ -22,6 +22,7 @@ from runs import (
     metrics,
     resume,
     script,
+    some_long,
     tiny,
 )
 
@@ -92,12 +93,10 @@ VARIANTS = {
 }
 
 
-LONG = ("plain", "random", "noise", "plain, mask", "evaluated", "copied")
+LONG = ("plain", "random", "noise", "entropy", "truncated", "evaluated", "copied", "amp")
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(x, marks=[pytest.mark.long] * (x in LONG)) for x in VARIANTS]
-)
+@pytest.mark.parametrize("variant", some_long(VARIANTS, *LONG))
 def test_six_are_three_and_three(variant):
     """A distillation after each iteration: forward before the cut, reverse behind it."""
     check_cut(BIDIST, VARIANTS[variant].split())

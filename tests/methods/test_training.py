@@ -368,8 +368,7 @@ def test_the_optimum_of_the_toy_is_reached(script, seed, tmp_path):
     [
         pytest.param(
             name,
-            marks=[pytest.mark.long]
-            * (name in ("coop_mining", "prisoners_dilemma_in_the_matrix__arena")),
+            marks=[pytest.mark.long] * (name not in ("chicken_in_the_matrix__repeated", "coins")),
         )
         for name in PAPER
     ],

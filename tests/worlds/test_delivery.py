@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from particle_tools import EPC, MAAC, MADDPG, MRA, initial, replays, run, script, tiny
+from runs import some_long
 
 from envs.particle.episodes import play, random_player, scripted_players
 from envs.particle.worlds import (
@@ -372,7 +373,7 @@ def test_pictures_show_what_is_carried():
     assert (image[560:, :40] == 255).all()
 
 
-@pytest.mark.parametrize("name", [MRA, MADDPG, MAAC, EPC])
+@pytest.mark.parametrize("name", some_long([MRA, MADDPG, MAAC, EPC], MADDPG, MAAC))
 def test_scripts_train_on_it(name, tmp_path, monkeypatch, capfd):
     """Their weights move and their replays hold what is carried; MRA and EPC have two populations.
     What the task does not have is one sentence."""

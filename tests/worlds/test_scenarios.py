@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import scipy.sparse.csgraph
 import torch
-from runs import BOTH, MAPPO, script
+from runs import BOTH, MAPPO, script, some_long
 
 from envs.meltingpot import bots
 from envs.meltingpot.episodes import BOT_COLOUR, FOCAL_COLOUR, Result, mark, play_all, random_player
@@ -94,7 +94,7 @@ def goals_of(engine, seat):
 # --- What puppets see -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("substrate", [CHICKEN, COINS, MINING, ARENA])
+@pytest.mark.parametrize("substrate", some_long([CHICKEN, COINS, MINING, ARENA], MINING, ARENA))
 def test_kinds_are_those_of_the_engines_layers(substrate):
     """LAYER lists the engine's own numbers of all that it draws on a cell, for a window that does
     not turn with the player. What we read off the pixels of a cell must depend on them alone, and
