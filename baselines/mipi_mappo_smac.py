@@ -101,6 +101,8 @@ class Args(RunArgs):
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
     enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
     clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
+    rescale: bool = False  # resource: lengths in units of sight, rewards a tenth
+    egocentric: bool = False  # resource: also where the nearest things one sees are from oneself
     num_envs: Positive = 10  # B, battles at a time, per process
     env_threads: Positive = 1  # sim: over which they are spread
     game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
@@ -170,6 +172,12 @@ PRESETS = {
         "amp": True,
         "eval_every": 250_000,
         "eval_episodes": 64,
+    },
+    "cpu scenario resource": {  # on top of those
+        "rescale": True,
+        "egocentric": True,
+        "target_head": "tags",
+        "gamma": 0.97,
     },
 }
 # With --resume backend and version of the game stay as they were.
@@ -254,6 +262,8 @@ def make_envs(
             game_version=args.game_version,
             device=device,
             once=once,
+            rescale=args.rescale,
+            egocentric=args.egocentric,
         )
     except (ValueError, BattleError) as error:
         raise UsageError(str(error)) from None
@@ -1100,7 +1110,7 @@ def load_player(path: str) -> Policy:
     """The greedy policy of a run or checkpoint, for battles of its scenario."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
-    agent = Agent(args, worlds.family_of(args.scenario), CPU)
+    agent = Agent(args, worlds.family_of(args.scenario, args.egocentric), CPU)
     restore(agent, saved["agent"], path)
     return Player(agent)
 

@@ -565,11 +565,13 @@ WHOLE = {
     "rounds": "",
     "windows within battles": "--rollout windows --no-recurrent --window-steps 3 --minibatches 2",
     "lambda, bf16, mmm": "--returns lambda --amp --scenario mmm --target-head pointer --value-norm",
-    "windows of resource collection": "--scenario resource --rollout windows --no-recurrent",
+    "windows of resource collection": (
+        "--scenario resource --rescale --egocentric --rollout windows --no-recurrent"
+    ),
 }
 
 
-@pytest.mark.parametrize("mode", some_long(WHOLE, "windows within", "lambda"))
+@pytest.mark.parametrize("mode", some_long(WHOLE, "windows of", "lambda", "rounds"))
 def test_half_and_resumed_is_whole(mode):
     """Stopped twice, between lines of the log, which are the same, too."""
     flags = [*WHOLE[mode].split(), "--log-every", "48"]
@@ -640,7 +642,9 @@ WRONG = {  # with words that the sentence has to contain
     "--gae-lambda .9": "--gae-lambda --returns lambda",
     "--minibatches 11": "--minibatches 10",
     "--preset cpu --minibatches 9000": "--minibatches 8192",
-    "--scenario resource --preset cpu": "--scenario resource --target-head tags",
+    "--scenario resource --target-head pointer": "--scenario resource --target-head tags",
+    "--egocentric": "--egocentric --scenario resource",
+    "--rescale": "--rescale --scenario resource",
     "--backend sc2 --enemy-ai focus": "--enemy-ai --backend sim",
     "--scenario resource --clip-regeneration": "--clip-regeneration battles",
 }
@@ -659,7 +663,10 @@ def test_presets():
     cpu = read(mappo, "--preset cpu")
     assert cpu == dataclasses.replace(mappo.Args(), preset="cpu", **mappo.PRESETS["cpu"])
     assert read(mappo, "--hidden-size 32 --preset cpu") == dataclasses.replace(cpu, hidden_size=32)
-    read(mappo, "--preset cpu --scenario resource --target-head tags")
+    flags = mappo.PRESETS["cpu"] | mappo.PRESETS["cpu scenario resource"]
+    collects = dataclasses.replace(mappo.Args(), preset="cpu", scenario="resource", **flags)
+    assert read(mappo, "--preset cpu --scenario resource") == collects
+    assert collects.egocentric and collects.target_head == "tags"
     read(mappo, "--preset cpu --rollout rounds --recurrent --returns n-step")
 
 
@@ -729,6 +736,8 @@ EFFECTS = {  # flags; what to measure; without and with them, or None: the two m
 ELSEWHERE = {
     "amp": "test_amp",
     "gae_lambda": "test_gae_lambda",
+    "rescale": "test_rescaled_worlds",
+    "egocentric": "test_rescaled_worlds",
     **dict.fromkeys(
         ("backend", "game_version", "enemy_ai", "clip_regeneration", "env_threads"),
         "test_flags_of_battles",
@@ -751,6 +760,20 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("field", EFFECTS)
 def test_flag_changes_what_it_names(field, plain, tmp_path):
     check_effect(EFFECTS[field], plain, tmp_path / "run", run)
+
+
+def test_rescaled_worlds():
+    """--rescale and --egocentric reach worlds, rollouts and networks."""
+    flags = "--scenario resource --rollout windows --no-recurrent".split()
+    plain = run("plain", 64, *flags)
+    rescaled = run("rescaled", 64, *flags, "--rescale")
+    assert differences(plain["agent"]["actor"], rescaled["agent"]["actor"])
+    seen = run("seen", 64, *flags, "--egocentric")
+    weights = [state["agent"]["actor"]["trunk.embed.weight"] for state in (plain, seen)]
+    assert [weight.shape[1] for weight in weights] == [23 + 6, 35 + 6]
+    args = read(mappo, "--scenario resource --egocentric")
+    worlds = mappo.make_envs(args, sizes=(3,), num_envs=2, seed=1)
+    assert mappo.load_player("seen")(worlds).shape == (2, 8)
 
 
 def test_gae_lambda():
