@@ -333,9 +333,8 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
         if device.index >= torch.cuda.device_count():
             raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} here.")
         torch.cuda.set_device(device)
-        digits = "tf32" if args.tf32 else "ieee"  # left alone, cuDNN takes tf32
-        torch.backends.cuda.matmul.fp32_precision = digits
-        torch.backends.cudnn.fp32_precision = digits
+        torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = args.tf32  # left alone, it would be on
     if size > 1 and not dist.is_initialized():
         # The others wait while the first evaluates; who is dead, torchrun finds out.
         patience = datetime.timedelta(days=1)
@@ -452,7 +451,7 @@ def read(numbers: list[Tensor]) -> list[Any]:
 def as_numbers(scalars: dict[str, Tensor | float]) -> dict[str, float]:
     """Tensors () and numbers as numbers."""
     tensors = {name: x for name, x in scalars.items() if isinstance(x, Tensor)}
-    found = read([x.detach().double() for x in tensors.values()])
+    found = read([x.detach().double().view(()) for x in tensors.values()])
     numbers = dict(zip(tensors, found))
     return {name: float(numbers.get(name, x)) for name, x in scalars.items()}
 

@@ -486,7 +486,8 @@ class LatentPrior(nn.Module):
 
     def forward(self, population: tuple[int, ...]) -> Tensor:
         """log p(z|m) (types, Z)."""
-        counts = self.net[0].weight.new_tensor(population) / 10
+        weight = self.net[0].weight
+        counts = constant(population, weight.dtype, weight.device) / 10
         logits = self.net(counts).unflatten(0, (self.types, -1))
         return logits.log_softmax(-1)
 

@@ -98,8 +98,9 @@ LONG = ("plain", "random", "noise", "plain, mask", "evaluated", "copied")
 @pytest.mark.parametrize(
     "variant", [pytest.param(x, marks=[pytest.mark.long] * (x in LONG)) for x in VARIANTS]
 )
-def test_six_are_three_and_three(variant):
+def test_six_are_three_and_three(variant, monkeypatch):
     """A distillation after each iteration: forward before the cut, reverse behind it."""
+    monkeypatch.setattr(script(BIDIST), "has_bf16", lambda device: True)
     check_cut(BIDIST, VARIANTS[variant].split())
 
 
