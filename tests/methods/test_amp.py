@@ -24,7 +24,8 @@ def layers():
 
     def look(module, inputs):
         inside = torch.is_autocast_enabled("cpu")
-        seen[type(module), inside, inputs[0].dtype] += 1
+        dtype = inputs[0].dtype if isinstance(inputs[0], torch.Tensor) else None
+        seen[type(module), inside, dtype] += 1
 
     handle = nn.modules.module.register_module_forward_pre_hook(look)
     yield seen
