@@ -27,10 +27,10 @@ from elsewhere import Elsewhere, pretended_gpu
 from runs import BIDIST, MAPPO, index, script
 
 ROOT = Path(__file__).resolve().parents[1]
-MADDPG, MAAC, RL2 = (f"baselines.{name}_particle" for name in ("maddpg", "maac", "rl2"))
+MADDPG, MAAC = (f"baselines.{name}_particle" for name in ("maddpg", "maac"))
 REFIL = "baselines.refil_smac"
-QUICK = {MAPPO, MADDPG}
-QUICK_COUNTS = {MADDPG, REFIL}
+QUICK = {MAPPO}
+QUICK_COUNTS = {REFIL}
 
 
 @pytest.fixture(autouse=True)
@@ -290,14 +290,8 @@ HOW = {
         ON_POLICY, Counted(**IN_ROUNDS, harder="--minibatches 2 --epochs 10", minibatches=10)
     ),
     MAAC: LIKE_MADDPG._replace(harder="--num-updates 3"),
-    RL2: Counted(
-        base="--total-timesteps 80",
-        longer="--max-episode-steps 10 --total-timesteps 160",
-        steps=20,
-        harder="--epochs 3",
-        minibatches=4,
-    ),
 }
+HOW[BIDIST] = HOW[MAPPO]._replace(base=f"{HOW[MAPPO].base} --no-forward --no-reverse")
 WAITS = {  # a step of all worlds, a minibatch; as many as were counted, rounded up
     BIDIST: (2, 8),
     MAPPO: (2, 8),
@@ -306,12 +300,8 @@ WAITS = {  # a step of all worlds, a minibatch; as many as were counted, rounded
     "baselines.pp_meltingpot": (3, 11),
     "baselines.rpm_meltingpot": (3, 11),
     **dict.fromkeys((MADDPG, "mra_maddpg_particle", MAAC), (0.5, 0.5)),
-    "baselines.epc_particle": (0.5, 0.5),
-    RL2: (2, 30),
-    **dict.fromkeys(ON_POLICY, (2.5, 1)),
+    "baselines.mappo_smac": (2.5, 0.5),
     REFIL: (1.5, 0.5),
-    "baselines.collaq_smac": (1.5, 5),
-    "mipi_refil_smac": (1.5, 5),
 }
 
 
