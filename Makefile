@@ -22,7 +22,7 @@ READY := .venv/ready
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sc2 train test test-long test-slow lint clean
+.PHONY: help setup setup-sc2 train test test-long test-slow test-gpu lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -45,6 +45,9 @@ test-long: $(READY)  ## the long ones: some four seconds or more each
 
 test-slow: $(READY)  ## the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-gpu: $(READY)  ## every script on a CUDA device, some minutes
+	$(PY) -m pytest -m gpu $(ARGS)
 
 lint: $(READY)  ## ruff: rules and format
 	$(PY) -m ruff check .

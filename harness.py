@@ -104,6 +104,7 @@ class RunArgs:
     wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` later
     wandb_timeout: Above = 10.0  # seconds until an unreachable server is given up
     device: Device = "auto"  # auto, cpu, cuda or e.g. cuda:1; auto: cuda where there is one
+    tf32: bool = False  # on a GPU: products of float32 with 10 bits behind the point, not 23
     num_threads: Positive = 1  # torch's; on a busy machine more is slower
 
 
@@ -185,7 +186,8 @@ def saved_args(source: str, cls: type) -> Any:
     script = script_of(cls).stem
     if saved["script"] != script:
         raise UsageError(f"{source} is a run of {saved['script']}.py, not of {script}.py.")
-    own = saved["args"]
+    # A flag of all scripts that is newer than the run has its default.
+    own = {field.name: field.default for field in dataclasses.fields(RunArgs)} | saved["args"]
     names = {field.name for field in dataclasses.fields(cls)}
     if different := sorted(names ^ own.keys()):
         raise UsageError(f"{source} is of a version that differs in {', '.join(different)}.")
@@ -331,6 +333,8 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
         if device.index >= torch.cuda.device_count():
             raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} here.")
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = args.tf32  # left alone, it would be on
     if size > 1 and not dist.is_initialized():
         # The others wait while the first evaluates; who is dead, torchrun finds out.
         patience = datetime.timedelta(days=1)
@@ -355,8 +359,16 @@ def own_generator(seed: int) -> torch.Generator:
 def has_bf16(device: torch.device) -> bool:
     """Whether bf16 is fast there."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x there. What goes to a GPU goes from pinned memory: the CPU need not wait until the GPU has
+    come so far as to take it, and prepares what follows meanwhile."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -421,12 +433,27 @@ def check_finite(**tensors: Tensor) -> None:
     """End the run, in all processes, if a tensor holds NaN or infinity, and name it. All are
     looked at before the one wait for a device."""
     tensors = {name: x for name, x in tensors.items() if x.is_floating_point()}
-    found = [has_no_number(x.detach()) for x in tensors.values()]
-    found = torch.stack([x.to(found[0].device) for x in found]).tolist() if found else []
+    found = read([has_no_number(x.detach()) for x in tensors.values()])
     wrong = [name for name, is_wrong in zip(tensors, found) if is_wrong]
     if total(len(wrong)):  # processes may look at different ones
         name = next(filter(None, gather(wrong)))[0]
         raise RunError(f"{name} is not finite; the last checkpoint is from before.")
+
+
+def read(numbers: list[Tensor]) -> list[Any]:
+    """Tensors () of one dtype as what they hold, with one wait for a GPU if any is on one."""
+    if not numbers:
+        return []
+    there = next((x.device for x in numbers if x.is_cuda), torch.device("cpu"))
+    return torch.stack([send(x, there) for x in numbers]).tolist()
+
+
+def as_numbers(scalars: dict[str, Tensor | float]) -> dict[str, float]:
+    """Tensors () and numbers as numbers."""
+    tensors = {name: x for name, x in scalars.items() if isinstance(x, Tensor)}
+    found = read([x.detach().double().view(()) for x in tensors.values()])
+    numbers = dict(zip(tensors, found))
+    return {name: float(numbers.get(name, x)) for name, x in scalars.items()}
 
 
 def has_no_number(x: Tensor) -> Tensor:
@@ -996,7 +1023,7 @@ class Run:
         seconds = dict(self.laps) | {"wall_s": time.monotonic() - self.began}
         seconds["sps"] = (self.timesteps - self.logged) / max(self.busy, 1e-9)
         if self.logger:
-            figures = {name: float(x) for name, x in (means | scalars).items()}
+            figures = as_numbers(means | scalars)
             self.logger.log(self.timesteps, figures | seconds)
         self.logged, self.busy = self.timesteps, 0.0
         self.noted.clear()

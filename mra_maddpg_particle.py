@@ -63,6 +63,7 @@ from harness import (
     read_flags,
     restore,
     saved_args,
+    send,
     sum_over_processes,
 )
 
@@ -84,7 +85,7 @@ from envs.particle.episodes import (
     table,
 )
 from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory, scale_rows
-from envs.particle.worlds import Game, Observation, ParticleWorld
+from envs.particle.worlds import Game, Observation, ParticleWorld, constant
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
@@ -252,7 +253,8 @@ class View(NamedTuple):
 # [shared: layers] begin
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
     """(S, ...) of parameter sets -> (N, ...) of agents."""
-    return x.repeat_interleave(torch.tensor(counts, device=x.device), 0)
+    numbers = constant(counts, torch.int64, x.device)
+    return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 class Linear(nn.Module):
@@ -484,7 +486,8 @@ class LatentPrior(nn.Module):
 
     def forward(self, population: tuple[int, ...]) -> Tensor:
         """log p(z|m) (types, Z)."""
-        counts = self.net[0].weight.new_tensor(population) / 10
+        weight = self.net[0].weight
+        counts = constant(population, weight.dtype, weight.device) / 10
         logits = self.net(counts).unflatten(0, (self.types, -1))
         return logits.log_softmax(-1)
 
@@ -493,7 +496,7 @@ class LatentPrior(nn.Module):
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
     """Gumbel noise of the shape of a tensor."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
-    return -noise.log().to(like.device)
+    return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
@@ -673,7 +676,7 @@ class ReplayBuffer:
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
         index = torch.randint(0, self.size, (size,), generator=rng)
-        index = index.to(self.device)
+        index = send(index, self.device)
         row = {name: x[index] for name, x in self.rows.items()}
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])

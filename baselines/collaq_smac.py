@@ -65,6 +65,7 @@ from harness import (
     read_args,
     restore,
     saved_args,
+    send,
     total,
 )
 
@@ -284,10 +285,10 @@ def encode(
     acted = F.pad(acted, (0, 0, 0, E))  # others' actions are unknown
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
-        entities=entities.to(device),
-        unseen=obs.obs_mask[:, :A].index_select(-1, slots).to(device),
-        empty=obs.entity_mask[:, slots].to(device),
-        avail_actions=obs.avail[:, :A].to(device),
+        entities=send(entities, device),
+        unseen=send(obs.obs_mask[:, :A].index_select(-1, slots), device),
+        empty=send(obs.entity_mask[:, slots], device),
+        avail_actions=send(obs.avail[:, :A], device),
         played=played,
     )
 
@@ -362,7 +363,7 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
     outputs = []
     for part, chunk in zip(x.split(sizes), chunks):
         T, B = len(chunk), int(chunk[0].sum())  # B battles go on
-        place = chunk[:, :B].flatten().nonzero()[:, 0].to(x.device)
+        place = send(chunk[:, :B].flatten().nonzero()[:, 0], x.device)
         padded = x.new_zeros(T * B, *x.shape[1:]).index_copy(0, place, part)
         padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
         if hidden is not None:
@@ -652,7 +653,7 @@ class Player:
         q, _, self.hidden = self.agent.utility(features, self.hidden)
         actions = q.masked_fill(~features.avail_actions, MASKED).argmax(-1).cpu()
         if self.rng:
-            avail = features.avail_actions.cpu()
+            avail = obs.avail[:, : actions.shape[1]].cpu()
             actions = explore(actions, avail, self.epsilon, self.rng)
         actions = F.pad(actions, (0, SIDE - actions.shape[1]))  # empty slots: no-op
         self.last_actions = actions.to(obs.avail.device)
@@ -765,11 +766,11 @@ class ReplayBuffer:
         goes_on = played[1:]  # (T, B): a step follows
         return Batch(
             features=features,
-            now=moment[:-1][goes_on].to(self.device),
-            later=moment[1:][goes_on].to(self.device),
-            actions=actions[goes_on][:, :A].long().to(self.device),
-            rewards=rewards[goes_on].to(self.device),
-            terminated=terminated[goes_on].to(self.device),
+            now=send(moment[:-1][goes_on], self.device),
+            later=send(moment[1:][goes_on], self.device),
+            actions=send(actions[goes_on][:, :A].long(), self.device),
+            rewards=send(rewards[goes_on], self.device),
+            terminated=send(terminated[goes_on], self.device),
         )
 
     def observe(self, index: Tensor, time: Tensor, played: Tensor) -> Observation:

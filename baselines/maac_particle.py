@@ -57,6 +57,7 @@ from harness import (
     read_args,
     restore,
     saved_args,
+    send,
     sum_over_processes,
 )
 
@@ -75,7 +76,7 @@ from envs.particle.episodes import (
     table,
 )
 from envs.particle.pairs import grouped_linear, keep_freed_memory
-from envs.particle.worlds import Game, Observation, ParticleWorld
+from envs.particle.worlds import Game, Observation, ParticleWorld, constant
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
@@ -189,15 +190,17 @@ def flat_observation(obs: Observation) -> Tensor:
     """(M, N, O), O = Ds + (N - 1) De: own features, then entities of the others in their order."""
     N, device = obs.own.shape[1], obs.own.device
     entities = obs.entities() * obs.mask()[..., None]  # (M, N, N, De)
-    is_other = ~torch.eye(N, dtype=torch.bool, device=device)
-    others = entities[:, is_other].unflatten(1, (N, N - 1))
+    pairs = tuple(N * i + j for i in range(N) for j in range(N) if i != j)
+    pairs = constant(pairs, torch.int64, device)
+    others = entities.flatten(1, 2).index_select(1, pairs).unflatten(1, (N, N - 1))
     flat = torch.cat((obs.own, others.flatten(2)), -1)
     return flat * obs.alive[..., None]
 
 
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
     """(S, ...) of parameter sets -> (N, ...) of agents."""
-    return x.repeat_interleave(torch.tensor(counts, device=x.device), 0)
+    numbers = constant(counts, torch.int64, x.device)
+    return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 def per_set(x: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -319,7 +322,7 @@ class AttentionCritic(nn.Module):
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
     """Gumbel noise of the shape of a tensor."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
-    return -noise.log().to(like.device)
+    return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
@@ -490,7 +493,7 @@ class ReplayBuffer:
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
         index = torch.randint(0, self.size, (size,), generator=rng)
-        index = index.to(self.device)
+        index = send(index, self.device)
         row = {name: x[index] for name, x in self.rows.items()}
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])
@@ -603,7 +606,7 @@ def update_actors(
 ) -> dict[str, Tensor]:
     """A step of every policy."""
     losses, entropy = actor_loss(args, agent, batch, rng)
-    counts = torch.tensor(batch.view.counts, device=losses.device)
+    counts = constant(batch.view.counts, torch.int64, losses.device)
     # ours: the loss of a policy that several agents share is the mean of theirs
     policy_losses = per_set(losses, batch.view.counts) / counts
     agent.actor_optimiser.zero_grad()

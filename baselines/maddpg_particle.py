@@ -57,6 +57,7 @@ from harness import (
     read_args,
     restore,
     saved_args,
+    send,
     sum_over_processes,
 )
 
@@ -76,7 +77,7 @@ from envs.particle.episodes import (
     table,
 )
 from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
-from envs.particle.worlds import Game, Observation, ParticleWorld
+from envs.particle.worlds import Game, Observation, ParticleWorld, constant
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
@@ -195,7 +196,8 @@ class View(NamedTuple):
 # [shared: layers] begin
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
     """(S, ...) of parameter sets -> (N, ...) of agents."""
-    return x.repeat_interleave(torch.tensor(counts, device=x.device), 0)
+    numbers = constant(counts, torch.int64, x.device)
+    return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 class Linear(nn.Module):
@@ -335,7 +337,7 @@ class GraphNet(nn.Module):
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
     """Gumbel noise of the shape of a tensor."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
-    return -noise.log().to(like.device)
+    return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
@@ -438,7 +440,7 @@ class ReplayBuffer:
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
         """size transitions of the replay, with replacement."""
         index = torch.randint(0, self.size, (size,), generator=rng)
-        index = index.to(self.device)
+        index = send(index, self.device)
         row = {name: x[index] for name, x in self.rows.items()}
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])

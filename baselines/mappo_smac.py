@@ -67,6 +67,7 @@ from harness import (
     read_args,
     restore,
     saved_args,
+    send,
     total,
 )
 
@@ -279,10 +280,10 @@ def encode(
     acted = F.pad(acted, (0, 0, 0, E))  # others' actions are unknown
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
-        entities=entities.to(device),
-        unseen=obs.obs_mask[:, :A].index_select(-1, slots).to(device),
-        empty=obs.entity_mask[:, slots].to(device),
-        avail_actions=obs.avail[:, :A].to(device),
+        entities=send(entities, device),
+        unseen=send(obs.obs_mask[:, :A].index_select(-1, slots), device),
+        empty=send(obs.entity_mask[:, slots], device),
+        avail_actions=send(obs.avail[:, :A], device),
         played=played,
     )
 
@@ -343,7 +344,7 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
     outputs = []
     for part, chunk in zip(x.split(sizes), chunks):
         T, B = len(chunk), int(chunk[0].sum())  # B battles go on
-        place = chunk[:, :B].flatten().nonzero()[:, 0].to(x.device)
+        place = send(chunk[:, :B].flatten().nonzero()[:, 0], x.device)
         padded = x.new_zeros(T * B, *x.shape[1:]).index_copy(0, place, part)
         padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
         if hidden is not None:
@@ -586,7 +587,7 @@ class Player:
             self.hidden = torch.zeros(B, SIDE, self.agent.args.rnn_size, device=device)
         begins = battles.time.cpu() == 0
         self.last_actions[begins] = -1
-        self.hidden[begins.to(device)] = 0.0
+        self.hidden.masked_fill_(send(begins, device)[:, None, None], 0.0)
 
     def __call__(self, battles: Any) -> Tensor:
         """Actions (B, 8)."""
@@ -602,15 +603,16 @@ class Player:
         played = torch.ones(1, len(going), dtype=torch.bool)
         features = encode(obs, self.last_actions[going], played, self.agent.device)
         A, U = features.avail_actions.shape[1:]
-        hidden = self.hidden[going, :A]  # (n, A, R)
+        place = send(going, self.agent.device)
+        hidden = self.hidden[place, :A]  # (n, A, R)
         with self.agent.autocast():
             log_probs, after = self.agent.actor(features, hidden.flatten(0, 1)[None])
-        self.hidden[going, :A] = after.view_as(hidden)
+        self.hidden[place, :A] = after.view_as(hidden)
         chosen = log_probs.argmax(-1)  # (n, A)
         if self.rng:
             # For all slots and battles, so that draws do not depend on who is left.
             noise = torch.empty(len(self.hidden), SIDE, U).exponential_(generator=self.rng)
-            chosen = sample(log_probs, noise[going, :A].to(log_probs.device))
+            chosen = sample(log_probs, send(noise[going, :A], log_probs.device))
         actions = torch.zeros_like(self.last_actions)  # empty slots: no-op
         log_prob = torch.zeros(actions.shape)
         actions[going, :A] = chosen.cpu()
@@ -768,10 +770,10 @@ def prepare(args: Args, agent: Agent, rollout: Rollout) -> Batch:
     A = acts.shape[1]
     return Batch(
         features=features,
-        actions=steps.actions[played][:, :A].to(device),
-        log_probs=steps.log_probs[played][:, :A].to(device),
-        advantages=advantages.to(device),
-        targets=((returns - mean) / std).to(device),
+        actions=send(steps.actions[played][:, :A], device),
+        log_probs=send(steps.log_probs[played][:, :A], device),
+        advantages=send(advantages, device),
+        targets=send((returns - mean) / std, device),
     )
 
 
@@ -786,7 +788,7 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
         part = played[:, battles]
         part = part[part.any(1)]
         index = number[: len(part), battles][part]
-        yield batch.at(index.to(batch.actions.device), part)
+        yield batch.at(send(index, batch.actions.device), part)
 
 
 # --- 7. Update ------------------------------------------------------------------------------------

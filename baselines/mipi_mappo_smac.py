@@ -73,6 +73,7 @@ from harness import (
     read_args,
     restore,
     saved_args,
+    send,
     total,
 )
 
@@ -315,10 +316,10 @@ def encode(
     acted = F.pad(acted, (0, 0, 0, E))  # others' actions are unknown
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
-        entities=entities.to(device),
-        unseen=obs.obs_mask[:, :A].index_select(-1, slots).to(device),
-        empty=obs.entity_mask[:, slots].to(device),
-        avail_actions=obs.avail[:, :A].to(device),
+        entities=send(entities, device),
+        unseen=send(obs.obs_mask[:, :A].index_select(-1, slots), device),
+        empty=send(obs.entity_mask[:, slots], device),
+        avail_actions=send(obs.avail[:, :A], device),
         played=played,
     )
 
@@ -379,7 +380,7 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
     outputs = []
     for part, chunk in zip(x.split(sizes), chunks):
         T, B = len(chunk), int(chunk[0].sum())  # B battles go on
-        place = chunk[:, :B].flatten().nonzero()[:, 0].to(x.device)
+        place = send(chunk[:, :B].flatten().nonzero()[:, 0], x.device)
         padded = x.new_zeros(T * B, *x.shape[1:]).index_copy(0, place, part)
         padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
         if hidden is not None:
@@ -491,7 +492,8 @@ def own_states(features: Features, own: str) -> Features:
     A, S = features.unseen.shape[1:]
     if own == "self":
         S = A
-    mates = F.pad(others(A), (0, S - A)).to(features.unseen.device)  # (A, S)
+    mates = F.pad(others(A), (0, S - A))  # (A, S)
+    mates = send(mates, features.unseen.device)
     return features._replace(
         entities=features.entities[:, :S],
         unseen=features.unseen[..., :S] | mates,
@@ -661,7 +663,7 @@ def imagined_teams(features: Features, groups: Tensor, own: str) -> Features:
     apart = groups[:, :A, None] != groups[:, None]  # (K, A, S)
     if own == "self+enemies":
         apart[..., A:] = False
-    return features._replace(unseen=features.unseen | apart.to(features.unseen.device))
+    return features._replace(unseen=features.unseen | send(apart, features.unseen.device))
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -705,7 +707,7 @@ class Player:
             self.hidden = torch.zeros(B, SIDE, self.agent.args.rnn_size, device=device)
         begins = battles.time.cpu() == 0
         self.last_actions[begins] = -1
-        self.hidden[begins.to(device)] = 0.0
+        self.hidden.masked_fill_(send(begins, device)[:, None, None], 0.0)
         if self.drop and begins.any():
             noise = torch.rand(B, SIDE, SIDE, generator=self.agent.rng)
             self.dropped[begins] = ((noise < self.drop) & others(SIDE))[begins]
@@ -732,15 +734,16 @@ class Player:
         played = torch.ones(1, len(going), dtype=torch.bool)
         features = encode(obs, self.last_actions[going], played, self.agent.device)
         A, U = features.avail_actions.shape[1:]
-        hidden = self.hidden[going, :A]  # (n, A, R)
+        place = send(going, self.agent.device)
+        hidden = self.hidden[place, :A]  # (n, A, R)
         with self.agent.autocast():
             log_probs, after = self.agent.actor(features, hidden.flatten(0, 1)[None])
-        self.hidden[going, :A] = after.view_as(hidden)
+        self.hidden[place, :A] = after.view_as(hidden)
         chosen = log_probs.argmax(-1)  # (n, A)
         if self.rng:
             # For all slots and battles, so that draws do not depend on who is left.
             noise = torch.empty(len(self.hidden), SIDE, U).exponential_(generator=self.rng)
-            chosen = sample(log_probs, noise[going, :A].to(log_probs.device))
+            chosen = sample(log_probs, send(noise[going, :A], log_probs.device))
         actions = torch.zeros_like(self.last_actions)  # empty slots: no-op
         log_prob = torch.zeros(actions.shape)
         actions[going, :A] = chosen.cpu()
@@ -930,12 +933,12 @@ def prepare(args: Args, agent: Agent, rollout: Rollout, term: Term) -> Batch:
     A = acts.shape[1]
     return Batch(
         features=features,
-        actions=steps.actions[played][:, :A].to(device),
-        log_probs=steps.log_probs[played][:, :A].to(device),
-        advantages=advantages.to(device),
-        targets=((returns - mean) / std).to(device),
+        actions=send(steps.actions[played][:, :A], device),
+        log_probs=send(steps.log_probs[played][:, :A], device),
+        advantages=send(advantages, device),
+        targets=send((returns - mean) / std, device),
         log_marginal=term.log_marginal,
-        price=(args.alpha / sigma).expand(K).to(device),
+        price=send((args.alpha / sigma).expand(K), device),
     )
 
 
@@ -951,7 +954,7 @@ def minibatches(args: Args, batch: Any, rng: torch.Generator) -> Iterator[Any]:
         part = played[:, battles]
         part = part[part.any(1)]
         index = number[: len(part), battles][part]
-        yield batch.at(index.to(batch.features.empty.device), part)
+        yield batch.at(send(index, batch.features.empty.device), part)
 
 
 # --- 7. Update ------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ from harness import (
     read_flags,
     restore,
     saved_args,
+    send,
     sum_over_processes,
 )
 
@@ -84,7 +85,7 @@ from envs.particle.episodes import (
     table,
 )
 from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
-from envs.particle.worlds import Game, Observation, ParticleWorld, Step
+from envs.particle.worlds import Game, Observation, ParticleWorld, Step, constant
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
@@ -226,7 +227,8 @@ class View(NamedTuple):
 # [shared: layers] begin
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
     """(S, ...) of parameter sets -> (N, ...) of agents."""
-    return x.repeat_interleave(torch.tensor(counts, device=x.device), 0)
+    numbers = constant(counts, torch.int64, x.device)
+    return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 class Linear(nn.Module):
@@ -392,7 +394,7 @@ class RecurrentPolicy(nn.Module):
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
     """Gumbel noise of the shape of a tensor."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
-    return -noise.log().to(like.device)
+    return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
@@ -471,9 +473,10 @@ class Agent(Parts):
             scale = RewardScale(worlds)
             sums = [each.sums for each in self.reward_scales.values()]
             scale.sums += torch.stack(sums).mean(0)
-        if not self.args.scale_rewards or not scale.sums.any():
-            return torch.ones(worlds.num_agents, device=self.device)
-        return scale.deviation()
+        none = torch.ones(worlds.num_agents, device=self.device)
+        if not self.args.scale_rewards:
+            return none
+        return torch.where(scale.sums.any(), scale.deviation(), none)
 
 
 # --- 5. The paper ---------------------------------------------------------------------------------

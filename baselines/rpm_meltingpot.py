@@ -53,12 +53,14 @@ from harness import (
     call,
     check_finite,
     descend,
+    has_bf16,
     leave,
     load_checkpoint,
     moments,
     read_args,
     restore,
     saved_args,
+    send,
 )
 
 import numpy as np
@@ -107,7 +109,7 @@ class Args(RunArgs):
     entropy_coef: Amount = 0.01  # entropy bonus
     max_grad_norm: Above = 10.0  # of each network
     plain: bool = False  # convolutions on images, not tables: the same results, slower
-    amp: bool = False  # critic in bf16
+    amp: bool = False  # critic in bf16 where the hardware has it
     # Evaluation
     background: tuple[str, ...] = ("random", "past")  # co-players; also run directories
     num_focal: Count = 0  # seats that we take beside them; 0: N - 1
@@ -280,10 +282,11 @@ class Critic(nn.Module):
         ids = ids.expand(steps, worlds, -1, -1)
         x = x.expand(-1, -1, self.num_ids, -1)
         x = torch.cat([x, ids], -1)  # (T, B, N, .)
-        states = run_gru(self.gru, x, views.starts, hidden)
-        values = self.out(F.relu(self.head(states)))[..., 0]
-        dtype = self.out.weight.dtype  # with --amp the layers' results are bf16
-        return values.to(dtype), states.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):  # what is remembered needs its digits
+            x = x.to(self.out.weight.dtype)
+            states = run_gru(self.gru, x, views.starts, hidden)
+            values = self.out(F.relu(self.head(states)))[..., 0]
+        return values, states
 
 
 def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
@@ -315,7 +318,7 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
     """Actions (B, N) from log-probabilities (B, N, A): the largest after adding Gumbel noise, drawn
     once per agent and action whatever the policy."""
     gumbel = -torch.empty(log_probs.shape).exponential_(generator=rng).log()
-    return (log_probs + gumbel.to(log_probs.device)).argmax(-1)
+    return (log_probs + send(gumbel, log_probs.device)).argmax(-1)
 
 
 # paper is silent: value normalisation, orthogonal weights, ReLU; as in MAPPO
@@ -348,6 +351,7 @@ class Agent(Parts):
 
     def __init__(self, args: Args, envs: Any, device: torch.device):
         self.args, self.spec, self.device = args, envs.spec, device
+        self.amp = args.amp and has_bf16(device)
         self.sprites = Sprites(envs, device)
         torch.manual_seed(args.seed)
         self.actor = self.new_actor()
@@ -369,7 +373,7 @@ class Agent(Parts):
 
     def autocast(self) -> torch.autocast:
         """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
 
 # --- 5. The paper ---------------------------------------------------------------------------------
@@ -617,7 +621,8 @@ def collect(
         if t == args.rollout_steps:
             break
         if state.starts.any():
-            players = draw_players(args, shape, len(drawn), method_rng).to(device)
+            players = draw_players(args, shape, len(drawn), method_rng)
+            players = send(players, device)
             players = torch.where(state.starts[:, None], players, state.players)
             state = dataclasses.replace(state, players=players)
         if t % args.chunk_length == 0:
@@ -631,9 +636,9 @@ def collect(
         add(current=state.players == CURRENT, theta=chosen(theta, actions))
 
         step = envs.step(actions.cpu().numpy())
-        rewards = torch.from_numpy(step.reward).to(device)
-        terminated = torch.from_numpy(step.terminated).to(device)
-        truncated = torch.from_numpy(step.truncated).to(device)
+        rewards = send(torch.from_numpy(step.reward), device)
+        terminated = send(torch.from_numpy(step.terminated), device)
+        truncated = send(torch.from_numpy(step.truncated), device)
         if args.team_reward:
             rewards = rewards.sum(1, keepdim=True).expand(shape)
         add(rewards=rewards.float(), terminated=terminated, truncated=truncated)
@@ -691,7 +696,8 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
     # paper is silent: how a rollout is cut for recurrent networks
     chunks, worlds = batch.actor_hidden.shape[:2]
     length = args.chunk_length
-    for pairs in torch.randperm(chunks * worlds, generator=rng).tensor_split(args.minibatches):
+    order = torch.randperm(chunks * worlds, generator=rng)
+    for pairs in send(order, batch.actions.device).tensor_split(args.minibatches):
         chunk, world = pairs // worlds, pairs % worlds
         parts = {}
         for name, x in vars(batch).items():
@@ -718,7 +724,7 @@ def observe(
     """
     tile_ids = ids_on(device, obs.tile_ids)
     world_ids = ids_on(device, obs.world_ids)
-    features = torch.from_numpy(obs.features).to(device)
+    features = send(torch.from_numpy(obs.features), device)
     one_hot = torch.eye(num_ids or features.shape[1], device=device)
     if ids is None:
         ids = one_hot.expand(len(features), -1, -1)
@@ -863,11 +869,12 @@ class NetPlayer:
 
     def __call__(self, obs: Observation, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
         device = self.sprites.device
-        ids = torch.from_numpy(ids).to(device)
+        ids = send(torch.from_numpy(ids), device)
         if self.hidden is None:
             self.hidden = torch.zeros(*ids.shape, self.net.hidden_size, device=device)
         tile_ids, features, _, _ = observe(obs, device, ids, self.net.num_ids)
-        views = Views(tile_ids, features, torch.from_numpy(starts).to(device))
+        starts = send(torch.from_numpy(starts), device)
+        views = Views(tile_ids, features, starts)
         log_probs, self.hidden = act(self.net, views, self.hidden, self.sprites)
         return sample(log_probs, self.rng).cpu().numpy()
 
@@ -979,7 +986,7 @@ def train(args: Args) -> int:
             envs.reset()
         own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state}
         parts = {"agent": agent, "memory": memory}
-        run.begin(args.substrate, parts=parts, own=own, bots=bots)
+        run.begin(args.substrate, parts=parts, own=own, bots=bots, amp=agent.amp)
         if not envs.reproducible:  # all worlds begin new episodes
             state = new_state(agent, args.num_envs)
         while run.goes_on():

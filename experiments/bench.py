@@ -10,6 +10,9 @@
     python experiments/bench.py mipi                          one update, beside its parent
     python experiments/bench.py collaq                        the same
     python experiments/bench.py ranks                         one process and two, under torchrun
+    python experiments/bench.py trainings --device cuda       every script's training on a device
+    python experiments/bench.py scale --device cuda           BiDist with more worlds; all-reduces
+    python experiments/bench.py all --device cuda             all that a device can change, briefly
     pip install -r requirements-bench.txt                     others' worlds, else they are left out
 
 All print Markdown; ratios are measured in one run. Run nothing else meanwhile. `SUBCOMMAND --help`
@@ -1274,6 +1277,213 @@ def ranks(bench: Ranks) -> None:
         table_line(script, TRAININGS[script].worlds, *cells, f"{ratio:.2f}")
 
 
+# --- Devices --------------------------------------------------------------------------------------
+
+
+def machine(device: str) -> str:
+    """Its processor, GPU and versions, in one line."""
+    parts = [processor(), f"{os.cpu_count()} cores"]
+    if device != "cpu":
+        parts += [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"]
+        parts += [f"cuDNN {torch.backends.cudnn.version()}"]
+    parts += [f"torch {torch.__version__}", f"numpy {np.__version__}"]
+    return ", ".join([*parts, f"Python {platform.python_version()}", f"on {device}"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainings:
+    """Environment steps per second of every script's training on a device.
+
+    Collecting and learning, evaluations and checkpoints left out, behind the first tenth of a run;
+    the share of time that collecting takes. With the flags of the table, one process, one thread.
+    """
+
+    scripts: tuple[str, ...] = ()  # none: all
+    length: Above = 1.0  # of each run, in units of what SPEEDS says
+    flags: str = ""  # of all scripts, as --flags="--tf32"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+ON_TOY = "--substrate toy --num-envs 64 --rollout-steps 50"
+IN_BATTLES = "--scenario sz --preset cpu"
+SPEEDS = {  # flags, steps
+    "bidist_mappo_meltingpot": (f"{ON_TOY} --k-d 1", 64_000),
+    "mappo_meltingpot": (ON_TOY, 64_000),
+    "randnet_meltingpot": (ON_TOY, 64_000),
+    "opre_meltingpot": (ON_TOY, 64_000),
+    "pp_meltingpot": (ON_TOY, 64_000),
+    "rpm_meltingpot": (ON_TOY, 64_000),
+    "mra_maddpg_particle": ("--task resource --preset cpu --no-compile", 40_000),
+    "maddpg_particle": ("--task resource --population 6 --preset cpu --no-compile", 40_000),
+    "maac_particle": ("--task resource --population 6", 40_000),
+    "rl2_particle": ("--task resource", 40_000),
+    "epc_particle": ("--task resource", 20_000),
+    "mappo_smac": (IN_BATTLES, 80_000),
+    "mipi_mappo_smac": (IN_BATTLES, 80_000),
+    "refil_smac": (IN_BATTLES, 20_000),
+    "collaq_smac": (IN_BATTLES, 20_000),
+    "mipi_refil_smac": (IN_BATTLES, 20_000),
+}
+
+
+def logged_training(script: str, flags: str, steps: int) -> list[dict[str, float]]:
+    """The log of a run in a process of its own, a line for each tenth; RunError if it fails."""
+    flags += f" --total-timesteps {steps} --log-every {math.ceil(steps / 10)}"
+    flags += " --eval-every 0 --save-every 0 --final-episodes 0"
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [sys.executable, str(ROOT / script_file(script)), *flags.split()]
+        argv += ["--run-dir", folder]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        if done.returncode:
+            raise harness.RunError(f"{script}: code {done.returncode}: {done.stderr[-500:]}.")
+        text = (Path(folder) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def trainings(bench: Trainings) -> None:
+    """Print the table."""
+    check_device(bench)
+    print(f"{machine(bench.device)}\n")
+    table_head("script", "flags", "steps/s", "collecting")
+    for script in bench.scripts or SPEEDS:
+        flags, steps = SPEEDS[script]
+        given = f"{flags} {bench.flags}".strip()
+        every = f"{given} --device {bench.device}"
+        lines = logged_training(script, every, math.ceil(steps * bench.length))[1:]
+        collecting = sum(line.get("collect_s", math.nan) for line in lines)
+        learning = sum(line.get("learn_s", math.nan) for line in lines)
+        rate = statistics.median(line["sps"] for line in lines)
+        share = collecting / (collecting + learning)
+        table_line(script, given, f"{rate:,.0f}", "-" if math.isnan(share) else f"{share:.0%}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What of a BiDist iteration grows with its worlds, and what it costs to share one.
+
+    First table: seconds of one iteration of T steps, in BiDist's toy world and, where it is
+    installed, in a substrate of Melting Pot: worlds, acting (both networks), learning. Second: the
+    gradients of an actor and a critic, averaged over two processes, milliseconds over gloo on this
+    machine or, with two GPUs, over NCCL.
+    """
+
+    substrates: tuple[str, ...] = ("toy",)
+    worlds: tuple[Positive, ...] = (4, 16, 64)
+    rollout_steps: Positive = 50  # T
+    rounds: Positive = 2  # iterations of each, behind one that warms up
+    num_workers: Count = 0  # processes that step worlds of Melting Pot; 0: one per core
+    numbers: tuple[Positive, ...] = (50_000, 250_000, 1_000_000)  # gradients that are averaged
+    flags: str = ""  # of the script
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+def average_often(rank: int, meeting: str, numbers: tuple[int, ...], device: str) -> None:
+    """One of two processes; the first prints a line for each number of gradients."""
+    torch.set_num_threads(1)
+    there = torch.device(device, rank) if device == "cuda" else CPU
+    torch.distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=2,
+    )
+    for number in numbers:
+        x, times = torch.ones(number, device=there), []
+        for _ in range(30):
+            began = time.perf_counter()
+            torch.distributed.all_reduce(x)
+            float(x[0])  # waits
+            times.append(time.perf_counter() - began)
+            x.fill_(1.0)
+        if rank == 0:
+            table_line(f"{number:,}", f"{1000 * statistics.median(times[10:]):.2f}")
+    torch.distributed.destroy_process_group()
+
+
+def scale(bench: Scale) -> None:
+    """Print both tables."""
+    check_device(bench)
+    print(f"{machine(bench.device)}\n")
+    table_head("substrate", "worlds", "worlds, s", "acting, s", "learning, s", "steps/s")
+    flags = f"--rollout-steps {bench.rollout_steps} {bench.flags}"
+    for substrate in bench.substrates:
+        for number in bench.worlds:
+            pot = MeltingPot(
+                script="bidist",
+                num_envs=number,
+                num_workers=bench.num_workers,
+                device=bench.device,
+                flags=f"--k-d 1 {flags}",
+            )
+            script, args = training_args(pot, substrate, "ids")
+            seconds = training_seconds(script, args, pot, bench.rounds)
+            rate = bench.rollout_steps * number / sum(seconds.values())
+            cells = [f"{x:.3f}" for x in seconds.values()]
+            table_line(substrate, number, *cells, f"{rate:,.0f}")
+    of_two = bench.device == "cuda" and torch.cuda.device_count() > 1
+    where = "cuda" if of_two else "cpu"
+    print(f"\nTwo processes, {'NCCL' if of_two else 'gloo'}\n")
+    table_head("gradients", "ms")
+    with tempfile.TemporaryDirectory() as folder:
+        given = (f"{folder}/meeting", bench.numbers, where)
+        torch.multiprocessing.spawn(average_often, given, nprocs=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class All:
+    """Everything here that a device can change, with settings that take some minutes on one.
+
+    `trainings`, `scale`, the training part of `meltingpot` in the toy world, with tables and with
+    --plain, `particle` without others' worlds, `refil`, `mipi`, `collaq`. What fails is named, and
+    the rest goes on.
+    """
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    size: Above = 1.0  # of lengths, numbers of worlds and battles
+    skip: tuple[str, ...] = ()  # of those
+
+
+def smaller(numbers: tuple[int, ...], size: float) -> tuple[int, ...]:
+    return tuple(max(1, math.ceil(number * size)) for number in numbers)
+
+
+def everything(bench: All) -> None:
+    """Print all tables; RunError at the end if one could not be had."""
+    check_device(bench)
+    size, device = bench.size, {"device": bench.device}
+    limits, widths = smaller((50,), size), (64,) if size < 1 else (128, 64)
+    battles = {"limits": limits, "widths": widths, "repeats": 1, **device}
+    few = {"presets": ("cpu",), "iterations": 1}
+    worlds = smaller((64, 512, 4096), size)
+    pot = {"substrates": ("toy",), "parts": ("training",), "rounds": 2, "plain_rounds": 1}
+    parts = {
+        "trainings": Trainings(length=size, **device),
+        "scale": Scale(worlds=smaller((16, 64, 256), size), **device),
+        "meltingpot": MeltingPot(**pot, num_envs=smaller((64,), size)[0], **device),
+        "particle": Particle(
+            numbers=(3, 12), worlds=worlds, seconds=size, peers=False, own=False, **device
+        ),
+        "refil": Refil(**battles, **few, plain=False),
+        "mipi": Mipi(**battles, **few),
+        "collaq": Collaq(**battles),
+    }
+    failed = []
+    print(f"# {machine(bench.device)}")
+    for name, part in parts.items():
+        if name in bench.skip:
+            continue
+        print(f"\n## {name}\n\n{part}\n", flush=True)
+        began = time.perf_counter()
+        try:
+            COMMANDS[name](part)
+        except (Exception, SystemExit) as error:  # whatever it is, the others are wanted
+            print(f"\n{name} failed: {type(error).__name__}: {error}")
+            failed.append(name)
+        print(f"\n({time.perf_counter() - began:.0f} s)")
+    if failed:
+        raise harness.RunError(f"Not measured: {', '.join(failed)}.")
+
+
 # --- Main -----------------------------------------------------------------------------------------
 
 
@@ -1288,6 +1498,9 @@ COMMANDS = {
     "collaq": collaq,
     "peers": peers,
     "ranks": ranks,
+    "trainings": trainings,
+    "scale": scale,
+    "all": everything,
 }
 
 

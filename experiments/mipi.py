@@ -709,7 +709,7 @@ def open_states(states: Run) -> Any:
     battles = script.make_envs(args, args.team_sizes, 1, args.seed)
     buffer = script.ReplayBuffer(args, battles, torch.device("cpu"))
     path = folder / f"replay-{source['timesteps']}.pt"
-    buffer.refill(torch.load(path, weights_only=True)["replay"])
+    buffer.refill(torch.load(path, map_location="cpu", weights_only=True)["replay"])
     return buffer
 
 

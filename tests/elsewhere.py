@@ -3,9 +3,12 @@
     with pretended_gpu(monkeypatch) as gpu:
         script.main([..., "--device", "cuda"])
     gpu.waits                 how often the CPU had to wait for the device, by operation
+    gpu.places                the same by the line of this project that asked for it
 
 Every operation fails that would fail on a GPU: tensors of two devices in one operation, numpy() of
 a tensor that is not on the CPU, and arithmetic or indexing with uint16, which CUDA does not have.
+The CPU waits for what it reads of the device, and for all that it sends there: torch waits until
+the device has come so far as to take it, unless it is sent from pinned memory with non_blocking.
 Nothing is said about speed, or about kernels that exist.
 
 C++ is told that a tensor is on "meta", a device that needs nothing installed,
@@ -15,8 +18,10 @@ and Python that it is on "cuda".
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
+ROOT = Path(__file__).resolve().parents[1]
 CUDA, STAND_IN = torch.device("cuda:0"), torch.device("meta")
 aten = torch.ops.aten
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
@@ -116,7 +122,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], gpu: PretendedGpu | No
     lands = is_there(to) if to is not None else bool(there)
     if name == "copy_":
         lands = isinstance(args[0], Elsewhere)
-    if gpu is not None and there:
+    if gpu is not None and (there or lands):
         gpu.count(name, args, kwargs, lands)
     if not lands or name in ("_local_scalar_dense", "is_nonzero", "equal"):
         return found
@@ -142,22 +148,52 @@ def check(name: str, args: Any, tensors: list[torch.Tensor], there: list[Elsewhe
         raise NotImplementedError(f'"{name}_cuda" not implemented for unsigned integers')
 
 
+def sends(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a copy to the device holds up the CPU."""
+    source = args[1] if name == "copy_" else args[0]
+    if isinstance(source, Elsewhere):
+        return False
+    is_free = getattr(source, "is_pinned_here", False)
+    waits = not kwargs.get("non_blocking", name == "copy_" and args[2:3] == (True,))
+    return waits or not is_free
+
+
+def line_of_ours() -> str:
+    """Which line of a script, of the harness or of the worlds is being executed."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        inner = path.relative_to(ROOT).parts if ROOT in path.parents else ("tests",)
+        if inner[0] not in ("tests", ".venv"):
+            return f"{'/'.join(inner)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "tests"
+
+
 class PretendedGpu(TorchDispatchMode):
     """Makes tensors elsewhere where they are asked for, and counts waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.places: Counter[str] = Counter()
 
     def count(self, name: str, args: Any, kwargs: dict[str, Any], lands: bool) -> None:
-        """One more wait, if the CPU needs what the device computes."""
+        """One more wait, if the CPU needs what the device computes, or sends it something."""
         masks = name in CPU_INDICES and any(
             isinstance(x, Elsewhere) and x.dtype in (torch.bool, torch.uint8)
             for x in args[1]
             if x is not None
         )
-        if name in WAITS or masks or (name in ("_to_copy", "copy_") and not lands):
-            self.waits[name] += 1
+        copies = name in ("_to_copy", "copy_")
+        if name in WAITS or masks or (copies and not lands):
+            self.wait(name)
+        elif copies and sends(name, args, kwargs):
+            self.wait("send")
+
+    def wait(self, name: str) -> None:
+        self.waits[name] += 1
+        self.places[line_of_ours()] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {}, self)
@@ -198,6 +234,11 @@ class Claims(TorchFunctionMode):
             return func(*args, **kwargs | {"device": "cpu"}).to(CUDA)
         if func is torch.Tensor.new_tensor and isinstance(args[0], Elsewhere):
             return torch.tensor(*args[1:], **{"dtype": args[0].dtype} | kwargs).to(CUDA)
+        if func is torch.Tensor.pin_memory:
+            assert not isinstance(args[0], Elsewhere), "only memory of the CPU can be pinned"
+            pinned = args[0].clone()
+            pinned.is_pinned_here = True
+            return pinned
         return func(*args, **kwargs)
 
 

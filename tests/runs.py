@@ -55,7 +55,7 @@ def change_newest(run_dir, change):
     """Let change(state) edit the newest checkpoint, which stays intact for its readers."""
     known = index(run_dir)
     path = Path(run_dir) / known[0]["name"]
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     change(state)
     torch.save(state, path)
     known[0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -83,7 +83,7 @@ def states(run_dir):
     for entry in index(run_dir):
         data = (Path(run_dir) / entry["name"]).read_bytes()
         assert hashlib.sha256(data).hexdigest() == entry["sha256"], entry["name"]
-        state = torch.load(Path(run_dir) / entry["name"], weights_only=True)
+        state = torch.load(Path(run_dir) / entry["name"], map_location="cpu", weights_only=True)
         assert state["timesteps"] == entry["timesteps"]
         found.append(state)
     return found

@@ -1,26 +1,42 @@
 """Every script on a GPU that is not there (elsewhere.py): nothing mixes devices or does there what
 CUDA cannot, the CPU goes on with what was trained there, and waits are counted and bounded."""
 
+import hashlib
 import importlib
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
 
-import particle_tools
+import harness
+
 import pytest
 import torch
-from battle_tools import tiny as off_policy_battles
+from all_scripts import (
+    MELTINGPOT,
+    OFF_POLICY,
+    ON_POLICY,
+    PARTICLE,
+    SCRIPTS,
+    command,
+    longer,
+    weights,
+)
 from elsewhere import Elsewhere, pretended_gpu
-from runs import BIDIST, MAPPO, states, tiny
+from runs import BIDIST, MAPPO, index, script
 
-MELTINGPOT = [
-    *(BIDIST, MAPPO, "baselines.randnet_meltingpot", "baselines.opre_meltingpot"),
-    *("baselines.pp_meltingpot", "baselines.rpm_meltingpot"),
-]
-PARTICLE = [
-    *("baselines.maddpg_particle", "mra_maddpg_particle", "baselines.maac_particle"),
-    *("baselines.rl2_particle", "baselines.epc_particle"),
-]
-ON_POLICY = ["baselines.mappo_smac", "baselines.mipi_mappo_smac"]
-OFF_POLICY = ["baselines.refil_smac", "baselines.collaq_smac", "mipi_refil_smac"]
+ROOT = Path(__file__).resolve().parents[1]
+MADDPG, MAAC = (f"baselines.{name}_particle" for name in ("maddpg", "maac"))
+REFIL = "baselines.refil_smac"
 QUICK = {MAPPO}
+QUICK_COUNTS = {REFIL}
+
+
+@pytest.fixture(autouse=True)
+def no_list_of_packages(monkeypatch):
+    """It takes longer than a tiny run."""
+    monkeypatch.setattr(harness, "distributions", lambda: [])
 
 
 # --- The pretence ---------------------------------------------------------------------------------
@@ -91,44 +107,135 @@ def test_it_counts_waits(monkeypatch):
     with pretended_gpu(monkeypatch) as gpu:
         x = torch.arange(4.0, device="cuda")
         x.add_(1).view(2, 2)[0] = 5.0
-        x = x[torch.tensor([0, 1])]  # from the CPU: no wait
+        there = torch.arange(2, device="cuda")
+        x = x[there] * torch.ones((), device="cuda")
         assert gpu.waits.total() == 0
-        for look in (x.sum().item, x.nonzero, x.cpu, lambda: x[x > 1], x.tolist):
+        looks = (x.sum().item, x.nonzero, x.cpu, lambda: x[x > 1], x.tolist)
+        here = torch.tensor([0, 1])
+        sends = (lambda: here.to("cuda"), lambda: x[here], lambda: x[[0, 1]])
+        sends += (lambda: torch.tensor([1.0], device="cuda"), lambda: x.new_tensor([1.0]))
+        sends += (lambda: x.copy_(here), lambda: here.to("cuda", non_blocking=True))
+        sends += (lambda: here.pin_memory().to("cuda"),)
+        for wait in (*looks, *sends):
             before = gpu.waits.total()
-            look()
+            wait()
             assert gpu.waits.total() == before + 1
-        assert float(x[0]) == 5
+        before = gpu.waits.total()
+        assert harness.send(here, torch.device("cuda")).tolist() == [0, 1]
+        assert gpu.waits.total() == before + 1, "of reading it"
+        assert gpu.places == {"tests": gpu.waits.total()}
+
+
+# --- The harness ----------------------------------------------------------------------------------
+
+
+def test_several_numbers_are_read_with_one_wait(monkeypatch):
+    with pretended_gpu(monkeypatch) as gpu:
+        scalars = {"a": torch.tensor(0.1), "b": 2, "c": torch.ones((), device="cuda")}
+        scalars |= {"d": torch.full((), 3, device="cuda")}
+        found = harness.as_numbers(scalars)
+        assert found == {"a": float(torch.tensor(0.1)), "b": 2.0, "c": 1.0, "d": 3.0}
+        assert list(found) == [*"abcd"] and gpu.waits.total() == 1
+        harness.check_finite(a=scalars["a"], c=scalars["c"])
+        assert gpu.waits.total() == 2
+        with pytest.raises(harness.RunError, match="c is not finite"):
+            harness.check_finite(a=scalars["a"], c=scalars["c"] / 0)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_not_used_where_it_is_emulated(fast, monkeypatch):
+    asked = []
+
+    def is_supported(including_emulation=True):
+        asked.append(including_emulation)
+        return fast or including_emulation
+
+    with pretended_gpu(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+        assert harness.has_bf16(torch.device("cuda")) == fast
+    assert asked == [False]
+
+
+def test_tf32_is_a_flag(monkeypatch):
+    """Off by default, also in cuDNN, which has it on. Both ways the compiler can ask for it."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        with pretended_gpu(monkeypatch):
+            for tf32 in (False, True):
+                harness.start_processes(harness.RunArgs(device="cuda", tf32=tf32))
+                assert torch.backends.cuda.matmul.allow_tf32 == tf32
+                assert torch.backends.cudnn.allow_tf32 == tf32
+                assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_which_device(monkeypatch):
+    """auto is CUDA where there is a GPU; cuda:1 is the second, and becomes what "cuda" means."""
+    chosen = []
+    with pretended_gpu(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+        for asked in ("auto", "cuda", "cuda:1", "cpu"):
+            chosen.append(str(harness.start_processes(harness.RunArgs(device=asked))[2]))
+        with pytest.raises(harness.UsageError, match="cuda:2: there are 2 here"):
+            harness.start_processes(harness.RunArgs(device="cuda:2"))
+    assert chosen == [*["cuda:0"] * 4, *["cuda:1"] * 2, "cpu"]
+
+
+def test_files_are_loaded_to_the_cpu():
+    """Whatever device they were written on, by everything that is not a test."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]
+    files += [*ROOT.glob("envs/**/*.py"), *ROOT.glob("experiments/**/*.py")]
+    calls = [x for file in files for x in re.findall(r"torch\.load\([^)]*\)", file.read_text())]
+    assert len(calls) >= 2
+    assert [x for x in calls if 'map_location="cpu", weights_only=True' not in x] == []
+
+
+def as_a_gpu_writes(path):
+    """Let a file say that its tensors were on a GPU. torch does not load it without CUDA, unless
+    it is told where to."""
+    with zipfile.ZipFile(path) as old:
+        parts = {part.filename: old.read(part) for part in old.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as new:
+        for name, data in parts.items():
+            if name.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in data
+                data = data.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            new.writestr(name, data)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would be loaded to the GPU")
+@pytest.mark.parametrize("name", [MADDPG, pytest.param(REFIL, marks=pytest.mark.long)])
+def test_a_gpus_checkpoint_and_replay_resume_on_a_cpu(name, tmp_path):
+    """To the same bits as those of a CPU."""
+    found = []
+    for where in ("cpu", "gpu"):
+        run_dir = tmp_path / where
+        assert script(name).main(command(name, run_dir, "--device", "cpu")) == 0
+        if where == "gpu":
+            entries = index(run_dir)
+            files = [file for entry in entries for file in (entry, *entry["replays"])]
+            for file in files:
+                path = run_dir / file["name"]
+                as_a_gpu_writes(path)
+                file["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+                with pytest.raises(RuntimeError, match="CUDA"):
+                    torch.load(path, weights_only=True)
+            assert len(files) == 2 * len(entries)
+            (run_dir / "checkpoints.json").write_text(json.dumps(entries))
+        assert script(name).main(longer(run_dir)) == 0
+        found.append(weights(run_dir))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # --- The scripts ----------------------------------------------------------------------------------
 
 
-def command(name, run_dir, *flags):
-    """The words of a tiny run with a final evaluation."""
-    flags = (*flags, "--final-episodes", 2)
-    if name in MELTINGPOT:
-        return tiny(name, run_dir, 2, *flags)
-    if name in PARTICLE:
-        return particle_tools.tiny(name, run_dir, 60, *flags)
-    if name in OFF_POLICY:
-        return off_policy_battles(run_dir, 60, *flags)
-    words = "--num-envs 2 --hidden-size 8 --heads 2 --max-episode-steps 8 --team-sizes 3 4"
-    words += " --eval-team-sizes 5 --eval-every 0 --eval-episodes 2 --save-every 0"
-    return [*words.split(), *map(str, ("--total-timesteps", 32, "--run-dir", run_dir, *flags))]
-
-
-def longer(run_dir):
-    """Twice the steps that a run has."""
-    steps = 2 * states(run_dir)[0]["timesteps"]
-    return [str(x) for x in ("--resume", run_dir, "--total-timesteps", steps, "--device", "cpu")]
-
-
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.long)
-        for name in (*MELTINGPOT, *PARTICLE, *ON_POLICY, *OFF_POLICY)
-    ],
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in SCRIPTS],
 )
 def test_a_script_trains_there_and_here(name, tmp_path, monkeypatch):
     """Trains, evaluates, saves; a CPU resumes it. The first steps are those of a CPU, but for
@@ -144,43 +251,80 @@ def test_a_script_trains_there_and_here(name, tmp_path, monkeypatch):
     assert script.main(longer(tmp_path / "there")) == 0
 
 
-def weights(run_dir):
-    """All floating tensors of the newest checkpoint's networks."""
+class Counted(NamedTuple):
+    """How a run is made longer, by steps of the worlds, and harder, by minibatches."""
 
-    def walk(x):
-        if isinstance(x, dict):
-            for part in x.values():
-                yield from walk(part)
-        elif isinstance(x, torch.Tensor) and x.is_floating_point():
-            yield x
-
-    found = [*walk(states(run_dir)[0]["agent"])]
-    assert len(found) > 5
-    return found
+    base: str
+    longer: str
+    steps: int
+    harder: str
+    minibatches: int
 
 
-def waits(name, run_dir, monkeypatch, rollout_steps=20, epochs=1, more=()):
-    script = importlib.import_module(name)
-    steps = 2 * 2 * rollout_steps  # two worlds, two iterations
-    words = ["--substrate", "toy", "--num-envs", 2, "--rollout-steps", rollout_steps]
-    words += ["--minibatches", 2, "--epochs", epochs, "--final-episodes", 0, "--device", "cuda"]
-    words += ["--total-timesteps", steps, "--run-dir", run_dir, *more]
-    with monkeypatch.context() as patch, pretended_gpu(patch) as gpu:
-        assert script.main([str(x) for x in words]) == 0
-    return gpu.waits.total()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("name", "more", "a_step", "a_minibatch"),
-    [(MAPPO, (), 2, 2), (BIDIST, ("--k-d", 1, "--no-forward", "--no-reverse"), 3, 9)],
-    ids=["mappo", "bidist"],
+# In Melting Pot minibatches are so large that networks use tables of tiles: 3 waits each.
+IN_ROUNDS = {"base": "--total-timesteps 16", "steps": 8}
+IN_ROUNDS["longer"] = "--max-episode-steps 16 --total-timesteps 32"
+LIKE_MADDPG = Counted(
+    base="--total-timesteps 80 --update-every 80",
+    longer="--total-timesteps 160 --update-every 160",
+    steps=20,
+    harder="--inner-steps 3",
+    minibatches=2,
 )
-def test_waits_are_bounded(name, more, a_step, a_minibatch, tmp_path, monkeypatch):
-    """Of a step of the worlds, and of a minibatch."""
-    base = waits(name, tmp_path / "base", monkeypatch, more=more)
-    longer = waits(name, tmp_path / "longer", monkeypatch, rollout_steps=40, more=more)
-    more_epochs = waits(name, tmp_path / "epochs", monkeypatch, epochs=3, more=more)
-    step, minibatch = (longer - base) / 40, (more_epochs - base) / 8
-    print(f"{name}: {step:.1f} waits a step of the worlds, {minibatch:.1f} a minibatch")
-    assert 1 <= step <= a_step and 1 <= minibatch <= a_minibatch
+HOW = {
+    **dict.fromkeys(
+        MELTINGPOT,
+        Counted(
+            base="--rollout-steps 80 --total-timesteps 160",
+            longer="--rollout-steps 160 --total-timesteps 320",
+            steps=80,
+            harder="--epochs 3",
+            minibatches=4,
+        ),
+    ),
+    **dict.fromkeys(PARTICLE, LIKE_MADDPG),
+    **dict.fromkeys(
+        OFF_POLICY, Counted(**IN_ROUNDS, harder="--updates-per-iteration 3", minibatches=2)
+    ),
+    **dict.fromkeys(
+        ON_POLICY, Counted(**IN_ROUNDS, harder="--minibatches 2 --epochs 10", minibatches=10)
+    ),
+    MAAC: LIKE_MADDPG._replace(harder="--num-updates 3"),
+}
+HOW[BIDIST] = HOW[MAPPO]._replace(base=f"{HOW[MAPPO].base} --no-forward --no-reverse")
+WAITS = {  # a step of all worlds, a minibatch; as many as were counted, rounded up
+    BIDIST: (2, 8),
+    MAPPO: (2, 8),
+    "baselines.randnet_meltingpot": (3, 14),
+    "baselines.opre_meltingpot": (2, 12),
+    "baselines.pp_meltingpot": (3, 11),
+    "baselines.rpm_meltingpot": (3, 11),
+    **dict.fromkeys((MADDPG, "mra_maddpg_particle", MAAC), (0.5, 0.5)),
+    "baselines.mappo_smac": (2.5, 0.5),
+    REFIL: (1.5, 0.5),
+}
+
+
+def count_waits(name, run_dir, monkeypatch, flags):
+    argv = command(name, run_dir, "--final-episodes", 0, "--device", "cuda", *flags.split())
+    with monkeypatch.context() as patch, pretended_gpu(patch) as gpu:
+        assert script(name).main(argv) == 0
+    return gpu
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.long] * (x not in QUICK_COUNTS)) for x in WAITS],
+)
+def test_waits_are_bounded(name, tmp_path, monkeypatch):
+    how, found = HOW[name], {}
+    flags = {"base": how.base, "step": how.longer, "minibatch": how.harder}
+    for what, more in flags.items():
+        found[what] = count_waits(name, tmp_path / what, monkeypatch, f"{how.base} {more}")
+    base = found.pop("base")
+    for (what, longer_run), number, most in zip(
+        found.items(), (how.steps, how.minibatches), WAITS[name], strict=True
+    ):
+        each = (longer_run.waits.total() - base.waits.total()) / number
+        print(f"{name}: {each:.2f} waits a {what}, {(longer_run.places - base.places)}")
+        assert each <= most

@@ -23,9 +23,10 @@ from envs.meltingpot.tiles import WorldError
 
 def ids_on(device: torch.device, ids: np.ndarray) -> Tensor:
     """Tile ids there: uint16 on the CPU, int32 on a GPU, as CUDA cannot index uint16."""
-    if device.type != "cpu":
-        ids = ids.astype(np.int32)
-    return torch.from_numpy(ids).to(device)
+    if device.type == "cpu":
+        return torch.from_numpy(ids)
+    ids = torch.from_numpy(ids.astype(np.int32))
+    return ids.pin_memory().to(device, non_blocking=True)  # nobody waits for it
 
 
 class Sprites:
@@ -149,10 +150,10 @@ class Windows:
         """A linear layer's share of each pair: x (U, C), weight (O, Q * C) position by position ->
         (D, O)."""
         x = x.index_select(0, self.window)
-        counts = torch.bincount(self.position, minlength=self.positions)
-        begins = counts.cumsum(0) - counts
+        edges = torch.arange(self.positions + 1, device=x.device)
+        begins = torch.searchsorted(self.position, edges)  # of each position's pairs, and D
         slot = torch.arange(len(x), device=x.device) - begins[self.position]
-        padded = x.new_zeros(self.positions, int(counts.max()), x.shape[1])
+        padded = x.new_zeros(self.positions, int(begins.diff().max()), x.shape[1])
         padded = padded.index_put((self.position, slot), x)
         blocks = weight.view(len(weight), self.positions, -1).permute(1, 2, 0)  # (Q, C, O)
         return torch.bmm(padded, blocks.to(x.dtype))[self.position, slot]

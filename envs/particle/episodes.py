@@ -23,6 +23,7 @@ from envs.particle.worlds import (
     ParticleWorld,
     Step,
     blind,
+    constant,
     deliver,
     draw,
     flee,
@@ -249,8 +250,8 @@ class RewardScale:
         count, total, square = self.sums
         variance = square / count - (total / count) ** 2
         deviation = variance.clamp(min=0).sqrt().float().clamp(min=0.01)
-        counts = torch.tensor(self.game.population, device=deviation.device)
-        return deviation.repeat_interleave(counts)
+        counts = constant(self.game.population, torch.int64, deviation.device)
+        return deviation.repeat_interleave(counts, output_size=self.game.num_agents)
 
 
 def report_returns(populations: list[EpisodeReturns]) -> dict[str, float]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.particle import kernels
-from envs.particle.worlds import Compiled
+from envs.particle.worlds import Compiled, constant
 
 
 def grouped_linear(
@@ -107,7 +107,8 @@ class FastPairs:
         if self.use_kernels:
             return kernels.PairSums.apply(g, weight, bias, self.a, self.b, self.counts)
         hidden = self._reduce(sum_kernel, g)  # (M, N, H)
-        each = bias.repeat_interleave(torch.tensor(self.counts, device=bias.device), 0)  # (N, O)
+        counts = constant(self.counts, torch.int64, bias.device)
+        each = bias.repeat_interleave(counts, 0, output_size=g.shape[1])  # (N, O)
         return grouped_linear(hidden, weight, None, self.counts) + g.sum(-1, keepdim=True) * each
 
     def _reduce(self, function: Callable, x: Tensor) -> Tensor:

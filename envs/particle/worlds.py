@@ -199,14 +199,29 @@ def unpack(game: Game, state: Tensor) -> Bodies:
     )
 
 
+# --- Constants ------------------------------------------------------------------------------------
+
+
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of these numbers, made once for each device, as whoever makes one there waits for
+    it. Do not write into it."""
+    if torch.compiler.is_compiling():  # becomes a part of the code
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _constant(values, dtype, device)
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 # --- Physics --------------------------------------------------------------------------------------
 
 
 def per_agent(game: Game, values: tuple[float, ...], like: Tensor) -> Tensor:
     """(N, 1): the number of each agent's type."""
-    return torch.tensor(
-        [[values[kind]] for kind in game.types], dtype=like.dtype, device=like.device
-    )
+    numbers = tuple(values[kind] for kind in game.types)
+    return constant(numbers, like.dtype, like.device)[:, None]
 
 
 def pushes(game: Game, bodies: Bodies) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,7 +309,7 @@ def treasure_outcome(game: Game, bodies: Bodies) -> Outcome:
 def resource_outcome(game: Game, bodies: Bodies) -> Outcome:
     """The resources that one touches, 10 x radius each, divided by the number of agents on it."""
     distance = landmark_distances(game, bodies)
-    radius = torch.tensor(game.landmark_radius, dtype=distance.dtype, device=distance.device)
+    radius = constant(game.landmark_radius, distance.dtype, distance.device)
     touched = distance < (radius + game.radius[0])[:, None]
     share = 10.0 * radius[:, None] / touched.sum(0).clamp_min(1)  # (L, B)
     reward = (touched * share).sum(1)
@@ -435,7 +450,7 @@ def observation(game: Game, bodies: Bodies) -> Observation:
     if game.in_order:
         marks = between.permute(2, 0, 1, 3).flatten(0, 1)  # (L x 2, N, B)
     else:
-        radius = torch.tensor(game.landmark_radius, dtype=p.dtype, device=p.device)[:, None]
+        radius = constant(game.landmark_radius, p.dtype, p.device)[:, None]
         edge = between.square().sum(0).sqrt() - radius  # (N, L, B)
         sizes = [2 * radius[None]] if game.sizes else []
         marks = torch.stack(nearest(edge, [*between, *sizes], game.nearest), 2)  # (N, k, 2 or 3, B)
@@ -452,7 +467,7 @@ def observation_of_rows(game: Game, states: Tensor) -> Observation:
     N, states = game.num_agents, states.contiguous()
     own = states.new_empty(len(states), N, game.own_features)
     others = states.new_empty(len(states), N, game.entity_features)
-    radius = states.new_tensor(game.landmark_radius)
+    radius = constant(game.landmark_radius, states.dtype, states.device)
     labels = [label.view(N, 1) for label in labels_of(game, states)]
     labels = torch.cat(labels, 1) if labels else states.new_empty(N, 0)
     arrays = states.numpy(), radius.numpy(), labels.contiguous().numpy()
@@ -472,12 +487,10 @@ def labels_of(game: Game, like: Tensor) -> list[Tensor]:
     colour, one-hot."""
     N = game.num_agents
     of_types = len(game.population) if len(game.population) > 1 else 0
-    labels = [[float(kind == own) for own in game.types] for kind in range(of_types)]
-    colours = game.population[-1] if game.coloured else 0
-    labels += [[float(i == N - colours + colour) for i in range(N)] for colour in range(colours)]
-    return [
-        torch.tensor(label, dtype=like.dtype, device=like.device)[None, :, None] for label in labels
-    ]
+    labels = [tuple(float(kind == own) for own in game.types) for kind in range(of_types)]
+    colours = range(N - game.population[-1], N) if game.coloured else ()
+    labels += [tuple(float(i == agent) for i in range(N)) for agent in colours]
+    return [constant(label, like.dtype, like.device)[None, :, None] for label in labels]
 
 
 def delivery_observation(game: Game, bodies: Bodies) -> Observation:
@@ -961,7 +974,7 @@ def nearest_first(world: ParticleWorld) -> Tensor:
     game, bodies = world.game, unpack(world.game, world.bodies)
     p, v = bodies.position, bodies.velocity
     between = bodies.landmarks[:, None] - p[:, :, None]
-    radius = p.new_tensor(game.landmark_radius)[:, None]
+    radius = constant(game.landmark_radius, p.dtype, p.device)[:, None]
     edge = between.square().sum(0).sqrt() - radius
     index = edge.argmin(1)
     reach = (radius[:, 0][index] if game.sizes else 0.0 * p[0]) * 0.9

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
+from all_scripts import SCRIPTS
 from made_up import command, experiment
 
 from envs.particle.worlds import TASKS, Bodies, ParticleWorld, make_game
@@ -220,3 +221,72 @@ def test_bench_of_ranks_runs():
     for line in text.splitlines()[-2:]:
         *_, two_threads, one, two, ratio = line.strip("| ").replace(",", "").split(" | ")
         assert float(ratio) == pytest.approx(float(two) / max(float(two_threads), float(one)), 0.02)
+
+
+def test_bench_of_trainings(monkeypatch, capsys):
+    """The median rate behind the first tenth, and collecting's share of the time there."""
+    bench = experiment("bench")
+    asked = []
+
+    def logged(script, flags, steps):
+        asked.append((script, flags, steps))
+        slow = {"sps": 1.0, "collect_s": 50.0, "learn_s": 50.0}
+        rates = ((30.0, 3.0), (10.0, 1.0), (20.0, 2.0))
+        return [slow, *({"sps": x, "collect_s": s, "learn_s": 1.0} for x, s in rates)]
+
+    monkeypatch.setattr(bench, "logged_training", logged)
+    bench.trainings(bench.Trainings(scripts=("mappo_smac",), length=0.25, flags="--tf32"))
+    flags, steps = bench.SPEEDS["mappo_smac"]
+    assert asked == [("mappo_smac", f"{flags} --tf32 --device cpu", steps // 4)]
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in text and "on cpu" in text
+    cells = text.splitlines()[-1].strip("| ").split(" | ")
+    assert cells == ["mappo_smac", f"{flags} --tf32", "20", "67%"]
+
+
+def test_bench_of_trainings_knows_every_script():
+    """Names and flags."""
+    bench = experiment("bench")
+    assert {*bench.SPEEDS} == {name.rpartition(".")[2] for name in SCRIPTS}
+    for script, (flags, steps) in bench.SPEEDS.items():
+        args = bench.script_args(bench.load_script(script), flags.split())
+        assert steps > 10 * args.num_envs
+
+
+def test_bench_of_all(monkeypatch, capsys):
+    """The device is handed on, and what fails does not keep the rest from being measured."""
+    bench = experiment("bench")
+    done = []
+
+    def measure(name):
+        def part(options):
+            done.append((name, options.device))
+            if name == "scale":
+                raise RuntimeError("no.")
+
+        return part
+
+    monkeypatch.setattr(bench, "COMMANDS", {name: measure(name) for name in bench.COMMANDS})
+    with pytest.raises(bench.harness.RunError, match="Not measured: scale"):
+        bench.everything(bench.All(device="cpu", skip=("mipi",)))
+    names = ["trainings", "scale", "meltingpot", "particle", "refil", "collaq"]
+    assert done == [(name, "cpu") for name in names]
+    assert "scale failed: RuntimeError: no." in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_bench_of_scale_runs():
+    flags = "--worlds 1 2 --rounds 1 --rollout-steps 10 --numbers 1000 --flags=--minibatches=1"
+    code, text, stderr = command("bench", "scale", *flags.split())
+    assert code == 0, stderr
+    lines = [line for line in text.splitlines() if line.startswith("| toy |")]
+    assert [line.split(" | ")[1] for line in lines] == ["1", "2"]
+    *_, average = text.splitlines()[-1].strip("| ").split(" | ")
+    assert float(average) > 0
+
+
+@pytest.mark.slow
+def test_bench_of_all_runs():
+    code, text, stderr = command("bench", "all", "--device", "cpu", "--size", 0.02)
+    assert code == 0, stderr
+    assert text.count("\n## ") == 7 and "failed" not in text

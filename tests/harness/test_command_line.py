@@ -167,6 +167,26 @@ def test_another_scripts_run_and_another_versions(capfd):
         assert word in only_error(capfd.readouterr().err)
 
 
+def test_a_run_from_before_a_flag_of_all_scripts():
+    """Goes on with the flag's default, and can change it."""
+    assert run(*flags("run", 2)) == 0
+    import harness
+
+    import torch
+
+    path = Path("run/checkpoint-8.pt")
+    state = torch.load(path, weights_only=True)
+    assert state["args"].pop("tf32") is False
+    torch.save(state, path)
+    entries = index("run")
+    entries[0]["sha256"] = harness.sha256_of(path)
+    Path("run/checkpoints.json").write_text(json.dumps(entries))
+    assert run(*resume("run", 4)) == 0
+    assert torch.load("run/checkpoint-16.pt", weights_only=True)["args"]["tf32"] is False
+    assert run(*resume("run", 6), "--tf32") == 0
+    assert torch.load("run/checkpoint-24.pt", weights_only=True)["args"]["tf32"] is True
+
+
 def test_help_needs_no_torch():
     """It names every flag with its comment, before what is slow to import."""
     line = [sys.executable, "-X", "importtime", learner.__file__, "--help"]

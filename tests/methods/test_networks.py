@@ -342,7 +342,8 @@ def test_samples_follow_the_policy_and_share_their_noise():
     assert (again[:, 0] == actions[:, 0]).all(), "one agent's policy does not touch another's noise"
 
 
-def test_amp_is_the_critics_only():
+def test_amp_is_the_critics_only(monkeypatch):
+    monkeypatch.setattr(bidist, "has_bf16", lambda device: True)
     plain, half = setting(), setting("--amp")
     for s in (plain, half):
         s.batch = collect(s)

@@ -227,7 +227,8 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", EFFECTS)
-def test_flag_changes_what_it_names(name, plain, tmp_path):
+def test_flag_changes_what_it_names(name, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(bidist, "has_bf16", lambda device: True)
     flags, measure, relation = EFFECTS[name]
     state = run(bidist, tmp_path / "run", *SHORT, *flags)
     without, with_flag = measure(*plain), measure(state, tmp_path / "run")
