@@ -764,7 +764,7 @@ def test_flag_changes_what_it_names(field, plain, tmp_path):
 
 def test_rescaled_worlds():
     """--rescale and --egocentric reach worlds, rollouts and networks."""
-    flags = "--scenario resource --rollout windows --no-recurrent".split()
+    flags = ["--scenario", "resource", "--rollout", "windows", "--no-recurrent"]
     plain = run("plain", 64, *flags)
     rescaled = run("rescaled", 64, *flags, "--rescale")
     assert differences(plain["agent"]["actor"], rescaled["agent"]["actor"])
