@@ -35,6 +35,7 @@ from experiments.compare import draw, read_curves
 from experiments.runs import (
     ROOT,
     Run,
+    load_script,
     read_study,
     run_subcommand,
     save_figure,
@@ -239,10 +240,21 @@ def overview(groups: dict[str, list[Run]]) -> str:
     return markdown_table(rows)
 
 
+def gone_arguments(run: Run) -> str:
+    """Arguments of a run that its script has no more, but for switches that were off."""
+    known = {field.name for field in dataclasses.fields(load_script(run.args["script"]).Args)}
+    gone = {name: x for name, x in run.args.items() if name not in {*known, "script", "commit"}}
+    return ", ".join(f"{name} {x}" for name, x in gone.items() if x)
+
+
 def commands(groups: dict[str, list[Run]]) -> str:
-    """A block of code, a command per group below its name."""
-    blocks = [f"    # {name}\n    {command_of(runs[0])}" for name, runs in groups.items()]
-    return "\n".join(blocks) + "\n"
+    """A block of code, a command per group below its name and what no flag says any more."""
+    lines = []
+    for name, runs in groups.items():
+        gone = gone_arguments(runs[0])
+        lines.append(f"# {name}" + (f"; gone since: {gone}" if gone else ""))
+        lines.append(command_of(runs[0]))
+    return "".join(f"    {line}\n" for line in lines)
 
 
 def final_rows(runs: list[Run]) -> list[str]:

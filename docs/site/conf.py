@@ -4,7 +4,9 @@ lays out. Nothing is read from the network, neither here nor in a reader's brows
 import re
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
 
 project = "Unseen"
 copyright = "the Unseen authors"
@@ -31,8 +33,11 @@ myst_fence_as_directive = ["math"]
 
 def write_math(writer, node, display):
     """An equation as MathML, which browsers draw themselves: no script, no fonts to fetch. What
-    cannot be read as TeX is an error of the build."""
-    writer.body.append(tex2mathml(node.astext(), as_block=display))
+    cannot be read as TeX is a warning, and so ends `make docs`."""
+    try:
+        writer.body.append(tex2mathml(node.astext(), as_block=display))
+    except MathError as error:
+        logging.getLogger(__name__).warning("%s: %s", node.astext(), error, location=node)
     raise nodes.SkipNode
 
 
