@@ -2,6 +2,7 @@
 
     python experiments/website.py lay-out site/source
     make docs                                  # that, and Sphinx's HTML of it in site/html
+    python experiments/website.py gif runs/RUN/videos/FILM.mp4 docs/images/FILM.gif --every 2
 
 Copies README.md (the start page), CONTRIBUTING.md, CHANGELOG.md and docs/, as they are but for
 links to files that are no pages, which readers can download. Writes a page for every script (its
@@ -25,10 +26,11 @@ from typing import Annotated, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
-from harness import UsageError, as_flag
+from harness import Count, Positive, UsageError, as_flag
 
 import numpy as np
 import tyro
+from annotated_types import Interval
 
 from envs.statistics import draw_rows, markdown_table, mean_interval, with_interval
 from experiments.compare import draw, read_curves
@@ -533,9 +535,53 @@ def navigation() -> list[tuple[str, str]]:
     return [(caption, names.replace("README ", "")) for caption, names in NAVIGATION.items()]
 
 
+# --- Films ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Gif:
+    """Which part of a film to keep, and how small."""
+
+    film: Annotated[Path, tyro.conf.Positional]  # an MP4 that --capture-video made
+    out: Annotated[Path, tyro.conf.Positional]  # a .gif
+    every: Positive = 1  # of its pictures
+    first: Count = 0  # the first of them to keep
+    pictures: Positive = 80  # at most
+    width: Positive = 320  # pixels
+    zoom: Annotated[float, Interval(ge=1)] = 1.0  # onto the middle
+    per_second: Positive = 8
+
+
+def gif(cut: Gif) -> None:
+    """Make a GIF of a film, in colours of all of its pictures together."""
+    import imageio.v2 as imageio
+    from PIL import Image
+
+    last = cut.first + cut.every * cut.pictures
+    try:
+        with imageio.get_reader(cut.film) as reader:
+            frames = [x for i, x in enumerate(reader) if cut.first <= i < last]
+    except OSError as error:
+        raise UsageError(f"{cut.film} cannot be read: {error}.") from None
+    frames = frames[:: cut.every]
+    if not frames:
+        raise UsageError(f"--first {cut.first}: {cut.film} is shorter.")
+    rows, columns = frames[0].shape[:2]
+    top, left = (round(x * (1 - 1 / cut.zoom) / 2) for x in (rows, columns))
+    box = (left, top, columns - left, rows - top)
+    size = (cut.width, round(cut.width * rows / columns))
+    small = [Image.fromarray(x).resize(size, box=box) for x in frames]
+    some = Image.fromarray(np.concatenate(small[:: max(1, len(small) // 8)]))
+    palette = some.quantize(128, method=Image.Quantize.MAXCOVERAGE)  # rare ones, too
+    plain = [x.quantize(palette=palette, dither=Image.Dither.NONE) for x in small]
+    pause = 1000 // cut.per_second
+    plain[0].save(cut.out, save_all=True, append_images=plain[1:], duration=pause, loop=0)
+    print(f"{cut.out}: {len(plain)} pictures, {cut.out.stat().st_size / 1000:,.0f} kB")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    return run_subcommand({"lay-out": lay_out}, argv, __doc__)
+    return run_subcommand({"lay-out": lay_out, "gif": gif}, argv, __doc__)
 
 
 if __name__ == "__main__":

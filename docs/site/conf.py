@@ -1,7 +1,9 @@
 """Sphinx's settings for the website; `make docs` hands them the pages that experiments/website.py
 lays out. Nothing is read from the network, neither here nor in a reader's browser."""
 
+import importlib.util
 import re
+from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -13,7 +15,8 @@ copyright = "the Unseen authors"
 extensions = ["myst_parser"]
 html_theme = "furo"
 html_title = "Unseen"
-html_static_path = ["style.css"]
+ziamath = Path(importlib.util.find_spec("ziamath").origin).parent
+html_static_path = ["style.css", str(ziamath / "fonts/STIXTwoMath-Regular.ttf")]
 html_css_files = ["style.css"]
 html_copy_source = False
 html_math_renderer = "mathml"
@@ -35,7 +38,10 @@ def write_math(writer, node, display):
     """An equation as MathML, which browsers draw themselves: no script, no fonts to fetch. What
     cannot be read as TeX is a warning, and so ends `make docs`."""
     try:
-        writer.body.append(tex2mathml(node.astext(), as_block=display))
+        text = tex2mathml(node.astext(), as_block=display)
+        # Browsers put nothing between "log" and its argument; in "exp(x)" nothing is right.
+        applied = r"<mo>&ApplyFunction;</mo>(?!\s*<mo[^>]*>\()"
+        writer.body.append(re.sub(applied, '<mspace width="0.17em"></mspace>', text))
     except MathError as error:
         logging.getLogger(__name__).warning("%s: %s", node.astext(), error, location=node)
     raise nodes.SkipNode
