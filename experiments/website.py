@@ -414,7 +414,7 @@ def film_text(film: dict[str, Any], root: str) -> str:
     shown = film["caption"]
     text = f"![{shown}]({root}/docs/images/{film['file']})\n\n{shown}."
     made = "".join(f"\n    {command}" for command in film["commands"])
-    return f"{text} Made by\n{made}" if made else text
+    return f"{text} Such a film is made by\n{made}" if made else text
 
 
 def gallery_page(films: list[dict[str, Any]]) -> str:
