@@ -18,11 +18,13 @@ TORCH = $(shell grep '^torch==' requirements-lock.txt)
 WITH_UV = { $(PIP) -q $(UV) && $(if $(TORCH),$(PIP) --no-deps $(TORCH) &&) \
 	$(PY) -m uv pip install --python $(PY) -r requirements-lock.txt; }
 READY := .venv/ready
+DOCS_PY := .venv-docs/bin/python
+DOCS_READY := .venv-docs/ready
 # Packages of another Python must not get in.
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sc2 train test test-long test-slow test-gpu lint clean
+.PHONY: help setup setup-sc2 train test test-long test-slow test-gpu lint docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -53,8 +55,14 @@ lint: $(READY)  ## ruff: rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-clean:  ## remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache
+docs: $(READY) $(DOCS_READY)  ## the website in site/html, by Sphinx in an environment of its own
+	$(PY) experiments/website.py lay-out site/source
+	@rm -rf site/html site/doctrees
+	$(DOCS_PY) -m sphinx -q -W --keep-going -d site/doctrees $(ARGS) site/source site/html
+	@echo "site/html/index.html is the start page."
+
+clean:  ## remove .venv, .venv-docs, site and caches; runs/ stays
+	rm -rf .venv .venv-docs site .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 IS_NEW := import sys; assert sys.version_info >= (3, 11)
@@ -87,3 +95,9 @@ $(READY): requirements-lock.txt envs/meltingpot/install.py
 	    "Linux with glibc 2.35 or newer and for macOS 15 or newer on Apple silicon." >&2; exit 1; }
 	@$(PY) envs/meltingpot/install.py
 	@rm -f .venv/unfinished && touch $(READY)
+
+$(DOCS_READY): requirements-docs.txt
+	$(need_python)
+	@$(PYTHON) -m venv --clear .venv-docs
+	$(DOCS_PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-docs.txt
+	@touch $(DOCS_READY)

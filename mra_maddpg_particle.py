@@ -10,7 +10,7 @@ actions, p_psi(z|m) to make them tell populations apart. An unseen population ge
     I(g; a|o)  >= E log pi'(a | o, g) / p(a | o),  p(a | o) = E_z pi'(a | o, phi(o, z))     Eq. (11)
     L(psi, xi) = E_z~p_psi(z|m) [- log p_xi(m | o, phi(o, z))]                              Eq. (13)
 
-L(zeta) moves the critic, dJ the actor (with Reptile's step, Eq. (5)), I phi, L(psi, xi) the latent
+L(zeta) moves the critic, dJ the actor (with Reptile's step, Sec. 4.4), I phi, L(psi, xi) the latent
 prior psi and the population classifier xi. Targets Q' and pi' follow.
 
     python mra_maddpg_particle.py --task resource --populations 6 9 12 --preset cpu
@@ -619,7 +619,7 @@ def population_loss(agent: Agent, view: View, log_prior: Tensor, label: int) -> 
 def reptile(args: Args, omega: nn.Module, start: list[Tensor]) -> None:
     """omega <- omega + alpha (omega_K - omega), omega being where K steps began."""
     for p, first in zip(omega.parameters(), start):
-        # Eq. (5), Algorithm 4
+        # Sec. 4.4, Algorithm 1 line 6; Algorithm 4
         p.copy_(first.lerp(p, args.reptile_step))
 
 

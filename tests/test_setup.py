@@ -551,7 +551,7 @@ def fake_python(folder, first):
     return script.parent
 
 
-@pytest.mark.parametrize("target", ["setup", "train", "test", "test-slow", "lint"])
+@pytest.mark.parametrize("target", ["setup", "train", "test", "test-slow", "lint", "docs"])
 def test_old_python_gets_one_sentence(project, target):
     old = "import sys, platform; sys.version_info = (3, 10, 14)"
     old += '; platform.python_version = lambda: "3.10.14"'
