@@ -131,7 +131,7 @@ def read_args(
         ]
     )
     if args.resume or args.eval_only:
-        args = read_resumed(cls, argv, args.resume or args.eval_only, resumable)
+        args = read_resumed(cls, argv, args, resumable)
     elif args.preset != "paper":
         if args.preset not in (presets or {}):
             raise UsageError(f"--preset {args.preset}: this script has none of that name.")
@@ -169,9 +169,12 @@ def read_flags(cls: type, argv: list[str], default: Any = None) -> Any:
     return args
 
 
-def read_resumed(cls: type, argv: list[str], source: str, resumable: tuple[str, ...]) -> Any:
-    """The command line on top of a run's own arguments; UsageError where one is not resumable."""
-    own = dataclasses.replace(saved_args(source, cls), run_dir="", resume="", eval_only="")
+def read_resumed(cls: type, argv: list[str], given: Any, resumable: tuple[str, ...]) -> Any:
+    """The command line on top of a run's own arguments; UsageError where one is not resumable.
+    given: the command line alone."""
+    source = given.resume or given.eval_only
+    own = saved_args(source, cls, whole=bool(given.resume))
+    own = dataclasses.replace(own, run_dir="", resume="", eval_only="")
     args = read_flags(cls, argv, default=own)
     free = {field.name for field in dataclasses.fields(RunArgs)} - set(FIXED) | set(resumable)
     for name, value in vars(own).items():
@@ -180,16 +183,22 @@ def read_resumed(cls: type, argv: list[str], source: str, resumable: tuple[str, 
     return args
 
 
-def saved_args(source: str, cls: type) -> Any:
-    """The arguments of a run or checkpoint; UsageError if another script's or version's."""
+def saved_args(source: str, cls: type, whole: bool = False) -> Any:
+    """The arguments of a run or checkpoint; UsageError if another script's or version's. whole:
+    also if it has the weights alone that play, as those in zoo/."""
     saved, _ = load_checkpoint(source, quiet=True)
     script = script_of(cls).stem
     if saved["script"] != script:
         raise UsageError(f"{source} is a run of {saved['script']}.py, not of {script}.py.")
+    weights_only = saved.get("weights_only", False)
+    if whole and weights_only:
+        raise UsageError(f"{source} has the weights alone that play: nothing can learn on from it.")
     # A flag of all scripts that is newer than the run has its default.
     own = {field.name: field.default for field in dataclasses.fields(RunArgs)} | saved["args"]
     names = {field.name for field in dataclasses.fields(cls)}
-    if different := sorted(names ^ own.keys()):
+    # Flags that are younger than an entry of zoo/ have their defaults there.
+    missing = set() if weights_only else names - own.keys()
+    if different := sorted(missing | own.keys() - names):
         raise UsageError(f"{source} is of a version that differs in {', '.join(different)}.")
     return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
 
@@ -613,7 +622,11 @@ class Parts:
 
 
 def restore(x: Any, saved: Any, source: str) -> None:
-    """Put back what pack() took, into x itself; UsageError if it does not fit."""
+    """Put back what pack() took, into x itself; UsageError if it does not fit. None: a checkpoint
+    of weights alone has left it out."""
+    if saved is None:
+        leave_out(x)
+        return
     if hasattr(x, "parts"):
         x = x.parts()
     if dataclasses.is_dataclass(x):
@@ -631,6 +644,16 @@ def restore(x: Any, saved: Any, source: str) -> None:
                 restore(x[name], saved[name], source)
     except (KeyError, ValueError, RuntimeError, AttributeError, TypeError):
         raise UsageError(f"{source} does not fit: its networks have other shapes.") from None
+
+
+def leave_out(x: Any) -> None:
+    """Networks get no weights: to use one is an error, not a guess. The rest stays as it is."""
+    if hasattr(x, "parts"):
+        x = x.parts()
+    if isinstance(x, nn.Module):
+        x.to_empty(device="meta")
+    for part in x.values() if isinstance(x, dict) else ():
+        leave_out(part)
 
 
 def is_plain(x: Any) -> bool:
@@ -776,17 +799,18 @@ class Evaluation:
     kind       "eval" on the way or "final", which plays other episodes
     episodes   to be played for each row of the table
     rng        of this evaluation: the same for the same seed, step and kind
+    run_dir    where its files go; None: nowhere
     videos     the folder for films, whose names begin with `stem`; None: no films
     """
 
     INTERVAL = 15.0  # seconds between lines where there is no terminal
 
-    def __init__(self, args: RunArgs, kind: str, timesteps: int, run_dir: Path):
+    def __init__(self, args: RunArgs, kind: str, timesteps: int, run_dir: Path | None):
         self.kind, self.timesteps, self.run_dir = kind, timesteps, run_dir
         self.final = kind == "final"
         self.episodes = args.final_episodes if self.final else args.eval_episodes
         self.rng = np.random.default_rng((args.seed, timesteps, int(self.final)))
-        self.videos = run_dir / "videos" if args.capture_video else None
+        self.videos = run_dir / "videos" if run_dir and args.capture_video else None
         self.stem = f"{kind}-{timesteps}"
         self.said = time.monotonic()
         self.bar = tqdm(
@@ -909,12 +933,7 @@ class Run:
         if self.saved:
             self.resume()
         elif self.rank == 0:
-            self.dir = new_run_dir(self.args, world)
-            self.stack.enter_context(lock(self.dir))
-            if (self.dir / "checkpoints.json").exists():
-                raise UsageError(f"{self.dir} holds a run already: --resume it, or name another.")
-            about = {"device": str(self.device), "processes": self.size} | resolved
-            write(self.dir / "args.json", describe_run(self.args, about))
+            self.make_dir(world, resolved)
         self.dir = gather(self.dir)[0]  # the first process has named it
         if self.rank == 0:
             newest = max((entry["timesteps"] for entry in read_index(self.dir)), default=0)
@@ -935,6 +954,15 @@ class Run:
             self.before = self.saved["before"]
             if self.is_due(self.args.eval_every):  # the run ended before or in this evaluation
                 self.evaluate("eval")
+
+    def make_dir(self, world: str, resolved: dict[str, Any]) -> None:
+        """The run's directory, which is this process's alone, with args.json."""
+        self.dir = new_run_dir(self.args, world)
+        self.stack.enter_context(lock(self.dir))
+        if (self.dir / "checkpoints.json").exists():
+            raise UsageError(f"{self.dir} holds a run already: --resume it, or name another.")
+        about = {"device": str(self.device), "processes": self.size} | resolved
+        write(self.dir / "args.json", describe_run(self.args, about))
 
     def resume(self) -> None:
         """What is this process's own, and its replay, from the checkpoint."""
@@ -1097,7 +1125,8 @@ class Run:
         before or meanwhile."""
         if self.rank or self.stopped:
             return {}
-        evaluation = Evaluation(self.args, kind, self.timesteps, self.dir)
+        folder = None if self.keeps_out() else self.dir
+        evaluation = Evaluation(self.args, kind, self.timesteps, folder)
         try:
             try:
                 self.evaluating = True
@@ -1115,9 +1144,20 @@ class Run:
             self.logger.log_results(self.timesteps, kind, results, text)
         return results
 
+    def keeps_out(self) -> bool:
+        """Whether the directory stays as it is: that of weights alone, which others read, too."""
+        return bool(self.saved.get("weights_only") and not self.args.run_dir)
+
     def evaluate_only(self) -> int:
-        """The final evaluation of a run that is not trained; returns the exit code."""
-        self.evaluate("final")
+        """The final evaluation of a run that is not trained; with --run-dir its files go there, and
+        args.json and summary.json beside them. Returns the exit code."""
+        films = self.args.capture_video and self.keeps_out()
+        check([(films, f"--capture-video: {self.source} stays as it is; name a --run-dir, too")])
+        if self.args.run_dir and self.rank == 0:
+            self.make_dir("", {})
+        results = self.evaluate("final")
+        if self.args.run_dir:
+            self.write_summary(results)
         return FINISHED
 
     def finish(self) -> int:
@@ -1128,8 +1168,12 @@ class Run:
             results = self.evaluate("final")
         if self.stopped:
             return STOPPED
+        self.write_summary(results)
+        return FINISHED
+
+    def write_summary(self, results: dict[str, dict[str, float]]) -> None:
+        """summary.json: how long it was trained, and its final evaluation."""
         if self.rank == 0:
             summary = {"timesteps": self.timesteps, "wall_s": time.monotonic() - self.began}
             data = json.dumps(summary | {"eval": results}, indent=1).encode()
             write(self.dir / "summary.json", data)
-        return FINISHED

@@ -190,7 +190,7 @@ def read(argv: list[str]) -> Args:
     given = read_flags(Args, argv)
     if not given.adapt or given.resume or given.eval_only:
         return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
-    source, own = given.adapt, saved_args(given.adapt, Args)
+    source, own = given.adapt, saved_args(given.adapt, Args, whole=True)
     if not own.share_parameters:
         raise UsageError(f"{source} has parameters per agent, which fit no other population.")
     new = {field.name: getattr(given, field.name) for field in dataclasses.fields(RunArgs)}

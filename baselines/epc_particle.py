@@ -422,7 +422,8 @@ class Agent(Parts):
 
 # --- 5. The paper ---------------------------------------------------------------------------------
 
-NETWORKS = ("attention", "actor", "critic", "target_actor", "target_critic")
+ACTING = ("attention", "actor")
+NETWORKS = (*ACTING, "critic", "target_actor", "target_critic")
 Source = tuple[Agent, int]  # whose copy an agent is: set, number in it
 Family = tuple[tuple[int, int], ...]  # of a child: for each role the numbers of its two parents
 
@@ -496,21 +497,21 @@ def crossover(
 
 
 @torch.no_grad()
-def copy_agents(sources: list[Source], into: Agent) -> Agent:
-    """Give each agent of a set the networks of another one, and return the set."""
+def copy_agents(sources: list[Source], into: Agent, networks: tuple[str, ...] = NETWORKS) -> Agent:
+    """Give each agent of a set these networks of another one, and return the set."""
     for i, (parent, j) in enumerate(sources):
-        for name in NETWORKS:
+        for name in networks:
             theirs = getattr(parent, name).parameters()
             for own, other in zip(getattr(into, name).parameters(), theirs):
                 own[i] = other[j]
     return into
 
 
-def resized(args: Args, agent: Agent, game: Game) -> Agent:
+def resized(args: Args, agent: Agent, game: Game, networks: tuple[str, ...] = NETWORKS) -> Agent:
     """A set's agents in another population: copies of some, or of all and of some twice."""
     parents = [(agent,)] * len(game.population)
     sources = crossover(parents, game.population, np.random.default_rng(args.seed))
-    return copy_agents(sources, Agent(args, game, agent.device))
+    return copy_agents(sources, Agent(args, game, agent.device), networks)
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -717,6 +718,7 @@ class Evolution:
 
 def adapt(args: Args, evolution: Evolution) -> None:
     """All sets begin as copies of another run's best agents; UsageError if they do not fit."""
+    saved_args(args.adapt, Args, whole=True)
     theirs, agent = load_agent(args.adapt)
     for name in FIXED:
         value = getattr(theirs, name)
@@ -866,7 +868,7 @@ def evaluate(
     last = best[evolution.population]
     for name in dict.fromkeys((*best, *args.eval_populations)):
         worlds = make_envs(args, name, evaluation.episodes, world_seed)
-        moved = net_player(resized(args, last, worlds.game), player_seed)
+        moved = net_player(resized(args, last, worlds.game, ACTING), player_seed)
         players = {"": net_player(best[name], player_seed) if name in best else moved}
         if best.get(name, last) is not last:
             players["last stage"] = moved
@@ -893,7 +895,7 @@ def load_player(path: str, seed: int = 1) -> Player:
 
     @functools.cache
     def player(game: Game) -> Player:
-        return net_player(resized(args, agent, game), seed)
+        return net_player(resized(args, agent, game, ACTING), seed)
 
     return lambda worlds: player(worlds.game)(worlds)
 

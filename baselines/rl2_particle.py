@@ -167,7 +167,7 @@ def read(argv: list[str]) -> Args:
     given = read_flags(Args, argv)
     if not given.adapt or given.resume or given.eval_only:
         return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
-    source, own = given.adapt, saved_args(given.adapt, Args)
+    source, own = given.adapt, saved_args(given.adapt, Args, whole=True)
     new = {field.name: getattr(given, field.name) for field in dataclasses.fields(RunArgs)}
     new |= {"population": "", "eval_populations": ()}
     preset = {name: x for name, x in PRESETS[given.preset].items() if name not in FIXED}

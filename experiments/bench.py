@@ -13,6 +13,7 @@
     python experiments/bench.py trainings --device cuda       every script's training on a device
     python experiments/bench.py scale --device cuda           BiDist with more worlds; all-reduces
     python experiments/bench.py all --device cuda             all that a device can change, briefly
+    python experiments/bench.py zoo                           no speed: the zoo's figures again
     pip install -r requirements-bench.txt                     others' worlds, else they are left out
 
 All print Markdown; ratios are measured in one run. Run nothing else meanwhile. `SUBCOMMAND --help`
@@ -74,6 +75,7 @@ from envs.particle.worlds import (
 )
 from envs.particle.worlds import Observation as ParticleObservation
 from envs.smac.combat import Combat, Scenario
+from experiments import zoo
 from experiments.runs import ROOT, load_script, run_subcommand, script_args, script_file
 
 CPU = torch.device("cpu")
@@ -1501,6 +1503,7 @@ COMMANDS = {
     "trainings": trainings,
     "scale": scale,
     "all": everything,
+    "zoo": zoo.again,
 }
 
 

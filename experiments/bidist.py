@@ -738,7 +738,7 @@ def loaded(run: Run, num_envs: int, seed: int) -> Iterator[Loaded]:
     """A run's script, arguments and agent, and fresh worlds."""
     script = load_script(run.args["script"])
     try:
-        args = harness.saved_args(str(run.path), script.Args)
+        args = harness.saved_args(str(run.path), script.Args, whole=True)
         args = dataclasses.replace(args, num_envs=num_envs, device="cpu")
         saved, _ = harness.load_checkpoint(str(run.path))
         with script.make_envs(args, num_envs, seed + 10**6) as envs:

@@ -684,17 +684,18 @@ def open_agent(run: Run) -> tuple[Any, Any, Any]:
     """Script, arguments and agent of a run. Those of mappo_smac.py are read as runs of its child
     without a term, whose pointers do not see what is hidden: else the same."""
     script = load_script(run.args["script"])
-    args = harness.saved_args(str(run.path), script.Args)
+    is_ppo = run.args["script"] in PPO  # of which the actor is enough
+    args = harness.saved_args(str(run.path), script.Args, whole=not is_ppo)
     saved, _ = harness.load_checkpoint(str(run.path))
     state = saved["agent"]
-    if run.args["script"] in PPO:
+    if is_ppo:
         script = load_script("mipi_mappo_smac")
         own = {x.name: getattr(args, x.name) for x in dataclasses.fields(args)}
         args = script.Args(**({"alpha": 0.0} | own))
         state = {"actor": state["actor"]}
     family = worlds.family_of(args.scenario, getattr(args, "egocentric", False))
     agent = script.Agent(args, family, torch.device("cpu"))
-    parts = {"actor": agent.actor} if run.args["script"] in PPO else agent
+    parts = {"actor": agent.actor} if is_ppo else agent
     harness.restore(parts, state, str(run.path))
     return script, args, agent
 

@@ -48,7 +48,7 @@ from experiments.runs import (
 
 # Pages of the navigation, by their heading; what begins with scripts/ is made here.
 NAVIGATION = {
-    "Start": "README docs/running docs/IDEA docs/scripts gallery",
+    "Start": "README docs/running docs/IDEA docs/scripts docs/zoo gallery",
     "Claims and results": "docs/CLAIMS docs/results_bidist docs/results_mra docs/results_mipi",
     "Methods": "docs/bidist docs/mra docs/mra_ladder docs/mipi docs/mipi_mappo",
     "Baselines": """docs/baselines_meltingpot docs/baselines_particle docs/baselines_rl2
@@ -56,7 +56,7 @@ NAVIGATION = {
     "Scripts and their benchmarks": "scripts/index",
     "Worlds": """docs/meltingpot docs/scenarios docs/particle docs/battles docs/resource_collection
         docs/own_world""",
-    "On many machines": "docs/studies docs/torchrun",
+    "On many machines": "docs/studies docs/torchrun docs/gpu",
     "Project": "CONTRIBUTING CHANGELOG data",
 }
 # Scripts, each behind its parent, and the pages that tell how their papers were read.

@@ -474,7 +474,7 @@ def scenario_rows(
     args: Any, evaluation: Any, new_player: Callable[[Any], Player], num_ids: int
 ) -> dict[str, dict[str, float]]:
     """{"SC0 scripted": envs.meltingpot.episodes.summarise()} of new_player(envs) beside the bots of
-    each scenario; every episode goes to RUN_DIR/evaluation.
+    each scenario; every episode goes to evaluation.run_dir / "evaluation", if it has one.
 
     args: a script's, with substrate, seed, num_envs, num_workers, worker_timeout, eval_ids,
     eval_scenarios and bots. evaluation: harness.Evaluation, with how much is played and where it
@@ -499,18 +499,19 @@ def scenario_rows(
         num_workers=args.num_workers,
         timeout=args.worker_timeout,
     )
-    folder = evaluation.run_dir / "evaluation"
-    try:
-        save_results(
-            folder,
-            evaluation.kind,
-            args.substrate,
-            seed=args.seed,
-            timesteps=evaluation.timesteps,
-            results=played,
-        )
-    except OSError as error:
-        raise WorldError(f"{folder} cannot be written: {error.strerror or error}.") from None
+    if evaluation.run_dir:
+        folder = evaluation.run_dir / "evaluation"
+        try:
+            save_results(
+                folder,
+                evaluation.kind,
+                args.substrate,
+                seed=args.seed,
+                timesteps=evaluation.timesteps,
+                results=played,
+            )
+        except OSError as error:
+            raise WorldError(f"{folder} cannot be written: {error.strerror or error}.") from None
     return {row: summarise(results) for row, results in played.items()}
 
 

@@ -1,0 +1,402 @@
+"""The zoo: weights of finished runs, small enough for the repository, that others can play with.
+
+    python experiments/zoo.py add runs/chicken-mappo-s11 zoo/chicken-mappo-s11
+    python experiments/zoo.py cards                           zoo/README.md, of all entries
+    python experiments/bench.py zoo                           evaluates all of them again
+
+An entry is a run directory with the networks alone that play (no optimisers, critics, replays), in
+float32: args.json, summary.json with the final evaluation, checkpoints.json with the sha256. So it
+is read like any run, by --eval-only, --background, load_player() and the commands of experiments/;
+nothing can learn on from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import io
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
+
+import harness
+from harness import UsageError, as_flag
+
+import torch
+import tyro
+
+from envs.statistics import markdown_table
+from experiments.runs import (
+    ROOT,
+    Run,
+    check_out,
+    load_script,
+    run_subcommand,
+    script_file,
+)
+
+ZOO = ROOT / "zoo"
+LARGEST, ALL_TOGETHER = 1_000_000, 15_000_000  # bytes of an entry's weights, of all entries'
+# What evaluation and load_player() read of a checkpoint: shell patterns of names in it. "own" is
+# what the first process has for itself.
+PLAYS = {
+    "bidist_mappo_meltingpot": ("agent.actor", "agent.distilled"),
+    "mappo_meltingpot": ("agent.actor",),
+    "randnet_meltingpot": ("agent.actor",),
+    "opre_meltingpot": ("agent.actor",),
+    "pp_meltingpot": ("agent.actor",),
+    "rpm_meltingpot": ("agent.actor",),
+    "mra_maddpg_particle": ("agent.attention", "agent.actor", "agent.latent_prior"),
+    "maddpg_particle": ("agent.attention", "agent.actor"),
+    "maac_particle": ("agent.actor",),
+    "rl2_particle": ("agent.policy", "agent.value_norm", "own.collectors"),
+    "epc_particle": (
+        "agent.best.*.attention",
+        "agent.best.*.actor",
+        "agent.ends",
+        "agent.finished",
+    ),
+    "mipi_refil_smac": ("agent.utility", "agent.policy"),
+    "refil_smac": ("agent.utility",),
+    "collaq_smac": ("agent.utility",),
+    "mappo_smac": ("agent.actor",),
+    "mipi_mappo_smac": ("agent.actor",),
+}
+SHOWN = ("seed", "substrate", "task", "scenario")  # in a card's command, defaults too
+PACKAGES = ("torch", "numpy", "dm-meltingpot", "dmlab2d")  # whose versions an entry keeps
+
+
+# --- Making an entry ------------------------------------------------------------------------------
+
+
+def played_parts(args: dict[str, Any], script: str, without: tuple[str, ...]) -> tuple[str, ...]:
+    """Patterns of what an entry keeps of a run with these arguments, but for networks `without`."""
+    kept = [name for name in PLAYS[script] if name.removeprefix("agent.") not in without]
+    if script == "mra_maddpg_particle" and args["adapt"]:
+        kept.append("own.collectors")  # an adapted population keeps its latents
+    return tuple(kept)
+
+
+def only(x: Any, where: str, kept: tuple[str, ...]) -> Any:
+    """x, which is called `where`, with the parts alone that are kept; None for all others."""
+    if any(fnmatch.fnmatchcase(where, pattern) for pattern in kept):
+        return x
+    parts = {}
+    if isinstance(x, dict):
+        parts = {name: only(part, f"{where}.{name}", kept) for name, part in x.items()}
+    return parts if any(part is not None for part in parts.values()) else None
+
+
+def weights_alone(saved: dict[str, Any], kept: tuple[str, ...]) -> dict[str, Any]:
+    """A checkpoint's state, with None for what does not play."""
+    state = {name: saved[name] for name in ("format", "script", "args", "timesteps")}
+    for name, part in saved.items():
+        if isinstance(part, dict) and name != "args":
+            state[name] = only(part, name, kept)
+    state["ranks"] = [only(saved["ranks"][0], "own", kept)]
+    return state | {"weights_only": True}
+
+
+def known_co_players(args: dict[str, Any], kept: tuple[str, ...]) -> dict[str, Any]:
+    """--background of an entry: who is in it. Past actors and other runs are not."""
+    if "background" not in args:
+        return {}
+    names = [name for name in args["background"] if name == "random" or f"agent.{name}" in kept]
+    return {"background": tuple(names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """Makes an entry of the zoo from a finished run, and writes zoo/README.md anew."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # its directory
+    out: Annotated[Path, tyro.conf.Positional]  # zoo/NAME, which is not there yet
+    without: tuple[str, ...] = ()  # networks to leave out, as distilled; with them their rows
+    note: str = ""  # for the card: what a reader has to know
+
+
+def add(study: Add) -> None:
+    """Write the entry's four files, play an episode of each row with them, then write the cards."""
+    run = Run(study.run)
+    script = run.args["script"]
+    if script not in PLAYS:
+        raise UsageError(f"{script}.py is not in PLAYS of experiments/zoo.py.")
+    if study.out.exists():
+        raise UsageError(f"{study.out} is there already.")
+    for name in study.without:
+        if f"agent.{name}" not in PLAYS[script]:
+            raise UsageError(f"--without {name}: {script}.py's entries have no such network.")
+    saved, _ = harness.load_checkpoint(str(run.path))
+    if saved.get("weights_only"):
+        raise UsageError(f"{run.path} has the weights alone that play.")
+    # Flags that are younger than the run have their defaults.
+    names = {field.name for field in dataclasses.fields(load_script(script).Args)}
+    if gone := sorted(saved["args"].keys() - names):
+        raise UsageError(f"{run.path} is of a version that has {', '.join(gone)}, too.")
+    if run.summary["timesteps"] != saved["timesteps"] or not run.summary["eval"]:
+        raise UsageError(f"{run.path} has no final evaluation of its last checkpoint.")
+    kept = played_parts(saved["args"], script, study.without)
+    ours = known_co_players(saved["args"], kept)
+    absent = set(saved["args"].get("background", ())) - set(ours.get("background", ()))
+    no_paths = {"run_dir": "", "resume": "", "eval_only": ""}
+    data = as_bytes(weights_alone(saved | {"args": saved["args"] | no_paths | ours}, kept))
+    if len(data) > LARGEST:
+        sentence = f"takes {len(data):,} bytes, more than {LARGEST:,}: name networks --without"
+        raise UsageError(f"{study.out} {sentence}.")
+    packages = {name: run.args["packages"].get(name) for name in PACKAGES}
+    args = run.args | no_paths | {"packages": packages, "note": study.note}
+    rows = {row: x for row, x in run.summary["eval"].items() if row[2:] not in absent}
+    write_entry(study.out, args, run.summary | {"eval": rows}, data)
+    flags = "--eval-scenarios none" if "eval_scenarios" in args else ""
+    try:
+        evaluate_again(Run(study.out), episodes=1, flags=flags)
+    except UsageError:
+        shutil.rmtree(study.out)
+        raise
+    write_cards(study.out.parent)
+    print(f"{study.out}: {len(data) / 1000:,.0f} kB")
+
+
+def as_bytes(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def write_entry(out: Path, args: dict[str, Any], summary: dict[str, Any], data: bytes) -> None:
+    """The four files of an entry."""
+    check_out(out)
+    out.mkdir()
+    weights = out / f"checkpoint-{summary['timesteps']}.pt"
+    harness.write(weights, data)
+    index = {"name": weights.name, "timesteps": summary["timesteps"]}
+    index |= {"sha256": harness.sha256_of(weights), "replays": []}
+    for name, x in (("checkpoints", [index]), ("args", args), ("summary", summary)):
+        harness.write(out / f"{name}.json", (json.dumps(x, indent=1) + "\n").encode())
+
+
+# --- Cards ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cards:
+    """Writes README.md of a folder of entries."""
+
+    zoo: Annotated[Path, tyro.conf.Positional] = ZOO
+
+
+def read_entries(zoo: Path) -> list[Run]:
+    """All entries of a folder, by name."""
+    return [Run(path.parent) for path in sorted(zoo.glob("*/checkpoints.json"))]
+
+
+def index_of(entry: Run) -> dict[str, Any]:
+    """What checkpoints.json says of its weights."""
+    return harness.read_index(entry.path)[0]
+
+
+def command_of(entry: Run) -> str:
+    """What began the run: world, seed, and the flags that are not their preset's."""
+    args = dict(entry.args)
+    script = load_script(args["script"])
+    own = script.Args(**{x.name: value(args, x) for x in dataclasses.fields(script.Args)})
+    presets = getattr(script, "PRESETS", {})
+    default = script.Args(**harness.preset_flags(presets, own), preset=own.preset)
+    words = ["--preset", own.preset] if own.preset != script.Args.preset else []
+    for name, x in vars(own).items():
+        if x != getattr(default, name) or name in SHOWN:
+            words += flag_words(name, x)
+    return shlex.join(["python", script_file(args["script"]), *words])
+
+
+def value(args: dict[str, Any], field: dataclasses.Field) -> Any:
+    """A run's, as scripts have it; of a younger flag the default."""
+    x = args.get(field.name, field.default)
+    return tuple(x) if isinstance(x, list) else x
+
+
+def flag_words(name: str, x: Any) -> list[str]:
+    """An argument as one types it."""
+    if isinstance(x, bool):
+        return [as_flag(name if x else f"no_{name}")]
+    return [as_flag(name), *map(str, x if isinstance(x, tuple) else [x])]
+
+
+class Figure(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    row: str
+    name: str
+    mean: float
+    low: float
+    high: float
+    episodes: int
+
+    def text(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def figures_of(results: dict[str, dict[str, float]]) -> Iterator[Figure]:
+    """Returns and shares of battles won of an evaluation, those that have an interval."""
+    for row, x in results.items():
+        for name in x:
+            if name.split("_")[0] in ("win", "return") and f"{name}_low" in x:
+                low, high = x[f"{name}_low"], x[f"{name}_high"]
+                yield Figure(row, name, x[name], low, high, x["episodes"])
+
+
+HEAD = """# The zoo
+
+Weights of runs behind this repository's tables, and of short runs where a method has none. How to
+play with them, add one, and evaluate all of them again: [docs/zoo.md](../docs/zoo.md). This page is
+made from their files by `python experiments/zoo.py cards`.
+
+"""
+
+
+def card(entry: Run) -> str:
+    """An entry's section: where it comes from, and its run's final evaluation."""
+    args, index = entry.args, index_of(entry)
+    size = (entry.path / index["name"]).stat().st_size
+    where = f"commit {args['commit']}, torch {args['packages']['torch']}"
+    about = f"{index['timesteps']:,} steps, seed {args['seed']}, {where}, {size / 1000:,.0f} kB, "
+    about += f"on {args['resolved']['device']}. {args['note']}"
+    lines = [f"## {entry.name}", "", *wrapped(about.strip()), ""]
+    lines += wrapped(command_of(entry), "    ", " \\") + [""]
+    lines += [f"sha256 {index['sha256']}", "", markdown_table(table_of(entry))]
+    return "\n".join(lines)
+
+
+def table_of(entry: Run) -> list[dict[str, Any]]:
+    """The run's final evaluation, a line for each row that has figures with intervals."""
+    results = entry.summary["eval"]
+    rows: dict[str, dict[str, Any]] = {}
+    for figure in figures_of(results):
+        row = rows.setdefault(figure.row, {"": figure.row})
+        row[figure.name] = figure.text()
+    return [row | {"episodes": results[name]["episodes"]} for name, row in rows.items()]
+
+
+def wrapped(text: str, indent: str = "", goes_on: str = "") -> list[str]:
+    """Lines of at most 100 columns; goes_on: at the end of all but the last."""
+    later = indent + "    " * bool(goes_on)
+    lines = textwrap.wrap(
+        text,
+        width=98,
+        initial_indent=indent,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line + goes_on for line in lines[:-1]] + lines[-1:]
+
+
+def cards_of(zoo: Path) -> str:
+    """README.md of a folder of entries."""
+    entries, rows = read_entries(zoo), []
+    for entry in entries:
+        first = next(figures_of(entry.summary["eval"]))
+        row = {"entry": f"[{entry.name}](#{entry.name})", "script": entry.args["script"]}
+        row |= {"steps": f"{entry.summary['timesteps']:,}", "commit": entry.args["commit"]}
+        rows.append(row | {"first figure": f"{first.row}: {first.name} {first.text()}"})
+    sections = "\n".join(card(entry) for entry in entries)
+    return HEAD + markdown_table(rows) + "\n" + sections
+
+
+def write_cards(zoo: Path) -> None:
+    harness.write(zoo / "README.md", cards_of(zoo).encode())
+
+
+def cards(study: Cards) -> None:
+    """Write README.md anew."""
+    if not read_entries(study.zoo):
+        raise UsageError(f"{study.zoo} has no entries.")
+    write_cards(study.zoo)
+
+
+# --- Evaluating again -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Again:
+    """Every entry of the zoo, evaluated as its run was at its end: the same episodes where worlds
+    can be repeated.
+
+    A figure is equal if it is the card's to the last bit; within, if it differs from that by less
+    than four standard errors of the difference, as the wider 95 % interval has them (episodes of
+    Melting Pot cannot be repeated; another processor rounds in another way). Exit code 1 if one is
+    outside.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # in zoo/; default: all
+    zoo: Path = ZOO
+    episodes: harness.Count = 0  # of each row; 0: as many as the run had
+    flags: str = ""  # of the scripts, as --flags="--eval-scenarios none"
+
+
+STANDARD_ERRORS = 4.0  # of a difference that is no chance: one in 16,000 would be
+
+
+def verdict(old: Figure, new: Figure) -> str:
+    """equal, within or outside."""
+    if old == new:
+        return "equal"
+    # Of one episode: the larger one, as the interval of a few episodes is often too narrow.
+    errors = [(x.high - x.low) / (2 * 1.96) for x in (old, new)]
+    deviation = max(error * x.episodes**0.5 for error, x in zip(errors, (old, new)))
+    error = deviation * (1 / old.episodes + 1 / new.episodes) ** 0.5
+    return "within" if abs(old.mean - new.mean) < STANDARD_ERRORS * error else "outside"
+
+
+def evaluate_again(entry: Run, episodes: int, flags: str) -> dict[str, dict[str, float]]:
+    """What the entry's script finds today; UsageError if it ends in another way."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, str(ROOT / script_file(entry.args["script"]))]
+        command += ["--eval-only", str(entry.path), "--run-dir", str(out), *shlex.split(flags)]
+        command += ["--final-episodes", str(episodes)] if episodes else []
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"{entry.path}: {harness.first_line(ValueError(done.stderr))}.")
+        return Run(out).summary["eval"]
+
+
+def again(study: Again) -> None:
+    """Print every figure, the card's and today's; RunError if one is outside."""
+    entries = read_entries(study.zoo)
+    if unknown := set(study.names) - {entry.name for entry in entries}:
+        raise UsageError(f"{study.zoo} has no {min(unknown)}.")
+    found: list[str] = []
+    print("| entry | row | figure | card | today | |\n|---|---|---|---|---|---|", flush=True)
+    for entry in entries:
+        if study.names and entry.name not in study.names:
+            continue
+        results = evaluate_again(entry, study.episodes, study.flags)
+        new = {(x.row, x.name): x for x in figures_of(results)}
+        for old in figures_of(entry.summary["eval"]):
+            if now := new.get((old.row, old.name)):
+                found.append(verdict(old, now))
+                cells = [entry.name, old.row, old.name, old.text(), now.text(), found[-1]]
+                print(f"| {' | '.join(cells)} |", flush=True)
+    counts = {word: found.count(word) for word in ("equal", "within", "outside")}
+    print("\n" + ", ".join(f"{number} {word}" for word, number in counts.items()))
+    if counts["outside"]:
+        raise harness.RunError("Some of today's figures are not those of the cards.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    return run_subcommand({"add": add, "cards": cards}, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
