@@ -761,6 +761,7 @@ ELSEWHERE = {
     "adapt": "the tests of adaptation",
     "population": "the same",
     "device": "test_device_threads_plain_and_compile",
+    "tf32": "tests/harness",
     "num_threads": "test_device_threads_plain_and_compile",
     "compile": "test_device_threads_plain_and_compile",
     **dict.fromkeys(("track", "wandb_project", "wandb_mode", "wandb_timeout"), "tests/harness"),
