@@ -48,7 +48,7 @@ from experiments.runs import (
 
 # Pages of the navigation, by their heading; what begins with scripts/ is made here.
 NAVIGATION = {
-    "Start": "README docs/running docs/IDEA docs/scripts docs/zoo gallery",
+    "Start": "README docs/running docs/IDEA docs/scripts docs/zoo zoo/README gallery",
     "Claims and results": "docs/CLAIMS docs/results_bidist docs/results_mra docs/results_mipi",
     "Methods": "docs/bidist docs/mra docs/mra_ladder docs/mipi docs/mipi_mappo",
     "Baselines": """docs/baselines_meltingpot docs/baselines_particle docs/baselines_rl2
@@ -519,7 +519,7 @@ def copy_pages(out: Path) -> None:
         shutil.copy(ROOT / "docs/site" / name, out)
     for name in ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, out)
-    for path in ["experiments/claims.toml", *map(script_file, DECIDED)]:
+    for path in ["experiments/claims.toml", "zoo/README.md", *map(script_file, DECIDED)]:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, out / path)
     trees = [toctree(caption, names.split(), hidden=True) for caption, names in navigation()]
@@ -532,7 +532,7 @@ def copy_pages(out: Path) -> None:
 
 def navigation() -> list[tuple[str, str]]:
     """Captions and their pages but for the start page, which lists them."""
-    return [(caption, names.replace("README ", "")) for caption, names in NAVIGATION.items()]
+    return [(caption, names.removeprefix("README ")) for caption, names in NAVIGATION.items()]
 
 
 # --- Films ----------------------------------------------------------------------------------------
