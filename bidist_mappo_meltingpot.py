@@ -9,9 +9,10 @@ rollout, in turns towards theta (forward: an implicit self-play with the past) a
     tau ~ (pi_theta where v_i = 1, pi_phi where v_i = 0)                                Eq. (6)
     phi <- phi - eta_f grad L(phi),  L = 1/N sum_i E KL(pi_theta(.|o_i) || pi_phi(.|o_i))  Eq. (7)
     phi <- phi + eta_r grad L(phi)                                                      Eq. (8)
-    J(theta) = 1/N sum_i E min(r A, clip(r, 1 -+ eps) A),  r = pi_theta / who acted     Eq. (9)
+    J(theta) = 1/N sum_i E min(r A, clip(r, c (1 -+ eps)) A),  r = pi_theta / who acted Eq. (9)
+    c = pi_theta_old / who acted: ours; 1 in the paper and with --clip-centre printed
 
-    python bidist_mappo_meltingpot.py --k-d 5                                the paper's settings
+    python bidist_mappo_meltingpot.py --k-d 5                     the paper's settings, but for c
     python bidist_mappo_meltingpot.py --resume runs/RUN --total-timesteps 2000000
     python bidist_mappo_meltingpot.py --eval-only runs/RUN --background random runs/OTHER
     torchrun --nproc-per-node 2 bidist_mappo_meltingpot.py                   two times 16 worlds
@@ -88,7 +89,7 @@ class Args(RunArgs):
     v_redraw: Literal["iteration", "episode"] = "iteration"  # when v is drawn (Alg. 1: iteration)
     all_fictitious: bool = False  # ablation v = 0
     mask_fictitious: bool = False  # fictitious samples do not train theta (Eq. 9: they do)
-    clip_centre: Literal["printed", "old"] = "printed"  # 1, or pi_theta_old / who acted
+    clip_centre: Literal["printed", "old"] = "old"  # 1, as printed, or pi_theta_old / who acted
     weight_cap: Above | None = None  # bounds that weight; with --advantages-per-population
     advantages_per_population: bool = False  # normalised apart for theta's and phi's samples
     copy_every: Count = 0  # control: phi is theta of every N-th iteration, not distilled; 0: off
@@ -143,7 +144,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (masked and args.all_fictitious, "--mask-fictitious leaves no samples"),
-        (masked and old, "--clip-centre has no samples with --mask-fictitious"),
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
         # E_phi[min(w, 1) grad log pi_theta] is not 0: an offset of A would be a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),

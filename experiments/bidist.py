@@ -473,7 +473,7 @@ def c2(study: C2) -> None:
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> script, flags
     "bidist": (SCRIPT, {}),
-    "bidist-centred": (SCRIPT, {"clip_centre": "old"}),
+    "bidist-printed": (SCRIPT, {"clip_centre": "printed"}),  # the letter of Eq. (9)
     **{name: (f"{name}_meltingpot", {}) for name in ("mappo", "randnet", "opre", "pp", "rpm")},
 }
 

@@ -13,7 +13,7 @@ A study is a TOML file:
     flags = "--eval-every 0"           # of every run
     [runs]
     mappo = "baselines/mappo_meltingpot.py"
-    centred = "bidist_mappo_meltingpot.py --clip-centre old"
+    printed = "bidist_mappo_meltingpot.py --clip-centre printed"
 
 {seed} in a command is the run's seed, and paths are seen from the repository. The first seed of
 everything comes first, so that a study that is stopped is a complete table of fewer seeds. A

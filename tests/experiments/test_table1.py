@@ -19,7 +19,7 @@ def test_the_tables_runs(tmp_path, monkeypatch, capsys):
     assert len(commands) == 2 * 5 * 7
     for command in commands:
         assert "--total-timesteps 64000" in command and "--num-workers 1" in command
-    assert sum("--clip-centre old" in command for command in commands) == 2 * 5
+    assert sum("--clip-centre printed" in command for command in commands) == 2 * 5
     scripts = {command.split()[1] for command in commands}
     names = ("mappo", "randnet", "opre", "pp", "rpm")
     own = {f"baselines/{name}_meltingpot.py" for name in names}

@@ -80,7 +80,7 @@ def test_every_iteration_learns(name):
 VARIANTS = {
     "plain": "",
     "episode, team": "--v-redraw episode --team-reward",
-    "centred": "--clip-centre old --p 0.5",
+    "printed": "--clip-centre printed --p 0.5",
     "random": "--reverse-mode random",
     "noise": "--reverse-mode noise --noise-std 0.5",
     "entropy": "--reverse-mode entropy",

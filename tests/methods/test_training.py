@@ -180,7 +180,7 @@ EFFECTS = {
     "v_redraw": (["--v-redraw", "episode"], changed("actor"), None),
     "all_fictitious": (["--all-fictitious"], lambda s, d: set(metrics(d)[0]), "fewer"),
     "mask_fictitious": (["--mask-fictitious"], changed("actor"), None),
-    "clip_centre": (["--clip-centre", "old", "--p", "0.9"], changed("actor"), None),
+    "clip_centre": (["--clip-centre", "printed", "--p", "0.9"], changed("actor"), None),
     "advantages_per_population": (["--advantages-per-population"], changed("actor"), None),
     "copy_every": (["--copy-every", "1"], changed("distilled"), None),
     "k_d": (["--k-d", "2"], changed("distilled"), None),
