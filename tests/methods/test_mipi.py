@@ -109,9 +109,10 @@ def test_unavailable_actions_have_no_probability_and_no_gradient():
 
 
 @pytest.mark.numeric
-def test_the_marginal_sees_its_own_unit_only():
+@pytest.mark.parametrize("flags", ["", "--no-recurrent --own-beside"])
+def test_the_marginal_sees_its_own_unit_only(flags):
     """Whatever others are: the same bits, and no gradient. The policy does see them."""
-    s = setting(double=True)
+    s = setting(flags, double=True)
     features = s.batch.features
     x = features.entities.clone().requires_grad_()
     A = features.unseen.shape[1]
