@@ -1047,10 +1047,11 @@ def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunk
     return Trunks(q, memory, tagged, own_memory)
 
 
-def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
-    """The agents that are alive (K, A) at the steps of a minibatch, a row each."""
+def find_living(trunks: Trunks, batch: Batch, rows: tuple[Tensor, Tensor]) -> LivingAgents:
+    """The agents that are alive at the steps of a minibatch: rows has step and agent of each, (n,)
+    both."""
     features = batch.features
-    A = alive.shape[1]
+    A = features.unseen.shape[1]
     tagged = trunks.tagged.full_view
     imagined = trunks.memory.own_group  # s* is who is in one's group
     if imagined is None:
@@ -1069,7 +1070,6 @@ def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
             seen=tagged.seen,
             team_seen=(trunks.tagged.own_group or tagged).seen,
         )
-    rows = alive.nonzero(as_tuple=True)  # once: a GPU is waited for
     return everybody.map(lambda x: x[batch.now][rows])
 
 
@@ -1199,8 +1199,9 @@ def learn(
     y = find_targets(args, agent, batch, trunks)
     loss, w, scalars = critic_loss(args, agent, batch, groups, trunks.q, y)
     alive = ~batch.features.avail_actions[batch.now][..., 0]  # (K, A): the dead have a no-op
-    living = find_living(trunks, batch, alive)
-    w = w[alive].clamp(min=1e-6)  # (n,); a softmax can underflow
+    rows = alive.nonzero(as_tuple=True)  # once: a GPU is waited for
+    living = find_living(trunks, batch, rows)
+    w = w[rows].clamp(min=1e-6)  # (n,); a softmax can underflow
     if measures:
         scalars |= measure(agent, living, w)
     if args.policy == "greedy":

@@ -640,7 +640,12 @@ def mara_loss(collab_alone: Tensor, avail_actions: Tensor, filled: Tensor) -> Te
     """MARA of Q_collab(o_i-) (K, A, actions); avail_actions (K, A, actions), filled (K, A): slots
     of agents, of whom the dead still have their no-op."""
     # MARA = E Q_collab(o_i-)^2
-    return collab_alone[avail_actions & filled[..., None]].square().mean()
+    return mean_where(avail_actions & filled[..., None], collab_alone.square())
+
+
+def mean_where(mask: Tensor, x: Tensor) -> Tensor:
+    """As x[mask].mean(), for which a GPU would be waited for."""
+    return (x * mask).sum() / mask.sum()
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -907,7 +912,7 @@ def critic_loss(args: Args, agent: Agent, batch: Batch) -> tuple[Tensor, dict[st
         "td_loss": td_loss,
         "mara_loss": mara,
         "q_total": q_total.mean(),
-        "q_collab": change[alive].abs().mean(),  # how much teammates matter
+        "q_collab": mean_where(alive, change.abs()),  # how much teammates matter
     }
     return td_loss + args.mara_weight * mara, scalars
 
