@@ -118,7 +118,9 @@ class Args(RunArgs):
     timeout_terminates: bool = True  # no bootstrap when time is out, as in the authors' code
     hidden_size: Positive = 128  # H, of embeddings and attention
     heads: Positive = 4  # h, of attention
-    rnn_size: Positive = 64  # R, of the agents' GRU
+    recurrent: bool = True  # agents with a GRU; without: a layer that sees the present alone
+    own_beside: bool = False  # agents read what they are beside what they attend to
+    rnn_size: Positive = 64  # R, of the GRU or of the layer in its place
     mixing_size: Positive = 32  # E
     # Base algorithm
     optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam: with torch's settings
@@ -178,6 +180,10 @@ PRESETS = {
         "target_every": 64,
         "epsilon_final": 0.4,
         "epsilon_steps": 150_000,
+        "final_share": 0.1,
+        "total_timesteps": 1_000_000,
+        "recurrent": False,
+        "own_beside": True,
     },
 }
 # With --resume backend and version of the game stay as they were.
@@ -430,9 +436,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return out.permute(0, 1, 3, 4, 2, 5).flatten(-2)
 
 
-def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def remember(
+    layer: nn.GRU | nn.Linear, x: Tensor, played: Tensor, hidden: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """A GRU over moments (M, V, A, R): chunks of time without the battles that ended before them.
-    After one that ends within a chunk comes 0, which nobody reads."""
+    After one that ends within a chunk comes 0, which nobody reads. A linear layer has no memory."""
+    if isinstance(layer, nn.Linear):
+        return F.relu(layer(x)), hidden
     chunks = played.split(CHUNK)
     sizes = [int(chunk.sum()) for chunk in chunks]
     outputs = []
@@ -443,7 +453,7 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
         padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
         if hidden is not None:
             hidden = hidden[:, : padded.shape[1]].contiguous()
-        padded, hidden = gru(padded, hidden)
+        padded, hidden = layer(padded, hidden)
         outputs.append(padded.reshape(T * B, *x.shape[1:])[place])
     return torch.cat(outputs), hidden
 
@@ -529,9 +539,11 @@ class Utility(nn.Module):
         self.attention = Attention(1, H, args.heads)
         self.project = nn.Linear(H, H)
         self.gru_input = nn.Linear(H, args.rnn_size)
-        self.gru = nn.GRU(args.rnn_size, args.rnn_size)
+        memory = nn.GRU if args.recurrent else nn.Linear
+        self.gru = memory(args.rnn_size, args.rnn_size)
         self.points = args.target_head == "pointer"
         self.head = new_head(actions, args)
+        self.own = nn.Linear(H, args.rnn_size, bias=False) if args.own_beside else None
 
     def forward(
         self, features: Features, groups: Tensor | None = None, hidden: Tensor | None = None
@@ -546,8 +558,10 @@ class Utility(nn.Module):
         query, key, value = self.attention(units[:, :, None], A)
         x = attend(query, key, value, mask)[0]  # (M, V, A, H)
         with torch.autocast(x.device.type, enabled=False):  # utilities need their digits
-            x = F.relu(apply_both(self.project, self.gru_input, x))
-            x, hidden = run_gru(self.gru, x, features.played, hidden)  # (M, V, A, R)
+            x = apply_both(self.project, self.gru_input, x)
+            if self.own is not None:
+                x = x + self.own(units[:, None, :A].to(x.dtype))
+            x, hidden = remember(self.gru, F.relu(x), features.played, hidden)  # (M, V, A, R)
             tagged = by_tag(units, features, mask) if self.points else None
             q = self.head(x, tagged).masked_fill(features.empty[:, None, :A, None], 0.0)
         return Views(*q.movedim(1, 0)), Views(*x.movedim(1, 0)), hidden, split_views(tagged)
@@ -565,7 +579,8 @@ class Marginal(nn.Module):
         self.value = nn.Parameter(attention.key_value.data[0, :, H:].clone())
         self.project = nn.Linear(H, H)
         self.gru_input = nn.Linear(H, args.rnn_size)
-        self.gru = nn.GRU(args.rnn_size, args.rnn_size)
+        memory = nn.GRU if args.recurrent else nn.Linear
+        self.gru = memory(args.rnn_size, args.rnn_size)
         self.head = nn.Linear(args.rnn_size, actions)
 
     def forward(self, features: Features) -> Tensor:
@@ -574,7 +589,7 @@ class Marginal(nn.Module):
         x = F.relu(self.embed(features.entities[:, :A])) @ self.value  # (M, A, H)
         with torch.autocast(x.device.type, enabled=False):
             x = F.relu(apply_both(self.project, self.gru_input, x[:, None]))
-            x, _ = run_gru(self.gru, x, features.played, None)  # (M, 1, A, R)
+            x, _ = remember(self.gru, x, features.played, None)  # (M, 1, A, R)
         return x[:, 0]
 
 
@@ -1032,10 +1047,11 @@ def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunk
     return Trunks(q, memory, tagged, own_memory)
 
 
-def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
-    """The agents that are alive (K, A) at the steps of a minibatch, a row each."""
+def find_living(trunks: Trunks, batch: Batch, rows: tuple[Tensor, Tensor]) -> LivingAgents:
+    """The agents that are alive at the steps of a minibatch: rows has step and agent of each, (n,)
+    both."""
     features = batch.features
-    A = alive.shape[1]
+    A = features.unseen.shape[1]
     tagged = trunks.tagged.full_view
     imagined = trunks.memory.own_group  # s* is who is in one's group
     if imagined is None:
@@ -1054,7 +1070,6 @@ def find_living(trunks: Trunks, batch: Batch, alive: Tensor) -> LivingAgents:
             seen=tagged.seen,
             team_seen=(trunks.tagged.own_group or tagged).seen,
         )
-    rows = alive.nonzero(as_tuple=True)  # once: a GPU is waited for
     return everybody.map(lambda x: x[batch.now][rows])
 
 
@@ -1184,8 +1199,9 @@ def learn(
     y = find_targets(args, agent, batch, trunks)
     loss, w, scalars = critic_loss(args, agent, batch, groups, trunks.q, y)
     alive = ~batch.features.avail_actions[batch.now][..., 0]  # (K, A): the dead have a no-op
-    living = find_living(trunks, batch, alive)
-    w = w[alive].clamp(min=1e-6)  # (n,); a softmax can underflow
+    rows = alive.nonzero(as_tuple=True)  # once: a GPU is waited for
+    living = find_living(trunks, batch, rows)
+    w = w[rows].clamp(min=1e-6)  # (n,); a softmax can underflow
     if measures:
         scalars |= measure(agent, living, w)
     if args.policy == "greedy":

@@ -109,7 +109,9 @@ class Args(RunArgs):
     timeout_terminates: bool = True  # no bootstrap when time is out, as in REFIL's code
     hidden_size: Positive = 128  # H, of embeddings and attention
     heads: Positive = 4  # h, of attention
-    rnn_size: Positive = 64  # R, of the agents' GRU
+    recurrent: bool = True  # agents with a GRU; without: a layer that sees the present alone
+    own_beside: bool = False  # agents read what they are beside what they attend to
+    rnn_size: Positive = 64  # R, of the GRU or of the layer in its place
     mixing_size: Positive = 32  # E
     # Base algorithm
     optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam: with torch's settings
@@ -169,6 +171,10 @@ PRESETS = {
         "target_every": 64,
         "epsilon_final": 0.4,
         "epsilon_steps": 150_000,
+        "final_share": 0.1,
+        "total_timesteps": 1_000_000,
+        "recurrent": False,
+        "own_beside": True,
     },
 }
 # With --resume backend and version of the game stay as they were.
@@ -355,9 +361,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return out.permute(0, 1, 3, 4, 2, 5).flatten(-2)
 
 
-def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def remember(
+    layer: nn.GRU | nn.Linear, x: Tensor, played: Tensor, hidden: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """A GRU over moments (M, V, A, R): chunks of time without the battles that ended before them.
-    After one that ends within a chunk comes 0, which nobody reads."""
+    After one that ends within a chunk comes 0, which nobody reads. A linear layer has no memory."""
+    if isinstance(layer, nn.Linear):
+        return F.relu(layer(x)), hidden
     chunks = played.split(CHUNK)
     sizes = [int(chunk.sum()) for chunk in chunks]
     outputs = []
@@ -368,7 +378,7 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
         padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
         if hidden is not None:
             hidden = hidden[:, : padded.shape[1]].contiguous()
-        padded, hidden = gru(padded, hidden)
+        padded, hidden = layer(padded, hidden)
         outputs.append(padded.reshape(T * B, *x.shape[1:])[place])
     return torch.cat(outputs), hidden
 
@@ -439,9 +449,11 @@ class Utility(nn.Module):
         self.attention = Attention(1, H, args.heads)
         self.project = nn.Linear(H, H)
         self.gru_input = nn.Linear(H, args.rnn_size)
-        self.gru = nn.GRU(args.rnn_size, args.rnn_size)
+        memory = nn.GRU if args.recurrent else nn.Linear
+        self.gru = memory(args.rnn_size, args.rnn_size)
         self.points = args.target_head == "pointer"
         self.head = new_head(actions, args)
+        self.own = nn.Linear(H, args.rnn_size, bias=False) if args.own_beside else None
 
     def forward(
         self, features: Features, mask: Tensor, hidden: Tensor | None = None
@@ -453,8 +465,10 @@ class Utility(nn.Module):
         query, key, value = self.attention(units[:, :, None], A)
         x = attend(query, key, value, mask)[0]  # (M, V, A, H)
         with torch.autocast(x.device.type, enabled=False):  # utilities need their digits
-            x = F.relu(apply_both(self.project, self.gru_input, x))
-            x, hidden = run_gru(self.gru, x, features.played, hidden)  # (M, V, A, R)
+            x = apply_both(self.project, self.gru_input, x)
+            if self.own is not None:
+                x = x + self.own(units[:, None, :A].to(x.dtype))
+            x, hidden = remember(self.gru, F.relu(x), features.played, hidden)  # (M, V, A, R)
             tagged = by_tag(units, features, mask) if self.points else None
             q = self.head(x, tagged).masked_fill(features.empty[:, None, :A, None], 0.0)
         return q.movedim(1, 0), hidden
@@ -626,7 +640,12 @@ def mara_loss(collab_alone: Tensor, avail_actions: Tensor, filled: Tensor) -> Te
     """MARA of Q_collab(o_i-) (K, A, actions); avail_actions (K, A, actions), filled (K, A): slots
     of agents, of whom the dead still have their no-op."""
     # MARA = E Q_collab(o_i-)^2
-    return collab_alone[avail_actions & filled[..., None]].square().mean()
+    return mean_where(avail_actions & filled[..., None], collab_alone.square())
+
+
+def mean_where(mask: Tensor, x: Tensor) -> Tensor:
+    """As x[mask].mean(), for which a GPU would be waited for."""
+    return (x * mask).sum() / mask.sum()
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -893,7 +912,7 @@ def critic_loss(args: Args, agent: Agent, batch: Batch) -> tuple[Tensor, dict[st
         "td_loss": td_loss,
         "mara_loss": mara,
         "q_total": q_total.mean(),
-        "q_collab": change[alive].abs().mean(),  # how much teammates matter
+        "q_collab": mean_where(alive, change.abs()),  # how much teammates matter
     }
     return td_loss + args.mara_weight * mara, scalars
 

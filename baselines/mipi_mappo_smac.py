@@ -372,9 +372,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return out.permute(0, 1, 3, 4, 2, 5).flatten(-2)
 
 
-def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def remember(
+    layer: nn.GRU | nn.Linear, x: Tensor, played: Tensor, hidden: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """A GRU over moments (M, V, A, R): chunks of time without the battles that ended before them.
-    After one that ends within a chunk comes 0, which nobody reads."""
+    After one that ends within a chunk comes 0, which nobody reads. A linear layer has no memory."""
+    if isinstance(layer, nn.Linear):
+        return F.relu(layer(x)), hidden
     chunks = played.split(CHUNK)
     sizes = [int(chunk.sum()) for chunk in chunks]
     outputs = []
@@ -385,7 +389,7 @@ def run_gru(gru: nn.GRU, x: Tensor, played: Tensor, hidden: Tensor | None) -> tu
         padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
         if hidden is not None:
             hidden = hidden[:, : padded.shape[1]].contiguous()
-        padded, hidden = gru(padded, hidden)
+        padded, hidden = layer(padded, hidden)
         outputs.append(padded.reshape(T * B, *x.shape[1:])[place])
     return torch.cat(outputs), hidden
 
@@ -431,7 +435,6 @@ class Actor(nn.Module):
         super().__init__()
         H = args.hidden_size
         size = args.rnn_size if args.recurrent else H
-        self.recurrent = args.recurrent
         self.pointer = args.target_head == "pointer"
         self.num_targets = family.n_actions - FIRST_TARGET
         self.trunk = Trunk(inputs, args)
@@ -449,11 +452,8 @@ class Actor(nn.Module):
         entities, agents = self.trunk(features.entities, features.unseen)
         with torch.autocast(agents.device.type, enabled=False):
             x = F.relu(self.project(agents))  # (M, A, R or H)
-            if self.recurrent:
-                x, hidden = run_gru(self.layer, x[:, None], features.played, hidden)
-                x = x[:, 0]
-            else:
-                x = F.relu(self.layer(x))
+            x, hidden = remember(self.layer, x[:, None], features.played, hidden)
+            x = x[:, 0]
             logits = self.head(x)
             if self.pointer:
                 targets = self.point(x, entities, features)

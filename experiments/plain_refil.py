@@ -106,13 +106,15 @@ class Plain:
     def utilities(self, net: nn.Module, episodes: Episodes, mask: Tensor) -> Tensor:
         """(T + 1, B, 8, actions) for mask (T + 1, B, 8, 16)."""
         B, nobody = len(episodes.empty), episodes.empty[:, :SIDE, None]
-        hidden, found = torch.zeros(B * SIDE, net.gru.hidden_size), []
+        hidden, found = torch.zeros(B * SIDE, self.args.rnn_size), []
         for t in range(len(episodes.entities)):
-            x = F.relu(net.embed(episodes.entities[t]))
-            x = self.attention(x, net.attention.query[0], net.attention.key_value[0], mask[t])
-            x = net.project(x).masked_fill(nobody, 0.0)
-            x = F.relu(net.gru_input(x)).flatten(0, 1)
-            hidden = gru_cell(net.gru, x, hidden)
+            units = F.relu(net.embed(episodes.entities[t]))
+            x = self.attention(units, net.attention.query[0], net.attention.key_value[0], mask[t])
+            x = net.gru_input(net.project(x).masked_fill(nobody, 0.0))
+            if self.args.own_beside:
+                x = x + net.own(units[:, :SIDE])
+            x = F.relu(x).flatten(0, 1)
+            hidden = remember(net.gru, x, hidden)
             found.append(net.head(hidden).view(B, SIDE, -1).masked_fill(nobody, 0.0))
         return torch.stack(found)
 
@@ -189,14 +191,16 @@ class Folded(Plain):
         views = mask.shape[1] // len(episodes.empty)
         nobody = episodes.empty.repeat(views, 1)[:, :SIDE, None]
         T, B = mask.shape[:2]
-        x = F.relu(net.embed(episodes.entities.repeat(1, views, 1, 1))).flatten(0, 1)
+        units = F.relu(net.embed(episodes.entities.repeat(1, views, 1, 1)))  # (T + 1, V B, 16, H)
         query, key_value = net.attention.query[0], net.attention.key_value[0]
-        x = self.attention(x, query, key_value, mask.flatten(0, 1))
-        x = net.project(x).unflatten(0, (T, B)).masked_fill(nobody, 0.0)
-        x = F.relu(net.gru_input(x)).flatten(1, 2)
+        x = self.attention(units.flatten(0, 1), query, key_value, mask.flatten(0, 1))
+        x = net.gru_input(net.project(x).unflatten(0, (T, B)).masked_fill(nobody, 0.0))
+        if self.args.own_beside:
+            x = x + net.own(units[:, :, :SIDE])
+        x = F.relu(x).flatten(1, 2)
         hidden, found = torch.zeros_like(x[0]), []
         for now in x:
-            hidden = gru_cell(net.gru, now, hidden)
+            hidden = remember(net.gru, now, hidden)
             found.append(hidden)
         q = net.head(torch.stack(found)).view(T, B, SIDE, -1)
         return q.masked_fill(nobody, 0.0)
@@ -237,11 +241,12 @@ def fold(episodes: Episodes, first: int, last: int) -> SimpleNamespace:
     )
 
 
-def gru_cell(gru: nn.GRU, x: Tensor, hidden: Tensor) -> Tensor:
-    """One step of a GRU of one layer."""
-    return torch.gru_cell(
-        x, hidden, gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
-    )
+def remember(layer: nn.GRU | nn.Linear, x: Tensor, hidden: Tensor) -> Tensor:
+    """One step of a GRU of one layer, or of the layer in its place, which forgets hidden."""
+    if isinstance(layer, nn.Linear):
+        return F.relu(layer(x))
+    weights = (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0)
+    return torch.gru_cell(x, hidden, *weights)
 
 
 def pick(q: Tensor, actions: Tensor) -> Tensor:

@@ -262,8 +262,8 @@ def moments_kept(state, run_dir):
     return sorted(state["agent"]["optimiser"]["state"][0])
 
 
-def has_pointer(state, run_dir):
-    return any(name.endswith("head.query.weight") for name in state["agent"]["utility"])
+def has_weight(of):
+    return lambda state, run_dir: any(name.endswith(of) for name in state["agent"]["utility"])
 
 
 def replayed(of):
@@ -310,10 +310,12 @@ EFFECTS = {  # flags; what to measure; without and with them, or None: the two m
     ),
     "imagine": ("--no-imagine --log-every 16", lines("group_loss"), (0, 0)),
     "imagine_weight": ("--imagine-weight 0", changed("utility"), None),
-    "target_head": ("--target-head pointer", has_pointer, (False, True)),
+    "target_head": ("--target-head pointer", has_weight("head.query.weight"), (False, True)),
     "returns": ("--returns lambda", changed("utility"), None),
     "timeout_terminates": ("--no-timeout-terminates", changed("utility"), None),
     "heads": ("--heads 4", changed("utility"), None),
+    "recurrent": ("--no-recurrent", has_weight("gru.weight"), (False, True)),
+    "own_beside": ("--own-beside", has_weight("own.weight"), (False, True)),
     "rnn_size": ("--rnn-size 7", shape("utility", "gru.weight_hh_l0"), ((12, 4), (21, 7))),
     "learning_rate": ("--learning-rate .01", option("lr"), (5e-4, 0.01)),
     "final_share": ("--final-share .6", option("lr"), (5e-4, 5e-4 * (1 + 48 / 64 * (0.6 - 1)))),

@@ -302,6 +302,9 @@ WAITS = {  # a step of all worlds, a minibatch; as many as were counted, rounded
     **dict.fromkeys((MADDPG, "mra_maddpg_particle", MAAC), (0.5, 0.5)),
     "baselines.mappo_smac": (2.5, 0.5),
     REFIL: (1.5, 0.5),
+    "baselines.collaq_smac": (1.5, 0.5),
+    "baselines.mipi_mappo_smac": (2.5, 0.5),
+    "mipi_refil_smac": (1.5, 1),  # which agents are alive
 }
 
 

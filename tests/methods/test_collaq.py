@@ -408,10 +408,11 @@ def test_diff_of_the_two_files_is_the_method():
 
 
 @pytest.mark.numeric
-def test_recurrent_replay_equals_stepping(monkeypatch):
+@pytest.mark.parametrize("flags", ["", "--no-recurrent --own-beside"])
+def test_replay_equals_stepping(flags, monkeypatch):
     """The terms that a battle was played by, step by step, are those of the learner: all three
     memories go on through chunks of time, and in players."""
-    s, seen = setting(collaq, rounds=0, noise=0.5), []
+    s, seen = setting(collaq, flags, rounds=0, noise=0.5), []
     forward = s.agent.utility.forward
 
     def watched(features, hidden):

@@ -109,9 +109,10 @@ def test_unavailable_actions_have_no_probability_and_no_gradient():
 
 
 @pytest.mark.numeric
-def test_the_marginal_sees_its_own_unit_only():
+@pytest.mark.parametrize("flags", ["", "--no-recurrent --own-beside"])
+def test_the_marginal_sees_its_own_unit_only(flags):
     """Whatever others are: the same bits, and no gradient. The policy does see them."""
-    s = setting(double=True)
+    s = setting(flags, double=True)
     features = s.batch.features
     x = features.entities.clone().requires_grad_()
     A = features.unseen.shape[1]
@@ -307,7 +308,7 @@ def test_a_policys_pointer_reads_what_the_utilities_read():
     trunks, log_pi, _ = forward(s)
     features, now = s.batch.features, s.batch.now
     alive = ~features.avail_actions[now][..., 0]
-    living = mipi.find_living(trunks, s.batch, alive)
+    living = mipi.find_living(trunks, s.batch, alive.nonzero(as_tuple=True))
     for view, imagined in ((0, False), (1, True)):
         found = mipi.log_policies(s.agent, living, imagined)
         assert torch.allclose(found, log_pi[view][now][alive], atol=1e-12)
@@ -369,7 +370,7 @@ def test_living_agents_are_those_that_may_act():
     trunks = mipi.run_trunks(s.agent, s.batch.features, s.groups)
     features, now = s.batch.features, s.batch.now
     alive = ~features.avail_actions[now][..., 0]
-    living = mipi.find_living(trunks, s.batch, alive)
+    living = mipi.find_living(trunks, s.batch, alive.nonzero(as_tuple=True))
     rows = [(m, i) for m in now.tolist() for i in range(alive.shape[1])]
     rows = [(m, i) for m, i in rows if not features.avail_actions[m, i, 0]]
     assert 0 < len(rows) < alive.numel() and len(living.q) == len(rows)

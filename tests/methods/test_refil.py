@@ -62,6 +62,7 @@ from plain_refil import Folded, Plain, all_slots, episodes_of
 refil, collaq = script("baselines.refil_smac"), script("baselines.collaq_smac")
 EACH = pytest.mark.parametrize("module", [refil, collaq], ids=["refil", "collaq"])
 MIXERS = ("", "--mixer linear")
+MEMORIES = ("--own-beside", "--no-recurrent --own-beside")
 EPISODE = 100_000  # bytes that one may take in a replay
 __all__ = ["elsewhere"]  # a fixture of all tests here
 
@@ -441,7 +442,7 @@ def gradients(loss, agent):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("imagine", [True, False])
-@pytest.mark.parametrize("flags", MIXERS)
+@pytest.mark.parametrize("flags", [*MIXERS, *MEMORIES])
 @pytest.mark.parametrize("scenario", ["sz", "mmm"])
 def test_learner_equals_plain_ones(flags, imagine, scenario):
     """Loss and gradients in fp32, over chunks of time and teams of several sizes; the loss that is
@@ -637,10 +638,10 @@ def test_a_refilled_replay_is_the_same():
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("head", ["tags", "pointer"])
-def test_recurrent_replay_equals_stepping(head, monkeypatch):
+@pytest.mark.parametrize("flags", ["", "--target-head pointer", *MEMORIES])
+def test_replay_equals_stepping(flags, monkeypatch):
     """The utilities that a battle was played by, step by step, are those of the learner."""
-    s, seen = setting(f"--target-head {head}", rounds=0, noise=0.5), []
+    s, seen = setting(flags, rounds=0, noise=0.5), []
     forward = s.agent.utility.forward
 
     def watched(features, groups=None, hidden=None):
