@@ -421,7 +421,8 @@ class Pack:
     """What to pack."""
 
     out: Annotated[Path, tyro.conf.Positional]  # a .csv
-    runs: Runs  # run directories
+    runs: Runs  # run directories, studies
+    only: tuple[str, ...] = ()  # those whose names match one of these shell patterns
     curves: tuple[str, ...] = tuple(CURVES.split())  # scalars of the log to keep, as shell patterns
 
 
@@ -429,13 +430,14 @@ def pack(study: Pack) -> None:
     """Make a study of run directories."""
     if study.out.suffix != ".csv":
         raise UsageError(f"{study.out} is no .csv.")
-    lines = [line for run in read_runs(study.runs) for line in pack_lines(run, study.curves)]
+    runs = read_runs(study.runs, study.only)
+    lines = [line for run in runs for line in pack_lines(run, study.curves)]
     check_out(study.out)
     with study.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(lines)
-    print(f"{study.out}: {len(study.runs)} runs, {study.out.stat().st_size / 1000:,.0f} kB")
+    print(f"{study.out}: {len(runs)} runs, {study.out.stat().st_size / 1000:,.0f} kB")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,6 +82,17 @@ def test_a_study_says_what_its_runs_say(two, tmp_path):
     assert code == 0 and printed.count(f"| toy-s1 | {BIDIST} | 1 | {8 * STEPS} | ") == 2
 
 
+def test_a_study_grows(two, tmp_path):
+    """Packed again, beside further runs or without some, what it has stays the same."""
+    one, both, grown, part = (tmp_path / f"{name}.csv" for name in ("one", "both", "grown", "part"))
+    command("runs", "pack", one, two[0], "--curves", "entropy")
+    command("runs", "pack", both, *two, "--curves", "entropy")
+    command("runs", "pack", grown, one, two[1], "--curves", "entropy")
+    assert grown.read_bytes() == both.read_bytes() != one.read_bytes()
+    command("runs", "pack", part, both, "--only", "*-s1", "--curves", "entropy")
+    assert part.read_bytes() == one.read_bytes()
+
+
 def test_a_run_that_has_not_ended_has_no_row(two, tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/metrics.jsonl").write_text('{"timesteps": 40, "entropy": 1.0}\n{"times')
