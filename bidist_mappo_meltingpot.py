@@ -1,26 +1,26 @@
 """BiDist: Bidirectional Distillation (Feng et al., AAMAS 2025) on MAPPO, for unseen co-players.
 
-In every iteration a random part of the agents, the fictitious population, acts with a distilled
-network phi instead of the learning network theta. Every k_d iterations phi is trained on the last
-rollout, in turns towards theta (forward: an implicit self-play with the past) and away from it
-(reverse: novel partners), so that theta learns to live with co-players that it will never meet.
+In every iteration, a random part of the agents (the fictitious population) acts with a distilled
+network phi, the others with the learning network theta. Every k_d iterations, phi is trained on the
+last rollout: alternately towards theta (forward distillation, an implicit self-play with the past)
+and away from theta (reverse, novel partners). This prepares theta for co-players it has never met.
 
     v_i ~ B(v_<i; p, N)    v_i = 1: agent i is trained, 0: fictitious; never all 0      Eqs. (3)-(5)
     tau ~ (pi_theta where v_i = 1, pi_phi where v_i = 0)                                Eq. (6)
     phi <- phi - eta_f grad L(phi),  L = 1/N sum_i E KL(pi_theta(.|o_i) || pi_phi(.|o_i))  Eq. (7)
     phi <- phi + eta_r grad L(phi)                                                      Eq. (8)
-    J(theta) = 1/N sum_i E min(r A, clip(r, c (1 -+ eps)) A),  r = pi_theta / who acted Eq. (9)
-    c = pi_theta_old / who acted: ours; 1 in the paper and with --clip-centre printed
+    J(theta) = 1/N sum_i E min(r A, clip(r, c (1 -+ eps)) A),  r = pi_theta / pi_old    Eq. (9)
+    c = pi_theta_old / pi_old, but 1 in the paper and with --clip-centre printed
 
-    python bidist_mappo_meltingpot.py --k-d 5                     the paper's settings, but for c
+    python bidist_mappo_meltingpot.py --k-d 5                     the paper's settings, except c
     python bidist_mappo_meltingpot.py --resume runs/RUN --total-timesteps 2000000
     python bidist_mappo_meltingpot.py --eval-only runs/RUN --background random runs/OTHER
-    torchrun --nproc-per-node 2 bidist_mappo_meltingpot.py                   two times 16 worlds
+    torchrun --nproc-per-node 2 bidist_mappo_meltingpot.py                   16 worlds per process
 
-Letters: T steps, B worlds, N agents, A actions, F features, H W tiles of a view (H' W' of the
-global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M minibatch.
-What the paper leaves open is decided in docs/bidist.md; the worlds: docs/meltingpot.md. What `diff
-baselines/mappo_meltingpot.py` shows is the method and nothing else.
+Letters: pi_old the policy that acted, T steps, B worlds, N agents, A actions, F features, H W tiles
+of a view (H' W' of the global view), S units of a hidden state, L steps per chunk, C chunks per
+rollout, M samples per minibatch. A diff with baselines/mappo_meltingpot.py shows the method only.
+Decisions where the paper is silent: docs/bidist.md. Worlds: docs/meltingpot.md.
 """
 
 from __future__ import annotations
@@ -75,61 +75,61 @@ from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """BiDist on MAPPO in Melting Pot. Defaults are the paper's (Tables B.1 and B.2)."""
+    """BiDist on MAPPO in Melting Pot. Defaults: paper (Tables B.1, B.2), except --clip-centre."""
 
     # Environment
-    substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, toy, or module:Class
-    num_envs: Positive = 16  # B, worlds per process (rollout threads)
-    num_workers: Count = 0  # processes that step worlds; 0: one per core
-    worker_timeout: Above = 8.0  # seconds until a worker that gives no sign ends the run
-    max_episode_steps: Count = 0  # truncate episodes there; 0: they end naturally
-    team_reward: bool = False  # everyone gets the sum of all rewards
+    substrate: str = "chicken_in_the_matrix__repeated"  # Melting Pot substrate, toy or module:Class
+    num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
+    num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
+    worker_timeout: Above = 8.0  # seconds without an answer from a worker until the run ends
+    max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
+    team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
-    p: Share | None = None  # P(v_i = 0), fictitious; default .4 for N <= 2, else .2 (Sec. 5.1)
-    v_redraw: Literal["iteration", "episode"] = "iteration"  # when v is drawn (Alg. 1: iteration)
-    all_fictitious: bool = False  # ablation v = 0
-    mask_fictitious: bool = False  # fictitious samples do not train theta (Eq. 9: they do)
-    clip_centre: Literal["printed", "old"] = "old"  # 1, as printed, or pi_theta_old / who acted
-    weight_cap: Above | None = None  # bounds that weight; with --advantages-per-population
-    advantages_per_population: bool = False  # normalised apart for theta's and phi's samples
-    copy_every: Count = 0  # control: phi is theta of every N-th iteration, not distilled; 0: off
-    k_d: Positive = 5  # distillation interval in iterations
-    forward: bool = True  # without: ablation -F, odd multiples of k_d do nothing
-    forward_lr: Amount = 1e-3  # eta_f of Eq. (7)
-    forward_epochs: Count = 5  # passes over the rollout in a forward phase
-    reverse: bool = True  # without: ablation -R, even multiples of k_d do nothing
-    reverse_lr: Amount = 1e-5  # eta_r of Eq. (8)
-    reverse_epochs: Count = 5  # passes over the rollout in a reverse phase
-    reverse_mode: Literal["kl", "entropy", "random", "noise"] = "kl"  # kl: Eq. (8), else Fig. 6
-    noise_std: Amount = 0.1  # of mode noise, added to every weight of phi
-    distilled_width: Annotated[float, Interval(gt=0, le=4)] = 1.0  # of phi's layers (Fig. C.1)
+    p: Share | None = None  # P(fictitious: v_i = 0); default .4 if N <= 2, else .2 (Sec. 5.1)
+    v_redraw: Literal["iteration", "episode"] = "iteration"  # when v is redrawn (Alg. 1: iteration)
+    all_fictitious: bool = False  # ablation v = 0: phi acts for all agents
+    mask_fictitious: bool = False  # drop fictitious samples from PPO losses (Eq. 9 keeps them)
+    clip_centre: Literal["printed", "old"] = "old"  # clip around 1, or pi_theta_old / acting policy
+    weight_cap: Above | None = None  # upper bound of that centre; needs --advantages-per-population
+    advantages_per_population: bool = False  # normalise theta's and phi's advantages separately
+    copy_every: Count = 0  # control: copy theta to phi every N iterations, no distillation; 0: off
+    k_d: Positive = 5  # distillation interval, in iterations
+    forward: bool = True  # forward distillation at odd multiples of k_d; off: ablation -F
+    forward_lr: Amount = 1e-3  # eta_f of Eq. (7), learning rate of forward distillation
+    forward_epochs: Count = 5  # epochs over the rollout in a forward phase
+    reverse: bool = True  # reverse distillation at even multiples of k_d; off: ablation -R
+    reverse_lr: Amount = 1e-5  # eta_r of Eq. (8), learning rate of reverse distillation
+    reverse_epochs: Count = 5  # epochs over the rollout in a reverse phase
+    reverse_mode: Literal["kl", "entropy", "random", "noise"] = "kl"  # kl: Eq. (8); others: Fig. 6
+    noise_std: Amount = 0.1  # std of the noise on the weights of phi in --reverse-mode noise
+    distilled_width: Annotated[float, Interval(gt=0, le=4)] = 1.0  # relative, of phi (Fig. C.1)
     # Base algorithm: MAPPO
-    rollout_steps: Positive = 200  # T; a rollout does not reset the worlds
-    chunk_length: Positive = 10  # L, steps of backpropagation through time
-    epochs: Positive = 5  # PPO epochs
-    minibatches: Positive = 5  # per epoch
-    actor_lr: Amount = 5e-4  # Adam
-    critic_lr: Amount = 5e-4  # Adam
-    adam_eps: Above = 1e-5  # Adam
-    gamma: Share = 0.99  # discount
-    gae_lambda: Share = 0.95  # GAE
-    clip: Amount = 0.2  # eps of Eq. (9)
-    value_clip: Amount = 0.2  # the same for values, in normalised units
-    huber_delta: Above = 10.0  # of the value loss
-    entropy_coef: Amount = 0.01  # entropy bonus
-    max_grad_norm: Above = 10.0  # of each network
-    plain: bool = False  # convolutions on images, not tables: the same results, slower
-    amp: bool = False  # critic in bf16 where the hardware has it
+    rollout_steps: Positive = 200  # T, steps per rollout; worlds are not reset between rollouts
+    chunk_length: Positive = 10  # L, steps per chunk for backpropagation through time
+    epochs: Positive = 5  # PPO epochs over each rollout
+    minibatches: Positive = 5  # minibatches per epoch
+    actor_lr: Amount = 5e-4  # learning rate of the actor (Adam)
+    critic_lr: Amount = 5e-4  # learning rate of the critic (Adam)
+    adam_eps: Above = 1e-5  # epsilon of Adam
+    gamma: Share = 0.99  # discount factor
+    gae_lambda: Share = 0.95  # lambda of generalised advantage estimation (GAE)
+    clip: Amount = 0.2  # eps of Eq. (9), clip range of the policy ratio
+    value_clip: Amount = 0.2  # clip range of the values, in units of normalised returns
+    huber_delta: Above = 10.0  # delta of the Huber value loss, in units of normalised returns
+    entropy_coef: Amount = 0.01  # weight of the entropy bonus
+    max_grad_norm: Above = 10.0  # gradients of each optimiser are clipped to this norm
+    plain: bool = False  # run the CNN on images instead of lookup tables: same results, slower
+    amp: bool = False  # critic in bfloat16 up to its GRU, where the hardware supports it
     # Evaluation
-    background: tuple[str, ...] = ("random", "distilled")  # co-players; also run directories
-    num_focal: Count = 0  # seats that we take beside them; 0: N - 1
-    eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
-    eval_scenarios: str = "all"  # Melting Pot's, beside bots: all, none or e.g. SC0,SC3
-    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official where they can be had
+    background: tuple[str, ...] = ("random", "distilled")  # co-players: random, distilled, run dirs
+    num_focal: Count = 0  # seats of the trained policy beside --background; 0: N - 1
+    eval_ids: Literal["random", "slot"] = "random"  # agent ids: drawn (Eq. 2), or the seat's number
+    eval_scenarios: str = "all"  # Melting Pot scenarios to evaluate in: all, none or e.g. SC0,SC3
+    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant, and the sentence for each."""
+    """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     masked = args.mask_fictitious
     old = args.clip_centre == "old"
@@ -145,7 +145,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (masked and args.all_fictitious, "--mask-fictitious leaves no samples"),
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
-        # E_phi[min(w, 1) grad log pi_theta] is not 0: an offset of A would be a gradient.
+        # With capped w, E_phi[w grad log pi_theta] is not 0: a constant added to A adds a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
         (distils and first > args.total_timesteps, too_rare),
         (args.copy_every and narrow, "--copy-every needs --distilled-width 1"),
@@ -154,8 +154,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     ]
 
 
-LINE = ("episode/return", "entropy", "kl", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = (  # flags of this script that may differ with --resume and --eval-only
+LINE = ("episode/return", "entropy", "kl", "sps")  # scalars to print where there is no terminal
+RESUMABLE = (  # flags of this script that may change with --resume and --eval-only
     "num_workers",
     "worker_timeout",
     "plain",
@@ -166,7 +166,7 @@ RESUMABLE = (  # flags of this script that may differ with --resume and --eval-o
     "eval_scenarios",
     "bots",
 )
-# The same batch from more worlds and shorter rollouts: 1.3 times as fast where two cores are idle.
+# As many samples from more worlds and shorter rollouts: 1.3 times as fast on two idle cores.
 PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 
@@ -175,7 +175,7 @@ PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 # [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
-    """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
+    """Create num_envs parallel worlds; UsageError if args.substrate is unknown or not installed."""
     from envs.meltingpot.make import make_worlds
 
     try:
@@ -196,12 +196,12 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 
-KERNEL = 4  # of the second convolution, in tiles
-RELU = math.sqrt(2)  # gain of layers before a ReLU
+KERNEL = 4  # size of the second convolution's kernel, in tiles
+RELU = math.sqrt(2)  # gain of the initial weights of layers before a ReLU
 
 
 def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
-    """Orthogonal weights and zero biases."""
+    """Give a layer orthogonal weights and zero biases, in place; returns the layer."""
     for name, parameter in layer.named_parameters():
         if "bias" in name:
             nn.init.zeros_(parameter)
@@ -211,22 +211,22 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
 
 
 def scale(units: int, width: float) -> int:
-    """How many units a layer of this relative width has."""
+    """Units of a layer at a relative width, at least 1. Shapes in comments are for width 1."""
     return max(1, round(units * width))
 
 
 class TileCNN(nn.Module):
-    """The paper's CNN and the layer after it (App. B.2), with ReLU.
+    """The paper's two convolutions and the linear layer after them, each with ReLU (App. B.2).
 
-    It gets images as tile ids, for all of them consist of 8 x 8 sprites. By default TileTables
-    computes the same function, only faster; whoever changes this one runs it with --plain.
+    The input is tile ids, because every image is a grid of sprites of 8 x 8 pixels. By default,
+    lookup tables compute the same function faster. A changed TileCNN must be run with --plain.
     """
 
     def __init__(self, grid: tuple[int, int], width: float = 1.0):
         super().__init__()
         self.grid = grid
         rows, columns = (max(size, KERNEL) for size in grid)
-        # Views narrower than the kernel get black tiles below and to the right.
+        # Views smaller than the kernel are padded with black tiles (id 0) below and to the right.
         self.padding = (0, columns - grid[1], 0, rows - grid[0])
         c1, c2 = scale(16, width), scale(32, width)
         inputs = c2 * (rows - KERNEL + 1) * (columns - KERNEL + 1)
@@ -235,19 +235,19 @@ class TileCNN(nn.Module):
         self.linear = orthogonal(nn.Linear(inputs, scale(64, width)), RELU)
 
     def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
-        """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
+        """Tile ids (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
         tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
         images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
         images = images.flatten(4, 5).flatten(2, 3)
         x = F.relu(self.conv1(images))  # (M, 16, H, W)
         x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
-        x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
+        x = x.flatten(2).transpose(1, 2).flatten(1)  # (M, positions * 32), the order of the tables
         return F.relu(self.linear(x))
 
 
 class Actor(nn.Module):
-    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
-    (App. B.2)."""
+    """CNN -> MLP of 2 x 64 -> GRU of 128 -> MLP of 64 -> logits of the actions (App. B.2). The GRU
+    also gets the agent's features and its one-hot id."""
 
     def __init__(self, spec: Spec, plain: bool, width: float = 1.0):
         super().__init__()
@@ -263,8 +263,8 @@ class Actor(nn.Module):
         self.out = orthogonal(nn.Linear(units, spec.num_actions), 0.01)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, S) before the first step -> logits (T, B, N, A) and the states after each
-        step (T, B, N, S)."""
+        """Run T steps from hidden (B, N, S). Returns logits (T, B, N, A) and the hidden states
+        after each step (T, B, N, S)."""
         x = self.cnn(views.ids.flatten(0, 2), sprites)
         x = F.relu(self.mlp(x))
         x = x.unflatten(0, views.ids.shape[:3])
@@ -275,16 +275,16 @@ class Actor(nn.Module):
 
 # [shared: meltingpot_networks] begin
 class Views(NamedTuple):
-    """What an actor sees of each agent, or the critic of each world."""
+    """Inputs of a network: the actor gets a view per agent, the critic a global view per world."""
 
-    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), tile ids
+    ids: Tensor  # tile ids; actor: (T, B, N, H, W), critic: (T, B, H', W')
     features: Tensor  # actor: (T, B, N, F + N), critic: (T, B, N * (F + A)), float32
-    starts: Tensor  # (T, B) bool, an episode begins
+    starts: Tensor  # (T, B) bool, True at the first step of an episode
 
 
 class Critic(nn.Module):
-    """Layers as the actor's, over a global view and all agents' features. It sees a world once and
-    has a value for each of its agents, which it tells apart by their ids."""
+    """The actor's layers, for the global view and the features of all agents. The CNN runs once per
+    world; the agent id, an input of the GRU, makes the value specific to an agent."""
 
     def __init__(self, spec: Spec, plain: bool):
         super().__init__()
@@ -299,8 +299,8 @@ class Critic(nn.Module):
         self.out = orthogonal(nn.Linear(64, 1), 1.0)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, S) before the first step -> values (T, B, N), normalised, and the states
-        after each step (T, B, N, S)."""
+        """Run T steps from hidden (B, N, S). Returns normalised values (T, B, N) and the hidden
+        states after each step (T, B, N, S)."""
         steps, worlds = views.starts.shape
         x = self.cnn(views.ids.flatten(0, 1), sprites)
         x = F.relu(self.mlp(x))
@@ -311,7 +311,7 @@ class Critic(nn.Module):
         ids = ids.expand(steps, worlds, -1, -1)
         x = x.expand(-1, -1, self.num_ids, -1)
         x = torch.cat([x, ids], -1)  # (T, B, N, .)
-        with torch.autocast(x.device.type, enabled=False):  # what is remembered needs its digits
+        with torch.autocast(x.device.type, enabled=False):  # hidden states need float32
             x = x.to(self.out.weight.dtype)
             states = run_gru(self.gru, x, views.starts, hidden)
             values = self.out(F.relu(self.head(states)))[..., 0]
@@ -319,11 +319,11 @@ class Critic(nn.Module):
 
 
 def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
-    """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
-    where an episode starts (T, B)."""
-    # Without a break between steps at which some world begins an episode.
+    """Run the GRU over x (T, B, N, .) from hidden (B, N, S), which is reset to zero where starts
+    (T, B) is True. Returns the hidden states after each step (T, B, N, S)."""
+    # One call of the GRU for all steps up to the next one at which any world begins an episode.
     begins = []
-    if len(x) > 1:  # a GPU is waited for
+    if len(x) > 1:  # a single step has no breaks, and tolist() waits for the GPU
         begins = starts[1:].any(1).tolist()
     breaks = (t for t, begun in enumerate(begins, 1) if begun)
     cuts = [0, *breaks, len(x)]
@@ -339,31 +339,31 @@ def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
 
 
 def chosen(log_probs: Tensor, actions: Tensor) -> Tensor:
-    """Of log-probabilities (..., A) those of actions (...)."""
+    """Pick the log-probabilities (...) of actions (...) from those of all actions (..., A)."""
     return log_probs.gather(-1, actions[..., None])[..., 0]
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (B, N) from log-probabilities (B, N, A): the largest after adding Gumbel noise, drawn
-    once per agent and action whatever the policy."""
+    """Sample actions (B, N) from log-probabilities (B, N, A) by the Gumbel-max trick. The noise is
+    drawn independently of the policy, so every policy uses the same amount of random numbers."""
     gumbel = -torch.empty(log_probs.shape).exponential_(generator=rng).log()
     return (log_probs + send(gumbel, log_probs.device)).argmax(-1)
 
 
-# paper is silent: value normalisation, orthogonal weights, ReLU; as in MAPPO
+# paper is silent: value normalisation, orthogonal weights, ReLU of the head; as in MAPPO
 class ValueNorm(nn.Module):
-    """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
+    """Mean and standard deviation of returns, as debiased exponential averages (MAPPO)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # averages of 1, x, x^2
 
     def update(self, new: Tensor) -> None:
-        """new (3,): 1, mean and mean square of new returns."""
+        """Update the averages with new (3,): 1, mean and mean square of returns; beta is .99999."""
         self.sums.lerp_(new, 1 - 0.99999)
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
-        """0 and 1 before the first update."""
+        """Mean () and standard deviation (); 0 and 1 before the first update()."""
         weight, mean, square = self.sums
         if weight == 0:
             return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
@@ -376,7 +376,7 @@ class ValueNorm(nn.Module):
 
 
 class Agent(Parts):
-    """The networks and their optimisers; sprites: of the worlds where they learn."""
+    """The networks, their optimisers, and the sprites of the training worlds."""
 
     def __init__(self, args: Args, envs: Any, device: torch.device):
         self.args, self.spec, self.device = args, envs.spec, device
@@ -399,23 +399,23 @@ class Agent(Parts):
         return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps, fused=True)
 
     def new_distilled(self, seed: int) -> Actor:
-        """phi's weights are drawn independently of theta's."""
-        torch.manual_seed(seed)  # paper is silent: where phi begins
+        """A new phi, initialised independently of theta."""
+        torch.manual_seed(seed)  # paper is silent: phi's initial weights
         return self.new_actor(self.args.distilled_width)
 
     def perturb_distilled(self, seed: int) -> None:
-        """Add Gaussian noise to every weight of phi."""
+        """Add Gaussian noise with standard deviation --noise-std to every weight of phi."""
         torch.manual_seed(seed)
         for weight in self.distilled.parameters():
             noise = self.args.noise_std * torch.randn(weight.shape)
             weight.data.add_(noise.to(weight.device))
 
     def copy_actor(self) -> None:
-        """phi becomes theta (a control)."""
+        """Copy theta to phi (the control --copy-every)."""
         self.distilled.load_state_dict(self.actor.state_dict())
 
     def autocast(self) -> torch.autocast:
-        """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
+        """--amp: bfloat16 in the critic. Actors stay in float32, for the ratio of Eq. (9)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
 
@@ -423,22 +423,22 @@ class Agent(Parts):
 
 
 def fictitious_probability(args: Args, num_agents: int) -> float:
-    """P(v_i = 0)."""
-    # paper and paper differ: p is this one in App. B.3, 1 - this one in Eq. (4)
+    """P(v_i = 0), the probability that an agent is fictitious: --p, or its default."""
+    # paper and paper differ: p is P(v_i = 0) in App. B.3, but P(v_i = 1) in Eq. (4)
     if args.p is not None:
         return args.p
     return 0.4 if num_agents <= 2 else 0.2
 
 
 def fictitious_share(args: Args, num_agents: int) -> float:
-    """The expected share of fictitious agents, by the safeguard a little less than P(v_i = 0)."""
+    """Expected share of fictitious agents, below P(v_i = 0) because Eq. (5) excludes v = 0."""
     q = fictitious_probability(args, num_agents)
     return 1.0 if args.all_fictitious else q - q**num_agents / num_agents
 
 
 def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
-    """v for B worlds of N agents -> (B, N) bool, True for trained."""
-    # Eqs. (3)-(5), Alg. 1 lines 2-6; paper is silent: one v per world, or for all
+    """Draw v for shape (B, N) -> (B, N) bool, True where an agent is trained."""
+    # Eqs. (3)-(5), Alg. 1 lines 2-6; paper is silent: one v per world (here) or for all
     index = torch.rand(shape, generator=rng).argsort(1)  # "randomize agents' indexes"
     v = torch.rand(shape, generator=rng) >= fictitious_probability(args, shape[1])
     v[:, -1] |= ~v[:, :-1].any(1)  # delta_N = 0: the last is trained if all others are fictitious
@@ -446,7 +446,7 @@ def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Te
 
 
 def distillation_phase(args: Args, iteration: int) -> str | None:
-    """What follows the update of iteration 1, 2, ...: "forward", "reverse" or nothing."""
+    """The phase after the update of iteration 1, 2, ...: "forward", "reverse" or None."""
     # Alg. 1 lines 9-13
     if args.copy_every or iteration % args.k_d:
         return None
@@ -456,27 +456,27 @@ def distillation_phase(args: Args, iteration: int) -> str | None:
 
 
 def kl_divergence(theta: Tensor, phi: Tensor) -> Tensor:
-    """Mean KL(pi_theta || pi_phi), exact over actions, from log-probabilities (..., A)."""
+    """Mean KL(pi_theta || pi_phi), exact over actions, from log-probabilities (..., A) -> ()."""
     # Eq. (7), Sec. 4.2
     divergences = (theta.exp() * (theta - phi)).sum(-1)
     return divergences.mean()
 
 
 def compare(theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
-    """How far phi is from theta on the same observations, from log-probabilities (..., A)."""
+    """Scalars on how phi differs from theta, from log-probabilities (..., A) on the same views."""
     preferred = theta.argmax(-1, keepdim=True)  # a*_theta
     others = phi.argmax(-1, keepdim=True)  # a*_phi
     return {
         "kl": kl_divergence(theta, phi),
-        "shift": (preferred != others).float().mean(),  # Prop. 4.1
+        "shift": (preferred != others).float().mean(),  # share of samples, Prop. 4.1
         "theta_prefers": theta.gather(-1, preferred).exp().mean(),  # pi_theta(a*_theta)
         "phi_prefers": phi.gather(-1, preferred).exp().mean(),  # pi_phi(a*_theta)
-        "phi_peak": phi.amax(-1).exp().mean(),  # pi_phi(a*_phi): has phi only become sharper?
+        "phi_peak": phi.amax(-1).exp().mean(),  # pi_phi(a*_phi), rises if phi gets sharper
     }
 
 
 def distillation_loss(mode: str, theta: Tensor, phi: Tensor) -> Tensor:
-    """What phi descends on, from log-probabilities (..., A)."""
+    """The loss () that phi minimises, from log-probabilities (..., A)."""
     if mode == "forward":
         return kl_divergence(theta, phi)  # Eq. (7)
     if mode == "kl":
@@ -487,12 +487,12 @@ def distillation_loss(mode: str, theta: Tensor, phi: Tensor) -> Tensor:
 def distill(
     args: Args, agent: Agent, batch: Batch, state: RolloutState, phase: str, rng: torch.Generator
 ) -> tuple[dict[str, Tensor], RolloutState]:
-    """A forward or reverse phase on the last rollout; returns compare() before and after it, and
-    the state with phi's new memory."""
+    """Run a forward or reverse phase on the last rollout. Returns the scalars of compare() before
+    and after it, and the state with phi's new hidden states."""
     mode = "forward" if phase == "forward" else args.reverse_mode
 
     def run(net: Actor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, states before each chunk, the last state."""
+        """log pi (T, B, N, A), hidden before each chunk (C, B, N, S), last hidden (B, N, S)."""
         views = batch.actor_views()
         logits, before, after = replay(args, net, views, hidden[0], agent.sprites)
         return logits.log_softmax(-1), before, after[-1]
@@ -506,7 +506,7 @@ def distill(
     else:
         lr = args.forward_lr if mode == "forward" else args.reverse_lr
         epochs = args.forward_epochs if mode == "forward" else args.reverse_epochs
-        # paper is silent: Adam without a memory of earlier phases
+        # paper is silent: every phase starts with a new Adam optimiser
         optimiser = agent.new_optimiser(agent.distilled, lr)
         for _ in range(epochs):
             chunks = dataclasses.replace(batch, theta=theta, distilled_hidden=hidden)
@@ -515,16 +515,16 @@ def distill(
                 logits, _ = agent.distilled(views, part.distilled_hidden, agent.sprites())
                 loss = distillation_loss(mode, part.theta, logits.log_softmax(-1))
                 descend(loss, agent.distilled, optimiser, args.max_grad_norm)
-            # phi's states before each chunk are computed anew under its new weights
+            # phi's hidden states before each chunk are recomputed with its new weights
             phi, hidden, last = run(agent.distilled, batch.distilled_hidden)
     scalars |= {f"{phase}/{name}_after": x for name, x in compare(theta, phi).items()}
     return scalars, dataclasses.replace(state, distilled_hidden=last)
 
 
 def replace_distilled(agent: Agent, mode: str, rng: torch.Generator) -> None:
-    """Fig. 6: draw phi anew ("random") or add noise to it, in all processes alike."""
+    """Reverse modes of Fig. 6: initialise phi anew ("random") or add noise ("noise")."""
     seed = torch.randint(2**31, (), generator=rng)
-    seed = int(sum_over_processes(seed.to(agent.device)))
+    seed = int(sum_over_processes(seed.to(agent.device)))  # the same in all processes
     if mode == "random":
         agent.distilled = agent.new_distilled(seed)
     else:
@@ -532,27 +532,27 @@ def replace_distilled(agent: Agent, mode: str, rng: torch.Generator) -> None:
 
 
 def ratio_and_centre(args: Args, log_prob: Tensor, part: Batch) -> tuple[Tensor, Tensor]:
-    """pi_theta / who acted, and the centre of its clip, (L, M, N) each."""
+    """The ratio pi_theta / pi_old and the centre of its clip, (L, M, N) each."""
     if args.clip_centre == "printed":
         ratio = (log_prob - part.log_probs).exp()
         return ratio, torch.ones_like(ratio)
-    # A fictitious sample's ratio starts at pi_theta_old / pi_phi. A clip around 1 lets only noise
-    # that leads back to phi pass; this one bounds how far theta goes from theta_old.
+    # The ratio of a fictitious sample starts at pi_theta_old / pi_phi. Outside a clip around 1,
+    # only gradients that pull theta to phi pass. A clip around w bounds the step from theta_old.
     old = chosen(part.theta, part.actions)
-    weight = (old - part.log_probs).exp()  # 1 where theta acted
+    weight = (old - part.log_probs).exp()  # w; 1 where theta acted
     if args.weight_cap is not None:
         weight = weight.clamp(max=args.weight_cap)
     return weight * (log_prob - old).exp(), weight
 
 
 def training_samples(args: Args, x: Tensor, trained: Tensor) -> Tensor:
-    """Those of x (..., N) that train theta: all of them in Eq. (9)."""
+    """Select from x (..., N) what trains theta: all samples, or its own with --mask-fictitious."""
     return x[trained] if args.mask_fictitious else x
 
 
 def diagnose(args: Args, ratios: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """Largest ratio and clipped share of each population, from ratios, centres and v (L, M, N) of
-    all minibatches; where A < 0, clipping bounds no ratio."""
+    """Per population, the largest ratio and the share of ratios outside the clip. ratios: (ratio,
+    centre, v), (L, M, N) each, of all minibatches. Where A < 0, the clip limits no large ratio."""
     figures = {}
     for name in ("trained", "fictitious"):
         largest, clipped = [], []
@@ -560,7 +560,7 @@ def diagnose(args: Args, ratios: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
             who = trained if name == "trained" else ~trained
             moved = (ratio / centre - 1).abs() > args.clip
             largest.append(torch.where(who, ratio, 0.0).max())
-            clipped.append((moved & who).sum() / who.sum())  # NaN where there is none
+            clipped.append((moved & who).sum() / who.sum())  # NaN if there is none
         shares = torch.stack(clipped)
         if not shares.isnan().all():
             figures[f"ratio_max/{name}"] = torch.stack(largest).max()
@@ -569,8 +569,8 @@ def diagnose(args: Args, ratios: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
 
 
 def importance_weights(batch: Batch) -> dict[str, Tensor]:
-    """Of the fictitious samples before the update: the largest weight pi_theta / pi_phi, and the
-    effective sample size (sum w)^2 / sum w^2 as a share of their number."""
+    """For fictitious samples before the update: the largest weight w = pi_theta / pi_phi, and the
+    effective sample size (sum w)^2 / sum w^2 as a share of the number of samples."""
     fictitious = ~batch.trained
     if not fictitious.any():
         return {}
@@ -585,18 +585,18 @@ def importance_weights(batch: Batch) -> dict[str, Tensor]:
 
 @dataclasses.dataclass
 class RolloutState:
-    """What passes from one rollout to the next."""
+    """What a rollout needs from the one before it."""
 
-    starts: Tensor  # (B,) bool, an episode is about to begin
-    previous: Tensor  # (B, N) int64, last actions; -1: none yet
+    starts: Tensor  # (B,) bool, the next step is the first of an episode
+    previous: Tensor  # (B, N) int64, previous actions; -1: none yet in this episode
     actor_hidden: Tensor  # (B, N, S)
     critic_hidden: Tensor  # (B, N, S)
-    distilled_hidden: Tensor  # (B, N, S) of phi
-    trained: Tensor  # (B, N) bool, v
+    distilled_hidden: Tensor  # (B, N, S), phi's hidden states
+    trained: Tensor  # (B, N) bool, v: True where theta acts
 
 
 def new_state(agent: Agent, num_envs: int) -> RolloutState:
-    """The beginning of episodes in all worlds."""
+    """The state at which all worlds begin an episode."""
     shape, device = (num_envs, agent.spec.num_agents), agent.device
     return RolloutState(
         starts=torch.ones(num_envs, dtype=torch.bool, device=device),
@@ -610,28 +610,28 @@ def new_state(agent: Agent, num_envs: int) -> RolloutState:
 
 @dataclasses.dataclass
 class Batch:
-    """One rollout. T + 1: with the step after it, for bootstrapping."""
+    """One rollout. Fields of length T + 1 include the step after it, for bootstrapping."""
 
-    tile_ids: Tensor  # (T, B, N, H, W), the views
-    actor_features: Tensor  # (T, B, N, F + N) float32, with agent ids
-    world_ids: Tensor  # (T + 1, B, H', W'), the global views
-    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, of all agents
-    starts: Tensor  # (T + 1, B) bool, an episode's first step
+    tile_ids: Tensor  # (T, B, N, H, W) uint16, on a GPU int32; the agents' views
+    actor_features: Tensor  # (T, B, N, F + N) float32, with one-hot agent ids
+    world_ids: Tensor  # (T + 1, B, H', W'), the global views, dtype of tile_ids
+    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, see joint_features()
+    starts: Tensor  # (T + 1, B) bool, True at the first step of an episode
     actions: Tensor  # (T, B, N) int64
     log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted
     rewards: Tensor  # (T, B, N) float32
     terminated: Tensor  # (T, B) bool
     truncated: Tensor  # (T, B) bool
-    trained: Tensor  # (T, B, N) bool, v: theta acted
-    theta: Tensor  # (T, B, N, A) float32, log-probabilities under both networks
-    phi: Tensor  # (T, B, N, A) float32
-    actor_hidden: Tensor  # (C, B, N, S) before each chunk
-    distilled_hidden: Tensor  # (C, B, N, S) of phi
-    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
-    episodes: list[Episode]  # those that ended
-    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
-    values: Tensor | None = None  # (T, B, N) float32, normalised
-    targets: Tensor | None = None  # (T, B, N) float32, returns, normalised
+    trained: Tensor  # (T, B, N) bool, v: True where theta acted
+    theta: Tensor  # (T, B, N, A) float32, log-probabilities under theta
+    phi: Tensor  # (T, B, N, A) float32, log-probabilities under phi
+    actor_hidden: Tensor  # (C, B, N, S), hidden states before each chunk
+    distilled_hidden: Tensor  # (C, B, N, S), phi's hidden states before each chunk
+    finals: list[tuple[int, int, Views]]  # t, b, final critic view (1, 1, ...) of each truncation
+    episodes: list[Episode]  # those that ended in this rollout
+    critic_hidden: Tensor | None = None  # (C, B, N, S); prepare() fills this field and those below
+    values: Tensor | None = None  # (T, B, N) float32, before the update, normalised
+    targets: Tensor | None = None  # (T, B, N) float32, GAE returns, normalised
     advantages: Tensor | None = None  # (T, B, N) float32, normalised
 
     def actor_views(self) -> Views:
@@ -650,7 +650,7 @@ def collect(
     rng: torch.Generator,
     method_rng: torch.Generator,
 ) -> tuple[Batch, RolloutState]:
-    """Play T steps in every world; the state is that behind them."""
+    """Play T steps in every world from `state` on; returns the rollout and the state after it."""
     device, shape = agent.device, state.previous.shape
     num_actions = envs.spec.num_actions
     record = collections.defaultdict(list)
@@ -667,7 +667,7 @@ def collect(
         tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
         joint = joint_features(features, state.previous, num_actions)
         add(world_ids=world_ids, critic_features=joint, starts=state.starts)
-        if t == args.rollout_steps:
+        if t == args.rollout_steps:  # the step after the rollout is for the critic alone
             break
         if args.v_redraw == "episode" and state.starts.any():
             drawn = send(draw_trained(args, shape, method_rng), device)
@@ -713,13 +713,13 @@ def collect(
 
 
 def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Tensor:
-    """(T, B, N), by mean and deviation of the samples that train theta, or of each population."""
+    """Advantages (T, B, N), normalised over the samples that train theta, or in each population."""
     groups = [trained if args.mask_fictitious else torch.ones_like(trained)]
     if args.advantages_per_population:
         groups = [trained, ~trained]
     normalised = advantages
     for group in groups:
-        _, mean, square = moments(advantages[group]).float()  # NaN of an empty group, not used
+        _, mean, square = moments(advantages[group]).float()  # NaN if the group is empty: not used
         std = (square - mean**2).clamp(min=0).sqrt()
         normalised = torch.where(group, (advantages - mean) / (std + 1e-5), normalised)
     return normalised
@@ -728,11 +728,11 @@ def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Ten
 def prepare(
     args: Args, agent: Agent, batch: Batch, state: RolloutState
 ) -> tuple[Batch, RolloutState]:
-    """The rollout with what the losses need, and the state with the critic's new memory; takes the
-    returns into agent.value_norm."""
+    """Update agent.value_norm and add to the rollout what the losses need (last fields of Batch).
+    Returns the rollout, and the state with the critic's new hidden states."""
     values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
-    # paper is silent: statistics of returns and advantages, once before the epochs
+    # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(training_samples(args, returns, batch.trained)))
     mean, std = agent.value_norm.mean_std()
     batch = dataclasses.replace(
@@ -747,9 +747,9 @@ def prepare(
 
 # [shared: meltingpot_data] begin
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
+    """Yield the minibatches of one epoch: shuffled (chunk, world) pairs, each with all agents.
     (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
-    # paper is silent: how a rollout is cut for recurrent networks
+    # paper is silent: how a rollout is cut into chunks and minibatches for recurrent networks
     chunks, worlds = batch.actor_hidden.shape[:2]
     length = args.chunk_length
     order = torch.randperm(chunks * worlds, generator=rng)
@@ -762,7 +762,7 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
             if name.endswith("hidden"):
                 parts[name] = x[chunk, world]
             else:
-                x = x[: chunks * length].unflatten(0, (chunks, length))
+                x = x[: chunks * length].unflatten(0, (chunks, length))  # without step T + 1
                 parts[name] = x[chunk, :, world].transpose(0, 1)
         yield dataclasses.replace(batch, **parts)
 
@@ -773,10 +773,10 @@ def observe(
     ids: Tensor | None = None,
     num_ids: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views (B, N, H, W), features with one-hot agent ids (B, N, F + N), global views (B, H', W')
-    and features without ids.
+    """Move obs to the device. Returns tile ids (B, N, H, W), features with one-hot agent ids
+    (B, N, F + N), tile ids of the global views (B, H', W') and features without ids (B, N, F).
 
-    ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
+    ids (B, N): default seat numbers. num_ids: default one per seat; a scenario has fewer seats.
     """
     tile_ids = ids_on(device, obs.tile_ids)
     world_ids = ids_on(device, obs.world_ids)
@@ -790,9 +790,9 @@ def observe(
 
 
 def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
-    """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
-    -> (B, N * (F + A))."""
-    # paper is silent: which actions the critic sees
+    """Join features (B, N, F) and one-hot previous actions (B, N; -1 becomes zeros) of all agents,
+    for the critic -> (B, N * (F + A))."""
+    # paper is silent: which actions the critic gets
     actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
     rows = torch.cat([features, actions.to(features.dtype)], -1)
     return rows.flatten(-2)
@@ -800,7 +800,7 @@ def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tens
 
 @torch.no_grad()
 def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Tensor, Tensor]:
-    """One step, views without T -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
+    """One step; views without axis T -> log-probabilities (B, N, A), next hidden (B, N, S)."""
     views = Views(views.ids[None], views.features[None], views.starts[None])
     logits, states = net(views, hidden, sprites())
     return logits[0].log_softmax(-1), states[0]
@@ -810,8 +810,8 @@ def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Ten
 def replay(
     args: Args, net: nn.Module, views: Views, hidden: Tensor, sprites: Sprites
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run net over a rollout, chunk by chunk, from hidden (B, N, S) on -> outputs (T, B, N, ...),
-    states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
+    """Run net over a rollout, chunk by chunk, from hidden (B, N, S). Returns outputs (T, B, N, .),
+    hidden states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
     outputs, before, after = [], [], []
     for first in range(0, len(views.starts), args.chunk_length):
         steps = slice(first, first + args.chunk_length)
@@ -825,8 +825,8 @@ def replay(
 
 
 def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor:
-    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
-    which at a truncation is the ended episode's last, not the next one's first."""
+    """Advantages (T, B, N) by GAE, in units of rewards. next_values (T, B, N): of the state after
+    each step; at a truncation, of the final state, not of the next episode's first state."""
     goes_on = ~(batch.terminated | batch.truncated)[..., None]
     delta = batch.rewards + args.gamma * next_values * ~batch.terminated[..., None] - values
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
@@ -840,8 +840,8 @@ def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor
 def estimate(
     args: Args, agent: Agent, batch: Batch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values and advantages (T, B, N) in raw units, and the critic's states before each chunk and
-    before the next rollout (C + 1, B, N, S); hidden (B, N, S): before this one."""
+    """Run the critic from hidden (B, N, S). Returns values and advantages (T, B, N) in units of
+    rewards, and hidden states before each chunk and before the next rollout (C + 1, B, N, S)."""
     views = batch.critic_views()
     mean, std = agent.value_norm.mean_std()
     with agent.autocast():
@@ -863,15 +863,15 @@ def estimate(
 def clip_objective(
     ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor | float = 1.0
 ) -> Tensor:
-    """Element by element; ratio: of pi_theta to the policy that acted; centre: what the ratio may
-    leave by a share of clip, 1 in the paper."""
+    """PPO's clipped objective of each sample; ratio: pi_theta / pi_old of its action; centre: the
+    value around which the ratio is clipped, by a share `clip` of it; 1 in the paper."""
     # Eq. (9), Sec. 4.5
     clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
     return torch.min(ratio * advantage, clipped * advantage)
 
 
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
-    """Clipped Huber loss, element by element, in normalised units."""
+    """Clipped Huber loss of each value; value, old value and target are normalised."""
     clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
     return torch.max(
         F.huber_loss(value, target, reduction="none", delta=delta),
@@ -880,7 +880,7 @@ def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: f
 
 
 def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    """PPO epochs over one rollout of prepare(); returns scalars."""
+    """Train for args.epochs on a rollout from prepare(); returns mean scalars."""
     scalars, ratios = collections.defaultdict(list), []
     for _ in range(args.epochs):
         for part in minibatches(args, batch, rng):
@@ -920,7 +920,7 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
 
 # [shared: meltingpot_players] begin
 class NetPlayer:
-    """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
+    """A network as a Player of envs.meltingpot.episodes; samples actions, keeps hidden states."""
 
     def __init__(self, net: Actor, sprites: Sprites, seed: int):
         self.net, self.sprites = net, sprites
@@ -943,7 +943,7 @@ class NetPlayer:
 
 
 def load_player(path: str, envs: Any, seed: int = 0, network: str = "actor") -> Player:
-    """The actor ("distilled": phi) of a run directory or checkpoint, for these worlds."""
+    """Load the actor ("distilled": phi) of a run or checkpoint as a player in the worlds `envs`."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
     with make_envs(args, 1, 1) as trained_in:
@@ -953,7 +953,7 @@ def load_player(path: str, envs: Any, seed: int = 0, network: str = "actor") -> 
 
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
-    """The actors of the run directories and checkpoints among --background."""
+    """{path: actor} for each path in --background; UsageError if an actor does not fit."""
     if args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
@@ -970,9 +970,9 @@ def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
 def evaluate(
     args: Args, agent: Agent, others: dict[str, Actor], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Full natural episodes without learning: everyone ours, then beside each of --background, then
-    beside the bots of each of --eval-scenarios; {"v co-player":
-    envs.meltingpot.episodes.summarise(...)}."""
+    """Play full episodes without learning: self-play, then beside each co-player of --background,
+    then beside the bots of each scenario of --eval-scenarios. Returns {name of the row: figures},
+    as envs.meltingpot.episodes.summarise() computes them."""
     args = dataclasses.replace(args, max_episode_steps=0)
     rng = evaluation.rng
 
@@ -993,7 +993,7 @@ def evaluate(
 
 
 def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
-    """What an iteration logs."""
+    """The scalars that an iteration logs."""
     figures = scalars | importance_weights(batch) | compare(batch.theta, batch.phi)
     for name, who in (("trained", batch.trained), ("fictitious", ~batch.trained)):
         if who.any():
@@ -1003,13 +1003,13 @@ def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def new_generators(seed: int, rank: int) -> list[torch.Generator]:
-    """A process's own; the method has one for itself, so that the parent's draws stay."""
+    """Two generators for each process (rank): one as in the parent script, one for the method."""
     seeds = np.random.SeedSequence((seed, rank)).generate_state(2).tolist()
     return [torch.Generator().manual_seed(x) for x in seeds]
 
 
 def train(args: Args) -> int:
-    """The run, with --resume from its checkpoint on; returns the exit code."""
+    """Train, or resume a run (--resume), or evaluate (--eval-only); returns the exit code."""
     with Run(args, table, LINE) as run:
         first_world = run.rank * args.num_envs
         envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
@@ -1036,14 +1036,14 @@ def train(args: Args) -> int:
             amp=agent.amp,
             fictitious_probability=fictitious_probability(args, envs.spec.num_agents),
         )
-        if not envs.reproducible:  # all worlds begin new episodes
+        if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
             state = new_state(agent, args.num_envs)
         share = fictitious_share(args, envs.spec.num_agents)
         run.say(f"{run.dir}: {share:.0%} of all agents will be fictitious")
         while run.goes_on():
             batch, state = collect(args, envs, agent, state, rng=rng, method_rng=method_rng)
             run.lap("collect_s")
-            envs.check()  # workers build next episodes while we learn
+            envs.check()  # lets workers build the next episodes during the update
             batch, state = prepare(args, agent, batch, state)
             scalars = update(args, agent, batch, rng)
             if args.copy_every and (run.iteration + 1) % args.copy_every == 0:
@@ -1071,7 +1071,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the script with arguments argv, default sys.argv[1:]; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     return call(lambda: train(parse(given)), WorldError)
 

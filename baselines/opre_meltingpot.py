@@ -1,20 +1,20 @@
 """OPRE: OPtions as REsponses (Vezhnevets et al., ICML 2020) on MAPPO, a baseline of BiDist's paper.
 
-A policy mixes K options eta. In training a posterior q, which sees the world and all players, says
-which answers what they do; a prior p learns to tell that from an agent's own history.
+The policy mixes K options eta. In training, a posterior q, which sees the world and all players,
+weights the options by what the others do; a prior p learns to predict q from an agent's history.
 
     mu(a|o) = sum_z p(z|o) eta(a|o, z)       acts, in training and evaluation
     pi(a|o, s) = sum_z q(z|s) eta(a|o, z)    is trained;  r = pi / mu_old, w = pi_old / mu_old
-    J = E min(r A, clip(r, w (1 -+ eps)) A) + c_H H(pi) - KL(q || p)    moves eta and q, KL p and q
-    V(o, s) = sum_z q(z|s) c(s, z)           its loss moves c
+    J = E min(r A, clip(r, w (1 -+ eps)) A) + c_H H(pi) - KL(q || p)    trains eta, q; KL: p, q
+    V(o, s) = sum_z q(z|s) c(s, z)           the value loss trains c
 
     python baselines/opre_meltingpot.py                                      the paper's settings
-    torchrun --nproc-per-node 2 baselines/opre_meltingpot.py                 two times 16 worlds
+    torchrun --nproc-per-node 2 baselines/opre_meltingpot.py                 16 worlds per process
 
 Letters: T steps, B worlds, N agents, A actions, K options, F features, H W tiles of a view (H' W'
-of the global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M
-minibatch; o an agent's history, s the world. Tables, App. and Eq. (9) are BiDist's (AAMAS 2025).
-Decisions: docs/baselines_meltingpot.md, of MAPPO docs/bidist.md; worlds: docs/meltingpot.md.
+of the global view), S units of a hidden state, L steps per chunk, C chunks per rollout, M samples
+per minibatch; o an agent's history, s the world. Eq. (9) and tables are BiDist's (AAMAS 2025).
+Decisions: docs/baselines_meltingpot.md, for MAPPO docs/bidist.md. Worlds: docs/meltingpot.md.
 """
 
 from __future__ import annotations
@@ -70,48 +70,48 @@ from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """OPRE on MAPPO in Melting Pot. Defaults are the paper's (Table B.1)."""
+    """OPRE on MAPPO in Melting Pot. Defaults are those of BiDist's paper (Table B.1)."""
 
     # Environment
-    substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, toy, or module:Class
-    num_envs: Positive = 16  # B, worlds per process (rollout threads)
-    num_workers: Count = 0  # processes that step worlds; 0: one per core
-    worker_timeout: Above = 8.0  # seconds until a worker that gives no sign ends the run
-    max_episode_steps: Count = 0  # truncate episodes there; 0: they end naturally
-    team_reward: bool = False  # everyone gets the sum of all rewards
+    substrate: str = "chicken_in_the_matrix__repeated"  # Melting Pot substrate, toy or module:Class
+    num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
+    num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
+    worker_timeout: Above = 8.0  # seconds without an answer from a worker until the run ends
+    max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
+    team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
-    num_options: Positive = 16  # K (App. B.3)
-    prior_coef: Amount = 1.0  # of KL(q || p) that moves the prior p
-    posterior_coef: Amount = 0.01  # of KL(q || p) that moves the posterior q
-    critic_form: Literal["options", "plain"] = "options"  # a value per option, mixed by q; or one
-    share_critic: bool = False  # q reads the critic's CNN, and does not train it
+    num_options: Positive = 16  # K, number of options (App. B.1)
+    prior_coef: Amount = 1.0  # weight of KL(q || p) in the loss of the prior p
+    posterior_coef: Amount = 0.01  # weight of KL(q || p) in the loss of the posterior q
+    critic_form: Literal["options", "plain"] = "options"  # K values, mixed by q, or one value
+    share_critic: bool = False  # q uses the critic's CNN and does not train it
     # Base algorithm: MAPPO
-    rollout_steps: Positive = 200  # T; a rollout does not reset the worlds
-    chunk_length: Positive = 10  # L, steps of backpropagation through time
-    epochs: Positive = 5  # PPO epochs
-    minibatches: Positive = 5  # per epoch
-    actor_lr: Amount = 5e-4  # Adam
-    critic_lr: Amount = 5e-4  # Adam
-    adam_eps: Above = 1e-5  # Adam
-    gamma: Share = 0.99  # discount
-    gae_lambda: Share = 0.95  # GAE
-    clip: Amount = 0.2  # eps of Eq. (9)
-    value_clip: Amount = 0.2  # the same for values, in normalised units
-    huber_delta: Above = 10.0  # of the value loss
-    entropy_coef: Amount = 0.01  # entropy bonus
-    max_grad_norm: Above = 10.0  # of each network
-    plain: bool = False  # convolutions on images, not tables: the same results, slower
-    amp: bool = False  # critic in bf16 where the hardware has it
+    rollout_steps: Positive = 200  # T, steps per rollout; worlds are not reset between rollouts
+    chunk_length: Positive = 10  # L, steps per chunk for backpropagation through time
+    epochs: Positive = 5  # PPO epochs over each rollout
+    minibatches: Positive = 5  # minibatches per epoch
+    actor_lr: Amount = 5e-4  # learning rate of the actor (Adam)
+    critic_lr: Amount = 5e-4  # learning rate of the critic (Adam)
+    adam_eps: Above = 1e-5  # epsilon of Adam
+    gamma: Share = 0.99  # discount factor
+    gae_lambda: Share = 0.95  # lambda of generalised advantage estimation (GAE)
+    clip: Amount = 0.2  # eps of Eq. (9), clip range of the policy ratio
+    value_clip: Amount = 0.2  # clip range of the values, in units of normalised returns
+    huber_delta: Above = 10.0  # delta of the Huber value loss, in units of normalised returns
+    entropy_coef: Amount = 0.01  # weight of the entropy bonus
+    max_grad_norm: Above = 10.0  # gradients of each optimiser are clipped to this norm
+    plain: bool = False  # run the CNN on images instead of lookup tables: same results, slower
+    amp: bool = False  # critic in bfloat16 up to its GRU, where the hardware supports it
     # Evaluation
-    background: tuple[str, ...] = ("random",)  # co-players; also run directories
-    num_focal: Count = 0  # seats that we take beside them; 0: N - 1
-    eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
-    eval_scenarios: str = "all"  # Melting Pot's, beside bots: all, none or e.g. SC0,SC3
-    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official where they can be had
+    background: tuple[str, ...] = ("random",)  # co-players in evaluation: random, run directories
+    num_focal: Count = 0  # seats of the trained policy beside --background; 0: N - 1
+    eval_ids: Literal["random", "slot"] = "random"  # agent ids: drawn (Eq. 2), or the seat's number
+    eval_scenarios: str = "all"  # Melting Pot scenarios to evaluate in: all, none or e.g. SC0,SC3
+    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant, and the sentence for each."""
+    """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
@@ -119,8 +119,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     ]
 
 
-LINE = ("episode/return", "entropy", "kl", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = (  # flags of this script that may differ with --resume and --eval-only
+LINE = ("episode/return", "entropy", "kl", "sps")  # scalars to print where there is no terminal
+RESUMABLE = (  # flags of this script that may change with --resume and --eval-only
     "num_workers",
     "worker_timeout",
     "plain",
@@ -131,7 +131,7 @@ RESUMABLE = (  # flags of this script that may differ with --resume and --eval-o
     "eval_scenarios",
     "bots",
 )
-# The same batch from more worlds and shorter rollouts: 1.3 times as fast where two cores are idle.
+# As many samples from more worlds and shorter rollouts: 1.3 times as fast on two idle cores.
 PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 
@@ -140,7 +140,7 @@ PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 # [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
-    """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
+    """Create num_envs parallel worlds; UsageError if args.substrate is unknown or not installed."""
     from envs.meltingpot.make import make_worlds
 
     try:
@@ -161,12 +161,12 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 
-KERNEL = 4  # of the second convolution, in tiles
-RELU = math.sqrt(2)  # gain of layers before a ReLU
+KERNEL = 4  # size of the second convolution's kernel, in tiles
+RELU = math.sqrt(2)  # gain of the initial weights of layers before a ReLU
 
 
 def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
-    """Orthogonal weights and zero biases."""
+    """Give a layer orthogonal weights and zero biases, in place; returns the layer."""
     for name, parameter in layer.named_parameters():
         if "bias" in name:
             nn.init.zeros_(parameter)
@@ -176,17 +176,17 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
 
 
 class TileCNN(nn.Module):
-    """The paper's CNN and the layer after it (App. B.2), with ReLU.
+    """The paper's two convolutions and the linear layer after them, each with ReLU (App. B.2).
 
-    It gets images as tile ids, for all of them consist of 8 x 8 sprites. By default TileTables
-    computes the same function, only faster; whoever changes this one runs it with --plain.
+    The input is tile ids, because every image is a grid of sprites of 8 x 8 pixels. By default,
+    lookup tables compute the same function faster. A changed TileCNN must be run with --plain.
     """
 
     def __init__(self, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
         rows, columns = (max(size, KERNEL) for size in grid)
-        # Views narrower than the kernel get black tiles below and to the right.
+        # Views smaller than the kernel are padded with black tiles (id 0) below and to the right.
         self.padding = (0, columns - grid[1], 0, rows - grid[0])
         inputs = 32 * (rows - KERNEL + 1) * (columns - KERNEL + 1)
         self.conv1 = orthogonal(nn.Conv2d(3, 16, 8, stride=8), RELU)
@@ -194,19 +194,19 @@ class TileCNN(nn.Module):
         self.linear = orthogonal(nn.Linear(inputs, 64), RELU)
 
     def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
-        """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
+        """Tile ids (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
         tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
         images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
         images = images.flatten(4, 5).flatten(2, 3)
         x = F.relu(self.conv1(images))  # (M, 16, H, W)
         x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
-        x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
+        x = x.flatten(2).transpose(1, 2).flatten(1)  # (M, positions * 32), the order of the tables
         return F.relu(self.linear(x))
 
 
 class Actor(nn.Module):
-    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
-    (App. B.2), those of every option; beside them the prior."""
+    """CNN -> MLP of 2 x 64 -> GRU of 128 -> MLP of 64 -> logits of the actions (App. B.2) for every
+    option, and the prior. The GRU also gets the agent's features and its one-hot id."""
 
     def __init__(self, args: Args, spec: Spec):
         super().__init__()
@@ -222,7 +222,7 @@ class Actor(nn.Module):
         self.prior = orthogonal(nn.Linear(64, args.num_options), 0.01)
 
     def options(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, ...]:
-        """log p (T, B, N, K), log eta (T, B, N, K, A) and the states (T, B, N, S)."""
+        """hidden (B, N, S) -> log p (T, B, N, K), log eta (T, B, N, K, A), states (T, B, N, S)."""
         x = self.cnn(views.ids.flatten(0, 2), sprites)
         x = F.relu(self.mlp(x))
         x = x.unflatten(0, views.ids.shape[:3])
@@ -236,21 +236,21 @@ class Actor(nn.Module):
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
         prior, options, states = self.options(views, hidden, sprites)
-        return mixture(prior, options), states  # log mu (T, B, N, A), which plays
+        return mixture(prior, options), states  # log mu (T, B, N, A): mu acts
 
 
 # [shared: meltingpot_networks] begin
 class Views(NamedTuple):
-    """What an actor sees of each agent, or the critic of each world."""
+    """Inputs of a network: the actor gets a view per agent, the critic a global view per world."""
 
-    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), tile ids
+    ids: Tensor  # tile ids; actor: (T, B, N, H, W), critic: (T, B, H', W')
     features: Tensor  # actor: (T, B, N, F + N), critic: (T, B, N * (F + A)), float32
-    starts: Tensor  # (T, B) bool, an episode begins
+    starts: Tensor  # (T, B) bool, True at the first step of an episode
 
 
 class Critic(nn.Module):
-    """Layers as the actor's, over a global view and all agents' features. It sees a world once and
-    has a value for each of its agents, which it tells apart by their ids."""
+    """The actor's layers, for the global view and the features of all agents. The CNN runs once per
+    world; the agent id, an input of the GRU, makes the value specific to an agent."""
 
     def __init__(self, spec: Spec, plain: bool):
         super().__init__()
@@ -265,8 +265,8 @@ class Critic(nn.Module):
         self.out = orthogonal(nn.Linear(64, 1), 1.0)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, S) before the first step -> values (T, B, N), normalised, and the states
-        after each step (T, B, N, S)."""
+        """Run T steps from hidden (B, N, S). Returns normalised values (T, B, N) and the hidden
+        states after each step (T, B, N, S)."""
         steps, worlds = views.starts.shape
         x = self.cnn(views.ids.flatten(0, 1), sprites)
         x = F.relu(self.mlp(x))
@@ -277,7 +277,7 @@ class Critic(nn.Module):
         ids = ids.expand(steps, worlds, -1, -1)
         x = x.expand(-1, -1, self.num_ids, -1)
         x = torch.cat([x, ids], -1)  # (T, B, N, .)
-        with torch.autocast(x.device.type, enabled=False):  # what is remembered needs its digits
+        with torch.autocast(x.device.type, enabled=False):  # hidden states need float32
             x = x.to(self.out.weight.dtype)
             states = run_gru(self.gru, x, views.starts, hidden)
             values = self.out(F.relu(self.head(states)))[..., 0]
@@ -285,11 +285,11 @@ class Critic(nn.Module):
 
 
 def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
-    """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
-    where an episode starts (T, B)."""
-    # Without a break between steps at which some world begins an episode.
+    """Run the GRU over x (T, B, N, .) from hidden (B, N, S), which is reset to zero where starts
+    (T, B) is True. Returns the hidden states after each step (T, B, N, S)."""
+    # One call of the GRU for all steps up to the next one at which any world begins an episode.
     begins = []
-    if len(x) > 1:  # a GPU is waited for
+    if len(x) > 1:  # a single step has no breaks, and tolist() waits for the GPU
         begins = starts[1:].any(1).tolist()
     breaks = (t for t, begun in enumerate(begins, 1) if begun)
     cuts = [0, *breaks, len(x)]
@@ -305,31 +305,31 @@ def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
 
 
 def chosen(log_probs: Tensor, actions: Tensor) -> Tensor:
-    """Of log-probabilities (..., A) those of actions (...)."""
+    """Pick the log-probabilities (...) of actions (...) from those of all actions (..., A)."""
     return log_probs.gather(-1, actions[..., None])[..., 0]
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (B, N) from log-probabilities (B, N, A): the largest after adding Gumbel noise, drawn
-    once per agent and action whatever the policy."""
+    """Sample actions (B, N) from log-probabilities (B, N, A) by the Gumbel-max trick. The noise is
+    drawn independently of the policy, so every policy uses the same amount of random numbers."""
     gumbel = -torch.empty(log_probs.shape).exponential_(generator=rng).log()
     return (log_probs + send(gumbel, log_probs.device)).argmax(-1)
 
 
-# paper is silent: value normalisation, orthogonal weights, ReLU; as in MAPPO
+# paper is silent: value normalisation, orthogonal weights, ReLU of the head; as in MAPPO
 class ValueNorm(nn.Module):
-    """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
+    """Mean and standard deviation of returns, as debiased exponential averages (MAPPO)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # averages of 1, x, x^2
 
     def update(self, new: Tensor) -> None:
-        """new (3,): 1, mean and mean square of new returns."""
+        """Update the averages with new (3,): 1, mean and mean square of returns; beta is .99999."""
         self.sums.lerp_(new, 1 - 0.99999)
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
-        """0 and 1 before the first update."""
+        """Mean () and standard deviation (); 0 and 1 before the first update()."""
         weight, mean, square = self.sums
         if weight == 0:
             return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
@@ -342,41 +342,41 @@ class ValueNorm(nn.Module):
 
 
 class OptionHead(nn.Linear):
-    """Critic takes the only output of its last layer; of this one (..., K, 1) it takes K."""
+    """A last layer with K outputs (..., K, 1) for Critic, which removes the last axis."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[..., None]
 
 
 class MixtureCritic(nn.Module):
-    """V = sum_z q(z|s) c(s, z), by two networks whose states stand side by side (S = 256)."""
+    """V = sum_z q(z|s) c(s, z). The hidden states of c and q are concatenated (S = 2 * 128)."""
 
     def __init__(self, args: Args, spec: Spec):
         super().__init__()
         outputs = args.num_options if args.critic_form == "options" else 1
         self.values = Critic(spec, args.plain)  # c
         self.values.out = orthogonal(OptionHead(64, outputs), 1.0)
-        self.posterior = Critic(spec, args.plain)  # paper is silent: q is built as the critic
-        # Options that begin alike under a q that is flat stay alike: q begins with differences.
+        self.posterior = Critic(spec, args.plain)  # paper is silent: q has the critic's layers
+        # Gain 1, not .01: under a nearly uniform q, options that start alike would stay alike.
         self.posterior.out = orthogonal(OptionHead(64, args.num_options), 1.0)
         if args.share_critic:
-            del self.posterior.cnn  # a module; a function has no weights that an optimiser finds
+            del self.posterior.cnn  # a method takes its place: no parameters for the optimiser
             self.posterior.cnn = self.borrowed_cnn
         self.hidden_size = 256
 
     @torch.no_grad()
     def borrowed_cnn(self, ids: Tensor, sprites: Tensor) -> Tensor:
-        """c's CNN, read by q and not trained by it."""
+        """The output of c's CNN, without gradients: q uses it and does not train it."""
         return self.values.cnn(ids, sprites)
 
     def options(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, ...]:
-        """log q (T, B, N, K), values (T, B, N) and the states after each step (T, B, N, S)."""
+        """hidden (B, N, S) -> log q (T, B, N, K), values (T, B, N), states (T, B, N, S)."""
         ours, theirs = hidden.chunk(2, -1)
         values, ours = self.values(views, ours, sprites)
-        with torch.autocast(hidden.device.type, enabled=False):  # q is part of a policy
+        with torch.autocast(hidden.device.type, enabled=False):  # float32: q is part of pi
             logits, theirs = self.posterior(views, theirs, sprites)
         posterior = logits.log_softmax(-1)
-        weights = posterior.detach().exp()  # paper is silent: q detached
+        weights = posterior.detach().exp()  # paper is silent: V does not train q
         values = (weights * values).sum(-1)
         return posterior, values, torch.cat([ours, theirs], -1)
 
@@ -386,7 +386,7 @@ class MixtureCritic(nn.Module):
 
 
 class Agent(Parts):
-    """The networks and their optimisers; sprites: of the worlds where they learn."""
+    """The networks, their optimisers, and the sprites of the training worlds."""
 
     def __init__(self, args: Args, envs: Any, device: torch.device):
         self.args, self.spec, self.device = args, envs.spec, device
@@ -409,7 +409,7 @@ class Agent(Parts):
         return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps, fused=True)
 
     def autocast(self) -> torch.autocast:
-        """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
+        """--amp: bfloat16 in the critic. Actors stay in float32, for the ratio of Eq. (9)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
 
@@ -430,7 +430,7 @@ def kl_divergence(posterior: Tensor, prior: Tensor) -> Tensor:
 
 @torch.no_grad()
 def describe(posterior: Tensor, prior: Tensor, options: Tensor) -> dict[str, Tensor]:
-    """What options are for, from log q and log p (..., K) and log eta (..., K, A)."""
+    """Scalars on the use of options, from log q, log p (..., K) and log eta (..., K, A)."""
 
     def entropy(p: Tensor) -> Tensor:
         return torch.special.entr(p).sum(-1)  # -sum p log p
@@ -443,8 +443,8 @@ def describe(posterior: Tensor, prior: Tensor, options: Tensor) -> dict[str, Ten
         "kl": kl_divergence(posterior, prior),
         "prior_entropy": entropy(prior.exp()).mean(),
         "posterior_entropy": entropy(posterior.exp()).mean(),
-        "options_used": entropy(shares).exp(),  # by q; K if all alike
-        "option_information": (entropy(mu) - expected).mean(),  # I(a; z | o) of mu
+        "options_used": entropy(shares).exp(),  # effective number by q, 1 to K
+        "option_information": (entropy(mu) - expected).mean(),  # I(a; z | o) of mu; 0 if all alike
     }
 
 
@@ -453,16 +453,16 @@ def describe(posterior: Tensor, prior: Tensor, options: Tensor) -> dict[str, Ten
 
 @dataclasses.dataclass
 class RolloutState:
-    """What passes from one rollout to the next."""
+    """What a rollout needs from the one before it."""
 
-    starts: Tensor  # (B,) bool, an episode is about to begin
-    previous: Tensor  # (B, N) int64, last actions; -1: none yet
+    starts: Tensor  # (B,) bool, the next step is the first of an episode
+    previous: Tensor  # (B, N) int64, previous actions; -1: none yet in this episode
     actor_hidden: Tensor  # (B, N, S)
     critic_hidden: Tensor  # (B, N, S)
 
 
 def new_state(agent: Agent, num_envs: int) -> RolloutState:
-    """The beginning of episodes in all worlds."""
+    """The state at which all worlds begin an episode."""
     shape, device = (num_envs, agent.spec.num_agents), agent.device
     return RolloutState(
         starts=torch.ones(num_envs, dtype=torch.bool, device=device),
@@ -474,26 +474,26 @@ def new_state(agent: Agent, num_envs: int) -> RolloutState:
 
 @dataclasses.dataclass
 class Batch:
-    """One rollout. T + 1: with the step after it, for bootstrapping."""
+    """One rollout. Fields of length T + 1 include the step after it, for bootstrapping."""
 
-    tile_ids: Tensor  # (T, B, N, H, W), the views
-    actor_features: Tensor  # (T, B, N, F + N) float32, with agent ids
-    world_ids: Tensor  # (T + 1, B, H', W'), the global views
-    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, of all agents
-    starts: Tensor  # (T + 1, B) bool, an episode's first step
+    tile_ids: Tensor  # (T, B, N, H, W) uint16, on a GPU int32; the agents' views
+    actor_features: Tensor  # (T, B, N, F + N) float32, with one-hot agent ids
+    world_ids: Tensor  # (T + 1, B, H', W'), the global views, dtype of tile_ids
+    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, see joint_features()
+    starts: Tensor  # (T + 1, B) bool, True at the first step of an episode
     actions: Tensor  # (T, B, N) int64
-    log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted, mu
-    options: Tensor  # (T, B, N, K) float32, log eta of the actions
+    log_probs: Tensor  # (T, B, N) float32, of the actions under mu, the policy that acted
+    options: Tensor  # (T, B, N, K) float32, log eta of the actions under each option
     rewards: Tensor  # (T, B, N) float32
     terminated: Tensor  # (T, B) bool
     truncated: Tensor  # (T, B) bool
-    actor_hidden: Tensor  # (C, B, N, S) before each chunk
-    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
-    episodes: list[Episode]  # those that ended
-    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
-    old_log_probs: Tensor | None = None  # (T, B, N) float32, of the actions under pi
-    values: Tensor | None = None  # (T, B, N) float32, normalised
-    targets: Tensor | None = None  # (T, B, N) float32, returns, normalised
+    actor_hidden: Tensor  # (C, B, N, S), hidden states before each chunk
+    finals: list[tuple[int, int, Views]]  # t, b, final critic view (1, 1, ...) of each truncation
+    episodes: list[Episode]  # those that ended in this rollout
+    critic_hidden: Tensor | None = None  # (C, B, N, S); prepare() fills this field and those below
+    old_log_probs: Tensor | None = None  # (T, B, N) float32, of the actions under pi_old
+    values: Tensor | None = None  # (T, B, N) float32, before the update, normalised
+    targets: Tensor | None = None  # (T, B, N) float32, GAE returns, normalised
     advantages: Tensor | None = None  # (T, B, N) float32, normalised
 
     def actor_views(self) -> Views:
@@ -508,7 +508,7 @@ class Batch:
 def collect(
     args: Args, envs: Any, agent: Agent, state: RolloutState, rng: torch.Generator
 ) -> tuple[Batch, RolloutState]:
-    """Play T steps in every world; the state is that behind them."""
+    """Play T steps in every world from `state` on; returns the rollout and the state after it."""
     device, shape = agent.device, state.previous.shape
     num_actions = envs.spec.num_actions
     record = collections.defaultdict(list)
@@ -522,7 +522,7 @@ def collect(
         tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
         joint = joint_features(features, state.previous, num_actions)
         add(world_ids=world_ids, critic_features=joint, starts=state.starts)
-        if t == args.rollout_steps:
+        if t == args.rollout_steps:  # the step after the rollout is for the critic alone
             break
         if t % args.chunk_length == 0:
             add(actor_hidden=state.actor_hidden)
@@ -564,16 +564,16 @@ def collect(
 def prepare(
     args: Args, agent: Agent, batch: Batch, state: RolloutState
 ) -> tuple[Batch, RolloutState]:
-    """The rollout with what the losses need, and the state with the critic's new memory; takes the
-    returns into agent.value_norm. Nobody plays with q: what pi_old needs of it comes here."""
+    """Update agent.value_norm and add to the rollout what the losses need (last fields of Batch).
+    Returns the rollout, and the state with the critic's new hidden states."""
     views = batch.critic_views()
-    _, hidden = state.critic_hidden.chunk(2, -1)  # q's
+    _, hidden = state.critic_hidden.chunk(2, -1)  # q's half: q did not act, but pi_old needs it
     logits, _, _ = replay(args, agent.critic.posterior, views, hidden, agent.sprites)
     posterior = logits[:-1].log_softmax(-1)  # (T, B, N, K)
     pi = (posterior + batch.options).logsumexp(-1)
     values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
-    # paper is silent: statistics of returns and advantages, once before the epochs
+    # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(returns))
     mean, std = agent.value_norm.mean_std()
     _, centre, square = moments(advantages).float()
@@ -591,9 +591,9 @@ def prepare(
 
 # [shared: meltingpot_data] begin
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
+    """Yield the minibatches of one epoch: shuffled (chunk, world) pairs, each with all agents.
     (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
-    # paper is silent: how a rollout is cut for recurrent networks
+    # paper is silent: how a rollout is cut into chunks and minibatches for recurrent networks
     chunks, worlds = batch.actor_hidden.shape[:2]
     length = args.chunk_length
     order = torch.randperm(chunks * worlds, generator=rng)
@@ -606,7 +606,7 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
             if name.endswith("hidden"):
                 parts[name] = x[chunk, world]
             else:
-                x = x[: chunks * length].unflatten(0, (chunks, length))
+                x = x[: chunks * length].unflatten(0, (chunks, length))  # without step T + 1
                 parts[name] = x[chunk, :, world].transpose(0, 1)
         yield dataclasses.replace(batch, **parts)
 
@@ -617,10 +617,10 @@ def observe(
     ids: Tensor | None = None,
     num_ids: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views (B, N, H, W), features with one-hot agent ids (B, N, F + N), global views (B, H', W')
-    and features without ids.
+    """Move obs to the device. Returns tile ids (B, N, H, W), features with one-hot agent ids
+    (B, N, F + N), tile ids of the global views (B, H', W') and features without ids (B, N, F).
 
-    ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
+    ids (B, N): default seat numbers. num_ids: default one per seat; a scenario has fewer seats.
     """
     tile_ids = ids_on(device, obs.tile_ids)
     world_ids = ids_on(device, obs.world_ids)
@@ -634,9 +634,9 @@ def observe(
 
 
 def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
-    """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
-    -> (B, N * (F + A))."""
-    # paper is silent: which actions the critic sees
+    """Join features (B, N, F) and one-hot previous actions (B, N; -1 becomes zeros) of all agents,
+    for the critic -> (B, N * (F + A))."""
+    # paper is silent: which actions the critic gets
     actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
     rows = torch.cat([features, actions.to(features.dtype)], -1)
     return rows.flatten(-2)
@@ -644,7 +644,7 @@ def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tens
 
 @torch.no_grad()
 def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Tensor, Tensor]:
-    """One step, views without T -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
+    """One step; views without axis T -> log-probabilities (B, N, A), next hidden (B, N, S)."""
     views = Views(views.ids[None], views.features[None], views.starts[None])
     logits, states = net(views, hidden, sprites())
     return logits[0].log_softmax(-1), states[0]
@@ -654,8 +654,8 @@ def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Ten
 def replay(
     args: Args, net: nn.Module, views: Views, hidden: Tensor, sprites: Sprites
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run net over a rollout, chunk by chunk, from hidden (B, N, S) on -> outputs (T, B, N, ...),
-    states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
+    """Run net over a rollout, chunk by chunk, from hidden (B, N, S). Returns outputs (T, B, N, .),
+    hidden states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
     outputs, before, after = [], [], []
     for first in range(0, len(views.starts), args.chunk_length):
         steps = slice(first, first + args.chunk_length)
@@ -669,8 +669,8 @@ def replay(
 
 
 def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor:
-    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
-    which at a truncation is the ended episode's last, not the next one's first."""
+    """Advantages (T, B, N) by GAE, in units of rewards. next_values (T, B, N): of the state after
+    each step; at a truncation, of the final state, not of the next episode's first state."""
     goes_on = ~(batch.terminated | batch.truncated)[..., None]
     delta = batch.rewards + args.gamma * next_values * ~batch.terminated[..., None] - values
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
@@ -684,8 +684,8 @@ def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor
 def estimate(
     args: Args, agent: Agent, batch: Batch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values and advantages (T, B, N) in raw units, and the critic's states before each chunk and
-    before the next rollout (C + 1, B, N, S); hidden (B, N, S): before this one."""
+    """Run the critic from hidden (B, N, S). Returns values and advantages (T, B, N) in units of
+    rewards, and hidden states before each chunk and before the next rollout (C + 1, B, N, S)."""
     views = batch.critic_views()
     mean, std = agent.value_norm.mean_std()
     with agent.autocast():
@@ -705,16 +705,16 @@ def estimate(
 
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor) -> Tensor:
-    """Element by element; ratio: of pi to mu_old, who acted; centre: of pi_old to mu_old."""
-    # Eq. (9), but around w, where the ratio starts. Around 1, what pi does 1.2 times as often as mu
-    # has a gradient where A < 0 alone: noise would wall pi in, and q could not use what p does not
-    # see. So the step from pi_old is bounded (Off-Policy PPO; paper is silent, OPRE's has V-trace).
+    """PPO's clipped objective of each sample; ratio: pi / mu_old, centre: w = pi_old / mu_old."""
+    # Eq. (9), but clipped around w, where the ratio starts: this bounds the step from pi_old
+    # paper is silent: as in Off-Policy PPO (OPRE's paper: V-trace). With a clip around 1, actions
+    # 1.2 times as likely in pi as in mu learn from A < 0 only: noise would hold pi near mu.
     clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
     return torch.min(ratio * advantage, clipped * advantage)
 
 
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
-    """Clipped Huber loss, element by element, in normalised units."""
+    """Clipped Huber loss of each value; value, old value and target are normalised."""
     clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
     return torch.max(
         F.huber_loss(value, target, reduction="none", delta=delta),
@@ -723,7 +723,7 @@ def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: f
 
 
 def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    """PPO epochs over one rollout of prepare(); returns scalars."""
+    """Train for args.epochs on a rollout from prepare(); returns mean scalars."""
     scalars = collections.defaultdict(list)
     for _ in range(args.epochs):
         for part in minibatches(args, batch, rng):
@@ -745,7 +745,7 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             objective = clip_objective(ratio, part.advantages, args.clip, centre)
             policy_loss = -objective.mean()
             entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-            # paper is silent: App. B.3 trains p by KL(q || p), the original also regularises q
+            # paper is silent: App. B.1 trains p by KL(q || p); the original also regularises q
             loss = policy_loss - args.entropy_coef * entropy
             loss += args.prior_coef * kl_divergence(posterior.detach(), prior)
             loss += args.posterior_coef * kl_divergence(posterior, prior.detach())
@@ -775,7 +775,7 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
 
 # [shared: meltingpot_players] begin
 class NetPlayer:
-    """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
+    """A network as a Player of envs.meltingpot.episodes; samples actions, keeps hidden states."""
 
     def __init__(self, net: Actor, sprites: Sprites, seed: int):
         self.net, self.sprites = net, sprites
@@ -798,7 +798,7 @@ class NetPlayer:
 
 
 def load_player(path: str, envs: Any, seed: int = 0) -> Player:
-    """mu, the actor of a run directory or checkpoint, for these worlds."""
+    """Load mu, the actor of a run directory or checkpoint, as a player in the worlds `envs`."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
     with make_envs(args, 1, 1) as trained_in:
@@ -808,7 +808,7 @@ def load_player(path: str, envs: Any, seed: int = 0) -> Player:
 
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
-    """The actors of the run directories and checkpoints among --background."""
+    """{path: actor} for each path in --background; UsageError if an actor does not fit."""
     if args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
@@ -825,9 +825,9 @@ def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
 def evaluate(
     args: Args, agent: Agent, others: dict[str, Actor], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Full natural episodes without learning: everyone ours, then beside each of --background, then
-    beside the bots of each of --eval-scenarios; {"v co-player":
-    envs.meltingpot.episodes.summarise(...)}."""
+    """Play full episodes without learning: self-play, then beside each co-player of --background,
+    then beside the bots of each scenario of --eval-scenarios. Returns {name of the row: figures},
+    as envs.meltingpot.episodes.summarise() computes them."""
     args = dataclasses.replace(args, max_episode_steps=0)
     rng = evaluation.rng
 
@@ -847,23 +847,23 @@ def evaluate(
 
 
 def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
-    """What an iteration logs."""
+    """The scalars that an iteration logs."""
     figures = scalars | {"reward_per_1000/all": 1000 * batch.rewards.mean()}
     weight = (batch.old_log_probs - batch.log_probs).exp()  # w, before the update
     figures["weight_max"] = weight.max()
     square = (weight**2).mean()
-    figures["effective_samples"] = weight.mean() ** 2 / square  # a share of all
+    figures["effective_samples"] = weight.mean() ** 2 / square  # share of the samples
     return figures | count_episodes(batch.episodes)
 
 
 def new_generator(seed: int, rank: int) -> torch.Generator:
-    """A process's own."""
+    """A random number generator with a seed of its own for each process (rank)."""
     seeds = np.random.SeedSequence((seed, rank)).generate_state(1).tolist()
     return torch.Generator().manual_seed(seeds[0])
 
 
 def train(args: Args) -> int:
-    """The run, with --resume from its checkpoint on; returns the exit code."""
+    """Train, or resume a run (--resume), or evaluate (--eval-only); returns the exit code."""
     with Run(args, table, LINE) as run:
         first_world = run.rank * args.num_envs
         envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
@@ -883,12 +883,12 @@ def train(args: Args) -> int:
             envs.reset()
         own = {"rng": rng, "envs": envs, "state": state}
         run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots, amp=agent.amp)
-        if not envs.reproducible:  # all worlds begin new episodes
+        if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
             state = new_state(agent, args.num_envs)
         while run.goes_on():
             batch, state = collect(args, envs, agent, state, rng)
             run.lap("collect_s")
-            envs.check()  # workers build next episodes while we learn
+            envs.check()  # lets workers build the next episodes during the update
             batch, state = prepare(args, agent, batch, state)
             scalars = update(args, agent, batch, rng)
             own["state"] = state
@@ -908,7 +908,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the script with arguments argv, default sys.argv[1:]; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     return call(lambda: train(parse(given)), WorldError)
 

@@ -1,10 +1,10 @@
-"""PP: population play, self-play against a memory of own past policies, on MAPPO.
+"""PP: population play on MAPPO, self-play against a memory of the policy's own past.
 
-Every iteration leaves its actor in a memory. In every rollout each agent acts with the current
-policy theta or, with probability q, with a past one; theta learns to live with all of them. As in
-BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1), whose baseline it is, with q = .3.
+The actor of every iteration is stored in a memory. In a rollout, each agent acts with the current
+policy theta or, with probability q = .3, with a past one, so theta learns to play with all of them.
+PP is a baseline of BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1).
 
-    M_k = a uniform sample of {theta_1, ..., theta_k-1}     those that have acted before
+    M_k = a uniform sample of {theta_1, ..., theta_k-1}     the actors of earlier iterations
     who_i = theta with 1 - q, else uniform from M_k         per agent, at least one theta per world
     J(theta) = E_{i: who_i = theta} min(r A_i, clip(r, 1 -+ eps) A_i),  r = pi_theta / pi_theta_old
     --use-history: all i, with r = pi_theta / pi_who_i,  clip(r, w (1 -+ eps)),
@@ -13,12 +13,12 @@ BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1), whose baseline it is, w
     python baselines/pp_meltingpot.py                                     the paper's settings
     python baselines/pp_meltingpot.py --resume runs/RUN --total-timesteps 2000000
     python baselines/pp_meltingpot.py --eval-only runs/RUN --background past runs/OTHER
-    torchrun --nproc-per-node 2 baselines/pp_meltingpot.py                two times 16 worlds
+    torchrun --nproc-per-node 2 baselines/pp_meltingpot.py                16 worlds per process
 
 Letters: T steps, B worlds, N agents, A actions, F features, H W tiles of a view (H' W' of the
-global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M minibatch.
-What the paper leaves open is decided in docs/baselines_meltingpot.md and docs/bidist.md. What
-`diff baselines/mappo_meltingpot.py` shows is the method and nothing else.
+global view), S units of a hidden state, L steps per chunk, C chunks per rollout, M samples per
+minibatch. Decisions where the paper is silent: docs/baselines_meltingpot.md, docs/bidist.md. A
+diff with baselines/mappo_meltingpot.py shows the method only. Equations, tables: BiDist's.
 """
 
 from __future__ import annotations
@@ -75,48 +75,48 @@ from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """Population play on MAPPO in Melting Pot. Defaults: BiDist's Sec. 5.1, Tables B.1 and B.2."""
+    """Population play on MAPPO in Melting Pot. Defaults: BiDist's paper (App. B.1, Table B.1)."""
 
     # Environment
-    substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, toy, or module:Class
-    num_envs: Positive = 16  # B, worlds per process (rollout threads)
-    num_workers: Count = 0  # processes that step worlds; 0: one per core
-    worker_timeout: Above = 8.0  # seconds until a worker that gives no sign ends the run
-    max_episode_steps: Count = 0  # truncate episodes there; 0: they end naturally
-    team_reward: bool = False  # everyone gets the sum of all rewards
+    substrate: str = "chicken_in_the_matrix__repeated"  # Melting Pot substrate, toy or module:Class
+    num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
+    num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
+    worker_timeout: Above = 8.0  # seconds without an answer from a worker until the run ends
+    max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
+    team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
     history_share: Share = 0.3  # q, probability that an agent acts with a past policy
-    memory: Count = 200  # past actors kept, a uniform sample of all; 0: all of them
-    policies_per_rollout: Positive = 4  # different past actors in a rollout
-    redraw: Literal["iteration", "episode"] = "iteration"  # when it is drawn who acts
-    use_history: bool = False  # past policies' samples train theta, too
+    memory: Count = 200  # past actors that are kept, a uniform sample of all; 0: keep all
+    policies_per_rollout: Positive = 4  # different past actors drawn for each rollout
+    redraw: Literal["iteration", "episode"] = "iteration"  # when agents draw their policies anew
+    use_history: bool = False  # samples of past policies train theta, too
     # Base algorithm: MAPPO
-    rollout_steps: Positive = 200  # T; a rollout does not reset the worlds
-    chunk_length: Positive = 10  # L, steps of backpropagation through time
-    epochs: Positive = 5  # PPO epochs
-    minibatches: Positive = 5  # per epoch
-    actor_lr: Amount = 5e-4  # Adam
-    critic_lr: Amount = 5e-4  # Adam
-    adam_eps: Above = 1e-5  # Adam
-    gamma: Share = 0.99  # discount
-    gae_lambda: Share = 0.95  # GAE
-    clip: Amount = 0.2  # eps of Eq. (9)
-    value_clip: Amount = 0.2  # the same for values, in normalised units
-    huber_delta: Above = 10.0  # of the value loss
-    entropy_coef: Amount = 0.01  # entropy bonus
-    max_grad_norm: Above = 10.0  # of each network
-    plain: bool = False  # convolutions on images, not tables: the same results, slower
-    amp: bool = False  # critic in bf16 where the hardware has it
+    rollout_steps: Positive = 200  # T, steps per rollout; worlds are not reset between rollouts
+    chunk_length: Positive = 10  # L, steps per chunk for backpropagation through time
+    epochs: Positive = 5  # PPO epochs over each rollout
+    minibatches: Positive = 5  # minibatches per epoch
+    actor_lr: Amount = 5e-4  # learning rate of the actor (Adam)
+    critic_lr: Amount = 5e-4  # learning rate of the critic (Adam)
+    adam_eps: Above = 1e-5  # epsilon of Adam
+    gamma: Share = 0.99  # discount factor
+    gae_lambda: Share = 0.95  # lambda of generalised advantage estimation (GAE)
+    clip: Amount = 0.2  # eps of Eq. (9), clip range of the policy ratio
+    value_clip: Amount = 0.2  # clip range of the values, in units of normalised returns
+    huber_delta: Above = 10.0  # delta of the Huber value loss, in units of normalised returns
+    entropy_coef: Amount = 0.01  # weight of the entropy bonus
+    max_grad_norm: Above = 10.0  # gradients of each optimiser are clipped to this norm
+    plain: bool = False  # run the CNN on images instead of lookup tables: same results, slower
+    amp: bool = False  # critic in bfloat16 up to its GRU, where the hardware supports it
     # Evaluation
-    background: tuple[str, ...] = ("random", "past")  # co-players; also run directories
-    num_focal: Count = 0  # seats that we take beside them; 0: N - 1
-    eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
-    eval_scenarios: str = "all"  # Melting Pot's, beside bots: all, none or e.g. SC0,SC3
-    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official where they can be had
+    background: tuple[str, ...] = ("random", "past")  # co-players: random, past, run directories
+    num_focal: Count = 0  # seats of the trained policy beside --background; 0: N - 1
+    eval_ids: Literal["random", "slot"] = "random"  # agent ids: drawn (Eq. 2), or the seat's number
+    eval_scenarios: str = "all"  # Melting Pot scenarios to evaluate in: all, none or e.g. SC0,SC3
+    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant, and the sentence for each."""
+    """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     alone, few = not args.history_share, 0 < args.memory < args.policies_per_rollout
     return [
@@ -127,8 +127,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     ]
 
 
-LINE = ("episode/return", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = (  # flags of this script that may differ with --resume and --eval-only
+LINE = ("episode/return", "entropy", "sps")  # scalars to print where there is no terminal
+RESUMABLE = (  # flags of this script that may change with --resume and --eval-only
     "num_workers",
     "worker_timeout",
     "plain",
@@ -139,7 +139,7 @@ RESUMABLE = (  # flags of this script that may differ with --resume and --eval-o
     "eval_scenarios",
     "bots",
 )
-# The same batch from more worlds and shorter rollouts: 1.3 times as fast where two cores are idle.
+# As many samples from more worlds and shorter rollouts: 1.3 times as fast on two idle cores.
 PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 
@@ -148,7 +148,7 @@ PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 # [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
-    """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
+    """Create num_envs parallel worlds; UsageError if args.substrate is unknown or not installed."""
     from envs.meltingpot.make import make_worlds
 
     try:
@@ -169,12 +169,12 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 
-KERNEL = 4  # of the second convolution, in tiles
-RELU = math.sqrt(2)  # gain of layers before a ReLU
+KERNEL = 4  # size of the second convolution's kernel, in tiles
+RELU = math.sqrt(2)  # gain of the initial weights of layers before a ReLU
 
 
 def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
-    """Orthogonal weights and zero biases."""
+    """Give a layer orthogonal weights and zero biases, in place; returns the layer."""
     for name, parameter in layer.named_parameters():
         if "bias" in name:
             nn.init.zeros_(parameter)
@@ -184,17 +184,17 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
 
 
 class TileCNN(nn.Module):
-    """The paper's CNN and the layer after it (App. B.2), with ReLU.
+    """The paper's two convolutions and the linear layer after them, each with ReLU (App. B.2).
 
-    It gets images as tile ids, for all of them consist of 8 x 8 sprites. By default TileTables
-    computes the same function, only faster; whoever changes this one runs it with --plain.
+    The input is tile ids, because every image is a grid of sprites of 8 x 8 pixels. By default,
+    lookup tables compute the same function faster. A changed TileCNN must be run with --plain.
     """
 
     def __init__(self, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
         rows, columns = (max(size, KERNEL) for size in grid)
-        # Views narrower than the kernel get black tiles below and to the right.
+        # Views smaller than the kernel are padded with black tiles (id 0) below and to the right.
         self.padding = (0, columns - grid[1], 0, rows - grid[0])
         inputs = 32 * (rows - KERNEL + 1) * (columns - KERNEL + 1)
         self.conv1 = orthogonal(nn.Conv2d(3, 16, 8, stride=8), RELU)
@@ -202,19 +202,19 @@ class TileCNN(nn.Module):
         self.linear = orthogonal(nn.Linear(inputs, 64), RELU)
 
     def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
-        """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
+        """Tile ids (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
         tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
         images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
         images = images.flatten(4, 5).flatten(2, 3)
         x = F.relu(self.conv1(images))  # (M, 16, H, W)
         x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
-        x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
+        x = x.flatten(2).transpose(1, 2).flatten(1)  # (M, positions * 32), the order of the tables
         return F.relu(self.linear(x))
 
 
 class Actor(nn.Module):
-    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
-    (App. B.2)."""
+    """CNN -> MLP of 2 x 64 -> GRU of 128 -> MLP of 64 -> logits of the actions (App. B.2). The GRU
+    also gets the agent's features and its one-hot id."""
 
     def __init__(self, spec: Spec, plain: bool):
         super().__init__()
@@ -229,8 +229,8 @@ class Actor(nn.Module):
         self.out = orthogonal(nn.Linear(64, spec.num_actions), 0.01)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, S) before the first step -> logits (T, B, N, A) and the states after each
-        step (T, B, N, S)."""
+        """Run T steps from hidden (B, N, S). Returns logits (T, B, N, A) and the hidden states
+        after each step (T, B, N, S)."""
         x = self.cnn(views.ids.flatten(0, 2), sprites)
         x = F.relu(self.mlp(x))
         x = x.unflatten(0, views.ids.shape[:3])
@@ -241,16 +241,16 @@ class Actor(nn.Module):
 
 # [shared: meltingpot_networks] begin
 class Views(NamedTuple):
-    """What an actor sees of each agent, or the critic of each world."""
+    """Inputs of a network: the actor gets a view per agent, the critic a global view per world."""
 
-    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), tile ids
+    ids: Tensor  # tile ids; actor: (T, B, N, H, W), critic: (T, B, H', W')
     features: Tensor  # actor: (T, B, N, F + N), critic: (T, B, N * (F + A)), float32
-    starts: Tensor  # (T, B) bool, an episode begins
+    starts: Tensor  # (T, B) bool, True at the first step of an episode
 
 
 class Critic(nn.Module):
-    """Layers as the actor's, over a global view and all agents' features. It sees a world once and
-    has a value for each of its agents, which it tells apart by their ids."""
+    """The actor's layers, for the global view and the features of all agents. The CNN runs once per
+    world; the agent id, an input of the GRU, makes the value specific to an agent."""
 
     def __init__(self, spec: Spec, plain: bool):
         super().__init__()
@@ -265,8 +265,8 @@ class Critic(nn.Module):
         self.out = orthogonal(nn.Linear(64, 1), 1.0)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, S) before the first step -> values (T, B, N), normalised, and the states
-        after each step (T, B, N, S)."""
+        """Run T steps from hidden (B, N, S). Returns normalised values (T, B, N) and the hidden
+        states after each step (T, B, N, S)."""
         steps, worlds = views.starts.shape
         x = self.cnn(views.ids.flatten(0, 1), sprites)
         x = F.relu(self.mlp(x))
@@ -277,7 +277,7 @@ class Critic(nn.Module):
         ids = ids.expand(steps, worlds, -1, -1)
         x = x.expand(-1, -1, self.num_ids, -1)
         x = torch.cat([x, ids], -1)  # (T, B, N, .)
-        with torch.autocast(x.device.type, enabled=False):  # what is remembered needs its digits
+        with torch.autocast(x.device.type, enabled=False):  # hidden states need float32
             x = x.to(self.out.weight.dtype)
             states = run_gru(self.gru, x, views.starts, hidden)
             values = self.out(F.relu(self.head(states)))[..., 0]
@@ -285,11 +285,11 @@ class Critic(nn.Module):
 
 
 def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
-    """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
-    where an episode starts (T, B)."""
-    # Without a break between steps at which some world begins an episode.
+    """Run the GRU over x (T, B, N, .) from hidden (B, N, S), which is reset to zero where starts
+    (T, B) is True. Returns the hidden states after each step (T, B, N, S)."""
+    # One call of the GRU for all steps up to the next one at which any world begins an episode.
     begins = []
-    if len(x) > 1:  # a GPU is waited for
+    if len(x) > 1:  # a single step has no breaks, and tolist() waits for the GPU
         begins = starts[1:].any(1).tolist()
     breaks = (t for t, begun in enumerate(begins, 1) if begun)
     cuts = [0, *breaks, len(x)]
@@ -305,31 +305,31 @@ def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
 
 
 def chosen(log_probs: Tensor, actions: Tensor) -> Tensor:
-    """Of log-probabilities (..., A) those of actions (...)."""
+    """Pick the log-probabilities (...) of actions (...) from those of all actions (..., A)."""
     return log_probs.gather(-1, actions[..., None])[..., 0]
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (B, N) from log-probabilities (B, N, A): the largest after adding Gumbel noise, drawn
-    once per agent and action whatever the policy."""
+    """Sample actions (B, N) from log-probabilities (B, N, A) by the Gumbel-max trick. The noise is
+    drawn independently of the policy, so every policy uses the same amount of random numbers."""
     gumbel = -torch.empty(log_probs.shape).exponential_(generator=rng).log()
     return (log_probs + send(gumbel, log_probs.device)).argmax(-1)
 
 
-# paper is silent: value normalisation, orthogonal weights, ReLU; as in MAPPO
+# paper is silent: value normalisation, orthogonal weights, ReLU of the head; as in MAPPO
 class ValueNorm(nn.Module):
-    """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
+    """Mean and standard deviation of returns, as debiased exponential averages (MAPPO)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # averages of 1, x, x^2
 
     def update(self, new: Tensor) -> None:
-        """new (3,): 1, mean and mean square of new returns."""
+        """Update the averages with new (3,): 1, mean and mean square of returns; beta is .99999."""
         self.sums.lerp_(new, 1 - 0.99999)
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
-        """0 and 1 before the first update."""
+        """Mean () and standard deviation (); 0 and 1 before the first update()."""
         weight, mean, square = self.sums
         if weight == 0:
             return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
@@ -342,7 +342,7 @@ class ValueNorm(nn.Module):
 
 
 class Agent(Parts):
-    """The networks and their optimisers; sprites: of the worlds where they learn."""
+    """The networks, their optimisers, and the sprites of the training worlds."""
 
     def __init__(self, args: Args, envs: Any, device: torch.device):
         self.args, self.spec, self.device = args, envs.spec, device
@@ -367,18 +367,18 @@ class Agent(Parts):
         return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps, fused=True)
 
     def autocast(self) -> torch.autocast:
-        """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
+        """--amp: bfloat16 in the critic. Actors stay in float32, for the ratio of Eq. (9)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
 
 # --- 5. The paper ---------------------------------------------------------------------------------
 
-CURRENT = -1  # who acts: theta
-Weights = dict[str, Tensor]  # of an actor, on the CPU
+CURRENT = -1  # in `players`: theta acts
+Weights = dict[str, Tensor]  # the state_dict of an actor, on the CPU
 
 
 def weights_of(actor: Actor) -> Weights:
-    """A copy of them."""
+    """A copy of an actor's weights, on the CPU."""
     weights = {}
     for name, x in actor.state_dict().items():
         weights[name] = x.cpu().clone()
@@ -387,26 +387,26 @@ def weights_of(actor: Actor) -> Weights:
 
 @dataclasses.dataclass
 class Memory:
-    """A uniform sample of all past actors, alike in all processes; a checkpoint has it whole."""
+    """A uniform sample of all past actors, equal in all processes and saved in checkpoints."""
 
-    size: int  # 0: all past actors
+    size: int  # largest number of actors; 0: unlimited
     rng: torch.Generator
-    met: int = 0  # actors so far
+    met: int = 0  # number of actors appended so far
     actors: list[Weights] = dataclasses.field(default_factory=list)
 
     def append(self, actor: Actor) -> None:
-        """Take an actor in; if the memory is full, for another one or not at all."""
+        """Reservoir sampling: add an actor; if full, in place of an old one, or not at all."""
         self.met += 1
         if not self.size or len(self.actors) < self.size:
             self.actors.append(weights_of(actor))
             return
-        # paper and code differ: there all are kept; here each stays with probability size / met
+        # paper and code differ: the paper keeps all; here each with probability size / met
         place = int(torch.randint(self.met, (), generator=self.rng))
         if place < self.size:
             self.actors[place] = weights_of(actor)
 
     def draw(self, count: int, rng: torch.Generator) -> list[Weights]:
-        """So many different actors, or all that there are."""
+        """Draw `count` different actors, or all of them if there are fewer."""
         order = torch.randperm(len(self.actors), generator=rng)
         return [self.actors[place] for place in order[:count].tolist()]
 
@@ -417,7 +417,7 @@ def new_memory(args: Args) -> Memory:
 
 
 def draw_players(args: Args, shape: torch.Size, drawn: int, rng: torch.Generator) -> Tensor:
-    """Who acts for N agents of B worlds -> (B, N) int64: one of so many past actors, or CURRENT."""
+    """Draw who acts, for shape (B, N) -> (B, N) int64: one of `drawn` past actors, or CURRENT."""
     worlds, _ = shape
     past = torch.rand(shape, generator=rng) < args.history_share
     # paper is silent: at least one agent, drawn at random, is current in each world
@@ -428,29 +428,29 @@ def draw_players(args: Args, shape: torch.Size, drawn: int, rng: torch.Generator
 
 
 def redrawn(args: Args, t: int, starts: Tensor) -> Tensor:
-    """Worlds (B,) in which it is drawn anew who acts, before step t of a rollout."""
-    # paper is silent: rollouts of 200 steps are shorter than most episodes
+    """(B,) bool: the worlds whose agents draw policies anew before step t of a rollout."""
+    # paper is silent: when to redraw; rollouts of 200 steps are shorter than most episodes
     if args.redraw == "episode":
         return starts
     return torch.full_like(starts, t == 0)
 
 
 def recruit(args: Args, state: RolloutState, drawn: list[Weights]) -> RolloutState:
-    """The crew of a rollout: the actors drawn for it, then those who play on in their episodes."""
+    """The state with a new crew: the actors drawn, then those whose episodes are under way."""
     players, crew = torch.full_like(state.players, CURRENT), list(drawn)
     leaving = redrawn(args, 0, state.starts)
     staying = state.players.masked_fill(leaving[:, None], CURRENT)
     for place in staying.unique().tolist():
         if place != CURRENT:
-            players[staying == place] = len(crew)
+            players[staying == place] = len(crew)  # the place in the new crew
             crew.append(state.crew[place])
     return dataclasses.replace(state, players=players, crew=crew)
 
 
 def assign(state: RolloutState, worlds: Tensor, players: Tensor) -> RolloutState:
-    """From now on these players (B, N) act in these worlds (B,)."""
+    """The state in which players (B, N) act in those worlds where worlds (B,) is True."""
     worlds = worlds[:, None]
-    # paper is silent: whoever takes over in mid-episode remembers nothing of it
+    # paper is silent: a past actor that takes over in mid-episode has a zero hidden state
     return dataclasses.replace(
         state,
         players=torch.where(worlds, send(players, worlds.device), state.players),
@@ -461,12 +461,12 @@ def assign(state: RolloutState, worlds: Tensor, players: Tensor) -> RolloutState
 def act_past(
     nets: list[Actor], views: Views, state: RolloutState, theta: Tensor, sprites: Sprites
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, N, A) of whoever acts: theta's, where no past actor does; and the past
-    actors' next hidden (B, N, S). Views without T."""
+    """Run the past actors for one step; views without axis T, theta: log-probabilities (B, N, A).
+    Returns those of the policies that act (B, N, A), and the past actors' next hidden (B, N, S)."""
     acting, after = theta.clone(), state.past_hidden.clone()
     for place, net in enumerate(nets):
         b, n = (state.players == place).nonzero(as_tuple=True)
-        if len(b):  # as many worlds of one agent each
+        if len(b):  # len(b) worlds with one agent each
             ids, features = views.ids[b, n, None], views.features[b, n, None]
             rows = Views(ids, features, views.starts[b])
             hidden = state.past_hidden[b, n, None]
@@ -477,21 +477,21 @@ def act_past(
 
 
 def clip_centre(batch: Batch) -> Tensor:
-    """w = pi_theta_old / who acted, (T, B, N): 1 where theta acted."""
-    # A past policy's sample has a ratio that starts at w. A clip around 1 would let only noise that
-    # leads back to that policy pass; this one bounds how far theta goes from theta_old.
+    """w = pi_theta_old / pi_who of the actions, (T, B, N) or (L, M, N); 1 where theta acted."""
+    # The ratio of a past policy's sample starts at w. Outside a clip around 1, only gradients that
+    # pull theta to that policy would pass. A clip around w bounds the step from theta_old.
     return (batch.theta - batch.log_probs).exp()
 
 
 def training_samples(args: Args, x: Tensor, current: Tensor) -> Tensor:
-    """Those of x (..., N) that train theta: its own."""
-    # paper is silent: which samples train; the past ones' are off-policy
+    """Select from x (..., N) what trains theta: its own samples, or all with --use-history."""
+    # paper is silent: which samples train theta; those of past policies are off-policy
     return x if args.use_history or current.all() else x[current]
 
 
 def importance_weights(batch: Batch) -> dict[str, Tensor]:
-    """Of past policies' samples before the update: the largest weight pi_theta / pi_past, and the
-    effective sample size (sum w)^2 / sum w^2 as a share of their number."""
+    """For past policies' samples before the update: the largest weight w = pi_theta / pi_past, and
+    the effective sample size (sum w)^2 / sum w^2 as a share of the number of samples."""
     past = ~batch.current
     if not past.any():
         return {}
@@ -508,19 +508,19 @@ def importance_weights(batch: Batch) -> dict[str, Tensor]:
 
 @dataclasses.dataclass
 class RolloutState:
-    """What passes from one rollout to the next."""
+    """What a rollout needs from the one before it."""
 
-    starts: Tensor  # (B,) bool, an episode is about to begin
-    previous: Tensor  # (B, N) int64, last actions; -1: none yet
+    starts: Tensor  # (B,) bool, the next step is the first of an episode
+    previous: Tensor  # (B, N) int64, previous actions; -1: none yet in this episode
     actor_hidden: Tensor  # (B, N, S)
     critic_hidden: Tensor  # (B, N, S)
-    past_hidden: Tensor  # (B, N, S) of the past actors, where one plays
-    players: Tensor  # (B, N) int64, who plays: a place in the crew, or CURRENT
-    crew: list[Weights]  # past actors at play
+    past_hidden: Tensor  # (B, N, S) of past actors; not used where theta acts
+    players: Tensor  # (B, N) int64, who acts: a place in the crew, or CURRENT
+    crew: list[Weights]  # the past actors of a rollout
 
 
 def new_state(agent: Agent, num_envs: int) -> RolloutState:
-    """The beginning of episodes in all worlds."""
+    """The state at which all worlds begin an episode."""
     shape, device = (num_envs, agent.spec.num_agents), agent.device
     return RolloutState(
         starts=torch.ones(num_envs, dtype=torch.bool, device=device),
@@ -535,26 +535,26 @@ def new_state(agent: Agent, num_envs: int) -> RolloutState:
 
 @dataclasses.dataclass
 class Batch:
-    """One rollout. T + 1: with the step after it, for bootstrapping."""
+    """One rollout. Fields of length T + 1 include the step after it, for bootstrapping."""
 
-    tile_ids: Tensor  # (T, B, N, H, W), the views
-    actor_features: Tensor  # (T, B, N, F + N) float32, with agent ids
-    world_ids: Tensor  # (T + 1, B, H', W'), the global views
-    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, of all agents
-    starts: Tensor  # (T + 1, B) bool, an episode's first step
+    tile_ids: Tensor  # (T, B, N, H, W) uint16, on a GPU int32; the agents' views
+    actor_features: Tensor  # (T, B, N, F + N) float32, with one-hot agent ids
+    world_ids: Tensor  # (T + 1, B, H', W'), the global views, dtype of tile_ids
+    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, see joint_features()
+    starts: Tensor  # (T + 1, B) bool, True at the first step of an episode
     actions: Tensor  # (T, B, N) int64
     log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted
     rewards: Tensor  # (T, B, N) float32
     terminated: Tensor  # (T, B) bool
     truncated: Tensor  # (T, B) bool
-    current: Tensor  # (T, B, N) bool, theta acted
+    current: Tensor  # (T, B, N) bool, True where theta acted
     theta: Tensor  # (T, B, N) float32, log-probabilities of the actions under theta
-    actor_hidden: Tensor  # (C, B, N, S) of theta before each chunk
-    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
-    episodes: list[Episode]  # those that ended
-    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
-    values: Tensor | None = None  # (T, B, N) float32, normalised
-    targets: Tensor | None = None  # (T, B, N) float32, returns, normalised
+    actor_hidden: Tensor  # (C, B, N, S), hidden states of theta before each chunk
+    finals: list[tuple[int, int, Views]]  # t, b, final critic view (1, 1, ...) of each truncation
+    episodes: list[Episode]  # those that ended in this rollout
+    critic_hidden: Tensor | None = None  # (C, B, N, S); prepare() fills this field and those below
+    values: Tensor | None = None  # (T, B, N) float32, before the update, normalised
+    targets: Tensor | None = None  # (T, B, N) float32, GAE returns, normalised
     advantages: Tensor | None = None  # (T, B, N) float32, normalised
 
     def actor_views(self) -> Views:
@@ -574,7 +574,7 @@ def collect(
     rng: torch.Generator,
     method_rng: torch.Generator,
 ) -> tuple[Batch, RolloutState]:
-    """Play T steps in every world; the state is that behind them."""
+    """Play T steps in every world from `state` on; returns the rollout and the state after it."""
     device, shape = agent.device, state.previous.shape
     num_actions = envs.spec.num_actions
     record = collections.defaultdict(list)
@@ -591,7 +591,7 @@ def collect(
         tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
         joint = joint_features(features, state.previous, num_actions)
         add(world_ids=world_ids, critic_features=joint, starts=state.starts)
-        if t == args.rollout_steps:
+        if t == args.rollout_steps:  # the step after the rollout is for the critic alone
             break
         worlds = redrawn(args, t, state.starts)
         if worlds.any():
@@ -637,11 +637,11 @@ def collect(
 def prepare(
     args: Args, agent: Agent, batch: Batch, state: RolloutState
 ) -> tuple[Batch, RolloutState]:
-    """The rollout with what the losses need, and the state with the critic's new memory; takes the
-    returns into agent.value_norm."""
+    """Update agent.value_norm and add to the rollout what the losses need (last fields of Batch).
+    Returns the rollout, and the state with the critic's new hidden states."""
     values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
-    # paper is silent: statistics of returns and advantages, once before the epochs
+    # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(training_samples(args, returns, batch.current)))
     mean, std = agent.value_norm.mean_std()
     ours = training_samples(args, advantages, batch.current)
@@ -659,9 +659,9 @@ def prepare(
 
 # [shared: meltingpot_data] begin
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
+    """Yield the minibatches of one epoch: shuffled (chunk, world) pairs, each with all agents.
     (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
-    # paper is silent: how a rollout is cut for recurrent networks
+    # paper is silent: how a rollout is cut into chunks and minibatches for recurrent networks
     chunks, worlds = batch.actor_hidden.shape[:2]
     length = args.chunk_length
     order = torch.randperm(chunks * worlds, generator=rng)
@@ -674,7 +674,7 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
             if name.endswith("hidden"):
                 parts[name] = x[chunk, world]
             else:
-                x = x[: chunks * length].unflatten(0, (chunks, length))
+                x = x[: chunks * length].unflatten(0, (chunks, length))  # without step T + 1
                 parts[name] = x[chunk, :, world].transpose(0, 1)
         yield dataclasses.replace(batch, **parts)
 
@@ -685,10 +685,10 @@ def observe(
     ids: Tensor | None = None,
     num_ids: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views (B, N, H, W), features with one-hot agent ids (B, N, F + N), global views (B, H', W')
-    and features without ids.
+    """Move obs to the device. Returns tile ids (B, N, H, W), features with one-hot agent ids
+    (B, N, F + N), tile ids of the global views (B, H', W') and features without ids (B, N, F).
 
-    ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
+    ids (B, N): default seat numbers. num_ids: default one per seat; a scenario has fewer seats.
     """
     tile_ids = ids_on(device, obs.tile_ids)
     world_ids = ids_on(device, obs.world_ids)
@@ -702,9 +702,9 @@ def observe(
 
 
 def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
-    """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
-    -> (B, N * (F + A))."""
-    # paper is silent: which actions the critic sees
+    """Join features (B, N, F) and one-hot previous actions (B, N; -1 becomes zeros) of all agents,
+    for the critic -> (B, N * (F + A))."""
+    # paper is silent: which actions the critic gets
     actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
     rows = torch.cat([features, actions.to(features.dtype)], -1)
     return rows.flatten(-2)
@@ -712,7 +712,7 @@ def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tens
 
 @torch.no_grad()
 def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Tensor, Tensor]:
-    """One step, views without T -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
+    """One step; views without axis T -> log-probabilities (B, N, A), next hidden (B, N, S)."""
     views = Views(views.ids[None], views.features[None], views.starts[None])
     logits, states = net(views, hidden, sprites())
     return logits[0].log_softmax(-1), states[0]
@@ -722,8 +722,8 @@ def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Ten
 def replay(
     args: Args, net: nn.Module, views: Views, hidden: Tensor, sprites: Sprites
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run net over a rollout, chunk by chunk, from hidden (B, N, S) on -> outputs (T, B, N, ...),
-    states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
+    """Run net over a rollout, chunk by chunk, from hidden (B, N, S). Returns outputs (T, B, N, .),
+    hidden states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
     outputs, before, after = [], [], []
     for first in range(0, len(views.starts), args.chunk_length):
         steps = slice(first, first + args.chunk_length)
@@ -737,8 +737,8 @@ def replay(
 
 
 def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor:
-    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
-    which at a truncation is the ended episode's last, not the next one's first."""
+    """Advantages (T, B, N) by GAE, in units of rewards. next_values (T, B, N): of the state after
+    each step; at a truncation, of the final state, not of the next episode's first state."""
     goes_on = ~(batch.terminated | batch.truncated)[..., None]
     delta = batch.rewards + args.gamma * next_values * ~batch.terminated[..., None] - values
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
@@ -752,8 +752,8 @@ def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor
 def estimate(
     args: Args, agent: Agent, batch: Batch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values and advantages (T, B, N) in raw units, and the critic's states before each chunk and
-    before the next rollout (C + 1, B, N, S); hidden (B, N, S): before this one."""
+    """Run the critic from hidden (B, N, S). Returns values and advantages (T, B, N) in units of
+    rewards, and hidden states before each chunk and before the next rollout (C + 1, B, N, S)."""
     views = batch.critic_views()
     mean, std = agent.value_norm.mean_std()
     with agent.autocast():
@@ -773,14 +773,14 @@ def estimate(
 
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor) -> Tensor:
-    """Element by element; ratio: of pi_theta to the policy that acted; centre: what the ratio may
-    leave by a share of clip."""
+    """PPO's clipped objective of each sample; ratio: pi_theta / pi_who of its action; centre: the
+    value around which the ratio is clipped, by a share `clip` of it."""
     clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
     return torch.min(ratio * advantage, clipped * advantage)
 
 
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
-    """Clipped Huber loss, element by element, in normalised units."""
+    """Clipped Huber loss of each value; value, old value and target are normalised."""
     clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
     return torch.max(
         F.huber_loss(value, target, reduction="none", delta=delta),
@@ -789,7 +789,7 @@ def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: f
 
 
 def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    """PPO epochs over one rollout of prepare(); returns scalars."""
+    """Train for args.epochs on a rollout from prepare(); returns mean scalars."""
     scalars = collections.defaultdict(list)
     for _ in range(args.epochs):
         for part in minibatches(args, batch, rng):
@@ -828,7 +828,7 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
 
 # [shared: meltingpot_players] begin
 class NetPlayer:
-    """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
+    """A network as a Player of envs.meltingpot.episodes; samples actions, keeps hidden states."""
 
     def __init__(self, net: Actor, sprites: Sprites, seed: int):
         self.net, self.sprites = net, sprites
@@ -851,7 +851,7 @@ class NetPlayer:
 
 
 def load_player(path: str, envs: Any, seed: int = 0) -> Player:
-    """The actor of a run directory or checkpoint, for these worlds."""
+    """Load the actor of a run directory or checkpoint as a player in the worlds `envs`."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
     with make_envs(args, 1, 1) as trained_in:
@@ -861,7 +861,7 @@ def load_player(path: str, envs: Any, seed: int = 0) -> Player:
 
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
-    """The actors of the run directories and checkpoints among --background."""
+    """{path: actor} for each path in --background; UsageError if an actor does not fit."""
     if args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
@@ -882,9 +882,9 @@ def evaluate(
     others: dict[str, Actor],
     evaluation: Evaluation,
 ) -> dict[str, dict[str, float]]:
-    """Full natural episodes without learning: everyone ours, then beside each of --background, then
-    beside the bots of each of --eval-scenarios; {"v co-player":
-    envs.meltingpot.episodes.summarise(...)}."""
+    """Play full episodes without learning: self-play, then beside each co-player of --background,
+    then beside the bots of each scenario of --eval-scenarios. Returns {name of the row: figures},
+    as envs.meltingpot.episodes.summarise() computes them."""
     args = dataclasses.replace(args, max_episode_steps=0)
     rng = evaluation.rng
 
@@ -912,7 +912,7 @@ def evaluate(
 
 
 def report(batch: Batch, memory: Memory, scalars: dict[str, Tensor]) -> dict[str, Any]:
-    """What an iteration logs."""
+    """The scalars that an iteration logs."""
     figures = scalars | importance_weights(batch)
     for name, who in (("current", batch.current), ("past", ~batch.current)):
         if who.any():
@@ -924,13 +924,13 @@ def report(batch: Batch, memory: Memory, scalars: dict[str, Tensor]) -> dict[str
 
 
 def new_generators(seed: int, rank: int) -> list[torch.Generator]:
-    """A process's own; the method has one for itself, so that the parent's draws stay."""
+    """Two generators for each process (rank): one as in the parent script, one for the method."""
     seeds = np.random.SeedSequence((seed, rank)).generate_state(2).tolist()
     return [torch.Generator().manual_seed(x) for x in seeds]
 
 
 def train(args: Args) -> int:
-    """The run, with --resume from its checkpoint on; returns the exit code."""
+    """Train, or resume a run (--resume), or evaluate (--eval-only); returns the exit code."""
     with Run(args, table, LINE) as run:
         first_world = run.rank * args.num_envs
         envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
@@ -954,14 +954,14 @@ def train(args: Args) -> int:
         own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state}
         parts = {"agent": agent, "memory": memory}
         run.begin(args.substrate, parts=parts, own=own, bots=bots, amp=agent.amp)
-        if not envs.reproducible:  # all worlds begin new episodes
+        if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
             state = new_state(agent, args.num_envs)
         while run.goes_on():
             batch, state = collect(args, envs, agent, memory, state, rng=rng, method_rng=method_rng)
             run.lap("collect_s")
-            envs.check()  # workers build next episodes while we learn
+            envs.check()  # lets workers build the next episodes during the update
             batch, state = prepare(args, agent, batch, state)
-            memory.append(agent.actor)  # what has acted is the past for the next iteration
+            memory.append(agent.actor)  # the actor that has just acted, before its update
             scalars = update(args, agent, batch, rng)
             own["state"] = state
             run.lap("learn_s")
@@ -980,7 +980,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the script with arguments argv, default sys.argv[1:]; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     return call(lambda: train(parse(given)), WorldError)
 

@@ -1,22 +1,22 @@
 """RandNet (Lee et al., "Network Randomization", ICLR 2020) on MAPPO in Melting Pot.
 
-A random convolution f_psi, another one in every iteration, distorts what the actor sees. So it
-learns what does not depend on colours and textures; its layers before the GRU shall ignore f_psi.
+A random convolution f_psi, drawn in every iteration, distorts the views of the actor, which learns
+not to rely on colours and textures. A loss L_FM makes h, its layers before the GRU, ignore f_psi.
 
     P(psi) = alpha [psi = identity] + (1 - alpha) N(0, 2 / (n_in + n_out))     BiDist, App. B.1
-    L_FM = mean |h(f_psi(o)) - h(o)|^2, where h(o) is a constant               there; netrand
-    J(theta) = MAPPO's, with pi_theta(.|f_psi(o)) also in the rollout, - beta L_FM
-    tests: o itself, or --randnet-test mc: pi(.|o) = 1/M sum_m pi_theta(.|f_psi_m(o))
+    L_FM = mean |h(f_psi(o)) - h(o)|^2, no gradient through h(o)               App. B.1; netrand
+    J(theta) = J of MAPPO with pi_theta(.|f_psi(o)), in rollout and update, - beta L_FM
+    evaluation: pi_theta(.|o), or with --randnet-test mc 1/M sum_m pi_theta(.|f_psi_m(o)), M = 10
 
     python baselines/randnet_meltingpot.py                                   the papers' settings
     python baselines/randnet_meltingpot.py --resume runs/RUN --total-timesteps 2000000
     python baselines/randnet_meltingpot.py --eval-only runs/RUN --randnet-test mc
-    torchrun --nproc-per-node 2 baselines/randnet_meltingpot.py              two times 16 worlds
+    torchrun --nproc-per-node 2 baselines/randnet_meltingpot.py              16 worlds per process
 
 Letters: T steps, B worlds, N agents, A actions, F features, H W tiles of a view (H' W' of the
-global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M minibatch.
-What the papers leave open: docs/baselines_meltingpot.md, docs/bidist.md. Eq. (9) and tables are
-those of BiDist (Feng et al., AAMAS 2025), whose baseline this is; netrand is the authors' code.
+global view), S units of a hidden state, L steps per chunk, C chunks per rollout, M samples per
+minibatch; netrand: the authors' code. Eq. (9), tables and appendices are those of BiDist (Feng et
+al., AAMAS 2025). Decisions: docs/baselines_meltingpot.md; those of MAPPO: docs/bidist.md.
 """
 
 from __future__ import annotations
@@ -73,47 +73,47 @@ from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """RandNet in Melting Pot. Defaults are the papers' (Table B.1; Lee et al.)."""
+    """RandNet on MAPPO in Melting Pot. Defaults: BiDist's paper (Table B.1), netrand's code."""
 
     # Environment
-    substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, toy, or module:Class
-    num_envs: Positive = 16  # B, worlds per process (rollout threads)
-    num_workers: Count = 0  # processes that step worlds; 0: one per core
-    worker_timeout: Above = 8.0  # seconds until a worker that gives no sign ends the run
-    max_episode_steps: Count = 0  # truncate episodes there; 0: they end naturally
-    team_reward: bool = False  # everyone gets the sum of all rewards
+    substrate: str = "chicken_in_the_matrix__repeated"  # Melting Pot substrate, toy or module:Class
+    num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
+    num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
+    worker_timeout: Above = 8.0  # seconds without an answer from a worker until the run ends
+    max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
+    team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
-    clean_share: Share = 0.1  # alpha, iterations whose psi is the identity
-    randnet_fan: Literal["kernel", "channels"] = "kernel"  # n_in, n_out: 3 channels x 9 or alone
-    feature_matching: Amount = 0.002  # beta
+    clean_share: Share = 0.1  # alpha, probability that psi is the identity in an iteration
+    randnet_fan: Literal["kernel", "channels"] = "kernel"  # n_in = n_out of P(psi): 3 x 9, or 3
+    feature_matching: Amount = 0.002  # beta, weight of the feature-matching loss L_FM
     # Base algorithm
-    rollout_steps: Positive = 200  # T; a rollout does not reset the worlds
-    chunk_length: Positive = 10  # L, steps of backpropagation through time
-    epochs: Positive = 5  # PPO epochs
-    minibatches: Positive = 5  # per epoch
-    actor_lr: Amount = 5e-4  # Adam
-    critic_lr: Amount = 5e-4  # Adam
-    adam_eps: Above = 1e-5  # Adam
-    gamma: Share = 0.99  # discount
-    gae_lambda: Share = 0.95  # GAE
-    clip: Amount = 0.2  # eps of Eq. (9)
-    value_clip: Amount = 0.2  # the same for values, in normalised units
-    huber_delta: Above = 10.0  # of the value loss
-    entropy_coef: Amount = 0.01  # entropy bonus
-    max_grad_norm: Above = 10.0  # of each network
-    plain: bool = False  # convolutions on images, not tables: the same results, slower
-    amp: bool = False  # critic in bf16 where the hardware has it
+    rollout_steps: Positive = 200  # T, steps per rollout; worlds are not reset between rollouts
+    chunk_length: Positive = 10  # L, steps per chunk for backpropagation through time
+    epochs: Positive = 5  # PPO epochs over each rollout
+    minibatches: Positive = 5  # minibatches per epoch
+    actor_lr: Amount = 5e-4  # learning rate of the actor (Adam)
+    critic_lr: Amount = 5e-4  # learning rate of the critic (Adam)
+    adam_eps: Above = 1e-5  # epsilon of Adam
+    gamma: Share = 0.99  # discount factor
+    gae_lambda: Share = 0.95  # lambda of generalised advantage estimation (GAE)
+    clip: Amount = 0.2  # eps of Eq. (9), clip range of the policy ratio
+    value_clip: Amount = 0.2  # clip range of the values, in units of normalised returns
+    huber_delta: Above = 10.0  # delta of the Huber value loss, in units of normalised returns
+    entropy_coef: Amount = 0.01  # weight of the entropy bonus
+    max_grad_norm: Above = 10.0  # gradients of each optimiser are clipped to this norm
+    plain: bool = False  # run the CNN on images instead of lookup tables: same results, slower
+    amp: bool = False  # critic in bfloat16 up to its GRU, where the hardware supports it
     # Evaluation
-    randnet_test: Literal["clean", "mc"] = "clean"  # our actor's input; mc: mean over ten psi
-    background: tuple[str, ...] = ("random",)  # co-players; also run directories
-    num_focal: Count = 0  # seats that we take beside them; 0: N - 1
-    eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
-    eval_scenarios: str = "all"  # Melting Pot's, beside bots: all, none or e.g. SC0,SC3
-    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official where they can be had
+    randnet_test: Literal["clean", "mc"] = "clean"  # evaluate clean views, or average over ten psi
+    background: tuple[str, ...] = ("random",)  # co-players in evaluation: random, run directories
+    num_focal: Count = 0  # seats of the trained policy beside --background; 0: N - 1
+    eval_ids: Literal["random", "slot"] = "random"  # agent ids: drawn (Eq. 2), or the seat's number
+    eval_scenarios: str = "all"  # Melting Pot scenarios to evaluate in: all, none or e.g. SC0,SC3
+    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant, and the sentence for each."""
+    """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     never = args.clean_share == 1
     return [
@@ -124,8 +124,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     ]
 
 
-LINE = ("episode/return", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = (  # flags of this script that may differ with --resume and --eval-only
+LINE = ("episode/return", "entropy", "sps")  # scalars to print where there is no terminal
+RESUMABLE = (  # flags of this script that may change with --resume and --eval-only
     "num_workers",
     "worker_timeout",
     "plain",
@@ -137,7 +137,7 @@ RESUMABLE = (  # flags of this script that may differ with --resume and --eval-o
     "eval_scenarios",
     "bots",
 )
-# The same batch from more worlds and shorter rollouts: 1.3 times as fast where two cores are idle.
+# As many samples from more worlds and shorter rollouts: 1.3 times as fast on two idle cores.
 PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 
@@ -146,7 +146,7 @@ PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 # [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
-    """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
+    """Create num_envs parallel worlds; UsageError if args.substrate is unknown or not installed."""
     from envs.meltingpot.make import make_worlds
 
     try:
@@ -167,12 +167,12 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 
-KERNEL = 4  # of the second convolution, in tiles
-RELU = math.sqrt(2)  # gain of layers before a ReLU
+KERNEL = 4  # size of the second convolution's kernel, in tiles
+RELU = math.sqrt(2)  # gain of the initial weights of layers before a ReLU
 
 
 def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
-    """Orthogonal weights and zero biases."""
+    """Give a layer orthogonal weights and zero biases, in place; returns the layer."""
     for name, parameter in layer.named_parameters():
         if "bias" in name:
             nn.init.zeros_(parameter)
@@ -182,17 +182,17 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
 
 
 class TileCNN(nn.Module):
-    """The paper's CNN and the layer after it (App. B.2), with ReLU.
+    """The paper's two convolutions and the linear layer after them, each with ReLU (App. B.2).
 
-    It gets images as tile ids, for all of them consist of 8 x 8 sprites. By default tables compute
-    the same function, only faster; whoever changes this one runs it with --plain.
+    The input is tile ids, because every image is a grid of sprites of 8 x 8 pixels. By default,
+    lookup tables compute the same function faster. A changed TileCNN must be run with --plain.
     """
 
     def __init__(self, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
         rows, columns = (max(size, KERNEL) for size in grid)
-        # Views narrower than the kernel get black tiles below and to the right.
+        # Views smaller than the kernel are padded with black tiles (id 0) below and to the right.
         self.padding = (0, columns - grid[1], 0, rows - grid[0])
         inputs = 32 * (rows - KERNEL + 1) * (columns - KERNEL + 1)
         self.conv1 = orthogonal(nn.Conv2d(3, 16, 8, stride=8), RELU)
@@ -200,21 +200,21 @@ class TileCNN(nn.Module):
         self.linear = orthogonal(nn.Linear(inputs, 64), RELU)
 
     def forward(self, ids: Tensor, sprites: Tensor, psi: Tensor | None = None) -> Tensor:
-        """ids (M, H, W) into sprites (P, 3, 8, 8), psi (3, 3, 3, 3) -> (M, 64)."""
+        """Tile ids (M, H, W), rows of sprites (P, 3, 8, 8) in [0, 1], kernel psi -> (M, 64)."""
         tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
         images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
         images = images.flatten(4, 5).flatten(2, 3)
         if psi is not None:
-            images = F.conv2d(images, psi.to(images), padding=1)  # f_psi; black outside
+            images = F.conv2d(images, psi.to(images), padding=1)  # f_psi, with a black border
         x = F.relu(self.conv1(images))  # (M, 16, H, W)
         x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
-        x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
+        x = x.flatten(2).transpose(1, 2).flatten(1)  # (M, positions * 32), the order of the tables
         return F.relu(self.linear(x))
 
 
 class Actor(nn.Module):
-    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
-    (App. B.2)."""
+    """CNN -> MLP of 2 x 64 -> GRU of 128 -> MLP of 64 -> logits of the actions (App. B.2). The GRU
+    also gets the agent's features and its one-hot id."""
 
     def __init__(self, spec: Spec, plain: bool):
         super().__init__()
@@ -229,14 +229,14 @@ class Actor(nn.Module):
         self.out = orthogonal(nn.Linear(64, spec.num_actions), 0.01)
 
     def encode(self, views: Views, sprites: Tensor, psi: Tensor | None = None) -> Tensor:
-        """h of o, or with psi of f_psi(o) -> (T, B, N, 64)."""
+        """h(o), or h(f_psi(o)) if psi is given -> (T, B, N, 64)."""
         x = self.cnn(views.ids.flatten(0, 2), sprites, psi)
         x = F.relu(self.mlp(x))
         return x.unflatten(0, views.ids.shape[:3])
 
     def decide(self, h: Tensor, views: Views, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, S) before the first step -> logits (T, B, N, A) and the states after each
-        step (T, B, N, S)."""
+        """The layers from the GRU on: T steps from hidden (B, N, S), of h (T, B, N, 64). Returns
+        logits (T, B, N, A) and the hidden states after each step (T, B, N, S)."""
         x = torch.cat([h, self.norm(views.features)], -1)
         states = run_gru(self.gru, x, views.starts, hidden)
         return self.out(F.relu(self.head(states))), states
@@ -249,16 +249,16 @@ class Actor(nn.Module):
 
 # [shared: meltingpot_networks] begin
 class Views(NamedTuple):
-    """What an actor sees of each agent, or the critic of each world."""
+    """Inputs of a network: the actor gets a view per agent, the critic a global view per world."""
 
-    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), tile ids
+    ids: Tensor  # tile ids; actor: (T, B, N, H, W), critic: (T, B, H', W')
     features: Tensor  # actor: (T, B, N, F + N), critic: (T, B, N * (F + A)), float32
-    starts: Tensor  # (T, B) bool, an episode begins
+    starts: Tensor  # (T, B) bool, True at the first step of an episode
 
 
 class Critic(nn.Module):
-    """Layers as the actor's, over a global view and all agents' features. It sees a world once and
-    has a value for each of its agents, which it tells apart by their ids."""
+    """The actor's layers, for the global view and the features of all agents. The CNN runs once per
+    world; the agent id, an input of the GRU, makes the value specific to an agent."""
 
     def __init__(self, spec: Spec, plain: bool):
         super().__init__()
@@ -273,8 +273,8 @@ class Critic(nn.Module):
         self.out = orthogonal(nn.Linear(64, 1), 1.0)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, S) before the first step -> values (T, B, N), normalised, and the states
-        after each step (T, B, N, S)."""
+        """Run T steps from hidden (B, N, S). Returns normalised values (T, B, N) and the hidden
+        states after each step (T, B, N, S)."""
         steps, worlds = views.starts.shape
         x = self.cnn(views.ids.flatten(0, 1), sprites)
         x = F.relu(self.mlp(x))
@@ -285,7 +285,7 @@ class Critic(nn.Module):
         ids = ids.expand(steps, worlds, -1, -1)
         x = x.expand(-1, -1, self.num_ids, -1)
         x = torch.cat([x, ids], -1)  # (T, B, N, .)
-        with torch.autocast(x.device.type, enabled=False):  # what is remembered needs its digits
+        with torch.autocast(x.device.type, enabled=False):  # hidden states need float32
             x = x.to(self.out.weight.dtype)
             states = run_gru(self.gru, x, views.starts, hidden)
             values = self.out(F.relu(self.head(states)))[..., 0]
@@ -293,11 +293,11 @@ class Critic(nn.Module):
 
 
 def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
-    """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
-    where an episode starts (T, B)."""
-    # Without a break between steps at which some world begins an episode.
+    """Run the GRU over x (T, B, N, .) from hidden (B, N, S), which is reset to zero where starts
+    (T, B) is True. Returns the hidden states after each step (T, B, N, S)."""
+    # One call of the GRU for all steps up to the next one at which any world begins an episode.
     begins = []
-    if len(x) > 1:  # a GPU is waited for
+    if len(x) > 1:  # a single step has no breaks, and tolist() waits for the GPU
         begins = starts[1:].any(1).tolist()
     breaks = (t for t, begun in enumerate(begins, 1) if begun)
     cuts = [0, *breaks, len(x)]
@@ -313,31 +313,31 @@ def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
 
 
 def chosen(log_probs: Tensor, actions: Tensor) -> Tensor:
-    """Of log-probabilities (..., A) those of actions (...)."""
+    """Pick the log-probabilities (...) of actions (...) from those of all actions (..., A)."""
     return log_probs.gather(-1, actions[..., None])[..., 0]
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (B, N) from log-probabilities (B, N, A): the largest after adding Gumbel noise, drawn
-    once per agent and action whatever the policy."""
+    """Sample actions (B, N) from log-probabilities (B, N, A) by the Gumbel-max trick. The noise is
+    drawn independently of the policy, so every policy uses the same amount of random numbers."""
     gumbel = -torch.empty(log_probs.shape).exponential_(generator=rng).log()
     return (log_probs + send(gumbel, log_probs.device)).argmax(-1)
 
 
-# paper is silent: value normalisation, orthogonal weights, ReLU; as in MAPPO
+# paper is silent: value normalisation, orthogonal weights, ReLU of the head; as in MAPPO
 class ValueNorm(nn.Module):
-    """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
+    """Mean and standard deviation of returns, as debiased exponential averages (MAPPO)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # averages of 1, x, x^2
 
     def update(self, new: Tensor) -> None:
-        """new (3,): 1, mean and mean square of new returns."""
+        """Update the averages with new (3,): 1, mean and mean square of returns; beta is .99999."""
         self.sums.lerp_(new, 1 - 0.99999)
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
-        """0 and 1 before the first update."""
+        """Mean () and standard deviation (); 0 and 1 before the first update()."""
         weight, mean, square = self.sums
         if weight == 0:
             return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
@@ -350,7 +350,7 @@ class ValueNorm(nn.Module):
 
 
 class Agent(Parts):
-    """The networks and their optimisers; sprites: of the worlds where they learn."""
+    """The networks, their optimisers, and the sprites of the training worlds."""
 
     def __init__(self, args: Args, envs: Any, device: torch.device):
         self.args, self.spec, self.device = args, envs.spec, device
@@ -360,7 +360,7 @@ class Agent(Parts):
         self.actor = self.new_actor()
         self.critic = Critic(self.spec, args.plain).to(device)
         self.value_norm = ValueNorm().to(device)
-        self.psi: Tensor | None = None  # (3, 3, 3, 3), of this iteration
+        self.psi: Tensor | None = None  # (3, 3, 3, 3), of this iteration; None: no f_psi
         self.actor_optimiser = self.new_optimiser(self.actor, args.actor_lr)
         self.critic_optimiser = self.new_optimiser(self.critic, args.critic_lr)
 
@@ -371,7 +371,7 @@ class Agent(Parts):
         return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps, fused=True)
 
     def autocast(self) -> torch.autocast:
-        """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
+        """--amp: bfloat16 in the critic. Actors stay in float32, for the ratio of Eq. (9)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
 
@@ -381,7 +381,7 @@ DRAWS = 10  # M of --randnet-test mc
 
 
 def draw_psi(args: Args, rng: torch.Generator) -> Tensor | None:
-    """Weights (3, 3, 3, 3) of f_psi, which has no bias; None: the identity."""
+    """Draw the weights (3, 3, 3, 3) of f_psi, which has no bias; None stands for the identity."""
     is_clean = torch.rand((), generator=rng) < args.clean_share
     n_in = n_out = 3
     if args.randnet_fan == "kernel":  # paper and code differ: netrand counts channels x 9
@@ -392,26 +392,26 @@ def draw_psi(args: Args, rng: torch.Generator) -> Tensor | None:
 
 
 def feature_matching(actor: Actor, h: Tensor, views: Views, sprites: Tensor) -> Tensor:
-    """L_FM: mean squared distance of h(f_psi(o)) (T, B, N, 64) to h(o)."""
-    # paper and code differ: 0 in clean iterations, where netrand matches a random view
+    """L_FM: mean squared difference of h = h(f_psi(o)) (T, B, N, 64) and h(o) -> ()."""
+    # paper and code differ: 0 in iterations without f_psi; netrand uses a random psi in them, too
     with torch.no_grad():
         clean = actor.encode(views, sprites)
     return F.mse_loss(h, clean)
 
 
 class AveragedActor:
-    """An actor whose policy is averaged over draws of psi, each with a memory of its own."""
+    """An actor's mean policy over DRAWS draws of psi, each with its own hidden state."""
 
     def __init__(self, args: Args, actor: Actor, seed: int):
         self.actor = actor
         self.num_ids = actor.num_ids
         self.hidden_size = DRAWS * actor.hidden_size
-        # paper is silent: they stay for the whole evaluation, as psi does for a rollout
+        # paper is silent: drawn once per evaluation, as psi is drawn once per rollout
         rng = torch.Generator().manual_seed(seed)
         self.psis = [draw_psi(args, rng) for _ in range(DRAWS)]
 
     def __call__(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """As Actor.forward(), hidden (B, N, M * S)."""
+        """hidden (B, N, M * S) -> log pi (T, B, N, A), states after each step (T, B, N, M * S)."""
         probs, states = [], []
         for psi, memory in zip(self.psis, hidden.chunk(DRAWS, -1)):
             logits, after = self.actor(views, memory, sprites, psi)
@@ -422,7 +422,7 @@ class AveragedActor:
 
 
 def playing_actor(args: Args, actor: Actor, rng: np.random.Generator) -> Actor | AveragedActor:
-    """Who plays for us in evaluations, by --randnet-test."""
+    """The actor that --randnet-test evaluates: without f_psi ("clean") or averaged ("mc")."""
     if args.randnet_test == "clean":
         return actor
     return AveragedActor(args, actor, seed=int(rng.integers(2**31)))
@@ -433,16 +433,16 @@ def playing_actor(args: Args, actor: Actor, rng: np.random.Generator) -> Actor |
 
 @dataclasses.dataclass
 class RolloutState:
-    """What passes from one rollout to the next."""
+    """What a rollout needs from the one before it."""
 
-    starts: Tensor  # (B,) bool, an episode is about to begin
-    previous: Tensor  # (B, N) int64, last actions; -1: none yet
+    starts: Tensor  # (B,) bool, the next step is the first of an episode
+    previous: Tensor  # (B, N) int64, previous actions; -1: none yet in this episode
     actor_hidden: Tensor  # (B, N, S)
     critic_hidden: Tensor  # (B, N, S)
 
 
 def new_state(agent: Agent, num_envs: int) -> RolloutState:
-    """The beginning of episodes in all worlds."""
+    """The state at which all worlds begin an episode."""
     shape, device = (num_envs, agent.spec.num_agents), agent.device
     return RolloutState(
         starts=torch.ones(num_envs, dtype=torch.bool, device=device),
@@ -454,24 +454,24 @@ def new_state(agent: Agent, num_envs: int) -> RolloutState:
 
 @dataclasses.dataclass
 class Batch:
-    """One rollout. T + 1: with the step after it, for bootstrapping."""
+    """One rollout. Fields of length T + 1 include the step after it, for bootstrapping."""
 
-    tile_ids: Tensor  # (T, B, N, H, W), the views
-    actor_features: Tensor  # (T, B, N, F + N) float32, with agent ids
-    world_ids: Tensor  # (T + 1, B, H', W'), the global views
-    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, of all agents
-    starts: Tensor  # (T + 1, B) bool, an episode's first step
+    tile_ids: Tensor  # (T, B, N, H, W) uint16, on a GPU int32; the agents' views
+    actor_features: Tensor  # (T, B, N, F + N) float32, with one-hot agent ids
+    world_ids: Tensor  # (T + 1, B, H', W'), the global views, dtype of tile_ids
+    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, see joint_features()
+    starts: Tensor  # (T + 1, B) bool, True at the first step of an episode
     actions: Tensor  # (T, B, N) int64
     log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted
     rewards: Tensor  # (T, B, N) float32
     terminated: Tensor  # (T, B) bool
     truncated: Tensor  # (T, B) bool
-    actor_hidden: Tensor  # (C, B, N, S) before each chunk
-    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
-    episodes: list[Episode]  # those that ended
-    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
-    values: Tensor | None = None  # (T, B, N) float32, normalised
-    targets: Tensor | None = None  # (T, B, N) float32, returns, normalised
+    actor_hidden: Tensor  # (C, B, N, S), hidden states before each chunk
+    finals: list[tuple[int, int, Views]]  # t, b, final critic view (1, 1, ...) of each truncation
+    episodes: list[Episode]  # those that ended in this rollout
+    critic_hidden: Tensor | None = None  # (C, B, N, S); prepare() fills this field and those below
+    values: Tensor | None = None  # (T, B, N) float32, before the update, normalised
+    targets: Tensor | None = None  # (T, B, N) float32, GAE returns, normalised
     advantages: Tensor | None = None  # (T, B, N) float32, normalised
 
     def actor_views(self) -> Views:
@@ -485,7 +485,7 @@ class Batch:
 def collect(
     args: Args, envs: Any, agent: Agent, state: RolloutState, rng: torch.Generator
 ) -> tuple[Batch, RolloutState]:
-    """Play T steps in every world; the state is that behind them."""
+    """Play T steps in every world from `state` on; returns the rollout and the state after it."""
     device, shape = agent.device, state.previous.shape
     num_actions = envs.spec.num_actions
     acting_net = functools.partial(agent.actor, psi=agent.psi)
@@ -500,7 +500,7 @@ def collect(
         tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
         joint = joint_features(features, state.previous, num_actions)
         add(world_ids=world_ids, critic_features=joint, starts=state.starts)
-        if t == args.rollout_steps:
+        if t == args.rollout_steps:  # the step after the rollout is for the critic alone
             break
         if t % args.chunk_length == 0:
             add(actor_hidden=state.actor_hidden)
@@ -539,11 +539,11 @@ def collect(
 def prepare(
     args: Args, agent: Agent, batch: Batch, state: RolloutState
 ) -> tuple[Batch, RolloutState]:
-    """The rollout with what the losses need, and the state with the critic's new memory; takes the
-    returns into agent.value_norm."""
+    """Update agent.value_norm and add to the rollout what the losses need (last fields of Batch).
+    Returns the rollout, and the state with the critic's new hidden states."""
     values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
-    # paper is silent: statistics of returns and advantages, once before the epochs
+    # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(returns))
     mean, std = agent.value_norm.mean_std()
     _, centre, square = moments(advantages).float()
@@ -560,9 +560,9 @@ def prepare(
 
 # [shared: meltingpot_data] begin
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
+    """Yield the minibatches of one epoch: shuffled (chunk, world) pairs, each with all agents.
     (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
-    # paper is silent: how a rollout is cut for recurrent networks
+    # paper is silent: how a rollout is cut into chunks and minibatches for recurrent networks
     chunks, worlds = batch.actor_hidden.shape[:2]
     length = args.chunk_length
     order = torch.randperm(chunks * worlds, generator=rng)
@@ -575,7 +575,7 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
             if name.endswith("hidden"):
                 parts[name] = x[chunk, world]
             else:
-                x = x[: chunks * length].unflatten(0, (chunks, length))
+                x = x[: chunks * length].unflatten(0, (chunks, length))  # without step T + 1
                 parts[name] = x[chunk, :, world].transpose(0, 1)
         yield dataclasses.replace(batch, **parts)
 
@@ -586,10 +586,10 @@ def observe(
     ids: Tensor | None = None,
     num_ids: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views (B, N, H, W), features with one-hot agent ids (B, N, F + N), global views (B, H', W')
-    and features without ids.
+    """Move obs to the device. Returns tile ids (B, N, H, W), features with one-hot agent ids
+    (B, N, F + N), tile ids of the global views (B, H', W') and features without ids (B, N, F).
 
-    ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
+    ids (B, N): default seat numbers. num_ids: default one per seat; a scenario has fewer seats.
     """
     tile_ids = ids_on(device, obs.tile_ids)
     world_ids = ids_on(device, obs.world_ids)
@@ -603,9 +603,9 @@ def observe(
 
 
 def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
-    """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
-    -> (B, N * (F + A))."""
-    # paper is silent: which actions the critic sees
+    """Join features (B, N, F) and one-hot previous actions (B, N; -1 becomes zeros) of all agents,
+    for the critic -> (B, N * (F + A))."""
+    # paper is silent: which actions the critic gets
     actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
     rows = torch.cat([features, actions.to(features.dtype)], -1)
     return rows.flatten(-2)
@@ -613,7 +613,7 @@ def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tens
 
 @torch.no_grad()
 def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Tensor, Tensor]:
-    """One step, views without T -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
+    """One step; views without axis T -> log-probabilities (B, N, A), next hidden (B, N, S)."""
     views = Views(views.ids[None], views.features[None], views.starts[None])
     logits, states = net(views, hidden, sprites())
     return logits[0].log_softmax(-1), states[0]
@@ -623,8 +623,8 @@ def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Ten
 def replay(
     args: Args, net: nn.Module, views: Views, hidden: Tensor, sprites: Sprites
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run net over a rollout, chunk by chunk, from hidden (B, N, S) on -> outputs (T, B, N, ...),
-    states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
+    """Run net over a rollout, chunk by chunk, from hidden (B, N, S). Returns outputs (T, B, N, .),
+    hidden states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
     outputs, before, after = [], [], []
     for first in range(0, len(views.starts), args.chunk_length):
         steps = slice(first, first + args.chunk_length)
@@ -638,8 +638,8 @@ def replay(
 
 
 def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor:
-    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
-    which at a truncation is the ended episode's last, not the next one's first."""
+    """Advantages (T, B, N) by GAE, in units of rewards. next_values (T, B, N): of the state after
+    each step; at a truncation, of the final state, not of the next episode's first state."""
     goes_on = ~(batch.terminated | batch.truncated)[..., None]
     delta = batch.rewards + args.gamma * next_values * ~batch.terminated[..., None] - values
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
@@ -653,8 +653,8 @@ def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor
 def estimate(
     args: Args, agent: Agent, batch: Batch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values and advantages (T, B, N) in raw units, and the critic's states before each chunk and
-    before the next rollout (C + 1, B, N, S); hidden (B, N, S): before this one."""
+    """Run the critic from hidden (B, N, S). Returns values and advantages (T, B, N) in units of
+    rewards, and hidden states before each chunk and before the next rollout (C + 1, B, N, S)."""
     views = batch.critic_views()
     mean, std = agent.value_norm.mean_std()
     with agent.autocast():
@@ -674,14 +674,14 @@ def estimate(
 
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Element by element; ratio: of pi_theta to the policy that acted."""
+    """PPO's clipped objective of each sample; ratio: pi_theta / pi_old of its action."""
     # Eq. (9), Sec. 4.5
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return torch.min(ratio * advantage, clipped * advantage)
 
 
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
-    """Clipped Huber loss, element by element, in normalised units."""
+    """Clipped Huber loss of each value; value, old value and target are normalised."""
     clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
     return torch.max(
         F.huber_loss(value, target, reduction="none", delta=delta),
@@ -690,7 +690,7 @@ def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: f
 
 
 def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    """PPO epochs over one rollout of prepare(); returns scalars."""
+    """Train for args.epochs on a rollout from prepare(); returns mean scalars."""
     scalars = collections.defaultdict(list)
     for _ in range(args.epochs):
         for part in minibatches(args, batch, rng):
@@ -733,7 +733,7 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
 
 # [shared: meltingpot_players] begin
 class NetPlayer:
-    """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
+    """A network as a Player of envs.meltingpot.episodes; samples actions, keeps hidden states."""
 
     def __init__(self, net: Actor, sprites: Sprites, seed: int):
         self.net, self.sprites = net, sprites
@@ -756,7 +756,7 @@ class NetPlayer:
 
 
 def load_player(path: str, envs: Any, seed: int = 0) -> Player:
-    """The actor of a run directory or checkpoint, for these worlds."""
+    """Load the actor of a run directory or checkpoint as a player in the worlds `envs`."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
     with make_envs(args, 1, 1) as trained_in:
@@ -767,7 +767,7 @@ def load_player(path: str, envs: Any, seed: int = 0) -> Player:
 
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
-    """The actors of the run directories and checkpoints among --background."""
+    """{path: actor} for each path in --background; UsageError if an actor does not fit."""
     if args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
@@ -784,9 +784,9 @@ def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
 def evaluate(
     args: Args, agent: Agent, others: dict[str, Actor], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Full natural episodes without learning: everyone ours, then beside each of --background, then
-    beside the bots of each of --eval-scenarios; {"v co-player":
-    envs.meltingpot.episodes.summarise(...)}."""
+    """Play full episodes without learning: self-play, then beside each co-player of --background,
+    then beside the bots of each scenario of --eval-scenarios. Returns {name of the row: figures},
+    as envs.meltingpot.episodes.summarise() computes them."""
     args = dataclasses.replace(args, max_episode_steps=0)
     rng = evaluation.rng
     ours = playing_actor(args, agent.actor, rng)
@@ -807,19 +807,19 @@ def evaluate(
 
 
 def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
-    """What an iteration logs."""
+    """The scalars that an iteration logs."""
     figures = scalars | {"reward_per_1000/all": 1000 * batch.rewards.mean()}
     return figures | count_episodes(batch.episodes)
 
 
 def new_generator(seed: int, rank: int) -> torch.Generator:
-    """A process's own."""
+    """A random number generator with a seed of its own for each process (rank)."""
     seeds = np.random.SeedSequence((seed, rank)).generate_state(1).tolist()
     return torch.Generator().manual_seed(seeds[0])
 
 
 def train(args: Args) -> int:
-    """The run, with --resume from its checkpoint on; returns the exit code."""
+    """Train, or resume a run (--resume), or evaluate (--eval-only); returns the exit code."""
     with Run(args, table, LINE) as run:
         first_world = run.rank * args.num_envs
         envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
@@ -834,7 +834,7 @@ def train(args: Args) -> int:
             return run.evaluate_only()
 
         rng = new_generator(args.seed, run.rank)
-        method_rng = new_generator(args.seed, 2**31)  # of no process: psi is alike in all
+        method_rng = new_generator(args.seed, 2**31)  # rank of no process: all draw the same psi
         state = new_state(agent, args.num_envs)
         if not args.resume:
             envs.reset()
@@ -846,13 +846,13 @@ def train(args: Args) -> int:
             "state": state,
         }
         run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots, amp=agent.amp)
-        if not envs.reproducible:  # all worlds begin new episodes
+        if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
             state = new_state(agent, args.num_envs)
         while run.goes_on():
             own["psi"] = agent.psi = draw_psi(args, method_rng)
             batch, state = collect(args, envs, agent, state, rng)
             run.lap("collect_s")
-            envs.check()  # workers build next episodes while we learn
+            envs.check()  # lets workers build the next episodes during the update
             batch, state = prepare(args, agent, batch, state)
             scalars = update(args, agent, batch, rng)
             own["state"] = state
@@ -872,7 +872,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the script with arguments argv, default sys.argv[1:]; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     return call(lambda: train(parse(given)), WorldError)
 

@@ -1,12 +1,12 @@
 """RPM: ranked policy memory (Qiu et al., "RPM: Generalizable Multi-Agent Policies for Multi-Agent
-Reinforcement Learning", ICLR 2023), population play whose memory is ordered by return.
+Reinforcement Learning", ICLR 2023): population play whose memory is ordered by return.
 
-Past actors stand in the memory Psi by the return that they reached. When an episode begins, each
-agent is played by the current policy theta or, with probability p, by a past one: first a rank is
-drawn, then an actor of it, so that theta meets weak and strong ones alike, however many there are.
-As in BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1), whose baseline it is.
+The memory Psi holds past actors in ranks, by the return that they reached. At the start of an
+episode, each agent gets the current policy theta or, with probability p, a past actor: a rank is
+drawn, then an actor of that rank, so that theta plays with weak and strong actors equally often.
+RPM is a baseline of BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1).
 
-    kappa = floor(R / psi)     R: mean return of the agents that theta played     rank of theta
+    kappa = floor(R / psi)     rank of theta;  R: mean return of the agents that theta played
     Psi[kappa] <- Psi[kappa] + theta
     who_i = theta with 1 - p, else uniform from Psi[kappa'], kappa' uniform from the ranks of Psi
     J(theta) = E_{i: who_i = theta} min(r A_i, clip(r, 1 -+ eps) A_i),  r = pi_theta / pi_theta_old
@@ -16,12 +16,12 @@ As in BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1), whose baseline it
     python baselines/rpm_meltingpot.py                                     the paper's settings
     python baselines/rpm_meltingpot.py --resume runs/RUN --total-timesteps 2000000
     python baselines/rpm_meltingpot.py --eval-only runs/RUN --background past runs/OTHER
-    torchrun --nproc-per-node 2 baselines/rpm_meltingpot.py                two times 16 worlds
+    torchrun --nproc-per-node 2 baselines/rpm_meltingpot.py                16 worlds per process
 
 Letters: T steps, B worlds, N agents, A actions, F features, H W tiles of a view (H' W' of the
-global one), S units of a recurrent state, L steps per chunk, C chunks per rollout, M minibatch.
-What the paper leaves open is decided in docs/baselines_meltingpot.md and docs/bidist.md. What
-`diff baselines/pp_meltingpot.py` shows is the method and nothing else.
+global view), S units of a hidden state, L steps per chunk, C chunks per rollout, M samples per
+minibatch. Decisions where the paper is silent: docs/baselines_meltingpot.md, docs/bidist.md. A
+diff with baselines/pp_meltingpot.py shows the method only. Equations, tables: BiDist's.
 """
 
 from __future__ import annotations
@@ -78,48 +78,48 @@ from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """RPM on MAPPO in Melting Pot. Defaults: BiDist's Sec. 5.1, Tables B.1 and B.2."""
+    """RPM on MAPPO in Melting Pot. Defaults: BiDist's paper (App. B.1, Table B.1)."""
 
     # Environment
-    substrate: str = "chicken_in_the_matrix__repeated"  # of Melting Pot, toy, or module:Class
-    num_envs: Positive = 16  # B, worlds per process (rollout threads)
-    num_workers: Count = 0  # processes that step worlds; 0: one per core
-    worker_timeout: Above = 8.0  # seconds until a worker that gives no sign ends the run
-    max_episode_steps: Count = 0  # truncate episodes there; 0: they end naturally
-    team_reward: bool = False  # everyone gets the sum of all rewards
+    substrate: str = "chicken_in_the_matrix__repeated"  # Melting Pot substrate, toy or module:Class
+    num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
+    num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
+    worker_timeout: Above = 8.0  # seconds without an answer from a worker until the run ends
+    max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
+    team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
     history_share: Share = 0.3  # p, probability that an agent acts with a past policy
-    rank_width: Above | None = None  # psi; default: a fifth of the first 20 returns' spread
-    per_rank: Positive = 20  # past actors kept of a rank, a uniform sample of all
-    policies_per_rollout: Positive = 4  # past actors drawn for a rollout
-    use_history: bool = False  # past policies' samples train theta, too
+    rank_width: Above | None = None  # psi, rank width; default: (max - min) / 5 of first 20 returns
+    per_rank: Positive = 20  # past actors that are kept per rank, a uniform sample of all
+    policies_per_rollout: Positive = 4  # past actors drawn for each rollout
+    use_history: bool = False  # samples of past policies train theta, too
     # Base algorithm: MAPPO
-    rollout_steps: Positive = 200  # T; a rollout does not reset the worlds
-    chunk_length: Positive = 10  # L, steps of backpropagation through time
-    epochs: Positive = 5  # PPO epochs
-    minibatches: Positive = 5  # per epoch
-    actor_lr: Amount = 5e-4  # Adam
-    critic_lr: Amount = 5e-4  # Adam
-    adam_eps: Above = 1e-5  # Adam
-    gamma: Share = 0.99  # discount
-    gae_lambda: Share = 0.95  # GAE
-    clip: Amount = 0.2  # eps of Eq. (9)
-    value_clip: Amount = 0.2  # the same for values, in normalised units
-    huber_delta: Above = 10.0  # of the value loss
-    entropy_coef: Amount = 0.01  # entropy bonus
-    max_grad_norm: Above = 10.0  # of each network
-    plain: bool = False  # convolutions on images, not tables: the same results, slower
-    amp: bool = False  # critic in bf16 where the hardware has it
+    rollout_steps: Positive = 200  # T, steps per rollout; worlds are not reset between rollouts
+    chunk_length: Positive = 10  # L, steps per chunk for backpropagation through time
+    epochs: Positive = 5  # PPO epochs over each rollout
+    minibatches: Positive = 5  # minibatches per epoch
+    actor_lr: Amount = 5e-4  # learning rate of the actor (Adam)
+    critic_lr: Amount = 5e-4  # learning rate of the critic (Adam)
+    adam_eps: Above = 1e-5  # epsilon of Adam
+    gamma: Share = 0.99  # discount factor
+    gae_lambda: Share = 0.95  # lambda of generalised advantage estimation (GAE)
+    clip: Amount = 0.2  # eps of Eq. (9), clip range of the policy ratio
+    value_clip: Amount = 0.2  # clip range of the values, in units of normalised returns
+    huber_delta: Above = 10.0  # delta of the Huber value loss, in units of normalised returns
+    entropy_coef: Amount = 0.01  # weight of the entropy bonus
+    max_grad_norm: Above = 10.0  # gradients of each optimiser are clipped to this norm
+    plain: bool = False  # run the CNN on images instead of lookup tables: same results, slower
+    amp: bool = False  # critic in bfloat16 up to its GRU, where the hardware supports it
     # Evaluation
-    background: tuple[str, ...] = ("random", "past")  # co-players; also run directories
-    num_focal: Count = 0  # seats that we take beside them; 0: N - 1
-    eval_ids: Literal["random", "slot"] = "random"  # agent ids of a seat (Eq. 2: random)
-    eval_scenarios: str = "all"  # Melting Pot's, beside bots: all, none or e.g. SC0,SC3
-    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official where they can be had
+    background: tuple[str, ...] = ("random", "past")  # co-players: random, past, run directories
+    num_focal: Count = 0  # seats of the trained policy beside --background; 0: N - 1
+    eval_ids: Literal["random", "slot"] = "random"  # agent ids: drawn (Eq. 2), or the seat's number
+    eval_scenarios: str = "all"  # Melting Pot scenarios to evaluate in: all, none or e.g. SC0,SC3
+    bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant, and the sentence for each."""
+    """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     alone = not args.history_share
     few = args.rank_width is None and args.per_rank < WARM_UP
@@ -127,13 +127,13 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (args.use_history and alone, "--use-history has no samples with --history-share 0"),
-        # The first actors stand in one rank until they are told apart, and none may be lost.
+        # Until psi is known, all actors are in one rank, which must be able to hold them all.
         (few, f"--per-rank below {WARM_UP} needs --rank-width"),
     ]
 
 
-LINE = ("episode/return", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = (  # flags of this script that may differ with --resume and --eval-only
+LINE = ("episode/return", "entropy", "sps")  # scalars to print where there is no terminal
+RESUMABLE = (  # flags of this script that may change with --resume and --eval-only
     "num_workers",
     "worker_timeout",
     "plain",
@@ -144,7 +144,7 @@ RESUMABLE = (  # flags of this script that may differ with --resume and --eval-o
     "eval_scenarios",
     "bots",
 )
-# The same batch from more worlds and shorter rollouts: 1.3 times as fast where two cores are idle.
+# As many samples from more worlds and shorter rollouts: 1.3 times as fast on two idle cores.
 PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 
@@ -153,7 +153,7 @@ PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 # [shared: meltingpot_worlds] begin
 def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any:
-    """num_envs worlds of args.substrate; UsageError if it cannot be had here."""
+    """Create num_envs parallel worlds; UsageError if args.substrate is unknown or not installed."""
     from envs.meltingpot.make import make_worlds
 
     try:
@@ -174,12 +174,12 @@ def make_envs(args: Args, num_envs: int, seed: int, first_world: int = 0) -> Any
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 
-KERNEL = 4  # of the second convolution, in tiles
-RELU = math.sqrt(2)  # gain of layers before a ReLU
+KERNEL = 4  # size of the second convolution's kernel, in tiles
+RELU = math.sqrt(2)  # gain of the initial weights of layers before a ReLU
 
 
 def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
-    """Orthogonal weights and zero biases."""
+    """Give a layer orthogonal weights and zero biases, in place; returns the layer."""
     for name, parameter in layer.named_parameters():
         if "bias" in name:
             nn.init.zeros_(parameter)
@@ -189,17 +189,17 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
 
 
 class TileCNN(nn.Module):
-    """The paper's CNN and the layer after it (App. B.2), with ReLU.
+    """The paper's two convolutions and the linear layer after them, each with ReLU (App. B.2).
 
-    It gets images as tile ids, for all of them consist of 8 x 8 sprites. By default TileTables
-    computes the same function, only faster; whoever changes this one runs it with --plain.
+    The input is tile ids, because every image is a grid of sprites of 8 x 8 pixels. By default,
+    lookup tables compute the same function faster. A changed TileCNN must be run with --plain.
     """
 
     def __init__(self, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
         rows, columns = (max(size, KERNEL) for size in grid)
-        # Views narrower than the kernel get black tiles below and to the right.
+        # Views smaller than the kernel are padded with black tiles (id 0) below and to the right.
         self.padding = (0, columns - grid[1], 0, rows - grid[0])
         inputs = 32 * (rows - KERNEL + 1) * (columns - KERNEL + 1)
         self.conv1 = orthogonal(nn.Conv2d(3, 16, 8, stride=8), RELU)
@@ -207,19 +207,19 @@ class TileCNN(nn.Module):
         self.linear = orthogonal(nn.Linear(inputs, 64), RELU)
 
     def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
-        """ids (M, H, W) into sprites (P, 3, 8, 8) -> (M, 64)."""
+        """Tile ids (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
         tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
         images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
         images = images.flatten(4, 5).flatten(2, 3)
         x = F.relu(self.conv1(images))  # (M, 16, H, W)
         x = F.relu(self.conv2(x))  # (M, 32, H - 3, W - 3)
-        x = x.flatten(2).transpose(1, 2).flatten(1)  # position by position
+        x = x.flatten(2).transpose(1, 2).flatten(1)  # (M, positions * 32), the order of the tables
         return F.relu(self.linear(x))
 
 
 class Actor(nn.Module):
-    """CNN -> MLP 2 x 64 -> GRU 128 over the MLP's output, features and agent id -> MLP 64 -> logits
-    (App. B.2)."""
+    """CNN -> MLP of 2 x 64 -> GRU of 128 -> MLP of 64 -> logits of the actions (App. B.2). The GRU
+    also gets the agent's features and its one-hot id."""
 
     def __init__(self, spec: Spec, plain: bool):
         super().__init__()
@@ -234,8 +234,8 @@ class Actor(nn.Module):
         self.out = orthogonal(nn.Linear(64, spec.num_actions), 0.01)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, S) before the first step -> logits (T, B, N, A) and the states after each
-        step (T, B, N, S)."""
+        """Run T steps from hidden (B, N, S). Returns logits (T, B, N, A) and the hidden states
+        after each step (T, B, N, S)."""
         x = self.cnn(views.ids.flatten(0, 2), sprites)
         x = F.relu(self.mlp(x))
         x = x.unflatten(0, views.ids.shape[:3])
@@ -246,16 +246,16 @@ class Actor(nn.Module):
 
 # [shared: meltingpot_networks] begin
 class Views(NamedTuple):
-    """What an actor sees of each agent, or the critic of each world."""
+    """Inputs of a network: the actor gets a view per agent, the critic a global view per world."""
 
-    ids: Tensor  # actor: (T, B, N, H, W), critic: (T, B, H', W'), tile ids
+    ids: Tensor  # tile ids; actor: (T, B, N, H, W), critic: (T, B, H', W')
     features: Tensor  # actor: (T, B, N, F + N), critic: (T, B, N * (F + A)), float32
-    starts: Tensor  # (T, B) bool, an episode begins
+    starts: Tensor  # (T, B) bool, True at the first step of an episode
 
 
 class Critic(nn.Module):
-    """Layers as the actor's, over a global view and all agents' features. It sees a world once and
-    has a value for each of its agents, which it tells apart by their ids."""
+    """The actor's layers, for the global view and the features of all agents. The CNN runs once per
+    world; the agent id, an input of the GRU, makes the value specific to an agent."""
 
     def __init__(self, spec: Spec, plain: bool):
         super().__init__()
@@ -270,8 +270,8 @@ class Critic(nn.Module):
         self.out = orthogonal(nn.Linear(64, 1), 1.0)
 
     def forward(self, views: Views, hidden: Tensor, sprites: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, S) before the first step -> values (T, B, N), normalised, and the states
-        after each step (T, B, N, S)."""
+        """Run T steps from hidden (B, N, S). Returns normalised values (T, B, N) and the hidden
+        states after each step (T, B, N, S)."""
         steps, worlds = views.starts.shape
         x = self.cnn(views.ids.flatten(0, 1), sprites)
         x = F.relu(self.mlp(x))
@@ -282,7 +282,7 @@ class Critic(nn.Module):
         ids = ids.expand(steps, worlds, -1, -1)
         x = x.expand(-1, -1, self.num_ids, -1)
         x = torch.cat([x, ids], -1)  # (T, B, N, .)
-        with torch.autocast(x.device.type, enabled=False):  # what is remembered needs its digits
+        with torch.autocast(x.device.type, enabled=False):  # hidden states need float32
             x = x.to(self.out.weight.dtype)
             states = run_gru(self.gru, x, views.starts, hidden)
             values = self.out(F.relu(self.head(states)))[..., 0]
@@ -290,11 +290,11 @@ class Critic(nn.Module):
 
 
 def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
-    """States (T, B, N, S) after each step of x (T, B, N, .), from hidden (B, N, S) on; it is zero
-    where an episode starts (T, B)."""
-    # Without a break between steps at which some world begins an episode.
+    """Run the GRU over x (T, B, N, .) from hidden (B, N, S), which is reset to zero where starts
+    (T, B) is True. Returns the hidden states after each step (T, B, N, S)."""
+    # One call of the GRU for all steps up to the next one at which any world begins an episode.
     begins = []
-    if len(x) > 1:  # a GPU is waited for
+    if len(x) > 1:  # a single step has no breaks, and tolist() waits for the GPU
         begins = starts[1:].any(1).tolist()
     breaks = (t for t, begun in enumerate(begins, 1) if begun)
     cuts = [0, *breaks, len(x)]
@@ -310,31 +310,31 @@ def run_gru(gru: nn.GRU, x: Tensor, starts: Tensor, hidden: Tensor) -> Tensor:
 
 
 def chosen(log_probs: Tensor, actions: Tensor) -> Tensor:
-    """Of log-probabilities (..., A) those of actions (...)."""
+    """Pick the log-probabilities (...) of actions (...) from those of all actions (..., A)."""
     return log_probs.gather(-1, actions[..., None])[..., 0]
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (B, N) from log-probabilities (B, N, A): the largest after adding Gumbel noise, drawn
-    once per agent and action whatever the policy."""
+    """Sample actions (B, N) from log-probabilities (B, N, A) by the Gumbel-max trick. The noise is
+    drawn independently of the policy, so every policy uses the same amount of random numbers."""
     gumbel = -torch.empty(log_probs.shape).exponential_(generator=rng).log()
     return (log_probs + send(gumbel, log_probs.device)).argmax(-1)
 
 
-# paper is silent: value normalisation, orthogonal weights, ReLU; as in MAPPO
+# paper is silent: value normalisation, orthogonal weights, ReLU of the head; as in MAPPO
 class ValueNorm(nn.Module):
-    """Mean and deviation of returns by exponential averages, beta .99999, debiased, as in MAPPO."""
+    """Mean and standard deviation of returns, as debiased exponential averages (MAPPO)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # averages of 1, x, x^2
 
     def update(self, new: Tensor) -> None:
-        """new (3,): 1, mean and mean square of new returns."""
+        """Update the averages with new (3,): 1, mean and mean square of returns; beta is .99999."""
         self.sums.lerp_(new, 1 - 0.99999)
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
-        """0 and 1 before the first update."""
+        """Mean () and standard deviation (); 0 and 1 before the first update()."""
         weight, mean, square = self.sums
         if weight == 0:
             return torch.zeros_like(mean).float(), torch.ones_like(mean).float()
@@ -347,7 +347,7 @@ class ValueNorm(nn.Module):
 
 
 class Agent(Parts):
-    """The networks and their optimisers; sprites: of the worlds where they learn."""
+    """The networks, their optimisers, and the sprites of the training worlds."""
 
     def __init__(self, args: Args, envs: Any, device: torch.device):
         self.args, self.spec, self.device = args, envs.spec, device
@@ -372,19 +372,19 @@ class Agent(Parts):
         return torch.optim.Adam(net.parameters(), lr, eps=self.args.adam_eps, fused=True)
 
     def autocast(self) -> torch.autocast:
-        """--amp is for the critic: in policies bf16 would blur the ratio of Eq. (9)."""
+        """--amp: bfloat16 in the critic. Actors stay in float32, for the ratio of Eq. (9)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
 
 # --- 5. The paper ---------------------------------------------------------------------------------
 
-CURRENT = -1  # who acts: theta
-WARM_UP = 20  # returns that the default of psi depends on
-Weights = dict[str, Tensor]  # of an actor, on the CPU
+CURRENT = -1  # in `players`: theta acts
+WARM_UP = 20  # number of first returns that set the default of psi
+Weights = dict[str, Tensor]  # the state_dict of an actor, on the CPU
 
 
 def weights_of(actor: Actor) -> Weights:
-    """A copy of them."""
+    """A copy of an actor's weights, on the CPU."""
     weights = {}
     for name, x in actor.state_dict().items():
         weights[name] = x.cpu().clone()
@@ -393,30 +393,30 @@ def weights_of(actor: Actor) -> Weights:
 
 @dataclasses.dataclass
 class Memory:
-    """Psi, past actors by rank, alike in all processes; a checkpoint has it whole."""
+    """Psi, past actors by rank, equal in all processes and saved in checkpoints."""
 
-    width: float | None  # psi; None: not known yet
-    per_rank: int
+    width: float | None  # psi; None: not yet known
+    per_rank: int  # largest number of actors in a rank
     rng: torch.Generator
     actors: list[Weights] = dataclasses.field(default_factory=list)
-    returns: list[float] = dataclasses.field(default_factory=list)  # of these actors
-    met: list[float] = dataclasses.field(default_factory=list)  # returns of all actors so far
+    returns: list[float] = dataclasses.field(default_factory=list)  # mean return of each actor
+    met: list[float] = dataclasses.field(default_factory=list)  # mean returns of all actors so far
 
     def rank(self, mean_return: float) -> int:
-        """kappa."""
+        """The rank kappa of a mean return; 0 until psi is known."""
         if self.width is None:
             return 0
         return math.floor(mean_return / self.width)
 
     def ranks(self) -> dict[int, list[int]]:
-        """Each rank's places among the actors."""
+        """{rank: indices of its actors in self.actors}."""
         ranks = collections.defaultdict(list)
         for place, mean_return in enumerate(self.returns):
             ranks[self.rank(mean_return)].append(place)
         return ranks
 
     def append(self, actor: Actor, mean_return: float) -> None:
-        """Take an actor in; if its rank is full, for another one or not at all."""
+        """Reservoir sampling: add an actor; if the rank is full, for an old one, or not at all."""
         self.met.append(mean_return)
         rank = self.rank(mean_return)
         places = self.ranks()[rank]
@@ -424,18 +424,18 @@ class Memory:
             self.actors.append(weights_of(actor))
             self.returns.append(mean_return)
         else:
-            # paper and code differ: there all are kept; here each with probability per_rank / peers
+            # paper and code differ: the paper keeps all, here each with chance per_rank / peers
             peers = sum(self.rank(x) == rank for x in self.met)
             choice = int(torch.randint(peers, (), generator=self.rng))
             if choice < self.per_rank:
                 self.actors[places[choice]] = weights_of(actor)
                 self.returns[places[choice]] = mean_return
-        # paper is silent: psi; ours is a fifth of the first returns' spread, 1 if they are equal
+        # paper is silent: psi; here a fifth of the range of the first returns, 1 if it is 0
         if self.width is None and len(self.met) == WARM_UP:
             self.width = (max(self.met) - min(self.met)) / 5 or 1.0
 
     def draw(self, count: int, rng: torch.Generator) -> list[Weights]:
-        """So many actors: uniform over ranks, then uniform in the rank; one may come twice."""
+        """Draw `count` actors, each from a uniformly drawn rank; an actor may be drawn twice."""
         ranks, drawn = list(self.ranks().values()), []
         for _ in range(count if ranks else 0):
             rank = int(torch.randint(len(ranks), (), generator=rng))
@@ -451,19 +451,19 @@ def new_memory(args: Args) -> Memory:
 
 
 def remember(memory: Memory, actor: Actor, batch: Batch) -> None:
-    """File an actor by the mean return of the agents that it played in all processes."""
+    """Append an actor with the mean return of the agents that it played, over all processes."""
     check_finite(rewards=batch.rewards)
     device = batch.rewards.device
     returns = torch.tensor(batch.returns, dtype=torch.float64, device=device)
     _, mean_return, _ = moments(returns).tolist()
-    # paper is silent: rollouts are shorter than most episodes, and an iteration in which none
-    # ended has no return. Its actor has no rank and is not kept.
+    # paper is silent: rollouts are shorter than most episodes. If no episode ended in this one, its
+    # actor has no return (NaN) and so no rank: it is not kept.
     if not math.isnan(mean_return):
         memory.append(actor, mean_return)
 
 
 def draw_players(args: Args, shape: torch.Size, drawn: int, rng: torch.Generator) -> Tensor:
-    """Who acts for N agents of B worlds -> (B, N) int64: one of so many past actors, or CURRENT."""
+    """Draw who acts, for shape (B, N) -> (B, N) int64: one of `drawn` past actors, or CURRENT."""
     worlds, _ = shape
     past = torch.rand(shape, generator=rng) < args.history_share
     # paper is silent: at least one agent, drawn at random, is current in each world
@@ -474,12 +474,12 @@ def draw_players(args: Args, shape: torch.Size, drawn: int, rng: torch.Generator
 
 
 def recruit(state: RolloutState, drawn: list[Weights]) -> RolloutState:
-    """The crew of a rollout: the actors drawn for it, then those who play on in their episodes."""
+    """The state with a new crew: the actors drawn, then those whose episodes are under way."""
     players, crew = torch.full_like(state.players, CURRENT), list(drawn)
     staying = state.players.masked_fill(state.starts[:, None], CURRENT)
     for place in staying.unique().tolist():
         if place != CURRENT:
-            players[staying == place] = len(crew)
+            players[staying == place] = len(crew)  # the place in the new crew
             crew.append(state.crew[place])
     return dataclasses.replace(state, players=players, crew=crew)
 
@@ -487,12 +487,12 @@ def recruit(state: RolloutState, drawn: list[Weights]) -> RolloutState:
 def act_past(
     nets: list[Actor], views: Views, state: RolloutState, theta: Tensor, sprites: Sprites
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, N, A) of whoever acts: theta's, where no past actor does; and the past
-    actors' next hidden (B, N, S). Views without T."""
+    """Run the past actors for one step; views without axis T, theta: log-probabilities (B, N, A).
+    Returns those of the policies that act (B, N, A), and the past actors' next hidden (B, N, S)."""
     acting, after = theta.clone(), state.past_hidden.clone()
     for place, net in enumerate(nets):
         b, n = (state.players == place).nonzero(as_tuple=True)
-        if len(b):  # as many worlds of one agent each
+        if len(b):  # len(b) worlds with one agent each
             ids, features = views.ids[b, n, None], views.features[b, n, None]
             rows = Views(ids, features, views.starts[b])
             hidden = state.past_hidden[b, n, None]
@@ -503,21 +503,21 @@ def act_past(
 
 
 def clip_centre(batch: Batch) -> Tensor:
-    """w = pi_theta_old / who acted, (T, B, N): 1 where theta acted."""
-    # A past policy's sample has a ratio that starts at w. A clip around 1 would let only noise that
-    # leads back to that policy pass; this one bounds how far theta goes from theta_old.
+    """w = pi_theta_old / pi_who of the actions, (T, B, N) or (L, M, N); 1 where theta acted."""
+    # The ratio of a past policy's sample starts at w. Outside a clip around 1, only gradients that
+    # pull theta to that policy would pass. A clip around w bounds the step from theta_old.
     return (batch.theta - batch.log_probs).exp()
 
 
 def training_samples(args: Args, x: Tensor, current: Tensor) -> Tensor:
-    """Those of x (..., N) that train theta: its own."""
-    # paper is silent: which samples train; the past ones' are off-policy
+    """Select from x (..., N) what trains theta: its own samples, or all with --use-history."""
+    # paper is silent: which samples train theta; those of past policies are off-policy
     return x if args.use_history or current.all() else x[current]
 
 
 def importance_weights(batch: Batch) -> dict[str, Tensor]:
-    """Of past policies' samples before the update: the largest weight pi_theta / pi_past, and the
-    effective sample size (sum w)^2 / sum w^2 as a share of their number."""
+    """For past policies' samples before the update: the largest weight w = pi_theta / pi_past, and
+    the effective sample size (sum w)^2 / sum w^2 as a share of the number of samples."""
     past = ~batch.current
     if not past.any():
         return {}
@@ -534,19 +534,19 @@ def importance_weights(batch: Batch) -> dict[str, Tensor]:
 
 @dataclasses.dataclass
 class RolloutState:
-    """What passes from one rollout to the next."""
+    """What a rollout needs from the one before it."""
 
-    starts: Tensor  # (B,) bool, an episode is about to begin
-    previous: Tensor  # (B, N) int64, last actions; -1: none yet
+    starts: Tensor  # (B,) bool, the next step is the first of an episode
+    previous: Tensor  # (B, N) int64, previous actions; -1: none yet in this episode
     actor_hidden: Tensor  # (B, N, S)
     critic_hidden: Tensor  # (B, N, S)
-    past_hidden: Tensor  # (B, N, S) of the past actors, where one plays
-    players: Tensor  # (B, N) int64, who plays: a place in the crew, or CURRENT
-    crew: list[Weights]  # past actors at play
+    past_hidden: Tensor  # (B, N, S) of past actors; not used where theta acts
+    players: Tensor  # (B, N) int64, who acts: a place in the crew, or CURRENT
+    crew: list[Weights]  # the past actors of a rollout
 
 
 def new_state(agent: Agent, num_envs: int) -> RolloutState:
-    """The beginning of episodes in all worlds."""
+    """The state at which all worlds begin an episode."""
     shape, device = (num_envs, agent.spec.num_agents), agent.device
     return RolloutState(
         starts=torch.ones(num_envs, dtype=torch.bool, device=device),
@@ -561,27 +561,27 @@ def new_state(agent: Agent, num_envs: int) -> RolloutState:
 
 @dataclasses.dataclass
 class Batch:
-    """One rollout. T + 1: with the step after it, for bootstrapping."""
+    """One rollout. Fields of length T + 1 include the step after it, for bootstrapping."""
 
-    tile_ids: Tensor  # (T, B, N, H, W), the views
-    actor_features: Tensor  # (T, B, N, F + N) float32, with agent ids
-    world_ids: Tensor  # (T + 1, B, H', W'), the global views
-    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, of all agents
-    starts: Tensor  # (T + 1, B) bool, an episode's first step
+    tile_ids: Tensor  # (T, B, N, H, W) uint16, on a GPU int32; the agents' views
+    actor_features: Tensor  # (T, B, N, F + N) float32, with one-hot agent ids
+    world_ids: Tensor  # (T + 1, B, H', W'), the global views, dtype of tile_ids
+    critic_features: Tensor  # (T + 1, B, N * (F + A)) float32, see joint_features()
+    starts: Tensor  # (T + 1, B) bool, True at the first step of an episode
     actions: Tensor  # (T, B, N) int64
     log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted
     rewards: Tensor  # (T, B, N) float32
     terminated: Tensor  # (T, B) bool
     truncated: Tensor  # (T, B) bool
-    current: Tensor  # (T, B, N) bool, theta acted
+    current: Tensor  # (T, B, N) bool, True where theta acted
     theta: Tensor  # (T, B, N) float32, log-probabilities of the actions under theta
-    actor_hidden: Tensor  # (C, B, N, S) of theta before each chunk
-    finals: list[tuple[int, int, Views]]  # where truncated: t, b, what came last (1, 1, ...)
-    episodes: list[Episode]  # those that ended
-    returns: list[float]  # in those, of each agent that theta played
-    critic_hidden: Tensor | None = None  # (C, B, N, S); this and the rest: see prepare()
-    values: Tensor | None = None  # (T, B, N) float32, normalised
-    targets: Tensor | None = None  # (T, B, N) float32, returns, normalised
+    actor_hidden: Tensor  # (C, B, N, S), hidden states of theta before each chunk
+    finals: list[tuple[int, int, Views]]  # t, b, final critic view (1, 1, ...) of each truncation
+    episodes: list[Episode]  # those that ended in this rollout
+    returns: list[float]  # returns in them, of each agent that theta played
+    critic_hidden: Tensor | None = None  # (C, B, N, S); prepare() fills this field and those below
+    values: Tensor | None = None  # (T, B, N) float32, before the update, normalised
+    targets: Tensor | None = None  # (T, B, N) float32, GAE returns, normalised
     advantages: Tensor | None = None  # (T, B, N) float32, normalised
 
     def actor_views(self) -> Views:
@@ -601,7 +601,7 @@ def collect(
     rng: torch.Generator,
     method_rng: torch.Generator,
 ) -> tuple[Batch, RolloutState]:
-    """Play T steps in every world; the state is that behind them."""
+    """Play T steps in every world from `state` on; returns the rollout and the state after it."""
     device, shape = agent.device, state.previous.shape
     num_actions = envs.spec.num_actions
     record = collections.defaultdict(list)
@@ -618,7 +618,7 @@ def collect(
         tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
         joint = joint_features(features, state.previous, num_actions)
         add(world_ids=world_ids, critic_features=joint, starts=state.starts)
-        if t == args.rollout_steps:
+        if t == args.rollout_steps:  # the step after the rollout is for the critic alone
             break
         if state.starts.any():
             players = draw_players(args, shape, len(drawn), method_rng)
@@ -669,11 +669,11 @@ def collect(
 def prepare(
     args: Args, agent: Agent, batch: Batch, state: RolloutState
 ) -> tuple[Batch, RolloutState]:
-    """The rollout with what the losses need, and the state with the critic's new memory; takes the
-    returns into agent.value_norm."""
+    """Update agent.value_norm and add to the rollout what the losses need (last fields of Batch).
+    Returns the rollout, and the state with the critic's new hidden states."""
     values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
-    # paper is silent: statistics of returns and advantages, once before the epochs
+    # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(training_samples(args, returns, batch.current)))
     mean, std = agent.value_norm.mean_std()
     ours = training_samples(args, advantages, batch.current)
@@ -691,9 +691,9 @@ def prepare(
 
 # [shared: meltingpot_data] begin
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch: all pairs of a chunk and a world with all its agents, shuffled and dealt out.
+    """Yield the minibatches of one epoch: shuffled (chunk, world) pairs, each with all agents.
     (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
-    # paper is silent: how a rollout is cut for recurrent networks
+    # paper is silent: how a rollout is cut into chunks and minibatches for recurrent networks
     chunks, worlds = batch.actor_hidden.shape[:2]
     length = args.chunk_length
     order = torch.randperm(chunks * worlds, generator=rng)
@@ -706,7 +706,7 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
             if name.endswith("hidden"):
                 parts[name] = x[chunk, world]
             else:
-                x = x[: chunks * length].unflatten(0, (chunks, length))
+                x = x[: chunks * length].unflatten(0, (chunks, length))  # without step T + 1
                 parts[name] = x[chunk, :, world].transpose(0, 1)
         yield dataclasses.replace(batch, **parts)
 
@@ -717,10 +717,10 @@ def observe(
     ids: Tensor | None = None,
     num_ids: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views (B, N, H, W), features with one-hot agent ids (B, N, F + N), global views (B, H', W')
-    and features without ids.
+    """Move obs to the device. Returns tile ids (B, N, H, W), features with one-hot agent ids
+    (B, N, F + N), tile ids of the global views (B, H', W') and features without ids (B, N, F).
 
-    ids (B, N): by default the seats' numbers. num_ids: a scenario has fewer seats than ids.
+    ids (B, N): default seat numbers. num_ids: default one per seat; a scenario has fewer seats.
     """
     tile_ids = ids_on(device, obs.tile_ids)
     world_ids = ids_on(device, obs.world_ids)
@@ -734,9 +734,9 @@ def observe(
 
 
 def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tensor:
-    """For the critic: all agents' features (B, N, F) and previous actions (B, N), -1 for none
-    -> (B, N * (F + A))."""
-    # paper is silent: which actions the critic sees
+    """Join features (B, N, F) and one-hot previous actions (B, N; -1 becomes zeros) of all agents,
+    for the critic -> (B, N * (F + A))."""
+    # paper is silent: which actions the critic gets
     actions = F.one_hot(previous + 1, num_actions + 1)[..., 1:]
     rows = torch.cat([features, actions.to(features.dtype)], -1)
     return rows.flatten(-2)
@@ -744,7 +744,7 @@ def joint_features(features: Tensor, previous: Tensor, num_actions: int) -> Tens
 
 @torch.no_grad()
 def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Tensor, Tensor]:
-    """One step, views without T -> log-probabilities (B, N, A) and the next hidden (B, N, S)."""
+    """One step; views without axis T -> log-probabilities (B, N, A), next hidden (B, N, S)."""
     views = Views(views.ids[None], views.features[None], views.starts[None])
     logits, states = net(views, hidden, sprites())
     return logits[0].log_softmax(-1), states[0]
@@ -754,8 +754,8 @@ def act(net: Actor, views: Views, hidden: Tensor, sprites: Sprites) -> tuple[Ten
 def replay(
     args: Args, net: nn.Module, views: Views, hidden: Tensor, sprites: Sprites
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run net over a rollout, chunk by chunk, from hidden (B, N, S) on -> outputs (T, B, N, ...),
-    states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
+    """Run net over a rollout, chunk by chunk, from hidden (B, N, S). Returns outputs (T, B, N, .),
+    hidden states before each chunk (C, B, N, S) and after each step (T, B, N, S)."""
     outputs, before, after = [], [], []
     for first in range(0, len(views.starts), args.chunk_length):
         steps = slice(first, first + args.chunk_length)
@@ -769,8 +769,8 @@ def replay(
 
 
 def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor:
-    """Generalised advantages (T, B, N), in raw units. next_values: of the state after each step,
-    which at a truncation is the ended episode's last, not the next one's first."""
+    """Advantages (T, B, N) by GAE, in units of rewards. next_values (T, B, N): of the state after
+    each step; at a truncation, of the final state, not of the next episode's first state."""
     goes_on = ~(batch.terminated | batch.truncated)[..., None]
     delta = batch.rewards + args.gamma * next_values * ~batch.terminated[..., None] - values
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
@@ -784,8 +784,8 @@ def gae(args: Args, batch: Batch, values: Tensor, next_values: Tensor) -> Tensor
 def estimate(
     args: Args, agent: Agent, batch: Batch, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values and advantages (T, B, N) in raw units, and the critic's states before each chunk and
-    before the next rollout (C + 1, B, N, S); hidden (B, N, S): before this one."""
+    """Run the critic from hidden (B, N, S). Returns values and advantages (T, B, N) in units of
+    rewards, and hidden states before each chunk and before the next rollout (C + 1, B, N, S)."""
     views = batch.critic_views()
     mean, std = agent.value_norm.mean_std()
     with agent.autocast():
@@ -805,14 +805,14 @@ def estimate(
 
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor) -> Tensor:
-    """Element by element; ratio: of pi_theta to the policy that acted; centre: what the ratio may
-    leave by a share of clip."""
+    """PPO's clipped objective of each sample; ratio: pi_theta / pi_who of its action; centre: the
+    value around which the ratio is clipped, by a share `clip` of it."""
     clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))
     return torch.min(ratio * advantage, clipped * advantage)
 
 
 def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: float) -> Tensor:
-    """Clipped Huber loss, element by element, in normalised units."""
+    """Clipped Huber loss of each value; value, old value and target are normalised."""
     clipped = old + (value - old).clamp(-clip, clip)  # paper is silent: clipped as in MAPPO
     return torch.max(
         F.huber_loss(value, target, reduction="none", delta=delta),
@@ -821,7 +821,7 @@ def value_loss(value: Tensor, old: Tensor, target: Tensor, clip: float, delta: f
 
 
 def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    """PPO epochs over one rollout of prepare(); returns scalars."""
+    """Train for args.epochs on a rollout from prepare(); returns mean scalars."""
     scalars = collections.defaultdict(list)
     for _ in range(args.epochs):
         for part in minibatches(args, batch, rng):
@@ -860,7 +860,7 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
 
 # [shared: meltingpot_players] begin
 class NetPlayer:
-    """A network as a player for envs.meltingpot.episodes: sampled actions, a memory of its own."""
+    """A network as a Player of envs.meltingpot.episodes; samples actions, keeps hidden states."""
 
     def __init__(self, net: Actor, sprites: Sprites, seed: int):
         self.net, self.sprites = net, sprites
@@ -883,7 +883,7 @@ class NetPlayer:
 
 
 def load_player(path: str, envs: Any, seed: int = 0) -> Player:
-    """The actor of a run directory or checkpoint, for these worlds."""
+    """Load the actor of a run directory or checkpoint as a player in the worlds `envs`."""
     args = saved_args(path, Args)
     saved, _ = load_checkpoint(path)
     with make_envs(args, 1, 1) as trained_in:
@@ -893,7 +893,7 @@ def load_player(path: str, envs: Any, seed: int = 0) -> Player:
 
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
-    """The actors of the run directories and checkpoints among --background."""
+    """{path: actor} for each path in --background; UsageError if an actor does not fit."""
     if args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
@@ -914,9 +914,9 @@ def evaluate(
     others: dict[str, Actor],
     evaluation: Evaluation,
 ) -> dict[str, dict[str, float]]:
-    """Full natural episodes without learning: everyone ours, then beside each of --background, then
-    beside the bots of each of --eval-scenarios; {"v co-player":
-    envs.meltingpot.episodes.summarise(...)}."""
+    """Play full episodes without learning: self-play, then beside each co-player of --background,
+    then beside the bots of each scenario of --eval-scenarios. Returns {name of the row: figures},
+    as envs.meltingpot.episodes.summarise() computes them."""
     args = dataclasses.replace(args, max_episode_steps=0)
     rng = evaluation.rng
 
@@ -944,7 +944,7 @@ def evaluate(
 
 
 def report(batch: Batch, memory: Memory, scalars: dict[str, Tensor]) -> dict[str, Any]:
-    """What an iteration logs."""
+    """The scalars that an iteration logs."""
     figures = scalars | importance_weights(batch)
     for name, who in (("current", batch.current), ("past", ~batch.current)):
         if who.any():
@@ -957,13 +957,13 @@ def report(batch: Batch, memory: Memory, scalars: dict[str, Tensor]) -> dict[str
 
 
 def new_generators(seed: int, rank: int) -> list[torch.Generator]:
-    """A process's own; the method has one for itself, so that the parent's draws stay."""
+    """Two generators for each process (rank): one as in the parent script, one for the method."""
     seeds = np.random.SeedSequence((seed, rank)).generate_state(2).tolist()
     return [torch.Generator().manual_seed(x) for x in seeds]
 
 
 def train(args: Args) -> int:
-    """The run, with --resume from its checkpoint on; returns the exit code."""
+    """Train, or resume a run (--resume), or evaluate (--eval-only); returns the exit code."""
     with Run(args, table, LINE) as run:
         first_world = run.rank * args.num_envs
         envs = run.close_at_end(make_envs(args, args.num_envs, args.seed, first_world))
@@ -987,14 +987,14 @@ def train(args: Args) -> int:
         own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state}
         parts = {"agent": agent, "memory": memory}
         run.begin(args.substrate, parts=parts, own=own, bots=bots, amp=agent.amp)
-        if not envs.reproducible:  # all worlds begin new episodes
+        if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
             state = new_state(agent, args.num_envs)
         while run.goes_on():
             batch, state = collect(args, envs, agent, memory, state, rng=rng, method_rng=method_rng)
             run.lap("collect_s")
-            envs.check()  # workers build next episodes while we learn
+            envs.check()  # lets workers build the next episodes during the update
             batch, state = prepare(args, agent, batch, state)
-            remember(memory, agent.actor, batch)  # what has acted is now the past
+            remember(memory, agent.actor, batch)  # the actor that has just acted, before its update
             scalars = update(args, agent, batch, rng)
             own["state"] = state
             run.lap("learn_s")
@@ -1013,7 +1013,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the script with arguments argv, default sys.argv[1:]; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     return call(lambda: train(parse(given)), WorldError)
 
