@@ -97,17 +97,17 @@ class Args(RunArgs):
     """MIPI on MAPPO in StarCraft micromanagement. MAPPO's defaults are those of MIPI's paper."""
 
     # Environment
-    backend: Literal["sim", "sc2"] = "sim"  # envs/smac/combat.py or StarCraft II
-    scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # units; Resource Collection
-    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
-    enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
-    clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
-    rescale: bool = False  # resource: lengths in units of sight, rewards a tenth
-    egocentric: bool = False  # resource: also where the nearest things one sees are from oneself
-    num_envs: Positive = 10  # B, battles at a time, per process
-    env_threads: Positive = 1  # sim: over which they are spread
-    game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
-    max_episode_steps: Positive = 150  # of a battle; resource has at most 145
+    backend: Literal["sim", "sc2"] = "sim"  # sim: the simulator in envs/smac; sc2: StarCraft II
+    scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # unit types, or Resource Collection
+    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # team sizes (numbers of agents) in training
+    enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: enemies' AI; sticky: like SC2
+    clip_regeneration: bool = False  # damage minus regeneration is rewarded as max(x, 0), not |x|
+    rescale: bool = False  # resource: lengths divided by the sight radius, rewards divided by 10
+    egocentric: bool = False  # resource: adds the relative places of the nearest things in sight
+    num_envs: Positive = 10  # B, battles played in parallel, per process
+    env_threads: Positive = 1  # sim: threads that simulate the battles of a process
+    game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
+    max_episode_steps: Positive = 150  # steps after which time is out; resource: at most 145
     # Method
     alpha: Amount = 0.03  # of Eqs. (8), (16): reward that a nat costs; 0: MAPPO
     regularizer: Literal["mi", "entropy"] = "mi"  # m: the marginal policy; uniform
@@ -121,9 +121,9 @@ class Args(RunArgs):
     rollout: Literal["rounds", "windows"] = "rounds"  # whole battles, or some steps of running ones
     window_steps: Positive = 32  # T of windows
     recurrent: bool = True  # actors with a GRU; without: what they see now
-    target_head: Literal["tags", "pointer"] = "tags"  # whom to attack: by its tag, or what it is
-    hidden_size: Positive = 128  # H, of embeddings and attention
-    heads: Positive = 4  # h, of attention
+    target_head: Literal["tags", "pointer"] = "tags"  # tells targets apart by tag or by features
+    hidden_size: Positive = 128  # H, units of embeddings and attention
+    heads: Positive = 4  # h, attention heads
     rnn_size: Positive = 64  # R, of the GRU
     returns: Literal["n-step", "lambda"] = "n-step"  # G
     n_steps: Positive = 5  # n
@@ -140,16 +140,16 @@ class Args(RunArgs):
     epochs: Positive = 4  # over a rollout
     minibatches: Positive = 1  # of an epoch
     clip: Amount = 0.2  # eps
-    gamma: Share = 0.99  # discount
+    gamma: Share = 0.99  # discount factor per step
     max_grad_norm: Above = 10.0  # of each network
     amp: bool = False  # bf16 attention where the hardware has it
-    # Evaluation and checkpoints (every: environment steps)
-    eval_team_sizes: tuple[Positive, ...] = (6, 7, 8)  # unseen ones, evaluated beside team_sizes
-    eval_every: Count = 50_000  # evaluations on the way; 0: never
-    eval_episodes: Positive = 160  # in those, of each team size
-    final_episodes: Count = 160  # of each size at the end and with --eval-only
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    save_every: Count = 500_000  # checkpoints, of which the last two are kept; 0: at the end
+    # Evaluation and checkpoints
+    eval_team_sizes: tuple[Positive, ...] = (6, 7, 8)  # unseen sizes, evaluated with --team-sizes
+    eval_every: Count = 50_000  # environment steps between evaluations; 0: only at the end
+    eval_episodes: Positive = 160  # episodes per team size in an evaluation during training
+    final_episodes: Count = 160  # episodes per team size at the end and with --eval-only
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    save_every: Count = 500_000  # steps between checkpoints (last two kept); 0: only at the end
 
 
 PRESETS = {
@@ -174,20 +174,20 @@ PRESETS = {
         "eval_every": 250_000,
         "eval_episodes": 64,
     },
-    "cpu scenario resource": {  # on top of those
+    "cpu scenario resource": {  # added to the values of "cpu"
         "rescale": True,
         "egocentric": True,
         "target_head": "tags",
         "gamma": 0.97,
     },
 }
-# With --resume backend and version of the game stay as they were.
+# With --resume, train() refuses another backend or game version; --eval-only may change them.
 RESUMABLE = ("backend", "env_threads", "game_version", "eval_team_sizes")
-LINE = ("return", "win", "entropy", "sps")  # scalars on standard output, without a terminal
+LINE = ("return", "win", "entropy", "sps")  # scalars of lines printed where there is no terminal
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that would do something else than they say."""
+    """(whether it is wrong, message) for combinations of flags that would not do what they say."""
     windows, n_step = args.rollout == "windows", args.returns == "n-step"
     given = {name for name, x in vars(Args()).items() if getattr(args, name) != x}
     steps = args.num_envs * (args.window_steps if windows else 1)
@@ -273,22 +273,22 @@ def make_envs(
 # --- 4. Networks ----------------------------------------------------------------------------------
 # [shared: features] begin
 
-MASKED = -1e9  # in the place of a score or a utility: not to be chosen
-CHUNK = 25  # times that the GRU is given at once
+MASKED = -1e9  # replaces scores, logits and utilities of what must not be chosen
+CHUNK = 25  # time steps that the GRU gets in one call
 
 
 class Features(NamedTuple):
-    """What networks read of M moments: of those times and battles that were played, in order of
-    time, then battle. A and S count the slots up to the last one that any battle fills."""
+    """Input of the networks at M moments: the states of battles, without padding, in order of
+    time, then battle. A and S count only the slots up to the last one that any moment uses."""
 
-    entities: Tensor  # (M, S, D) float32: features; of agents also their last action
+    entities: Tensor  # (M, S, D) float32: features; of agents also the last action, one-hot
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
-    empty: Tensor  # (M, S) bool: no unit has this slot
-    avail_actions: Tensor  # (M, A, actions) bool
-    played: Tensor  # (T, B) bool, on the CPU: the M moments; the longest battles come first
+    empty: Tensor  # (M, S) bool: the slot has no unit
+    avail_actions: Tensor  # (M, A, U) bool
+    played: Tensor  # (T, B) bool, on the CPU: True at moments; the longest battles come first
 
     def at(self, index: Tensor) -> Features:
-        """Some of the moments, for a mixer, which remembers nothing."""
+        """Features of moments index (n,); `played`, which only a GRU needs, stays as it is."""
         return self._replace(
             entities=self.entities[index],
             unseen=self.unseen[index],
@@ -298,22 +298,22 @@ class Features(NamedTuple):
 
 
 def slots_in_use(empty: Tensor) -> int:
-    """How many slots, of empty (M, 8), there are up to the last that a unit has."""
+    """Number of slots up to the last one that any moment uses; empty (M, 8) bool."""
     return int((~empty).any(0).nonzero().max()) + 1
 
 
 def encode(
     obs: Observation, last_actions: Tensor, played: Tensor, device: torch.device
 ) -> Features:
-    """Observations (M, ...) as networks read them; last_actions (M, 8): -1 where there was none;
-    played (T, B): see Features."""
+    """Features of observations (M, ...), on `device`; last_actions (M, 8), -1 at the start of an
+    episode; played (T, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
     E = slots_in_use(obs.entity_mask[:, SIDE:])
     slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)], device=last_actions.device)
     num_actions = obs.avail.shape[-1]
-    # One more kind of action, in front, is "none"; its column is left out.
+    # Column 0 of the one-hot code stands for -1, no last action. It is dropped.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
-    acted = F.pad(acted, (0, 0, 0, E))  # others' actions are unknown
+    acted = F.pad(acted, (0, 0, 0, E))  # enemies' actions are unknown: 0
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
         entities=send(entities, device),
@@ -329,13 +329,13 @@ def encode(
 
 
 def uniform_parameter(inputs: int, *shape: int) -> nn.Parameter:
-    """Weights or biases of several linear layers side by side, as nn.Linear begins."""
+    """Weights or biases of several linear layers, with nn.Linear's initial distribution."""
     bound = 1 / math.sqrt(inputs)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 class Attention(nn.Module):
-    """G attention layers side by side, from agents to entities."""
+    """G attention layers, computed together: agents (queries) attend to entities (keys, values)."""
 
     def __init__(self, G: int, H: int, heads: int):
         super().__init__()
@@ -344,7 +344,7 @@ class Attention(nn.Module):
         self.key_value = uniform_parameter(H, G, H, 2 * H)
 
     def forward(self, x: Tensor, agents: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (G, M, h, A, d), keys and values (G, M, h, S, d) of x (M, S, G, H)."""
+        """Queries (G, M, h, A, d), keys and values (G, M, h, S, d) of x (M, S, G, H); agents: A."""
         M, S, G, H = x.shape
         query = x[:, :agents].flatten(0, 1).transpose(0, 1) @ self.query  # (G, M A, H)
         key_value = x.flatten(0, 1).transpose(0, 1) @ self.key_value  # (G, M S, 2 H)
@@ -353,16 +353,15 @@ class Attention(nn.Module):
         return self.split(query, M), self.split(key, M), self.split(value, M)
 
     def split(self, x: Tensor, M: int) -> Tensor:
-        """(G, M n, H) -> (G, M, h, n, d)."""
+        """Split x (G, M n, H) into heads: (G, M, h, n, d)."""
         G, _, H = x.shape
         return x.view(G, M, -1, self.heads, H // self.heads).transpose(2, 3)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Weighted values (G, M, V, A, H) in views with mask (M, V, A, S); 0 where all is masked.
-
-    Scores are the same in all views; views are rows of one product with the values.
-    """
+    """Output of attention (G, M, V, A, H) in V views with mask (M, V, A, S), True: hidden; an agent
+    from which all is hidden gets 0. The scores are the same in all views, so they are computed
+    once. The weights of all views are multiplied with the values in one product."""
     mask = mask[:, None]  # (M, 1, V, A, S)
     scores = query @ key.mT  # (G, M, h, A, S)
     scores = scores[:, :, :, None].masked_fill(mask, MASKED)  # (G, M, h, V, A, S)
@@ -375,15 +374,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def remember(
     layer: nn.GRU | nn.Linear, x: Tensor, played: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A GRU over moments (M, V, A, R): chunks of time without the battles that ended before them.
-    After one that ends within a chunk comes 0, which nobody reads. A linear layer has no memory."""
+    """Outputs (M, V, A, R) for x (M, V, A, R), and the hidden state (1, B V A, R) after the last.
+    A GRU runs over chunks of time, without battles that ended before a chunk; those that end within
+    it are padded with 0, and outputs there are dropped. A linear layer has no memory."""
     if isinstance(layer, nn.Linear):
         return F.relu(layer(x)), hidden
     chunks = played.split(CHUNK)
     sizes = [int(chunk.sum()) for chunk in chunks]
     outputs = []
     for part, chunk in zip(x.split(sizes), chunks):
-        T, B = len(chunk), int(chunk[0].sum())  # B battles go on
+        T, B = len(chunk), int(chunk[0].sum())  # B battles have not ended before this chunk
         place = send(chunk[:, :B].flatten().nonzero()[:, 0], x.device)
         padded = x.new_zeros(T * B, *x.shape[1:]).index_copy(0, place, part)
         padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
@@ -463,7 +463,7 @@ class Actor(nn.Module):
 
     def point(self, x: Tensor, entities: Tensor, features: Features) -> Tensor:
         """Logits (M, A, U - 6) of attacking or healing; x (M, A, R or H), entities (M, S, H)."""
-        # <W_q x_i, W_k e_j> / sqrt(H): whom, by what it is
+        # <W_q x_i, W_k e_j> / sqrt(H): how well target j suits agent i
         scores = self.query(x) @ self.key(entities).mT / math.sqrt(entities.shape[-1])  # (M, A, S)
         # Who is in reach is in sight; in imagined teams, and for the marginal, it may not be.
         scores = scores.masked_fill(features.unseen, 0.0)
@@ -744,7 +744,7 @@ class Player:
             # For all slots and battles, so that draws do not depend on who is left.
             noise = torch.empty(len(self.hidden), SIDE, U).exponential_(generator=self.rng)
             chosen = sample(log_probs, send(noise[going, :A], log_probs.device))
-        actions = torch.zeros_like(self.last_actions)  # empty slots: no-op
+        actions = torch.zeros_like(self.last_actions)  # empty slots get the no-op
         log_prob = torch.zeros(actions.shape)
         actions[going, :A] = chosen.cpu()
         log_prob[going, :A] = pick(log_probs, chosen).cpu()
@@ -772,7 +772,7 @@ class Rollout(NamedTuple):
 
 
 def copied(x: Any) -> Any:
-    """A named tuple on the CPU: worlds write into their own tensors."""
+    """A copy, on the CPU, of a named tuple of tensors: worlds overwrite their tensors."""
     return x._make([tensor.to("cpu", copy=True) for tensor in x])
 
 
@@ -1122,7 +1122,7 @@ def load_player(path: str) -> Policy:
 
 
 def train(args: Args) -> int:
-    """The run, with --resume from its checkpoint on; returns the exit code."""
+    """Train (--resume: continue a run) or, with --eval-only, evaluate; returns the exit code."""
     table = worlds.playing(args.scenario).table
     with Run(args, table, LINE) as run:
         if args.resume:
@@ -1163,7 +1163,7 @@ def train(args: Args) -> int:
         while run.goes_on():
             try:
                 rollout, episodes = collect(args, battles, player)
-            except BattleError:  # the game; what has been learned is kept
+            except BattleError:  # a game failed; save() would wait for other processes, if any
                 if run.size == 1:
                     run.save()
                 raise
@@ -1182,7 +1182,7 @@ def train(args: Args) -> int:
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
-                if args.backend == "sc2":  # evaluations have games of their own
+                if args.backend == "sc2":  # an evaluation starts its own games
                     run.save()
                     battles.close()
                 run.evaluate("eval")
@@ -1191,7 +1191,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the script with argv, by default the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     read = functools.partial(read_args, Args, argv, validate, RESUMABLE, PRESETS)
     return call(lambda: train(read()), BattleError)
