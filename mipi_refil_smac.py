@@ -1,8 +1,9 @@
-"""MIPI (Wang, Ye and Lu, NeurIPS 2023) on REFIL, baselines/refil_smac.py, as its parent.
+"""MIPI (Wang, Ye and Lu, NeurIPS 2023) on REFIL; its parent is baselines/refil_smac.py.
 
-Who relies on the team around it errs when the team is another. Each agent has a policy beside its
-utilities, and a marginal policy that sees its own unit only; the policy pays for differing from the
-marginal, which is the mutual information of its actions and the team, given its own state.
+An agent that relies on its teammates fails when the team changes. So each agent has utilities, a
+policy pi_i, and a marginal policy m_i that sees only the agent's own unit, s+. The policy pays for
+its divergence from the marginal. If m_i is the mean of pi_i over the rest of the team, s*, the mean
+divergence is the mutual information of the agent's actions and s*, given s+.
 
     J        = E sum_t gamma^t (r - alpha sum_i log pi_i(u|s) / m_i(u|s+))              (3), (8)
     Q_tot    = sum_i w_i Q_i + V,  w softmax over agents                              (14), (15)
@@ -11,22 +12,22 @@ marginal, which is the mutual information of its actions and the team, given its
     m_i      = E_s* pi_i(u|s+, s*):  maximum likelihood on imagined teams s*          (12), (17)
     pi_i     ~ m_i exp(Q_i / alpha):  minimise E_pi (alpha log pi_i / m_i - Q_i)      (13), (18)
 
-(12) and (13) alternate --ba-iterations times for every step of the critic (Blahut and Arimoto).
-(16), with REFIL's loss of imagined groups, moves utilities and mixer; (17) the marginal's network;
-(18) the policy's head and, unless --detach-actor-trunk, the layers it shares with the utilities.
+(12) and (13) alternate --ba-iterations times per step of the critic (Blahut-Arimoto algorithm).
+(16), with REFIL's loss of imagined groups, trains utilities and mixer. (17) trains the marginal's
+network. (18) trains the policy's head and, unless --detach-actor-trunk, the layers that the policy
+shares with the utilities.
 
     python mipi_refil_smac.py --scenario sz --team-sizes 3 4 5 --eval-team-sizes 6 7 8
     python mipi_refil_smac.py --scenario mmm --preset cpu                    for CPUs
-    python mipi_refil_smac.py --scenario sz --regularizer entropy            or none: the ablations
+    python mipi_refil_smac.py --scenario sz --regularizer entropy            or none: ablations
     python mipi_refil_smac.py --resume runs/RUN --total-timesteps 20000000
     python mipi_refil_smac.py --eval-only runs/RUN --backend sc2             in StarCraft II
     torchrun --nproc-per-node 2 mipi_refil_smac.py                           two times 8 battles
 
-Letters: T steps, B battles, M moments (of all battles, without padding), K steps between them, A
-agents, S entities (agents, then enemies), V views (all one sees; of it one's own group; of it the
-other group), D features of an entity, H hidden units, R of the GRU, h heads of size d, G
-hypernetworks, E units of the mixer. What the paper leaves open: docs/mipi.md; worlds:
-docs/battles.md.
+Letters: T steps, B battles, M moments (states of battles, without padding), K steps between them, A
+agents, S entities (agents, then enemies), U actions, V views (all in sight; own group; other
+group), D features of an entity, H hidden units, R of the GRU, h heads of size d, G hypernetworks, E
+units of the mixer. What the paper leaves open: docs/mipi.md; worlds: docs/battles.md.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """MIPI in StarCraft micromanagement. Defaults are the paper's."""
+    """MIPI in StarCraft micromanagement. Defaults are those of the paper."""
 
     # Environment
     backend: Literal["sim", "sc2"] = "sim"  # sim: the simulator in envs/smac; sc2: StarCraft II
@@ -101,17 +102,17 @@ class Args(RunArgs):
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
     max_episode_steps: Positive = 150  # steps after which time is out; resource: at most 145
     # Method
-    regularizer: Literal["mi", "entropy", "none"] = "mi"  # Eq. (3)'s; none: reward alone
-    alpha: Amount | None = None  # Eq. (16)'s; default .03, mmm .1, resource .05
-    alpha_i: Amount | None = None  # and in Eq. (18); default: alpha
-    alpha_i_over_w: bool = False  # alpha_i / w_i in Eq. (18), as Lemma 2 needs
-    observe_self_only: bool = False  # agents see their own unit only, and alpha is 0
-    ba_iterations: Positive | None = None  # M of Eqs. (12), (13); default: 4, in resource 1
-    actor_loss_times_w: bool = False  # Eq. (18) times w_i: the gradient of E_pi Q_tot
-    detach_actor_trunk: bool = False  # Eq. (18) does not move the layers shared with utilities
+    regularizer: Literal["mi", "entropy", "none"] = "mi"  # mi: as in Eq. (3); none: only rewards
+    alpha: Amount | None = None  # cost per nat, Eq. (16): .03, mmm .1, resource .05 (rescaled .005)
+    alpha_i: Amount | None = None  # alpha_i, the policy's alpha in Eq. (18); default: alpha
+    alpha_i_over_w: bool = False  # alpha_i / w_i instead of alpha_i in Eq. (18), as Lemma 2 needs
+    observe_self_only: bool = False  # agents see only their own unit, and alpha is 0 (Table 3)
+    ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
+    actor_loss_times_w: bool = False  # multiply Eq. (18) by w_i: the gradient of E_pi Q_tot
+    detach_actor_trunk: bool = False  # Eq. (18) does not train layers shared with utilities
     policy: Literal["head", "greedy"] = "head"  # greedy: the action with the largest utility
-    imagine: bool = True  # imagined groups: of Eq. (17)'s teams, and REFIL's loss; not in resource
-    imagine_weight: Share = 0.5  # lambda, of that
+    imagine: bool = True  # imagined groups, for Eq. (17) and REFIL's loss; not in resource
+    imagine_weight: Share = 0.5  # lambda, weight of REFIL's loss of imagined groups
     target_head: Literal["tags", "pointer"] = "tags"  # tells targets apart by tag or by features
     returns: Literal["one-step", "lambda"] = "one-step"  # targets y: one-step or lambda-returns
     td_lambda: Share = 0.8  # l of --returns lambda; 0: one-step, 1: all later rewards
@@ -129,7 +130,7 @@ class Args(RunArgs):
     learning_rate: Amount = 5e-4  # learning rate at the start
     final_share: Share = 1.0  # share of the learning rate that is left at --total-timesteps
     anneal_from: Count = 0  # environment steps after which the learning rate falls linearly
-    max_grad_norm: Above = 10.0  # of critic, policy head and marginal, each
+    max_grad_norm: Above = 10.0  # largest gradient norm, of critic, policy head and marginal each
     gamma: Share = 0.99  # discount factor per step
     batch_size: Positive = 32  # episodes (with --replay-window: windows) per minibatch
     buffer_size: Positive = 5000  # episodes in the replay buffer
@@ -515,13 +516,13 @@ def new_head(actions: int, args: Args) -> TagHead | PointerHead:
 
 
 def others(unseen: Tensor) -> Tensor:
-    """(A, S) bool: all entities but the agent itself; unseen (M, A, S)."""
+    """(A, S) bool: entity j is not agent i itself; unseen (M, A, S) gives A, S and the device."""
     A, S = unseen.shape[1:]
     return ~torch.eye(A, S, dtype=torch.bool, device=unseen.device)
 
 
 def split_views(tagged: Tagged | None) -> Views:
-    """units (M, U - 6, H) and seen (M, A, U - 6) of each view; None without pointers."""
+    """A Tagged per view: units (M, U - 6, H), seen (M, A, U - 6); None without pointers."""
     if tagged is None:
         return Views(None)
     units = tagged.units[:, 0]
@@ -529,7 +530,7 @@ def split_views(tagged: Tagged | None) -> Views:
 
 
 class Utility(nn.Module):
-    """Q_i(u) of every agent from what it sees and has seen."""
+    """Utilities Q_i(u) of every agent: attention to entities, GRU, one output per action."""
 
     def __init__(self, inputs: int, actions: int, args: Args):
         super().__init__()
@@ -548,8 +549,8 @@ class Utility(nn.Module):
     def forward(
         self, features: Features, groups: Tensor | None = None, hidden: Tensor | None = None
     ) -> tuple[Views, Views, Tensor, Views]:
-        """Utilities (M, A, U) and the memory (M, A, R) that they are read off, of each view;
-        the hidden state after them (1, B V A, R); what pointers read in each view, or None."""
+        """Utilities (M, A, U) and memory (M, A, R), the input of their head, in each view; the
+        hidden state (1, B V A, R) after them; what pointers read in each view, or None."""
         A, unseen = features.unseen.shape[1], features.unseen
         if self.observe_self_only:
             unseen = unseen | others(unseen)
@@ -568,14 +569,14 @@ class Utility(nn.Module):
 
 
 class Marginal(nn.Module):
-    """The marginal policy's network, of s+: what an agent's own unit is and was. Attention to one
-    entity is its value, whatever queries and keys are."""
+    """The marginal policy's network. It reads s+: an agent's own unit, now and earlier. Attention
+    to a single entity gives this entity's value, so there are no queries and keys."""
 
     def __init__(self, inputs: int, actions: int, args: Args):
         super().__init__()
         H = args.hidden_size
         self.embed = nn.Linear(inputs, H)
-        attention = Attention(1, H, args.heads)  # drawn as a Utility's; its values are left
+        attention = Attention(1, H, args.heads)  # initialised as in Utility; only values are kept
         self.value = nn.Parameter(attention.key_value.data[0, :, H:].clone())
         self.project = nn.Linear(H, H)
         self.gru_input = nn.Linear(H, args.rnn_size)
@@ -584,7 +585,7 @@ class Marginal(nn.Module):
         self.head = nn.Linear(args.rnn_size, actions)
 
     def forward(self, features: Features) -> Tensor:
-        """What the head reads, (M, A, R)."""
+        """The input of the head (M, A, R)."""
         A = features.unseen.shape[1]
         x = F.relu(self.embed(features.entities[:, :A])) @ self.value  # (M, A, H)
         with torch.autocast(x.device.type, enabled=False):
@@ -596,13 +597,13 @@ class Marginal(nn.Module):
 class Mixed(NamedTuple):
     """Outputs of the mixer at M moments."""
 
-    w: Tensor  # (M, A), weights of q_total
+    w: Tensor  # (M, A): weights w_i of Q_tot
     q_total: Tensor  # (M,)
     q_groups: Tensor | None = None  # (M,); None without imagined groups
 
 
 class Mixer(nn.Module):
-    """Q_tot of chosen utilities. Two hypernetworks attend to all units: of w and of V."""
+    """Q_tot of chosen utilities; w, V come from hypernetworks, which see all units."""
 
     def __init__(self, inputs: int, args: Args):
         super().__init__()
@@ -615,7 +616,7 @@ class Mixer(nn.Module):
         self.out_bias = uniform_parameter(H, G, E)
 
     def forward(self, q: Views, features: Features, groups: Tensor | None = None) -> Mixed:
-        """Q_tot of q (M, A), and its w; with groups, which q has views of, also Q_groups."""
+        """Q_tot of q (M, A), and its w; also Q_groups, if q has views of groups (M, S) bool."""
         A, G = features.unseen.shape[1], len(self.project)
         filled = ~features.empty[:, :A]
         nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
@@ -644,8 +645,8 @@ class Mixer(nn.Module):
         return Mixed(w, *totals)
 
     def mix_linear(self, q: Tensor, w: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-        """sum_i w_i Q_i (M, 1) with a softmax over all 8 slots; (M, 2) with that of groups, over
-        16; and w_i (M, A); q (M, V, A), w (M, V, A, E)."""
+        """sum_i w_i Q_i, w a softmax over all 8 slots: (M, 1) or, if V = 3, (M, 2), the second of
+        the utilities in groups, over 2 x 8 slots. Also w (M, A). q (M, V, A), w (M, V, A, E)."""
         # paper and code differ: the dead score 0 here; in REFIL's code only empty slots do
         gone = features.avail_actions[:, None, :, 0]  # (M, 1, A): only dead and empty have a no-op
         padding = (0, SIDE - q.shape[-1])
@@ -683,7 +684,7 @@ def learning_rate_at(args: Args, timesteps: int) -> float:
 
 
 class Agent(Parts):
-    """The networks and their optimisers."""
+    """Utilities, mixer, their target networks; policy head, marginal; all optimisers."""
 
     def __init__(self, args: Args, family: Family, device: torch.device):
         self.args, self.device = args, device
@@ -700,16 +701,16 @@ class Agent(Parts):
         self.policy_optimiser = new_optimiser(args, self.policy)
         self.marginal_optimiser = new_optimiser(args, self.marginal)
         own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
-        self.rng = own_generator(own_seed)  # of what the parent does not draw
+        self.rng = own_generator(own_seed)  # for draws that the parent does not make
         self.resolve(args)
-        self.types = family.type_columns  # {name of a unit: the feature that says so}
+        self.types = family.type_columns  # {unit type: its column in the features}
         if args.compile:
             nets = self.utility, self.mixer, self.target_utility, self.target_mixer, self.marginal
             for net in nets:
                 net.compile(dynamic=True)
 
     def resolve(self, args: Args) -> None:
-        """Eq. (16)'s alpha, Eq. (18)'s alpha_i and M, with the paper's defaults for each world."""
+        """Set Eq. (16)'s alpha, Eq. (18)'s alpha_i, and M; defaults: the paper's for each world."""
         collecting = 0.005 if args.rescale else 0.05  # rescaled rewards are a tenth
         alpha = {"mmm": 0.1, "resource": collecting}.get(args.scenario, 0.03)
         self.alpha = alpha if args.alpha is None else args.alpha
@@ -717,18 +718,18 @@ class Agent(Parts):
         if args.regularizer == "none" or args.observe_self_only:
             self.alpha = self.alpha_i = 0.0
         self.ba_iterations = args.ba_iterations or (1 if args.scenario == "resource" else 4)
-        # Whether there is a marginal to learn and to differ from.
+        # Whether a marginal is needed; if not, it is neither trained nor read.
         self.informed = args.regularizer == "mi" and self.alpha + self.alpha_i > 0
 
     def critic(self) -> nn.ModuleList:
-        """What the critic's loss moves."""
+        """The networks that the critic's loss trains."""
         return nn.ModuleList((self.utility, self.mixer))
 
     def log_policy(
         self, q: Tensor, memory: Tensor, avail: Tensor, tagged: Tagged | None = None
     ) -> Tensor:
-        """log pi (..., U), of memory (..., R) and utilities (..., U) read off it; with
-        a pointer (..., A, R), and tagged."""
+        """log pi (..., U) from memory (..., R); greedy policies read utilities q (..., U) instead.
+        A pointer reads memory (..., A, R) and `tagged`."""
         if self.args.policy == "greedy":
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
@@ -736,7 +737,7 @@ class Agent(Parts):
             return log_probabilities(self.policy(memory, tagged), avail)
 
     def log_marginal(self, own_memory: Tensor | None, avail: Tensor) -> Tensor:
-        """log m (..., U) of own_memory (..., R); 0 without a marginal."""
+        """log m (..., U) from own_memory (..., R); 0 without a marginal."""
         if own_memory is None:
             return torch.zeros_like(avail, dtype=torch.float32)
         return log_probabilities(self.marginal.head(own_memory), avail)
@@ -759,30 +760,30 @@ class Agent(Parts):
 
 
 def log_probabilities(logits: Tensor, avail: Tensor) -> Tensor:
-    """Of actions (..., U); those that are not available have probability 0."""
+    """Log-softmax of logits (..., U); actions that are not available get probability 0."""
     return logits.masked_fill(~avail, MASKED).log_softmax(-1)
 
 
 def divergence(log_pi: Tensor, log_m: Tensor) -> Tensor:
-    """E_pi log pi(u|s) / m(u|s+), (...), of (..., U); of log_m = 0 minus the entropy."""
+    """KL divergence E_pi log pi(u|s) / m(u|s+), (...), of (..., U); log_m = 0: minus entropy."""
     return (log_pi.exp() * (log_pi - log_m)).sum(-1)
 
 
 def soft_value(q_total: Tensor, cost: Tensor, alpha: float) -> Tensor:
-    """V (K,) of the expected Q_tot (K,) and the agents' divergences from their marginals (K, A)."""
+    """V (K,): expected q_total (K,) minus the agents' cost (K, A), divergences from marginals."""
     # Eq. (16): E_pi (Q_tot' - alpha sum_i log pi_i / m_i)
     return q_total - alpha * cost.sum(-1)
 
 
 def marginal_loss(log_pi: Tensor, log_m: Tensor) -> Tensor:
-    """(...), of (..., U); policies, in imagined teams, are given."""
-    # Eq. (17), exact over actions: its minimum is Eq. (12), the mean of pi over s*
+    """Cross-entropy (...) of m and pi (..., U); pi, in imagined teams, gets no gradient."""
+    # Eq. (17), exact over actions: smallest at Eq. (12), where m is the mean of pi over s*
     return -(log_pi.detach().exp() * log_m).sum(-1)
 
 
 def policy_loss(log_pi: Tensor, log_m: Tensor, q: Tensor, alpha: Tensor | float) -> Tensor:
-    """(...), of (..., U); marginal and utilities are given; alpha: a number or (...)."""
-    # Eq. (18), exact over actions: its minimum is Eq. (13)
+    """Loss (...) from (..., U); log_m and q get no gradient; alpha: a number or (...)."""
+    # Eq. (18), exact over actions: smallest at Eq. (13), where pi is m exp(q / alpha), normalised
     cost = divergence(log_pi, log_m.detach())
     return alpha * cost - (log_pi.exp() * q.detach()).sum(-1)
 
@@ -791,18 +792,18 @@ def policy_loss(log_pi: Tensor, log_m: Tensor, q: Tensor, alpha: Tensor | float)
 
 
 class Player:
-    """A policy for battles that begin together: recurrent agents, which draw from theirs, or with
-    probability epsilon any action; without rng they take what is most probable."""
+    """A policy for battles that begin together. With rng, agents draw actions from pi or, with
+    probability epsilon, at random; without rng, they take the most probable action."""
 
     def __init__(self, agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = None):
-        """rng: of epsilon's actions; policies draw from agent.rng."""
+        """rng: generator of random actions (epsilon); draws from pi use agent.rng."""
         self.agent, self.epsilon, self.rng = agent, epsilon, rng
         self.hidden: Tensor | None = None  # (1, B A, R)
-        self.last_actions: Tensor | None = None  # (B, 8)
+        self.last_actions: Tensor | None = None  # (B, 8) int64; -1 at the start
 
     @torch.no_grad()
     def __call__(self, battles: Any) -> Tensor:
-        """Actions (B, 8)."""
+        """Actions (B, 8) int64; keeps the hidden state for the next call."""
         obs = battles.obs
         if not battles.time.any():  # a new episode
             self.hidden = None
@@ -812,7 +813,7 @@ class Player:
         q, memory, self.hidden, tagged = self.agent.utility(features, hidden=self.hidden)
         views = q.full_view, memory.full_view, features.avail_actions, tagged.full_view
         log_pi = self.agent.log_policy(*views).cpu()
-        if self.rng:  # the largest of log pi + Gumbel noise
+        if self.rng:  # draw: the largest of log pi + Gumbel noise
             log_pi -= torch.empty_like(log_pi).exponential_(generator=self.agent.rng).log()
         actions = log_pi.argmax(-1)
         if self.rng:
@@ -1012,34 +1013,34 @@ def draw_groups(features: Features, rng: torch.Generator) -> Tensor:
 
 
 class Trunks(NamedTuple):
-    """What the recurrent networks make of a minibatch."""
+    """Outputs of the recurrent networks at the M moments of a minibatch."""
 
-    q: Views  # (M, A, U), utilities
-    memory: Views  # (M, A, R), what utilities and policy are read off
-    tagged: Views  # what their pointers read, or None
-    own_memory: Tensor | None  # (M, A, R), what the marginal is read off
+    q: Views  # (M, A, U): utilities
+    memory: Views  # (M, A, R): input of the heads of utilities and policy
+    tagged: Views  # what pointers of these heads read, or None
+    own_memory: Tensor | None  # (M, A, R): input of the marginal's head
 
 
 class LivingAgents(NamedTuple):
-    """What policy and marginal learn from: n agents, each alive at a step of a minibatch."""
+    """What policy and marginal learn from: n agents, each alive at one step of a minibatch."""
 
     own_state: Tensor  # (n, D)
     avail_actions: Tensor  # (n, U) bool
-    q: Tensor  # (n, U), given
+    q: Tensor  # (n, U): utilities, without gradient
     memory: Tensor  # (n, R)
-    team_memory: Tensor  # (n, R), in an imagined team s*, given
+    team_memory: Tensor  # (n, R): in an imagined team s*, without gradient
     own_memory: Tensor | None  # (n, R)
-    units: Tensor | None = None  # (n, U - 6, H), with pointers; and the two that follow
+    units: Tensor | None = None  # (n, U - 6, H): this and the next two, with pointers
     seen: Tensor | None = None  # (n, U - 6)
-    team_seen: Tensor | None = None  # (n, U - 6), in an imagined team
+    team_seen: Tensor | None = None  # (n, U - 6): in an imagined team
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LivingAgents:
-        """function of each that is there."""
+        """Apply function to each tensor that is present."""
         return LivingAgents(*[None if x is None else function(x) for x in self])
 
 
 def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunks:
-    """Utilities in all views and, where it is needed, the marginal's network; groups (M, S)."""
+    """Run the utilities in all views and, if needed, the marginal's network; groups (M, S)."""
     with agent.autocast():
         q, memory, _, tagged = agent.utility(features, groups)
         own_memory = agent.marginal(features) if agent.informed else None
@@ -1047,12 +1048,12 @@ def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunk
 
 
 def find_living(trunks: Trunks, batch: Batch, rows: tuple[Tensor, Tensor]) -> LivingAgents:
-    """The agents that are alive at the steps of a minibatch: rows has step and agent of each, (n,)
-    both."""
+    """Data of the agents that are alive at the steps of a minibatch; rows: the indices of step and
+    agent, (n,) each."""
     features = batch.features
     A = features.unseen.shape[1]
     tagged = trunks.tagged.full_view
-    imagined = trunks.memory.own_group  # s* is who is in one's group
+    imagined = trunks.memory.own_group  # s*: the units in the agent's group
     if imagined is None:
         imagined = trunks.memory.full_view
     everybody = LivingAgents(  # (M, A, ...)
@@ -1097,7 +1098,7 @@ def lambda_returns(args: Args, batch: Batch, next_values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tensor:
-    """y (K,), of the present policy and marginal."""
+    """Targets y (K,), with the present policy and marginal, and with target networks for Q."""
     features, later = batch.features, batch.later
     avail = features.avail_actions
     q, memory, tagged = trunks.q.full_view, trunks.memory.full_view, trunks.tagged.full_view
@@ -1110,7 +1111,7 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
         q_total = agent.target_mixer(expected, features.at(later)).q_total
     cost = divergence(log_pi, log_m)  # (K, A)
     if args.returns == "lambda":
-        # What policies pay when a step has ended is in no later y: it comes off the reward.
+        # The cost at the end of a step is not in y_t+1, so it is subtracted from the reward.
         paid = args.gamma * agent.alpha * cost.sum(-1) * ~batch.terminated
         return lambda_returns(args, batch._replace(rewards=batch.rewards - paid), q_total)
     value = soft_value(q_total, cost, agent.alpha)
@@ -1120,7 +1121,7 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
 def critic_loss(
     args: Args, agent: Agent, batch: Batch, groups: Tensor | None, q: Views, y: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The loss, w (K, A), and what it is made of; groups (M, S), q (M, A, U), y (K,)."""
+    """The critic's loss, w (K, A), scalars for the log; groups (M, S), q (M, A, U), y (K,)."""
     features, now = batch.features, batch.now
     chosen = q.map(lambda x: pick(x[now], batch.actions))  # (K, A) each
     groups_now = None if groups is None else groups[now]
@@ -1140,19 +1141,19 @@ def critic_loss(
 
 
 def log_policies(agent: Agent, living: LivingAgents, imagined: bool = False) -> Tensor:
-    """log pi (n, U) in the real or in imagined teams."""
+    """log pi (n, U) of living agents in real or, if `imagined`, in imagined teams."""
     memory, seen = living.memory, living.seen
     if imagined:
         memory, seen = living.team_memory, living.team_seen
     q, avail = living.q, living.avail_actions
     if living.units is None:
         return agent.log_policy(q, memory, avail)
-    tagged = Tagged(living.units, seen[:, None])  # of one agent at a time
+    tagged = Tagged(living.units, seen[:, None])  # an axis for one agent
     return agent.log_policy(q[:, None], memory[:, None], avail[:, None], tagged)[:, 0]
 
 
 def learn_marginal(args: Args, agent: Agent, living: LivingAgents) -> dict[str, Tensor]:
-    """Eq. (12): a step of the marginal, if there is one, towards policies in imagined teams."""
+    """Eq. (12): a gradient step of the marginal, if it is needed, on Eq. (17). Returns scalars."""
     if not agent.informed:
         return {}
     with torch.no_grad():
@@ -1164,7 +1165,7 @@ def learn_marginal(args: Args, agent: Agent, living: LivingAgents) -> dict[str, 
 
 
 def actor_loss(args: Args, agent: Agent, living: LivingAgents, w: Tensor) -> Tensor:
-    """Eq. (13): what moves the policy; w (n,)."""
+    """Eq. (13): the mean loss of the policy, Eq. (18), over living agents; w (n,)."""
     alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
     if args.detach_actor_trunk:
         living = living.map(lambda x: x.detach())
@@ -1176,7 +1177,7 @@ def actor_loss(args: Args, agent: Agent, living: LivingAgents, w: Tensor) -> Ten
 
 
 def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
-    """A step of critic and policy on one loss; returns the norm of the critic's gradients."""
+    """A gradient step of critic and policy on one loss; returns the critic's gradient norm."""
     agent.policy_optimiser.zero_grad()
     norm = descend(loss, agent.critic(), agent.optimiser, args.max_grad_norm)
     nn.utils.clip_grad_norm_(average_gradients(agent.policy), args.max_grad_norm)
@@ -1187,26 +1188,26 @@ def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
 def learn(
     args: Args, agent: Agent, batch: Batch, groups: Tensor | None, measures: bool = True
 ) -> dict[str, Tensor]:
-    """A step of the critic, M alternations of marginal and policy. Returns scalars; if it measures,
-    those of measure(), too.
+    """A gradient step of the critic and M alternations of marginal and policy. Returns scalars for
+    the log, with `measures` also those of measure().
 
-    Alternations but the last move the two heads, on what the trunks gave once. The last one moves
-    the marginal's trunk, and its policy loss goes with the critic's loss through the trunk that the
-    two share.
+    The trunks run once. The first M - 1 alternations train only the two heads on their outputs. The
+    last one also trains the marginal's trunk, and its policy loss is added to the critic's loss, as
+    policy and utilities share a trunk.
     """
     trunks = run_trunks(agent, batch.features, groups)
     y = find_targets(args, agent, batch, trunks)
     loss, w, scalars = critic_loss(args, agent, batch, groups, trunks.q, y)
-    alive = ~batch.features.avail_actions[batch.now][..., 0]  # (K, A): the dead have a no-op
-    rows = alive.nonzero(as_tuple=True)  # once: a GPU is waited for
+    alive = ~batch.features.avail_actions[batch.now][..., 0]  # (K, A): only the dead have a no-op
+    rows = alive.nonzero(as_tuple=True)  # once, as the CPU waits for a GPU here
     living = find_living(trunks, batch, rows)
-    w = w[rows].clamp(min=1e-6)  # (n,); a softmax can underflow
+    w = w[rows].clamp(min=1e-6)  # (n,); a softmax can underflow to 0
     if measures:
         scalars |= measure(agent, living, w)
     if args.policy == "greedy":
         scalars["grad_norm"] = step_together(args, agent, loss)
         return scalars
-    fixed = living.map(lambda x: x.detach())  # no gradient gets to the trunks
+    fixed = living.map(lambda x: x.detach())  # no gradient reaches the trunks
     for _ in range(agent.ba_iterations - 1):
         learn_marginal(args, agent, fixed)
         actor = actor_loss(args, agent, fixed, w)
@@ -1220,8 +1221,8 @@ def learn(
 
 @torch.no_grad()
 def measure(agent: Agent, living: LivingAgents, w: Tensor) -> dict[str, Tensor]:
-    """What the method is about, over living agents: mutual information in imagined teams, also by
-    type of unit, the policy's divergence from its marginal, its entropy, w (n,) and alpha / w."""
+    """Means over living agents, for the log: divergence of policy and marginal in imagined teams
+    (mi, also by type of unit) and in the real team (kl), entropy, w (n,) and alpha / w."""
     avail = living.avail_actions
     log_pi = log_policies(agent, living)
     entropy = -divergence(log_pi, torch.zeros_like(log_pi))
@@ -1243,10 +1244,10 @@ def measure(agent: Agent, living: LivingAgents, w: Tensor) -> dict[str, Tensor]:
 def update(
     args: Args, agent: Agent, buffer: ReplayBuffer, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Gradient steps on as many minibatches as follow a round of battles. Returns scalars."""
+    """--updates-per-iteration gradient steps, a minibatch each. Returns the means of scalars."""
     found = collections.defaultdict(list)
     imagine = args.imagine and args.scenario != "resource"
-    for left in reversed(range(args.updates_per_iteration)):
+    for left in reversed(range(args.updates_per_iteration)):  # minibatches to come
         batch = buffer.sample(rng, args.batch_size)
         groups = draw_groups(batch.features, rng) if imagine else None
         scalars = learn(args, agent, batch, groups, measures=left == 0)
