@@ -1,19 +1,20 @@
-"""CollaQ (Zhang et al., 2020) on REFIL, baselines/refil_smac.py, its parent, without its groups.
+"""CollaQ (Zhang et al., 2020) on REFIL without its groups; its parent is baselines/refil_smac.py.
 
-Who relies on the team around it errs when the team is another. So an agent's utility is split in
-two: what an action is worth to it alone, and what its teammates change in that, which is 0 while it
-sees none of them. o_i is what agent i sees and has seen, o_i- the same without other agents.
+An agent that relies on its teammates fails when the team changes. So its utility is the sum of two
+parts: what an action is worth to the agent alone, and how teammates change this value. The second
+part is 0 until the agent has seen a teammate. o_i is all that agent i sees and has seen; o_i- is
+the same without other agents.
 
     Q_i   = Q_alone(o_i-) + Q_collab(o_i) - Q_collab(o_i-)
-    Q_tot = w_final . ELU(sum_i Q_i w_i + b) + V,  w_i, w_final softmax: >= 0               mixer
+    Q_tot = w_final . ELU(sum_i Q_i w_i + b) + V,  w_i, w_final softmax: >= 0        --mixer flex
     Q_tot = sum_i w_i Q_i + V,  w softmax over agents                              --mixer linear
     y     = r + gamma Q_tot'(argmax_u Q_i)                                    double Q-learning
     y_t   = r_t + gamma ((1 - l) Q_tot'(argmax_u Q_i) + l y_t+1)              --returns lambda
-    MARA  = E Q_collab(o_i-)^2                              over agents and what they might do
+    MARA  = E Q_collab(o_i-)^2                              over agents, available actions
     L     = E (Q_tot - y)^2 + c MARA
 
-L moves both utilities and the mixer, MARA only Q_collab; Q_tot' is of copies of them all, made
-every --target-every episodes.
+L trains both utilities and the mixer, its term MARA only Q_collab. Q_tot' is of target networks,
+copied every --target-every episodes.
 
     python baselines/collaq_smac.py --scenario sz --team-sizes 3 4 5 --eval-team-sizes 6 7 8
     python baselines/collaq_smac.py --scenario mmm --preset cpu               for CPUs
@@ -22,10 +23,10 @@ every --target-every episodes.
     python baselines/collaq_smac.py --eval-only runs/RUN --backend sc2        in StarCraft II
     torchrun --nproc-per-node 2 baselines/collaq_smac.py                      two times 8 battles
 
-Letters: T steps, B battles, M moments (of all battles, without padding), K steps between them, A
-agents, S entities (agents, then enemies), V views (all one sees; of it what is no teammate), D
-features of an entity, H hidden units, R of the GRU, h heads of size d, G hypernetworks, E units of
-the mixer. What is open: docs/baselines_smac.md; worlds: docs/battles.md.
+Letters: T steps, B battles, M moments (states of battles, without padding), K steps between them, A
+agents, S entities (agents, then enemies), U actions, V views (all in sight; without other agents),
+D features of an entity, H hidden units, R of the GRU, h heads of size d, G hypernetworks, E units
+of the mixer. What the papers leave open: docs/baselines_smac.md; worlds: docs/battles.md.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ class Args(RunArgs):
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
     max_episode_steps: Positive = 150  # steps after which time is out; resource: at most 145
     # Method
-    mara_weight: Amount = 1.0  # c, of MARA's loss
-    subtract_alone: bool = True  # - Q_collab(o_i-) in Q_i; without: Q_alone + Q_collab
+    mara_weight: Amount = 1.0  # c, weight of MARA in the loss
+    subtract_alone: bool = True  # subtract Q_collab(o_i-) in Q_i; without: Q_alone + Q_collab
     mixer: Literal["flex", "linear"] = "flex"  # flex: two layers with an ELU; linear: weighted sum
     target_head: Literal["tags", "pointer"] = "tags"  # tells targets apart by tag or by features
     returns: Literal["one-step", "lambda"] = "one-step"  # targets y: one-step or lambda-returns
@@ -120,7 +121,7 @@ class Args(RunArgs):
     learning_rate: Amount = 5e-4  # learning rate at the start
     final_share: Share = 1.0  # share of the learning rate that is left at --total-timesteps
     anneal_from: Count = 0  # environment steps after which the learning rate falls linearly
-    max_grad_norm: Above = 10.0  # of all networks together
+    max_grad_norm: Above = 10.0  # largest gradient norm, of utilities and mixer together
     gamma: Share = 0.99  # discount factor per step
     batch_size: Positive = 32  # episodes (with --replay-window: windows) per minibatch
     buffer_size: Positive = 5000  # episodes in the replay buffer
@@ -440,7 +441,7 @@ def new_head(actions: int, args: Args) -> TagHead | PointerHead:
 
 
 class Utility(nn.Module):
-    """Utilities of every agent from what it sees and has seen, in V views."""
+    """Utilities of every agent in V views: attention to entities, GRU, one output per action."""
 
     def __init__(self, inputs: int, actions: int, args: Args):
         super().__init__()
@@ -458,8 +459,8 @@ class Utility(nn.Module):
     def forward(
         self, features: Features, mask: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Utilities (V, M, A, U) with mask (M, V, A, S), and the hidden state after them
-        (1, B V A, R)."""
+        """Utilities (V, M, A, U) in the views with mask (M, V, A, S), True: hidden; and the hidden
+        state (1, B V A, R) after them."""
         A = features.unseen.shape[1]
         units = F.relu(self.embed(features.entities))  # (M, S, H)
         query, key, value = self.attention(units[:, :, None], A)
@@ -475,7 +476,7 @@ class Utility(nn.Module):
 
 
 class Terms(NamedTuple):
-    """What Q_i is made of, (M, A, U) each."""
+    """The terms of Q_i, (M, A, U) each."""
 
     alone: Tensor  # Q_alone(o_i-)
     collab: Tensor  # Q_collab(o_i)
@@ -483,7 +484,7 @@ class Terms(NamedTuple):
 
 
 class CollaborativeUtility(nn.Module):
-    """Q_i(u) of every agent: alone, and what teammates change. Two networks, three memories."""
+    """Q_i(u) of every agent, from two networks. Q_collab has two views, each with its memory."""
 
     def __init__(self, inputs: int, actions: int, args: Args):
         super().__init__()
@@ -494,7 +495,7 @@ class CollaborativeUtility(nn.Module):
     def forward(
         self, features: Features, hidden: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> tuple[Tensor, Terms, tuple[Tensor, Tensor]]:
-        """Q_i (M, A, U), its terms, and both networks' hidden states after them."""
+        """Q_i (M, A, U), its terms, and hidden states (1, B V A, R) of both networks after them."""
         without = without_teammates(features.unseen)  # (M, A, S)
         q_alone, hidden_alone = self.alone(features, without[:, None], hidden[0])
         views = torch.stack((features.unseen, without), dim=1)  # (M, 2, A, S): o_i, o_i-
@@ -505,7 +506,7 @@ class CollaborativeUtility(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Q_tot of chosen utilities. Hypernetworks attend to all units: of w, and of V, w_final, b."""
+    """Q_tot of chosen utilities; w, V, w_final, b come from hypernetworks, which see all units."""
 
     def __init__(self, inputs: int, args: Args):
         super().__init__()
@@ -552,7 +553,7 @@ class Mixer(nn.Module):
         return (x * w_final.softmax(-1)).sum(-1)
 
     def mix_linear(self, q: Tensor, w: Tensor, features: Features) -> Tensor:
-        """sum_i w_i Q_i (M,) with a softmax over all 8 slots; q (M, A), w (M, A, E)."""
+        """sum_i w_i Q_i (M,), w a softmax over all 8 slots; q (M, A), w (M, A, E)."""
         # paper and code differ: the dead score 0 here; in REFIL's code only empty slots do
         gone = features.avail_actions[..., 0]  # (M, A): only dead and empty have a no-op
         padding = (0, SIDE - q.shape[-1])
@@ -583,7 +584,7 @@ def learning_rate_at(args: Args, timesteps: int) -> float:
 
 
 class Agent(Parts):
-    """The networks and their optimiser."""
+    """Utilities, mixer, their target networks and optimiser."""
 
     def __init__(self, args: Args, family: Family, device: torch.device):
         self.args, self.device = args, device
@@ -621,14 +622,14 @@ class Agent(Parts):
 
 
 def without_teammates(unseen: Tensor) -> Tensor:
-    """What agents do not see (M, A, S) in o_i-, of what they do not see in o_i (M, A, S)."""
+    """The mask (M, A, S) of o_i-: all other agents and `unseen` (M, A, S), the mask of o_i."""
     A, S = unseen.shape[1:]
     teammates = ~torch.eye(A, dtype=torch.bool, device=unseen.device)
     return unseen | F.pad(teammates, (0, S - A))
 
 
 def add_terms(terms: Terms, subtract_alone: bool) -> Tensor:
-    """Q_i (M, A, U)."""
+    """Q_i (M, A, U), the sum of its terms."""
     if not subtract_alone:
         return terms.alone + terms.collab
     # Q_i = Q_alone(o_i-) + Q_collab(o_i) - Q_collab(o_i-)
@@ -636,14 +637,14 @@ def add_terms(terms: Terms, subtract_alone: bool) -> Tensor:
 
 
 def mara_loss(collab_alone: Tensor, avail_actions: Tensor, filled: Tensor) -> Tensor:
-    """MARA of Q_collab(o_i-) (K, A, U); avail_actions (K, A, U), filled (K, A): slots
-    of agents, of whom the dead still have their no-op."""
+    """MARA of collab_alone, Q_collab(o_i-) (K, A, U), over avail_actions (K, A, U) of agents;
+    filled (K, A): slots that have an agent. The dead count with their no-op."""
     # MARA = E Q_collab(o_i-)^2
     return mean_where(avail_actions & filled[..., None], collab_alone.square())
 
 
 def mean_where(mask: Tensor, x: Tensor) -> Tensor:
-    """As x[mask].mean(), for which a GPU would be waited for."""
+    """x[mask].mean() without indexing, for which the CPU would wait for a GPU."""
     return (x * mask).sum() / mask.sum()
 
 
@@ -651,17 +652,17 @@ def mean_where(mask: Tensor, x: Tensor) -> Tensor:
 
 
 class Player:
-    """A policy for battles that begin together: recurrent agents, greedy but for epsilon."""
+    """A policy for battles that begin together: greedy or, with rng, epsilon-greedy."""
 
     def __init__(self, agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = None):
-        """rng: of the exploration; without it there is none."""
+        """rng: generator of the exploration; None: no exploration."""
         self.agent, self.epsilon, self.rng = agent, epsilon, rng
         self.hidden: tuple[Tensor | None, Tensor | None] = (None, None)  # (1, B V A, R)
-        self.last_actions: Tensor | None = None  # (B, 8)
+        self.last_actions: Tensor | None = None  # (B, 8) int64; -1 at the start
 
     @torch.no_grad()
     def __call__(self, battles: Any) -> Tensor:
-        """Actions (B, 8)."""
+        """Actions (B, 8) int64; keeps the hidden states for the next call."""
         obs = battles.obs
         if not battles.time.any():  # a new episode
             self.hidden = (None, None)
@@ -882,7 +883,7 @@ def lambda_returns(args: Args, batch: Batch, next_values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_targets(args: Args, agent: Agent, batch: Batch, q: Tensor) -> Tensor:
-    """y (K,); q (M, A, U): the learning networks' Q_i."""
+    """Targets y (K,); q (M, A, U): Q_i of the learning networks, which choose the actions."""
     features, later = batch.features, batch.later
     best = q.masked_fill(~features.avail_actions, MASKED).argmax(-1)[later]  # (K, A)
     next_q, _, _ = agent.target_utility(features)
@@ -894,7 +895,7 @@ def find_targets(args: Args, agent: Agent, batch: Batch, q: Tensor) -> Tensor:
 
 
 def critic_loss(args: Args, agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and what it is made of."""
+    """The loss L, and scalars for the log."""
     features, now = batch.features, batch.now
     with agent.autocast():
         q, terms, _ = agent.utility(features)
@@ -906,12 +907,12 @@ def critic_loss(args: Args, agent: Agent, batch: Batch) -> tuple[Tensor, dict[st
     filled = ~features.empty[now, : avail.shape[1]]  # (K, A)
     mara = mara_loss(terms.collab_alone[now], avail, filled)
     change = pick((terms.collab - terms.collab_alone)[now], batch.actions)  # (K, A)
-    alive = ~avail[..., 0]  # (K, A): the dead have a no-op
+    alive = ~avail[..., 0]  # (K, A): dead and empty have a no-op
     scalars = {
         "td_loss": td_loss,
         "mara_loss": mara,
         "q_total": q_total.mean(),
-        "q_collab": mean_where(alive, change.abs()),  # how much teammates matter
+        "q_collab": mean_where(alive, change.abs()),  # mean change by teammates
     }
     return td_loss + args.mara_weight * mara, scalars
 
@@ -919,7 +920,7 @@ def critic_loss(args: Args, agent: Agent, batch: Batch) -> tuple[Tensor, dict[st
 def update(
     args: Args, agent: Agent, buffer: ReplayBuffer, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Gradient steps on as many minibatches as follow a round of battles. Returns scalars."""
+    """--updates-per-iteration gradient steps, a minibatch each. Returns the means of scalars."""
     found = collections.defaultdict(list)
     for _ in range(args.updates_per_iteration):
         batch = buffer.sample(rng, args.batch_size)
