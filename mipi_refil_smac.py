@@ -1198,7 +1198,7 @@ def learn(
     trunks = run_trunks(agent, batch.features, groups)
     y = find_targets(args, agent, batch, trunks)
     loss, w, scalars = critic_loss(args, agent, batch, groups, trunks.q, y)
-    alive = ~batch.features.avail_actions[batch.now][..., 0]  # (K, A): only the dead have a no-op
+    alive = ~batch.features.avail_actions[batch.now][..., 0]  # (K, A): dead and empty have a no-op
     rows = alive.nonzero(as_tuple=True)  # once, as the CPU waits for a GPU here
     living = find_living(trunks, batch, rows)
     w = w[rows].clamp(min=1e-6)  # (n,); a softmax can underflow to 0
