@@ -305,8 +305,8 @@ def encode(
 
 
 def apply_both(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
-    """second(first(x)), computed as one linear layer. The authors' network has two linear layers
-    here with nothing between them. Both get the same gradients as if computed one by one, and an
+    """second(first(x)), computed as one linear layer. REFIL's network has two linear layers here
+    with nothing between them. Both get the same gradients as if computed one by one, and an
     update takes about a tenth less CPU time: 0.73 instead of 0.80 s at the paper's width, 0.26
     instead of 0.30 s at the width of --preset cpu (one thread)."""
     weight = second.weight @ first.weight
@@ -364,7 +364,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def remember(
     layer: nn.GRU | nn.Linear, x: Tensor, played: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs (M, V, A, R) for x (M, V, A, R), and the hidden state (1, B V A, R) after the last.
+    """Outputs (M, V, A, R) for x (M, V, A, R), and the hidden state (1, B V A, R) after them.
     A GRU runs over chunks of time, without battles that ended before a chunk; those that end within
     it are padded with 0, and outputs there are dropped. A linear layer has no memory."""
     if isinstance(layer, nn.Linear):
@@ -387,7 +387,7 @@ def remember(
 # [shared: attention] end
 # [shared: heads] begin
 
-KEY_GAIN = 16.0  # scales initial keys: units then differ about as much as with tags
+KEY_GAIN = 16.0  # scales a pointer's initial keys: units then differ about as much as with tags
 
 
 class Tagged(NamedTuple):

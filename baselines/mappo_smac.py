@@ -338,7 +338,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def remember(
     layer: nn.GRU | nn.Linear, x: Tensor, played: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs (M, V, A, R) for x (M, V, A, R), and the hidden state (1, B V A, R) after the last.
+    """Outputs (M, V, A, R) for x (M, V, A, R), and the hidden state (1, B V A, R) after them.
     A GRU runs over chunks of time, without battles that ended before a chunk; those that end within
     it are padded with 0, and outputs there are dropped. A linear layer has no memory."""
     if isinstance(layer, nn.Linear):
