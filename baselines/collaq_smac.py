@@ -1,19 +1,20 @@
-"""CollaQ (Zhang et al., 2020) on REFIL, baselines/refil_smac.py, its parent, without its groups.
+"""CollaQ (Zhang et al., 2020) on REFIL without its groups; its parent is baselines/refil_smac.py.
 
-Who relies on the team around it errs when the team is another. So an agent's utility is split in
-two: what an action is worth to it alone, and what its teammates change in that, which is 0 while it
-sees none of them. o_i is what agent i sees and has seen, o_i- the same without other agents.
+An agent that relies on its teammates fails when the team changes. So its utility is the sum of two
+parts: what an action is worth to the agent alone, and how teammates change this value. The second
+part is 0 until the agent has seen a teammate. o_i is all that agent i sees and has seen; o_i- is
+the same without other agents.
 
     Q_i   = Q_alone(o_i-) + Q_collab(o_i) - Q_collab(o_i-)
-    Q_tot = w_final . ELU(sum_i Q_i w_i + b) + V,  w_i, w_final softmax: >= 0               mixer
+    Q_tot = w_final . ELU(sum_i Q_i w_i + b) + V,  w_i, w_final softmax: >= 0        --mixer flex
     Q_tot = sum_i w_i Q_i + V,  w softmax over agents                              --mixer linear
     y     = r + gamma Q_tot'(argmax_u Q_i)                                    double Q-learning
     y_t   = r_t + gamma ((1 - l) Q_tot'(argmax_u Q_i) + l y_t+1)              --returns lambda
-    MARA  = E Q_collab(o_i-)^2                              over agents and what they might do
+    MARA  = E Q_collab(o_i-)^2                              over agents, available actions
     L     = E (Q_tot - y)^2 + c MARA
 
-L moves both utilities and the mixer, MARA only Q_collab; Q_tot' is of copies of them all, made
-every --target-every episodes.
+L trains both utilities and the mixer, its term MARA only Q_collab. Q_tot' is of target networks,
+copied every --target-every episodes.
 
     python baselines/collaq_smac.py --scenario sz --team-sizes 3 4 5 --eval-team-sizes 6 7 8
     python baselines/collaq_smac.py --scenario mmm --preset cpu               for CPUs
@@ -22,10 +23,10 @@ every --target-every episodes.
     python baselines/collaq_smac.py --eval-only runs/RUN --backend sc2        in StarCraft II
     torchrun --nproc-per-node 2 baselines/collaq_smac.py                      two times 8 battles
 
-Letters: T steps, B battles, M moments (of all battles, without padding), K steps between them, A
-agents, S entities (agents, then enemies), V views (all one sees; of it what is no teammate), D
-features of an entity, H hidden units, R of the GRU, h heads of size d, G hypernetworks, E units of
-the mixer. What is open: docs/baselines_smac.md; worlds: docs/battles.md.
+Letters: T steps, B battles, M moments (states of battles, without padding), K steps between them, A
+agents, S entities (agents, then enemies), U actions, V views (all in sight; without other agents),
+D features of an entity, H hidden units, R of the GRU, h heads of size d, G hypernetworks, E units
+of the mixer. What the papers leave open: docs/baselines_smac.md; worlds: docs/battles.md.
 """
 
 from __future__ import annotations
@@ -88,57 +89,57 @@ class Args(RunArgs):
     """CollaQ in StarCraft micromanagement. Defaults are those of MIPI's paper."""
 
     # Environment
-    backend: Literal["sim", "sc2"] = "sim"  # envs/smac/combat.py or StarCraft II
-    scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # units; Resource Collection
-    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
-    enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
-    clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
-    rescale: bool = False  # resource: lengths in units of sight, rewards a tenth
-    egocentric: bool = False  # resource: also where the nearest things one sees are from oneself
-    num_envs: Positive = 8  # B, battles at a time, per process
-    env_threads: Positive = 1  # sim: over which they are spread
-    game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
-    max_episode_steps: Positive = 150  # of a battle; resource has at most 145
+    backend: Literal["sim", "sc2"] = "sim"  # sim: the simulator in envs/smac; sc2: StarCraft II
+    scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # unit types, or Resource Collection
+    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # team sizes (numbers of agents) in training
+    enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: enemies' AI; sticky: like SC2
+    clip_regeneration: bool = False  # damage minus regeneration is rewarded as max(x, 0), not |x|
+    rescale: bool = False  # resource: lengths divided by the sight radius, rewards divided by 10
+    egocentric: bool = False  # resource: adds the relative places of the nearest things in sight
+    num_envs: Positive = 8  # B, battles played in parallel, per process
+    env_threads: Positive = 1  # sim: threads that simulate the battles of a process
+    game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
+    max_episode_steps: Positive = 150  # steps after which time is out; resource: at most 145
     # Method
-    mara_weight: Amount = 1.0  # c, of MARA's loss
-    subtract_alone: bool = True  # - Q_collab(o_i-) in Q_i; without: Q_alone + Q_collab
-    mixer: Literal["flex", "linear"] = "flex"  # of utilities
-    target_head: Literal["tags", "pointer"] = "tags"  # whom to attack: by its tag, or what it is
-    returns: Literal["one-step", "lambda"] = "one-step"  # y, of a step or of all that follow
-    td_lambda: Share = 0.8  # l, of lambda-returns
+    mara_weight: Amount = 1.0  # c, weight of MARA in the loss
+    subtract_alone: bool = True  # subtract Q_collab(o_i-) in Q_i; without: Q_alone + Q_collab
+    mixer: Literal["flex", "linear"] = "flex"  # flex: two layers with an ELU; linear: weighted sum
+    target_head: Literal["tags", "pointer"] = "tags"  # tells targets apart by tag or by features
+    returns: Literal["one-step", "lambda"] = "one-step"  # targets y: one-step or lambda-returns
+    td_lambda: Share = 0.8  # l of --returns lambda; 0: one-step, 1: all later rewards
     timeout_terminates: bool = True  # no bootstrap when time is out, as in REFIL's code
-    hidden_size: Positive = 128  # H, of embeddings and attention
-    heads: Positive = 4  # h, of attention
-    recurrent: bool = True  # agents with a GRU; without: a layer that sees the present alone
-    own_beside: bool = False  # agents read what they are beside what they attend to
-    rnn_size: Positive = 64  # R, of the GRU or of the layer in its place
-    mixing_size: Positive = 32  # E
+    hidden_size: Positive = 128  # H, units of embeddings and attention
+    heads: Positive = 4  # h, attention heads
+    recurrent: bool = True  # agents remember with a GRU; without: a linear layer, no memory
+    own_beside: bool = False  # adds the agent's own embedding, projected, to attention's output
+    rnn_size: Positive = 64  # R, units of the GRU, or of the linear layer in its place
+    mixing_size: Positive = 32  # E, units of the mixer and outputs of each hypernetwork
     # Base algorithm
-    optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam: with torch's settings
-    rmsprop_alpha: Share = 0.99  # decay of RMSprop's mean square
-    rmsprop_eps: Above = 1e-5  # added to its root
-    learning_rate: Amount = 5e-4  # at first
-    final_share: Share = 1.0  # of the learning rate that is left at --total-timesteps
-    anneal_from: Count = 0  # steps after which the learning rate falls, linearly
-    max_grad_norm: Above = 10.0  # of all networks together
-    gamma: Share = 0.99  # discount
-    batch_size: Positive = 32  # episodes of a minibatch, or windows of so many
-    buffer_size: Positive = 5000  # episodes of the replay
-    replay_window: Count = 0  # of each episode of a minibatch, at random; 0: all
-    updates_per_iteration: Positive = 8  # after every num_envs episodes
+    optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam has torch's default betas and eps
+    rmsprop_alpha: Share = 0.99  # RMSprop's decay of the mean squared gradient
+    rmsprop_eps: Above = 1e-5  # RMSprop's eps, added to the root of the mean squared gradient
+    learning_rate: Amount = 5e-4  # learning rate at the start
+    final_share: Share = 1.0  # share of the learning rate that is left at --total-timesteps
+    anneal_from: Count = 0  # environment steps after which the learning rate falls linearly
+    max_grad_norm: Above = 10.0  # largest gradient norm, of utilities and mixer together
+    gamma: Share = 0.99  # discount factor per step
+    batch_size: Positive = 32  # episodes (with --replay-window: windows) per minibatch
+    buffer_size: Positive = 5000  # episodes in the replay buffer
+    replay_window: Count = 0  # consecutive steps of each sampled episode; 0: all steps
+    updates_per_iteration: Positive = 8  # gradient steps after each round of num_envs episodes
     target_every: Positive = 200  # episodes between copies to the target networks
-    epsilon_start: Share = 1.0  # probability of a random action, at first
-    epsilon_final: Share = 0.05  # and later
-    epsilon_steps: Positive = 500_000  # environment steps until then
+    epsilon_start: Share = 1.0  # probability of a random action at the start
+    epsilon_final: Share = 0.05  # probability of a random action after --epsilon-steps
+    epsilon_steps: Positive = 500_000  # environment steps in which epsilon falls linearly
     amp: bool = False  # bf16 autocast where the hardware has it
-    compile: bool = False  # compile the networks; for GPUs, on a CPU it gains nothing
-    # Evaluation and checkpoints (every: environment steps)
-    eval_team_sizes: tuple[Positive, ...] = (6, 7, 8)  # unseen ones, evaluated beside team_sizes
-    eval_every: Count = 50_000  # evaluations on the way; 0: never
-    eval_episodes: Positive = 160  # in those, of each team size
-    final_episodes: Count = 160  # of each size at the end and with --eval-only
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    save_every: Count = 500_000  # checkpoints, of which the last two are kept; 0: at the end
+    compile: bool = False  # torch.compile the networks; for GPUs (on a CPU it gains nothing)
+    # Evaluation and checkpoints
+    eval_team_sizes: tuple[Positive, ...] = (6, 7, 8)  # unseen sizes, evaluated with --team-sizes
+    eval_every: Count = 50_000  # environment steps between evaluations; 0: only at the end
+    eval_episodes: Positive = 160  # episodes per team size in an evaluation during training
+    final_episodes: Count = 160  # episodes per team size at the end and with --eval-only
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    save_every: Count = 500_000  # steps between checkpoints (last two kept); 0: only at the end
 
 
 PRESETS = {
@@ -155,7 +156,7 @@ PRESETS = {
         "eval_every": 250_000,
         "eval_episodes": 32,
     },
-    "cpu scenario resource": {  # on top of those
+    "cpu scenario resource": {  # added to the values of "cpu"
         "rescale": True,
         "egocentric": True,
         "mixer": "linear",
@@ -177,13 +178,13 @@ PRESETS = {
         "own_beside": True,
     },
 }
-# With --resume backend and version of the game stay as they were.
+# With --resume, train() refuses another backend or game version; --eval-only may change them.
 RESUMABLE = ("backend", "env_threads", "game_version", "eval_team_sizes", "compile")
-LINE = ("return", "win", "td_loss", "sps")  # scalars on standard output, without a terminal
+LINE = ("return", "win", "td_loss", "sps")  # scalars of lines printed where there is no terminal
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that would do something else than they say."""
+    """(whether it is wrong, message) for combinations of flags that would not do what they say."""
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
@@ -218,9 +219,9 @@ def make_envs(
     device: torch.device = CPU,
     first_battle: int = 0,
 ) -> Any:
-    """num_envs battles of teams of these sizes, which stand still when they have ended.
-
-    Only Resource Collection can be on a GPU. UsageError where there are no such teams or no game.
+    """num_envs battles of teams of these sizes. A battle that has ended does not start again.
+    Random numbers of a battle depend on the seed and its number, counted from first_battle. Only
+    Resource Collection runs on `device`. UsageError where there are no such teams or no game.
     """
     try:
         return worlds.make_worlds(
@@ -248,22 +249,22 @@ def make_envs(
 # --- 4. Networks ----------------------------------------------------------------------------------
 # [shared: features] begin
 
-MASKED = -1e9  # in the place of a score or a utility: not to be chosen
-CHUNK = 25  # times that the GRU is given at once
+MASKED = -1e9  # replaces scores, logits and utilities of what must not be chosen
+CHUNK = 25  # time steps that the GRU gets in one call
 
 
 class Features(NamedTuple):
-    """What networks read of M moments: of those times and battles that were played, in order of
-    time, then battle. A and S count the slots up to the last one that any battle fills."""
+    """Input of the networks at M moments: the states of battles, without padding, in order of
+    time, then battle. A and S count only the slots up to the last one that any moment uses."""
 
-    entities: Tensor  # (M, S, D) float32: features; of agents also their last action
+    entities: Tensor  # (M, S, D) float32: features; of agents also the last action, one-hot
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
-    empty: Tensor  # (M, S) bool: no unit has this slot
-    avail_actions: Tensor  # (M, A, actions) bool
-    played: Tensor  # (T, B) bool, on the CPU: the M moments; the longest battles come first
+    empty: Tensor  # (M, S) bool: the slot has no unit
+    avail_actions: Tensor  # (M, A, U) bool
+    played: Tensor  # (T, B) bool, on the CPU: True at moments; the longest battles come first
 
     def at(self, index: Tensor) -> Features:
-        """Some of the moments, for a mixer, which remembers nothing."""
+        """Features of moments index (n,); `played`, which only a GRU needs, stays as it is."""
         return self._replace(
             entities=self.entities[index],
             unseen=self.unseen[index],
@@ -273,22 +274,22 @@ class Features(NamedTuple):
 
 
 def slots_in_use(empty: Tensor) -> int:
-    """How many slots, of empty (M, 8), there are up to the last that a unit has."""
+    """Number of slots up to the last one that any moment uses; empty (M, 8) bool."""
     return int((~empty).any(0).nonzero().max()) + 1
 
 
 def encode(
     obs: Observation, last_actions: Tensor, played: Tensor, device: torch.device
 ) -> Features:
-    """Observations (M, ...) as networks read them; last_actions (M, 8): -1 where there was none;
-    played (T, B): see Features."""
+    """Features of observations (M, ...), on `device`; last_actions (M, 8), -1 at the start of an
+    episode; played (T, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
     E = slots_in_use(obs.entity_mask[:, SIDE:])
     slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)], device=last_actions.device)
     num_actions = obs.avail.shape[-1]
-    # One more kind of action, in front, is "none"; its column is left out.
+    # Column 0 of the one-hot code stands for -1, no last action. It is dropped.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
-    acted = F.pad(acted, (0, 0, 0, E))  # others' actions are unknown
+    acted = F.pad(acted, (0, 0, 0, E))  # enemies' actions are unknown: 0
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
         entities=send(entities, device),
@@ -304,10 +305,10 @@ def encode(
 
 
 def apply_both(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
-    """second(first(x)), which are two layers in the authors' network without anything between them,
-    as one product: both learn as they would apart, and an update takes about a tenth less CPU time
-    (0.73 instead of 0.80 s at the paper's width, 0.26 instead of 0.30 s at --preset cpu's, on one
-    thread)."""
+    """second(first(x)), computed as one linear layer. REFIL's network has two linear layers here
+    with nothing between them. Both get the same gradients as if computed one by one, and an
+    update takes about a tenth less CPU time: 0.73 instead of 0.80 s at the paper's width, 0.26
+    instead of 0.30 s at the width of --preset cpu (one thread)."""
     weight = second.weight @ first.weight
     bias = second.weight @ first.bias + second.bias
     return F.linear(x.to(weight.dtype), weight, bias)
@@ -318,13 +319,13 @@ def apply_both(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
 
 
 def uniform_parameter(inputs: int, *shape: int) -> nn.Parameter:
-    """Weights or biases of several linear layers side by side, as nn.Linear begins."""
+    """Weights or biases of several linear layers, with nn.Linear's initial distribution."""
     bound = 1 / math.sqrt(inputs)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 class Attention(nn.Module):
-    """G attention layers side by side, from agents to entities."""
+    """G attention layers, computed together: agents (queries) attend to entities (keys, values)."""
 
     def __init__(self, G: int, H: int, heads: int):
         super().__init__()
@@ -333,7 +334,7 @@ class Attention(nn.Module):
         self.key_value = uniform_parameter(H, G, H, 2 * H)
 
     def forward(self, x: Tensor, agents: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (G, M, h, A, d), keys and values (G, M, h, S, d) of x (M, S, G, H)."""
+        """Queries (G, M, h, A, d), keys and values (G, M, h, S, d) of x (M, S, G, H); agents: A."""
         M, S, G, H = x.shape
         query = x[:, :agents].flatten(0, 1).transpose(0, 1) @ self.query  # (G, M A, H)
         key_value = x.flatten(0, 1).transpose(0, 1) @ self.key_value  # (G, M S, 2 H)
@@ -342,16 +343,15 @@ class Attention(nn.Module):
         return self.split(query, M), self.split(key, M), self.split(value, M)
 
     def split(self, x: Tensor, M: int) -> Tensor:
-        """(G, M n, H) -> (G, M, h, n, d)."""
+        """Split x (G, M n, H) into heads: (G, M, h, n, d)."""
         G, _, H = x.shape
         return x.view(G, M, -1, self.heads, H // self.heads).transpose(2, 3)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Weighted values (G, M, V, A, H) in views with mask (M, V, A, S); 0 where all is masked.
-
-    Scores are the same in all views; views are rows of one product with the values.
-    """
+    """Output of attention (G, M, V, A, H) in V views with mask (M, V, A, S), True: hidden; an agent
+    from which all is hidden gets 0. The scores are the same in all views, so they are computed
+    once. The weights of all views are multiplied with the values in one product."""
     mask = mask[:, None]  # (M, 1, V, A, S)
     scores = query @ key.mT  # (G, M, h, A, S)
     scores = scores[:, :, :, None].masked_fill(mask, MASKED)  # (G, M, h, V, A, S)
@@ -364,15 +364,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def remember(
     layer: nn.GRU | nn.Linear, x: Tensor, played: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A GRU over moments (M, V, A, R): chunks of time without the battles that ended before them.
-    After one that ends within a chunk comes 0, which nobody reads. A linear layer has no memory."""
+    """Outputs (M, V, A, R) for x (M, V, A, R), and the hidden state (1, B V A, R) after them.
+    A GRU runs over chunks of time, without battles that ended before a chunk; those that end within
+    it are padded with 0, and outputs there are dropped. A linear layer has no memory."""
     if isinstance(layer, nn.Linear):
         return F.relu(layer(x)), hidden
     chunks = played.split(CHUNK)
     sizes = [int(chunk.sum()) for chunk in chunks]
     outputs = []
     for part, chunk in zip(x.split(sizes), chunks):
-        T, B = len(chunk), int(chunk[0].sum())  # B battles go on
+        T, B = len(chunk), int(chunk[0].sum())  # B battles have not ended before this chunk
         place = send(chunk[:, :B].flatten().nonzero()[:, 0], x.device)
         padded = x.new_zeros(T * B, *x.shape[1:]).index_copy(0, place, part)
         padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
@@ -386,51 +387,51 @@ def remember(
 # [shared: attention] end
 # [shared: heads] begin
 
-KEY_GAIN = 16.0  # of a pointer's keys: units begin about as far apart as by tags
+KEY_GAIN = 16.0  # scales a pointer's initial keys: units then differ about as much as with tags
 
 
 class Tagged(NamedTuple):
-    """Units in the order of the actions that attack or heal them: by their tags."""
+    """Units sorted by tag, which is the order of the actions that attack or heal them."""
 
-    units: Tensor  # (M, 1, U - 6, H): as they are embedded; 0 where there is none
-    seen: Tensor  # (M, V, A, U - 6): 1 where agent i sees it in a view, else 0
+    units: Tensor  # (M, 1, U - 6, H): embeddings; 0 where no unit has the tag
+    seen: Tensor  # (M, V, A, U - 6): 1 where agent i sees the unit in the view, else 0
 
 
 def by_tag(units: Tensor, features: Features, mask: Tensor) -> Tagged:
-    """units (M, S, H), of which mask (M, V, A, S) hides some."""
+    """Embeddings units (M, S, H), sorted by tag; mask (M, V, A, S) is True for hidden units."""
     num_targets = features.avail_actions.shape[-1] - FIRST_TARGET
-    tags = features.entities[:, None, :, :num_targets]  # (M, 1, S, U - 6): one-hot, or 0
+    tags = features.entities[:, None, :, :num_targets]  # (M, 1, S, U - 6): one-hot; 0: no target
     return Tagged(tags.mT @ units[:, None].to(tags.dtype), (~mask).to(tags.dtype) @ tags)
 
 
 class TagHead(nn.Linear):
-    """Numbers (..., U) of actions, of memory (..., R) alone: whom it attacks, it knows by tags."""
+    """Outputs (..., U), one per action, from the memory (..., R). `tagged` is not read."""
 
     def forward(self, x: Tensor, tagged: Tagged | None = None) -> Tensor:
         return super().forward(x)
 
 
 class PointerHead(nn.Module):
-    """Numbers (..., A, U) of actions, of memory (..., A, R) and what units are. Attacking one that
-    is hidden is worth the same whoever it is."""
+    """Outputs (..., A, U), one per action, from the memory (..., A, R) and the embeddings of
+    targets. All targets that are hidden from the agent get the same output."""
 
     def __init__(self, R: int, H: int):
         super().__init__()
-        self.own = nn.Linear(R, FIRST_TARGET + 1)  # the last: attacking anybody
+        self.own = nn.Linear(R, FIRST_TARGET + 1)  # the last: an attack, whoever the target is
         self.query = nn.Linear(R, H)
         self.key = nn.Linear(H, H)
         self.key.weight.data *= KEY_GAIN
 
     def forward(self, x: Tensor, tagged: Tagged) -> Tensor:
         own, key = self.own(x), self.key(tagged.units)
-        # <W_q x_i, W_k e_j> / sqrt(H): whom, by what it is
+        # <W_q x_i, W_k e_j> / sqrt(H): how well target j suits agent i
         score = self.query(x) @ key.mT / math.sqrt(key.shape[-1])  # (..., A, U - 6)
         targets = own[..., FIRST_TARGET:] + score * tagged.seen
         return torch.cat((own[..., :FIRST_TARGET], targets), dim=-1)
 
 
 def new_head(actions: int, args: Args) -> TagHead | PointerHead:
-    """As --target-head says."""
+    """The output layer that --target-head chooses, from R units to `actions` outputs."""
     if args.target_head == "tags":
         return TagHead(args.rnn_size, actions)
     return PointerHead(args.rnn_size, args.hidden_size)
@@ -440,7 +441,7 @@ def new_head(actions: int, args: Args) -> TagHead | PointerHead:
 
 
 class Utility(nn.Module):
-    """Utilities of every agent from what it sees and has seen, in V views."""
+    """Utilities of every agent in V views: attention to entities, GRU, one output per action."""
 
     def __init__(self, inputs: int, actions: int, args: Args):
         super().__init__()
@@ -458,13 +459,13 @@ class Utility(nn.Module):
     def forward(
         self, features: Features, mask: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Utilities (V, M, A, actions) with mask (M, V, A, S), and the hidden state after them
-        (1, B V A, R)."""
+        """Utilities (V, M, A, U) in the views with mask (M, V, A, S), True: hidden; and the hidden
+        state (1, B V A, R) after them."""
         A = features.unseen.shape[1]
         units = F.relu(self.embed(features.entities))  # (M, S, H)
         query, key, value = self.attention(units[:, :, None], A)
         x = attend(query, key, value, mask)[0]  # (M, V, A, H)
-        with torch.autocast(x.device.type, enabled=False):  # utilities need their digits
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for utilities
             x = apply_both(self.project, self.gru_input, x)
             if self.own is not None:
                 x = x + self.own(units[:, None, :A].to(x.dtype))
@@ -475,7 +476,7 @@ class Utility(nn.Module):
 
 
 class Terms(NamedTuple):
-    """What Q_i is made of, (M, A, actions) each."""
+    """The terms of Q_i, (M, A, U) each."""
 
     alone: Tensor  # Q_alone(o_i-)
     collab: Tensor  # Q_collab(o_i)
@@ -483,7 +484,7 @@ class Terms(NamedTuple):
 
 
 class CollaborativeUtility(nn.Module):
-    """Q_i(u) of every agent: alone, and what teammates change. Two networks, three memories."""
+    """Q_i(u) of every agent, from two networks. Q_collab has two views, each with its memory."""
 
     def __init__(self, inputs: int, actions: int, args: Args):
         super().__init__()
@@ -494,7 +495,7 @@ class CollaborativeUtility(nn.Module):
     def forward(
         self, features: Features, hidden: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> tuple[Tensor, Terms, tuple[Tensor, Tensor]]:
-        """Q_i (M, A, actions), its terms, and both networks' hidden states after them."""
+        """Q_i (M, A, U), its terms, and hidden states (1, B V A, R) of both networks after them."""
         without = without_teammates(features.unseen)  # (M, A, S)
         q_alone, hidden_alone = self.alone(features, without[:, None], hidden[0])
         views = torch.stack((features.unseen, without), dim=1)  # (M, 2, A, S): o_i, o_i-
@@ -505,7 +506,7 @@ class CollaborativeUtility(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Q_tot of chosen utilities. Hypernetworks attend to all units: of w, and of V, w_final, b."""
+    """Q_tot of chosen utilities; w, V, w_final, b come from hypernetworks, which see all units."""
 
     def __init__(self, inputs: int, args: Args):
         super().__init__()
@@ -529,12 +530,11 @@ class Mixer(nn.Module):
         x = attend(query, key, value, nobody[:, None])[:, :, 0]  # (G, M, A, H)
         w, rest = x[0], x[1:]
         with torch.autocast(x.device.type, enabled=False):
-            # Two linear layers with nothing between them as one product, as in Utility.
-            weight = self.project @ self.out  # (G, H, E)
+            weight = self.project @ self.out  # (G, H, E): two layers as one, see apply_both()
             bias = self.project_bias[:, None] @ self.out  # (G, 1, E)
             bias = bias[:, 0] + self.out_bias  # (G, E)
             w = w.to(weight.dtype) @ weight[0] + bias[0]  # (M, A, E)
-            # All but w are means over the 8 slots of agents, where empty ones count as 0.
+            # The rest are means over the 8 slots of agents; empty slots count as 0.
             rest = rest.to(weight.dtype) * filled[..., None]
             rest = rest.sum(2) / SIDE  # (G - 1, M, H)
             share = filled.sum(-1, keepdim=True) / SIDE  # (M, 1)
@@ -553,9 +553,9 @@ class Mixer(nn.Module):
         return (x * w_final.softmax(-1)).sum(-1)
 
     def mix_linear(self, q: Tensor, w: Tensor, features: Features) -> Tensor:
-        """sum_i w_i Q_i (M,) with a softmax over all 8 slots; q (M, A), w (M, A, E)."""
-        # paper and code differ: in REFIL's code only empty slots score 0, the dead do not
-        gone = features.avail_actions[..., 0]  # (M, A): who is not there has a no-op
+        """sum_i w_i Q_i (M,), w a softmax over all 8 slots; q (M, A), w (M, A, E)."""
+        # paper and code differ: the dead score 0 here; in REFIL's code only empty slots do
+        gone = features.avail_actions[..., 0]  # (M, A): only dead and empty have a no-op
         padding = (0, SIDE - q.shape[-1])
         score = F.pad(w.mean(-1).masked_fill(gone, 0.0), padding)  # (M, 8)
         return (score.softmax(-1) * F.pad(q, padding)).sum(-1)
@@ -565,7 +565,7 @@ class Mixer(nn.Module):
 
 
 def new_optimiser(args: Args, net: nn.Module) -> torch.optim.Optimizer:
-    """RMSprop as in REFIL's code, or Adam with torch's settings."""
+    """An optimiser: RMSprop as in REFIL's code, or Adam with torch's default betas and eps."""
     options = {"lr": args.learning_rate, "foreach": True}
     if args.optimiser == "adam":
         return torch.optim.Adam(net.parameters(), **options)
@@ -574,7 +574,7 @@ def new_optimiser(args: Args, net: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate_at(args: Args, timesteps: int) -> float:
-    """Stays until --anneal-from, then falls linearly until --total-timesteps."""
+    """The learning rate: constant until --anneal-from, then linear until --total-timesteps."""
     falling = args.total_timesteps - args.anneal_from
     done = min(max(timesteps - args.anneal_from, 0) / falling, 1.0)
     return args.learning_rate * (1 + done * (args.final_share - 1))
@@ -584,7 +584,7 @@ def learning_rate_at(args: Args, timesteps: int) -> float:
 
 
 class Agent(Parts):
-    """The networks and their optimiser."""
+    """Utilities, mixer, their target networks and optimiser."""
 
     def __init__(self, args: Args, family: Family, device: torch.device):
         self.args, self.device = args, device
@@ -601,11 +601,11 @@ class Agent(Parts):
                 net.compile(dynamic=True)
 
     def critic(self) -> nn.ModuleList:
-        """What the loss moves."""
+        """The networks that the loss trains."""
         return nn.ModuleList((self.utility, self.mixer))
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Of all optimisers."""
+        """Set the learning rate of all optimisers."""
         for part in self.parts().values():
             for group in getattr(part, "param_groups", ()):
                 group["lr"] = learning_rate
@@ -622,14 +622,14 @@ class Agent(Parts):
 
 
 def without_teammates(unseen: Tensor) -> Tensor:
-    """What agents do not see (M, A, S) in o_i-, of what they do not see in o_i (M, A, S)."""
+    """The mask (M, A, S) of o_i-: all other agents and `unseen` (M, A, S), the mask of o_i."""
     A, S = unseen.shape[1:]
     teammates = ~torch.eye(A, dtype=torch.bool, device=unseen.device)
     return unseen | F.pad(teammates, (0, S - A))
 
 
 def add_terms(terms: Terms, subtract_alone: bool) -> Tensor:
-    """Q_i (M, A, actions)."""
+    """Q_i (M, A, U), the sum of its terms."""
     if not subtract_alone:
         return terms.alone + terms.collab
     # Q_i = Q_alone(o_i-) + Q_collab(o_i) - Q_collab(o_i-)
@@ -637,14 +637,14 @@ def add_terms(terms: Terms, subtract_alone: bool) -> Tensor:
 
 
 def mara_loss(collab_alone: Tensor, avail_actions: Tensor, filled: Tensor) -> Tensor:
-    """MARA of Q_collab(o_i-) (K, A, actions); avail_actions (K, A, actions), filled (K, A): slots
-    of agents, of whom the dead still have their no-op."""
+    """MARA of collab_alone, Q_collab(o_i-) (K, A, U), over avail_actions (K, A, U) of agents;
+    filled (K, A): slots that have an agent. The dead count with their no-op."""
     # MARA = E Q_collab(o_i-)^2
     return mean_where(avail_actions & filled[..., None], collab_alone.square())
 
 
 def mean_where(mask: Tensor, x: Tensor) -> Tensor:
-    """As x[mask].mean(), for which a GPU would be waited for."""
+    """x[mask].mean() without indexing, for which the CPU would wait for a GPU."""
     return (x * mask).sum() / mask.sum()
 
 
@@ -652,17 +652,17 @@ def mean_where(mask: Tensor, x: Tensor) -> Tensor:
 
 
 class Player:
-    """A policy for battles that begin together: recurrent agents, greedy but for epsilon."""
+    """A policy for battles that begin together: greedy or, with rng, epsilon-greedy."""
 
     def __init__(self, agent: Agent, epsilon: float = 0.0, rng: torch.Generator | None = None):
-        """rng: of the exploration; without it there is none."""
+        """rng: generator of the exploration; None: no exploration."""
         self.agent, self.epsilon, self.rng = agent, epsilon, rng
         self.hidden: tuple[Tensor | None, Tensor | None] = (None, None)  # (1, B V A, R)
-        self.last_actions: Tensor | None = None  # (B, 8)
+        self.last_actions: Tensor | None = None  # (B, 8) int64; -1 at the start
 
     @torch.no_grad()
     def __call__(self, battles: Any) -> Tensor:
-        """Actions (B, 8)."""
+        """Actions (B, 8) int64; keeps the hidden states for the next call."""
         obs = battles.obs
         if not battles.time.any():  # a new episode
             self.hidden = (None, None)
@@ -674,7 +674,7 @@ class Player:
         if self.rng:
             avail = obs.avail[:, : actions.shape[1]].cpu()
             actions = explore(actions, avail, self.epsilon, self.rng)
-        actions = F.pad(actions, (0, SIDE - actions.shape[1]))  # empty slots: no-op
+        actions = F.pad(actions, (0, SIDE - actions.shape[1]))  # empty slots get the no-op
         self.last_actions = actions.to(obs.avail.device)
         return self.last_actions
 
@@ -683,7 +683,7 @@ class Player:
 
 
 def explore(actions: Tensor, avail: Tensor, epsilon: float, rng: torch.Generator) -> Tensor:
-    """Actions (B, A), each with probability epsilon replaced by any of avail (B, A, actions)."""
+    """Actions (B, A), each replaced with probability epsilon by any of avail (B, A, U)."""
     noise = torch.rand(avail.shape, generator=rng)
     any_of = noise.masked_fill(~avail, -1.0).argmax(-1)
     explores = torch.rand(actions.shape, generator=rng) < epsilon
@@ -691,13 +691,13 @@ def explore(actions: Tensor, avail: Tensor, epsilon: float, rng: torch.Generator
 
 
 def epsilon_at(args: Args, timesteps: int) -> float:
-    """Falls linearly, then stays."""
+    """Epsilon: falls linearly for --epsilon-steps, then stays at --epsilon-final."""
     done = min(timesteps / args.epsilon_steps, 1.0)
     return args.epsilon_start + done * (args.epsilon_final - args.epsilon_start)
 
 
 class Played(NamedTuple):
-    """A step of B battles, as it is stored."""
+    """One step of B battles, as the replay buffer stores it."""
 
     actions: Tensor  # (B, 8) int64
     rewards: Tensor  # (B,) float32
@@ -705,33 +705,33 @@ class Played(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B episodes: the K steps of all, between M = K + B moments."""
+    """A minibatch of B episodes or windows: K steps in all, between M = K + B moments."""
 
     features: Features  # of M moments
-    now: Tensor  # (K,) int64: at which moment a step begins
-    later: Tensor  # (K,) int64: at which one it ends
+    now: Tensor  # (K,) int64: index of the moment at which the step begins
+    later: Tensor  # (K,) int64: index of the moment at which the step ends
     actions: Tensor  # (K, A) int64
     rewards: Tensor  # (K,) float32
-    terminated: Tensor  # (K,) bool: no value comes after
+    terminated: Tensor  # (K,) bool: no bootstrap after this step
 
 
 class ReplayBuffer:
-    """The last episodes: what units were like, from which all else is made again."""
+    """The last --buffer-size episodes, as snapshots of units; sample() computes observations."""
 
     def __init__(self, args: Args, battles: Any, device: torch.device):
-        """battles: those that are played, or others of the same scenario."""
+        """battles: any battles of the scenario; they give the stored shapes, and observe()."""
         self.args, self.battles, self.device = args, battles, device
-        self.episodes = 0  # that were ever added
+        self.episodes = 0  # number ever added
         N, T = args.buffer_size, args.max_episode_steps
-        self.fixed = {"length": torch.empty(N, dtype=torch.int64)}  # (N, ...), of an episode
-        self.states = {}  # (N, T + 1, ...), of a moment
+        self.fixed = {"length": torch.empty(N, dtype=torch.int64)}  # (N, ...), per episode
+        self.states = {}  # (N, T + 1, ...), per moment
         for name, x in battles.snapshot._asdict().items():
             shape = x.shape[1:]
             if name in battles.fixed:
                 self.fixed[name] = torch.empty(N, *shape, dtype=x.dtype)
             else:
                 self.states[name] = torch.empty(N, T + 1, *shape, dtype=x.dtype)
-        self.steps = {  # (N, T, ...)
+        self.steps = {  # (N, T, ...), per step
             "actions": torch.empty(N, T, SIDE, dtype=torch.int8),
             "rewards": torch.empty(N, T),
             "terminated": torch.empty(N, T, dtype=torch.bool),
@@ -742,8 +742,8 @@ class ReplayBuffer:
         return min(self.episodes, self.args.buffer_size)
 
     def add(self, snapshots: list[Any], steps: list[Played], lengths: Tensor) -> None:
-        """Store an episode of each of B battles: T + 1 snapshots and the T steps between them, of
-        which its first lengths (B,) are real; nobody reads the rest."""
+        """Store one episode of each of B battles: T + 1 snapshots and the T steps between them. In
+        battle b only the first lengths[b] steps are real; the rest is padding, never read."""
         place = torch.arange(self.episodes, self.episodes + len(lengths)) % self.args.buffer_size
         self.fixed["length"][place] = lengths
         for name in self.battles.fixed:
@@ -757,7 +757,7 @@ class ReplayBuffer:
         self.episodes += len(lengths)
 
     def sample(self, rng: torch.Generator, size: int) -> Batch:
-        """Of size episodes, each at most once, all steps or --replay-window on end."""
+        """A minibatch of `size` different episodes: all steps, or --replay-window in a row."""
         index = torch.randperm(self.size, generator=rng)[:size]
         ends = self.fixed["length"][index]
         length, start = ends, torch.zeros_like(ends)
@@ -769,7 +769,7 @@ class ReplayBuffer:
         T = int(length[0])
         time = torch.arange(T + 1)[:, None]
         played = time <= length  # (T + 1, B)
-        time = start + time  # (T + 1, B), in the episode
+        time = start + time  # (T + 1, B): step in the episode
         obs = self.observe(index, time, played)
         last_actions = self.steps["actions"][index, time - 1]  # (T + 1, B, 8)
         last_actions = last_actions.masked_fill((time == 0)[..., None], -1)[played].long()
@@ -782,7 +782,7 @@ class ReplayBuffer:
         features = encode(obs, last_actions, played, self.device)
         A = features.unseen.shape[1]
         moment = played.flatten().cumsum(0).view_as(played) - 1  # (T + 1, B)
-        goes_on = played[1:]  # (T, B): a step follows
+        goes_on = played[1:]  # (T, B): the step was played
         return Batch(
             features=features,
             now=send(moment[:-1][goes_on], self.device),
@@ -793,7 +793,7 @@ class ReplayBuffer:
         )
 
     def observe(self, index: Tensor, time: Tensor, played: Tensor) -> Observation:
-        """What was observed (M, ...) in episodes index (B,) at time (T + 1, B), where played."""
+        """Observations (M, ...) of episodes index (B,) at time (T + 1, B), where played."""
         snapshot = {name: x[index, time][played] for name, x in self.states.items()}
         for name in self.battles.fixed:
             x = self.fixed[name][index]
@@ -801,7 +801,7 @@ class ReplayBuffer:
         return self.battles.observe(self.battles.snapshot._replace(**snapshot))
 
     def filled(self) -> dict[str, Tensor]:
-        """What was played, without padding, for a checkpoint."""
+        """All that is stored, without padding, for a checkpoint."""
         n, real = self.size, self.is_real()
         tensors = {"episodes": torch.tensor(self.episodes)}
         tensors |= {name: x[:n] for name, x in self.fixed.items()}
@@ -809,7 +809,7 @@ class ReplayBuffer:
         return tensors | {name: x[:n][real[:, 1:]] for name, x in self.steps.items()}
 
     def refill(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what filled() gave."""
+        """Restore what filled() returned."""
         self.episodes = int(tensors["episodes"])
         n = self.size
         for name, x in self.fixed.items():
@@ -821,19 +821,19 @@ class ReplayBuffer:
             x[:n][real[:, 1:]] = tensors[name]
 
     def is_real(self) -> Tensor:
-        """(size, T + 1) bool: moments that are no padding."""
+        """(size, T + 1) bool: True at moments that are not padding."""
         time = torch.arange(self.args.max_episode_steps + 1)
         return time <= self.fixed["length"][: self.size, None]
 
 
 def copied(x: Any) -> Any:
-    """A named tuple on the CPU: worlds write into their own tensors."""
+    """A copy, on the CPU, of a named tuple of tensors: worlds overwrite their tensors."""
     return x._make([tensor.to("cpu", copy=True) for tensor in x])
 
 
 def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> list[Any]:
-    """Play one episode of every battle into the buffer. Returns them (battles.Episode), in the
-    order in which they ended."""
+    """Play one episode of every battle and add it to the buffer. Returns the episodes (a list of
+    battles.Episode) in the order in which they ended."""
     battles.reset()
     snapshots = [copied(battles.snapshot)]
     steps, episodes = [], []
@@ -854,7 +854,7 @@ def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> list[Any]:
 
 
 def pick(q: Tensor, actions: Tensor) -> Tensor:
-    """q (K, A, actions) of actions (K, A)."""
+    """Utilities (K, A) of the chosen actions (K, A), from q (K, A, U)."""
     return q.gather(-1, actions[..., None])[..., 0]
 
 
@@ -862,15 +862,15 @@ def pick(q: Tensor, actions: Tensor) -> Tensor:
 
 
 def lambda_returns(args: Args, batch: Batch, next_values: Tensor) -> Tensor:
-    """y (K,) of next_values (K,), those at the ends of steps; as in Peng's Q(lambda), what was done
-    later counts as if the values were of it."""
-    # Steps are in order of time, then battle, and battles that go on come first.
+    """Lambda-returns y (K,); next_values (K,): values V at the ends of steps. As in Peng's
+    Q(lambda), there is no correction for later actions that are not those of V's policy."""
+    # Steps are ordered by time, then battle; the longest battles come first.
     sizes = batch.features.played[1:].sum(1).tolist()
     steps = (batch.rewards, next_values, ~batch.terminated)
     times = list(zip(*(x.split(sizes) for x in steps)))
     found, later = [], next_values[:0]
     for rewards, values, goes_on in reversed(times):
-        later = torch.cat((later, values[len(later) :]))  # where no step follows
+        later = torch.cat((later, values[len(later) :]))  # y_t+1 = V_t+1 at a last step
         # y_t = r_t + gamma ((1 - l) V_t+1 + l y_t+1)
         mixed = (1 - args.td_lambda) * values + args.td_lambda * later
         later = rewards + args.gamma * mixed * goes_on
@@ -883,7 +883,7 @@ def lambda_returns(args: Args, batch: Batch, next_values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_targets(args: Args, agent: Agent, batch: Batch, q: Tensor) -> Tensor:
-    """y (K,); q (M, A, actions): the learning networks' Q_i."""
+    """Targets y (K,); q (M, A, U): Q_i of the learning networks, which choose the actions."""
     features, later = batch.features, batch.later
     best = q.masked_fill(~features.avail_actions, MASKED).argmax(-1)[later]  # (K, A)
     next_q, _, _ = agent.target_utility(features)
@@ -895,7 +895,7 @@ def find_targets(args: Args, agent: Agent, batch: Batch, q: Tensor) -> Tensor:
 
 
 def critic_loss(args: Args, agent: Agent, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and what it is made of."""
+    """The loss L, and scalars for the log."""
     features, now = batch.features, batch.now
     with agent.autocast():
         q, terms, _ = agent.utility(features)
@@ -903,16 +903,16 @@ def critic_loss(args: Args, agent: Agent, batch: Batch) -> tuple[Tensor, dict[st
         q_total = agent.mixer(pick(q[now], batch.actions), features.at(now))
     # E (Q_tot - y)^2
     td_loss = (q_total - y).square().mean()
-    avail = features.avail_actions[now]  # (K, A, actions)
+    avail = features.avail_actions[now]  # (K, A, U)
     filled = ~features.empty[now, : avail.shape[1]]  # (K, A)
     mara = mara_loss(terms.collab_alone[now], avail, filled)
     change = pick((terms.collab - terms.collab_alone)[now], batch.actions)  # (K, A)
-    alive = ~avail[..., 0]  # (K, A): the dead have a no-op
+    alive = ~avail[..., 0]  # (K, A): dead and empty have a no-op
     scalars = {
         "td_loss": td_loss,
         "mara_loss": mara,
         "q_total": q_total.mean(),
-        "q_collab": mean_where(alive, change.abs()),  # how much teammates matter
+        "q_collab": mean_where(alive, change.abs()),  # mean change by teammates
     }
     return td_loss + args.mara_weight * mara, scalars
 
@@ -920,7 +920,7 @@ def critic_loss(args: Args, agent: Agent, batch: Batch) -> tuple[Tensor, dict[st
 def update(
     args: Args, agent: Agent, buffer: ReplayBuffer, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Gradient steps on as many minibatches as follow a round of battles. Returns scalars."""
+    """--updates-per-iteration gradient steps, a minibatch each. Returns the means of scalars."""
     found = collections.defaultdict(list)
     for _ in range(args.updates_per_iteration):
         batch = buffer.sample(rng, args.batch_size)
@@ -937,8 +937,8 @@ def update(
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Greedy episodes of every team size; at the end, unless in the game, those of scripted
-    policies in the same battles beside them. Returns {"size policy": what summarise() says}."""
+    """Greedy episodes of every team size. The final evaluation in the simulator also plays scripted
+    policies, in the same battles. Returns {"SIZE" or "SIZE SCRIPT": the row of summarise()}."""
     world = worlds.playing(args.scenario)
     battle_seed, policy_seed = evaluation.rng.integers(2**31, size=2).tolist()
     new_battles = functools.partial(make_envs, args, seed=battle_seed, device=agent.device)
@@ -981,13 +981,13 @@ def load_player(path: str) -> Policy:
 
 
 def train(args: Args) -> int:
-    """The run, with --resume from its checkpoint on; returns the exit code."""
+    """Train (--resume: continue a run) or, with --eval-only, evaluate; returns the exit code."""
     table = worlds.playing(args.scenario).table
     with Run(args, table, LINE) as run:
         if args.resume:
             check(worlds.wrong_to_resume(args, run.saved["args"]))
         args = run.own_share(args, "batch_size", "buffer_size", "target_every")
-        check(validate(args))  # a round of battles must fit into the share of a process, too
+        check(validate(args))  # again: a round must fit into this process's share of the buffer
         battles = make_envs(
             args,
             sizes=args.team_sizes,
@@ -1017,7 +1017,7 @@ def train(args: Args) -> int:
             epsilon = epsilon_at(args, run.timesteps)
             try:
                 episodes = collect(battles, Player(agent, epsilon, rng), buffer)
-            except BattleError:  # the game; what has been learned is kept
+            except BattleError:  # a game failed; save() would wait for other processes, if any
                 if run.size == 1:
                     run.save()
                 raise
@@ -1031,7 +1031,7 @@ def train(args: Args) -> int:
             check_finite(**scalars)
             run.note(scalars)
             since_copy = buffer.episodes % args.target_every
-            if since_copy < len(episodes):
+            if since_copy < len(episodes):  # a multiple of target_every was reached
                 agent.copy_to_targets()
             run.lap("learn_s")
             run.advance(total(sum(episode.length for episode in episodes)))
@@ -1041,7 +1041,7 @@ def train(args: Args) -> int:
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
-                if args.backend == "sc2":  # evaluations have games of their own
+                if args.backend == "sc2":  # an evaluation starts its own games
                     run.save()
                     battles.close()
                 run.evaluate("eval")
@@ -1050,7 +1050,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the script with argv, by default the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     read = functools.partial(read_args, Args, argv, validate, RESUMABLE, PRESETS)
     return call(lambda: train(read()), BattleError)

@@ -1,8 +1,8 @@
 """MAPPO (Yu et al., 2022) in StarCraft micromanagement, with REFIL's attention to entities.
 
-All agents share one actor, which sees what an agent sees; in training one critic, which sees all
-units, says what the team will earn. Battles are played by the actor, then it learns from these
-alone, some epochs, and they are thrown away. i: agents that are alive and so have a choice.
+All agents share one actor, which sees only what the agent sees. One critic, used only in training,
+sees all units and predicts the team's return. The actor plays a rollout of battles, both networks
+learn from it for some epochs, and it is thrown away. i: living agents, as only they have a choice.
 
     r_i  = pi(u_i | tau_i) / pi_old(u_i | tau_i)                                          ratio
     L_pi = - mean_i min(r_i A, clip(r_i, 1 -+ eps) A) - c mean_i H(pi(. | tau_i))         actor
@@ -11,19 +11,19 @@ alone, some epochs, and they are thrown away. i: agents that are alive and so ha
     G_t  = R_t + gamma ((1 - l) V(s_t+1) + l G_t+1)                           --returns lambda
     G_t  = R_t + .. + gamma^n V'(s_t+n)            V': a slow copy of V        --returns n-step
 
-L_pi moves the actor, L_V the critic. A team's end ends G; when time is out, V goes on. A death ends
-nothing: what the team earns later is due to the dead one's actions, too.
+L_pi trains the actor, L_V the critic. G ends where a battle terminates; when time is out, it
+bootstraps from V. An agent's death does not end G: its actions may lead to later rewards, too.
 
     python baselines/mappo_smac.py --scenario sz --preset cpu                for CPUs
-    python baselines/mappo_smac.py --scenario mmm                            as MIPI's paper has it
+    python baselines/mappo_smac.py --scenario mmm                            as in MIPI's paper
     python baselines/mappo_smac.py --scenario resource --team-sizes 3 4 5    Resource Collection
     python baselines/mappo_smac.py --resume runs/RUN --total-timesteps 20000000
     python baselines/mappo_smac.py --eval-only runs/RUN --backend sc2        in StarCraft II
     torchrun --nproc-per-node 2 baselines/mappo_smac.py                      two times 10 battles
 
 Letters: T steps, B battles, K steps of all battles, M moments (K in which a step begins, then those
-after which nothing follows), A agents, S entities (agents, then enemies), U actions, D features of
-an entity, H hidden units, R of the GRU, h heads of size d. What the paper leaves open:
+after last steps), A agents, S entities (agents, then enemies), U actions, D features of an entity,
+H hidden units, R of the GRU, h heads of size d. What the paper leaves open:
 docs/baselines_smac.md; worlds: docs/battles.md.
 """
 
@@ -87,53 +87,53 @@ CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """MAPPO in StarCraft micromanagement. Defaults are the paper's."""
+    """MAPPO in StarCraft micromanagement. Defaults are those of MIPI's paper."""
 
     # Environment
-    backend: Literal["sim", "sc2"] = "sim"  # envs/smac/combat.py or StarCraft II
-    scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # units; Resource Collection
-    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # to train with
-    enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: as the game's, or others
-    clip_regeneration: bool = False  # what enemies regenerate earns nothing, instead of a reward
-    rescale: bool = False  # resource: lengths in units of sight, rewards a tenth
-    egocentric: bool = False  # resource: also where the nearest things one sees are from oneself
-    num_envs: Positive = 10  # B, battles at a time, per process
-    env_threads: Positive = 1  # sim: over which they are spread
-    game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
-    max_episode_steps: Positive = 150  # of a battle; resource has at most 145
+    backend: Literal["sim", "sc2"] = "sim"  # sim: the simulator in envs/smac; sc2: StarCraft II
+    scenario: Literal["sz", "csz", "mmm", "resource"] = "sz"  # unit types, or Resource Collection
+    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # team sizes (numbers of agents) in training
+    enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: enemies' AI; sticky: like SC2
+    clip_regeneration: bool = False  # damage minus regeneration is rewarded as max(x, 0), not |x|
+    rescale: bool = False  # resource: lengths divided by the sight radius, rewards divided by 10
+    egocentric: bool = False  # resource: adds the relative places of the nearest things in sight
+    num_envs: Positive = 10  # B, battles played in parallel, per process
+    env_threads: Positive = 1  # sim: threads that simulate the battles of a process
+    game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
+    max_episode_steps: Positive = 150  # steps after which time is out; resource: at most 145
     # Method
-    rollout: Literal["rounds", "windows"] = "rounds"  # whole battles, or some steps of running ones
-    window_steps: Positive = 32  # T of windows
-    recurrent: bool = True  # actors with a GRU; without: what they see now
-    target_head: Literal["tags", "pointer"] = "tags"  # whom to attack: by its tag, or what it is
-    hidden_size: Positive = 128  # H, of embeddings and attention
-    heads: Positive = 4  # h, of attention
-    rnn_size: Positive = 64  # R, of the GRU
-    returns: Literal["n-step", "lambda"] = "n-step"  # G
-    n_steps: Positive = 5  # n
-    target_tau: Share = 0.01  # n-step: how far V' moves to V after each rollout
-    gae_lambda: Share = 0.95  # l
+    rollout: Literal["rounds", "windows"] = "rounds"  # rounds: whole battles; windows: T steps
+    window_steps: Positive = 32  # T, steps of each battle in a rollout of --rollout windows
+    recurrent: bool = True  # actors remember with a GRU; without: a linear layer, no memory
+    target_head: Literal["tags", "pointer"] = "tags"  # tells targets apart by tag or by features
+    hidden_size: Positive = 128  # H, units of embeddings and attention
+    heads: Positive = 4  # h, attention heads
+    rnn_size: Positive = 64  # R, units of the GRU
+    returns: Literal["n-step", "lambda"] = "n-step"  # G: n-step returns or lambda-returns
+    n_steps: Positive = 5  # n, rewards in an n-step return
+    target_tau: Share = 0.01  # n-step: share by which V' moves to V after each rollout
+    gae_lambda: Share = 0.95  # l of --returns lambda; 0: one-step, 1: all later rewards
     timeout_terminates: bool = False  # no bootstrap when time is out, as in REFIL's code
-    value_norm: bool = False  # V in units of the returns' mean and deviation
-    normalise_advantages: bool = False  # A with mean 0 and deviation 1
+    value_norm: bool = False  # V predicts returns normalised by their mean and deviation
+    normalise_advantages: bool = False  # scale A of a rollout to mean 0 and standard deviation 1
     # Base algorithm
-    learning_rate: Amount = 5e-4  # Adam's, at first
-    entropy_coef: Amount = 0.001  # c, at first
-    final_share: Share = 1.0  # of both that is left at --total-timesteps; they fall linearly
-    adam_eps: Above = 1e-5  # Adam's
-    epochs: Positive = 4  # over a rollout
-    minibatches: Positive = 1  # of an epoch
-    clip: Amount = 0.2  # eps
-    gamma: Share = 0.99  # discount
-    max_grad_norm: Above = 10.0  # of each network
-    amp: bool = False  # bf16 attention where the hardware has it
-    # Evaluation and checkpoints (every: environment steps)
-    eval_team_sizes: tuple[Positive, ...] = (6, 7, 8)  # unseen ones, evaluated beside team_sizes
-    eval_every: Count = 50_000  # evaluations on the way; 0: never
-    eval_episodes: Positive = 160  # in those, of each team size
-    final_episodes: Count = 160  # of each size at the end and with --eval-only
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    save_every: Count = 500_000  # checkpoints, of which the last two are kept; 0: at the end
+    learning_rate: Amount = 5e-4  # Adam's learning rate at the start
+    entropy_coef: Amount = 0.001  # c, weight of the entropy bonus at the start
+    final_share: Share = 1.0  # share of learning rate and c left at --total-timesteps (linearly)
+    adam_eps: Above = 1e-5  # Adam's eps, added to the root of the mean squared gradient
+    epochs: Positive = 4  # passes over each rollout
+    minibatches: Positive = 1  # minibatches per epoch
+    clip: Amount = 0.2  # eps, clip range of the ratio r_i
+    gamma: Share = 0.99  # discount factor per step
+    max_grad_norm: Above = 10.0  # largest gradient norm, of each network
+    amp: bool = False  # bf16 embeddings and attention where the hardware has bf16
+    # Evaluation and checkpoints
+    eval_team_sizes: tuple[Positive, ...] = (6, 7, 8)  # unseen sizes, evaluated with --team-sizes
+    eval_every: Count = 50_000  # environment steps between evaluations; 0: only at the end
+    eval_episodes: Positive = 160  # episodes per team size in an evaluation during training
+    final_episodes: Count = 160  # episodes per team size at the end and with --eval-only
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    save_every: Count = 500_000  # steps between checkpoints (last two kept); 0: only at the end
 
 
 PRESETS = {
@@ -158,20 +158,20 @@ PRESETS = {
         "eval_every": 250_000,
         "eval_episodes": 64,
     },
-    "cpu scenario resource": {  # on top of those
+    "cpu scenario resource": {  # added to the values of "cpu"
         "rescale": True,
         "egocentric": True,
         "target_head": "tags",
         "gamma": 0.97,
     },
 }
-# With --resume backend and version of the game stay as they were.
+# With --resume, train() refuses another backend or game version; --eval-only may change them.
 RESUMABLE = ("backend", "env_threads", "game_version", "eval_team_sizes")
-LINE = ("return", "win", "entropy", "sps")  # scalars on standard output, without a terminal
+LINE = ("return", "win", "entropy", "sps")  # scalars of lines printed where there is no terminal
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that would do something else than they say."""
+    """(whether it is wrong, message) for combinations of flags that would not do what they say."""
     windows, n_step = args.rollout == "windows", args.returns == "n-step"
     given = {name for name, x in vars(Args()).items() if getattr(args, name) != x}
     steps = args.num_envs * (args.window_steps if windows else 1)
@@ -207,10 +207,10 @@ def make_envs(
     once: bool = True,
     first_battle: int = 0,
 ) -> Any:
-    """num_envs battles of teams of these sizes; once: they stand still when they have ended, else
-    others begin.
-
-    Only Resource Collection can be on a GPU. UsageError where there are no such teams or no game.
+    """num_envs battles of teams of these sizes. once: a battle that has ended does not start again,
+    else a new one begins. Random numbers of a battle depend on the seed and its number, counted
+    from first_battle. Only Resource Collection runs on `device`. UsageError where there are no
+    such teams or no game.
     """
     try:
         return worlds.make_worlds(
@@ -237,22 +237,22 @@ def make_envs(
 # --- 4. Networks ----------------------------------------------------------------------------------
 # [shared: features] begin
 
-MASKED = -1e9  # in the place of a score or a utility: not to be chosen
-CHUNK = 25  # times that the GRU is given at once
+MASKED = -1e9  # replaces scores, logits and utilities of what must not be chosen
+CHUNK = 25  # time steps that the GRU gets in one call
 
 
 class Features(NamedTuple):
-    """What networks read of M moments: of those times and battles that were played, in order of
-    time, then battle. A and S count the slots up to the last one that any battle fills."""
+    """Input of the networks at M moments: the states of battles, without padding, in order of
+    time, then battle. A and S count only the slots up to the last one that any moment uses."""
 
-    entities: Tensor  # (M, S, D) float32: features; of agents also their last action
+    entities: Tensor  # (M, S, D) float32: features; of agents also the last action, one-hot
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
-    empty: Tensor  # (M, S) bool: no unit has this slot
-    avail_actions: Tensor  # (M, A, actions) bool
-    played: Tensor  # (T, B) bool, on the CPU: the M moments; the longest battles come first
+    empty: Tensor  # (M, S) bool: the slot has no unit
+    avail_actions: Tensor  # (M, A, U) bool
+    played: Tensor  # (T, B) bool, on the CPU: True at moments; the longest battles come first
 
     def at(self, index: Tensor) -> Features:
-        """Some of the moments, for a mixer, which remembers nothing."""
+        """Features of moments index (n,); `played`, which only a GRU needs, stays as it is."""
         return self._replace(
             entities=self.entities[index],
             unseen=self.unseen[index],
@@ -262,22 +262,22 @@ class Features(NamedTuple):
 
 
 def slots_in_use(empty: Tensor) -> int:
-    """How many slots, of empty (M, 8), there are up to the last that a unit has."""
+    """Number of slots up to the last one that any moment uses; empty (M, 8) bool."""
     return int((~empty).any(0).nonzero().max()) + 1
 
 
 def encode(
     obs: Observation, last_actions: Tensor, played: Tensor, device: torch.device
 ) -> Features:
-    """Observations (M, ...) as networks read them; last_actions (M, 8): -1 where there was none;
-    played (T, B): see Features."""
+    """Features of observations (M, ...), on `device`; last_actions (M, 8), -1 at the start of an
+    episode; played (T, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
     E = slots_in_use(obs.entity_mask[:, SIDE:])
     slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)], device=last_actions.device)
     num_actions = obs.avail.shape[-1]
-    # One more kind of action, in front, is "none"; its column is left out.
+    # Column 0 of the one-hot code stands for -1, no last action. It is dropped.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
-    acted = F.pad(acted, (0, 0, 0, E))  # others' actions are unknown
+    acted = F.pad(acted, (0, 0, 0, E))  # enemies' actions are unknown: 0
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
         entities=send(entities, device),
@@ -293,13 +293,13 @@ def encode(
 
 
 def uniform_parameter(inputs: int, *shape: int) -> nn.Parameter:
-    """Weights or biases of several linear layers side by side, as nn.Linear begins."""
+    """Weights or biases of several linear layers, with nn.Linear's initial distribution."""
     bound = 1 / math.sqrt(inputs)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 class Attention(nn.Module):
-    """G attention layers side by side, from agents to entities."""
+    """G attention layers, computed together: agents (queries) attend to entities (keys, values)."""
 
     def __init__(self, G: int, H: int, heads: int):
         super().__init__()
@@ -308,7 +308,7 @@ class Attention(nn.Module):
         self.key_value = uniform_parameter(H, G, H, 2 * H)
 
     def forward(self, x: Tensor, agents: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (G, M, h, A, d), keys and values (G, M, h, S, d) of x (M, S, G, H)."""
+        """Queries (G, M, h, A, d), keys and values (G, M, h, S, d) of x (M, S, G, H); agents: A."""
         M, S, G, H = x.shape
         query = x[:, :agents].flatten(0, 1).transpose(0, 1) @ self.query  # (G, M A, H)
         key_value = x.flatten(0, 1).transpose(0, 1) @ self.key_value  # (G, M S, 2 H)
@@ -317,16 +317,15 @@ class Attention(nn.Module):
         return self.split(query, M), self.split(key, M), self.split(value, M)
 
     def split(self, x: Tensor, M: int) -> Tensor:
-        """(G, M n, H) -> (G, M, h, n, d)."""
+        """Split x (G, M n, H) into heads: (G, M, h, n, d)."""
         G, _, H = x.shape
         return x.view(G, M, -1, self.heads, H // self.heads).transpose(2, 3)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Weighted values (G, M, V, A, H) in views with mask (M, V, A, S); 0 where all is masked.
-
-    Scores are the same in all views; views are rows of one product with the values.
-    """
+    """Output of attention (G, M, V, A, H) in V views with mask (M, V, A, S), True: hidden; an agent
+    from which all is hidden gets 0. The scores are the same in all views, so they are computed
+    once. The weights of all views are multiplied with the values in one product."""
     mask = mask[:, None]  # (M, 1, V, A, S)
     scores = query @ key.mT  # (G, M, h, A, S)
     scores = scores[:, :, :, None].masked_fill(mask, MASKED)  # (G, M, h, V, A, S)
@@ -339,15 +338,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def remember(
     layer: nn.GRU | nn.Linear, x: Tensor, played: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A GRU over moments (M, V, A, R): chunks of time without the battles that ended before them.
-    After one that ends within a chunk comes 0, which nobody reads. A linear layer has no memory."""
+    """Outputs (M, V, A, R) for x (M, V, A, R), and the hidden state (1, B V A, R) after them.
+    A GRU runs over chunks of time, without battles that ended before a chunk; those that end within
+    it are padded with 0, and outputs there are dropped. A linear layer has no memory."""
     if isinstance(layer, nn.Linear):
         return F.relu(layer(x)), hidden
     chunks = played.split(CHUNK)
     sizes = [int(chunk.sum()) for chunk in chunks]
     outputs = []
     for part, chunk in zip(x.split(sizes), chunks):
-        T, B = len(chunk), int(chunk[0].sum())  # B battles go on
+        T, B = len(chunk), int(chunk[0].sum())  # B battles have not ended before this chunk
         place = send(chunk[:, :B].flatten().nonzero()[:, 0], x.device)
         padded = x.new_zeros(T * B, *x.shape[1:]).index_copy(0, place, part)
         padded = padded.view(T, -1, x.shape[-1])  # (T, B V A, R)
@@ -372,7 +372,7 @@ def orthogonal(inputs: int, outputs: int, gain: float) -> nn.Linear:
 
 
 class Trunk(nn.Module):
-    """Entities, embedded, and what each agent finds by attending to them."""
+    """Embeddings of entities, and the attention of every agent to them."""
 
     def __init__(self, inputs: int, args: Args):
         super().__init__()
@@ -380,20 +380,20 @@ class Trunk(nn.Module):
         self.attention = Attention(1, args.hidden_size, args.heads)
 
     def forward(self, entities: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """entities (M, S, D), of which mask (M, A, S) hides some -> (M, S, H), and of agents what
-        they are and found (M, A, 2 H)."""
+        """Embeddings (M, S, H) of entities (M, S, D), and for every agent its embedding beside its
+        attention's output (M, A, 2 H); mask (M, A, S), True: hidden."""
         A = mask.shape[1]
         x = F.relu(self.embed(entities))  # (M, S, H)
         query, key, value = self.attention(x[:, :, None], A)
         found = attend(query, key, value, mask[:, None])[0, :, 0]  # (M, A, H)
         agents = torch.cat((x[:, :A], found), dim=-1)
-        # With --amp only what is above is bf16: ratios and values need their digits.
+        # With --amp only the above is bf16, which is too coarse for ratios and values.
         dtype = self.embed.weight.dtype
         return x.to(dtype), agents.to(dtype)
 
 
 class Actor(nn.Module):
-    """log pi(u | tau_i) of every agent, from what it sees and, with a GRU, has seen."""
+    """log pi(u | tau_i) of every agent; tau_i: what it sees and, with a GRU, has seen."""
 
     def __init__(self, inputs: int, family: Family, args: Args):
         super().__init__()
@@ -412,7 +412,7 @@ class Actor(nn.Module):
     def forward(
         self, features: Features, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(M, A, U), and the memory after them (1, B A, R); hidden: that before, None at first."""
+        """Log-probabilities (M, A, U), and the hidden state (1, B A, R) after them."""
         entities, agents = self.trunk(features.entities, features.unseen)
         with torch.autocast(agents.device.type, enabled=False):
             x = F.relu(self.project(agents))  # (M, A, R or H)
@@ -426,15 +426,15 @@ class Actor(nn.Module):
         return logits.log_softmax(-1), hidden
 
     def point(self, x: Tensor, entities: Tensor, features: Tensor) -> Tensor:
-        """Logits (M, A, U - 6) of attacking or healing; x (M, A, R or H), entities (M, S, H)."""
-        # <W_q x_i, W_k e_j> / sqrt(H): whom, by what it is
+        """Logits (M, A, U - 6) of attacking or healing; x (M, A, R or H), embeddings (M, S, H)."""
+        # <W_q x_i, W_k e_j> / sqrt(H): how well target j suits agent i
         scores = self.query(x) @ self.key(entities).mT / math.sqrt(entities.shape[-1])  # (M, A, S)
         tags = features[..., : self.num_targets]  # (M, S, U - 6), one-hot; 0 of empty slots
         return scores @ tags
 
 
 class Critic(nn.Module):
-    """V(s) of the team, in units of the value norm, from all units."""
+    """V(s) of the team, computed from all units; with --value-norm in units of the norm."""
 
     def __init__(self, inputs: int, args: Args):
         super().__init__()
@@ -445,33 +445,33 @@ class Critic(nn.Module):
         self.head = orthogonal(H, 1, 1.0)
 
     def forward(self, features: Features) -> Tensor:
-        """(M,)"""
+        """Values (M,), in units of the value norm."""
         A = features.unseen.shape[1]
         filled = ~features.empty[:, :A]
         nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
         _, agents = self.trunk(features.entities, nobody)
         with torch.autocast(agents.device.type, enabled=False):
             x = F.relu(self.project(agents)) * filled[..., None]
-            # A mean over the 8 slots: one over agents would hide how many there are.
+            # A mean over the 8 slots: a mean over agents would hide how many there are.
             x = x.sum(1) / SIDE  # (M, H)
             return self.head(F.relu(self.layer(x)))[:, 0]
 
 
 class ValueNorm(nn.Module):
-    """Mean and deviation of returns by exponential averages over rollouts, debiased."""
+    """Mean and standard deviation of returns: exponential averages over rollouts, debiased."""
 
     DECAY = 0.95
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # means of 1, x, x^2
 
     def update(self, new: Tensor) -> None:
-        """new (3,): 1, mean and mean square of new returns."""
+        """Take in new (3,): 1, mean and mean square of the returns of a rollout."""
         self.sums.lerp_(new.to(self.sums), 1 - self.DECAY)
 
     def mean_std(self) -> tuple[float, float]:
-        """0 and 1 before the first update."""
+        """Mean and standard deviation of returns; 0 and 1 before the first update."""
         weight, mean, square = self.sums.tolist()
         if weight == 0:
             return 0.0, 1.0
@@ -480,7 +480,7 @@ class ValueNorm(nn.Module):
 
 
 class Agent(Parts):
-    """The networks and their optimisers."""
+    """Actor, critic, the critic's slow copy, value norm, optimisers."""
 
     def __init__(self, args: Args, family: Family, device: torch.device):
         self.args, self.device = args, device
@@ -505,7 +505,7 @@ class Agent(Parts):
 
     @torch.no_grad()
     def move_target(self) -> None:
-        """V' goes a part of the way to V."""
+        """Move V', the slow copy of the critic, towards V by the share --target-tau."""
         for slow, fast in zip(self.target_critic.parameters(), self.critic.parameters()):
             slow.lerp_(fast, self.args.target_tau)
 
@@ -517,14 +517,14 @@ class Agent(Parts):
 
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Element by element; ratio: of pi to the policy that acted."""
+    """PPO's clipped objective, element by element; ratio: pi / pi_old."""
     # min(r A, clip(r, 1 -+ eps) A)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return torch.min(ratio * advantage, clipped * advantage)
 
 
 def lambda_returns(steps: Played, next_values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """G (T, B); G - V is GAE. next_values (T, B): V at the end of each step."""
+    """Lambda-returns G (T, B); G - V is GAE. next_values (T, B): V at the end of each step."""
     returns = torch.zeros_like(next_values)
     goes_on = ~steps.terminated
     later = next_values[-1]
@@ -538,7 +538,7 @@ def lambda_returns(steps: Played, next_values: Tensor, gamma: float, gae_lambda:
 
 
 def n_step_returns(steps: Played, next_values: Tensor, gamma: float, n: int) -> Tensor:
-    """G (T, B) of n rewards, or of fewer where the battle ends, and the value after them."""
+    """n-step returns G (T, B), shorter before `ends`; next_values (T, B): V' after each step."""
     goes_on = ~steps.terminated
     later = next_values  # G^(0)_t+1 = V'(s_t+1)
     for _ in range(n):
@@ -553,18 +553,18 @@ def n_step_returns(steps: Played, next_values: Tensor, gamma: float, n: int) -> 
 
 
 def pick(x: Tensor, actions: Tensor) -> Tensor:
-    """x (..., A, U) of actions (..., A)."""
+    """Entries (..., A) of x (..., A, U) at the chosen actions (..., A)."""
     return x.gather(-1, actions[..., None])[..., 0]
 
 
 def sample(log_probs: Tensor, noise: Tensor) -> Tensor:
-    """Actions (B, A) from log-probabilities and noise (B, A, U), exponentially distributed: the
-    largest of log pi + Gumbel noise."""
+    """Draw actions (B, A): the largest of log pi (B, A, U) + Gumbel noise. noise (B, A, U) is
+    exponentially distributed, so -log noise is Gumbel noise."""
     return (log_probs - noise.log()).argmax(-1)
 
 
 class Player:
-    """A policy for battles: drawn actions with a generator, most probable ones without."""
+    """A policy for battles: with rng it draws actions, without it takes the most probable ones."""
 
     def __init__(self, agent: Agent, rng: torch.Generator | None = None):
         self.agent, self.rng = agent, rng
@@ -572,14 +572,14 @@ class Player:
         self.hidden = torch.empty(0)  # (B, 8, R)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of battles that are not over; recurrent agents play whole ones."""
+        """State for battles that run on: only windows have them, and no GRU, so no hidden state."""
         return {"last_actions": self.last_actions}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         self.last_actions = saved["last_actions"]
 
     def begin(self, battles: Any) -> None:
-        """Forget what was before the battles that begin now, or all if they are others."""
+        """Reset the memory of battles that begin now, or of all if their number is another one."""
         B, device = battles.num_battles, self.agent.device
         if len(self.last_actions) != B:
             self.last_actions = torch.full((B, SIDE), -1)
@@ -590,14 +590,14 @@ class Player:
         self.hidden.masked_fill_(send(begins, device)[:, None, None], 0.0)
 
     def __call__(self, battles: Any) -> Tensor:
-        """Actions (B, 8)."""
+        """Actions (B, 8) int64; keeps the memory for the next call."""
         self.begin(battles)
         self.last_actions, _ = self.act(battles)
         return self.last_actions
 
     @torch.no_grad()
     def act(self, battles: Any) -> tuple[Tensor, Tensor]:
-        """Actions and their log-probabilities (B, 8); only battles that go on pass the network."""
+        """Actions and log-probabilities (B, 8). The network runs only for battles not yet over."""
         going = (~battles.over).cpu().nonzero()[:, 0]  # (n,)
         obs = Observation(*(x.cpu()[going] for x in battles.obs))
         played = torch.ones(1, len(going), dtype=torch.bool)
@@ -610,10 +610,10 @@ class Player:
         self.hidden[place, :A] = after.view_as(hidden)
         chosen = log_probs.argmax(-1)  # (n, A)
         if self.rng:
-            # For all slots and battles, so that draws do not depend on who is left.
+            # Drawn for all slots and battles, so that draws do not depend on who is left.
             noise = torch.empty(len(self.hidden), SIDE, U).exponential_(generator=self.rng)
             chosen = sample(log_probs, send(noise[going, :A], log_probs.device))
-        actions = torch.zeros_like(self.last_actions)  # empty slots: no-op
+        actions = torch.zeros_like(self.last_actions)  # empty slots get the no-op
         log_prob = torch.zeros(actions.shape)
         actions[going, :A] = chosen.cpu()
         log_prob[going, :A] = pick(log_probs, chosen).cpu()
@@ -621,38 +621,38 @@ class Player:
 
 
 class Played(NamedTuple):
-    """A step of B battles, or T steps of them (T, B, ...)."""
+    """One step of B battles, or T steps of them: (T, B, ...)."""
 
-    going: Tensor  # (B,) bool: they were not over before it
+    going: Tensor  # (B,) bool: the battle was not over before the step
     last_actions: Tensor  # (B, 8) int64: of the step before, -1 where there was none
     actions: Tensor  # (B, 8) int64
     log_probs: Tensor  # (B, 8) float32
     rewards: Tensor  # (B,) float32
-    terminated: Tensor  # (B,) bool: no value comes after
-    ends: Tensor  # (B,) bool: nothing of this battle follows in this rollout
+    terminated: Tensor  # (B,) bool: no bootstrap after the step
+    ends: Tensor  # (B,) bool: the last step of this battle in this rollout
 
 
 class Rollout(NamedTuple):
-    """T steps of B battles, the longest first: K in all, between M moments."""
+    """T steps of B battles, the longest battles first: K steps in all, between M moments."""
 
     steps: Played  # (T, B, ...)
-    features: Features  # of M moments: K in which a step begins, then those after the last ones
-    later: Tensor  # (K,) int64: at which moment a step ends
+    features: Features  # of M moments: K in which a step begins, then those after last steps
+    later: Tensor  # (K,) int64: index of the moment at which the step ends
 
 
 def copied(x: Any) -> Any:
-    """A named tuple on the CPU: worlds write into their own tensors."""
+    """A copy, on the CPU, of a named tuple of tensors: worlds overwrite their tensors."""
     return x._make([tensor.to("cpu", copy=True) for tensor in x])
 
 
 def stacked(times: list[Any]) -> Any:
-    """Named tuples of tensors (B, ...) as one of (T, B, ...)."""
+    """T named tuples of tensors (B, ...), stacked to one of tensors (T, B, ...)."""
     return times[0]._make([torch.stack(x) for x in zip(*times)])
 
 
 def collect(args: Args, battles: Any, player: Player) -> tuple[Rollout, list[Any]]:
-    """A whole episode of every battle, or with windows the next steps; and the episodes that ended
-    (battles.Episode)."""
+    """Play a whole episode of every battle or, with windows, its next T steps. Returns the rollout
+    and the episodes that ended (a list of battles.Episode)."""
     rounds = args.rollout == "rounds"
     if rounds:
         battles.reset()
@@ -688,15 +688,15 @@ def collect(args: Args, battles: Any, player: Player) -> tuple[Rollout, list[Any
 
 
 def numbered(there: Tensor) -> Tensor:
-    """(T, B) int64: which of those that are there (T, B) it is, in order of time, then battle."""
+    """(T, B) int64: index of each True entry of there (T, B), in order of time, then battle."""
     return there.flatten().cumsum(0).view_as(there) - 1
 
 
 def assemble(
     steps: Played, seen: Observation, finals: Observation, device: torch.device
 ) -> Rollout:
-    """A rollout of steps; seen (T, B, ...): where they began; finals: where battles ended, in order
-    of time, then battle."""
+    """The rollout of these steps. seen (T, B, ...): observations before each; finals (n, ...):
+    observations after last steps (`ends`), in order of time, then battle."""
     last_actions = steps.actions[steps.ends]
     final = steps.going.sum() + numbered(steps.ends)  # (T, B)
     order = steps.going.sum(0).argsort(descending=True, stable=True)
@@ -710,26 +710,26 @@ def assemble(
 
 
 class Batch(NamedTuple):
-    """What the losses read of K steps."""
+    """What the losses read: K steps, in order of time, then battle."""
 
     features: Features  # (K, ...)
     actions: Tensor  # (K, A) int64
-    log_probs: Tensor  # (K, A) float32: of who acted
+    log_probs: Tensor  # (K, A) float32: log pi_old of the actions
     advantages: Tensor  # (K,) float32
     targets: Tensor  # (K,) float32: G in units of the value norm
 
     def at(self, index: Tensor, played: Tensor) -> Batch:
-        """Some of the steps; played: those, for a GRU."""
+        """The steps index (n,); played (T, B): where they are, for a GRU."""
         features = self.features.at(index)._replace(played=played)
         return Batch(features, *(x[index] for x in self[1:]))
 
 
-ROWS = 4096  # moments that a critic is given at once, without gradients
+ROWS = 4096  # moments that a critic gets in one call, without gradients
 
 
 @torch.no_grad()
 def all_values(agent: Agent, critic: Critic, features: Features) -> Tensor:
-    """V (M,) in raw units, on the CPU."""
+    """V (M,) of all moments, in units of rewards, on the CPU."""
     mean, std = agent.value_norm.mean_std()
     parts = torch.arange(len(features.entities), device=agent.device).split(ROWS)
     with agent.autocast():
@@ -738,12 +738,12 @@ def all_values(agent: Agent, critic: Critic, features: Features) -> Tensor:
 
 
 def choosing(features: Features) -> Tensor:
-    """(M, A) bool: agents that have a choice. Who is dead or no one has the no-op alone."""
+    """(M, A) bool: agents that have a choice. Dead agents and empty slots have only the no-op."""
     return ~features.avail_actions[..., 0]
 
 
 def prepare(args: Args, agent: Agent, rollout: Rollout) -> Batch:
-    """Returns and advantages of a rollout; takes the returns into agent.value_norm."""
+    """The Batch of a rollout, with returns and advantages; updates agent.value_norm."""
     steps, device = rollout.steps, agent.device
     played = steps.going
     K = len(rollout.later)
@@ -764,7 +764,7 @@ def prepare(args: Args, agent: Agent, rollout: Rollout) -> Batch:
     features = rollout.features.at(torch.arange(K, device=device))
     acts = choosing(features)  # (K, A)
     if args.normalise_advantages:
-        each = advantages.repeat_interleave(acts.sum(-1).cpu())  # of every agent
+        each = advantages.repeat_interleave(acts.sum(-1).cpu())  # once per living agent
         centre, deviation = mean_and_deviation(each)
         advantages = (advantages - centre) / (deviation + 1e-5)
     A = acts.shape[1]
@@ -778,7 +778,7 @@ def prepare(args: Args, agent: Agent, rollout: Rollout) -> Batch:
 
 
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch: all battles, shuffled and dealt out; without memory each step is one by itself."""
+    """One epoch: battles, shuffled and divided into minibatches; without a GRU, steps instead."""
     played = batch.features.played  # (T, B)
     if not args.recurrent:
         played = torch.ones(1, len(batch.actions), dtype=torch.bool)
@@ -795,14 +795,14 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
 
 
 def mean_of(x: Tensor, where: Tensor) -> Tensor:
-    """Of those x where (M, A) says so."""
+    """Mean of x (M, A) where `where` (M, A) is True; 0 if it is nowhere."""
     return (x * where).sum() / where.sum().clamp(min=1)
 
 
 def policy_loss(
     args: Args, agent: Agent, part: Batch, entropy_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_pi, and what it is made of."""
+    """L_pi, and scalars for the log."""
     acts = choosing(part.features)  # (M, A)
     with agent.autocast():
         log_probs, _ = agent.actor(part.features)  # (M, A, U)
@@ -829,7 +829,7 @@ def value_loss(agent: Agent, part: Batch) -> Tensor:
 
 
 def share_left(args: Args, timesteps: int) -> float:
-    """Of learning rate and entropy bonus: falls linearly."""
+    """Factor of learning rate and c at this time: falls linearly from 1 to --final-share."""
     done = min(timesteps / args.total_timesteps, 1.0)
     return 1 + done * (args.final_share - 1)
 
@@ -837,7 +837,7 @@ def share_left(args: Args, timesteps: int) -> float:
 def update(
     args: Args, agent: Agent, batch: Batch, rng: torch.Generator, share: float
 ) -> dict[str, Tensor]:
-    """PPO's epochs over a rollout; share: see share_left(). Returns scalars."""
+    """All epochs over a rollout; share: see share_left(). Returns the means of scalars."""
     found = collections.defaultdict(list)
     agent.set_learning_rate(share * args.learning_rate)
     for _ in range(args.epochs):
@@ -860,9 +860,9 @@ def update(
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Greedy episodes of every team size; at the end beside them, in the same battles, those with
-    drawn actions and, unless in the game, of scripted policies. Returns {"size policy": what
-    summarise() says}."""
+    """Greedy episodes of every team size. The final evaluation plays the same battles with drawn
+    actions ("sampled"), too, and in the simulator with scripted policies. Returns {"SIZE" or
+    "SIZE POLICY": the row of summarise()}."""
     world = worlds.playing(args.scenario)
     battle_seed, policy_seed = evaluation.rng.integers(2**31, size=2).tolist()
     new_battles = functools.partial(make_envs, args, seed=battle_seed, device=agent.device)
@@ -906,7 +906,7 @@ def load_player(path: str) -> Policy:
 
 
 def train(args: Args) -> int:
-    """The run, with --resume from its checkpoint on; returns the exit code."""
+    """Train (--resume: continue a run) or, with --eval-only, evaluate; returns the exit code."""
     table = worlds.playing(args.scenario).table
     with Run(args, table, LINE) as run:
         if args.resume:
@@ -941,7 +941,7 @@ def train(args: Args) -> int:
         while run.goes_on():
             try:
                 rollout, episodes = collect(args, battles, player)
-            except BattleError:  # the game; what has been learned is kept
+            except BattleError:  # a game failed; save() would wait for other processes, if any
                 if run.size == 1:
                     run.save()
                 raise
@@ -959,7 +959,7 @@ def train(args: Args) -> int:
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):
-                if args.backend == "sc2":  # evaluations have games of their own
+                if args.backend == "sc2":  # an evaluation starts its own games
                     run.save()
                     battles.close()
                 run.evaluate("eval")
@@ -968,7 +968,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the script with argv, by default the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     read = functools.partial(read_args, Args, argv, validate, RESUMABLE, PRESETS)
     return call(lambda: train(read()), BattleError)
