@@ -39,7 +39,7 @@ class Spec:
     actions: tuple[dict[str, int], ...]  # (A,) values that a discrete action sends to the engine
     grid: tuple[int, int]  # H, W of a player's view, in tiles
     world_grid: tuple[int, int]  # H', W' of the global view, in tiles
-    features: tuple[tuple[str, int], ...]  # (name, length) of each non-image observation
+    features: tuple[tuple[str, int], ...]  # name, length of permitted observations, no images
     num_bots: int = 0  # players besides these N whose actions the world itself chooses
 
     @property
@@ -59,7 +59,7 @@ class Observation(NamedTuple):
     """The observations of all players in all worlds at one time step."""
 
     tile_ids: np.ndarray  # (B, N, H, W) uint16, each player's own view (RGB)
-    world_ids: np.ndarray  # (B, H', W') uint16, the global view (WORLD.RGB), for critics only
+    world_ids: np.ndarray  # (B, H', W') uint16, the global view (WORLD.RGB), for critics and films
     features: np.ndarray  # (B, N, F) float32, columns in the order of Spec.features
 
 
@@ -80,7 +80,7 @@ class Step(NamedTuple):
     obs: Observation
     reward: np.ndarray  # (B, N) float64, each player's own reward
     terminated: np.ndarray  # (B,) bool, True where the game itself ended the episode
-    truncated: np.ndarray  # (B,) bool, True where the limit max_episode_steps ended it
+    truncated: np.ndarray  # (B,) bool, True where a limit of steps ended it (max_episode_steps)
     final: Observation | None  # last observations where episodes ended (other rows: stale)
     episodes: list[Episode]  # the episodes that ended in this step
 
