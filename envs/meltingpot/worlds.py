@@ -436,7 +436,8 @@ class Host:
 
 def wait_for_turn(connection: Connection, memory_fd: int, turns: int) -> int:
     """Take one of `turns` locks, the right to build, and return its number (from 1). If a message
-    comes first, return 0, no lock: the trainer waits. The kernel frees a dead worker's lock."""
+    arrives first, return 0 without a lock, because the trainer waits for an answer. The kernel
+    frees the lock of a worker that dies."""
     while not connection.poll(0.0):
         for turn in range(1, turns + 1):
             with contextlib.suppress(OSError):  # another process has it
