@@ -107,15 +107,16 @@ def play_all(
 ) -> dict[str, list[Result]]:
     """Play `episodes` episodes per label to their end; return {label: one Result per episode}.
 
-    envs       its worlds of one scenario have the same label in envs.labels; no labels: all ""
-    focal      plays the focal seats: num_focal seats, drawn for every episode; in a scenario those
-               that it names; all seats if `background` is None
-    background plays the other seats, but no bots, which envs itself plays
-    num_ids    number of agent ids (0: as many as seats). Every episode draws its seats' ids without
-               replacement; with shuffle_ids=False a seat's id is its number
-    videos     films to fill, for some of the labels
-    progress   progress(1) follows every counted episode; an exception in it ends the play
-    Counted are the first `episodes` that begin: the first ones to finish would be short ones.
+    envs         envs.labels has a label per world, one for each scenario (no labels: all "")
+    focal        plays the focal seats: num_focal seats, drawn for every episode, or those that the
+                 scenario names, or all seats if `background` is None
+    background   plays the other seats; bots are played by envs itself
+    num_ids      number of agent ids (0: one per seat). Every episode draws the ids of its seats
+                 without replacement; with shuffle_ids=False the id of a seat is its number
+    videos       {label: film that records the first world of this label}
+    progress     progress(1) is called after every counted episode; its exceptions end the play
+    The first `episodes` that begin are counted, and played to their end. To count the first that
+    finish would favour short episodes.
     """
     worlds, seats, bots = envs.num_envs, envs.spec.num_agents, envs.spec.num_bots
     labels = getattr(envs, "labels", ("",) * worlds)
@@ -264,10 +265,8 @@ def background_rows(
 
 def summarise(results: list[Result], seed: int = 0) -> dict[str, float]:
     """{name: mean over episodes}, with name_low and name_high: a 95 % percentile bootstrap interval
-    over episodes, drawn with `seed`. A quantity that is NaN in an episode is left out.
-
-    Rates per 1,000 steps are ratios of totals: long episodes have a larger weight.
-    """
+    over episodes, drawn with `seed`. A quantity that is NaN in an episode is left out. Rates per
+    1,000 steps are ratios of totals: long episodes have a larger weight."""
     data = np.array(results, float)  # (episodes, len(Result._fields))
     column = {name: data[:, i] for i, name in enumerate(Result._fields)}
     per_episode = np.ones(len(data))
