@@ -310,7 +310,7 @@ def stop(pip: subprocess.Popen) -> None:
 
 
 def check_space(contents: Contents, folder: str) -> None:
-    """Failed if `folder` is too full: the build unpacks, copies twice and zips; pip copies."""
+    """Raise Failed if space is short: the build unpacks, copies twice and zips; pip copies."""
     needed = 2 * contents.packed + 4 * contents.unpacked + 50 * MB
     if shutil.disk_usage(folder).free < needed:
         raise Failed(no_space(folder, needed))

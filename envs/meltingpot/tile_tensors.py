@@ -45,7 +45,7 @@ class Sprites:
         return self.tensor
 
 
-FEW = 64  # up to so many images torch is faster at all windows than at finding different ones
+FEW = 64  # images; up to so many torch computes all windows faster than it finds different ones
 
 
 class TileTables(nn.Module):

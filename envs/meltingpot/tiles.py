@@ -35,7 +35,7 @@ class Spec:
 
     substrate: str
     roles: tuple[str, ...]  # (N,) the role of each player
-    is_focal: tuple[bool, ...]  # (N,) True: a scenario evaluates this player; all True without one
+    is_focal: tuple[bool, ...]  # (N,) players that a scenario evaluates; all without a scenario
     actions: tuple[dict[str, int], ...]  # (A,) values that a discrete action sends to the engine
     grid: tuple[int, int]  # H, W of a player's view, in tiles
     world_grid: tuple[int, int]  # H', W' of the global view, in tiles

@@ -531,13 +531,13 @@ PATIENCE = 10  # a worker may use so many times its time limit in processor seco
 
 
 class MeltingPot:
-    """num_envs worlds of a substrate, stepped together; a scenario's name: its roles, without bots.
+    """num_envs worlds of a substrate, stepped together. A scenario's name gives its roles, no bots.
 
     seed, first_world   episode e of world b is built from the seed (seed, first_world + b, e)
     num_workers         processes that step worlds; 0: as many as this process may use cores
     max_episode_steps   truncate episodes after so many steps; 0: play them to their natural end
-    timeout             seconds that a worker may owe an answer without a sign of life (PATIENCE
-                        times as many processor seconds while it works); then a WorldError
+    timeout             seconds without a sign of life (PATIENCE times as many of processor time)
+                        until a worker that owes an answer ends the run; builds have longer limits
     standby             start standby processes for long builds; False: build when needed
     ValueError: unknown name. ModuleNotFoundError: no meltingpot. WorldError: a worker failed.
     """
@@ -730,7 +730,7 @@ class MeltingPot:
         self.episode[world] += 1
 
     def _plan(self, learning: bool = False) -> None:
-        """Order every world's next build from a worker that it does not keep from stepping."""
+        """Order the builds of next episodes from workers whose steps they do not delay."""
         for worker in list(self.workers):
             self._receive(worker)
         short = self.fastest_build <= SHORT_BUILD
