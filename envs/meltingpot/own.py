@@ -48,6 +48,8 @@ def grid_of(name: str, space: Any) -> tuple[tuple[int, int], int]:
     shape, dtype = getattr(space, "shape", None), getattr(space, "dtype", None)
     if shape is None or len(shape) != 2 or not np.issubdtype(dtype, np.integer):
         raise ValueError(f"--substrate {name}: {space} is no grid of integers (H, W).")
+    if hasattr(space, "low") and space.low.min() < 0:
+        raise ValueError(f"--substrate {name}: {space} has kinds below 0.")
     highest = space.nvec.max() - 1 if hasattr(space, "nvec") else space.high.max()
     return (int(shape[0]), int(shape[1])), int(highest) + 1
 

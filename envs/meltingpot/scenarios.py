@@ -130,7 +130,7 @@ def choose_scenarios(substrate: str, wanted: str, bots: Wanted = "auto") -> list
             if name not in own:
                 have = ", ".join(short(known) for known in own) or "none"
                 raise ValueError(f"{substrate} has no scenario {number}: it has {have}.")
-        return names
+        return list(dict.fromkeys(names))  # "SC0,SC0" is one scenario
     if substrate in PAPER:
         return own[:5]
     plans = [get_plan(name) for name in own]
