@@ -504,7 +504,7 @@ def delivery_observation(game: Game, bodies: Bodies) -> Observation:
     carries = torch.nn.functional.pad(bodies.carried, (0, 0, 0, K)) == kind  # of collectors
     between = bodies.landmarks[:, None] - p[:, :, None]  # (2, N, L, B)
     far = between.square().sum(0).sqrt()
-    order = torch.arange(L, device=p.device)[:, None] * (bodies.landmarks[0] == AWAY)
+    order = torch.arange(L, device=p.device)[:, None] * (bodies.landmarks[0] == AWAY)  # for ties
     kinds = (bodies.kinds == kind).to(p.dtype)[:, None]  # (K, 1, L, B)
     shown = min(game.nearest, L)
     marks = torch.stack(nearest(far + order, [*between, *kinds], shown))  # (2 + K, N, k, B)
@@ -999,7 +999,7 @@ def flee(world: ParticleWorld, fear: float = 0.5) -> Tensor:
     away = p[:, :P, None] - p[:, None, them]  # (2, P, ., B)
     far = away.square().sum(0).sqrt()
     if game.task != "pacman":
-        far = far + torch.eye(P, device=p.device)[..., None] * 1e9
+        far = far + torch.eye(P, device=p.device)[..., None] * 1e9  # not from itself
     run = towards(closest(away, far), torch.zeros_like(v[:, :P]))
     near = (far.amin(1) < fear).T[: world.num_worlds]
     actions[:, :P] = torch.where(near, run.T[: world.num_worlds], actions[:, :P])

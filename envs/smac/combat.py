@@ -493,7 +493,7 @@ def sweep(units, i, frames):
             if me.beam_in[row, k] > 0.0:
                 me.beam_in[row, k] -= frames
                 if me.beam_in[row, k] <= 0.0:
-                    me.beam_in[row, k] = NEVER  # it has had its hit
+                    me.beam_in[row, k] = NEVER  # this row does not hit it again
                     if units[foes + k].alive:
                         hurt(units[foes + k], i, me.type)
     while me.beam_next < BEAM_POINTS and me.beam_next * BEAM_TICK <= now:

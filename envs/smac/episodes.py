@@ -31,7 +31,7 @@ from envs.smac.combat import (
     STOP,
     Episode,
 )
-from envs.smac.views import film as film  # as resource_collection.film
+from envs.smac.views import film as film  # re-exported: worlds.playing() has all functions here
 from envs.statistics import aligned_table, share_interval, with_interval
 
 Policy = Callable[[Any], Tensor]

@@ -33,7 +33,7 @@ PAYOFFS = {  # {name: {team: r[action of agent 1, action of agent 2]}}
         "BA": np.array([[0.8, -0.2], [1.0, 0.0]]),
         "BB": np.array([[0.8, 1.0], [0.0, -1.0]]),
     },
-    # Another joint action is the best in each team.
+    # The best joint action differs from team to team.
     "coordinated": {
         "AB": np.array([[0.8, 0.0], [0.0, 1.0]]),
         "BA": np.array([[0.8, 0.0], [1.0, 0.0]]),

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from envs.particle.worlds import GOLDEN, mixed
 from envs.smac.episodes import Policy, random_policy
-from envs.smac.episodes import play as play  # as episodes.play
+from envs.smac.episodes import play as play  # re-exported: worlds.playing() looks here, too
 from envs.statistics import accelerated_interval, aligned_table, with_interval
 
 SIDE = 8  # slots of agents
