@@ -815,7 +815,7 @@ class ParticleWorld:
 
     @torch.no_grad()
     def step(self, actions: Tensor) -> Step:
-        """Play a step with int actions (B, N) in [0, 5). ValueError before reset(), or by shape."""
+        """Play a step with ints (B, N) in [0, 5). ValueError before reset() or for other shapes."""
         B, padded = self.num_worlds, self.bodies.shape[1]
         if actions.shape != (B, self.num_agents) or self.seen is None:
             have = tuple(actions.shape)
