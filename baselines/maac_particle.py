@@ -86,36 +86,36 @@ class Args(RunArgs):
     """MAAC in particle worlds."""
 
     # Run
-    total_timesteps: Positive = 1_000_000  # environment steps of all worlds
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    eval_every: Count = 100_000  # evaluations on the way
-    eval_episodes: Positive = 100  # in those, per row of their table
-    final_episodes: Count = 1000  # the same at the end and with --eval-only
-    save_every: Count = 200_000  # checkpoints, of which the last two are kept
+    total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
+    eval_episodes: Positive = 100  # episodes per row of the table in evaluations during training
+    final_episodes: Count = 1000  # episodes per row, final evaluation or --eval-only; 0: none
+    save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
-    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
-    population: str = "6"  # agents; of two types as 8,4 (pacman), 6,2 (delivery)
-    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
-    collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds per process
-    max_episode_steps: Positive = 20  # horizon
+    task: str = "treasure"  # world: treasure, resource, pacman, signpost, rooms or delivery
+    population: str = "6"  # number of agents; per type in pacman (8,4), rooms (6,3), delivery (6,2)
+    shaping: bool = True  # treasure, pacman, delivery: also reward -.1 x distance to the goal
+    collision_penalty: Amount = 0.0  # treasure: subtracted from rewards, per agent touched and step
+    num_envs: Positive = 12  # B, parallel worlds in each process
+    max_episode_steps: Positive = 20  # steps after which an episode is truncated
     # Method
-    share_parameters: bool = False  # one parameter set per type instead of per agent
+    share_parameters: bool = False  # one parameter set per type of agent, not one per agent
     heads: Positive = 4  # X, of the critic's attention
     entropy_coef: Amount = 0.01  # alpha, Eqs. (7), (8); the code's 1 / reward_scale
     discount_entropy: bool = True  # as Eq. (7); off: neither discounted nor ended, as the code
     logit_penalty: Amount = 1e-3  # times mean squares of attention's and policies' logits
     polyak: Share = 0.001  # how far target networks follow after each update
     # Base algorithm
-    hidden_size: Positive = 128  # H
+    hidden_size: Positive = 128  # H, units of a hidden layer
     learning_rate: Amount = 1e-3  # Adam
     weight_decay: Amount = 1e-3  # the critic's
-    gamma: Share = 0.99  # discount
-    batch_size: Positive = 1024  # M, transitions of a minibatch
-    buffer_size: Positive = 1_000_000  # transitions of the replay
-    update_every: Positive = 100  # environment steps
+    gamma: Share = 0.99  # discount factor
+    batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
+    buffer_size: Positive = 1_000_000  # transitions that the replay holds, over all processes
+    update_every: Positive = 100  # environment steps between updates, over all processes
     num_updates: Positive = 4  # then, each with a minibatch of its own
-    scale_rewards: bool = True  # divide by their running standard deviation
+    scale_rewards: bool = True  # divide rewards by their running standard deviation
     critic_grad_norm: Above = 10.0  # bound of the critic's, per agent
     actor_grad_norm: Above = 0.5  # bound of each policy's
     compile: bool = False  # compile worlds, on a GPU
@@ -130,12 +130,12 @@ PRESETS = {
         "polyak": 0.005,
     },
 }
-LINE = ("return", "critic_loss", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = ("compile",)
+LINE = ("return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
+RESUMABLE = ("compile",)  # flags that may change with --resume
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant."""
+    """Flag combinations to refuse, each as (whether args has it, error message)."""
     without = args.entropy_coef == 0 and not args.discount_entropy
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
@@ -152,7 +152,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 def make_envs(
     args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
 ) -> ParticleWorld:
-    """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
+    """Make worlds of args.task with a population like "6" or "8,4"; UsageError if that cannot be.
+    The random numbers of a world follow from the seed and its number, first_world + 0, 1, ..."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
         return ParticleWorld(
@@ -161,7 +162,7 @@ def make_envs(
             num_envs,
             device="cuda" if cuda else "cpu",
             seed=seed,
-            compiled=args.compile and cuda,  # on a CPU updates take the time
+            compiled=args.compile and cuda,  # on a CPU most time is spent in updates
             first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
@@ -320,13 +321,13 @@ class AttentionCritic(nn.Module):
 
 # [shared: sample] begin
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
-    """Gumbel noise of the shape of a tensor."""
+    """Gumbel noise with the shape and device of a tensor, drawn on the CPU by rng."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
     return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (...) from log-probabilities (..., A): the largest after adding Gumbel noise."""
+    """Draw actions (...) from log_probs (..., A): the argmax after adding Gumbel noise."""
     return (log_probs + gumbel(log_probs, rng)).argmax(-1)
 
 
@@ -352,7 +353,7 @@ class Agent(Parts):
         self.critic_optimiser = adam(self.critic.parameters(), weight_decay=args.weight_decay)
 
     def view(self, game: Game, obs: Observation) -> View:
-        """An observation as networks read it."""
+        """The networks' input for observations of a game."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
         return View(obs=flat_observation(obs), alive=obs.alive.contiguous(), counts=counts)
 
@@ -451,12 +452,12 @@ def actor_loss(
 
 
 class Batch(NamedTuple):
-    """A minibatch."""
+    """A minibatch of M transitions."""
 
     view: View  # o
-    next_view: View  # o', at the end of the step
+    next_view: View  # o', after the step and before a new episode begins
     actions: Tensor  # (M, N) int64
-    rewards: Tensor  # (M, N) float32, divided by their running deviation
+    rewards: Tensor  # (M, N) float32, divided by their running standard deviation
     terminated: Tensor  # (M,) bool
 
 
@@ -466,14 +467,14 @@ class ReplayBuffer:
 
     def __init__(self, args: Args, worlds: ParticleWorld, device: torch.device):
         self.args, self.worlds, self.device = args, worlds, device
-        self.game, self.steps = worlds.game, 0  # environment steps
+        self.game, self.steps = worlds.game, 0  # environment steps stored so far
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
         self.reward_scale = RewardScale(worlds, sum_over_processes)
         self.rows = {
             "state": torch.empty(size, S, device=device),
-            "final_state": torch.empty(size, S, device=device),  # at the end of the step
+            "final_state": torch.empty(size, S, device=device),  # before a new episode
             "actions": torch.empty(size, N, dtype=torch.int8, device=device),
-            "rewards": torch.empty(size, N, device=device),  # raw
+            "rewards": torch.empty(size, N, device=device),  # not scaled
             "terminated": torch.empty(size, dtype=torch.bool, device=device),
         }
 
@@ -482,7 +483,7 @@ class ReplayBuffer:
         return min(self.steps, self.args.buffer_size)
 
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
-        """Store a step of all worlds; alive (B, N)."""
+        """Store one step of all worlds: row has tensors (B, ...); alive (B, N) before the step."""
         end = self.steps + len(alive)
         place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
@@ -491,7 +492,7 @@ class ReplayBuffer:
         self.steps = end
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
-        """size transitions of the replay, with replacement."""
+        """Draw a minibatch of `size` transitions, uniformly and with replacement."""
         index = torch.randint(0, self.size, (size,), generator=rng)
         index = send(index, self.device)
         row = {name: x[index] for name, x in self.rows.items()}
@@ -510,11 +511,11 @@ class ReplayBuffer:
         )
 
     def filled(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the rows."""
+        """The rows that hold transitions, for a checkpoint: {name: (size, ...)}."""
         return {name: x[: self.size] for name, x in self.rows.items()}
 
     def refill(self, rows: dict[str, Tensor]) -> None:
-        """Put back what filled() gave."""
+        """Restore the rows that filled() returned."""
         for name, x in rows.items():
             self.rows[name][: len(x)] = x
 
@@ -532,7 +533,7 @@ class Collector:
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the replay's rows."""
+        """What a checkpoint stores, except for the rows of the replay."""
         return {
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
@@ -541,7 +542,7 @@ class Collector:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken."""
+        """Restore what state_dict() returned."""
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
         self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
@@ -550,7 +551,7 @@ class Collector:
 
 @torch.no_grad()
 def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
-    """One step in all worlds."""
+    """Take one step in all worlds and store it in the replay."""
     worlds = collector.worlds
     state = worlds.state
     view = agent.view(collector.game, worlds.obs)
@@ -646,7 +647,7 @@ def update(
 
 
 def net_player(agent: Agent, seed: int) -> Player:
-    """Our agents as a player for envs.particle.episodes: sampled actions."""
+    """The agents as a player for envs.particle.episodes; actions are sampled, not greedy."""
     rng = torch.Generator().manual_seed(seed)
 
     def act(worlds: ParticleWorld) -> Tensor:  # (B, N)
@@ -657,7 +658,7 @@ def net_player(agent: Agent, seed: int) -> Player:
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Episodes without learning, at the end beside scripted players in the same worlds."""
+    """Play episodes, return {row: {figure: value}}; the final one adds scripted players."""
     world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
     worlds = make_envs(args, args.population, evaluation.episodes, world_seed)
     players = {"": net_player(agent, player_seed)}
@@ -667,8 +668,8 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
 
 
 def load_agent(path: str) -> tuple[Args, Agent]:
-    """Arguments and networks of a run or checkpoint, on the CPU; UsageError if it is of another
-    script."""
+    """Load arguments and networks of a run or checkpoint, on the CPU; UsageError if another script
+    wrote it."""
     args = saved_args(path, Args)
     args = dataclasses.replace(args, device="cpu", compile=False)
     game = make_envs(args, args.population, num_envs=1, seed=1).game
@@ -688,7 +689,7 @@ def load_player(path: str, seed: int = 1) -> Player:
 
 
 def train(args: Args) -> int:
-    """The run, or with --eval-only its evaluation; returns the exit code."""
+    """Train, or only evaluate with --eval-only; return the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         args = run.own_share(args, "batch_size", "buffer_size", "update_every")
@@ -724,7 +725,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     return call(
         lambda: train(read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS))

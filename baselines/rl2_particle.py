@@ -95,20 +95,20 @@ class Args(RunArgs):
     """RL2 in particle worlds."""
 
     # Run
-    total_timesteps: Positive = 1_000_000  # environment steps of all worlds
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    eval_every: Count = 100_000  # evaluations on the way
-    eval_episodes: Positive = 100  # in those, per row of their table
-    final_episodes: Count = 1000  # the same at the end and with --eval-only
-    save_every: Count = 200_000  # checkpoints, of which the last two are kept
+    total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
+    eval_episodes: Positive = 100  # episodes per row of the table in evaluations during training
+    final_episodes: Count = 1000  # episodes per row, final evaluation or --eval-only; 0: none
+    save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
-    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
+    task: str = "treasure"  # world: treasure, resource, pacman, signpost, rooms or delivery
     populations: tuple[str, ...] = ("3", "6", "12", "24")  # m; in pacman 4,2 6,3 8,4
     adapt: str = ""  # run directory or checkpoint to adapt to --population
     population: str = ""  # that population
     eval_populations: tuple[str, ...] = ()  # unseen ones, in the final evaluation
-    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
-    collision_penalty: Amount = 0.0  # treasure: per agent touched
+    shaping: bool = True  # treasure, pacman, delivery: also reward -.1 x distance to the goal
+    collision_penalty: Amount = 0.0  # treasure: subtracted from rewards, per agent touched and step
     num_envs: Positive = 12  # B, worlds per population and process, and trials begun in each
     max_episode_steps: Positive = 20  # T, horizon of a game
     # Method
@@ -116,11 +116,11 @@ class Args(RunArgs):
     trial_games: Count = 0  # G, games of a trial; 0: as many as there are --populations
     memory: Literal["trial", "game", "step"] = "trial"  # how long it is kept
     rnn_size: Positive = 256  # R
-    hidden_size: Positive = 64  # H
-    key_size: Positive = 16  # of queries and keys
-    head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
-    plain: bool = False  # networks of pairs as written below, not their fast exact form
-    compile: bool = False  # on a GPU: compile that form and worlds (once, some 20 s)
+    hidden_size: Positive = 64  # H, units of a hidden layer
+    key_size: Positive = 16  # units of each query and key of phi
+    head_gain: Above = 2.0  # Xavier gain of the initial weights of queries and keys
+    plain: bool = False  # networks of agent pairs: literal and slow (class Pairs); off: equal, fast
+    compile: bool = False  # on a GPU: compile the worlds and fast pair networks (once, some 20 s)
     # Base algorithm
     learning_rate: Amount = 5e-4  # Adam
     gamma: Share = 0.99  # discount
@@ -131,7 +131,7 @@ class Args(RunArgs):
     value_coef: Amount = 0.5  # c of Eq. (4)
     value_norm: bool = True  # values in units of returns' running mean and deviation
     entropy_coef: Amount = 0.01  # beta
-    scale_rewards: bool = True  # divide by their running standard deviation
+    scale_rewards: bool = True  # divide rewards by their running standard deviation
     max_grad_norm: Above = 0.5  # of all gradients together
 
 
@@ -145,14 +145,14 @@ PRESETS = {
         "compile": True,
     },
 }
-LINE = ("return", "value_loss", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = ("eval_populations", "plain", "compile")
+LINE = ("return", "value_loss", "entropy", "sps")  # printed if there is no progress bar
+RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
 # With --adapt: what the networks are made for.
 FIXED = ("task", "populations", "memory", "rnn_size", "hidden_size", "key_size")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant."""
+    """Flag combinations to refuse, each as (whether args has it, error message)."""
     return [
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
@@ -187,7 +187,8 @@ def read(argv: list[str]) -> Args:
 def make_envs(
     args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
 ) -> ParticleWorld:
-    """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
+    """Make worlds of args.task with a population like "6" or "8,4"; UsageError if that cannot be.
+    The random numbers of a world follow from the seed and its number, first_world + 0, 1, ..."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
         return ParticleWorld(
@@ -196,7 +197,7 @@ def make_envs(
             num_envs,
             device="cuda" if cuda else "cpu",
             seed=seed,
-            compiled=args.compile and cuda,  # on a CPU updates take the time
+            compiled=args.compile and cuda,  # on a CPU most time is spent in updates
             first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
@@ -216,23 +217,23 @@ Population = tuple[int, ...]  # agents of each type
 
 
 class View(NamedTuple):
-    """What M x N agents observe."""
+    """Observations of N agents at M moments, as the networks read them."""
 
-    own: Tensor  # (M, N, Ds) o_s
-    others: Tensor  # (M, N, De) of each agent j; o_ij is that with p_j - p_i in the place of p_j
+    own: Tensor  # (M, N, Ds) o_s, an agent's own features
+    others: Tensor  # (M, N, De) features of each agent j; o_ij has p_j - p_i in place of p_j
     mask: Tensor  # (M, N, N) bool: i sees j
     counts: tuple[int, ...]  # agents of each parameter set, in order
 
 
 # [shared: layers] begin
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """(S, ...) of parameter sets -> (N, ...) of agents."""
+    """Copy rows of parameter sets to their agents, (S, ...) -> (N, ...); counts: agents per set."""
     numbers = constant(counts, torch.int64, x.device)
     return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 class Linear(nn.Module):
-    """A linear layer per parameter set."""
+    """A linear layer with S parameter sets; each agent uses one of them."""
 
     def __init__(self, sets: int, inputs: int, outputs: int, gain: float = 1.0):
         super().__init__()
@@ -246,7 +247,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers per parameter set."""
+    """Two linear layers with a ReLU between them and S parameter sets."""
 
     def __init__(self, sets: int, inputs: int, hidden: int, outputs: int):
         super().__init__()
@@ -263,13 +264,12 @@ class MLP(nn.Module):
 
 # [shared: relation_graph] begin
 class Pairs:
-    """Networks of o_ij = [p_j - p_i, v_j, ...] after a first layer that they share: keys, values.
-
-    As the paper has them, with M N^2 H numbers. By default FastPairs, which is equal, does without.
-    """
+    """The first layer above all o_ij = [p_j - p_i, v_j, ...]; scores() and sums() apply the second.
+    This literal form stores M N^2 H numbers. The default, FastPairs, gives equal results without
+    storing them."""
 
     def __init__(self, others: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]):
-        """others (M, N, De), weight (S, De, H), bias (S, H)."""
+        """Compute relu(o_ij W + b): others (M, N, De), weight W (S, De, H), bias b (S, H)."""
         N = others.shape[1]
         relative = others[:, None, :, :2] - others[:, :, None, :2]
         rest = others[:, None, :, 2:].expand(-1, N, -1, -1)
@@ -279,20 +279,20 @@ class Pairs:
         self.hidden, self.counts = F.relu(hidden), counts  # (M, N, N, H)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
+        """Return q_i . k_ij (M, N, N): query (M, N, K), key (S, H, K) the weights of keys."""
         key = per_agent(key, self.counts)
         keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
         return torch.einsum("mik,mijk->mij", query, keys)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
+        """Return sum_j g_ij V(o_ij) (M, N, O): g (M, N, N), weight (S, H, O), bias (S, O)."""
         weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
         values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
         return torch.einsum("mij,mijo->mio", g, values)
 
 
 class RelationGraph(nn.Module):
-    """phi: whom an agent attends to."""
+    """phi: the attention network, which decides whom each agent attends to."""
 
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
@@ -302,10 +302,10 @@ class RelationGraph(nn.Module):
         self.own = Linear(sets, own_size, H, gain=RELU)
         self.query = Linear(sets, H, K, gain=args.head_gain)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
-        self.key = Linear(sets, H, K, gain=args.head_gain)  # its bias would cancel in the softmax
+        self.key = Linear(sets, H, K, gain=args.head_gain)  # bias unused: it cancels in the softmax
 
     def forward(self, view: View) -> Tensor:
-        """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
+        """The graph g (M, N, N). Row i sums to 1, or to 0 if agent i sees nobody."""
         hidden = F.relu(self.own(view.own, view.counts), inplace=True)
         query = self.query(hidden, view.counts)  # (M, N, K)
         entity = self.entity
@@ -392,13 +392,13 @@ class RecurrentPolicy(nn.Module):
 
 # [shared: sample] begin
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
-    """Gumbel noise of the shape of a tensor."""
+    """Gumbel noise with the shape and device of a tensor, drawn on the CPU by rng."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
     return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (...) from log-probabilities (..., A): the largest after adding Gumbel noise."""
+    """Draw actions (...) from log_probs (..., A): the argmax after adding Gumbel noise."""
     return (log_probs + gumbel(log_probs, rng)).argmax(-1)
 
 
@@ -448,7 +448,7 @@ class Agent(Parts):
         self.reward_scales: dict[str, RewardScale] = {}  # of the populations that it learns in
 
     def view(self, game: Game, obs: Observation) -> View:
-        """An observation as networks read it."""
+        """The networks' input for observations of a game."""
         return View(
             own=obs.own.contiguous(),
             others=obs.others.contiguous(),
@@ -613,7 +613,7 @@ class Collector:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """What a checkpoint stores."""
         return {
             "worlds": self.worlds.state_dict(),
             "rewards": self.reward_scale.sums,
@@ -621,7 +621,7 @@ class Collector:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken."""
+        """Restore what state_dict() returned."""
         self.worlds.load_state_dict(saved["worlds"])
         self.reward_scale.sums = saved["rewards"].to(self.worlds.device)
         self.returns.load_state_dict(saved)
@@ -901,7 +901,7 @@ def adapt(args: Args, agent: Agent, collector: Collector) -> None:
 
 
 def train(args: Args) -> int:
-    """The run, or with --eval-only its evaluation; returns the exit code."""
+    """Train, or only evaluate with --eval-only; return the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         for name in args.eval_populations:
@@ -938,7 +938,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     return call(lambda: train(read(argv)))
 
