@@ -925,7 +925,7 @@ def train(args: Args) -> int:
         too_short = args.total_timesteps // len(args.populations) < args.num_envs * run.size
         check([(too_short, "--total-timesteps: some stage has no step of all processes' worlds")])
         for name in (*args.populations, *args.eval_populations):
-            make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
+            make_envs(args, name, num_envs=1, seed=args.seed)  # UsageError now, not after training
         evolution = Evolution(args, run.device, run.saved.get("agent", {}))
         begins = max(evolution.ends, default=0)  # of the last stage, which may be made longer
         early = args.resume and args.total_timesteps <= begins

@@ -162,8 +162,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 
 def read(argv: list[str]) -> Args:
-    """The command line, on top of what --preset, --resume or --eval-only stand for; with --adapt on
-    top of the arguments of the run that it names."""
+    """Read the command line on top of what --preset, --resume or --eval-only stand for; with
+    --adapt on top of the adapted run's arguments. UsageError for flags that must not differ."""
     given = read_flags(Args, argv)
     if not given.adapt or given.resume or given.eval_only:
         return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
@@ -905,7 +905,7 @@ def train(args: Args) -> int:
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         for name in args.eval_populations:
-            make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
+            make_envs(args, name, num_envs=1, seed=args.seed)  # UsageError now, not after training
         names = [args.population] if args.adapt else list(args.populations)
         collectors = [Collector(args, name) for name in names]
         agent = Agent(args, collectors[0].game, run.device)
