@@ -1,23 +1,24 @@
 """EPC (Long et al., ICLR 2020): an evolutionary population curriculum, a baseline of MRA (TMLR).
 
-Parallel sets of agents learn by MADDPG in a small population. Then every stage has a larger one:
-sets play a tournament, agents of the best are copied into the next stage's sets and learn on there.
+Parallel sets of agents learn by MADDPG, first in a small population. Each later stage has a larger
+population: sets play a tournament, and copies of the best sets' agents form the sets of the next
+stage, which learn on.
 
-    fitness    of a set's agents of a role: their return, mean over all sets from which the agents
-               of the other roles can be; with one role the set's own return
-    selection  for each role the fittest sets are parents
-    children   for each role a pair of parents, (1,1), (1,2) or (2,2); with several roles so many
-               of all combinations are drawn as there are sets
-    crossover  of N agents of a role ceil(N/2) are copies of one parent's, the rest of the other's
+    fitness    of the agents of a role in a set: their return, averaged over all sets from which the
+               agents of the other roles can be; with one role, just their return
+    selection  for each role, the fittest sets are parents
+    children   for each role a pair of parents, (1,1), (1,2) or (2,2); with several roles, as many
+               of all combinations of pairs are drawn as there are sets
+    crossover  of N agents of a role, ceil(N/2) are copies from one parent, the rest from the other
 
     g_ij     = softmax_j q_i . k_ij,   k_ij = K(o_ij),  o_ij = [p_j - p_i, v_j, ...]       Eq. (1)
     e_i      = sum_j g_ij V(o_ij),     pi and Q read o_i and e_i
     L(zeta)  = E (Q(o, a) - y)^2,      y = r + gamma Q'(o', a'),  a' ~ pi'                 Eq. (8)
     dJ       = E grad log pi(a_i | o_i, g_i) Q(o, a), of theta                             Eq. (9)
-    dJ       = the same, of omega = {theta, phi}, as g_i = phi(o_i)                        Eq. (10)
+    dJ       = the same gradient, of omega = {theta, phi}, as g_i = phi(o_i)               Eq. (10)
 
-L(zeta) moves the critic, dJ the actor and, by way of g, phi. Targets Q' and pi' follow. Each set
-has --total-timesteps, in equal shares for all stages. The result: of each role the fittest agents.
+L(zeta) moves the critic. dJ moves the actor and, through g, phi. The targets Q' and pi' follow.
+Each set has --total-timesteps, split equally over stages. The result: each role's fittest agents.
 
     python baselines/epc_particle.py --task resource --populations 6 9 12 15 --preset cpu
     python baselines/epc_particle.py --task pacman --populations 4,2 6,3 8,4 --preset cpu
@@ -27,9 +28,9 @@ has --total-timesteps, in equal shares for all stages. The result: of each role 
     torchrun --nproc-per-node 2 baselines/epc_particle.py                    two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
-key, S = N parameter sets, Ds De features of oneself and of others. What the papers leave open:
-docs/baselines_particle.md; the worlds: docs/particle.md. Equations are those of MRA; the parent:
-baselines/maddpg_particle.py.
+key, S = N parameter sets, Ds and De features of oneself and of another agent. Equations have the
+numbers of MRA (TMLR). Choices that the papers leave open: docs/baselines_particle.md. The worlds:
+docs/particle.md. The parent: baselines/maddpg_particle.py.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Args(RunArgs):
     """EPC in particle worlds."""
 
     # Run
-    total_timesteps: Positive = 1_000_000  # environment steps of all worlds, of each set
+    total_timesteps: Positive = 1_000_000  # environment steps of each set, all worlds and processes
     log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
     eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
     eval_episodes: Positive = 100  # episodes per row of the table in evaluations during training
@@ -112,17 +113,17 @@ class Args(RunArgs):
     save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
     task: str = "treasure"  # world: treasure, resource, pacman, signpost, rooms or delivery
-    populations: tuple[str, ...] = ("3", "6", "12", "24")  # of stages; in pacman 4,2 6,3 8,4
-    eval_populations: tuple[str, ...] = ()  # unseen ones, zero-shot, in the final evaluation
-    adapt: str = ""  # run directory or checkpoint whose best agents the first stage begins with
+    populations: tuple[str, ...] = ("3", "6", "12", "24")  # one a stage; pacman: 4,2 6,3 8,4
+    eval_populations: tuple[str, ...] = ()  # unseen populations of the final evaluation
+    adapt: str = ""  # run or checkpoint whose best agents the first stage begins with
     shaping: bool = True  # treasure, pacman, delivery: also reward -.1 x distance to the goal
     collision_penalty: Amount = 0.0  # treasure: subtracted from rewards, per agent touched and step
     num_envs: Positive = 12  # B, parallel worlds in each process
     max_episode_steps: Positive = 20  # steps after which an episode is truncated
     # Method
-    sets: Positive = 3  # parallel sets of agents, in every stage
-    parents: Positive = 2  # the fittest of them, whose agents are copied into the next stage
-    tournament_episodes: Positive = 200  # of each set, with two roles of each pair of sets
+    sets: Positive = 3  # parallel sets of agents in every stage
+    parents: Positive = 2  # number of the fittest sets, whose agents are copied into the next stage
+    tournament_episodes: Positive = 200  # episodes of each set; with two roles of each pair of sets
     actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # Eq. (9): sampled, or exact
     target: Literal["polyak", "hard"] = "polyak"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
@@ -139,8 +140,8 @@ class Args(RunArgs):
     phi_learning_rate: Amount = 3e-4  # learning rate of Adam for phi, the attention network
     gamma: Share = 0.95  # discount factor
     batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
-    buffer_size: Positive = 1_000_000  # transitions of a replay
-    update_every: Positive = 100  # environment steps between updates, over all processes
+    buffer_size: Positive = 1_000_000  # transitions in each set's replay, over all processes
+    update_every: Positive = 100  # environment steps of a set between its updates
     entropy_coef: Amount = 1 / 30  # entropy's weight in the critic's targets and the actor's loss
     scale_rewards: bool = True  # divide rewards by their running standard deviation
     max_grad_norm: Above = 10.0  # gradients of each loss are clipped to this norm
@@ -161,7 +162,7 @@ PRESETS = {
 }
 LINE = ("stage", "return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
-# What agents that are copied have in common with the run that they are copied from, by --adapt.
+# --adapt: flags that must be as in the adapted run, because its agents are copied.
 FIXED = ("task", "hidden_size", "value_layers", "own_beside", "key_size")
 
 
@@ -424,20 +425,20 @@ class Agent(Parts):
 
 ACTING = ("attention", "actor")
 NETWORKS = (*ACTING, "critic", "target_actor", "target_critic")
-Source = tuple[Agent, int]  # whose copy an agent is: set, number in it
-Family = tuple[tuple[int, int], ...]  # of a child: for each role the numbers of its two parents
+Source = tuple[Agent, int]  # an agent to copy: its set, its index in it
+Family = tuple[tuple[int, int], ...]  # of a child: the indices of its two parents, for each role
 
 
 def team(args: Args, agents: list[Agent], choice: Sequence[int]) -> Agent:
-    """A set whose agents of role r are copies of those of agents[choice[r]]."""
+    """Return a new set, whose agents of role r are copies of those of agents[choice[r]]."""
     game = agents[0].game
     sources = [(agents[choice[role]], i) for i, role in enumerate(game.types)]
     return copy_agents(sources, Agent(args, game, agents[0].device))
 
 
 def tournament(args: Args, agents: list[Agent], stage: int) -> np.ndarray:
-    """Fitness of sets (roles, sets): everybody's agents of one role beside everybody's of the other
-    roles, in the same episodes."""
+    """Return the fitness of the sets (roles, sets). For every choice of one set per role, the
+    agents of these sets play together, always in the same episodes."""
     game, episodes = agents[0].game, args.tournament_episodes
     roles, sets = len(game.population), len(agents)
     rng = np.random.default_rng((args.seed, stage, 2))
@@ -454,8 +455,8 @@ def tournament(args: Args, agents: list[Agent], stage: int) -> np.ndarray:
 
 
 def fitness(returns: np.ndarray) -> np.ndarray:
-    """Means over opponents (roles, sets) of returns (sets, ..., sets, roles): an axis per role, of
-    the set that its agents are from."""
+    """Average returns over the sets of the other roles -> (roles, sets). returns (sets, ..., sets,
+    roles): axis r is the set from which the agents of role r are; the last axis is the role."""
     means = []
     for role in range(returns.shape[-1]):
         own = np.moveaxis(returns[..., role], role, 0)  # (sets, ...)
@@ -464,18 +465,18 @@ def fitness(returns: np.ndarray) -> np.ndarray:
 
 
 def rank(scores: np.ndarray) -> np.ndarray:
-    """For each role the sets, the fittest first (roles, sets)."""
+    """Sort the sets of each role, the fittest first: indices (roles, sets) from scores."""
     return np.argsort(-scores, axis=1, kind="stable")
 
 
 def draw(number: int, have: int, rng: np.random.Generator) -> list[int]:
-    """So many of range(have) at random, in order; none again before all have been drawn."""
+    """Draw `number` of range(have), sorted; none comes again before all have been drawn."""
     rounds = [rng.permutation(have) for _ in range(number // have + 1)]
     return sorted(np.concatenate(rounds)[:number].tolist())
 
 
 def families(parents: np.ndarray, children: int, rng: np.random.Generator) -> list[Family]:
-    """So many of all combinations of pairs of parents (roles, parents), a pair for each role."""
+    """Draw `children` of all combinations of a pair per role from parents (roles, parents)."""
     pairs = [itertools.combinations_with_replacement(best.tolist(), 2) for best in parents]
     every = list(itertools.product(*pairs))
     return [every[i] for i in draw(children, len(every), rng)]
@@ -484,8 +485,8 @@ def families(parents: np.ndarray, children: int, rng: np.random.Generator) -> li
 def crossover(
     parents: list[tuple[Agent, ...]], population: tuple[int, ...], rng: np.random.Generator
 ) -> list[Source]:
-    """Whose copies the agents of a child are: of each role so many of each parent, one more of the
-    first if that does not come out even."""
+    """Return the agents from which a child is copied. Each role takes equal numbers of agents from
+    its parents, and one more from the first if its number is odd."""
     sources = []
     for role, given in enumerate(parents):
         shares = np.array_split(range(population[role]), len(given))
@@ -498,7 +499,7 @@ def crossover(
 
 @torch.no_grad()
 def copy_agents(sources: list[Source], into: Agent, networks: tuple[str, ...] = NETWORKS) -> Agent:
-    """Give each agent of a set these networks of another one, and return the set."""
+    """Copy the named networks of each source i into agent i of the set `into`; return `into`."""
     for i, (parent, j) in enumerate(sources):
         for name in networks:
             theirs = getattr(parent, name).parameters()
@@ -508,7 +509,7 @@ def copy_agents(sources: list[Source], into: Agent, networks: tuple[str, ...] = 
 
 
 def resized(args: Args, agent: Agent, game: Game, networks: tuple[str, ...] = NETWORKS) -> Agent:
-    """A set's agents in another population: copies of some, or of all and of some twice."""
+    """Return a set for another population: copies of some agents, or of all and some twice."""
     parents = [(agent,)] * len(game.population)
     sources = crossover(parents, game.population, np.random.default_rng(args.seed))
     return copy_agents(sources, Agent(args, game, agent.device), networks)
@@ -616,27 +617,27 @@ class Collector:
 
 
 class ParallelSet(NamedTuple):
-    """One of the sets of a stage: agents, and worlds, replay and randomness of their own."""
+    """One of the sets of a stage: agents with worlds, replay and random numbers of their own."""
 
     agent: Agent
     collector: Collector
     rng: torch.Generator
 
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside agents and replay."""
+        """What a checkpoint stores, except for the agents and the rows of the replay."""
         return {"rng": self.rng, "collector": self.collector}
 
 
 class Evolution:
-    """The parallel sets, the best one of each stage that is over, and when stages are over."""
+    """The parallel sets, the best set of each finished stage, and the ends of the stages."""
 
     def __init__(self, args: Args, device: torch.device, saved: dict[str, Any]):
-        """saved: what a checkpoint has of parts(), or nothing; restore() reads the rest of it."""
+        """saved: parts() of a checkpoint or {}; restore() puts back its networks afterwards."""
         self.args, self.device = args, device
         total, stages = args.total_timesteps, len(args.populations)
         equal = [total * s // stages for s in range(1, stages)]
-        self.ends = saved.get("ends", equal)  # in steps of each set; the last stage ends the run
-        self.finished = saved.get("finished", 0)  # stages
+        self.ends = saved.get("ends", equal)  # in steps of each set; the run ends the last stage
+        self.finished = saved.get("finished", 0)  # number of finished stages
         self.best: dict[str, Agent] = {}  # by population
         for name in args.populations[: self.finished]:
             game = make_envs(args, name, num_envs=1, seed=args.seed).game
@@ -658,15 +659,15 @@ class Evolution:
         return [each.agent for each in self.sets.values()]
 
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint keeps as "agent"."""
+        """What a checkpoint stores as "agent"."""
         sets = {k: each.agent for k, each in self.sets.items()}
         return {"sets": sets, "best": self.best, "ends": self.ends, "finished": self.finished}
 
     def begin(self, children: list[list[Source]]) -> None:
-        """A stage, with sets of copies of these agents; [] is a set of new ones."""
+        """Begin a stage with a set for each child: copies of its sources, or for [] new agents."""
         for k, sources in enumerate(children):
             number = self.stage * len(children) + k
-            seed = (self.args.seed + 1_000_003 * number) % 2**32  # torch reads 32 bits
+            seed = (self.args.seed + 1_000_003 * number) % 2**32  # torch uses 32 bits
             args = dataclasses.replace(self.args, seed=seed)
             collector = Collector(args, self.population, self.device)
             agent = Agent(args, collector.game, self.device)
@@ -677,16 +678,16 @@ class Evolution:
             self.replays[str(k)] = collector.buffer
 
     def is_over(self, timesteps: int) -> bool:
-        """Whether the stage is, after so many steps of each set."""
+        """Whether the present stage is over after this many environment steps of each set."""
         return timesteps >= [*self.ends, self.args.total_timesteps][self.stage]
 
     def reopen(self) -> None:
-        """The last stage goes on after its tournament, as the run is to be longer."""
+        """Continue the last stage after its tournament, because the run has become longer."""
         self.best.pop(self.population, None)
         self.finished = self.stage
 
     def results(self) -> dict[str, Agent]:
-        """The best set of each stage by its population; of one that goes on by a tournament."""
+        """The best set of each stage by population; of an unfinished stage, by a tournament now."""
         best, name = dict(self.best), self.population
         if name not in best:
             scores = tournament(self.args, self.agents, self.stage)
@@ -694,8 +695,8 @@ class Evolution:
         return best
 
     def select(self, scores: np.ndarray) -> str:
-        """The end of a stage, by fitness (roles, sets): its best set is kept, and unless it was the
-        last one the next begins with children. Returns in words what happened."""
+        """End a stage with its fitness scores (roles, sets): keep the best set and, except after
+        the last stage, begin the next one with children. Returns a text that describes this."""
         args, agents, stage = self.args, self.agents, self.stage
         ranks = rank(scores)
         order = "; ".join(" ".join(map(str, sets)) for sets in ranks)
@@ -716,7 +717,7 @@ class Evolution:
 
 
 def adapt(args: Args, evolution: Evolution) -> None:
-    """All sets begin as copies of another run's best agents; UsageError if they do not fit."""
+    """Begin all sets as copies of the adapted run's best agents; UsageError if these do not fit."""
     saved_args(args.adapt, Args, whole=True)
     theirs, agent = load_agent(args.adapt)
     for name in FIXED:
@@ -855,9 +856,9 @@ def net_player(agent: Agent, seed: int) -> Player:
 def evaluate(
     args: Args, evolution: Evolution, evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Episodes without learning, on the way of the sets in their population. At the end of each
-    stage's best set in its own, of the last one in all others, whose agents are copied or left out,
-    and of scripted players in the same worlds."""
+    """Play episodes; return {row: {figure: value}}. During training, all sets play in the stage's
+    population. At the end, each stage's best set plays in its population, that of the last stage
+    (resized) in all others, and so do scripted players."""
     world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
     if not evaluation.final:
         worlds = make_envs(args, evolution.population, evaluation.episodes, world_seed)
@@ -877,8 +878,8 @@ def evaluate(
 
 
 def load_agent(path: str) -> tuple[Args, Agent]:
-    """Arguments and the last stage's best set of a run or checkpoint, on the CPU; UsageError if it
-    is of another script."""
+    """Load arguments and the last stage's best set of a run or checkpoint, on the CPU; UsageError
+    if another script wrote it."""
     args = saved_args(path, Args)
     args = dataclasses.replace(args, device="cpu", compile=False, num_envs=1, buffer_size=1)
     saved, _ = load_checkpoint(path)
@@ -888,8 +889,8 @@ def load_agent(path: str) -> tuple[Args, Agent]:
 
 
 def load_player(path: str, seed: int = 1) -> Player:
-    """The best agents of a run or checkpoint as a player for envs.particle.episodes, in all
-    populations: they are copied or left out."""
+    """The best agents of a run or checkpoint as a player for envs.particle.episodes. It plays in
+    every population; agents are copied or left out to fit it."""
     args, agent = load_agent(path)
 
     @functools.cache
@@ -903,8 +904,8 @@ def load_player(path: str, seed: int = 1) -> Player:
 
 
 def report(evolution: Evolution, scores: np.ndarray | None) -> dict[str, float]:
-    """The stage, returns of the episodes that ended since the last report, of each set and their
-    means, and where a stage is over fitness (roles, sets)."""
+    """Scalars for the log: the stage; returns of episodes that ended since the last report, of each
+    set and their means; and scores, the fitness (roles, sets), where a stage is over."""
     scalars, found = {"stage": evolution.stage + 1.0}, collections.defaultdict(list)
     for k, each in evolution.sets.items():
         for name, x in report_returns([each.collector.returns]).items():
@@ -927,7 +928,7 @@ def train(args: Args) -> int:
         for name in (*args.populations, *args.eval_populations):
             make_envs(args, name, num_envs=1, seed=args.seed)  # UsageError now, not after training
         evolution = Evolution(args, run.device, run.saved.get("agent", {}))
-        begins = max(evolution.ends, default=0)  # of the last stage, which may be made longer
+        begins = max(evolution.ends, default=0)  # of the last stage, which may get longer
         early = args.resume and args.total_timesteps <= begins
         check([(early, f"--total-timesteps: the last stage of {args.resume} begins at {begins}")])
         run.restore(agent=evolution)
