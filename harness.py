@@ -309,7 +309,7 @@ def tell(text: str, file: Any = None) -> None:
 
 
 def leave(code: int) -> None:
-    """Exit; under torchrun without cleanup, where gloo's threads sometimes crash at exit."""
+    """Exit with this code; under torchrun at once, as gloo's threads sometimes crash at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -346,7 +346,7 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
     if size > 1 and not dist.is_initialized():
         # Others wait while the first evaluates; torchrun itself notices a dead process.
         patience = datetime.timedelta(days=1)
-        # gloo: tensors on the CPU are summed, too, as numbers of episodes.
+        # gloo sums tensors that are on the CPU, e.g. numbers of episodes.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=patience)
     return rank, size, device
@@ -365,7 +365,7 @@ def own_generator(seed: int) -> torch.Generator:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes with bf16 in hardware, that is fast."""
+    """Whether the device has hardware for bf16, so that bf16 is fast."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -757,7 +757,7 @@ def start_wandb(args: RunArgs, run_dir: Path) -> Any:
     import urllib.error
     import urllib.request
 
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would outlast every timeout
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else wandb waits past every timeout
     import wandb
 
     limit = args.wandb_timeout
@@ -964,7 +964,7 @@ class Run:
         write(self.dir / "args.json", describe_run(self.args, about))
 
     def resume(self) -> None:
-        """Restore this process's objects and replays; UsageError if their number has changed."""
+        """Restore this process's objects and replays; UsageError for another number of ranks."""
         if (ranks := len(self.saved["ranks"])) != self.size:
             raise UsageError(f"{ranks} processes began this run; {self.size} cannot go on.")
         self.restore_own(self.own)

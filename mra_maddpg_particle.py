@@ -21,9 +21,9 @@ xi) moves the latent prior psi and the population classifier xi. The targets Q' 
     torchrun --nproc-per-node 2 mra_maddpg_particle.py                        two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
-key, S parameter sets, Z latents, P training populations, Ds and De features of oneself and of
-another agent. Choices that the paper leaves open: docs/mra.md. The worlds: docs/particle.md. The
-parent: baselines/maddpg_particle.py.
+key, S parameter sets, Z latents, P populations, Ds and De features of oneself and of another agent.
+Choices that the paper leaves open: docs/mra.md. The worlds: docs/particle.md.
+The parent, without the method: baselines/maddpg_particle.py.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class Args(RunArgs):
     phi_learning_rate: Amount = 3e-4  # learning rate of Adam for phi, the attention network
     gamma: Share = 0.95  # discount factor
     batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
-    buffer_size: Positive = 1_000_000  # transitions in each population's replay, over all processes
-    update_every: Positive = 100  # environment steps of a population between its updates
+    buffer_size: Positive = 1_000_000  # transitions that a replay holds, over all processes
+    update_every: Positive = 100  # environment steps that a replay gets between updates
     entropy_coef: Amount = 1 / 30  # entropy's weight in the critic's targets and the actor's loss
     scale_rewards: bool = True  # divide rewards by their running standard deviation
     max_grad_norm: Above = 10.0  # gradients of each loss are clipped to this norm
@@ -395,7 +395,7 @@ class RelationGraph(nn.Module):
         return self.pairs(view.others, weight, bias, view.counts, shift=shift)
 
     def normalise(self, scores: Tensor, view: View) -> Tensor:
-        """Graphs g of scores (..., M, N, N). Row i sums to 1, or to 0 if agent i sees nobody."""
+        """The graph g (M, N, N). Row i sums to 1, or to 0 if agent i sees nobody."""
         # Eq. (1)
         scores = scores / math.sqrt(self.key_size)
         scores = scores.masked_fill(~view.mask, -1e9)
@@ -449,8 +449,7 @@ class GraphNet(nn.Module):
         self.out = Linear(sets, H, outputs, gain)
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Outputs (..., M, N, .) with graphs g (..., M, N, N). A critic also reads actions (M, N);
-        other networks get None."""
+        """Outputs (..., M, N, .) with graphs g (..., M, N, N); critics also read actions (M, N)."""
         others = view.others
         if actions is not None:  # of the others: g_ii = 0 leaves out agent i's own
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)

@@ -140,8 +140,8 @@ class Args(RunArgs):
     phi_learning_rate: Amount = 3e-4  # learning rate of Adam for phi, the attention network
     gamma: Share = 0.95  # discount factor
     batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
-    buffer_size: Positive = 1_000_000  # transitions in each set's replay, over all processes
-    update_every: Positive = 100  # environment steps of a set between its updates
+    buffer_size: Positive = 1_000_000  # transitions that a replay holds, over all processes
+    update_every: Positive = 100  # environment steps that a replay gets between updates
     entropy_coef: Amount = 1 / 30  # entropy's weight in the critic's targets and the actor's loss
     scale_rewards: bool = True  # divide rewards by their running standard deviation
     max_grad_norm: Above = 10.0  # gradients of each loss are clipped to this norm

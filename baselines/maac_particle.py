@@ -112,8 +112,8 @@ class Args(RunArgs):
     weight_decay: Amount = 1e-3  # weight decay of the critic
     gamma: Share = 0.99  # discount factor
     batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
-    buffer_size: Positive = 1_000_000  # transitions that the replay holds, over all processes
-    update_every: Positive = 100  # environment steps between updates, over all processes
+    buffer_size: Positive = 1_000_000  # transitions that a replay holds, over all processes
+    update_every: Positive = 100  # environment steps that a replay gets between updates
     num_updates: Positive = 4  # updates in a row, each with a minibatch of its own
     scale_rewards: bool = True  # divide rewards by their running standard deviation
     critic_grad_norm: Above = 10.0  # the critic's gradients are clipped to N times this norm

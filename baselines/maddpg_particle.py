@@ -19,8 +19,8 @@ L(zeta) moves the critic. dJ moves the actor and, through g, phi. The targets Q'
     torchrun --nproc-per-node 2 baselines/maddpg_particle.py                 two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
-key, S parameter sets, Ds and De features of oneself and of another agent. Equations are numbered as
-in MRA (TMLR). Choices that the paper leaves open: docs/mra.md. The worlds: docs/particle.md.
+key, S parameter sets, Ds and De features of oneself and of another agent. Equations: MRA (TMLR).
+Choices that the paper leaves open: docs/mra.md. The worlds: docs/particle.md.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class Args(RunArgs):
     phi_learning_rate: Amount = 3e-4  # learning rate of Adam for phi, the attention network
     gamma: Share = 0.95  # discount factor
     batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
-    buffer_size: Positive = 1_000_000  # transitions that the replay holds, over all processes
-    update_every: Positive = 100  # environment steps between updates, over all processes
+    buffer_size: Positive = 1_000_000  # transitions that a replay holds, over all processes
+    update_every: Positive = 100  # environment steps that a replay gets between updates
     entropy_coef: Amount = 1 / 30  # entropy's weight in the critic's targets and the actor's loss
     scale_rewards: bool = True  # divide rewards by their running standard deviation
     max_grad_norm: Above = 10.0  # gradients of each loss are clipped to this norm
