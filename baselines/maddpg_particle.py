@@ -620,7 +620,7 @@ def net_player(agent: Agent, seed: int) -> Player:
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Play episodes, return {row: {figure: value}}; the final one adds scripted players."""
+    """Play episodes, return {row: {figure: value}}; the final evaluation adds scripted players."""
     world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
     worlds = make_envs(args, args.population, evaluation.episodes, world_seed)
     players = {"": net_player(agent, player_seed)}
