@@ -1,5 +1,5 @@
 """What a script needs around its method: a command line, a run directory, checkpoints, a log,
-signals, processes, progress. Nothing in here knows a method, a network or a world.
+signals, processes, progress. Nothing in this file depends on a method, a network or a world.
 
     args = read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
     with Run(args, table, LINE) as run:
@@ -19,8 +19,8 @@ signals, processes, progress. Nothing in here knows a method, a network or a wor
         return run.finish()                        the final evaluation, summary.json
 
 judge(evaluation) -> {row: {figure: number}} is the script's own evaluate(). Under torchrun all
-processes do the same, each with worlds and generators of its own, and the first one writes. What
-is saved: `parts`, which are alike in all processes, and of each process its `own` and its replays.
+processes do the same, each with its own worlds and generators; only the first one writes the log.
+Saved are `parts`, which are equal in all processes, and each process's `own` objects and replays.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def started_script() -> Path | None:
-    """The file of this project that Python was started with, if it was one."""
+    """The script of this project that Python was started with, or None."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
     is_ours = ROOT in path.parents and path.suffix == ".py" and path.name != "__main__.py"
     return path if is_ours else None
@@ -69,13 +69,13 @@ STOPPING = b"\nStopping after this iteration; a second signal ends it at once.\n
 
 
 class RunError(Exception):
-    """The run cannot go on; the message is one sentence."""
+    """An error that ends the run; its message is one sentence."""
 
     code = FAILED
 
 
 class UsageError(RunError):
-    """The command line asks for what cannot be done."""
+    """An error in the command line, or in a file that it names."""
 
     code = WRONG_USAGE
 
@@ -85,31 +85,31 @@ class UsageError(RunError):
 
 @dataclasses.dataclass(frozen=True)
 class RunArgs:
-    """Flags that every script has and no method reads (every: environment steps)."""
+    """Flags that every script has and no method reads."""
 
-    preset: Literal["paper", "cpu"] = "paper"  # other flags override it
-    seed: Seed = 1  # fixes all that is drawn on our side
-    total_timesteps: Positive = 10_000_000  # environment steps of all worlds and processes
+    preset: Literal["paper", "cpu"] = "paper"  # named values of flags; other flags override it
+    seed: Seed = 1  # fixes all that is drawn at random outside the game engines
+    total_timesteps: Positive = 10_000_000  # environment steps, over all worlds and processes
     run_dir: str = ""  # default: runs/{world}__{script}__s{seed}__{UTC time}__{4 hex}
-    resume: str = ""  # run directory to go on with; its own arguments hold
+    resume: str = ""  # run directory to continue; its saved arguments hold
     eval_only: str = ""  # run directory or checkpoint to evaluate, without training
-    log_every: Positive = 1  # lines of metrics.jsonl; at most one an iteration
-    eval_every: Count = 160_000  # evaluations on the way; 0: never
-    eval_episodes: Positive = 2  # in those, per row of their table
-    final_episodes: Count = 50  # the same at the end and with --eval-only
-    save_every: Count = 160_000  # checkpoints, of which the last two are kept; 0: at the end
-    capture_video: bool = False  # an MP4 with every evaluation
-    track: bool = False  # log to Weights & Biases too
-    wandb_project: str = "unseen"  # project there
-    wandb_mode: Literal["online", "offline"] = "online"  # offline: `wandb sync` later
-    wandb_timeout: Above = 10.0  # seconds until an unreachable server is given up
-    device: Device = "auto"  # auto, cpu, cuda or e.g. cuda:1; auto: cuda where there is one
-    tf32: bool = False  # on a GPU: products of float32 with 10 bits behind the point, not 23
-    num_threads: Positive = 1  # torch's; on a busy machine more is slower
+    log_every: Positive = 1  # environment steps between lines of metrics.jsonl (>= one iteration)
+    eval_every: Count = 160_000  # environment steps between evaluations in training; 0: none
+    eval_episodes: Positive = 2  # episodes per row of the table in evaluations during training
+    final_episodes: Count = 50  # episodes per row, final evaluation or --eval-only; 0: none
+    save_every: Count = 160_000  # environment steps between checkpoints (last two kept); 0: at end
+    capture_video: bool = False  # save an MP4 with every evaluation
+    track: bool = False  # log to Weights & Biases (wandb), too
+    wandb_project: str = "unseen"  # project at Weights & Biases
+    wandb_mode: Literal["online", "offline"] = "online"  # offline: upload later by `wandb sync`
+    wandb_timeout: Above = 10.0  # seconds to wait for the wandb server; then logging is offline
+    device: Device = "auto"  # auto, cpu, cuda or e.g. cuda:1; auto: cuda if there is one
+    tf32: bool = False  # on a GPU: float32 products with 10 mantissa bits, not 23 (faster)
+    num_threads: Positive = 1  # CPU threads of torch; on a busy machine more are slower
 
 
-FIXED = ("preset", "seed")  # with --resume
-Validate = Callable[[Any], list[tuple[Any, str]]]  # args -> (whether it is wrong, sentence)
+FIXED = ("preset", "seed")  # flags of RunArgs that --resume may not change
+Validate = Callable[[Any], list[tuple[Any, str]]]  # args -> [(whether it is wrong, sentence)]
 Presets = dict[str, dict[str, Any]]  # name -> values of flags
 
 
@@ -120,9 +120,9 @@ def read_args(
     resumable: tuple[str, ...] = (),
     presets: Presets | None = None,
 ) -> Any:
-    """The command line, on top of its --preset; with --resume or --eval-only on top of the run's
-    own arguments, of which only RunArgs' and the resumable ones may change. UsageError for values
-    out of bounds and combinations that validate() finds wrong; tyro itself leaves with code 2."""
+    """Read the command line on top of --preset, or with --resume or --eval-only on top of the run's
+    saved arguments; of these only RunArgs' and `resumable` may change. UsageError for values
+    out of bounds and combinations that validate() refuses; tyro itself exits with code 2."""
     args = read_flags(cls, argv)
     check(
         [
@@ -143,7 +143,7 @@ def read_args(
 
 
 def preset_flags(presets: Presets, args: Any) -> dict[str, Any]:
-    """Those of --preset; and, named "PRESET FLAG VALUE", those for where a flag has that value."""
+    """The flags of --preset, and those of each "PRESET FLAG VALUE" where FLAG has this VALUE."""
     flags = {}
     for name, more in presets.items():
         preset, *when = name.split()
@@ -153,7 +153,7 @@ def preset_flags(presets: Presets, args: Any) -> dict[str, Any]:
 
 
 def read_flags(cls: type, argv: list[str], default: Any = None) -> Any:
-    """The command line on top of `default`; UsageError for empty values and those out of bounds."""
+    """Parse the command line on top of `default`; UsageError for values empty or out of bounds."""
     for position, word in enumerate(argv):
         flag = argv[position - 1] if position and not word else word.removesuffix("=")
         if not word or (word.startswith("--") and word.endswith("=")):
@@ -170,8 +170,8 @@ def read_flags(cls: type, argv: list[str], default: Any = None) -> Any:
 
 
 def read_resumed(cls: type, argv: list[str], given: Any, resumable: tuple[str, ...]) -> Any:
-    """The command line on top of a run's own arguments; UsageError where one is not resumable.
-    given: the command line alone."""
+    """Parse the command line on top of a run's saved arguments; UsageError for a changed value that
+    may not change. given: the command line on top of the script's defaults."""
     source = given.resume or given.eval_only
     own = saved_args(source, cls, whole=bool(given.resume))
     own = dataclasses.replace(own, run_dir="", resume="", eval_only="")
@@ -184,8 +184,8 @@ def read_resumed(cls: type, argv: list[str], given: Any, resumable: tuple[str, .
 
 
 def saved_args(source: str, cls: type, whole: bool = False) -> Any:
-    """The arguments of a run or checkpoint; UsageError if another script's or version's. whole:
-    also if it has the weights alone that play, as those in zoo/."""
+    """Load the arguments of a run or checkpoint; UsageError if another script or version wrote it.
+    whole: UsageError also if it has only the weights needed to play, as those in zoo/."""
     saved, _ = load_checkpoint(source, quiet=True)
     script = script_of(cls).stem
     if saved["script"] != script:
@@ -193,10 +193,10 @@ def saved_args(source: str, cls: type, whole: bool = False) -> Any:
     weights_only = saved.get("weights_only", False)
     if whole and weights_only:
         raise UsageError(f"{source} has the weights alone that play: nothing can learn on from it.")
-    # A flag of all scripts that is newer than the run has its default.
+    # Flags of RunArgs that are newer than the run have their defaults.
     own = {field.name: field.default for field in dataclasses.fields(RunArgs)} | saved["args"]
     names = {field.name for field in dataclasses.fields(cls)}
-    # Flags that are younger than an entry of zoo/ have their defaults there.
+    # In files of weights only, as in zoo/, all newer flags have their defaults.
     missing = set() if weights_only else names - own.keys()
     if different := sorted(missing | own.keys() - names):
         raise UsageError(f"{source} is of a version that differs in {', '.join(different)}.")
@@ -204,7 +204,7 @@ def saved_args(source: str, cls: type, whole: bool = False) -> Any:
 
 
 def check(wrong: list[tuple[Any, str]]) -> None:
-    """UsageError with the first sentence whose condition holds."""
+    """Raise UsageError with the first sentence whose condition holds, if there is one."""
     for condition, sentence in wrong:
         if condition:
             raise UsageError(f"{sentence}.")
@@ -215,13 +215,13 @@ def as_flag(name: str) -> str:
 
 
 def script_of(cls: type) -> Path:
-    """The script whose Args these are."""
+    """The script that defines this class Args."""
     return Path(inspect.getfile(cls))
 
 
 def show_help(path: Path) -> None:
-    """Answer --help and leave, before torch is imported: of the script only the class Args is
-    executed, and what it needs of the standard library and of this file."""
+    """Print --help and exit before torch is imported. Of the script, only imports of the standard
+    library, assignments and the class Args are executed; names of this file are at hand."""
     script = types.ModuleType("script_for_help")
     vars(script).update(globals(), __name__="script_for_help", __file__=str(path))
     sys.modules["script_for_help"] = script
@@ -234,7 +234,7 @@ def show_help(path: Path) -> None:
             code = ast.Module([node], type_ignores=[])
             try:
                 exec(compile(code, str(path), "exec", dont_inherit=False), vars(script))
-            except Exception:  # it needs more: answer later, when all has been imported
+            except Exception:  # it needs more: print the help later, after all imports
                 if is_args:
                     return
     if inspect.isclass(vars(script).get("Args")):
@@ -244,7 +244,7 @@ def show_help(path: Path) -> None:
 if {"-h", "--help"} & set(sys.argv[1:]) and (path := started_script()):
     show_help(path)
 
-# What follows takes seconds to import; wandb and TensorBoard wait until they are needed.
+# These imports take seconds; wandb and TensorBoard are imported where they are needed.
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import datetime  # noqa: E402
@@ -265,7 +265,7 @@ from tqdm import tqdm  # noqa: E402
 
 
 def call(function: Callable[[], int], *errors: type[Exception]) -> int:
-    """The exit code of function(); RunError and these errors end in one sentence."""
+    """Run function() and return its exit code; RunError and `errors` print one sentence."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and started_script():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -285,7 +285,7 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
 
 
 def is_about_memory(error: Exception) -> bool:
-    """Whether NumPy or torch could not make an array of the size that was asked for."""
+    """Whether the error says that an array of the requested size does not fit into memory."""
     text = str(error).lower()
     words = ("allocate", "out of memory", "calculation overflow", "multiplication overflow")
     words += ("array is too big", "maximum allowed dimension", "int too large")
@@ -302,22 +302,21 @@ def say_error(sentence: str) -> None:
 
 
 def tell(text: str, file: Any = None) -> None:
-    """Print a line. Whoever reads may be gone, as a closed terminal or the end of a pipe is: that
-    ends no run."""
+    """Print a line; a closed terminal or pipe does not end the run."""
     with contextlib.suppress(OSError):
         tqdm.write(text, file=file)
         (file or sys.stdout).flush()
 
 
 def leave(code: int) -> None:
-    """Exit; at once under torchrun, where gloo's threads sometimes crash the interpreter's end."""
+    """Exit with this code; under torchrun at once, as gloo's threads sometimes crash at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # nobody reads it; Python would try again
+        except OSError:  # nobody reads it; Python would flush it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if dist.is_initialized():
-        if code == FINISHED:  # else others may still be waiting for us
+        if code == FINISHED:  # else other processes may still wait for this one
             dist.destroy_process_group()
         os._exit(code)
     sys.exit(code)
@@ -327,7 +326,7 @@ def leave(code: int) -> None:
 
 
 def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device; joins torchrun's process group where there is one."""
+    """Return rank, number of processes and device; join torchrun's process group, if any."""
     torch.set_num_threads(args.num_threads)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: there is no CUDA device here.")
@@ -343,57 +342,57 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
             raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} here.")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = args.tf32  # left alone, it would be on
+        torch.backends.cudnn.allow_tf32 = args.tf32  # its default is True
     if size > 1 and not dist.is_initialized():
-        # The others wait while the first evaluates; who is dead, torchrun finds out.
+        # Others wait while the first evaluates; torchrun itself notices a dead process.
         patience = datetime.timedelta(days=1)
-        # What is on the CPU is summed, too: numbers of episodes, returns of battles.
+        # gloo sums tensors that are on the CPU, e.g. numbers of episodes.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=patience)
     return rank, size, device
 
 
 def process_rank() -> int:
-    """The number of this process among those of the run."""
+    """The rank of this process; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def own_generator(seed: int) -> torch.Generator:
-    """A generator of this process: the first one's begins as if it were alone."""
+    """A generator with a stream for each process; rank 0 has that of a run with one process."""
     if rank := process_rank():
         seed = int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
     return torch.Generator().manual_seed(seed)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is fast there."""
+    """Whether the device has hardware for bf16, so that bf16 is fast."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """x there. What goes to a GPU goes from pinned memory: the CPU need not wait until the GPU has
-    come so far as to take it, and prepares what follows meanwhile."""
+    """Copy x to a device. To a GPU it goes from pinned memory without blocking, so that the CPU can
+    prepare the next operations while the GPU is still busy."""
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """x itself, summed in place."""
+    """Sum x over all processes, in place; return x."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
 def total(number: int) -> int:
-    """Of a number that each process has."""
+    """Sum a number over all processes."""
     return int(sum_over_processes(torch.tensor(number)))
 
 
 def gather(x: Any) -> list[Any]:
-    """What all processes have, by rank."""
+    """Return x of all processes, in the order of their ranks."""
     if not dist.is_initialized():
         return [x]
     everybody = [None] * dist.get_world_size()
@@ -402,14 +401,14 @@ def gather(x: Any) -> list[Any]:
 
 
 def moments(x: Tensor) -> Tensor:
-    """1, mean and mean square over all processes -> (3,) float64."""
+    """1, mean and mean square of x over all processes -> (3,) float64."""
     x = x.double()
     sums = sum_over_processes(torch.stack([torch.ones_like(x).sum(), x.sum(), (x * x).sum()]))
     return sums / sums[0]
 
 
 def mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of x over all processes -> () and ()."""
+    """Mean and standard deviation of x over all processes -> () and ()."""
     if not dist.is_initialized():
         return x.mean(), x.std(correction=0)
     _, mean, square = moments(x)
@@ -417,7 +416,7 @@ def mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def average_gradients(net: nn.Module) -> list[nn.Parameter]:
-    """Let gradients be their means over processes; returns the parameters that have one."""
+    """Average gradients over processes, in place; return the parameters that have one."""
     parameters = [p for p in net.parameters() if p.grad is not None]
     if dist.is_initialized():  # one flat all-reduce
         flat = sum_over_processes(torch.cat([p.grad.flatten() for p in parameters]))
@@ -430,7 +429,7 @@ def average_gradients(net: nn.Module) -> list[nn.Parameter]:
 def descend(
     loss: Tensor, net: nn.Module, optimiser: torch.optim.Optimizer, max_norm: float
 ) -> Tensor:
-    """A step on gradients averaged over processes, then clipped; returns their norm before that."""
+    """Step on gradients averaged over processes, then clipped; return their norm before that."""
     optimiser.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(average_gradients(net), max_norm)
@@ -439,18 +438,18 @@ def descend(
 
 
 def check_finite(**tensors: Tensor) -> None:
-    """End the run, in all processes, if a tensor holds NaN or infinity, and name it. All are
-    looked at before the one wait for a device."""
+    """Raise RunError in all processes if a tensor holds NaN or infinity; the message names it. All
+    tensors are tested with one wait for the GPU."""
     tensors = {name: x for name, x in tensors.items() if x.is_floating_point()}
     found = read([has_no_number(x.detach()) for x in tensors.values()])
     wrong = [name for name, is_wrong in zip(tensors, found) if is_wrong]
-    if total(len(wrong)):  # processes may look at different ones
+    if total(len(wrong)):  # processes may have found different ones
         name = next(filter(None, gather(wrong)))[0]
         raise RunError(f"{name} is not finite; the last checkpoint is from before.")
 
 
 def read(numbers: list[Tensor]) -> list[Any]:
-    """Tensors () of one dtype as what they hold, with one wait for a GPU if any is on one."""
+    """Tensors () of one dtype as Python numbers, with one wait for the GPU if one is used."""
     if not numbers:
         return []
     there = next((x.device for x in numbers if x.is_cuda), torch.device("cpu"))
@@ -458,7 +457,7 @@ def read(numbers: list[Tensor]) -> list[Any]:
 
 
 def as_numbers(scalars: dict[str, Tensor | float]) -> dict[str, float]:
-    """Tensors () and numbers as numbers."""
+    """Convert tensors () and numbers to floats, with one wait for the GPU if one is used."""
     tensors = {name: x for name, x in scalars.items() if isinstance(x, Tensor)}
     found = read([x.detach().double().view(()) for x in tensors.values()])
     numbers = dict(zip(tensors, found))
@@ -466,7 +465,7 @@ def as_numbers(scalars: dict[str, Tensor | float]) -> dict[str, float]:
 
 
 def has_no_number(x: Tensor) -> Tensor:
-    """Whether there is NaN or infinity in x -> () bool; piece by piece, as replays are large."""
+    """Whether x holds NaN or infinity -> () bool; in pieces, as replays are large."""
     pieces = x.flatten().split(2**18)
     return torch.stack([~torch.isfinite(piece).all() for piece in pieces]).any()
 
@@ -476,7 +475,7 @@ def has_no_number(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """End the run with one sentence if this cannot be written."""
+    """Turn an OSError in this context into a RunError that names path."""
     try:
         yield
     except OSError as error:
@@ -484,7 +483,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, fill: Callable[[Any], Any]) -> None:
-    """Replace a file by one that fill(file) has written whole, or leave it as it was."""
+    """Replace a file by what fill(file) writes; if that fails, the old file stays as it was."""
     part = path.with_name(path.name + ".part")
     with writing(path):
         try:
@@ -500,12 +499,12 @@ def write_file(path: Path, fill: Callable[[Any], Any]) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file, or leave it as it was."""
+    """Replace a file by data; if that fails, the old file stays as it was."""
     write_file(path, lambda file: file.write(data))
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file; "" if it cannot be read."""
+    """The SHA-256 of a file in hexadecimal; "" if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -514,7 +513,7 @@ def sha256_of(path: Path) -> str:
 
 
 def is_intact(run_dir: Path, entry: dict[str, Any]) -> bool:
-    """Whether a file is what an entry of the index says."""
+    """Whether the file that an entry of the index names has the SHA-256 of the entry."""
     return sha256_of(run_dir / entry["name"]) == entry["sha256"]
 
 
@@ -530,8 +529,8 @@ def read_index(run_dir: Path) -> list[dict[str, Any]]:
 def load_checkpoint(
     path: str, quiet: bool = False, with_replays: bool = False
 ) -> tuple[dict[str, Any], Path]:
-    """The newest intact state of a run directory, or that of one file, and the directory;
-    with_replays: those must be intact, too."""
+    """Load the newest intact checkpoint of a run directory, or one file; return its state and the
+    directory. with_replays: replays must be intact, too. UsageError if there is none."""
     file = Path(path)
     run_dir = file if file.is_dir() and not file.name.endswith(".pt") else file.parent
     for entry in read_index(run_dir):
@@ -547,8 +546,8 @@ def load_checkpoint(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state; UsageError if it is none, or of an older format. No code in it is
-    executed."""
+    """Load the state in a checkpoint file, without executing code in it; UsageError if it is no
+    checkpoint or has an older format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         version, _ = state.get("format"), state["args"]
@@ -561,7 +560,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def lock(run_dir: Path) -> Any:
-    """The open file that keeps other writers out of a run directory until this process ends."""
+    """Lock a run directory until the returned file is closed; UsageError if it is locked."""
     with writing(run_dir / "lock"):
         file = (run_dir / "lock").open("a")
     try:
@@ -574,7 +573,7 @@ def lock(run_dir: Path) -> Any:
 
 
 def describe_run(args: RunArgs, resolved: dict[str, Any]) -> bytes:
-    """What args.json holds; resolved: what defaults have come to mean."""
+    """The content of args.json; resolved: values that defaults like auto stand for."""
     script = script_of(type(args))
     about = {"script": script.stem, "resolved": resolved, "commit": ""}
     with contextlib.suppress(OSError):  # no git
@@ -585,7 +584,7 @@ def describe_run(args: RunArgs, resolved: dict[str, Any]) -> bytes:
 
 
 def new_run_dir(args: RunArgs, world: str) -> Path:
-    """The run's directory, which may exist but holds no run."""
+    """Create the run's directory, which may exist; UsageError if it cannot be made."""
     when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     script = script_of(type(args)).stem
     name = f"{world}__{script}__s{args.seed}__{when}__{secrets.token_hex(2)}"
@@ -598,8 +597,8 @@ def new_run_dir(args: RunArgs, world: str) -> Path:
 
 
 def pack(x: Any) -> Any:
-    """What a checkpoint keeps: of networks, optimisers and worlds their state_dict(), of objects
-    with parts() and dataclasses those, of generators their state, the rest as it is."""
+    """Return what a checkpoint stores of x: state_dict() of networks, optimisers, worlds; parts()
+    of objects that have it, fields of dataclasses, states of generators, and all else as it is."""
     if hasattr(x, "parts"):
         x = x.parts()
     if dataclasses.is_dataclass(x):
@@ -614,7 +613,7 @@ def pack(x: Any) -> Any:
 
 
 class Parts:
-    """An object whose networks and optimisers are what a checkpoint holds of it."""
+    """An object of which a checkpoint stores the attributes that are networks or optimisers."""
 
     def parts(self) -> dict[str, Any]:
         """{name of the attribute: the network or optimiser}."""
@@ -622,8 +621,8 @@ class Parts:
 
 
 def restore(x: Any, saved: Any, source: str) -> None:
-    """Put back what pack() took, into x itself; UsageError if it does not fit. None: a checkpoint
-    of weights alone has left it out."""
+    """Put what pack() returned back into x, in place; UsageError if it does not fit. saved is None
+    where a checkpoint of weights only has left x out."""
     if saved is None:
         leave_out(x)
         return
@@ -647,7 +646,7 @@ def restore(x: Any, saved: Any, source: str) -> None:
 
 
 def leave_out(x: Any) -> None:
-    """Networks get no weights: to use one is an error, not a guess. The rest stays as it is."""
+    """Take the weights of all networks in x away, so that using a network is an error."""
     if hasattr(x, "parts"):
         x = x.parts()
     if isinstance(x, nn.Module):
@@ -657,13 +656,13 @@ def leave_out(x: Any) -> None:
 
 
 def is_plain(x: Any) -> bool:
-    """Whether a checkpoint holds x itself, not its parts."""
+    """Whether a checkpoint stores x itself, not its parts."""
     has_parts = hasattr(x, "parts") or hasattr(x, "state_dict") or dataclasses.is_dataclass(x)
     return isinstance(x, Tensor) or not (has_parts or isinstance(x, (dict, torch.Generator)))
 
 
 def tensors_in(x: Any, where: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of what pack() returned."""
+    """Yield the names and tensors in x, which pack() returned; `where` is the name of x."""
     if isinstance(x, Tensor):
         yield where, x
     for name, part in x.items() if isinstance(x, dict) else ():
@@ -674,7 +673,7 @@ def tensors_in(x: Any, where: str) -> Iterator[tuple[str, Tensor]]:
 
 
 class Logger:
-    """Scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
+    """Write scalars to metrics.jsonl, TensorBoard and, with --track, Weights & Biases."""
 
     def __init__(
         self,
@@ -684,15 +683,15 @@ class Logger:
         line: tuple[str, ...],
         keep_whole: bool = False,
     ):
-        """timesteps: of the checkpoint that the run goes on from. keep_whole: there are newer ones,
-        which can be resumed until the first new save; so long the log as it was stays, too."""
+        """timesteps: of the checkpoint that the run continues. keep_whole: there are newer ones. As
+        they can be resumed until the first new save, the old log is kept until then, too."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.dir, self.path = run_dir, run_dir / "metrics.jsonl"
         self.whole = run_dir / "metrics-whole.jsonl"
-        self.line = () if sys.stderr.isatty() else line  # a terminal has a bar
+        self.line = () if sys.stderr.isatty() else line  # a terminal has a progress bar
         self.wandb = start_wandb(args, run_dir) if args.track else None
-        self.evaluated: set[int] = set()  # steps with an evaluation on the way
+        self.evaluated: set[int] = set()  # steps with an evaluation during training
         if self.whole.is_file():  # the last resumption ended before it saved anything
             self.whole.replace(self.path)
         if self.path.is_file():
@@ -702,8 +701,8 @@ class Logger:
         self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
 
     def forget_after(self, timesteps: int) -> None:
-        """Drop the lines of what will happen again: after the checkpoint, and the final
-        evaluation; and what is no line, as a crash of the machine may leave it."""
+        """Drop lines that will be written again, which are those after `timesteps` and those of the
+        final evaluation. Also drop incomplete lines, as a crash of the machine leaves them."""
         kept = []
         for line in self.path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -717,7 +716,7 @@ class Logger:
         write(self.path, b"".join(kept))
 
     def log(self, timesteps: int, scalars: dict[str, float], media: Any = None) -> None:
-        """A line of each."""
+        """Write these scalars to all logs, and self.line to standard output."""
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"timesteps": timesteps, **scalars}) + "\n")
         line = [f"{name} {scalars[name]:.4g}" for name in self.line if name in scalars]
@@ -732,9 +731,9 @@ class Logger:
     def log_results(
         self, timesteps: int, kind: str, results: dict[str, dict[str, float]], text: str
     ) -> None:
-        """An evaluation, kind "eval" or "final": its figures; to wandb table and videos, too."""
+        """Log the figures of an evaluation ("eval" or "final"), to wandb table and videos, too."""
         media = {}
-        if self.wandb:  # no wandb.Table: to log one asks the server, and waits
+        if self.wandb:  # no wandb.Table, which would wait for the server
             import wandb
 
             media[f"{kind}/table"] = wandb.Html(f"<pre>{text}</pre>")
@@ -753,12 +752,12 @@ class Logger:
 
 
 def start_wandb(args: RunArgs, run_dir: Path) -> Any:
-    """A wandb run; offline if its server does not answer in time."""
+    """Start a wandb run; it is offline if the server does not answer within --wandb-timeout."""
     import http.client
     import urllib.error
     import urllib.request
 
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry outwaits every timeout
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else wandb waits past every timeout
     import wandb
 
     limit = args.wandb_timeout
@@ -778,13 +777,13 @@ def start_wandb(args: RunArgs, run_dir: Path) -> Any:
     }
     try:
         if args.wandb_mode == "online":
-            with contextlib.suppress(urllib.error.HTTPError):  # an error, too, is an answer
+            with contextlib.suppress(urllib.error.HTTPError):  # HTTP errors are answers, too
                 urllib.request.urlopen(url, timeout=limit).close()
         run = wandb.init(mode=args.wandb_mode, resume="allow", **options)
     except (OSError, ValueError, http.client.HTTPException, wandb.Error) as error:
         text = f"wandb at {url}: {first_line(error)}; logging offline, for `wandb sync`."
         tell(text, file=sys.stderr)
-        wandb.teardown()  # the service holds the run's name
+        wandb.teardown()  # else its service still holds the run's name
         run = wandb.init(mode="offline", **options)
     run.define_metric("*", step_metric="timesteps")
     return run
@@ -794,12 +793,12 @@ def start_wandb(args: RunArgs, run_dir: Path) -> Any:
 
 
 class Evaluation:
-    """What a script's evaluate() is told, and whom it tells how far it is.
+    """What a script's evaluate() has to know, and a progress bar for it.
 
-    kind       "eval" on the way or "final", which plays other episodes
-    episodes   to be played for each row of the table
-    rng        of this evaluation: the same for the same seed, step and kind
-    run_dir    where its files go; None: nowhere
+    kind       "eval" during training or "final"; these two play different episodes
+    episodes   number of episodes for each row of the table
+    rng        a generator, equal for the same seed, step and kind
+    run_dir    where files of the evaluation go; None: nowhere
     videos     the folder for films, whose names begin with `stem`; None: no films
     """
 
@@ -819,13 +818,13 @@ class Evaluation:
         self.expected = self.played = 0
 
     def expect(self, episodes: int) -> None:
-        """So many more episodes will be played."""
+        """Announce this many more episodes that will be played."""
         self.expected += episodes
         self.bar.total = self.expected
         self.bar.refresh()
 
     def progress(self, episodes: int = 1) -> None:
-        """So many more have been played."""
+        """Report that this many more episodes have been played."""
         self.played += episodes
         self.bar.update(episodes)
         now = time.monotonic()
@@ -844,7 +843,7 @@ Judge = Callable[[Evaluation], dict[str, dict[str, float]]]
 
 
 class Run:
-    """How far a run is, what is due, where its data go. The loop is the script's."""
+    """A run: its progress, what is due, its files and processes. The loop is the script's."""
 
     def __init__(
         self,
@@ -852,14 +851,14 @@ class Run:
         table: Callable[[dict[str, dict[str, float]]], str],
         line: tuple[str, ...] = (),
     ):
-        """table: Markdown of an evaluation's results. line: scalars for standard output."""
+        """table: makes Markdown of an evaluation's results. line: scalars for standard output."""
         self.args, self.table, self.line = args, table, line
         self.rank, self.size, self.device = start_processes(args)
-        self.stack = contextlib.ExitStack()  # what ends with the run
+        self.stack = contextlib.ExitStack()  # contexts that end with the run
         self.source = args.resume or args.eval_only
-        self.saved: dict[str, Any] = {}  # the checkpoint that the run goes on from
+        self.saved: dict[str, Any] = {}  # the state in the checkpoint that the run continues
         self.dir = Path()
-        self.known: list[dict[str, Any]] = []  # entries of the index that are this run's
+        self.known: list[dict[str, Any]] = []  # checkpoints of this run: index entries
         if args.resume and self.rank == 0 and Path(args.resume).exists():
             given = Path(args.resume)
             self.stack.enter_context(lock(given if given.is_dir() else given.parent))
@@ -869,11 +868,11 @@ class Run:
         self.iteration = self.saved.get("iteration", 0)
         self.timesteps = self.saved.get("timesteps", 0)
         self.began = time.monotonic() - self.saved.get("wall_s", 0)
-        self.before = self.logged = self.timesteps  # of the last iteration, of the last line
+        self.before = self.logged = self.timesteps  # before this iteration; at the last log line
         self.saved_at = self.timesteps if self.saved else -1
         self.noted: dict[str, list[Tensor]] = collections.defaultdict(list)
         self.laps: dict[str, float] = collections.defaultdict(float)
-        self.mark = self.busy = 0.0  # clock of laps; seconds of iterations since the last line
+        self.mark = self.busy = 0.0  # time of the last lap; seconds of iterations since a log line
         self.stopped = self.evaluating = False
         self.judge: Judge | None = None  # the script's, set before begin()
         self.logger: Logger | None = None
@@ -885,7 +884,7 @@ class Run:
         self.stack.__exit__(*error)
 
     def close_at_end(self, worlds: Any) -> Any:
-        """A context manager that ends with the run."""
+        """Enter a context manager, e.g. worlds, that is left when the run ends."""
         return self.stack.enter_context(worlds)
 
     def say(self, text: str) -> None:
@@ -894,8 +893,8 @@ class Run:
             tell(text)
 
     def own_share(self, args: Any, *names: str) -> Any:
-        """The arguments with this process's share of these, which count over all processes;
-        UsageError if they cannot be shared equally."""
+        """Return args with the named values, which count over all processes, divided by the number
+        of processes; UsageError if a value is no multiple of that number."""
         shares = {}
         for name in names:
             shares[name], rest = divmod(value := getattr(args, name), self.size)
@@ -903,16 +902,16 @@ class Run:
         return dataclasses.replace(args, **shares)
 
     def in_first(self, function: Callable[[], Any]) -> Any:
-        """What function() returns in the first process, for which the others wait."""
+        """Call function() in the first process; all processes wait for its result and return it."""
         return gather(function() if self.rank == 0 else None)[0]
 
     def restore(self, **parts: Any) -> None:
-        """Give what is alike in all processes its state from --resume or --eval-only."""
+        """Restore objects that are equal in all processes, from --resume or --eval-only."""
         for name, part in parts.items() if self.saved else ():
             restore(part, self.saved[name], self.source)
 
     def restore_own(self, own: dict[str, Any]) -> None:
-        """Give what is this process's own its state; begin() does it, too."""
+        """Restore the objects of this process from --resume or --eval-only, as begin() does."""
         if self.saved:
             number = self.rank if self.args.resume else 0  # the first one evaluates
             restore(own, self.saved["ranks"][number], self.source)
@@ -925,10 +924,10 @@ class Run:
         replays: dict[str, Any] | None = None,
         **resolved: Any,
     ) -> None:
-        """The run's directory and its log; a first checkpoint, or what is this process's own from
-        the last one and the evaluation of it that was missed. replays: objects with filled(),
-        tensors whose rows are a replay's filled part, and refill(tensors). resolved: what defaults
-        have come to mean, for args.json."""
+        """Open directory and log. A new run saves its first checkpoint; a resumed one restores
+        `own` and replays, and does a missed evaluation. parts: equal in all processes; own: not.
+        replays: objects with filled(), which returns {name: rows in use}, and refill() of the same.
+        resolved: for args.json, values that defaults stand for."""
         self.parts, self.own, self.replays = parts, own, replays or {}
         if self.saved:
             self.resume()
@@ -956,7 +955,7 @@ class Run:
                 self.evaluate("eval")
 
     def make_dir(self, world: str, resolved: dict[str, Any]) -> None:
-        """The run's directory, which is this process's alone, with args.json."""
+        """Create and lock the run's directory, write args.json; UsageError if it holds a run."""
         self.dir = new_run_dir(self.args, world)
         self.stack.enter_context(lock(self.dir))
         if (self.dir / "checkpoints.json").exists():
@@ -965,7 +964,7 @@ class Run:
         write(self.dir / "args.json", describe_run(self.args, about))
 
     def resume(self) -> None:
-        """What is this process's own, and its replay, from the checkpoint."""
+        """Restore this process's objects and replays; UsageError for another number of ranks."""
         if (ranks := len(self.saved["ranks"])) != self.size:
             raise UsageError(f"{ranks} processes began this run; {self.size} cannot go on.")
         self.restore_own(self.own)
@@ -983,8 +982,8 @@ class Run:
             (self.dir / "summary.json").unlink(missing_ok=True)
 
     def catch_signals(self) -> None:
-        """Ctrl-C, SIGTERM and SIGHUP end the run behind its iteration, evaluations at once; a
-        second one does what it always does. Those that are ignored, as by nohup, stay so."""
+        """Let Ctrl-C, SIGTERM and SIGHUP stop the run after its iteration, an evaluation at once. A
+        second signal has its usual effect. Ignored signals, as under nohup, stay ignored."""
         old = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(number)
@@ -1009,7 +1008,7 @@ class Run:
             self.stack.callback(signal.signal, number, handler)
 
     def goes_on(self) -> bool:
-        """Whether there is another iteration, in all processes; if not, the last is saved."""
+        """Whether all processes do another iteration; if not, a checkpoint is saved."""
         if self.size > 1:
             stopped = torch.tensor(int(self.stopped), device=self.device)
             self.stopped = bool(sum_over_processes(stopped))
@@ -1020,14 +1019,14 @@ class Run:
         return True
 
     def lap(self, name: str) -> None:
-        """The seconds since the last lap, or since the iteration began, are logged as this."""
+        """Log the seconds since the last lap, or since the iteration began, under this name."""
         now = time.monotonic()
         self.laps[name] += now - self.mark
         self.busy += now - self.mark
         self.mark = now
 
     def advance(self, steps: int) -> None:
-        """An iteration is over that took this many environment steps of all processes."""
+        """End an iteration that took this many environment steps, summed over processes."""
         self.iteration += 1
         self.timesteps += steps
         now = time.monotonic()
@@ -1036,16 +1035,16 @@ class Run:
         self.bar.update(steps)
 
     def is_due(self, every: int) -> bool:
-        """Whether a multiple of `every` steps lies in the last iteration; never if 0."""
+        """Whether the last iteration reached a multiple of `every` steps; never if it is 0."""
         return every > 0 and self.timesteps // every > self.before // every
 
     def note(self, scalars: dict[str, Tensor]) -> None:
-        """The next line of the log gets their mean."""
+        """Keep these scalars; the next line of the log gets their means."""
         for name, x in scalars.items():
             self.noted[name].append(x.detach())
 
     def log(self, scalars: dict[str, Tensor | float]) -> None:
-        """A line of the log, with the means of what was noted since the last one. sps: environment
+        """Write a log line, with means of what was noted since the last line. sps: environment
         steps per second of iterations, without evaluations and checkpoints."""
         means = {name: torch.stack(x).mean() for name, x in self.noted.items()}
         seconds = dict(self.laps) | {"wall_s": time.monotonic() - self.began}
@@ -1062,7 +1061,7 @@ class Run:
         return f"replay-{timesteps}{rank}.pt"
 
     def save(self) -> None:
-        """A checkpoint, if there is none of this step; RunError if a number is not finite."""
+        """Save a checkpoint unless this step has one; RunError if a number is not finite."""
         if self.timesteps == self.saved_at:
             return
         parts = pack(self.parts)
@@ -1071,7 +1070,7 @@ class Run:
         filled = {name: replay.filled() for name, replay in self.replays.items()}
         check_finite(**dict(tensors_in(parts | own | {"replay": filled}, "")))
         if self.rank == 0 and self.saved and self.saved_at == self.saved["timesteps"]:
-            self.write_index()  # newer checkpoints, if there were any, are of another future
+            self.write_index()  # this forgets newer checkpoints, which the run has left behind
             self.logger.whole.unlink(missing_ok=True)
         replay = [self.save_replay(filled)] if filled else []
         ranks, replays = gather(own), gather(replay)
@@ -1086,7 +1085,7 @@ class Run:
         self.saved_at = self.timesteps
 
     def save_replay(self, filled: dict[str, dict[str, Tensor]]) -> dict[str, str]:
-        """Write this process's replays, tensor by tensor without a copy; returns name, sha256."""
+        """Write this process's replays without copying them; return the file's name and sha256."""
         exact = {
             # A tensor of its own storage: torch writes the whole storage of a view.
             name: {key: torch.from_numpy(x.cpu().numpy()) for key, x in tensors.items()}
@@ -1097,7 +1096,7 @@ class Run:
         return {"name": path.name, "sha256": sha256_of(path)}
 
     def save_state(self, state: dict[str, Any], replays: list[dict[str, str]]) -> None:
-        """Write a checkpoint, then the index that names the last two, then delete the rest."""
+        """Write a checkpoint, then the index of the last two checkpoints; delete older files."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
@@ -1112,7 +1111,7 @@ class Run:
         self.known = [entry, *others[:1]]
         self.write_index()
         kept = {file["name"] for old in self.known for file in (old, *old["replays"])}
-        for pattern in ("checkpoint-*.pt", "replay-*.pt", "*.pt.part"):  # of a kill in a save
+        for pattern in ("checkpoint-*.pt", "replay-*.pt", "*.pt.part"):  # .part: a save was killed
             for path in self.dir.glob(pattern):
                 if path.name not in kept and path.is_file():
                     path.unlink()
@@ -1121,8 +1120,8 @@ class Run:
         write(self.dir / "checkpoints.json", json.dumps(self.known, indent=1).encode())
 
     def evaluate(self, kind: str) -> dict[str, dict[str, float]]:
-        """Print and log what judge() finds, in the first process; nothing if the run is stopped
-        before or meanwhile."""
+        """Call judge() in the first process; print, log and return its results. Returns {} in other
+        processes, and if the run is stopped before or meanwhile."""
         if self.rank or self.stopped:
             return {}
         folder = None if self.keeps_out() else self.dir
@@ -1145,12 +1144,12 @@ class Run:
         return results
 
     def keeps_out(self) -> bool:
-        """Whether the directory stays as it is: that of weights alone, which others read, too."""
+        """Whether nothing may be written there, as it has weights only, which others read, too."""
         return bool(self.saved.get("weights_only") and not self.args.run_dir)
 
     def evaluate_only(self) -> int:
-        """The final evaluation of a run that is not trained; with --run-dir its files go there, and
-        args.json and summary.json beside them. Returns the exit code."""
+        """Do the final evaluation without training; return the exit code. With --run-dir, its
+        files go there, with args.json and summary.json."""
         films = self.args.capture_video and self.keeps_out()
         check([(films, f"--capture-video: {self.source} stays as it is; name a --run-dir, too")])
         if self.args.run_dir and self.rank == 0:
@@ -1161,8 +1160,8 @@ class Run:
         return FINISHED
 
     def finish(self) -> int:
-        """The final evaluation and summary.json, of a run that was not stopped; returns the exit
-        code."""
+        """Do the final evaluation and write summary.json, unless the run was stopped; return the
+        exit code."""
         results = {}
         if self.args.final_episodes:
             results = self.evaluate("final")
@@ -1172,7 +1171,7 @@ class Run:
         return FINISHED
 
     def write_summary(self, results: dict[str, dict[str, float]]) -> None:
-        """summary.json: how long it was trained, and its final evaluation."""
+        """Write summary.json: environment steps, wall-clock seconds and the final evaluation."""
         if self.rank == 0:
             summary = {"timesteps": self.timesteps, "wall_s": time.monotonic() - self.began}
             data = json.dumps(summary | {"eval": results}, indent=1).encode()

@@ -1,8 +1,9 @@
 """MRA (TMLR): meta representations that generalise to populations never met in training.
 
-A latent z picks one of six graphs g = phi(o, z) of whom an agent attends to. One policy theta
-learns to act well with all of them, in all populations; phi is moved to make graphs matter for
-actions, p_psi(z|m) to make them tell populations apart. An unseen population gets a mixture.
+A latent z picks one of six graphs g = phi(o, z), and g weights the agents that an agent attends to.
+One policy theta learns to act well with every graph in every population m. phi learns graphs that
+make a difference to the actions. The prior p_psi(z|m) learns to draw z whose graphs tell the
+populations apart; it reads numbers of agents only, so it also serves unseen populations.
 
     g_ij       = softmax_j q_i . k_ij,  e_i = sum_j g_ij V(o_ij),  o_ij = [p_j - p_i, ...]  Eq. (1)
     L(zeta)    = E (Q(o, a, g) - y)^2,  y = r + gamma Q'(o', a', g'),  a' ~ pi'             Eq. (8)
@@ -10,8 +11,8 @@ actions, p_psi(z|m) to make them tell populations apart. An unseen population ge
     I(g; a|o)  >= E log pi'(a | o, g) / p(a | o),  p(a | o) = E_z pi'(a | o, phi(o, z))     Eq. (11)
     L(psi, xi) = E_z~p_psi(z|m) [- log p_xi(m | o, phi(o, z))]                              Eq. (13)
 
-L(zeta) moves the critic, dJ the actor (with Reptile's step, Sec. 4.4), I phi, L(psi, xi) the latent
-prior psi and the population classifier xi. Targets Q' and pi' follow.
+L(zeta) moves the critic; dJ the actor, with Reptile's step (Sec. 4.4); I(g; a|o) moves phi; L(psi,
+xi) moves the latent prior psi and the population classifier xi. The targets Q' and pi' follow.
 
     python mra_maddpg_particle.py --task resource --populations 6 9 12 --preset cpu
     python mra_maddpg_particle.py --adapt runs/RUN --population 24            or 2,8 for two types
@@ -20,8 +21,9 @@ prior psi and the population classifier xi. Targets Q' and pi' follow.
     torchrun --nproc-per-node 2 mra_maddpg_particle.py                        two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
-key, S parameter sets, Z latents, Ds De features of oneself and of others. What the paper leaves
-open: docs/mra.md; the worlds: docs/particle.md; the parent: baselines/maddpg_particle.py.
+key, S parameter sets, Z latents, P populations, Ds and De features of oneself and of another agent.
+Choices that the paper leaves open: docs/mra.md. The worlds: docs/particle.md.
+The parent, without the method: baselines/maddpg_particle.py.
 """
 
 from __future__ import annotations
@@ -95,52 +97,52 @@ class Args(RunArgs):
     """MRA in particle worlds. Defaults are the paper's."""
 
     # Run
-    total_timesteps: Positive = 1_000_000  # environment steps of all worlds
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    eval_every: Count = 100_000  # evaluations on the way
-    eval_episodes: Positive = 100  # in those, per row of their table
-    final_episodes: Count = 1000  # the same at the end and with --eval-only
-    save_every: Count = 200_000  # checkpoints, of which the last two are kept
+    total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
+    eval_episodes: Positive = 100  # episodes per row of the table in evaluations during training
+    final_episodes: Count = 1000  # episodes per row, final evaluation or --eval-only; 0: none
+    save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
-    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
-    populations: tuple[str, ...] = ("3", "6", "12", "24")  # m; in pacman 4,2 6,3 8,4
-    adapt: str = ""  # run directory or checkpoint to adapt to --population (Algorithm 5)
-    population: str = ""  # that population
-    eval_populations: tuple[str, ...] = ()  # unseen ones, zero-shot, in the final evaluation
-    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
-    collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds per process
-    max_episode_steps: Positive = 20  # horizon
+    task: str = "treasure"  # world: treasure, resource, pacman, signpost, rooms or delivery
+    populations: tuple[str, ...] = ("3", "6", "12", "24")  # m, training; pacman: 4,2 6,3 8,4
+    adapt: str = ""  # run or checkpoint to adapt to --population (Algorithm 5)
+    population: str = ""  # new population, with --adapt
+    eval_populations: tuple[str, ...] = ()  # unseen populations of the final evaluation
+    shaping: bool = True  # treasure, pacman, delivery: also reward -.1 x distance to the goal
+    collision_penalty: Amount = 0.0  # treasure: subtracted from rewards, per agent touched and step
+    num_envs: Positive = 12  # B, parallel worlds in each process
+    max_episode_steps: Positive = 20  # steps after which an episode is truncated
     # Method
-    latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z; replays keep z in 8 bits
-    representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z
-    latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); uni-MRA; z = m
-    reptile_step: Share = 1.0  # alpha
-    share_parameters: bool = True  # one parameter set per type instead of per agent
-    actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # of Eq. (9): how
-    phi_gradient: Literal["actor", "mi", "both", "both+actor"] = "mi"  # by Eq. 10; 11; + 13; all
-    psi_information: bool = False  # psi ascends Eq. (11), too, as in Eq. (5)
-    tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor, too
-    target: Literal["polyak", "hard"] = "hard"  # how target networks follow
-    polyak: Share = 0.01  # their step, with --target polyak
+    latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z, number of latents z (replay: int8)
+    representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z (Fig. 7)
+    latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); told: z is m's number
+    reptile_step: Share = 1.0  # alpha, share of the K inner steps that Reptile keeps
+    share_parameters: bool = True  # one parameter set per type of agent, not one per agent
+    actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): sampled, or exact
+    phi_gradient: Literal["actor", "mi", "both", "both+actor"] = "mi"  # Eq. 10; 11; 11+13; 10+11+13
+    psi_information: bool = False  # psi also maximises the information of Eq. (11), as in Eq. (5)
+    tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
+    target: Literal["polyak", "hard"] = "hard"  # target networks move by --polyak, or are copied
+    polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
     inner_steps: Positive = 10  # K, minibatches per update
-    hidden_size: Positive = 64  # H
-    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # of V in e_i; the paper prints 1
-    own_beside: bool = True  # the actor reads o_s beside e_i
-    key_size: Positive = 16  # of queries and keys
-    head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
-    plain: bool = False  # networks of pairs as written below, not their fast exact form
-    compile: bool = False  # on a GPU: compile that form and worlds (once, some 20 s)
+    hidden_size: Positive = 64  # H, units of a hidden layer
+    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # layers of V in e_i; the paper prints 1
+    own_beside: bool = True  # the actor reads its own features o_s, too; off: e_i alone
+    key_size: Positive = 16  # units of each query and key of phi
+    head_gain: Above = 2.0  # Xavier gain of the initial weights of queries and keys
+    plain: bool = False  # networks of agent pairs: literal and slow (class Pairs); off: equal, fast
+    compile: bool = False  # on a GPU: compile the worlds and fast pair networks (once, some 20 s)
     # Base algorithm
-    learning_rate: Amount = 3e-4  # Adam
-    phi_learning_rate: Amount = 3e-4  # phi's
-    gamma: Share = 0.95  # discount
-    batch_size: Positive = 1024  # M, transitions of a minibatch
-    buffer_size: Positive = 1_000_000  # transitions of a replay
-    update_every: Positive = 100  # environment steps between updates
-    entropy_coef: Amount = 1 / 30  # of targets and actor
-    scale_rewards: bool = True  # divide by their running standard deviation
-    max_grad_norm: Above = 10.0  # of each loss's networks together
+    learning_rate: Amount = 3e-4  # learning rate of Adam for all networks but phi
+    phi_learning_rate: Amount = 3e-4  # learning rate of Adam for phi, the attention network
+    gamma: Share = 0.95  # discount factor
+    batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
+    buffer_size: Positive = 1_000_000  # transitions that a replay holds, over all processes
+    update_every: Positive = 100  # environment steps that a replay gets between updates
+    entropy_coef: Amount = 1 / 30  # entropy's weight in the critic's targets and the actor's loss
+    scale_rewards: bool = True  # divide rewards by their running standard deviation
+    max_grad_norm: Above = 10.0  # gradients of each loss are clipped to this norm
 
 
 PRESETS = {
@@ -156,16 +158,16 @@ PRESETS = {
         "compile": True,
     },
 }
-LINE = ("return", "critic_loss", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = ("eval_populations", "plain", "compile")
-# With --adapt: what networks are made for, and what has no part in it.
+LINE = ("return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
+RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
+# --adapt keeps these flags of the adapted run: its networks need them, or adapting ignores them.
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "hidden_size")
 FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step", "tell_population")
 FIXED += ("value_layers", "own_beside")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant."""
+    """Flag combinations to refuse, each as (whether args has it, error message)."""
     populations = args.populations + args.eval_populations
     one_size = not args.share_parameters
     several, learned = len(args.populations) > 1, args.latent_prior == "learned"
@@ -185,8 +187,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 
 def read(argv: list[str]) -> Args:
-    """The command line, on top of what --preset, --resume or --eval-only stand for; with --adapt on
-    top of the arguments of the run that it names."""
+    """Read the command line on top of what --preset, --resume or --eval-only stand for; with
+    --adapt on top of the adapted run's arguments. UsageError for flags that must not differ."""
     given = read_flags(Args, argv)
     if not given.adapt or given.resume or given.eval_only:
         return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
@@ -211,7 +213,8 @@ def read(argv: list[str]) -> Args:
 def make_envs(
     args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
 ) -> ParticleWorld:
-    """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
+    """Make worlds of args.task with a population like "6" or "8,4"; UsageError if that cannot be.
+    The random numbers of a world follow from the seed and its number, first_world + 0, 1, ..."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
         return ParticleWorld(
@@ -220,7 +223,7 @@ def make_envs(
             num_envs,
             device="cuda" if cuda else "cpu",
             seed=seed,
-            compiled=args.compile and cuda,  # on a CPU updates take the time
+            compiled=args.compile and cuda,  # on a CPU most time is spent in updates
             first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
@@ -239,26 +242,26 @@ RELU = math.sqrt(2)  # gain of layers before a ReLU
 
 
 class View(NamedTuple):
-    """What M x N agents observe."""
+    """Observations of N agents at M moments, as the networks read them."""
 
-    own: Tensor  # (M, N, Ds) o_s
-    others: Tensor  # (M, N, De) of each agent j; o_ij is that with p_j - p_i in the place of p_j
+    own: Tensor  # (M, N, Ds) o_s, an agent's own features
+    others: Tensor  # (M, N, De) features of each agent j; o_ij has p_j - p_i in place of p_j
     alive: Tensor  # (M, N) bool
     mask: Tensor  # (M, N, N) bool: i sees j
     counts: tuple[int, ...]  # agents of each parameter set, in order
     z: Tensor  # (M, N, Z) latents, one-hot
-    population: Tensor  # (M, N, P) m, one-hot, for those who are told
+    population: Tensor  # (M, N, P) m, one-hot, for networks that --tell-population names
 
 
 # [shared: layers] begin
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """(S, ...) of parameter sets -> (N, ...) of agents."""
+    """Copy rows of parameter sets to their agents, (S, ...) -> (N, ...); counts: agents per set."""
     numbers = constant(counts, torch.int64, x.device)
     return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 class Linear(nn.Module):
-    """A linear layer per parameter set."""
+    """A linear layer with S parameter sets; each agent uses one of them."""
 
     def __init__(self, sets: int, inputs: int, outputs: int, gain: float = 1.0):
         super().__init__()
@@ -272,7 +275,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers per parameter set."""
+    """Two linear layers with a ReLU between them and S parameter sets."""
 
     def __init__(self, sets: int, inputs: int, hidden: int, outputs: int):
         super().__init__()
@@ -289,7 +292,7 @@ class MLP(nn.Module):
 
 # [shared: mean_entity] begin
 def mean_entity(others: Tensor, g: Tensor) -> Tensor:
-    """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
+    """Return sum_j g_ij o_ij (M, N, De) for others (M, N, De) and graphs g (M, N, N)."""
     position = others[..., :2] * g.sum(-1, keepdim=True)
     mean = g @ others
     return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
@@ -299,10 +302,9 @@ def mean_entity(others: Tensor, g: Tensor) -> Tensor:
 
 
 class Pairs:
-    """Networks of o_ij = [p_j - p_i, v_j, ...] after a first layer that they share: keys, values.
-
-    As the paper has them, with M N^2 H numbers. By default FastPairs, which is equal, does without.
-    """
+    """The first layer above all o_ij = [p_j - p_i, v_j, ...]; scores() and sums() apply the second.
+    This literal form stores M N^2 H numbers. The default, FastPairs, gives equal results without
+    storing them."""
 
     def __init__(
         self,
@@ -312,8 +314,8 @@ class Pairs:
         counts: tuple[int, ...],
         shift: Tensor | None = None,
     ):
-        """others (M, N, De), weight (S, De, H), or (M, N, De, H) of each agent i and without bias
-        (S, H); shift (M, N, H) is what z_i adds."""
+        """Compute relu(o_ij W + b): others (M, N, De), weight W (S, De, H), bias b (S, H);
+        or W (M, N, De, H) of each agent i, without b. shift (M, N, H): added for z_i."""
         N = others.shape[1]
         relative = others[:, None, :, :2] - others[:, :, None, :2]
         rest = others[:, None, :, 2:].expand(-1, N, -1, -1)
@@ -328,21 +330,21 @@ class Pairs:
         self.hidden, self.counts = F.relu(hidden), counts  # (M, N, N, H)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
+        """Return q_i . k_ij (M, N, N): query (M, N, K), key (S, H, K) the weights of keys."""
         key = per_agent(key, self.counts)
         keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
         return torch.einsum("mik,mijk->mij", query, keys)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
+        """Return sum_j g_ij V(o_ij) (M, N, O): g (M, N, N), weight (S, H, O), bias (S, O)."""
         weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
         values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
         return torch.einsum("mij,mijo->mio", g, values)
 
 
 class RelationGraph(nn.Module):
-    """phi: whom an agent attends to. With --representation option z picks a head (Sec. 4.2), with
-    the others (App. E.3) there is one head, which reads z."""
+    """phi: the attention network, which decides whom each agent attends to. With --representation
+    option, z picks a head (Sec. 4.2). With the others (App. E.3), one head reads z."""
 
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
@@ -357,9 +359,9 @@ class RelationGraph(nn.Module):
         self.entity = Linear(sets, entity_size, H, gain=RELU)
         if args.representation == "concat":
             self.entity_z = Linear(sets, Z, H, gain=RELU)
-        if args.representation == "bilinear":  # a layer for each z
+        if args.representation == "bilinear":  # a layer for each z, in place of the one above
             self.entity = Linear(sets * Z, entity_size, H, gain=RELU)
-        self.key = Linear(sets * self.heads, H, K, gain=args.head_gain)  # its bias would cancel
+        self.key = Linear(sets * self.heads, H, K, gain=args.head_gain)  # its bias cancels
 
     def split_heads(self, x: Tensor) -> Tensor:  # (S x heads, ...) -> (S, heads, ...)
         return x.unflatten(0, (-1, self.heads))
@@ -368,7 +370,7 @@ class RelationGraph(nn.Module):
         return self.split_heads(weight).transpose(1, 2).flatten(2)
 
     def queries(self, view: View) -> Tensor:
-        """q_i of each head (M, N, heads, K)."""
+        """Queries q_i of all heads (M, N, heads, K)."""
         own = view.own
         if self.representation == "concat":
             own = torch.cat((own, view.z), -1)
@@ -381,7 +383,7 @@ class RelationGraph(nn.Module):
         return query.unflatten(-1, (self.heads, -1))
 
     def entities(self, view: View) -> Pairs:
-        """The first layer of keys: of o_ij, with z_i beside it (concat) or times z_i (bilinear)."""
+        """The keys' first layer above o_ij, with z_i beside it (concat) or times z_i (bilinear)."""
         weight, bias, shift = self.entity.weight, self.entity.bias, None
         if self.representation == "concat":
             shift = self.entity_z(view.z, view.counts)
@@ -393,23 +395,23 @@ class RelationGraph(nn.Module):
         return self.pairs(view.others, weight, bias, view.counts, shift=shift)
 
     def normalise(self, scores: Tensor, view: View) -> Tensor:
-        """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
+        """The graph g (M, N, N). Row i sums to 1, or to 0 if agent i sees nobody."""
         # Eq. (1)
         scores = scores / math.sqrt(self.key_size)
         scores = scores.masked_fill(~view.mask, -1e9)
         return scores.softmax(-1) * view.mask
 
     def forward(self, view: View) -> Tensor:
-        """The graph g (M, N, N) of view.z."""
+        """The graph g (M, N, N) for the latents view.z."""
         query = self.queries(view)
-        if self.heads > 1:  # what is not of one's head is 0; mixtures of heads mix their scores
+        if self.heads > 1:  # only the query of head z is not 0; a mixture of z would mix scores
             query = scale_rows(query, view.z)
         key = self.join_heads(self.key.weight)
         scores = self.entities(view).scores(query.flatten(-2), key)
         return self.normalise(scores, view)
 
     def all(self, view: View) -> Tensor:
-        """The graphs (Z, M, N, N) that there are with each z for everybody."""
+        """Graphs (Z, M, N, N): with index z, those in which all agents have this latent."""
         if self.heads == 1:
             eye = torch.eye(self.latents, device=view.z.device, dtype=view.z.dtype)
             return torch.stack([self(view._replace(z=z.expand_as(view.z))) for z in eye])
@@ -421,11 +423,10 @@ class RelationGraph(nn.Module):
 
 class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
-    e_i = sum_j g_ij V(o_ij), which is 0 without others. It never sees z.
+    e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. None of them reads z.
 
-    own_size: how many numbers of o_s it reads. told: of how many populations it is told; it has a
-    first layer above o_ij for each.
-    """
+    own_size: how many numbers of o_s it reads. told: number of populations P if it reads m, else 0.
+    If it reads m, it has a first layer above o_ij for each m, as a softmax cannot count agents."""
 
     def __init__(
         self,
@@ -448,15 +449,14 @@ class GraphNet(nn.Module):
         self.out = Linear(sets, H, outputs, gain)
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Outputs (..., M, N, .) for graphs g (..., M, N, N); a critic reads the others' actions
-        (M, N)."""
+        """Outputs (..., M, N, .) with graphs g (..., M, N, N); critics also read actions (M, N)."""
         others = view.others
-        if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
+        if actions is not None:  # of the others: g_ii = 0 leaves out agent i's own
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
         x = self.own(view.own[..., : self.own_size], view.counts)
         weight, bias = (self.value if self.linear else self.entity).parameters()
-        if self.told:  # those of this m
+        if self.told:  # the layer of this m, which is the same for all agents
             m = view.population[0, 0]  # (P,)
             weight = torch.tensordot(m, weight.unflatten(0, (len(m), -1)), 1)
             bias = torch.tensordot(m, bias.unflatten(0, (len(m), -1)), 1)
@@ -464,9 +464,9 @@ class GraphNet(nn.Module):
             pairs = self.pairs(others, weight, bias, view.counts)
 
         def read(g: Tensor) -> Tensor:
-            if self.linear:  # V of a sum is the sum of V
+            if self.linear:  # V is linear: V of the mean is the mean of V
                 e = grouped_linear(mean_entity(others, g), weight, bias, view.counts)
-                e = e * view.mask.any(-1, keepdim=True)
+                e = e * view.mask.any(-1, keepdim=True)  # no bias if nobody is seen
             else:
                 e = pairs.sums(g, self.value.weight, self.value.bias)
             return self.out(F.relu(x + e, inplace=True), view.counts)
@@ -477,7 +477,7 @@ class GraphNet(nn.Module):
 
 
 class LatentPrior(nn.Module):
-    """psi: p(z|m) for each type of agent, from numbers of agents only, so for every population."""
+    """psi: p(z|m) of each type of agent. It reads numbers of agents, so it fits any population."""
 
     def __init__(self, types: int, latents: int):
         super().__init__()
@@ -485,7 +485,7 @@ class LatentPrior(nn.Module):
         self.net = nn.Sequential(nn.Linear(types, 32), nn.ReLU(), nn.Linear(32, types * latents))
 
     def forward(self, population: tuple[int, ...]) -> Tensor:
-        """log p(z|m) (types, Z)."""
+        """log p(z|m) (types, Z); population: numbers of agents of each type."""
         weight = self.net[0].weight
         counts = constant(population, weight.dtype, weight.device) / 10
         logits = self.net(counts).unflatten(0, (self.types, -1))
@@ -494,13 +494,13 @@ class LatentPrior(nn.Module):
 
 # [shared: sample] begin
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
-    """Gumbel noise of the shape of a tensor."""
+    """Gumbel noise with the shape and device of a tensor, drawn on the CPU by rng."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
     return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (...) from log-probabilities (..., A): the largest after adding Gumbel noise."""
+    """Draw actions (...) from log_probs (..., A): the argmax after adding Gumbel noise."""
     return (log_probs + gumbel(log_probs, rng)).argmax(-1)
 
 
@@ -519,11 +519,11 @@ class Agent(Parts):
         net = functools.partial(GraphNet, self.sets, args=args)
         number, who = len(args.populations), args.tell_population
         actor_told, critic_told = number * (who == "all"), number * (who != "nobody")
-        # Small first logits: all actions are tried.
+        # A small last layer: the first policy tries all actions about equally.
         beside = own if args.own_beside else 0
         actor = net(beside, entity, NUM_ACTIONS, gain=0.1, told=actor_told)
         self.actor = actor.to(device)
-        # A critic reads the others' actions, too.
+        # The critic also reads the others' actions.
         critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, told=critic_told)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
@@ -545,7 +545,7 @@ class Agent(Parts):
             self.latent_optimiser = adam(latent_nets.parameters())
 
     def log_prior(self, game: Game) -> Tensor:
-        """log p(z|m) (N, Z)."""
+        """log p(z|m) (N, Z): learned, uniform (uni-MRA) or told (z is the number of m)."""
         Z = self.args.latent_size
         log_p = torch.zeros(len(game.population), Z, device=self.device).log_softmax(-1)
         if self.learns_prior:
@@ -556,7 +556,7 @@ class Agent(Parts):
         return per_agent(log_p, game.population)
 
     def view(self, game: Game, obs: Observation, z: Tensor) -> View:
-        """An observation, and latents (M, N), as networks read them."""
+        """The networks' input for observations of a game and latents z (M, N)."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
         number = number_of(game, self.args.populations)
         number = torch.full_like(z, number, dtype=torch.int64)
@@ -572,7 +572,7 @@ class Agent(Parts):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Target networks take a step, or jump, towards the others."""
+        """Move target networks by --polyak towards actor and critic, or copy these into them."""
         step = self.args.polyak if self.args.target == "polyak" else 1.0
         pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
         for target, net in pairs:
@@ -583,30 +583,30 @@ class Agent(Parts):
 
 
 def latent_generator(seed: int) -> torch.Generator:
-    return own_generator((seed + 2**31) % 2**32)  # torch reads 32 bits
+    return own_generator((seed + 2**31) % 2**32)  # a stream apart from seed's; torch uses 32 bits
 
 
 def draw_latents(agent: Agent, game: Game, num_worlds: int, rng: torch.Generator) -> Tensor:
-    """z ~ p_psi(z|m) for each agent (B, N)."""
+    """Draw latents z ~ p_psi(z|m), one for each agent of each world -> (B, N)."""
     log_p = agent.log_prior(game).detach()  # (N, Z)
     return sample(log_p.expand(num_worlds, -1, -1), rng)
 
 
 def graph_information(agent: Agent, view: View, log_prior: Tensor) -> Tensor:
-    """The bound on I(g; a|o) in nats (M, N), all expectations exact; log_prior (N, Z)."""
+    """The lower bound on I(g; a|o) in nats (M, N), exact over z and a; log_prior (N, Z)."""
     g = agent.attention.all(view)  # (Z, M, N, N)
     log_pi = agent.actor(view, g).log_softmax(-1)  # (Z, M, N, A)
-    log_bar = agent.target_actor(view, g).log_softmax(-1)  # of pi', (Z, M, N, A)
+    log_bar = agent.target_actor(view, g).log_softmax(-1)  # log pi' (Z, M, N, A)
     log_prior = log_prior.T[:, None, :, None]  # (Z, 1, N, 1)
-    log_p = (log_bar + log_prior).logsumexp(0)  # p(a|o) (M, N, A)
+    log_p = (log_bar + log_prior).logsumexp(0)  # log p(a|o) (M, N, A)
     # Eq. (11)
     terms = log_prior.exp() * log_pi.exp() * (log_bar - log_p)
     return terms.sum((0, -1))
 
 
 def population_loss(agent: Agent, view: View, log_prior: Tensor, label: int) -> Tensor:
-    """Cross-entropy of the classifier's guess of the population, of which label is the index,
-    expected over z; log_prior (N, Z)."""
+    """Cross-entropy () of the population classifier, as an exact expectation over z. label: index
+    of the true population; log_prior (N, Z)."""
     g = agent.attention.all(view)  # (Z, M, N, N)
     log_guess = agent.population_classifier(view, g).log_softmax(-1)
     surprise = -log_guess[..., label]  # (Z, M, N)
@@ -617,14 +617,14 @@ def population_loss(agent: Agent, view: View, log_prior: Tensor, label: int) -> 
 
 @torch.no_grad()
 def reptile(args: Args, omega: nn.Module, start: list[Tensor]) -> None:
-    """omega <- omega + alpha (omega_K - omega), omega being where K steps began."""
+    """omega <- omega + alpha (omega_K - omega), in place; start: omega before the K steps."""
     for p, first in zip(omega.parameters(), start):
         # Sec. 4.4, Algorithm 1 line 6; Algorithm 4
         p.copy_(first.lerp(p, args.reptile_step))
 
 
 def uniform_graph(view: View) -> Tensor:
-    """The g that knows nothing (M, N, N)."""
+    """A graph g (M, N, N) that attends to all visible agents alike."""
     return view.mask / view.mask.sum(-1, keepdim=True).clamp(min=1)
 
 
@@ -632,30 +632,29 @@ def uniform_graph(view: View) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """A minibatch."""
+    """A minibatch of M transitions."""
 
     view: View  # o
-    next_view: View  # o', at the end of the step
+    next_view: View  # o', after the step and before a new episode begins
     actions: Tensor  # (M, N) int64
-    rewards: Tensor  # (M, N) float32, divided by their running deviation
+    rewards: Tensor  # (M, N) float32, divided by their running standard deviation
     terminated: Tensor  # (M,) bool
 
 
 class ReplayBuffer:
-    """Transitions of one population, and how large its rewards are.
-
-    It keeps states of worlds; observations, graphs and all that follows are made again."""
+    """Transitions of one population, and the running standard deviation of its rewards. States of
+    worlds are stored; observations and graphs are computed again for each minibatch."""
 
     def __init__(self, args: Args, worlds: ParticleWorld, device: torch.device):
         self.args, self.worlds, self.device = args, worlds, device
-        self.game, self.steps = worlds.game, 0  # environment steps
+        self.game, self.steps = worlds.game, 0  # environment steps stored so far
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
         self.reward_scale = RewardScale(worlds, sum_over_processes)
         self.rows = {
             "state": torch.empty(size, S, device=device),
-            "final_state": torch.empty(size, S, device=device),  # at the end of the step
+            "final_state": torch.empty(size, S, device=device),  # before a new episode
             "actions": torch.empty(size, N, dtype=torch.int8, device=device),
-            "rewards": torch.empty(size, N, device=device),  # raw
+            "rewards": torch.empty(size, N, device=device),  # not scaled
             "terminated": torch.empty(size, dtype=torch.bool, device=device),
             "z": torch.empty(size, N, dtype=torch.int8, device=device),
         }
@@ -665,7 +664,7 @@ class ReplayBuffer:
         return min(self.steps, self.args.buffer_size)
 
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
-        """Store a step of all worlds; alive (B, N)."""
+        """Store one step of all worlds: row has tensors (B, ...); alive (B, N) before the step."""
         end = self.steps + len(alive)
         place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
@@ -674,7 +673,7 @@ class ReplayBuffer:
         self.steps = end
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
-        """size transitions of the replay, with replacement."""
+        """Draw a minibatch of `size` transitions, uniformly and with replacement."""
         index = torch.randint(0, self.size, (size,), generator=rng)
         index = send(index, self.device)
         row = {name: x[index] for name, x in self.rows.items()}
@@ -682,7 +681,7 @@ class ReplayBuffer:
         next_obs = self.worlds.observe(row["final_state"])
         rewards = row["rewards"]
         if self.args.scale_rewards:
-            # paper is silent: no mean is taken off, games that end early would change
+            # paper is silent: the mean is not subtracted; that would change games that end early
             rewards = rewards / self.reward_scale.deviation()
         return Batch(
             view=agent.view(self.game, obs, row["z"]),
@@ -693,11 +692,11 @@ class ReplayBuffer:
         )
 
     def filled(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the rows."""
+        """The rows that hold transitions, for a checkpoint: {name: (size, ...)}."""
         return {name: x[: self.size] for name, x in self.rows.items()}
 
     def refill(self, rows: dict[str, Tensor]) -> None:
-        """Put back what filled() gave."""
+        """Restore the rows that filled() returned."""
         for name, x in rows.items():
             self.rows[name][: len(x)] = x
 
@@ -713,11 +712,11 @@ class Collector:
         self.buffer = ReplayBuffer(args, self.worlds, device)
         self.returns = EpisodeReturns(self.worlds, sum_over_processes)
         shape = (args.num_envs, self.game.num_agents)
-        self.z = torch.zeros(shape, dtype=torch.int64, device=device)  # of running episodes
+        self.z = torch.zeros(shape, dtype=torch.int64, device=device)  # of the running episodes
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the replay's rows."""
+        """What a checkpoint stores, except for the rows of the replay."""
         return {
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
@@ -727,7 +726,7 @@ class Collector:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken."""
+        """Restore what state_dict() returned."""
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
         self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
@@ -739,7 +738,7 @@ class Collector:
 def collect(
     agent: Agent, collector: Collector, rng: torch.Generator, latent_rng: torch.Generator
 ) -> None:
-    """One step in all worlds."""
+    """Take one step in all worlds and store it in the replay."""
     worlds = collector.worlds
     state = worlds.state
     view = agent.view(collector.game, worlds.obs, collector.z)
@@ -751,7 +750,7 @@ def collect(
     row |= {"z": collector.z}
     collector.buffer.add(row, view.alive)
     collector.returns.add(step)
-    if not agent.args.adapt:  # a new episode, new latents
+    if not agent.args.adapt:  # the agents of a new episode draw new latents
         ended = (step.terminated | step.truncated)[:, None]
         new = draw_latents(agent, collector.game, worlds.num_worlds, latent_rng)
         collector.z = torch.where(ended, new, collector.z)
@@ -762,7 +761,7 @@ def collect(
 
 # [shared: losses] begin
 def mean(x: Tensor, alive: Tensor) -> Tensor:
-    """Of (..., N) over the living."""
+    """Mean () of x (..., N) over living agents."""
     return (x * alive).sum() / alive.sum().clamp(min=1)
 
 
@@ -778,12 +777,12 @@ def critic_loss(
     next_g: Tensor,
     rng: torch.Generator,
 ) -> Tensor:
-    """Eq. (8), with the entropy of a' in the target as in the authors' code; g, next_g (M, N, N)
-    of o and o'."""
+    """Loss of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. As in the authors' code, the
+    target has an entropy bonus: -log pi'(a')."""
     next_view = batch.next_view
     with torch.no_grad():
         log_probs = agent.target_actor(next_view, next_g).log_softmax(-1)
-        actions = sample(log_probs, rng)  # paper and code differ: at o', not at o
+        actions = sample(log_probs, rng)  # paper and code differ: drawn at o', in the code at o
         next_q = pick(agent.target_critic(next_view, next_g, actions), actions)
         next_q = next_q - args.entropy_coef * pick(log_probs, actions)
         goes_on = next_view.alive * ~batch.terminated[:, None]
@@ -802,19 +801,19 @@ def actor_loss(
     g: Tensor,
     rng: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. (9), or (10) if g (M, N, N) can be differentiated; and the policy's entropy."""
+    """Loss of Eq. (9), or of (10) if g (M, N, N) carries gradients; and the mean entropy."""
     log_probs = actor(batch.view, g).log_softmax(-1)  # (M, N, A)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     if args.actor_gradient == "gumbel":  # as Lowe et al.: the others' actions are the replay's
         others = batch.actions
         soft = (log_probs + gumbel(log_probs, rng)).softmax(-1)
         hard = F.one_hot(soft.argmax(-1), NUM_ACTIONS)
-        probs = hard + soft - soft.detach()  # straight through
-    else:  # the exact expectation over one's own actions
+        probs = hard + soft - soft.detach()  # straight-through estimator
+    else:  # the exact expectation over an agent's own actions, with the others' sampled
         others = sample(log_probs, rng)
         probs = log_probs.exp()
     with torch.no_grad():
-        q = critic(batch.view, g, others)  # (M, N, A), of all own actions
+        q = critic(batch.view, g, others)  # (M, N, A): Q of each own action
     # Eq. (9)
     objective = (probs * q).sum(-1) + args.entropy_coef * entropy
     return -mean(objective, batch.view.alive), mean(entropy, batch.view.alive)
@@ -826,13 +825,13 @@ def actor_loss(
 def information_update(
     args: Args, agent: Agent, buffer: ReplayBuffer, view: View, label: int
 ) -> Tensor:
-    """A step of phi up the bound on I(g; a|o), which it returns, and, if it learns by both, down
-    the loss of the classifier's guess of this population, whose index is label."""
+    """One step of phi that raises the bound on I(g; a|o) and, with --phi-gradient both, lowers the
+    classifier's loss. label: index of the population. Returns the bound before the step, ()."""
     log_prior = agent.log_prior(buffer.game).detach()
     readers = [agent.actor, agent.target_actor]
     if agent.classifies:
         readers.append(agent.population_classifier)
-    with frozen(*readers):  # phi learns by way of them
+    with frozen(*readers):  # gradients reach phi through them
         information = mean(graph_information(agent, view, log_prior), view.alive)
         loss = -information
         if "both" in args.phi_gradient:
@@ -843,7 +842,7 @@ def information_update(
 
 @contextlib.contextmanager
 def frozen(*nets: nn.Module) -> Iterator[None]:
-    """Gradients pass through these, and none are made for them."""
+    """Within this context, gradients pass through these networks; their weights get none."""
     every = nn.ModuleList(nets)
     every.requires_grad_(False)
     yield
@@ -853,7 +852,7 @@ def frozen(*nets: nn.Module) -> Iterator[None]:
 def latent_update(
     args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """A step of psi and xi on observations of all populations. Returns scalars."""
+    """One step of psi and xi on observations of all populations; returns scalars for the log."""
     losses, scalars = [], {}
     size = math.ceil(args.batch_size / len(collectors))
     for label, collector in enumerate(collectors):
@@ -883,8 +882,8 @@ def update(
     rng: torch.Generator,
     latent_rng: torch.Generator,
 ) -> dict[str, Tensor]:
-    """K steps of critic and actor in one collector's population, then of everything else. Returns
-    scalars; RunError if one of them or a reward is not finite."""
+    """K minibatch steps of critic and actor, then Reptile's step, a step of phi, one of psi and xi,
+    one of the targets. Returns scalars for the log; RunError if one or a reward is not finite."""
     scalars = collections.defaultdict(list)
     policy = nn.ModuleList((agent.actor, agent.attention))
     limit, buffer = args.max_grad_norm, collector.buffer
@@ -922,8 +921,8 @@ def update(
 
 @torch.no_grad()
 def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) -> dict[str, Tensor]:
-    """Whether the latent works: the bound on I(g; a|o), p(z|m), and how often the classifier is
-    right beside how often it is with a uniform g."""
+    """Scalars for the log that show whether the latent works: the bound on I(g; a|o), p(z|m), and
+    the classifier's accuracy with phi's graphs and with a uniform one."""
     scalars, priors = {}, []
     for label, collector in enumerate(collectors):
         name, game = collector.name, collector.game
@@ -958,12 +957,12 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
 
 
 def net_player(agent: Agent, z: Tensor | None, seed: int, uniform: bool = False) -> Player:
-    """Our agents as a player for envs.particle.episodes: sampled actions, latents z (B, N) or, of
-    all worlds, (N,); None: drawn from p(z|m) where an episode begins. uniform: with a graph that
-    knows nothing."""
+    """The agents as a player for envs.particle.episodes; actions are sampled, not greedy. z:
+    latents (B, N), or (N,) for all worlds, or None: then p(z|m) draws them when an episode begins.
+    uniform: play with the uniform graph instead of phi's."""
     rng = torch.Generator().manual_seed(seed)
     latent_rng = latent_generator(seed)
-    drawn = weakref.WeakKeyDictionary()  # of worlds that it plays in: (B, N)
+    drawn = weakref.WeakKeyDictionary()  # worlds -> latents drawn for them (B, N)
 
     def latents(worlds: ParticleWorld) -> Tensor:
         B = worlds.num_worlds
@@ -985,8 +984,8 @@ def net_player(agent: Agent, z: Tensor | None, seed: int, uniform: bool = False)
 def best_latents(
     args: Args, agent: Agent, evaluation: Evaluation, population: str, seeds: list[int]
 ) -> tuple[int, ...]:
-    """The z, one for each type, with the largest return (mean of types) in --eval-episodes other
-    episodes; seeds: of worlds, of players."""
+    """Return a z for each type: those with the largest return (mean over types) in --eval-episodes
+    episodes, which are not those of the table. seeds: of the worlds, of the players."""
     worlds = make_envs(args, population, args.eval_episodes, seeds[0])
     game, found = worlds.game, {}
     choices = list(itertools.product(range(args.latent_size), repeat=len(game.population)))
@@ -1002,9 +1001,9 @@ def best_latents(
 def evaluate(
     args: Args, agent: Agent, own: dict[str, Collector], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Episodes without learning: with z drawn, with each z for everybody, with a uniform graph; at
-    the end also with the best z, beside scripted players, and in populations never met. own: of
-    the populations that it learns in."""
+    """Play episodes with z drawn, with each z for all agents and with a uniform graph; return {row:
+    {figure: value}}. The final evaluation adds the best z, scripted players and unseen populations.
+    own: collectors by training population."""
     Z, results = args.latent_size, {}
     world_seed, player_seed, *seeds = evaluation.rng.integers(2**31, size=6).tolist()
     latent_rng = torch.Generator().manual_seed(seeds[3])
@@ -1014,9 +1013,9 @@ def evaluate(
         counts = worlds.game.population
         z = draw_latents(agent, worlds.game, evaluation.episodes, latent_rng)
         if args.adapt and population in own:
-            z = own[population].z[0]  # theirs for good
+            z = own[population].z[0]  # drawn once, when adapting began
         players = {"": net_player(agent, z, player_seed)}
-        same = {}  # of each type all agents have the same z
+        same = {}  # all agents of a type have the same z
         if Z > 1:
             same |= {f"z={k}": (k,) * len(counts) for k in range(Z)}
         filmed = ("", *same)
@@ -1034,8 +1033,8 @@ def evaluate(
 
 
 def load_agent(path: str) -> tuple[Args, Agent]:
-    """Arguments and networks of a run or checkpoint, on the CPU; UsageError if it is of another
-    script."""
+    """Load arguments and networks of a run or checkpoint, on the CPU; UsageError if another script
+    wrote it."""
     args = saved_args(path, Args)
     args = dataclasses.replace(args, device="cpu", compile=False)
     game = make_envs(args, args.populations[0], num_envs=1, seed=1).game
@@ -1046,8 +1045,8 @@ def load_agent(path: str) -> tuple[Args, Agent]:
 
 
 def load_player(path: str, seed: int = 1) -> Player:
-    """The policy of a run or checkpoint as a player for envs.particle.episodes, in all
-    populations."""
+    """The policy of a run or checkpoint as a player for envs.particle.episodes. It plays in every
+    population."""
     _, agent = load_agent(path)
     return net_player(agent, None, seed)
 
@@ -1058,8 +1057,8 @@ def load_player(path: str, seed: int = 1) -> Player:
 def begin(
     args: Args, agent: Agent, collectors: list[Collector], latent_rng: torch.Generator
 ) -> None:
-    """The first latents; with --adapt those of all episodes, and networks and sizes of rewards of
-    the run that is adapted (Algorithm 5)."""
+    """Draw the first latents. With --adapt (Algorithm 5) these stay for all episodes, and networks
+    and reward scale begin as those of the adapted run."""
     if args.adapt:
         saved, _ = load_checkpoint(args.adapt)
         nets = {name: part for name, part in agent.parts().items() if isinstance(part, nn.Module)}
@@ -1069,16 +1068,16 @@ def begin(
     for collector in collectors:
         B = 1 if args.adapt else args.num_envs
         z = draw_latents(agent, collector.game, B, latent_rng).cpu()
-        collector.z[:] = gather(z)[0] if args.adapt else z  # for good: in all processes the same
+        collector.z[:] = gather(z)[0] if args.adapt else z  # kept; the same in all processes
 
 
 def train(args: Args) -> int:
-    """The run, or with --eval-only its evaluation; returns the exit code."""
+    """Train, or only evaluate with --eval-only; return the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         args = run.own_share(args, "batch_size", "buffer_size", "update_every")
         for name in args.eval_populations:
-            make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
+            make_envs(args, name, num_envs=1, seed=args.seed)  # UsageError now, not after training
         names = (args.population,) if args.adapt else args.populations
         collectors = [Collector(args, name, run.device) for name in names]
         agent = Agent(args, collectors[0].game, run.device)
@@ -1122,7 +1121,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     return call(lambda: train(read(argv)))
 

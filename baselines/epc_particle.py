@@ -1,23 +1,24 @@
 """EPC (Long et al., ICLR 2020): an evolutionary population curriculum, a baseline of MRA (TMLR).
 
-Parallel sets of agents learn by MADDPG in a small population. Then every stage has a larger one:
-sets play a tournament, agents of the best are copied into the next stage's sets and learn on there.
+Parallel sets of agents learn by MADDPG, first in a small population. Each later stage has a larger
+population: sets play a tournament, and copies of the best sets' agents form the sets of the next
+stage, which learn on.
 
-    fitness    of a set's agents of a role: their return, mean over all sets from which the agents
-               of the other roles can be; with one role the set's own return
-    selection  for each role the fittest sets are parents
-    children   for each role a pair of parents, (1,1), (1,2) or (2,2); with several roles so many
-               of all combinations are drawn as there are sets
-    crossover  of N agents of a role ceil(N/2) are copies of one parent's, the rest of the other's
+    fitness    of the agents of a role in a set: their return, averaged over all sets from which the
+               agents of the other roles can be; with one role, just their return
+    selection  for each role, the fittest sets are parents
+    children   for each role a pair of parents, (1,1), (1,2) or (2,2); with several roles, as many
+               of all combinations of pairs are drawn as there are sets
+    crossover  of N agents of a role, ceil(N/2) are copies from one parent, the rest from the other
 
     g_ij     = softmax_j q_i . k_ij,   k_ij = K(o_ij),  o_ij = [p_j - p_i, v_j, ...]       Eq. (1)
     e_i      = sum_j g_ij V(o_ij),     pi and Q read o_i and e_i
     L(zeta)  = E (Q(o, a) - y)^2,      y = r + gamma Q'(o', a'),  a' ~ pi'                 Eq. (8)
     dJ       = E grad log pi(a_i | o_i, g_i) Q(o, a), of theta                             Eq. (9)
-    dJ       = the same, of omega = {theta, phi}, as g_i = phi(o_i)                        Eq. (10)
+    dJ       = the same gradient, of omega = {theta, phi}, as g_i = phi(o_i)               Eq. (10)
 
-L(zeta) moves the critic, dJ the actor and, by way of g, phi. Targets Q' and pi' follow. Each set
-has --total-timesteps, in equal shares for all stages. The result: of each role the fittest agents.
+L(zeta) moves the critic. dJ moves the actor and, through g, phi. The targets Q' and pi' follow.
+Each set has --total-timesteps, split equally over stages. The result: each role's fittest agents.
 
     python baselines/epc_particle.py --task resource --populations 6 9 12 15 --preset cpu
     python baselines/epc_particle.py --task pacman --populations 4,2 6,3 8,4 --preset cpu
@@ -27,9 +28,9 @@ has --total-timesteps, in equal shares for all stages. The result: of each role 
     torchrun --nproc-per-node 2 baselines/epc_particle.py                    two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
-key, S = N parameter sets, Ds De features of oneself and of others. What the papers leave open:
-docs/baselines_particle.md; the worlds: docs/particle.md. Equations are those of MRA; the parent:
-baselines/maddpg_particle.py.
+key, S = N parameter sets, Ds and De features of oneself and of another agent. Equations have the
+numbers of MRA (TMLR). Choices that the papers leave open: docs/baselines_particle.md. The worlds:
+docs/particle.md. The parent: baselines/maddpg_particle.py.
 """
 
 from __future__ import annotations
@@ -104,46 +105,46 @@ class Args(RunArgs):
     """EPC in particle worlds."""
 
     # Run
-    total_timesteps: Positive = 1_000_000  # environment steps of all worlds, of each set
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    eval_every: Count = 100_000  # evaluations on the way
-    eval_episodes: Positive = 100  # in those, per row of their table
-    final_episodes: Count = 1000  # the same at the end and with --eval-only
-    save_every: Count = 200_000  # checkpoints, of which the last two are kept
+    total_timesteps: Positive = 1_000_000  # environment steps of each set, all worlds and processes
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
+    eval_episodes: Positive = 100  # episodes per row of the table in evaluations during training
+    final_episodes: Count = 1000  # episodes per row, final evaluation or --eval-only; 0: none
+    save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
-    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
-    populations: tuple[str, ...] = ("3", "6", "12", "24")  # of stages; in pacman 4,2 6,3 8,4
-    eval_populations: tuple[str, ...] = ()  # unseen ones, zero-shot, in the final evaluation
-    adapt: str = ""  # run directory or checkpoint whose best agents the first stage begins with
-    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
-    collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds per process
-    max_episode_steps: Positive = 20  # horizon
+    task: str = "treasure"  # world: treasure, resource, pacman, signpost, rooms or delivery
+    populations: tuple[str, ...] = ("3", "6", "12", "24")  # one a stage; pacman: 4,2 6,3 8,4
+    eval_populations: tuple[str, ...] = ()  # unseen populations of the final evaluation
+    adapt: str = ""  # run or checkpoint whose best agents the first stage begins with
+    shaping: bool = True  # treasure, pacman, delivery: also reward -.1 x distance to the goal
+    collision_penalty: Amount = 0.0  # treasure: subtracted from rewards, per agent touched and step
+    num_envs: Positive = 12  # B, parallel worlds in each process
+    max_episode_steps: Positive = 20  # steps after which an episode is truncated
     # Method
-    sets: Positive = 3  # parallel sets of agents, in every stage
-    parents: Positive = 2  # the fittest of them, whose agents are copied into the next stage
-    tournament_episodes: Positive = 200  # of each set, with two roles of each pair of sets
-    actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # of Eq. (9): how
-    target: Literal["polyak", "hard"] = "polyak"  # how target networks follow
-    polyak: Share = 0.01  # their step, with --target polyak
+    sets: Positive = 3  # parallel sets of agents in every stage
+    parents: Positive = 2  # number of the fittest sets, whose agents are copied into the next stage
+    tournament_episodes: Positive = 200  # episodes of each set; with two roles of each pair of sets
+    actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # Eq. (9): sampled, or exact
+    target: Literal["polyak", "hard"] = "polyak"  # target networks move by --polyak, or are copied
+    polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
     inner_steps: Positive = 1  # K, minibatches per update
-    hidden_size: Positive = 64  # H
-    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # of V in e_i; the paper prints 1
-    own_beside: bool = True  # the actor reads o_s beside e_i
-    key_size: Positive = 16  # of queries and keys
-    head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
-    plain: bool = False  # networks of pairs as written below, not their fast exact form
-    compile: bool = False  # on a GPU: compile that form and worlds (once, some 20 s)
+    hidden_size: Positive = 64  # H, units of a hidden layer
+    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # layers of V in e_i; the paper prints 1
+    own_beside: bool = True  # the actor reads its own features o_s, too; off: e_i alone
+    key_size: Positive = 16  # units of each query and key of phi
+    head_gain: Above = 2.0  # Xavier gain of the initial weights of queries and keys
+    plain: bool = False  # networks of agent pairs: literal and slow (class Pairs); off: equal, fast
+    compile: bool = False  # on a GPU: compile the worlds and fast pair networks (once, some 20 s)
     # Base algorithm
-    learning_rate: Amount = 3e-4  # Adam
-    phi_learning_rate: Amount = 3e-4  # phi's
-    gamma: Share = 0.95  # discount
-    batch_size: Positive = 1024  # M, transitions of a minibatch
-    buffer_size: Positive = 1_000_000  # transitions of a replay
-    update_every: Positive = 100  # environment steps between updates
-    entropy_coef: Amount = 1 / 30  # of targets and actor
-    scale_rewards: bool = True  # divide by their running standard deviation
-    max_grad_norm: Above = 10.0  # of each loss's networks together
+    learning_rate: Amount = 3e-4  # learning rate of Adam for all networks but phi
+    phi_learning_rate: Amount = 3e-4  # learning rate of Adam for phi, the attention network
+    gamma: Share = 0.95  # discount factor
+    batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
+    buffer_size: Positive = 1_000_000  # transitions that a replay holds, over all processes
+    update_every: Positive = 100  # environment steps that a replay gets between updates
+    entropy_coef: Amount = 1 / 30  # entropy's weight in the critic's targets and the actor's loss
+    scale_rewards: bool = True  # divide rewards by their running standard deviation
+    max_grad_norm: Above = 10.0  # gradients of each loss are clipped to this norm
 
 
 PRESETS = {
@@ -159,14 +160,14 @@ PRESETS = {
         "compile": True,
     },
 }
-LINE = ("stage", "return", "critic_loss", "entropy", "sps")  # on standard output, if no terminal
-RESUMABLE = ("eval_populations", "plain", "compile")
-# What agents that are copied have in common with the run that they are copied from, by --adapt.
+LINE = ("stage", "return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
+RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
+# --adapt: flags that must be as in the adapted run, because its agents are copied.
 FIXED = ("task", "hidden_size", "value_layers", "own_beside", "key_size")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant."""
+    """Flag combinations to refuse, each as (whether args has it, error message)."""
     names = args.populations
     length = args.total_timesteps // max(len(names), 1)  # of a stage
     return [
@@ -185,7 +186,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 def make_envs(
     args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
 ) -> ParticleWorld:
-    """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
+    """Make worlds of args.task with a population like "6" or "8,4"; UsageError if that cannot be.
+    The random numbers of a world follow from the seed and its number, first_world + 0, 1, ..."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
         return ParticleWorld(
@@ -194,7 +196,7 @@ def make_envs(
             num_envs,
             device="cuda" if cuda else "cpu",
             seed=seed,
-            compiled=args.compile and cuda,  # on a CPU updates take the time
+            compiled=args.compile and cuda,  # on a CPU most time is spent in updates
             first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
@@ -213,10 +215,10 @@ RELU = math.sqrt(2)  # gain of layers before a ReLU
 
 
 class View(NamedTuple):
-    """What M x N agents observe."""
+    """Observations of N agents at M moments, as the networks read them."""
 
-    own: Tensor  # (M, N, Ds) o_s
-    others: Tensor  # (M, N, De) of each agent j; o_ij is that with p_j - p_i in the place of p_j
+    own: Tensor  # (M, N, Ds) o_s, an agent's own features
+    others: Tensor  # (M, N, De) features of each agent j; o_ij has p_j - p_i in place of p_j
     alive: Tensor  # (M, N) bool
     mask: Tensor  # (M, N, N) bool: i sees j
     counts: tuple[int, ...]  # agents of each parameter set, in order
@@ -224,13 +226,13 @@ class View(NamedTuple):
 
 # [shared: layers] begin
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """(S, ...) of parameter sets -> (N, ...) of agents."""
+    """Copy rows of parameter sets to their agents, (S, ...) -> (N, ...); counts: agents per set."""
     numbers = constant(counts, torch.int64, x.device)
     return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 class Linear(nn.Module):
-    """A linear layer per parameter set."""
+    """A linear layer with S parameter sets; each agent uses one of them."""
 
     def __init__(self, sets: int, inputs: int, outputs: int, gain: float = 1.0):
         super().__init__()
@@ -244,7 +246,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers per parameter set."""
+    """Two linear layers with a ReLU between them and S parameter sets."""
 
     def __init__(self, sets: int, inputs: int, hidden: int, outputs: int):
         super().__init__()
@@ -261,7 +263,7 @@ class MLP(nn.Module):
 
 # [shared: mean_entity] begin
 def mean_entity(others: Tensor, g: Tensor) -> Tensor:
-    """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
+    """Return sum_j g_ij o_ij (M, N, De) for others (M, N, De) and graphs g (M, N, N)."""
     position = others[..., :2] * g.sum(-1, keepdim=True)
     mean = g @ others
     return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
@@ -272,13 +274,12 @@ def mean_entity(others: Tensor, g: Tensor) -> Tensor:
 
 # [shared: relation_graph] begin
 class Pairs:
-    """Networks of o_ij = [p_j - p_i, v_j, ...] after a first layer that they share: keys, values.
-
-    As the paper has them, with M N^2 H numbers. By default FastPairs, which is equal, does without.
-    """
+    """The first layer above all o_ij = [p_j - p_i, v_j, ...]; scores() and sums() apply the second.
+    This literal form stores M N^2 H numbers. The default, FastPairs, gives equal results without
+    storing them."""
 
     def __init__(self, others: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]):
-        """others (M, N, De), weight (S, De, H), bias (S, H)."""
+        """Compute relu(o_ij W + b): others (M, N, De), weight W (S, De, H), bias b (S, H)."""
         N = others.shape[1]
         relative = others[:, None, :, :2] - others[:, :, None, :2]
         rest = others[:, None, :, 2:].expand(-1, N, -1, -1)
@@ -288,20 +289,20 @@ class Pairs:
         self.hidden, self.counts = F.relu(hidden), counts  # (M, N, N, H)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
+        """Return q_i . k_ij (M, N, N): query (M, N, K), key (S, H, K) the weights of keys."""
         key = per_agent(key, self.counts)
         keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
         return torch.einsum("mik,mijk->mij", query, keys)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
+        """Return sum_j g_ij V(o_ij) (M, N, O): g (M, N, N), weight (S, H, O), bias (S, O)."""
         weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
         values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
         return torch.einsum("mij,mijo->mio", g, values)
 
 
 class RelationGraph(nn.Module):
-    """phi: whom an agent attends to."""
+    """phi: the attention network, which decides whom each agent attends to."""
 
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
@@ -311,10 +312,10 @@ class RelationGraph(nn.Module):
         self.own = Linear(sets, own_size, H, gain=RELU)
         self.query = Linear(sets, H, K, gain=args.head_gain)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
-        self.key = Linear(sets, H, K, gain=args.head_gain)  # its bias would cancel in the softmax
+        self.key = Linear(sets, H, K, gain=args.head_gain)  # bias unused: it cancels in the softmax
 
     def forward(self, view: View) -> Tensor:
-        """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
+        """The graph g (M, N, N). Row i sums to 1, or to 0 if agent i sees nobody."""
         hidden = F.relu(self.own(view.own, view.counts), inplace=True)
         query = self.query(hidden, view.counts)  # (M, N, K)
         entity = self.entity
@@ -330,8 +331,8 @@ class RelationGraph(nn.Module):
 
 
 class GraphNet(nn.Module):
-    """Actor (theta) or critic (zeta): layers above o_s and e_i = sum_j g_ij V(o_ij), which is 0
-    without others."""
+    """Actor (theta) or critic (zeta): layers above o_s and e_i = sum_j g_ij V(o_ij). e_i is 0
+    for an agent that sees nobody."""
 
     def __init__(
         self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
@@ -347,15 +348,15 @@ class GraphNet(nn.Module):
         self.out = Linear(sets, H, outputs, gain)
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Outputs (M, N, .) for graphs g (M, N, N); a critic reads the others' actions (M, N)."""
+        """Logits or Q (M, N, A) with graphs g (M, N, N); a critic also reads actions (M, N)."""
         others = view.others
-        if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
+        if actions is not None:  # of the others: g_ii = 0 leaves out agent i's own
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
         x = self.own(view.own[..., : self.own_size], view.counts)
-        if self.linear:  # V of a sum is the sum of V
+        if self.linear:  # V is linear: V of the mean is the mean of V
             e = self.value(mean_entity(others, g), view.counts)
-            e = e * view.mask.any(-1, keepdim=True)
+            e = e * view.mask.any(-1, keepdim=True)  # no bias if nobody is seen
         else:
             pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
             e = pairs.sums(g, self.value.weight, self.value.bias)
@@ -364,13 +365,13 @@ class GraphNet(nn.Module):
 
 # [shared: sample] begin
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
-    """Gumbel noise of the shape of a tensor."""
+    """Gumbel noise with the shape and device of a tensor, drawn on the CPU by rng."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
     return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (...) from log-probabilities (..., A): the largest after adding Gumbel noise."""
+    """Draw actions (...) from log_probs (..., A): the argmax after adding Gumbel noise."""
     return (log_probs + gumbel(log_probs, rng)).argmax(-1)
 
 
@@ -386,11 +387,11 @@ class Agent(Parts):
         torch.manual_seed(args.seed)
         self.attention = RelationGraph(N, own, entity, args).to(device)
         net = functools.partial(GraphNet, N, args=args)
-        # Small first logits: all actions are tried.
+        # A small last layer: the first policy tries all actions about equally.
         beside = own if args.own_beside else 0
         actor = net(beside, entity, NUM_ACTIONS, gain=0.1)
         self.actor = actor.to(device)
-        # A critic reads the others' actions, too.
+        # The critic also reads the others' actions.
         critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
@@ -402,7 +403,7 @@ class Agent(Parts):
         self.critic_optimiser = adam(self.critic.parameters())
 
     def view(self, game: Game, obs: Observation) -> View:
-        """An observation as networks read it."""
+        """The networks' input for observations of a game."""
         return View(
             own=obs.own.contiguous(),
             others=obs.others.contiguous(),
@@ -413,7 +414,7 @@ class Agent(Parts):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Target networks take a step, or jump, towards the others."""
+        """Move target networks by --polyak towards actor and critic, or copy these into them."""
         step = self.args.polyak if self.args.target == "polyak" else 1.0
         pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
         for target, net in pairs:
@@ -424,20 +425,20 @@ class Agent(Parts):
 
 ACTING = ("attention", "actor")
 NETWORKS = (*ACTING, "critic", "target_actor", "target_critic")
-Source = tuple[Agent, int]  # whose copy an agent is: set, number in it
-Family = tuple[tuple[int, int], ...]  # of a child: for each role the numbers of its two parents
+Source = tuple[Agent, int]  # an agent to copy: its set, its index in it
+Family = tuple[tuple[int, int], ...]  # of a child: the indices of its two parents, for each role
 
 
 def team(args: Args, agents: list[Agent], choice: Sequence[int]) -> Agent:
-    """A set whose agents of role r are copies of those of agents[choice[r]]."""
+    """Return a new set, whose agents of role r are copies of those of agents[choice[r]]."""
     game = agents[0].game
     sources = [(agents[choice[role]], i) for i, role in enumerate(game.types)]
     return copy_agents(sources, Agent(args, game, agents[0].device))
 
 
 def tournament(args: Args, agents: list[Agent], stage: int) -> np.ndarray:
-    """Fitness of sets (roles, sets): everybody's agents of one role beside everybody's of the other
-    roles, in the same episodes."""
+    """Return the fitness of the sets (roles, sets). For every choice of one set per role, the
+    agents of these sets play together, always in the same episodes."""
     game, episodes = agents[0].game, args.tournament_episodes
     roles, sets = len(game.population), len(agents)
     rng = np.random.default_rng((args.seed, stage, 2))
@@ -454,8 +455,8 @@ def tournament(args: Args, agents: list[Agent], stage: int) -> np.ndarray:
 
 
 def fitness(returns: np.ndarray) -> np.ndarray:
-    """Means over opponents (roles, sets) of returns (sets, ..., sets, roles): an axis per role, of
-    the set that its agents are from."""
+    """Average returns over the sets of the other roles -> (roles, sets). returns (sets, ..., sets,
+    roles): axis r is the set from which the agents of role r are; the last axis is the role."""
     means = []
     for role in range(returns.shape[-1]):
         own = np.moveaxis(returns[..., role], role, 0)  # (sets, ...)
@@ -464,18 +465,18 @@ def fitness(returns: np.ndarray) -> np.ndarray:
 
 
 def rank(scores: np.ndarray) -> np.ndarray:
-    """For each role the sets, the fittest first (roles, sets)."""
+    """Sort the sets of each role, the fittest first: indices (roles, sets) from scores."""
     return np.argsort(-scores, axis=1, kind="stable")
 
 
 def draw(number: int, have: int, rng: np.random.Generator) -> list[int]:
-    """So many of range(have) at random, in order; none again before all have been drawn."""
+    """Draw `number` of range(have), sorted; none comes again before all have been drawn."""
     rounds = [rng.permutation(have) for _ in range(number // have + 1)]
     return sorted(np.concatenate(rounds)[:number].tolist())
 
 
 def families(parents: np.ndarray, children: int, rng: np.random.Generator) -> list[Family]:
-    """So many of all combinations of pairs of parents (roles, parents), a pair for each role."""
+    """Draw `children` of all combinations of a pair per role from parents (roles, parents)."""
     pairs = [itertools.combinations_with_replacement(best.tolist(), 2) for best in parents]
     every = list(itertools.product(*pairs))
     return [every[i] for i in draw(children, len(every), rng)]
@@ -484,8 +485,8 @@ def families(parents: np.ndarray, children: int, rng: np.random.Generator) -> li
 def crossover(
     parents: list[tuple[Agent, ...]], population: tuple[int, ...], rng: np.random.Generator
 ) -> list[Source]:
-    """Whose copies the agents of a child are: of each role so many of each parent, one more of the
-    first if that does not come out even."""
+    """Return the agents from which a child is copied. Each role takes equal numbers of agents from
+    its parents, and one more from the first if its number is odd."""
     sources = []
     for role, given in enumerate(parents):
         shares = np.array_split(range(population[role]), len(given))
@@ -498,7 +499,7 @@ def crossover(
 
 @torch.no_grad()
 def copy_agents(sources: list[Source], into: Agent, networks: tuple[str, ...] = NETWORKS) -> Agent:
-    """Give each agent of a set these networks of another one, and return the set."""
+    """Copy the named networks of each source i into agent i of the set `into`; return `into`."""
     for i, (parent, j) in enumerate(sources):
         for name in networks:
             theirs = getattr(parent, name).parameters()
@@ -508,7 +509,7 @@ def copy_agents(sources: list[Source], into: Agent, networks: tuple[str, ...] = 
 
 
 def resized(args: Args, agent: Agent, game: Game, networks: tuple[str, ...] = NETWORKS) -> Agent:
-    """A set's agents in another population: copies of some, or of all and of some twice."""
+    """Return a set for another population: copies of some agents, or of all and some twice."""
     parents = [(agent,)] * len(game.population)
     sources = crossover(parents, game.population, np.random.default_rng(args.seed))
     return copy_agents(sources, Agent(args, game, agent.device), networks)
@@ -518,30 +519,29 @@ def resized(args: Args, agent: Agent, game: Game, networks: tuple[str, ...] = NE
 
 
 class Batch(NamedTuple):
-    """A minibatch."""
+    """A minibatch of M transitions."""
 
     view: View  # o
-    next_view: View  # o', at the end of the step
+    next_view: View  # o', after the step and before a new episode begins
     actions: Tensor  # (M, N) int64
-    rewards: Tensor  # (M, N) float32, divided by their running deviation
+    rewards: Tensor  # (M, N) float32, divided by their running standard deviation
     terminated: Tensor  # (M,) bool
 
 
 class ReplayBuffer:
-    """Transitions of one population, and how large its rewards are.
-
-    It keeps states of worlds; observations, graphs and all that follows are made again."""
+    """Transitions of one population, and the running standard deviation of its rewards. States of
+    worlds are stored; observations and graphs are computed again for each minibatch."""
 
     def __init__(self, args: Args, worlds: ParticleWorld, device: torch.device):
         self.args, self.worlds, self.device = args, worlds, device
-        self.game, self.steps = worlds.game, 0  # environment steps
+        self.game, self.steps = worlds.game, 0  # environment steps stored so far
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
         self.reward_scale = RewardScale(worlds, sum_over_processes)
         self.rows = {
             "state": torch.empty(size, S, device=device),
-            "final_state": torch.empty(size, S, device=device),  # at the end of the step
+            "final_state": torch.empty(size, S, device=device),  # before a new episode
             "actions": torch.empty(size, N, dtype=torch.int8, device=device),
-            "rewards": torch.empty(size, N, device=device),  # raw
+            "rewards": torch.empty(size, N, device=device),  # not scaled
             "terminated": torch.empty(size, dtype=torch.bool, device=device),
         }
 
@@ -550,7 +550,7 @@ class ReplayBuffer:
         return min(self.steps, self.args.buffer_size)
 
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
-        """Store a step of all worlds; alive (B, N)."""
+        """Store one step of all worlds: row has tensors (B, ...); alive (B, N) before the step."""
         end = self.steps + len(alive)
         place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
@@ -559,7 +559,7 @@ class ReplayBuffer:
         self.steps = end
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
-        """size transitions of the replay, with replacement."""
+        """Draw a minibatch of `size` transitions, uniformly and with replacement."""
         index = torch.randint(0, self.size, (size,), generator=rng)
         index = send(index, self.device)
         row = {name: x[index] for name, x in self.rows.items()}
@@ -567,7 +567,7 @@ class ReplayBuffer:
         next_obs = self.worlds.observe(row["final_state"])
         rewards = row["rewards"]
         if self.args.scale_rewards:
-            # paper is silent: no mean is taken off, games that end early would change
+            # paper is silent: the mean is not subtracted; that would change games that end early
             rewards = rewards / self.reward_scale.deviation()
         return Batch(
             view=agent.view(self.game, obs),
@@ -578,11 +578,11 @@ class ReplayBuffer:
         )
 
     def filled(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the rows."""
+        """The rows that hold transitions, for a checkpoint: {name: (size, ...)}."""
         return {name: x[: self.size] for name, x in self.rows.items()}
 
     def refill(self, rows: dict[str, Tensor]) -> None:
-        """Put back what filled() gave."""
+        """Restore the rows that filled() returned."""
         for name, x in rows.items():
             self.rows[name][: len(x)] = x
 
@@ -600,7 +600,7 @@ class Collector:
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the replay's rows."""
+        """What a checkpoint stores, except for the rows of the replay."""
         return {
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
@@ -609,7 +609,7 @@ class Collector:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken."""
+        """Restore what state_dict() returned."""
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
         self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
@@ -617,27 +617,27 @@ class Collector:
 
 
 class ParallelSet(NamedTuple):
-    """One of the sets of a stage: agents, and worlds, replay and randomness of their own."""
+    """One of the sets of a stage: agents with worlds, replay and random numbers of their own."""
 
     agent: Agent
     collector: Collector
     rng: torch.Generator
 
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside agents and replay."""
+        """What a checkpoint stores, except for the agents and the rows of the replay."""
         return {"rng": self.rng, "collector": self.collector}
 
 
 class Evolution:
-    """The parallel sets, the best one of each stage that is over, and when stages are over."""
+    """The parallel sets, the best set of each finished stage, and the ends of the stages."""
 
     def __init__(self, args: Args, device: torch.device, saved: dict[str, Any]):
-        """saved: what a checkpoint has of parts(), or nothing; restore() reads the rest of it."""
+        """saved: parts() of a checkpoint or {}; restore() puts back its networks afterwards."""
         self.args, self.device = args, device
         total, stages = args.total_timesteps, len(args.populations)
         equal = [total * s // stages for s in range(1, stages)]
-        self.ends = saved.get("ends", equal)  # in steps of each set; the last stage ends the run
-        self.finished = saved.get("finished", 0)  # stages
+        self.ends = saved.get("ends", equal)  # in steps of each set; the run ends the last stage
+        self.finished = saved.get("finished", 0)  # number of finished stages
         self.best: dict[str, Agent] = {}  # by population
         for name in args.populations[: self.finished]:
             game = make_envs(args, name, num_envs=1, seed=args.seed).game
@@ -659,15 +659,15 @@ class Evolution:
         return [each.agent for each in self.sets.values()]
 
     def parts(self) -> dict[str, Any]:
-        """What a checkpoint keeps as "agent"."""
+        """What a checkpoint stores as "agent"."""
         sets = {k: each.agent for k, each in self.sets.items()}
         return {"sets": sets, "best": self.best, "ends": self.ends, "finished": self.finished}
 
     def begin(self, children: list[list[Source]]) -> None:
-        """A stage, with sets of copies of these agents; [] is a set of new ones."""
+        """Begin a stage with a set for each child: copies of its sources, or for [] new agents."""
         for k, sources in enumerate(children):
             number = self.stage * len(children) + k
-            seed = (self.args.seed + 1_000_003 * number) % 2**32  # torch reads 32 bits
+            seed = (self.args.seed + 1_000_003 * number) % 2**32  # torch uses 32 bits
             args = dataclasses.replace(self.args, seed=seed)
             collector = Collector(args, self.population, self.device)
             agent = Agent(args, collector.game, self.device)
@@ -678,16 +678,16 @@ class Evolution:
             self.replays[str(k)] = collector.buffer
 
     def is_over(self, timesteps: int) -> bool:
-        """Whether the stage is, after so many steps of each set."""
+        """Whether the present stage is over after this many environment steps of each set."""
         return timesteps >= [*self.ends, self.args.total_timesteps][self.stage]
 
     def reopen(self) -> None:
-        """The last stage goes on after its tournament, as the run is to be longer."""
+        """Continue the last stage after its tournament, because the run has become longer."""
         self.best.pop(self.population, None)
         self.finished = self.stage
 
     def results(self) -> dict[str, Agent]:
-        """The best set of each stage by its population; of one that goes on by a tournament."""
+        """The best set of each stage by population; of an unfinished stage, by a tournament now."""
         best, name = dict(self.best), self.population
         if name not in best:
             scores = tournament(self.args, self.agents, self.stage)
@@ -695,8 +695,8 @@ class Evolution:
         return best
 
     def select(self, scores: np.ndarray) -> str:
-        """The end of a stage, by fitness (roles, sets): its best set is kept, and unless it was the
-        last one the next begins with children. Returns in words what happened."""
+        """End a stage with its fitness scores (roles, sets): keep the best set and, except after
+        the last stage, begin the next one with children. Returns a text that describes this."""
         args, agents, stage = self.args, self.agents, self.stage
         ranks = rank(scores)
         order = "; ".join(" ".join(map(str, sets)) for sets in ranks)
@@ -717,7 +717,7 @@ class Evolution:
 
 
 def adapt(args: Args, evolution: Evolution) -> None:
-    """All sets begin as copies of another run's best agents; UsageError if they do not fit."""
+    """Begin all sets as copies of the adapted run's best agents; UsageError if these do not fit."""
     saved_args(args.adapt, Args, whole=True)
     theirs, agent = load_agent(args.adapt)
     for name in FIXED:
@@ -731,7 +731,7 @@ def adapt(args: Args, evolution: Evolution) -> None:
 
 @torch.no_grad()
 def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
-    """One step in all worlds."""
+    """Take one step in all worlds and store it in the replay."""
     worlds = collector.worlds
     state = worlds.state
     view = agent.view(collector.game, worlds.obs)
@@ -749,7 +749,7 @@ def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
 
 # [shared: losses] begin
 def mean(x: Tensor, alive: Tensor) -> Tensor:
-    """Of (..., N) over the living."""
+    """Mean () of x (..., N) over living agents."""
     return (x * alive).sum() / alive.sum().clamp(min=1)
 
 
@@ -765,12 +765,12 @@ def critic_loss(
     next_g: Tensor,
     rng: torch.Generator,
 ) -> Tensor:
-    """Eq. (8), with the entropy of a' in the target as in the authors' code; g, next_g (M, N, N)
-    of o and o'."""
+    """Loss of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. As in the authors' code, the
+    target has an entropy bonus: -log pi'(a')."""
     next_view = batch.next_view
     with torch.no_grad():
         log_probs = agent.target_actor(next_view, next_g).log_softmax(-1)
-        actions = sample(log_probs, rng)  # paper and code differ: at o', not at o
+        actions = sample(log_probs, rng)  # paper and code differ: drawn at o', in the code at o
         next_q = pick(agent.target_critic(next_view, next_g, actions), actions)
         next_q = next_q - args.entropy_coef * pick(log_probs, actions)
         goes_on = next_view.alive * ~batch.terminated[:, None]
@@ -789,19 +789,19 @@ def actor_loss(
     g: Tensor,
     rng: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. (9), or (10) if g (M, N, N) can be differentiated; and the policy's entropy."""
+    """Loss of Eq. (9), or of (10) if g (M, N, N) carries gradients; and the mean entropy."""
     log_probs = actor(batch.view, g).log_softmax(-1)  # (M, N, A)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     if args.actor_gradient == "gumbel":  # as Lowe et al.: the others' actions are the replay's
         others = batch.actions
         soft = (log_probs + gumbel(log_probs, rng)).softmax(-1)
         hard = F.one_hot(soft.argmax(-1), NUM_ACTIONS)
-        probs = hard + soft - soft.detach()  # straight through
-    else:  # the exact expectation over one's own actions
+        probs = hard + soft - soft.detach()  # straight-through estimator
+    else:  # the exact expectation over an agent's own actions, with the others' sampled
         others = sample(log_probs, rng)
         probs = log_probs.exp()
     with torch.no_grad():
-        q = critic(batch.view, g, others)  # (M, N, A), of all own actions
+        q = critic(batch.view, g, others)  # (M, N, A): Q of each own action
     # Eq. (9)
     objective = (probs * q).sum(-1) + args.entropy_coef * entropy
     return -mean(objective, batch.view.alive), mean(entropy, batch.view.alive)
@@ -813,8 +813,8 @@ def actor_loss(
 def update(
     args: Args, agent: Agent, collector: Collector, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """K steps of critic and actor, then of the target networks. Returns scalars; RunError if one
-    of them or a reward is not finite."""
+    """K minibatch steps of critic and actor, then a step of the target networks. Returns scalars
+    for the log; RunError if one of them or a reward is not finite."""
     scalars = collections.defaultdict(list)
     policy = nn.ModuleList((agent.actor, agent.attention))
     limit, buffer = args.max_grad_norm, collector.buffer
@@ -842,7 +842,7 @@ def update(
 
 
 def net_player(agent: Agent, seed: int) -> Player:
-    """Our agents as a player for envs.particle.episodes: sampled actions."""
+    """The agents as a player for envs.particle.episodes; actions are sampled, not greedy."""
     rng = torch.Generator().manual_seed(seed)
 
     def act(worlds: ParticleWorld) -> Tensor:  # (B, N)
@@ -856,9 +856,9 @@ def net_player(agent: Agent, seed: int) -> Player:
 def evaluate(
     args: Args, evolution: Evolution, evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Episodes without learning, on the way of the sets in their population. At the end of each
-    stage's best set in its own, of the last one in all others, whose agents are copied or left out,
-    and of scripted players in the same worlds."""
+    """Play episodes; return {row: {figure: value}}. During training, all sets play in the stage's
+    population. At the end, each stage's best set plays in its population, that of the last stage
+    (resized) in all others, and so do scripted players."""
     world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
     if not evaluation.final:
         worlds = make_envs(args, evolution.population, evaluation.episodes, world_seed)
@@ -878,8 +878,8 @@ def evaluate(
 
 
 def load_agent(path: str) -> tuple[Args, Agent]:
-    """Arguments and the last stage's best set of a run or checkpoint, on the CPU; UsageError if it
-    is of another script."""
+    """Load arguments and the last stage's best set of a run or checkpoint, on the CPU; UsageError
+    if another script wrote it."""
     args = saved_args(path, Args)
     args = dataclasses.replace(args, device="cpu", compile=False, num_envs=1, buffer_size=1)
     saved, _ = load_checkpoint(path)
@@ -889,8 +889,8 @@ def load_agent(path: str) -> tuple[Args, Agent]:
 
 
 def load_player(path: str, seed: int = 1) -> Player:
-    """The best agents of a run or checkpoint as a player for envs.particle.episodes, in all
-    populations: they are copied or left out."""
+    """The best agents of a run or checkpoint as a player for envs.particle.episodes. It plays in
+    every population; agents are copied or left out to fit it."""
     args, agent = load_agent(path)
 
     @functools.cache
@@ -904,8 +904,8 @@ def load_player(path: str, seed: int = 1) -> Player:
 
 
 def report(evolution: Evolution, scores: np.ndarray | None) -> dict[str, float]:
-    """The stage, returns of the episodes that ended since the last report, of each set and their
-    means, and where a stage is over fitness (roles, sets)."""
+    """Scalars for the log: the stage; returns of episodes that ended since the last report, of each
+    set and their means; and scores, the fitness (roles, sets), where a stage is over."""
     scalars, found = {"stage": evolution.stage + 1.0}, collections.defaultdict(list)
     for k, each in evolution.sets.items():
         for name, x in report_returns([each.collector.returns]).items():
@@ -919,16 +919,16 @@ def report(evolution: Evolution, scores: np.ndarray | None) -> dict[str, float]:
 
 
 def train(args: Args) -> int:
-    """The run, or with --eval-only its evaluation; returns the exit code."""
+    """Train, or only evaluate with --eval-only; return the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         args = run.own_share(args, "batch_size", "buffer_size", "update_every")
         too_short = args.total_timesteps // len(args.populations) < args.num_envs * run.size
         check([(too_short, "--total-timesteps: some stage has no step of all processes' worlds")])
         for name in (*args.populations, *args.eval_populations):
-            make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
+            make_envs(args, name, num_envs=1, seed=args.seed)  # UsageError now, not after training
         evolution = Evolution(args, run.device, run.saved.get("agent", {}))
-        begins = max(evolution.ends, default=0)  # of the last stage, which may be made longer
+        begins = max(evolution.ends, default=0)  # of the last stage, which may get longer
         early = args.resume and args.total_timesteps <= begins
         check([(early, f"--total-timesteps: the last stage of {args.resume} begins at {begins}")])
         run.restore(agent=evolution)
@@ -976,7 +976,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     return call(
         lambda: train(read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS))

@@ -1,7 +1,7 @@
 """MAAC, Multi-Actor-Attention-Critic (Iqbal and Sha, ICML 2019), in the particle worlds.
 
-Soft actor-critic for several agents. In training each agent's critic attends to what the others
-observe and do, by heads that all agents share; acting needs one's own observation only.
+Soft actor-critic for several agents. In training, each agent's critic attends to the observations
+and actions of the others, by heads that all agents share. A policy reads its own observation only.
 
     e_i     = sum_j w_ij v_j,       w_ij = softmax_j (W_q s_i) . (W_k x_j) / sqrt(D)       Eq. (6)
     Q_i     = f_i(s_i, e_i),        s_i of o_i,  x_j of o_j and a_j,  v_j = h(W_v x_j)     Eq. (5)
@@ -10,7 +10,7 @@ observe and do, by heads that all agents share; acting needs one's own observati
     dJ_i    = E grad log pi_i(a_i | o_i) (A_i - alpha log pi_i(a_i | o_i)),  a ~ pi        Eq. (8)
     A_i     = Q_i(o, a) - sum_b pi_i(b | o_i) Q_i(o, (b, a_-i))                            Eq. (9)
 
-L(psi) moves the critic, all agents' as one; dJ_i the policy of agent i. Targets Q' and pi' follow.
+L(psi) moves the critics of all agents together, dJ_i the policy of agent i. Targets Q', pi' follow.
 
     python baselines/maac_particle.py --task treasure --population 6        the paper's settings
     python baselines/maac_particle.py --task pacman --population 8,4 --preset cpu
@@ -19,8 +19,8 @@ L(psi) moves the critic, all agents' as one; dJ_i the policy of agent i. Targets
     torchrun --nproc-per-node 2 baselines/maac_particle.py                   two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, X heads, D =
-H / X units of a head, S parameter sets, I inputs, O what an agent observes. What paper and authors'
-code leave open is decided in docs/baselines_particle.md; the worlds: docs/particle.md.
+H / X units of a head, S parameter sets, I inputs, O features of an observation. Choices that paper
+and authors' code leave open: docs/baselines_particle.md. The worlds: docs/particle.md.
 """
 
 from __future__ import annotations
@@ -86,39 +86,39 @@ class Args(RunArgs):
     """MAAC in particle worlds."""
 
     # Run
-    total_timesteps: Positive = 1_000_000  # environment steps of all worlds
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    eval_every: Count = 100_000  # evaluations on the way
-    eval_episodes: Positive = 100  # in those, per row of their table
-    final_episodes: Count = 1000  # the same at the end and with --eval-only
-    save_every: Count = 200_000  # checkpoints, of which the last two are kept
+    total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
+    eval_episodes: Positive = 100  # episodes per row of the table in evaluations during training
+    final_episodes: Count = 1000  # episodes per row, final evaluation or --eval-only; 0: none
+    save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
-    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
-    population: str = "6"  # agents; of two types as 8,4 (pacman), 6,2 (delivery)
-    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
-    collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds per process
-    max_episode_steps: Positive = 20  # horizon
+    task: str = "treasure"  # world: treasure, resource, pacman, signpost, rooms or delivery
+    population: str = "6"  # number of agents; per type in pacman (8,4), rooms (6,3), delivery (6,2)
+    shaping: bool = True  # treasure, pacman, delivery: also reward -.1 x distance to the goal
+    collision_penalty: Amount = 0.0  # treasure: subtracted from rewards, per agent touched and step
+    num_envs: Positive = 12  # B, parallel worlds in each process
+    max_episode_steps: Positive = 20  # steps after which an episode is truncated
     # Method
-    share_parameters: bool = False  # one parameter set per type instead of per agent
-    heads: Positive = 4  # X, of the critic's attention
-    entropy_coef: Amount = 0.01  # alpha, Eqs. (7), (8); the code's 1 / reward_scale
-    discount_entropy: bool = True  # as Eq. (7); off: neither discounted nor ended, as the code
-    logit_penalty: Amount = 1e-3  # times mean squares of attention's and policies' logits
-    polyak: Share = 0.001  # how far target networks follow after each update
+    share_parameters: bool = False  # one parameter set per type of agent, not one per agent
+    heads: Positive = 4  # X, attention heads of the critic
+    entropy_coef: Amount = 0.01  # alpha, entropy's weight, Eqs. (7), (8); code: 1 / reward_scale
+    discount_entropy: bool = True  # discount the target's entropy, Eq. (7); off: not, as the code
+    logit_penalty: Amount = 1e-3  # weight of the mean squared logits of attention and of policies
+    polyak: Share = 0.001  # share of the way that target networks go after each update
     # Base algorithm
-    hidden_size: Positive = 128  # H
-    learning_rate: Amount = 1e-3  # Adam
-    weight_decay: Amount = 1e-3  # the critic's
-    gamma: Share = 0.99  # discount
-    batch_size: Positive = 1024  # M, transitions of a minibatch
-    buffer_size: Positive = 1_000_000  # transitions of the replay
-    update_every: Positive = 100  # environment steps
-    num_updates: Positive = 4  # then, each with a minibatch of its own
-    scale_rewards: bool = True  # divide by their running standard deviation
-    critic_grad_norm: Above = 10.0  # bound of the critic's, per agent
-    actor_grad_norm: Above = 0.5  # bound of each policy's
-    compile: bool = False  # compile worlds, on a GPU
+    hidden_size: Positive = 128  # H, units of a hidden layer
+    learning_rate: Amount = 1e-3  # learning rate of Adam
+    weight_decay: Amount = 1e-3  # weight decay of the critic
+    gamma: Share = 0.99  # discount factor
+    batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
+    buffer_size: Positive = 1_000_000  # transitions that a replay holds, over all processes
+    update_every: Positive = 100  # environment steps that a replay gets between updates
+    num_updates: Positive = 4  # updates in a row, each with a minibatch of its own
+    scale_rewards: bool = True  # divide rewards by their running standard deviation
+    critic_grad_norm: Above = 10.0  # the critic's gradients are clipped to N times this norm
+    actor_grad_norm: Above = 0.5  # each policy's gradients are clipped to this norm
+    compile: bool = False  # on a GPU: compile the worlds
 
 
 PRESETS = {
@@ -130,12 +130,12 @@ PRESETS = {
         "polyak": 0.005,
     },
 }
-LINE = ("return", "critic_loss", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = ("compile",)
+LINE = ("return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
+RESUMABLE = ("compile",)  # flags that may change with --resume
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant."""
+    """Flag combinations to refuse, each as (whether args has it, error message)."""
     without = args.entropy_coef == 0 and not args.discount_entropy
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
@@ -152,7 +152,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 def make_envs(
     args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
 ) -> ParticleWorld:
-    """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
+    """Make worlds of args.task with a population like "6" or "8,4"; UsageError if that cannot be.
+    The random numbers of a world follow from the seed and its number, first_world + 0, 1, ..."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
         return ParticleWorld(
@@ -161,7 +162,7 @@ def make_envs(
             num_envs,
             device="cuda" if cuda else "cpu",
             seed=seed,
-            compiled=args.compile and cuda,  # on a CPU updates take the time
+            compiled=args.compile and cuda,  # on a CPU most time is spent in updates
             first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
@@ -179,15 +180,15 @@ NUM_ACTIONS = 5  # A
 
 
 class View(NamedTuple):
-    """What M x N agents observe."""
+    """Observations of N agents at M moments, as the networks read them."""
 
-    obs: Tensor  # (M, N, O) own features, those of each other agent; 0 of who is dead or unseen
+    obs: Tensor  # (M, N, O) own features, then those of the others; 0 for the dead and the unseen
     alive: Tensor  # (M, N) bool
     counts: tuple[int, ...]  # agents of each parameter set, in order
 
 
 def flat_observation(obs: Observation) -> Tensor:
-    """(M, N, O), O = Ds + (N - 1) De: own features, then entities of the others in their order."""
+    """Observations (M, N, O), O = Ds + (N - 1) De: own features, then the others' in order."""
     N, device = obs.own.shape[1], obs.own.device
     entities = obs.entities() * obs.mask()[..., None]  # (M, N, N, De)
     pairs = tuple(N * i + j for i in range(N) for j in range(N) if i != j)
@@ -198,21 +199,20 @@ def flat_observation(obs: Observation) -> Tensor:
 
 
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """(S, ...) of parameter sets -> (N, ...) of agents."""
+    """Copy rows of parameter sets to their agents, (S, ...) -> (N, ...); counts: agents per set."""
     numbers = constant(counts, torch.int64, x.device)
     return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 def per_set(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Sums over the agents of each parameter set: (N, ...) -> (S, ...)."""
+    """Sum rows over each parameter set's agents, (N, ...) -> (S, ...); counts: agents per set."""
     return torch.stack([part.sum(0) for part in x.split(counts)])
 
 
 class BatchNorm(nn.Module):
-    """Batch norm without weights, of each parameter set, over the living.
-
-    With batch statistics in training mode, which the running ones follow; else with these. With a
-    set per agent, all of them alive, it is torch's BatchNorm1d(affine=False)."""
+    """Batch norm without weights, for each parameter set, over its living agents. Training uses the
+    batch's statistics and updates the running ones, which evaluation mode uses. With a parameter
+    set per agent, all alive, it equals torch's BatchNorm1d(affine=False)."""
 
     MOMENTUM, EPSILON = 0.1, 1e-5
 
@@ -230,21 +230,21 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def batch_statistics(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """Mean and variance (S, I); the running ones take a step towards them."""
+        """Return mean and variance (S, I) over all processes; update the running ones by them."""
         alive = view.alive[..., None].to(x.dtype)  # (M, N, 1)
         rows = sum_over_processes(per_set(alive.sum(0), view.counts))  # (S, 1)
         sums = sum_over_processes(per_set((x * alive).sum(0), view.counts))
         mean = sums / rows.clamp(min=1)
         centred = (x - per_agent(mean, view.counts)) * alive
         squares = sum_over_processes(per_set(centred.square().sum(0), view.counts))
-        step = self.MOMENTUM * (rows > 1).to(x.dtype)
+        step = self.MOMENTUM * (rows > 1).to(x.dtype)  # one row has no variance
         self.mean.lerp_(mean, step)
-        self.variance.lerp_(squares / (rows - 1).clamp(min=1), step)
+        self.variance.lerp_(squares / (rows - 1).clamp(min=1), step)  # unbiased, as in torch
         return mean, squares / rows.clamp(min=1)
 
 
 class Linear(nn.Module):
-    """A linear layer per parameter set, which begins as torch's."""
+    """A linear layer with S parameter sets; each begins with the weights of torch's nn.Linear."""
 
     def __init__(self, sets: int, inputs: int, outputs: int):
         super().__init__()
@@ -257,7 +257,7 @@ class Linear(nn.Module):
 
 
 class Actor(nn.Module):
-    """pi_i: each agent's policy reads its own observation."""
+    """pi_i: the policies of all agents. Each reads its agent's own observation."""
 
     def __init__(self, sets: int, obs_size: int, args: Args):
         super().__init__()
@@ -276,7 +276,7 @@ class Actor(nn.Module):
 
 
 class AttentionCritic(nn.Module):
-    """Q_1 ... Q_N: encoders and heads per parameter set, queries, keys and values of all agents."""
+    """Q_1 ... Q_N. Encoders and f_i are per parameter set; queries, keys, values are for all."""
 
     def __init__(self, sets: int, obs_size: int, args: Args):
         super().__init__()
@@ -293,8 +293,8 @@ class AttentionCritic(nn.Module):
         self.out = Linear(sets, H, A)
 
     def forward(self, view: View, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Q_i(o, (b, a_-i)) (M, N, A) of all own actions b, of actions (M, N) only the others'
-        count; and attention's logits (M, X, N, N)."""
+        """Return Q_i(o, (b, a_-i)) (M, N, A) for all own actions b, and the logits of attention
+        (M, X, N, N). Of actions (M, N), Q_i reads the others' only."""
         one_hot = F.one_hot(actions, NUM_ACTIONS).to(view.obs.dtype)
         pair = torch.cat((view.obs, one_hot), -1)  # o_j, a_j
         pair = self.action_norm(pair, view)
@@ -308,25 +308,25 @@ class AttentionCritic(nn.Module):
             value=F.leaky_relu(self.value(x)).unflatten(-1, split),
             mask=others_alive(view),
         )
-        # Eq. (5); paper and code differ: s_i holds no own action, so all have their Q at once
+        # Eq. (5); paper and code differ: s_i lacks a_i, as in the code, which gives all Q at once
         hidden = torch.cat((s, e.flatten(2)), -1)  # (M, N, 2 H)
         hidden = F.leaky_relu(self.first(hidden, view))
         return self.out(hidden, view), logits
 
     def shared_parts(self) -> nn.ModuleList:
-        """Whose gradients come from all agents' losses; the code counts encoders of (o_j, a_j)."""
+        """Layers that all agents' losses reach; as in the code, encoders of (o_j, a_j), too."""
         return nn.ModuleList((self.action_encoder, self.query, self.key, self.value))
 
 
 # [shared: sample] begin
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
-    """Gumbel noise of the shape of a tensor."""
+    """Gumbel noise with the shape and device of a tensor, drawn on the CPU by rng."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
     return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (...) from log-probabilities (..., A): the largest after adding Gumbel noise."""
+    """Draw actions (...) from log_probs (..., A): the argmax after adding Gumbel noise."""
     return (log_probs + gumbel(log_probs, rng)).argmax(-1)
 
 
@@ -346,19 +346,19 @@ class Agent(Parts):
         self.critic = AttentionCritic(self.sets, obs_size, args).to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
-        self.actor.eval()  # it acts with running statistics; update() uses those of minibatches
+        self.actor.eval()  # acting uses running statistics, update() those of minibatches
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.actor_optimiser = adam(self.actor.parameters())
         self.critic_optimiser = adam(self.critic.parameters(), weight_decay=args.weight_decay)
 
     def view(self, game: Game, obs: Observation) -> View:
-        """An observation as networks read it."""
+        """The networks' input for observations of a game."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
         return View(obs=flat_observation(obs), alive=obs.alive.contiguous(), counts=counts)
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Target networks take a step towards the others; their batch norm is their own."""
+        """Move target networks by --polyak towards the others; they keep their own batch norm."""
         pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
         for target, net in pairs:
             parameters = list(target.parameters()), list(net.parameters())
@@ -369,14 +369,14 @@ class Agent(Parts):
 
 
 def others_alive(view: View) -> Tensor:
-    """(M, N, N) bool: j lives, and is not i."""
+    """Return (M, N, N) bool: whether agent j lives and is not i."""
     itself = torch.eye(view.alive.shape[1], dtype=torch.bool, device=view.alive.device)
     return view.alive[:, None] & ~itself
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """e (M, N, X, D), 0 where nobody else lives, and logits (M, X, N, N), 0 where mask is off, of
-    queries, keys and values (M, N, X, D), mask (M, N, N)."""
+    """Attention with query, key, value (M, N, X, D) and mask (M, N, N). Returns e (M, N, X, D), 0
+    if nobody else lives, and logits before the scaling (M, X, N, N), 0 where mask is False."""
     mask = mask[:, None]
     logits = torch.einsum("mixd,mjxd->mxij", query, key) * mask
     # Eq. (6)
@@ -387,14 +387,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Ten
 
 
 def attention_penalty(logits: Tensor, view: View) -> Tensor:
-    """Mean squares of each agent's logits (M, X, N, N), added up over heads -> (N,)."""
+    """Mean square of each agent's logits (M, X, N, N), added up over heads -> (N,)."""
     pairs = others_alive(view) & view.alive[..., None]  # (M, N, N)
     squares = (logits.square().sum(1) * pairs).sum((0, 2))
     return squares / pairs.sum((0, 2)).clamp(min=1)
 
 
 def td_target(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:
-    """y (M, N)."""
+    """The targets y_i of Eq. (7) (M, N)."""
     next_view = batch.next_view
     log_probs = agent.target_actor(next_view).log_softmax(-1)
     actions = sample(log_probs, rng)  # a'
@@ -405,11 +405,11 @@ def td_target(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> T
     # Eq. (7)
     if args.discount_entropy:
         return batch.rewards + args.gamma * (next_value + entropy_bonus) * goes_on
-    return batch.rewards + args.gamma * next_value * goes_on + entropy_bonus
+    return batch.rewards + args.gamma * next_value * goes_on + entropy_bonus  # code: at ends, too
 
 
 def critic_loss(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:
-    """Eq. (7), and the penalty of attention's logits."""
+    """Loss () of Eq. (7) with the penalty on attention's logits, summed over agents."""
     with torch.no_grad():
         target = td_target(args, agent, batch, rng)
     q, logits = agent.critic(batch.view, batch.actions)
@@ -421,8 +421,8 @@ def critic_loss(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) ->
 
 
 def advantage(q: Tensor, probs: Tensor, actions: Tensor) -> Tensor:
-    """A (M, N) of q and probs (M, N, A), actions (M, N)."""
-    # Eq. (9): the baseline is the mean over one's own actions, the others' given
+    """Advantages A_i (M, N) from q and probs (M, N, A) and actions (M, N)."""
+    # Eq. (9): the baseline is the mean Q over own actions, with the others' fixed
     baseline = (probs * q).sum(-1)
     return pick(q, actions) - baseline
 
@@ -430,13 +430,13 @@ def advantage(q: Tensor, probs: Tensor, actions: Tensor) -> Tensor:
 def actor_loss(
     args: Args, agent: Agent, batch: Batch, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Each agent's loss and its policy's entropy, both (N,)."""
+    """Loss of Eq. (8) and policy entropy of each agent, both (N,)."""
     view = batch.view
     logits = agent.actor(view)
     log_probs = logits.log_softmax(-1)  # (M, N, A)
     probs = log_probs.exp()
     with torch.no_grad():  # the critic does not learn from this
-        actions = sample(log_probs, rng)  # of all agents, by their policies of now
+        actions = sample(log_probs, rng)  # of all agents, from the present policies
         q, _ = agent.critic(view, actions)
         log_prob = pick(log_probs, actions)
         weight = advantage(q, probs, actions) - args.entropy_coef * log_prob
@@ -451,29 +451,29 @@ def actor_loss(
 
 
 class Batch(NamedTuple):
-    """A minibatch."""
+    """A minibatch of M transitions."""
 
     view: View  # o
-    next_view: View  # o', at the end of the step
+    next_view: View  # o', after the step and before a new episode begins
     actions: Tensor  # (M, N) int64
-    rewards: Tensor  # (M, N) float32, divided by their running deviation
+    rewards: Tensor  # (M, N) float32, divided by their running standard deviation
     terminated: Tensor  # (M,) bool
 
 
 class ReplayBuffer:
-    """Transitions, and how large rewards are. It keeps states of worlds; observations are made
-    again."""
+    """Transitions of one population, and the running standard deviation of its rewards. States of
+    worlds are stored; observations are computed again for each minibatch."""
 
     def __init__(self, args: Args, worlds: ParticleWorld, device: torch.device):
         self.args, self.worlds, self.device = args, worlds, device
-        self.game, self.steps = worlds.game, 0  # environment steps
+        self.game, self.steps = worlds.game, 0  # environment steps stored so far
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
         self.reward_scale = RewardScale(worlds, sum_over_processes)
         self.rows = {
             "state": torch.empty(size, S, device=device),
-            "final_state": torch.empty(size, S, device=device),  # at the end of the step
+            "final_state": torch.empty(size, S, device=device),  # before a new episode
             "actions": torch.empty(size, N, dtype=torch.int8, device=device),
-            "rewards": torch.empty(size, N, device=device),  # raw
+            "rewards": torch.empty(size, N, device=device),  # not scaled
             "terminated": torch.empty(size, dtype=torch.bool, device=device),
         }
 
@@ -482,7 +482,7 @@ class ReplayBuffer:
         return min(self.steps, self.args.buffer_size)
 
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
-        """Store a step of all worlds; alive (B, N)."""
+        """Store one step of all worlds: row has tensors (B, ...); alive (B, N) before the step."""
         end = self.steps + len(alive)
         place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
@@ -491,7 +491,7 @@ class ReplayBuffer:
         self.steps = end
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
-        """size transitions of the replay, with replacement."""
+        """Draw a minibatch of `size` transitions, uniformly and with replacement."""
         index = torch.randint(0, self.size, (size,), generator=rng)
         index = send(index, self.device)
         row = {name: x[index] for name, x in self.rows.items()}
@@ -499,7 +499,7 @@ class ReplayBuffer:
         next_obs = self.worlds.observe(row["final_state"])
         rewards = row["rewards"]
         if self.args.scale_rewards:
-            # paper is silent; the code takes off the mean, too: games that end early would change
+            # paper is silent; code subtracts the mean, too: that would change games that end early
             rewards = rewards / self.reward_scale.deviation()
         return Batch(
             view=agent.view(self.game, obs),
@@ -510,11 +510,11 @@ class ReplayBuffer:
         )
 
     def filled(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the rows."""
+        """The rows that hold transitions, for a checkpoint: {name: (size, ...)}."""
         return {name: x[: self.size] for name, x in self.rows.items()}
 
     def refill(self, rows: dict[str, Tensor]) -> None:
-        """Put back what filled() gave."""
+        """Restore the rows that filled() returned."""
         for name, x in rows.items():
             self.rows[name][: len(x)] = x
 
@@ -532,7 +532,7 @@ class Collector:
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the replay's rows."""
+        """What a checkpoint stores, except for the rows of the replay."""
         return {
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
@@ -541,7 +541,7 @@ class Collector:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken."""
+        """Restore what state_dict() returned."""
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
         self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
@@ -550,7 +550,7 @@ class Collector:
 
 @torch.no_grad()
 def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
-    """One step in all worlds."""
+    """Take one step in all worlds and store it in the replay."""
     worlds = collector.worlds
     state = worlds.state
     view = agent.view(collector.game, worlds.obs)
@@ -566,7 +566,7 @@ def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
 
 
 def mean(x: Tensor, alive: Tensor) -> Tensor:
-    """Of (M, N) over the minibatch, where an agent lives -> (N,)."""
+    """Mean (N,) of x (M, N) over the moments at which an agent lives."""
     return (x * alive).sum(0) / alive.sum(0).clamp(min=1)
 
 
@@ -577,13 +577,13 @@ def pick(x: Tensor, actions: Tensor) -> Tensor:  # (M, N, A), (M, N) -> (M, N)
 def update_critic(
     args: Args, agent: Agent, batch: Batch, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """A step of the critic."""
+    """One step of the critic; returns scalars for the log."""
     N = batch.actions.shape[1]
     loss = critic_loss(args, agent, batch, rng)
     agent.critic_optimiser.zero_grad()
     loss.backward()
     average_gradients(agent.critic)
-    for p in agent.critic.shared_parts().parameters():
+    for p in agent.critic.shared_parts().parameters():  # as in the code
         p.grad /= N
     norm = nn.utils.clip_grad_norm_(agent.critic.parameters(), args.critic_grad_norm * N)
     agent.critic_optimiser.step()
@@ -591,7 +591,7 @@ def update_critic(
 
 
 def clip_each_policy(actor: Actor, limit: float) -> Tensor:
-    """Gradients of each parameter set are cut to this norm; returns norms (S,) before that."""
+    """Clip gradients of each parameter set to norm `limit`; return the norms (S,) before that."""
     gradients = [p.grad for p in actor.parameters()]  # (S, ...)
     squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
     norm = torch.stack(squares).sum(0).sqrt()
@@ -604,7 +604,7 @@ def clip_each_policy(actor: Actor, limit: float) -> Tensor:
 def update_actors(
     args: Args, agent: Agent, batch: Batch, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """A step of every policy."""
+    """One step of all policies; returns scalars for the log."""
     losses, entropy = actor_loss(args, agent, batch, rng)
     counts = constant(batch.view.counts, torch.int64, losses.device)
     # ours: the loss of a policy that several agents share is the mean of theirs
@@ -624,8 +624,8 @@ def update_actors(
 def update(
     args: Args, agent: Agent, collector: Collector, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Steps of critic, policies and target networks, num_updates times. Returns scalars; RunError
-    if one of them or a reward is not finite."""
+    """Take num_updates steps of critic, policies and target networks. Returns scalars for the log;
+    RunError if one of them or a reward is not finite."""
     scalars = collections.defaultdict(list)
     buffer = collector.buffer
     agent.actor.train()
@@ -646,7 +646,7 @@ def update(
 
 
 def net_player(agent: Agent, seed: int) -> Player:
-    """Our agents as a player for envs.particle.episodes: sampled actions."""
+    """The agents as a player for envs.particle.episodes; actions are sampled, not greedy."""
     rng = torch.Generator().manual_seed(seed)
 
     def act(worlds: ParticleWorld) -> Tensor:  # (B, N)
@@ -657,7 +657,7 @@ def net_player(agent: Agent, seed: int) -> Player:
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Episodes without learning, at the end beside scripted players in the same worlds."""
+    """Play episodes, return {row: {figure: value}}; the final evaluation adds scripted players."""
     world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
     worlds = make_envs(args, args.population, evaluation.episodes, world_seed)
     players = {"": net_player(agent, player_seed)}
@@ -667,8 +667,8 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
 
 
 def load_agent(path: str) -> tuple[Args, Agent]:
-    """Arguments and networks of a run or checkpoint, on the CPU; UsageError if it is of another
-    script."""
+    """Load arguments and networks of a run or checkpoint, on the CPU; UsageError if another script
+    wrote it."""
     args = saved_args(path, Args)
     args = dataclasses.replace(args, device="cpu", compile=False)
     game = make_envs(args, args.population, num_envs=1, seed=1).game
@@ -688,7 +688,7 @@ def load_player(path: str, seed: int = 1) -> Player:
 
 
 def train(args: Args) -> int:
-    """The run, or with --eval-only its evaluation; returns the exit code."""
+    """Train, or only evaluate with --eval-only; return the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         args = run.own_share(args, "batch_size", "buffer_size", "update_every")
@@ -724,7 +724,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     return call(
         lambda: train(read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS))

@@ -1,15 +1,16 @@
 """MADDPG (Lowe et al., 2017) with relational representations, the parent of mra_maddpg_particle.py.
 
-Every agent attends to the others: a graph g_i from phi weights what actor (theta) and critic (zeta)
-read of them. The critic of each agent also sees what all others do, in training.
+Every agent attends to the others. A network phi computes a graph g_i for agent i; its actor (theta)
+and critic (zeta) weight what they read of the others with g_i. In training, the critic of each
+agent also reads the actions of all others.
 
     g_ij     = softmax_j q_i . k_ij,   k_ij = K(o_ij),  o_ij = [p_j - p_i, v_j, ...]       Eq. (1)
     e_i      = sum_j g_ij V(o_ij),     pi and Q read o_i and e_i
     L(zeta)  = E (Q(o, a) - y)^2,      y = r + gamma Q'(o', a'),  a' ~ pi'                 Eq. (8)
     dJ       = E grad log pi(a_i | o_i, g_i) Q(o, a), of theta                             Eq. (9)
-    dJ       = the same, of omega = {theta, phi}, as g_i = phi(o_i)                        Eq. (10)
+    dJ       = the same gradient, of omega = {theta, phi}, as g_i = phi(o_i)               Eq. (10)
 
-L(zeta) moves the critic, dJ the actor and, by way of g, phi. Targets Q' and pi' follow.
+L(zeta) moves the critic. dJ moves the actor and, through g, phi. The targets Q' and pi' follow.
 
     python baselines/maddpg_particle.py --task treasure --population 6       the paper's settings
     python baselines/maddpg_particle.py --task pacman --population 8,4 --preset cpu
@@ -18,8 +19,8 @@ L(zeta) moves the critic, dJ the actor and, by way of g, phi. Targets Q' and pi'
     torchrun --nproc-per-node 2 baselines/maddpg_particle.py                 two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
-key, S parameter sets, Ds De features of oneself and of others. What the paper leaves open is
-decided in docs/mra.md; the worlds: docs/particle.md. Equations are those of MRA (TMLR).
+key, S parameter sets, Ds and De features of oneself and of another agent. Equations: MRA (TMLR).
+Choices that the paper leaves open: docs/mra.md. The worlds: docs/particle.md.
 """
 
 from __future__ import annotations
@@ -87,42 +88,42 @@ class Args(RunArgs):
     """MADDPG with relational representations in particle worlds."""
 
     # Run
-    total_timesteps: Positive = 1_000_000  # environment steps of all worlds
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    eval_every: Count = 100_000  # evaluations on the way
-    eval_episodes: Positive = 100  # in those, per row of their table
-    final_episodes: Count = 1000  # the same at the end and with --eval-only
-    save_every: Count = 200_000  # checkpoints, of which the last two are kept
+    total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
+    eval_episodes: Positive = 100  # episodes per row of the table in evaluations during training
+    final_episodes: Count = 1000  # episodes per row, final evaluation or --eval-only; 0: none
+    save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
-    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
-    population: str = "6"  # agents; of two types as 8,4 (pacman), 6,2 (delivery)
-    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
-    collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds per process
-    max_episode_steps: Positive = 20  # horizon
+    task: str = "treasure"  # world: treasure, resource, pacman, signpost, rooms or delivery
+    population: str = "6"  # number of agents; per type in pacman (8,4), rooms (6,3), delivery (6,2)
+    shaping: bool = True  # treasure, pacman, delivery: also reward -.1 x distance to the goal
+    collision_penalty: Amount = 0.0  # treasure: subtracted from rewards, per agent touched and step
+    num_envs: Positive = 12  # B, parallel worlds in each process
+    max_episode_steps: Positive = 20  # steps after which an episode is truncated
     # Method
-    share_parameters: bool = False  # one parameter set per type instead of per agent
-    actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # of Eq. (9): how
-    target: Literal["polyak", "hard"] = "polyak"  # how target networks follow
-    polyak: Share = 0.01  # their step, with --target polyak
+    share_parameters: bool = False  # one parameter set per type of agent, not one per agent
+    actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # Eq. (9): sampled, or exact
+    target: Literal["polyak", "hard"] = "polyak"  # target networks move by --polyak, or are copied
+    polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
     inner_steps: Positive = 1  # K, minibatches per update
-    hidden_size: Positive = 64  # H
-    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # of V in e_i; the paper prints 1
-    own_beside: bool = True  # the actor reads o_s beside e_i
-    key_size: Positive = 16  # of queries and keys
-    head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
-    plain: bool = False  # networks of pairs as written below, not their fast exact form
-    compile: bool = False  # on a GPU: compile that form and worlds (once, some 20 s)
+    hidden_size: Positive = 64  # H, units of a hidden layer
+    value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # layers of V in e_i; the paper prints 1
+    own_beside: bool = True  # the actor reads its own features o_s, too; off: e_i alone
+    key_size: Positive = 16  # units of each query and key of phi
+    head_gain: Above = 2.0  # Xavier gain of the initial weights of queries and keys
+    plain: bool = False  # networks of agent pairs: literal and slow (class Pairs); off: equal, fast
+    compile: bool = False  # on a GPU: compile the worlds and fast pair networks (once, some 20 s)
     # Base algorithm
-    learning_rate: Amount = 3e-4  # Adam
-    phi_learning_rate: Amount = 3e-4  # phi's
-    gamma: Share = 0.95  # discount
-    batch_size: Positive = 1024  # M, transitions of a minibatch
-    buffer_size: Positive = 1_000_000  # transitions of a replay
-    update_every: Positive = 100  # environment steps between updates
-    entropy_coef: Amount = 1 / 30  # of targets and actor
-    scale_rewards: bool = True  # divide by their running standard deviation
-    max_grad_norm: Above = 10.0  # of each loss's networks together
+    learning_rate: Amount = 3e-4  # learning rate of Adam for all networks but phi
+    phi_learning_rate: Amount = 3e-4  # learning rate of Adam for phi, the attention network
+    gamma: Share = 0.95  # discount factor
+    batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
+    buffer_size: Positive = 1_000_000  # transitions that a replay holds, over all processes
+    update_every: Positive = 100  # environment steps that a replay gets between updates
+    entropy_coef: Amount = 1 / 30  # entropy's weight in the critic's targets and the actor's loss
+    scale_rewards: bool = True  # divide rewards by their running standard deviation
+    max_grad_norm: Above = 10.0  # gradients of each loss are clipped to this norm
 
 
 PRESETS = {
@@ -138,12 +139,12 @@ PRESETS = {
         "compile": True,
     },
 }
-LINE = ("return", "critic_loss", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = ("plain", "compile")
+LINE = ("return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
+RESUMABLE = ("plain", "compile")  # flags that may change with --resume
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant."""
+    """Flag combinations to refuse, each as (whether args has it, error message)."""
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
     ]
@@ -156,7 +157,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 def make_envs(
     args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
 ) -> ParticleWorld:
-    """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
+    """Make worlds of args.task with a population like "6" or "8,4"; UsageError if that cannot be.
+    The random numbers of a world follow from the seed and its number, first_world + 0, 1, ..."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
         return ParticleWorld(
@@ -165,7 +167,7 @@ def make_envs(
             num_envs,
             device="cuda" if cuda else "cpu",
             seed=seed,
-            compiled=args.compile and cuda,  # on a CPU updates take the time
+            compiled=args.compile and cuda,  # on a CPU most time is spent in updates
             first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
@@ -184,10 +186,10 @@ RELU = math.sqrt(2)  # gain of layers before a ReLU
 
 
 class View(NamedTuple):
-    """What M x N agents observe."""
+    """Observations of N agents at M moments, as the networks read them."""
 
-    own: Tensor  # (M, N, Ds) o_s
-    others: Tensor  # (M, N, De) of each agent j; o_ij is that with p_j - p_i in the place of p_j
+    own: Tensor  # (M, N, Ds) o_s, an agent's own features
+    others: Tensor  # (M, N, De) features of each agent j; o_ij has p_j - p_i in place of p_j
     alive: Tensor  # (M, N) bool
     mask: Tensor  # (M, N, N) bool: i sees j
     counts: tuple[int, ...]  # agents of each parameter set, in order
@@ -195,13 +197,13 @@ class View(NamedTuple):
 
 # [shared: layers] begin
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """(S, ...) of parameter sets -> (N, ...) of agents."""
+    """Copy rows of parameter sets to their agents, (S, ...) -> (N, ...); counts: agents per set."""
     numbers = constant(counts, torch.int64, x.device)
     return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 class Linear(nn.Module):
-    """A linear layer per parameter set."""
+    """A linear layer with S parameter sets; each agent uses one of them."""
 
     def __init__(self, sets: int, inputs: int, outputs: int, gain: float = 1.0):
         super().__init__()
@@ -215,7 +217,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers per parameter set."""
+    """Two linear layers with a ReLU between them and S parameter sets."""
 
     def __init__(self, sets: int, inputs: int, hidden: int, outputs: int):
         super().__init__()
@@ -232,7 +234,7 @@ class MLP(nn.Module):
 
 # [shared: mean_entity] begin
 def mean_entity(others: Tensor, g: Tensor) -> Tensor:
-    """sum_j g_ij o_ij (M, N, De) of others (M, N, De) and graphs (M, N, N)."""
+    """Return sum_j g_ij o_ij (M, N, De) for others (M, N, De) and graphs g (M, N, N)."""
     position = others[..., :2] * g.sum(-1, keepdim=True)
     mean = g @ others
     return torch.cat((mean[..., :2] - position, mean[..., 2:]), -1)
@@ -243,13 +245,12 @@ def mean_entity(others: Tensor, g: Tensor) -> Tensor:
 
 # [shared: relation_graph] begin
 class Pairs:
-    """Networks of o_ij = [p_j - p_i, v_j, ...] after a first layer that they share: keys, values.
-
-    As the paper has them, with M N^2 H numbers. By default FastPairs, which is equal, does without.
-    """
+    """The first layer above all o_ij = [p_j - p_i, v_j, ...]; scores() and sums() apply the second.
+    This literal form stores M N^2 H numbers. The default, FastPairs, gives equal results without
+    storing them."""
 
     def __init__(self, others: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]):
-        """others (M, N, De), weight (S, De, H), bias (S, H)."""
+        """Compute relu(o_ij W + b): others (M, N, De), weight W (S, De, H), bias b (S, H)."""
         N = others.shape[1]
         relative = others[:, None, :, :2] - others[:, :, None, :2]
         rest = others[:, None, :, 2:].expand(-1, N, -1, -1)
@@ -259,20 +260,20 @@ class Pairs:
         self.hidden, self.counts = F.relu(hidden), counts  # (M, N, N, H)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
+        """Return q_i . k_ij (M, N, N): query (M, N, K), key (S, H, K) the weights of keys."""
         key = per_agent(key, self.counts)
         keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
         return torch.einsum("mik,mijk->mij", query, keys)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
+        """Return sum_j g_ij V(o_ij) (M, N, O): g (M, N, N), weight (S, H, O), bias (S, O)."""
         weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
         values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
         return torch.einsum("mij,mijo->mio", g, values)
 
 
 class RelationGraph(nn.Module):
-    """phi: whom an agent attends to."""
+    """phi: the attention network, which decides whom each agent attends to."""
 
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
@@ -282,10 +283,10 @@ class RelationGraph(nn.Module):
         self.own = Linear(sets, own_size, H, gain=RELU)
         self.query = Linear(sets, H, K, gain=args.head_gain)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
-        self.key = Linear(sets, H, K, gain=args.head_gain)  # its bias would cancel in the softmax
+        self.key = Linear(sets, H, K, gain=args.head_gain)  # bias unused: it cancels in the softmax
 
     def forward(self, view: View) -> Tensor:
-        """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
+        """The graph g (M, N, N). Row i sums to 1, or to 0 if agent i sees nobody."""
         hidden = F.relu(self.own(view.own, view.counts), inplace=True)
         query = self.query(hidden, view.counts)  # (M, N, K)
         entity = self.entity
@@ -301,8 +302,8 @@ class RelationGraph(nn.Module):
 
 
 class GraphNet(nn.Module):
-    """Actor (theta) or critic (zeta): layers above o_s and e_i = sum_j g_ij V(o_ij), which is 0
-    without others."""
+    """Actor (theta) or critic (zeta): layers above o_s and e_i = sum_j g_ij V(o_ij). e_i is 0
+    for an agent that sees nobody."""
 
     def __init__(
         self, sets: int, own_size: int, entity_size: int, outputs: int, gain: float, args: Args
@@ -318,15 +319,15 @@ class GraphNet(nn.Module):
         self.out = Linear(sets, H, outputs, gain)
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Outputs (M, N, .) for graphs g (M, N, N); a critic reads the others' actions (M, N)."""
+        """Logits or Q (M, N, A) with graphs g (M, N, N); a critic also reads actions (M, N)."""
         others = view.others
-        if actions is not None:  # agent i's own are not in any o_ij, as g_ii = 0
+        if actions is not None:  # of the others: g_ii = 0 leaves out agent i's own
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
         x = self.own(view.own[..., : self.own_size], view.counts)
-        if self.linear:  # V of a sum is the sum of V
+        if self.linear:  # V is linear: V of the mean is the mean of V
             e = self.value(mean_entity(others, g), view.counts)
-            e = e * view.mask.any(-1, keepdim=True)
+            e = e * view.mask.any(-1, keepdim=True)  # no bias if nobody is seen
         else:
             pairs = self.pairs(others, self.entity.weight, self.entity.bias, view.counts)
             e = pairs.sums(g, self.value.weight, self.value.bias)
@@ -335,13 +336,13 @@ class GraphNet(nn.Module):
 
 # [shared: sample] begin
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
-    """Gumbel noise of the shape of a tensor."""
+    """Gumbel noise with the shape and device of a tensor, drawn on the CPU by rng."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
     return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (...) from log-probabilities (..., A): the largest after adding Gumbel noise."""
+    """Draw actions (...) from log_probs (..., A): the argmax after adding Gumbel noise."""
     return (log_probs + gumbel(log_probs, rng)).argmax(-1)
 
 
@@ -358,11 +359,11 @@ class Agent(Parts):
         torch.manual_seed(args.seed)
         self.attention = RelationGraph(self.sets, own, entity, args).to(device)
         net = functools.partial(GraphNet, self.sets, args=args)
-        # Small first logits: all actions are tried.
+        # A small last layer: the first policy tries all actions about equally.
         beside = own if args.own_beside else 0
         actor = net(beside, entity, NUM_ACTIONS, gain=0.1)
         self.actor = actor.to(device)
-        # A critic reads the others' actions, too.
+        # The critic also reads the others' actions.
         critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
@@ -374,7 +375,7 @@ class Agent(Parts):
         self.critic_optimiser = adam(self.critic.parameters())
 
     def view(self, game: Game, obs: Observation) -> View:
-        """An observation as networks read it."""
+        """The networks' input for observations of a game."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
         return View(
             own=obs.own.contiguous(),
@@ -386,7 +387,7 @@ class Agent(Parts):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Target networks take a step, or jump, towards the others."""
+        """Move target networks by --polyak towards actor and critic, or copy these into them."""
         step = self.args.polyak if self.args.target == "polyak" else 1.0
         pairs = (self.target_actor, self.actor), (self.target_critic, self.critic)
         for target, net in pairs:
@@ -397,30 +398,29 @@ class Agent(Parts):
 
 
 class Batch(NamedTuple):
-    """A minibatch."""
+    """A minibatch of M transitions."""
 
     view: View  # o
-    next_view: View  # o', at the end of the step
+    next_view: View  # o', after the step and before a new episode begins
     actions: Tensor  # (M, N) int64
-    rewards: Tensor  # (M, N) float32, divided by their running deviation
+    rewards: Tensor  # (M, N) float32, divided by their running standard deviation
     terminated: Tensor  # (M,) bool
 
 
 class ReplayBuffer:
-    """Transitions of one population, and how large its rewards are.
-
-    It keeps states of worlds; observations, graphs and all that follows are made again."""
+    """Transitions of one population, and the running standard deviation of its rewards. States of
+    worlds are stored; observations and graphs are computed again for each minibatch."""
 
     def __init__(self, args: Args, worlds: ParticleWorld, device: torch.device):
         self.args, self.worlds, self.device = args, worlds, device
-        self.game, self.steps = worlds.game, 0  # environment steps
+        self.game, self.steps = worlds.game, 0  # environment steps stored so far
         size, N, S = args.buffer_size, self.game.num_agents, self.game.state_size
         self.reward_scale = RewardScale(worlds, sum_over_processes)
         self.rows = {
             "state": torch.empty(size, S, device=device),
-            "final_state": torch.empty(size, S, device=device),  # at the end of the step
+            "final_state": torch.empty(size, S, device=device),  # before a new episode
             "actions": torch.empty(size, N, dtype=torch.int8, device=device),
-            "rewards": torch.empty(size, N, device=device),  # raw
+            "rewards": torch.empty(size, N, device=device),  # not scaled
             "terminated": torch.empty(size, dtype=torch.bool, device=device),
         }
 
@@ -429,7 +429,7 @@ class ReplayBuffer:
         return min(self.steps, self.args.buffer_size)
 
     def add(self, row: dict[str, Tensor], alive: Tensor) -> None:
-        """Store a step of all worlds; alive (B, N)."""
+        """Store one step of all worlds: row has tensors (B, ...); alive (B, N) before the step."""
         end = self.steps + len(alive)
         place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
@@ -438,7 +438,7 @@ class ReplayBuffer:
         self.steps = end
 
     def sample(self, agent: Agent, rng: torch.Generator, size: int) -> Batch:
-        """size transitions of the replay, with replacement."""
+        """Draw a minibatch of `size` transitions, uniformly and with replacement."""
         index = torch.randint(0, self.size, (size,), generator=rng)
         index = send(index, self.device)
         row = {name: x[index] for name, x in self.rows.items()}
@@ -446,7 +446,7 @@ class ReplayBuffer:
         next_obs = self.worlds.observe(row["final_state"])
         rewards = row["rewards"]
         if self.args.scale_rewards:
-            # paper is silent: no mean is taken off, games that end early would change
+            # paper is silent: the mean is not subtracted; that would change games that end early
             rewards = rewards / self.reward_scale.deviation()
         return Batch(
             view=agent.view(self.game, obs),
@@ -457,11 +457,11 @@ class ReplayBuffer:
         )
 
     def filled(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the rows."""
+        """The rows that hold transitions, for a checkpoint: {name: (size, ...)}."""
         return {name: x[: self.size] for name, x in self.rows.items()}
 
     def refill(self, rows: dict[str, Tensor]) -> None:
-        """Put back what filled() gave."""
+        """Restore the rows that filled() returned."""
         for name, x in rows.items():
             self.rows[name][: len(x)] = x
 
@@ -479,7 +479,7 @@ class Collector:
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the replay's rows."""
+        """What a checkpoint stores, except for the rows of the replay."""
         return {
             "worlds": self.worlds.state_dict(),
             "steps": self.buffer.steps,
@@ -488,7 +488,7 @@ class Collector:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken."""
+        """Restore what state_dict() returned."""
         self.worlds.load_state_dict(saved["worlds"])
         self.buffer.steps = saved["steps"]
         self.buffer.reward_scale.sums = saved["rewards"].to(self.device)
@@ -497,7 +497,7 @@ class Collector:
 
 @torch.no_grad()
 def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
-    """One step in all worlds."""
+    """Take one step in all worlds and store it in the replay."""
     worlds = collector.worlds
     state = worlds.state
     view = agent.view(collector.game, worlds.obs)
@@ -515,7 +515,7 @@ def collect(agent: Agent, collector: Collector, rng: torch.Generator) -> None:
 
 # [shared: losses] begin
 def mean(x: Tensor, alive: Tensor) -> Tensor:
-    """Of (..., N) over the living."""
+    """Mean () of x (..., N) over living agents."""
     return (x * alive).sum() / alive.sum().clamp(min=1)
 
 
@@ -531,12 +531,12 @@ def critic_loss(
     next_g: Tensor,
     rng: torch.Generator,
 ) -> Tensor:
-    """Eq. (8), with the entropy of a' in the target as in the authors' code; g, next_g (M, N, N)
-    of o and o'."""
+    """Loss of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. As in the authors' code, the
+    target has an entropy bonus: -log pi'(a')."""
     next_view = batch.next_view
     with torch.no_grad():
         log_probs = agent.target_actor(next_view, next_g).log_softmax(-1)
-        actions = sample(log_probs, rng)  # paper and code differ: at o', not at o
+        actions = sample(log_probs, rng)  # paper and code differ: drawn at o', in the code at o
         next_q = pick(agent.target_critic(next_view, next_g, actions), actions)
         next_q = next_q - args.entropy_coef * pick(log_probs, actions)
         goes_on = next_view.alive * ~batch.terminated[:, None]
@@ -555,19 +555,19 @@ def actor_loss(
     g: Tensor,
     rng: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. (9), or (10) if g (M, N, N) can be differentiated; and the policy's entropy."""
+    """Loss of Eq. (9), or of (10) if g (M, N, N) carries gradients; and the mean entropy."""
     log_probs = actor(batch.view, g).log_softmax(-1)  # (M, N, A)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     if args.actor_gradient == "gumbel":  # as Lowe et al.: the others' actions are the replay's
         others = batch.actions
         soft = (log_probs + gumbel(log_probs, rng)).softmax(-1)
         hard = F.one_hot(soft.argmax(-1), NUM_ACTIONS)
-        probs = hard + soft - soft.detach()  # straight through
-    else:  # the exact expectation over one's own actions
+        probs = hard + soft - soft.detach()  # straight-through estimator
+    else:  # the exact expectation over an agent's own actions, with the others' sampled
         others = sample(log_probs, rng)
         probs = log_probs.exp()
     with torch.no_grad():
-        q = critic(batch.view, g, others)  # (M, N, A), of all own actions
+        q = critic(batch.view, g, others)  # (M, N, A): Q of each own action
     # Eq. (9)
     objective = (probs * q).sum(-1) + args.entropy_coef * entropy
     return -mean(objective, batch.view.alive), mean(entropy, batch.view.alive)
@@ -579,8 +579,8 @@ def actor_loss(
 def update(
     args: Args, agent: Agent, collector: Collector, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """K steps of critic and actor, then of the target networks. Returns scalars; RunError if one
-    of them or a reward is not finite."""
+    """K minibatch steps of critic and actor, then a step of the target networks. Returns scalars
+    for the log; RunError if one of them or a reward is not finite."""
     scalars = collections.defaultdict(list)
     policy = nn.ModuleList((agent.actor, agent.attention))
     limit, buffer = args.max_grad_norm, collector.buffer
@@ -608,7 +608,7 @@ def update(
 
 
 def net_player(agent: Agent, seed: int) -> Player:
-    """Our agents as a player for envs.particle.episodes: sampled actions."""
+    """The agents as a player for envs.particle.episodes; actions are sampled, not greedy."""
     rng = torch.Generator().manual_seed(seed)
 
     def act(worlds: ParticleWorld) -> Tensor:  # (B, N)
@@ -620,7 +620,7 @@ def net_player(agent: Agent, seed: int) -> Player:
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Episodes without learning, at the end beside scripted players in the same worlds."""
+    """Play episodes, return {row: {figure: value}}; the final evaluation adds scripted players."""
     world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
     worlds = make_envs(args, args.population, evaluation.episodes, world_seed)
     players = {"": net_player(agent, player_seed)}
@@ -630,8 +630,8 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
 
 
 def load_agent(path: str) -> tuple[Args, Agent]:
-    """Arguments and networks of a run or checkpoint, on the CPU; UsageError if it is of another
-    script."""
+    """Load arguments and networks of a run or checkpoint, on the CPU; UsageError if another script
+    wrote it."""
     args = saved_args(path, Args)
     args = dataclasses.replace(args, device="cpu", compile=False)
     game = make_envs(args, args.population, num_envs=1, seed=1).game
@@ -651,7 +651,7 @@ def load_player(path: str, seed: int = 1) -> Player:
 
 
 def train(args: Args) -> int:
-    """The run, or with --eval-only its evaluation; returns the exit code."""
+    """Train, or only evaluate with --eval-only; return the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         args = run.own_share(args, "batch_size", "buffer_size", "update_every")
@@ -687,7 +687,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     return call(
         lambda: train(read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS))

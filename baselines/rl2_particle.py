@@ -1,8 +1,8 @@
 """RL2 (Duan et al., 2016) in the particle worlds: a policy that learns a game while it plays it.
 
-Agents play trials: several games, one after another, each in another population. A recurrent policy
-keeps its memory from game to game, and PPO maximises what the whole trial earns. So what is found
-out in one game, from actions and their rewards, can be used in the next, without gradients.
+Agents play trials: sequences of games, each in another population. A recurrent policy keeps its
+hidden state from game to game, and PPO maximises the return of the whole trial. So the policy can
+use in later games what actions and rewards showed in earlier ones, without gradient steps.
 
     h_t = GRU(x_t, h_t-1),  x_t = [c(o_t), a_t-1, r_t-1 / std, done_t-1], 0 at a trial's start (1)
     pi  = softmax(W h_t),  V = w . h_t                                                         (2)
@@ -11,7 +11,7 @@ out in one game, from actions and their rewards, can be used in the next, withou
     L   = E [- min(rho A, clip(rho, 1 -+ eps) A) + c (V - G)^2 - beta H(pi)],  G = V_old + A   (4)
           rho = pi(a_t) / pi_old(a_t)
 
-L moves everything: encoder c, GRU, policy and value, a set of each per type of agent.
+L moves the encoder c, the GRU, the policy and the value. Each type of agent has its own set.
 
     python baselines/rl2_particle.py --task resource --populations 6 9 12 15 --preset cpu
     python baselines/rl2_particle.py --adapt runs/RUN --population 24          or 2,8 for two types
@@ -20,9 +20,9 @@ L moves everything: encoder c, GRU, policy and value, a set of each per type of 
     torchrun --nproc-per-node 2 baselines/rl2_particle.py        two times 12 worlds per population
 
 Letters: G games of a trial, T steps of a game, B worlds, N agents, A actions, M = T B, H hidden
-units, R units of the memory, K units of a key, S parameter sets, Ds De features of oneself and of
-others. What the papers leave open is decided in docs/baselines_rl2.md; the worlds:
-docs/particle.md.
+units, R units of the GRU, K units of a key or steps in which agents act, S parameter sets, Ds and
+De features of oneself and of another agent. Choices that the papers leave open:
+docs/baselines_rl2.md. The worlds: docs/particle.md.
 """
 
 from __future__ import annotations
@@ -95,44 +95,44 @@ class Args(RunArgs):
     """RL2 in particle worlds."""
 
     # Run
-    total_timesteps: Positive = 1_000_000  # environment steps of all worlds
-    log_every: Positive = 10_000  # lines of metrics.jsonl
-    eval_every: Count = 100_000  # evaluations on the way
-    eval_episodes: Positive = 100  # in those, per row of their table
-    final_episodes: Count = 1000  # the same at the end and with --eval-only
-    save_every: Count = 200_000  # checkpoints, of which the last two are kept
+    total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
+    log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
+    eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
+    eval_episodes: Positive = 100  # episodes per row of the table in evaluations during training
+    final_episodes: Count = 1000  # episodes per row, final evaluation or --eval-only; 0: none
+    save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
-    task: str = "treasure"  # treasure, resource, pacman, signpost, rooms, delivery
-    populations: tuple[str, ...] = ("3", "6", "12", "24")  # m; in pacman 4,2 6,3 8,4
-    adapt: str = ""  # run directory or checkpoint to adapt to --population
-    population: str = ""  # that population
-    eval_populations: tuple[str, ...] = ()  # unseen ones, in the final evaluation
-    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
-    collision_penalty: Amount = 0.0  # treasure: per agent touched
-    num_envs: Positive = 12  # B, worlds per population and process, and trials begun in each
-    max_episode_steps: Positive = 20  # T, horizon of a game
+    task: str = "treasure"  # world: treasure, resource, pacman, signpost, rooms or delivery
+    populations: tuple[str, ...] = ("3", "6", "12", "24")  # m, training; pacman: 4,2 6,3 8,4
+    adapt: str = ""  # run or checkpoint to adapt to --population
+    population: str = ""  # new population, with --adapt
+    eval_populations: tuple[str, ...] = ()  # unseen populations of the final evaluation
+    shaping: bool = True  # treasure, pacman, delivery: also reward -.1 x distance to the goal
+    collision_penalty: Amount = 0.0  # treasure: subtracted from rewards, per agent touched and step
+    num_envs: Positive = 12  # B, worlds per population and process; B trials an order of games
+    max_episode_steps: Positive = 20  # T, steps of a game
     # Method
-    trial: Literal["cycle", "same"] = "cycle"  # through all populations, or in one of them
-    trial_games: Count = 0  # G, games of a trial; 0: as many as there are --populations
-    memory: Literal["trial", "game", "step"] = "trial"  # how long it is kept
-    rnn_size: Positive = 256  # R
-    hidden_size: Positive = 64  # H
-    key_size: Positive = 16  # of queries and keys
-    head_gain: Above = 2.0  # of the weights that queries and keys begin with (Xavier)
-    plain: bool = False  # networks of pairs as written below, not their fast exact form
-    compile: bool = False  # on a GPU: compile that form and worlds (once, some 20 s)
+    trial: Literal["cycle", "same"] = "cycle"  # games in all populations in turn, or all in one
+    trial_games: Count = 0  # G, games of a trial; 0: the number of --populations
+    memory: Literal["trial", "game", "step"] = "trial"  # how long the hidden state h is kept
+    rnn_size: Positive = 256  # R, units of the GRU
+    hidden_size: Positive = 64  # H, units of a hidden layer
+    key_size: Positive = 16  # units of each query and key of phi
+    head_gain: Above = 2.0  # Xavier gain of the initial weights of queries and keys
+    plain: bool = False  # networks of agent pairs: literal and slow (class Pairs); off: equal, fast
+    compile: bool = False  # on a GPU: compile the worlds and fast pair networks (once, some 20 s)
     # Base algorithm
-    learning_rate: Amount = 5e-4  # Adam
-    gamma: Share = 0.99  # discount
-    gae_lambda: Share = 0.95  # GAE
-    clip: Amount = 0.2  # eps of Eq. (4)
-    epochs: Positive = 10  # over the trials of an iteration
-    minibatches: Positive = 4  # per epoch
-    value_coef: Amount = 0.5  # c of Eq. (4)
-    value_norm: bool = True  # values in units of returns' running mean and deviation
-    entropy_coef: Amount = 0.01  # beta
-    scale_rewards: bool = True  # divide by their running standard deviation
-    max_grad_norm: Above = 0.5  # of all gradients together
+    learning_rate: Amount = 5e-4  # learning rate of Adam
+    gamma: Share = 0.99  # discount factor
+    gae_lambda: Share = 0.95  # lambda of generalised advantage estimation, Eq. (3)
+    clip: Amount = 0.2  # eps of Eq. (4): the probability ratio is clipped to 1 -+ eps
+    epochs: Positive = 10  # passes over the trials of an iteration
+    minibatches: Positive = 4  # minibatches per epoch
+    value_coef: Amount = 0.5  # c of Eq. (4), weight of the value loss
+    value_norm: bool = True  # predict values in units of the returns' running mean and deviation
+    entropy_coef: Amount = 0.01  # beta of Eq. (4), weight of the entropy
+    scale_rewards: bool = True  # divide rewards by their running standard deviation
+    max_grad_norm: Above = 0.5  # gradients are clipped to this norm
 
 
 PRESETS = {
@@ -145,14 +145,14 @@ PRESETS = {
         "compile": True,
     },
 }
-LINE = ("return", "value_loss", "entropy", "sps")  # scalars on standard output, without a terminal
-RESUMABLE = ("eval_populations", "plain", "compile")
-# With --adapt: what the networks are made for.
+LINE = ("return", "value_loss", "entropy", "sps")  # printed if there is no progress bar
+RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
+# --adapt keeps these flags of the adapted run: its networks need them.
 FIXED = ("task", "populations", "memory", "rnn_size", "hidden_size", "key_size")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
-    """Combinations that cannot be meant."""
+    """Flag combinations to refuse, each as (whether args has it, error message)."""
     return [
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
@@ -162,8 +162,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 
 def read(argv: list[str]) -> Args:
-    """The command line, on top of what --preset, --resume or --eval-only stand for; with --adapt on
-    top of the arguments of the run that it names."""
+    """Read the command line on top of what --preset, --resume or --eval-only stand for; with
+    --adapt on top of the adapted run's arguments. UsageError for flags that must not differ."""
     given = read_flags(Args, argv)
     if not given.adapt or given.resume or given.eval_only:
         return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
@@ -187,7 +187,8 @@ def read(argv: list[str]) -> Args:
 def make_envs(
     args: Args, population: str, num_envs: int, seed: int, first_world: int = 0
 ) -> ParticleWorld:
-    """num_envs worlds of args.task at a population; UsageError if it cannot have that."""
+    """Make worlds of args.task with a population like "6" or "8,4"; UsageError if that cannot be.
+    The random numbers of a world follow from the seed and its number, first_world + 0, 1, ..."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     try:
         return ParticleWorld(
@@ -196,7 +197,7 @@ def make_envs(
             num_envs,
             device="cuda" if cuda else "cpu",
             seed=seed,
-            compiled=args.compile and cuda,  # on a CPU updates take the time
+            compiled=args.compile and cuda,  # on a CPU most time is spent in updates
             first_world=first_world,
             horizon=args.max_episode_steps,
             shaping=args.shaping,
@@ -216,23 +217,23 @@ Population = tuple[int, ...]  # agents of each type
 
 
 class View(NamedTuple):
-    """What M x N agents observe."""
+    """Observations of N agents at M moments, as the networks read them."""
 
-    own: Tensor  # (M, N, Ds) o_s
-    others: Tensor  # (M, N, De) of each agent j; o_ij is that with p_j - p_i in the place of p_j
+    own: Tensor  # (M, N, Ds) o_s, an agent's own features
+    others: Tensor  # (M, N, De) features of each agent j; o_ij has p_j - p_i in place of p_j
     mask: Tensor  # (M, N, N) bool: i sees j
     counts: tuple[int, ...]  # agents of each parameter set, in order
 
 
 # [shared: layers] begin
 def per_agent(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """(S, ...) of parameter sets -> (N, ...) of agents."""
+    """Copy rows of parameter sets to their agents, (S, ...) -> (N, ...); counts: agents per set."""
     numbers = constant(counts, torch.int64, x.device)
     return x.repeat_interleave(numbers, 0, output_size=sum(counts))
 
 
 class Linear(nn.Module):
-    """A linear layer per parameter set."""
+    """A linear layer with S parameter sets; each agent uses one of them."""
 
     def __init__(self, sets: int, inputs: int, outputs: int, gain: float = 1.0):
         super().__init__()
@@ -246,7 +247,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers per parameter set."""
+    """Two linear layers with a ReLU between them and S parameter sets."""
 
     def __init__(self, sets: int, inputs: int, hidden: int, outputs: int):
         super().__init__()
@@ -263,13 +264,12 @@ class MLP(nn.Module):
 
 # [shared: relation_graph] begin
 class Pairs:
-    """Networks of o_ij = [p_j - p_i, v_j, ...] after a first layer that they share: keys, values.
-
-    As the paper has them, with M N^2 H numbers. By default FastPairs, which is equal, does without.
-    """
+    """The first layer above all o_ij = [p_j - p_i, v_j, ...]; scores() and sums() apply the second.
+    This literal form stores M N^2 H numbers. The default, FastPairs, gives equal results without
+    storing them."""
 
     def __init__(self, others: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]):
-        """others (M, N, De), weight (S, De, H), bias (S, H)."""
+        """Compute relu(o_ij W + b): others (M, N, De), weight W (S, De, H), bias b (S, H)."""
         N = others.shape[1]
         relative = others[:, None, :, :2] - others[:, :, None, :2]
         rest = others[:, None, :, 2:].expand(-1, N, -1, -1)
@@ -279,20 +279,20 @@ class Pairs:
         self.hidden, self.counts = F.relu(hidden), counts  # (M, N, N, H)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """q_i . k_ij (M, N, N) of queries (M, N, K), key (S, H, K)."""
+        """Return q_i . k_ij (M, N, N): query (M, N, K), key (S, H, K) the weights of keys."""
         key = per_agent(key, self.counts)
         keys = torch.einsum("mijh,ihk->mijk", self.hidden, key)
         return torch.einsum("mik,mijk->mij", query, keys)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """sum_j g_ij V(o_ij) (M, N, O) of graphs (M, N, N), weight (S, H, O), bias (S, O)."""
+        """Return sum_j g_ij V(o_ij) (M, N, O): g (M, N, N), weight (S, H, O), bias (S, O)."""
         weight, bias = per_agent(weight, self.counts), per_agent(bias, self.counts)
         values = torch.einsum("mijh,iho->mijo", self.hidden, weight) + bias[:, None]
         return torch.einsum("mij,mijo->mio", g, values)
 
 
 class RelationGraph(nn.Module):
-    """phi: whom an agent attends to."""
+    """phi: the attention network, which decides whom each agent attends to."""
 
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
@@ -302,10 +302,10 @@ class RelationGraph(nn.Module):
         self.own = Linear(sets, own_size, H, gain=RELU)
         self.query = Linear(sets, H, K, gain=args.head_gain)
         self.entity = Linear(sets, entity_size, H, gain=RELU)
-        self.key = Linear(sets, H, K, gain=args.head_gain)  # its bias would cancel in the softmax
+        self.key = Linear(sets, H, K, gain=args.head_gain)  # bias unused: it cancels in the softmax
 
     def forward(self, view: View) -> Tensor:
-        """The graph g (M, N, N): row i sums to 1, to 0 where nobody else lives."""
+        """The graph g (M, N, N). Row i sums to 1, or to 0 if agent i sees nobody."""
         hidden = F.relu(self.own(view.own, view.counts), inplace=True)
         query = self.query(hidden, view.counts)  # (M, N, K)
         entity = self.entity
@@ -321,7 +321,7 @@ class RelationGraph(nn.Module):
 
 
 class Encoder(nn.Module):
-    """c_i = relu(own(o_s) + e_i), e_i = sum_j g_ij V(o_ij), which is 0 without others."""
+    """c_i = relu(own(o_s) + e_i) with e_i = sum_j g_ij V(o_ij), which is 0 if i sees nobody."""
 
     def __init__(self, sets: int, own_size: int, entity_size: int, args: Args):
         super().__init__()
@@ -340,7 +340,7 @@ class Encoder(nn.Module):
 
 
 class RecurrentPolicy(nn.Module):
-    """Policy and value of an agent that remembers."""
+    """Policy and value on top of a GRU; each type of agent has its own parameters."""
 
     def __init__(self, game: Game, args: Args):
         super().__init__()
@@ -349,17 +349,17 @@ class RecurrentPolicy(nn.Module):
         self.forgets = args.memory == "step"
         self.encoder = Encoder(S, game.own_features, game.entity_features, args)
         self.grus = nn.ModuleList(nn.GRU(inputs, R) for _ in range(S))
-        self.actor = Linear(S, R, NUM_ACTIONS, gain=0.1)  # all actions are tried
+        self.actor = Linear(S, R, NUM_ACTIONS, gain=0.1)  # small: all actions are tried
         self.critic = Linear(S, R, 1)
 
     def forward(
         self, view: View, previous: Tensor, hidden: Tensor, acts: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """T steps of a game: log pi (T, B, N, A), V (T, B, N), and h (B, N, R) after them.
+        """Run T steps of a game; return log pi (T, B, N, A), V (T, B, N) and the last h (B, N, R).
 
-        previous  (T, B, N, A + 2): what x_t has beside c
+        previous  (T, B, N, A + 2): the rest of x_t, behind c
         hidden    (B, N, R): h before the first step
-        acts      (T, B, N) bool: who no longer acts keeps h, until the game ends
+        acts      (T, B, N) bool: whether an agent acts; after its last action it keeps h
         """
         shape, counts = acts.shape, view.counts
         c = self.encoder(view).unflatten(0, shape[:2])  # (T, B, N, H)
@@ -369,14 +369,14 @@ class RecurrentPolicy(nn.Module):
         # Eq. (2)
         log_probs = self.actor(rows, counts).log_softmax(-1)
         values = self.critic(rows, counts)
-        # h after as many steps as an agent has acted
+        # h after each agent's last action: acts is True first and False later
         states = torch.cat((hidden[None], states))  # (T + 1, B, N, R)
         number = acts.sum(0)[..., None].expand_as(hidden)  # (B, N, R)
         after = states.gather(0, number[None])[0]
         return log_probs.unflatten(0, shape[:2]), values.view(shape), after
 
     def remember(self, x: Tensor, hidden: Tensor, counts: Population) -> Tensor:
-        """h (T, B, N, R) after each step of x (T, B, N, .), from hidden (B, N, R) on."""
+        """Return h (T, B, N, R) after each step of x (T, B, N, .); hidden: the h before."""
         T, B, N = x.shape[:3]
         if self.forgets:  # each step begins with h = 0
             x = x.view(1, T * B, N, -1)
@@ -392,13 +392,13 @@ class RecurrentPolicy(nn.Module):
 
 # [shared: sample] begin
 def gumbel(like: Tensor, rng: torch.Generator) -> Tensor:
-    """Gumbel noise of the shape of a tensor."""
+    """Gumbel noise with the shape and device of a tensor, drawn on the CPU by rng."""
     noise = torch.empty(like.shape).exponential_(generator=rng)
     return send(-noise.log(), like.device)
 
 
 def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
-    """Actions (...) from log-probabilities (..., A): the largest after adding Gumbel noise."""
+    """Draw actions (...) from log_probs (..., A): the argmax after adding Gumbel noise."""
     return (log_probs + gumbel(log_probs, rng)).argmax(-1)
 
 
@@ -406,7 +406,7 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
 
 
 class ValueNorm(nn.Module):
-    """Mean and deviation of G by exponential averages over iterations, debiased."""
+    """Running mean and deviation of returns G: exponential averages over iterations, debiased."""
 
     DECAY = 0.8
 
@@ -415,11 +415,11 @@ class ValueNorm(nn.Module):
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of 1, x, x^2
 
     def update(self, new: Tensor) -> None:
-        """new (3,): 1, mean and mean square of new returns."""
+        """Take in an iteration's returns; new (3,): 1, their mean, their mean square."""
         self.sums.lerp_(new, 1 - self.DECAY)
 
     def mean_std(self) -> tuple[float, float]:
-        """0 and 1 before the first update."""
+        """Mean and standard deviation; 0 and 1 before the first update."""
         weight, mean, square = self.sums.tolist()
         if weight == 0:
             return 0.0, 1.0
@@ -428,15 +428,15 @@ class ValueNorm(nn.Module):
 
 
 class Memory(NamedTuple):
-    """What the agents of B worlds carry along."""
+    """What the agents of B worlds carry from step to step and from game to game."""
 
-    population: Population  # whose
+    population: Population  # of the present game
     hidden: Tensor  # (B, N, R) h
     previous: Tensor  # (B, N, A + 2) a_t-1 one-hot, r_t-1 / std, done_t-1
 
 
 class Agent(Parts):
-    """The policy, its optimiser, and what rewards are divided by."""
+    """The policy, its optimiser, and the running scales of values and rewards."""
 
     def __init__(self, args: Args, game: Game, device: torch.device):
         self.args, self.device = args, device
@@ -445,10 +445,10 @@ class Agent(Parts):
         self.value_norm = ValueNorm().to(device)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.optimiser = adam(self.policy.parameters())
-        self.reward_scales: dict[str, RewardScale] = {}  # of the populations that it learns in
+        self.reward_scales: dict[str, RewardScale] = {}  # by training population
 
     def view(self, game: Game, obs: Observation) -> View:
-        """An observation as networks read it."""
+        """The networks' input for observations of a game."""
         return View(
             own=obs.own.contiguous(),
             others=obs.others.contiguous(),
@@ -459,15 +459,15 @@ class Agent(Parts):
     def act(
         self, game: Game, obs: Observation, memory: Memory, acts: Tensor
     ) -> tuple[Tensor, Tensor, Memory]:
-        """One step: log pi (B, N, A), V (B, N), and the memory with the new h of who acts."""
+        """Run one step; return log pi (B, N, A), V (B, N) and the memory with acting agents' h."""
         view, previous = self.view(game, obs), memory.previous[None]
         log_probs, values, hidden = self.policy(view, previous, memory.hidden, acts[None])
         mean, std = self.value_norm.mean_std()
         return log_probs[0], values[0] * std + mean, memory._replace(hidden=hidden)
 
     def deviation(self, worlds: ParticleWorld) -> Tensor:
-        """What rewards are divided by (N,): where it does not learn, by the average of where it
-        does."""
+        """Return what each agent's rewards are divided by (N,). A population outside training uses
+        the average sums of the training populations."""
         scale = self.reward_scales.get(population_name(worlds.game))
         if scale is None:
             scale = RewardScale(worlds)
@@ -483,8 +483,8 @@ class Agent(Parts):
 
 
 def same_agents(before: Population, after: Population) -> tuple[list[int], list[int]]:
-    """The numbers of the agents of one population that are in the next one, too, and their numbers
-    there: of each type the first ones."""
+    """Return the agents that are in both populations, as their indices in `before` and in `after`.
+    Of each type these are the first agents."""
     here, there = [], []
     for kind, counts in enumerate(zip(before, after)):
         both = range(min(counts))
@@ -494,8 +494,8 @@ def same_agents(before: Population, after: Population) -> tuple[list[int], list[
 
 
 def hand_over(hidden: Tensor, before: Population, after: Population) -> Tensor:
-    """h (B, N, R) of a population before -> of the next one: that of the same agent or, of one who
-    comes in, the mean of its type."""
+    """Turn h (B, N, R) of one population into h (B, N', R) of the next. An agent of both keeps its
+    h; a new agent gets the mean h of its type."""
     # papers are silent: who remembers what when N changes
     means = [part.mean(1) for part in hidden.split(before, 1)]
     new = per_agent(torch.stack(means), after).transpose(0, 1)  # (B, N', R)
@@ -505,8 +505,8 @@ def hand_over(hidden: Tensor, before: Population, after: Population) -> Tensor:
 
 
 def begin_game(agent: Agent, game: Game, num_worlds: int, last: Memory | None) -> Memory:
-    """The memory with which a game begins; last: where the trial's game before it ended, None in a
-    trial's first one."""
+    """Return the memory at the start of a game. last: the memory at the end of the trial's previous
+    game, or None in the first game of a trial."""
     N, inputs = game.num_agents, NUM_ACTIONS + 2
     hidden = torch.zeros(num_worlds, N, agent.args.rnn_size, device=agent.device)
     previous = torch.zeros(num_worlds, N, inputs, device=agent.device)
@@ -519,16 +519,15 @@ def begin_game(agent: Agent, game: Game, num_worlds: int, last: Memory | None) -
 
 
 def gae(args: Args, trial: Trial) -> list[Tensor]:
-    """Advantages (T, B, N) in each game of a trial, 0 where an agent does not act.
-
-    An agent that is in the next game, too, goes on there. For others, and at the trial's end, comes
-    the value of where the game stopped."""
+    """Advantages (T, B, N) for each game of a trial, 0 where an agent does not act. For an agent
+    that is also in the next game, Eq. (3) goes on there. For others, and at the trial's end, it
+    bootstraps from the value of the game's final observation."""
     results: list[Tensor] = []
     following: Played | None = None
     for played in reversed(trial):
         next_value = played.values[-1].clone()  # (B, N)
         running = torch.zeros_like(next_value)
-        if following:  # in whose first step everybody acts
+        if following:  # all agents act in its first step
             here, there = same_agents(played.game.population, following.game.population)
             next_value[:, here] = following.values[0][:, there]
             running[:, here] = results[-1][0][:, there]
@@ -539,7 +538,7 @@ def gae(args: Args, trial: Trial) -> list[Tensor]:
             delta = played.rewards[t] + args.gamma * next_value - value
             advantage = delta + args.gamma * args.gae_lambda * running
             advantages[t] = advantage * acts
-            # who does not act waits for the next game
+            # an agent that does not act passes on what the next game gave
             running = torch.where(acts, advantage, running)
             next_value = torch.where(acts, value, next_value)
         results.append(advantages)
@@ -548,7 +547,7 @@ def gae(args: Args, trial: Trial) -> list[Tensor]:
 
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Element by element; ratio: of pi to the policy that acted."""
+    """PPO's clipped objective (K,) of ratio, rho in Eq. (4), and advantage, both (K,)."""
     # Eq. (4)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return torch.min(ratio * advantage, clipped * advantage)
@@ -559,21 +558,21 @@ def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 @dataclasses.dataclass
 class Played:
-    """A game of a trial, in B worlds."""
+    """One game of a trial, as recorded in B worlds."""
 
     game: Game
     obs: Observation  # (T, B, N, ...)
-    previous: Tensor  # (T, B, N, A + 2) what x_t has beside c
-    acts: Tensor  # (T, B, N) bool: it lives, and the game has not ended
+    previous: Tensor  # (T, B, N, A + 2) the rest of x_t, behind c
+    acts: Tensor  # (T, B, N) bool: the agent lives, and the game has not ended
     actions: Tensor  # (T, B, N) int64
     log_probs: Tensor  # (T, B, N) float32, of the actions under the policy that acted
-    rewards: Tensor  # (T, B, N) float32, divided by their running deviation
-    values: Tensor  # (T + 1, B, N) float32, at last of where the game stopped; 0: the end
-    advantages: Tensor | None = None  # (T, B, N) float32, normalised; these: see prepare()
-    targets: Tensor | None = None  # (T, B, N) float32
+    rewards: Tensor  # (T, B, N) float32, divided by their running standard deviation
+    values: Tensor  # (T + 1, B, N) float32, the last of the final observation or 0 at an end
+    advantages: Tensor | None = None  # (T, B, N) float32, normalised; prepare() sets it
+    targets: Tensor | None = None  # (T, B, N) float32; prepare() sets it
 
     def at(self, worlds: Tensor) -> Played:
-        """Some of the worlds."""
+        """The same game in some of its worlds, which are given by their indices."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         rows = {name: x[:, worlds] for name, x in tensors.items()}
         obs = Observation(*(x[:, worlds] for x in self.obs))
@@ -584,12 +583,12 @@ Trial = list[Played]  # its games, in order
 
 
 def of_acting(games: list[Played], xs: list[Tensor]) -> Tensor:
-    """Of tensors (T, B, N, ...), one for each game, the K steps in which an agent acts (K, ...)."""
+    """Select the K steps in which agents act from one tensor (T, B, N, ...) a game -> (K, ...)."""
     return torch.cat([x[played.acts] for played, x in zip(games, xs)])
 
 
 class Collector:
-    """The worlds of one population, and how large its rewards are."""
+    """The worlds of one population, and the running standard deviation of its rewards."""
 
     def __init__(self, args: Args, population: str):
         self.name = population
@@ -601,7 +600,7 @@ class Collector:
         self.worlds.reset()
 
     def add(self, step: Step, acts: Tensor) -> None:
-        """Count what all worlds gave; acts (B, N): in worlds without any the game is over."""
+        """Count a step's rewards and ends; acts (B, N): if nobody acts, a world ended earlier."""
         going = acts.any(1)
         self.reward_scale.add(step.reward, acts)
         self.returns.add(
@@ -613,7 +612,7 @@ class Collector:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """What a checkpoint stores."""
         return {
             "worlds": self.worlds.state_dict(),
             "rewards": self.reward_scale.sums,
@@ -621,25 +620,25 @@ class Collector:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken."""
+        """Restore what state_dict() returned."""
         self.worlds.load_state_dict(saved["worlds"])
         self.reward_scale.sums = saved["rewards"].to(self.worlds.device)
         self.returns.load_state_dict(saved)
 
 
 class TrialPlayer:
-    """The policy in B worlds, and what its agents remember: sampled actions.
+    """The policy in B worlds, with its agents' memory; actions are sampled, not greedy.
 
-    It is a player for envs.particle.episodes, too: each trial is of `games` games in the worlds
-    that it is called with, of as many calls as their horizon; a trial of one game ends with it."""
+    It is also a player for envs.particle.episodes, called once a step: a trial has `games` games of
+    worlds.horizon calls each. With games=1, a world's memory begins anew with each episode."""
 
     def __init__(self, agent: Agent, rng: torch.Generator, games: int = 1):
         self.agent, self.rng, self.games = agent, rng, games
         self.worlds: ParticleWorld | None = None
-        self.calls = 0  # in these worlds
+        self.calls = 0  # so far, in these worlds
 
     def begin(self, worlds: ParticleWorld, first: bool) -> None:
-        """A game begins in all worlds, the first one of a trial or the next one."""
+        """Begin a game in all worlds; first: whether it is the first game of a trial."""
         B = worlds.num_worlds
         last = None if first else self.memory
         self.worlds = worlds
@@ -648,7 +647,7 @@ class TrialPlayer:
 
     @torch.no_grad()
     def act(self) -> tuple[Tensor, Tensor]:
-        """Draw actions (B, N); returns their log-probabilities and V, both (B, N)."""
+        """Draw self.actions (B, N); return their log-probabilities and V, both (B, N)."""
         game, obs = self.worlds.game, self.worlds.obs
         self.acts = obs.alive & self.playing
         log_probs, values, self.memory = self.agent.act(game, obs, self.memory, self.acts)
@@ -656,8 +655,8 @@ class TrialPlayer:
         return pick(log_probs, self.actions), values
 
     def see(self, reward: Tensor) -> Tensor:
-        """Remember what came of it, reward (B, N); returns it divided by its deviation, 0 of who
-        did not act."""
+        """Put the last actions and their reward (B, N) into the memory. Returns the reward divided
+        by its standard deviation, 0 for agents that did not act."""
         reward = reward * self.acts / self.agent.deviation(self.worlds)
         one_hot = F.one_hot(self.actions, NUM_ACTIONS).to(reward.dtype)
         done = torch.zeros_like(reward)
@@ -667,8 +666,8 @@ class TrialPlayer:
         return reward
 
     def __call__(self, worlds: ParticleWorld) -> Tensor:
-        """Actions (B, N)."""
-        goes_on = worlds.clocks.time[: worlds.num_worlds, None] > 0  # (B, 1), an episode
+        """Draw actions (B, N) for the present observations of the worlds."""
+        goes_on = worlds.clocks.time[: worlds.num_worlds, None] > 0  # (B, 1): not at its start
         is_new = worlds is not self.worlds
         if is_new:
             self.calls = 0
@@ -677,7 +676,7 @@ class TrialPlayer:
         game, step = divmod(self.calls, worlds.horizon)
         if is_new or (step == 0 and self.games > 1):
             self.begin(worlds, first=game % self.games == 0)
-        elif self.games > 1:  # who ended early waits for the others
+        elif self.games > 1:  # worlds that ended early wait for the others
             self.playing = self.playing & goes_on
         else:
             keeps = goes_on[..., None]
@@ -690,7 +689,7 @@ class TrialPlayer:
 
 
 def play_game(player: TrialPlayer, collector: Collector) -> Played:
-    """A game in all worlds of a population; the player has begun it."""
+    """Play and record one game in all worlds of a population; call player.begin() before."""
     record, seen = collections.defaultdict(list), []
     worlds = collector.worlds
     for _ in range(worlds.horizon):
@@ -714,13 +713,13 @@ def play_game(player: TrialPlayer, collector: Collector) -> Played:
 
 
 def num_games(args: Args) -> int:
-    """G."""
+    """G, the number of games of a trial."""
     return args.trial_games or len(args.populations)
 
 
 def draw_orders(args: Args, number: int, rng: torch.Generator) -> list[list[int]]:
-    """The populations of the games of a trial, by their numbers, for as many trials as there are
-    populations: a random order of them, begun at each, or each by itself."""
+    """Return `number` orders, each with the indices of the populations of a trial's games. --trial
+    cycle: one random order, begun at each population; same: one population an order."""
     order = torch.randperm(number, generator=rng).tolist()
     order = gather(order)[0]  # processes play the same populations together
     step = 1 if args.trial == "cycle" else 0
@@ -732,7 +731,7 @@ def draw_orders(args: Args, number: int, rng: torch.Generator) -> list[list[int]
 def collect(
     args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator
 ) -> list[Trial]:
-    """B trials for each order of the populations, game by game."""
+    """Play B trials for each order of populations, game by game; return a Trial an order."""
     player, trials = TrialPlayer(agent, rng), []
     for order in draw_orders(args, len(collectors), rng):
         trial: Trial = []
@@ -746,8 +745,8 @@ def collect(
 
 
 def prepare(args: Args, agent: Agent, trials: list[Trial]) -> None:
-    """Give the games of these trials their advantages and targets; takes the returns into
-    agent.value_norm."""
+    """Set advantages and targets of all games of these trials, in place; update agent.value_norm
+    with their returns."""
     games = [played for trial in trials for played in trial]
     advantages = [x for trial in trials for x in gae(args, trial)]
     returns = [played.values[:-1] + x for played, x in zip(games, advantages)]
@@ -762,7 +761,7 @@ def prepare(args: Args, agent: Agent, trials: list[Trial]) -> None:
 
 
 def minibatches(args: Args, trials: list[Trial], rng: torch.Generator) -> Iterator[list[Trial]]:
-    """One epoch: the worlds of each order, with all their agents, shuffled and dealt out."""
+    """Yield an epoch's minibatches: of each order some shuffled worlds, with all their agents."""
     shuffled = [torch.randperm(args.num_envs, generator=rng) for _ in trials]
     dealt = [worlds.tensor_split(args.minibatches) for worlds in shuffled]
     for part in zip(*dealt):
@@ -777,7 +776,7 @@ def pick(x: Tensor, actions: Tensor) -> Tensor:  # (..., A), (...) -> (...)
 
 
 def replay(agent: Agent, trial: Trial) -> tuple[Tensor, Tensor]:
-    """log pi (K, A) and V (K,) of the policy of now in the K steps of acting agents."""
+    """log pi (K, A) and V (K,) of the present policy in the K recorded steps of acting agents."""
     log_probs, values = [], []
     memory = None
     for played in trial:
@@ -793,7 +792,7 @@ def replay(agent: Agent, trial: Trial) -> tuple[Tensor, Tensor]:
 
 
 def losses(args: Args, agent: Agent, trials: list[Trial]) -> tuple[Tensor, dict[str, Tensor]]:
-    """L, and what it is made of."""
+    """The loss L of Eq. (4) on these trials, and its terms as scalars for the log."""
     outputs = [replay(agent, trial) for trial in trials]
     log_probs, values = (torch.cat(x) for x in zip(*outputs))  # (K, A), (K,)
     games = [played for trial in trials for played in trial]
@@ -821,8 +820,8 @@ def losses(args: Args, agent: Agent, trials: list[Trial]) -> tuple[Tensor, dict[
 def update(
     args: Args, agent: Agent, trials: list[Trial], rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """PPO's epochs over an iteration's trials. Returns scalars; RunError if one of them or a reward
-    is not finite."""
+    """Run PPO's epochs over an iteration's trials. Returns scalars for the log; RunError if one of
+    them or a reward is not finite."""
     found, returns = collections.defaultdict(list), {}
     for place, games in enumerate(zip(*trials), start=1):
         scaled = [played.rewards.sum(0).mean() for played in games]
@@ -845,9 +844,9 @@ def update(
 def evaluate(
     args: Args, agent: Agent, names: list[str], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Trials without learning, all their games in one population: the first one is zero-shot, later
-    ones show whether memory adapts. At the end beside scripted players, and in populations never
-    met; names: of those that it learns in."""
+    """Play trials with all games in one population; return {row: {figure: value}}. The first game
+    is zero-shot; later games show whether memory adapts. The final evaluation adds scripted players
+    and unseen populations. names: training populations."""
     world_seed, player_seed, scripted_seed = evaluation.rng.integers(2**31, size=3).tolist()
     unseen = args.eval_populations if evaluation.final else ()
     results = {}
@@ -866,8 +865,8 @@ def evaluate(
 
 
 def load_agent(path: str) -> tuple[Args, Agent]:
-    """Arguments and policy of a run or checkpoint, on the CPU; UsageError if it is of another
-    script."""
+    """Load arguments and policy of a run or checkpoint, on the CPU; UsageError if another script
+    wrote it."""
     args = saved_args(path, Args)
     args = dataclasses.replace(args, device="cpu", compile=False, num_envs=1)
     saved, _ = load_checkpoint(path)
@@ -882,8 +881,8 @@ def load_agent(path: str) -> tuple[Args, Agent]:
 
 
 def load_player(path: str, seed: int = 1, games: int = 1) -> Player:
-    """The policy of a run or checkpoint as a player for envs.particle.episodes, in all populations;
-    it remembers this many games."""
+    """The policy of a run or checkpoint as a player for envs.particle.episodes. It plays in every
+    population; its memory lasts for this many games."""
     _, agent = load_agent(path)
     return TrialPlayer(agent, torch.Generator().manual_seed(seed), games)
 
@@ -892,7 +891,7 @@ def load_player(path: str, seed: int = 1, games: int = 1) -> Player:
 
 
 def adapt(args: Args, agent: Agent, collector: Collector) -> None:
-    """Begin with the policy and the sizes of values and rewards of the run that is adapted."""
+    """Copy policy, value norm and average reward scale of the adapted run, in place."""
     saved, _ = load_checkpoint(args.adapt)
     nets = {"policy": agent.policy, "value_norm": agent.value_norm}
     restore(nets, saved["agent"], args.adapt)
@@ -901,11 +900,11 @@ def adapt(args: Args, agent: Agent, collector: Collector) -> None:
 
 
 def train(args: Args) -> int:
-    """The run, or with --eval-only its evaluation; returns the exit code."""
+    """Train, or only evaluate with --eval-only; return the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         for name in args.eval_populations:
-            make_envs(args, name, num_envs=1, seed=args.seed)  # that it can be had
+            make_envs(args, name, num_envs=1, seed=args.seed)  # UsageError now, not after training
         names = [args.population] if args.adapt else list(args.populations)
         collectors = [Collector(args, name) for name in names]
         agent = Agent(args, collectors[0].game, run.device)
@@ -915,7 +914,7 @@ def train(args: Args) -> int:
         run.restore(agent=agent)
         run.judge = functools.partial(evaluate, args, agent, names)
         if args.eval_only:
-            run.restore_own(own)  # how large rewards are
+            run.restore_own(own)  # the reward scales
             return run.evaluate_only()
         if args.adapt and not args.resume:
             adapt(args, agent, collectors[0])
@@ -938,7 +937,7 @@ def train(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     return call(lambda: train(read(argv)))
 

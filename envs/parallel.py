@@ -1,14 +1,14 @@
-"""Our worlds as PettingZoo has them: one world on the CPU, its agents by name.
+"""PettingZoo interfaces of all worlds: one world on the CPU, its agents by name.
 
     world = parallel_env("meltingpot", "coins")               # or "battles", "sz", (3, 4, 5)
     world = parallel_env("particle", "pacman", (4, 2))        # or "collection", (3, 4, 5)
     observations, infos = world.reset(seed=1)
 
-`env(...)` takes what `parallel_env(...)` takes and gives agents one at a time (an AECEnv). All
-worlds have the options render_mode ("human", "rgb_array" or None) and max_cycles (the length of an
-episode in steps); the classes below say what else there is to choose, what agents see and what
-their actions mean. step() wants an action of every agent in `agents`, and of nobody else. This is
-for trying things out, not for speed.
+`env(...)` has the same arguments as `parallel_env(...)` and returns an AECEnv, in which agents act
+one at a time. All worlds have the options render_mode ("human", "rgb_array" or None) and max_cycles
+(steps of an episode); the classes below say what other options there are, what agents observe and
+what their actions mean. step() needs an action for every agent in `agents`, and for no other agent.
+These interfaces are for trying things out; they are not fast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pettingzoo.utils import parallel_to_aec
 
 
 class Outcome(NamedTuple):
-    """What a step did to each of the N possible agents, in their order."""
+    """Results of a step for each of the N possible agents, in the order of possible_agents."""
 
     reward: list[float]
     terminated: list[bool]
@@ -32,10 +32,10 @@ class Outcome(NamedTuple):
 
 
 class View(ParallelEnv):
-    """What all worlds have in common.
+    """Base class of all worlds.
 
-    A subclass sets its world up and then calls `describe`; it says in `_begin`, `_advance`, `_see`,
-    `_draw` and `state` how the world begins, goes on and looks.
+    A subclass makes its world and then calls `describe`. It implements `_begin`, `_advance`,
+    `_see`, `_draw` and `state`: first state, step, observation, picture and global state.
     """
 
     metadata: dict[str, Any]
@@ -48,15 +48,15 @@ class View(ParallelEnv):
         state_shape: tuple[int, ...],
         render_mode: str | None,
     ) -> None:
-        """Say who may ever act, what each agent sees and does, and what state() looks like."""
+        """Set the possible agents, their spaces of observations and actions and the state space."""
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode is human or rgb_array, not {render_mode!r}.")
         self.render_mode = render_mode
         self.possible_agents = agents
-        self.agents: list[str] = []  # those that act now
+        self.agents: list[str] = []  # those that act in the next step
         self.num_actions = num_actions
         self.observation_spaces = dict.fromkeys(agents, observation)
-        # One each: a space has its own random numbers.
+        # Each agent has its own action space, as a space has its own random generator.
         self.action_spaces = {agent: spaces.Discrete(num_actions) for agent in agents}
         self.state_space = spaces.Box(-np.inf, np.inf, state_shape, np.float32)
         self._window = None
@@ -68,15 +68,16 @@ class View(ParallelEnv):
         return self.action_spaces[agent]
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Begin an episode; with a seed, the one that belongs to it."""
+        """Begin an episode; a seed restarts the random numbers. Returns observations and infos."""
         self.agents = self._begin(seed)
         return self._observe(), {agent: {} for agent in self.agents}
 
     def step(self, actions: dict[str, int]) -> tuple[dict, dict, dict, dict, dict]:
-        """Observations, rewards, terminations, truncations and infos of those who acted.
+        """Play one step with {agent: action}. Returns dictionaries of the agents that acted:
+        observations, rewards, terminations, truncations and infos.
 
-        Raises ValueError with one sentence for actions that are missing, unknown or nobody's.
-        """
+        ValueError if no episode is under way, and for actions that are missing, that do not exist
+        or that belong to agents that do not act now."""
         outcome = self._advance(self._read(actions))
         acted = self.agents
         each = [dict(zip(self.possible_agents, values)) for values in outcome]
@@ -90,7 +91,7 @@ class View(ParallelEnv):
         return observations, reward, terminated, truncated, infos
 
     def _read(self, actions: dict[str, int]) -> np.ndarray:
-        """Actions (N,) of all possible agents, 0 for those that do not act."""
+        """Check actions; return those of all possible agents (N,) int64, 0 for who does not act."""
         if not self.agents:
             raise ValueError("No episode is under way: call reset() before step().")
         for agent in actions:
@@ -115,7 +116,7 @@ class View(ParallelEnv):
         return {agent: self._see(self.possible_agents.index(agent)) for agent in self.agents}
 
     def render(self) -> np.ndarray | None:
-        """A picture (height, width, 3) uint8, or, with render_mode="human", a window."""
+        """A picture (height, width, 3) uint8 with "rgb_array"; None, but a window with "human"."""
         if self.render_mode is None:
             return None
         image = self._draw()
@@ -138,15 +139,15 @@ class View(ParallelEnv):
             self._window = None
 
     def _begin(self, seed: int | None) -> list[str]:
-        """Begin an episode; returns who acts in it."""
+        """Begin an episode; returns the names of the agents that act in it."""
         raise NotImplementedError
 
     def _advance(self, chosen: np.ndarray) -> Outcome:
-        """One step with the actions (N,) of all possible agents."""
+        """Play one step with the actions (N,) int64 of all possible agents."""
         raise NotImplementedError
 
     def _see(self, i: int) -> Any:
-        """What possible agent i observes."""
+        """The observation of possible agent number i."""
         raise NotImplementedError
 
     def _draw(self) -> np.ndarray:
@@ -155,12 +156,12 @@ class View(ParallelEnv):
 
 
 def new_seed() -> int:
-    """A seed that nobody has chosen."""
+    """A random seed from the operating system, for worlds that were given none."""
     return int(np.random.SeedSequence().generate_state(1)[0])
 
 
 def new_metadata(name: str, fps: int) -> dict[str, Any]:
-    """What PettingZoo wants to know of a class."""
+    """The `metadata` that PettingZoo requires of a class; fps: frames per second of render()."""
     modes = ["human", "rgb_array"]
     return {"name": name, "render_modes": modes, "render_fps": fps, "is_parallelizable": True}
 
@@ -169,12 +170,12 @@ def new_metadata(name: str, fps: int) -> dict[str, Any]:
 
 
 class MeltingPotView(View):
-    """One world of a substrate, with pixels.
+    """One world of a Melting Pot substrate; agents player_0, player_1, ...
 
-    Observations are dictionaries of RGB and what else a player may see; rewards are each player's
-    own. Infos count `pick_ups`. state() and pictures are WORLD.RGB, which players do not see.
-    Resets with a seed fix the engine's seeds, yet the engine is not reproducible
-    (docs/meltingpot.md). max_cycles 0 plays episodes to their natural end.
+    Observations are {"RGB": (H, W, 3) uint8, feature: (length,) float64, ...} with the substrate's
+    other features. Each player has its own reward. Infos have `pick_ups`, the number in this step.
+    state() and pictures are WORLD.RGB, which players do not see. reset(seed) sets the engine's
+    seeds, yet the engine is not reproducible (docs/meltingpot.md). max_cycles 0: no limit.
     """
 
     metadata = new_metadata("meltingpot_v2", 10)
@@ -230,7 +231,7 @@ class MeltingPotView(View):
         return self.state()
 
     def state(self) -> np.ndarray:
-        """The global view (H, W, 3) uint8."""
+        """The picture of the whole world, WORLD.RGB (H, W, 3) uint8."""
         return self.engine.lab.observation("WORLD.RGB").copy()
 
     def close(self) -> None:
@@ -242,13 +243,12 @@ class MeltingPotView(View):
 
 
 class ParticleView(View):
-    """One particle world: agents pac_man_0 ... pac_man_3, ghost_0, ghost_1 of "pacman", (4, 2).
+    """One particle world; "pacman", (4, 2) has agents pac_man_0 ... pac_man_3, ghost_0, ghost_1.
 
-    Observations are flat float32 vectors: what the agent sees of itself, (Ds,), then what it sees
-    of each other agent in order, (De,) each: envs.particle.worlds.Observation says what is in them.
-    An agent that is dead is zeros. Actions are 0 none, 1 left, 2 right, 3 down, 4 up. Dead Pac-Men
-    leave `agents`. state() is the world's state (S,), from which all can be computed. Further
-    options are fields of envs.particle.worlds.Game.
+    An observation is a float32 vector (Ds + (N - 1) De,): the agent's own features (Ds,), then the
+    features (De,) of each other agent in order, zeros if it is not seen; they are explained in
+    envs.particle.worlds.Observation. Actions are 0 none, 1 left, 2 right, 3 down, 4 up. Dead
+    Pac-Men leave `agents`. Further options are fields of envs.particle.worlds.Game.
     """
 
     metadata = new_metadata("particle_v0", 10)
@@ -311,7 +311,7 @@ class ParticleView(View):
         return draw(self.world.game, self._state)
 
     def state(self) -> np.ndarray:
-        """All positions, velocities and who is alive, (S,) float32."""
+        """The world's whole state (S,) float32, from which all else can be computed."""
         return self._state.copy()
 
 
@@ -319,15 +319,15 @@ class ParticleView(View):
 
 
 class TeamView(View):
-    """A world with a team whose size changes from episode to episode.
+    """Base class of worlds with a team whose size changes from episode to episode.
 
-    Observations are {"observation": (A+E, D) float32, "action_mask": (actions,) int8}: all
-    entities as in the world's Observation, those that the agent does not see as zeros, its own row
-    first. Everybody earns the team's reward.
+    Observations are {"observation": (A+E, D) float32, "action_mask": (actions,) int8}: the rows of
+    all entities as in the world's Observation, the agent's own row first; rows that the agent does
+    not see are 0. Every agent has the team's reward.
     """
 
     def team_space(self, slots: int, num_features: int, num_actions: int) -> spaces.Space:
-        """What an agent sees of `slots` entities."""
+        """The observation space of an agent, for `slots` entities."""
         return spaces.Dict(
             {
                 "observation": spaces.Box(-np.inf, np.inf, (slots, num_features), np.float32),
@@ -336,7 +336,7 @@ class TeamView(View):
         )
 
     def present(self) -> list[bool]:
-        """Whose slots are taken in this episode."""
+        """(A,): which agents' slots are taken in this episode."""
         raise NotImplementedError
 
     def _begin(self, seed: int | None) -> list[str]:
@@ -354,12 +354,12 @@ class TeamView(View):
 
 
 class BattleView(TeamView):
-    """One simulated StarCraft battle; agents ally_0, ally_1, ... fight an enemy that plays itself.
+    """One simulated StarCraft battle; agents ally_0, ally_1, ... fight a scripted enemy.
 
-    An action that is not available becomes stop (no-op of the dead). The dead stay until the battle
-    ends and can do nothing else. Infos say at the end whether it was `won`. state() is what all
-    units are, (A+E, 9): the fields of a Snapshot. Further options are those of
-    envs.smac.combat.Combat.
+    Actions are those of envs.smac.combat; an unavailable one becomes stop, or no-op of the dead.
+    Dead agents stay in `agents` until the battle ends, and can only take no-op. The last infos have
+    `won`. state() has the fields of a Snapshot for all units, (A+E, 9) float32. Further options are
+    those of envs.smac.combat.Combat.
     """
 
     metadata = new_metadata("combat_v0", 6)
@@ -387,7 +387,7 @@ class BattleView(TeamView):
             state_shape=(SLOTS, 9),
             render_mode=render_mode,
         )
-        self._actions: np.ndarray | None = None  # of all slots, for pictures
+        self._actions: np.ndarray | None = None  # (A,) of the last step, which pictures show
         self.world.reset()
 
     def present(self) -> list[bool]:
@@ -423,16 +423,16 @@ class BattleView(TeamView):
         return draw(self.world.snapshot, 0, self.world.units[0], self._actions)
 
     def state(self) -> np.ndarray:
-        """What all units are, (A+E, 9) float32."""
+        """The fields of the battle's Snapshot for all units, (A+E, 9) float32."""
         fields = [x[0].numpy().astype(np.float32) for x in self.world.snapshot]
         return np.stack(fields, -1)
 
 
 class CollectionView(TeamView):
-    """One world of Resource Collection, with agents collector_0, collector_1, ...
+    """One world of Resource Collection; agents collector_0, collector_1, ...
 
-    Actions are 1 stay, 2 left, 3 right, 4 down, 5 up; 0 is for empty slots and means stay. state()
-    is the snapshot as one vector.
+    Actions are 1 stay, 2 left, 3 right, 4 down, 5 up; 0, which is for empty slots, means stay, too.
+    state() is the world's Snapshot as one float32 vector.
     """
 
     metadata = new_metadata("resource_collection_v0", 12)
@@ -483,7 +483,7 @@ class CollectionView(TeamView):
         return draw(self.world.snapshot, 0)
 
     def state(self) -> np.ndarray:
-        """The snapshot's fields one after the other, float32."""
+        """The fields of the world's Snapshot, flattened and one after the other, (S,) float32."""
         fields = [x[0].float().flatten() for x in self.world.snapshot]
         return np.concatenate([x.numpy() for x in fields])
 
@@ -499,12 +499,12 @@ VIEWS: dict[str, type[View]] = {
 
 
 def parallel_env(family: str, *world: Any, **options: Any) -> ParallelEnv:
-    """One world of a family: its class in VIEWS says what `world` and `options` may be."""
+    """One world of a family; VIEWS[family] explains the arguments. ValueError if unknown."""
     if family not in VIEWS:
         raise ValueError(f"There is no family of worlds {family!r}: {', '.join(VIEWS)}.")
     return VIEWS[family](*world, **options)
 
 
 def env(family: str, *world: Any, **options: Any) -> AECEnv:
-    """One world of a family, whose agents act one at a time."""
+    """parallel_env(...) as an AECEnv, in which agents act one at a time."""
     return parallel_to_aec(parallel_env(family, *world, **options))

@@ -1,9 +1,9 @@
 """Intervals and Markdown tables, for evaluations in envs/ and for experiments/.
 
-Intervals are of 95 %. Episodes are the units that bootstraps resample; where there are several
-runs, runs are drawn first and episodes within each; where methods are compared, their seeds. Every
-bootstrap has a generator of its own, so the same figures give the same interval wherever they are
-computed.
+All intervals are 95 % intervals (low, high). A bootstrap resamples episodes. With several runs it
+draws runs first, then episodes within each run; to compare methods it draws their seeds. Every
+bootstrap has its own generator with a fixed seed, so the same figures give the same interval
+wherever they are computed.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BOUNDS = (2.5, 97.5)  # percentiles
-Centre = Callable[..., np.ndarray]  # of figures along an axis: np.mean, mean_or_iqm
+BOUNDS = (2.5, 97.5)  # percentiles at the ends of an interval
+Centre = Callable[..., np.ndarray]  # (figures, axis) -> their centre: np.mean or mean_or_iqm
 
 
 # --- Intervals ------------------------------------------------------------------------------------
 
 
 def draw_rows(count: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """Which of `count` units each resample has: (resamples, count), with replacement."""
+    """Indices (resamples, count) of the units in each bootstrap resample of `count` units."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, count, (resamples, count))
 
 
 def percentiles(figures: np.ndarray) -> tuple[float, float]:
-    """The interval that figures of resamples span."""
+    """The bootstrap interval of a statistic from its values (resamples,) in all resamples."""
     low, high = np.percentile(figures, BOUNDS)
     return float(low), float(high)
 
 
 def mean_interval(x: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
-    """Of the mean of x (E,); rows from draw_rows(E)."""
+    """Percentile bootstrap interval of the mean of x (E,); rows: draw_rows(len(x))."""
     means = x[rows].mean(1)
     return percentiles(means)
 
@@ -43,7 +43,8 @@ def mean_interval(x: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
 def ratio_interval(
     numerator: np.ndarray, denominator: np.ndarray, rows: np.ndarray
 ) -> tuple[float, float]:
-    """Of the ratio of two sums over units (E,); resamples whose denominator is 0 are left out."""
+    """Percentile bootstrap interval of sum(numerator) / sum(denominator), both (E,); rows:
+    draw_rows(E). Resamples whose denominator is 0 are left out."""
     above = numerator[rows].sum(1)
     below = denominator[rows].sum(1)
     kept = below > 0
@@ -53,8 +54,8 @@ def ratio_interval(
 def accelerated_interval(
     x: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Of the mean of x (E,), corrected for bias and skewness (BCa); the mean itself, twice, where
-    there is no spread."""
+    """Bootstrap interval of the mean of x (E,), corrected for bias and skewness (BCa); (mean, mean)
+    if x has fewer than two values or no spread."""
     if len(x) < 2 or x.std() == 0:
         mean = float(x.mean())
         return mean, mean
@@ -67,7 +68,7 @@ def accelerated_interval(
 
 
 def share_interval(hits: int, count: int) -> tuple[float, float]:
-    """Of the share hits / count (Wilson)."""
+    """Wilson interval of the share hits / count."""
     from scipy.stats import binomtest
 
     test = binomtest(hits, count)
@@ -80,14 +81,14 @@ def clustered_interval(
     resamples: int = 5000,
     seed: int = 1,
 ) -> tuple[float, float]:
-    """Of the mean over runs of a ratio of sums, for numerators and denominators (E,) of each: runs
-    are drawn, then episodes within each run that was drawn. Of one run: over its episodes."""
+    """Bootstrap interval of the mean over runs of sum(numerator) / sum(denominator); runs: these
+    two arrays (E,) of each run. Draws runs, then episodes within each run that was drawn."""
     rng = np.random.default_rng(seed)
     shape = (resamples, len(runs))
     drawn = rng.integers(0, len(runs), shape)
     ratios = np.empty(shape)
     for number, (numerator, denominator) in enumerate(runs):
-        places = drawn == number  # where this run was drawn, each time with other episodes
+        places = drawn == number  # where this run was drawn; each time draws episodes anew
         episodes = len(numerator)
         rows = rng.integers(0, episodes, (places.sum(), episodes))
         above = numerator[rows].sum(-1)
@@ -98,17 +99,17 @@ def clustered_interval(
 
 
 class Difference(NamedTuple):
-    """Of two methods' centres over seeds."""
+    """The difference of two methods' centres over seeds, with its interval and a test."""
 
-    mean: float  # of the first less that of the second
-    low: float  # NaN, as high and p: a method has one seed, which has no spread
+    mean: float  # centre of the first method less that of the second
+    low: float  # of the interval; low, high and p are NaN if a method has only one seed
     high: float
-    p: float  # two-sided: how often chance alone, seeds dealt anew, differs as much
+    p: float  # two-sided p-value of a permutation test: seeds dealt to the methods at random
 
 
 def mean_or_iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The centre of seeds along an axis: from five seeds on the interquartile mean, a quarter of
-    them left out at either end (of five one each), with fewer the mean."""
+    """The mean along `axis` (seeds), from five seeds on the interquartile mean: without the highest
+    and the lowest quarter of the seeds, each rounded down (of five seeds one each)."""
     if x.shape[axis] < 5:
         return x.mean(axis)
     from scipy.stats import trim_mean
@@ -119,7 +120,7 @@ def mean_or_iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
 def resampled_centres(
     x: np.ndarray, resamples: int, rng: np.random.Generator, centre: Centre = np.mean
 ) -> np.ndarray:
-    """Of seeds x (S, ...), drawn anew from themselves: (resamples, ...)."""
+    """Centres (resamples, ...) of bootstrap resamples of the seeds in x (S, ...)."""
     rows = rng.integers(0, len(x), (resamples, len(x)))
     return centre(x[rows], 1)
 
@@ -127,9 +128,9 @@ def resampled_centres(
 def seed_difference(
     x: np.ndarray, y: np.ndarray, resamples: int = 5000, seed: int = 1, centre: Centre = np.mean
 ) -> Difference:
-    """Between figures x (S,) and y (R,) of runs with other seeds, which are drawn for each method
-    by itself: equal seeds of two methods share nothing. The test, of means whatever the centre, is
-    exact: all ways to deal the seeds are tried, so that three against three cannot get below .1."""
+    """Difference of two methods with figures x (S,) and y (R,), one per seed. Seeds are drawn for
+    each method by itself, as equal seeds share nothing. The test, of means for any centre, tries
+    all ways to deal the seeds (200,000 if there are more): p is at least .1 for 3 + 3 seeds."""
     mean = float(centre(x, 0) - centre(y, 0))
     if min(len(x), len(y)) < 2:
         return Difference(mean, math.nan, math.nan, math.nan)
@@ -157,7 +158,7 @@ def seed_difference(
 def seed_level(
     x: np.ndarray, resamples: int = 5000, seed: int = 1, centre: Centre = np.mean
 ) -> Difference:
-    """Of figures x (S,) from 0; the test, of the mean, is exact: all signs are tried."""
+    """Difference of figures x (S,), one per seed, from 0. The test of the mean tries all signs."""
     mean = float(centre(x, 0))
     if len(x) < 2:
         return Difference(mean, math.nan, math.nan, math.nan)
@@ -168,8 +169,7 @@ def seed_level(
 
 
 def two_sided(chances: np.ndarray, found: float) -> float:
-    """How often one of all chances is at least as far out as what was found, either tail counted
-    twice."""
+    """Two-sided p-value of `found` among all `chances` (n,): twice the smaller tail, at most 1."""
     slack = 1e-9 * max(1.0, abs(found))
     above = np.mean(chances >= found - slack)
     below = np.mean(chances <= found + slack)
@@ -178,20 +178,20 @@ def two_sided(chances: np.ndarray, found: float) -> float:
 
 # --- Ranks ----------------------------------------------------------------------------------------
 
-# {method: a world's figures (S, cells), all cells of one seed from one policy}
+# {method: figures (S, cells) of one world}; a row has all cells of one seed's policy
 World = Mapping[str, np.ndarray]
-DEALS = 2_000_000  # that an exact test of ranks tries; beyond, as many are drawn
+DEALS = 2_000_000  # an exact test of ranks tries at most this many; of more, so many are drawn
 
 
 def ranks(figures: np.ndarray) -> np.ndarray:
-    """Of methods along the last axis but one, cell by cell: the largest is 1, equals share."""
+    """Ranks, cell by cell, of figures (..., methods, cells): 1 is the largest, ties share one."""
     from scipy.stats import rankdata
 
     return rankdata(-figures, axis=-2)
 
 
 def mean_ranks(worlds: Sequence[World], centre: Centre = mean_or_iqm) -> dict[str, float]:
-    """Of every method, over the cells of all worlds."""
+    """{method: mean of its ranks over the cells of all worlds}; the methods are worlds[0]'s."""
     methods = list(worlds[0])
     found = [ranks(np.stack([centre(world[x], 0) for x in methods])) for world in worlds]
     means = np.concatenate(found, 1).mean(1)
@@ -206,9 +206,9 @@ def rank_difference(
     seed: int = 1,
     centre: Centre = mean_or_iqm,
 ) -> Difference:
-    """By how much the mean rank of `first` is ahead of that of `other`, among all methods. Seeds of
-    each method in each world are drawn as clusters, with all their cells; the test, of ranks of
-    means, deals the two methods' seeds anew, world by world, and leaves the others as they are."""
+    """Mean rank of `other` less that of `first`, among all methods: positive if `first` is better.
+    The bootstrap draws each method's seeds in each world, a seed with all its cells. The test is of
+    ranks of means; in each world it deals the two methods' seeds anew and leaves other methods."""
     means = mean_ranks(worlds, centre)
     mean = means[other] - means[first]
     if min(len(world[x]) for world in worlds for x in (first, other)) < 2:
@@ -236,7 +236,7 @@ def rank_sums(figures: np.ndarray, methods: list[str], first: str, other: str) -
 
 
 def deal(world: World, first: str, other: str) -> np.ndarray:
-    """Every method's means (deals, methods, cells) for all ways to deal two methods' seeds."""
+    """Means over seeds (deals, methods, cells) for all ways to deal the seeds of two methods."""
     both = np.concatenate([world[first], world[other]])
     count = len(world[first])
     chosen = np.array(list(itertools.combinations(range(len(both)), count)))
@@ -249,7 +249,7 @@ def deal(world: World, first: str, other: str) -> np.ndarray:
 
 
 def sums_of_both(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Of each of x with each of y; of DEALS pairs that are drawn where that would be more."""
+    """Sums of all pairs of x (n,) and y (m,): (n m,); of DEALS random pairs if n m is larger."""
     if len(x) * len(y) <= DEALS:
         return np.add.outer(x, y).ravel()
     return rng.choice(x, DEALS) + rng.choice(y, DEALS)
@@ -259,7 +259,7 @@ def sums_of_both(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.n
 
 
 def with_interval(row: Mapping[str, float], name: str, digits: int) -> str:
-    """A cell, "1.23 [1.10, 1.36]", of a row with name, name_low and name_high."""
+    """A cell, "1.23 [1.10, 1.36]", from row[name], row[f"{name}_low"] and row[f"{name}_high"]."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     return f"{row[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -270,7 +270,7 @@ def table_line(cells: Iterable[Any]) -> str:
 
 
 def aligned_table(lines: Sequence[Sequence[str]]) -> str:
-    """Markdown that lines up in a terminal, too; the first line has the titles."""
+    """A Markdown table whose columns line up in a terminal, too; lines[0] has the titles."""
     columns = zip(*lines, strict=True)
     widths = [max(map(len, column)) for column in columns]
     text = []
@@ -284,7 +284,7 @@ def aligned_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as Markdown, columns by their keys."""
+    """A Markdown table of rows; the keys of the first row are the titles."""
     titles = list(rows[0])
     rules = ["---"] * len(titles)
     text = [table_line(titles), table_line(rules)]

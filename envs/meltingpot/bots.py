@@ -1,15 +1,15 @@
-"""Scripted puppets: what stands in for the SavedModels of Melting Pot's bots.
+"""Scripted puppets, which replace the SavedModels of Melting Pot's bots.
 
-An official bot is a puppeteer, plain Python in the meltingpot package, that sets a goal in every
-step ("COLLECT_DOVE"), and a puppet, a SavedModel that pursues it. The models are assets that not
-everybody has; here are puppets that pursue the same goals by rule. What one of them knows: its own
-view (RGB, read through envs.meltingpot.sprite_names), what the substrate shows its players besides
-(INVENTORY, READY_TO_SHOOT and the like), its position and orientation, and what it remembers of the
-map. It sees no global view and no other player's observations.
+An official bot has two parts: a puppeteer (Python code in meltingpot), which sets a goal in every
+step, e.g. "COLLECT_DOVE", and a puppet (a SavedModel), which pursues it. The SavedModels are assets
+that may be missing. The puppets of this file pursue the same goals by rules. A puppet uses its own
+view (RGB, read through envs.meltingpot.sprite_names), the other observations of its player
+(INVENTORY, READY_TO_SHOOT, ...), its position and orientation, and its memory of the map. It does
+not see the global view or other players' observations.
 
-`puppet_kind` says which there is for a substrate. A puppet has the methods of meltingpot's Policy,
-so that meltingpot's own PuppetPolicy joins it to a puppeteer. docs/scenarios.md says how well each
-reaches its goals. Coordinates: x to the east, y to the south; directions 0-3: N, E, S, W.
+`puppet_kind` gives the puppet of a substrate. A puppet has the methods of meltingpot's Policy, so
+meltingpot's PuppetPolicy can join it with a puppeteer. docs/scenarios.md says how well each reaches
+its goals. Coordinates: x grows to the east, y to the south; directions 0-3: N, E, S, W.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ import numpy as np
 from envs.meltingpot.sprite_names import Sprite, SpriteNames, components
 from envs.meltingpot.tiles import CAPACITY, SPRITE, Palette, Spec
 
-# Kinds of cells; from THING on: position in Sight.things.
+# Kinds of cells; THING + k is the kind of Sight.things[k].
 FREE, WALL, AVATAR, UNKNOWN, THING = 0, 1, 2, 3, 4
-UNREAD = 255  # a tile that no puppet has met yet
-DX, DY = np.array([0, 1, 0, -1]), np.array([-1, 0, 1, 0])  # of each direction
-PATIENCE = 200  # steps after which a cell is as interesting as one never seen
+UNREAD = 255  # a tile that no puppet has seen yet
+DX, DY = np.array([0, 1, 0, -1]), np.array([-1, 0, 1, 0])  # a step in each direction
+PATIENCE = 200  # a cell not seen for so many steps counts as never seen
 
 
 # --- Seeing ---------------------------------------------------------------------------------------
 
 
 class Sight:
-    """Kinds of the tiles in a substrate's views, from its settings.
+    """Maps the tiles of a substrate's views to kinds of cells, from the substrate's settings.
 
-    things   the sprite names that a puppet tells apart; all else is FREE, WALL or AVATAR
+    things   the sprite names that have kinds of their own; other tiles: FREE, WALL, AVATAR, UNKNOWN
     """
 
     def __init__(self, spec: Spec, settings: Any, sprites: list[Sprite], things: Sequence[str]):
@@ -44,8 +44,8 @@ class Sight:
         objects = settings["simulation"]["gameObjects"]
         avatars = [o for o in objects if any(True for _ in components(o, "Avatar"))]
         view = next(components(avatars[0], "Avatar"))["view"]
-        self.ahead, self.left = int(view["forward"]), int(view["left"])  # own cell in the view
-        # Players, and what is drawn over them and moves with them (a mark that they are ready).
+        self.ahead, self.left = int(view["forward"]), int(view["left"])  # its own view cell (i, j)
+        # Sprites of players, and of marks that are drawn on players (e.g. "Ready").
         self.bodies = {
             name
             for o in objects
@@ -59,19 +59,19 @@ class Sight:
         self.kinds = np.full(CAPACITY, UNREAD, np.uint8)  # by tile id
 
     def kind(self, tile: np.ndarray) -> int:
-        """What a tile (8, 8, 3) uint8 shows."""
+        """The kind of a tile (8, 8, 3) uint8."""
         seen = self.names.look(tile)
         for one in seen:
             if one.name in self.things:
                 return THING + self.things.index(one.name)
         if any(one.name in self.bodies for one in seen):
             return AVATAR
-        if any(one.layer == self.layer for one in seen):  # it would be in an avatar's way
+        if any(one.layer == self.layer for one in seen):  # it blocks the layer of avatars
             return WALL
         return FREE if seen or not tile.any() else UNKNOWN
 
     def read(self, ids: np.ndarray, palette: Palette) -> np.ndarray:
-        """Tile ids (H, W) of a view -> kinds (H, W)."""
+        """Kinds (H, W) uint8 of tile ids (H, W) uint16 of `palette`; each id is analysed once."""
         kinds = self.kinds[ids]
         if (kinds == UNREAD).any():
             for number in np.unique(ids[kinds == UNREAD]):
@@ -86,7 +86,7 @@ class Sight:
 
 @numba.njit(cache=True)
 def place(i, j, x, y, facing, ahead, left):
-    """Map cell (x, y) of cell (i, j) of the view of an avatar at (x, y)."""
+    """Map cell (x, y) of view cell (i, j); the avatar at (x, y) is view cell (ahead, left)."""
     forward, right = ahead - i, j - left
     if facing == 0:
         return x + right, y - forward
@@ -99,8 +99,8 @@ def place(i, j, x, y, facing, ahead, left):
 
 @numba.njit(cache=True)
 def remember(kinds, x, y, facing, ahead, left, step, player, grid, seen):
-    """Enter a view (H, W) into the map grid, seen (rows, columns); returns the players in it, as
-    rows x, y, kind. `player` (256,) bool: kinds that are players, under whom a cell is free."""
+    """Write a view's kinds (H, W) to grid, and step to seen, (rows, columns) each. Return the other
+    players in view, rows x, y, kind. player (256,) bool: kinds of players, whose cell is FREE."""
     others = np.empty((kinds.size, 3), np.int64)
     count = 0
     for i in range(kinds.shape[0]):
@@ -122,7 +122,7 @@ def remember(kinds, x, y, facing, ahead, left, step, player, grid, seen):
 
 @numba.njit(cache=True)
 def distances(passable, x, y):
-    """Steps from (x, y) to every cell of passable (rows, columns) bool; -1 where no way leads."""
+    """Steps from (x, y) to every cell of passable (rows, columns) bool; -1: cannot be reached."""
     rows, columns = passable.shape
     far = np.full((rows, columns), -1, np.int32)
     queue = np.empty((rows * columns, 2), np.int32)
@@ -143,7 +143,7 @@ def distances(passable, x, y):
 
 @numba.njit(cache=True)
 def first_step(far, x, y):
-    """Direction of the first step on a shortest way to (x, y); -1 if we are there."""
+    """Direction of the first step on a shortest path to (x, y); far: distances(); -1: none."""
     if far[y, x] <= 0:
         return -1
     while True:
@@ -159,7 +159,7 @@ def first_step(far, x, y):
 
 @numba.njit(cache=True)
 def _along(x, y, dx, dy, reach, target, stop):
-    """How the ray over the `reach` cells from (x, y) on ends: 1 at a target, 0 stopped, -1 free."""
+    """End of a ray over `reach` cells from (x, y) on: 1 a target, 0 stopped, -1 nothing."""
     for _ in range(reach):
         if not (0 <= y < target.shape[0] and 0 <= x < target.shape[1]):
             return 0
@@ -173,11 +173,11 @@ def _along(x, y, dx, dy, reach, target, stop):
 
 @numba.njit(cache=True)
 def aims(target, stop, reach, side):
-    """From where a beam hits a target: (4, rows, columns) bool, by direction and own cell.
+    """Own cells and directions from which a beam hits a target: (4, rows, columns) bool.
 
-    The engine's beam is a ray over the `reach` cells ahead, and, beside it, up to `side` cells to
-    either hand and as many fewer cells ahead of each; a target or a cell of `stop` ends a ray (and
-    those that would branch off behind it). target, stop (rows, columns) bool.
+    The engine's beam is a ray over the `reach` cells ahead, and rays in up to `side` lanes on each
+    side; a lane k cells away reaches k cells less far. A target or a cell of `stop` ends a ray, and
+    ends the lanes further out if it is beside the own cell. target, stop (rows, columns) bool.
     """
     rows, columns = target.shape
     hits = np.zeros((4, rows, columns), np.bool_)
@@ -202,7 +202,7 @@ def aims(target, stop, reach, side):
 
 
 def compile_kernels() -> None:
-    """Compile what is above now, if no earlier process has: in a game it would stall a step."""
+    """Compile the functions above, unless they are cached: in a game this would delay a step."""
     small = np.zeros((2, 2), np.uint8)
     off = small.astype(bool)
     remember(small, 0, 0, 0, 1, 0, 0, np.zeros(256, bool), small, np.zeros((2, 2), np.int32))
@@ -214,36 +214,36 @@ def compile_kernels() -> None:
 
 
 class Memory:
-    """What a puppet keeps from step to step of an episode."""
+    """What a puppet remembers within an episode; maps are (rows, columns)."""
 
     def __init__(self, sight: Sight, seed: int):
         self.rng = np.random.default_rng(seed)
         self.grid = np.full(sight.spec.world_grid, UNREAD, np.uint8)  # kinds; UNREAD: never seen
-        self.seen = np.full(sight.spec.world_grid, -PATIENCE, np.int32)  # step of the last look
+        self.seen = np.full(sight.spec.world_grid, -PATIENCE, np.int32)  # step of the last view
         self.step = 0
         self.others = np.zeros((0, 3), np.int64)  # players in view: x, y, kind
-        self.last: tuple[int, int, int] | None = None  # where and when another was last in view
-        self.goal: tuple[int, int] | None = None  # a cell that we explore
+        self.last: tuple[int, int, int] | None = None  # x, y, step: another player last in view
+        self.goal: tuple[int, int] | None = None  # the cell x, y that it explores
         self.x = self.y = self.facing = 0
         self.before = (-1, -1, -1)  # x, y, facing one step ago
-        self.stuck = 0  # steps without having moved, though we wanted to
-        self.extra: dict[str, Any] = {}  # of a kind of puppet
+        self.stuck = 0  # steps in a row in which it acted but did not move or turn
+        self.extra: dict[str, Any] = {}  # further state of a subclass of Puppet
 
     def shows(self, kinds: Sequence[int]) -> np.ndarray:
-        """Cells of these kinds, as last seen: (rows, columns) bool."""
+        """Cells that were of these kinds when last seen: (rows, columns) bool."""
         wanted = np.zeros(256, bool)
         wanted[list(kinds)] = True
         return wanted[self.grid]
 
 
 class Puppet:
-    """A rule for every goal of one substrate; subclasses say what to do."""
+    """Rules for all goals of one substrate; subclasses define them in act()."""
 
-    things: tuple[str, ...] = ()  # sprite names that matter
-    players: tuple[str, ...] = ()  # those of them that lie on players
+    things: tuple[str, ...] = ()  # sprite names with kinds of their own
+    players: tuple[str, ...] = ()  # further names that lie on players
 
     def __init__(self, spec: Spec, settings: Any, sight: Sight, palette: Palette, seat: int):
-        """seat: 0, 1, ..., whose player it is."""
+        """seat: the number of its player, from 0; settings: of the substrate, in lab2d's format."""
         self.spec, self.settings, self.sight, self.palette = spec, settings, sight, palette
         self.seat = seat
         self.number = {tuple(sorted(a.items())): i for i, a in enumerate(spec.actions)}
@@ -252,19 +252,19 @@ class Puppet:
         self.ids = np.zeros(spec.grid, np.uint16)
         rows, columns = np.indices(spec.world_grid)
         middle = (len(rows) - 1) / 2, (rows.shape[1] - 1) / 2
-        self.outwards = abs(rows - middle[0]) + abs(columns - middle[1])  # steps from the middle
+        self.outwards = abs(rows - middle[0]) + abs(columns - middle[1])  # distance from the middle
 
     def code(self, name: str) -> int:
-        """The kind of a thing; 254, which no cell has, if the substrate lacks it."""
+        """The kind of the sprite `name`; 254, which no cell has, if there is none."""
         return THING + self.sight.things.index(name) if name in self.sight.things else 254
 
-    # meltingpot's Policy
+    # Methods of meltingpot's Policy
 
     def initial_state(self) -> Memory | None:
-        return None  # made in the first step
+        return None  # step() makes it in the first step
 
     def step(self, timestep: Any, memory: Memory | None) -> tuple[int, Memory]:
-        """Action for a timestep whose observation has GOAL, POSITION and ORIENTATION."""
+        """Action and Memory for a dm_env.TimeStep with GOAL (one-hot), POSITION and ORIENTATION."""
         seen = timestep.observation
         if memory is None or timestep.first():
             memory = Memory(self.sight, int(seen["SEED"]))
@@ -272,7 +272,7 @@ class Puppet:
         m.x, m.y = (int(n) for n in seen["POSITION"])
         m.facing = int(seen["ORIENTATION"])
         inside = 0 <= m.y < m.grid.shape[0] and 0 <= m.x < m.grid.shape[1]
-        # Waiting to enter the map again one sees nothing, and POSITION may be anywhere.
+        # A player that waits to enter again sees nothing; its POSITION may be outside the map.
         if not inside or not seen["RGB"].any():
             m.step += 1
             return 0, m
@@ -296,35 +296,35 @@ class Puppet:
     def act(self, goal: int, seen: Any, m: Memory) -> int:
         raise NotImplementedError
 
-    # What rules are made of
+    # Building blocks of rules; cells are (x, y), each returned action is a number 0..A - 1
 
     def action(self, **parts: int) -> int:
-        """The number of an action, e.g. move=1."""
+        """The number of the action with these parts, all others 0; e.g. move=1."""
         names = self.spec.actions[0]
         return self.number[tuple(sorted(({name: 0 for name in names} | parts).items()))]
 
     def turn(self, facing: int, m: Memory) -> int:
-        """Turn towards a direction."""
+        """The action that turns towards a direction."""
         return self.action(turn=-1 if (facing - m.facing) % 4 == 3 else 1)
 
     def walk(self, direction: int, m: Memory, look: bool = False) -> int:
-        """A step in a direction; with look, turn there first."""
-        if m.stuck > 3:  # somebody is in the way
+        """The action that steps in a direction (from 0 to 3); with look, turn there first."""
+        if m.stuck > 3:  # probably a player blocks the way: try any step
             return self.action(move=int(m.rng.integers(1, 5)))
         if look and direction != m.facing:
             return self.turn(direction, m)
         return self.action(move=(direction - m.facing) % 4 + 1)
 
     def ways(self, m: Memory, avoid: Sequence[int] = (), crowd: bool = True) -> np.ndarray:
-        """Distances over what may be entered: no walls, nothing of the kinds to avoid, no players
-        in view (with crowd=False: as if they were not there)."""
+        """Steps to every cell (rows, columns), -1: none, on paths without walls, kinds to avoid and
+        players in view (crowd=False: through these players)."""
         passable = ~m.shows((WALL, *avoid))
         if crowd:
             passable[m.others[:, 1], m.others[:, 0]] = False
         return distances(passable, m.x, m.y)
 
     def nearest(self, wanted: np.ndarray, far: np.ndarray) -> tuple[int, int] | None:
-        """The reachable cell (x, y) of wanted (rows, columns) bool with the shortest way."""
+        """The nearest reachable cell (x, y) in wanted (rows, columns) bool; None without one."""
         cells = np.flatnonzero(wanted & (far > 0))
         if not len(cells):
             return None
@@ -332,18 +332,18 @@ class Puppet:
         return int(best % far.shape[1]), int(best // far.shape[1])
 
     def go(self, cell: tuple[int, int], far: np.ndarray, m: Memory, look: bool = False) -> int:
-        """A step towards a cell (x, y) that can be reached."""
+        """The action of a step towards a reachable cell (x, y), along the distances `far`."""
         direction = first_step(far, *cell)
         return self.walk(direction, m, look) if direction >= 0 else 0
 
     def fetch(self, kinds: Sequence[int], far: np.ndarray, m: Memory) -> int | None:
-        """Go to the nearest remembered thing of these kinds; None if there is none."""
+        """The action towards the nearest remembered cell of these kinds; None if there is none."""
         cell = self.nearest(m.shows(kinds), far)
         return None if cell is None else self.go(cell, far, m)
 
     def explore(self, far: np.ndarray, m: Memory, pull: float = 0.0) -> int:
-        """Go and look where we have not looked for longest, near places first; with pull places in
-        the middle of the map first, where others are most easily met."""
+        """The action towards a near cell that has not been seen for long; pull > 0 prefers cells in
+        the middle of the map, where other players are most likely."""
         interest = np.minimum(m.step - m.seen, PATIENCE) - 4.0 * far - pull * self.outwards
         interest[far <= 0] = -np.inf
         old = m.goal
@@ -367,8 +367,8 @@ class Puppet:
         ready: bool,
         stop: Sequence[int] = (WALL,),
     ) -> int | None:
-        """Go where a beam hits one of target (rows, columns) bool, turn, and fire when ready; None
-        if there is no such place."""
+        """The action to go where a beam hits a cell of target (rows, columns) bool, turn there, and
+        fire (the action `fire`) when ready; None if no such place can be reached."""
         hits = aims(target, m.shows(stop), reach, side)
         if hits[m.facing, m.y, m.x]:
             return fire if ready else 0
@@ -383,11 +383,11 @@ class Puppet:
 
 
 class MatrixPuppet(Puppet):
-    """Goals: collect resource 1, ..., R; interact while playing 1, ..., R; and, in some substrates,
-    collect 1, ..., R ignoring other considerations.
+    """Goals: collect resource 1, ..., R; interact while playing resource 1, ..., R; and, in some
+    substrates, collect resource 1, ..., R ignoring other considerations.
 
-    To interact with somebody who has collected nothing yet would waste what we have, so it waits
-    for players that carry the mark "Ready".
+    An interaction with a player that has collected nothing would waste the puppet's resources, so
+    it interacts only with players that carry the mark "Ready".
     """
 
     players = ("Ready",)
@@ -431,7 +431,7 @@ class MatrixPuppet(Puppet):
 
 
 class CoinsPuppet(Puppet):
-    """Goals: cooperate (own coins only), defect (all coins), spite (the other's coins only)."""
+    """Goals: cooperate (own coins only), defect (all coins), spite (the other player's only)."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -447,7 +447,7 @@ class CoinsPuppet(Puppet):
         wanted = [kind for kind in self.coins if goal == 1 or (kind == self.own) == (goal == 0)]
         far = self.ways(m, [kind for kind in self.coins if kind not in wanted])
         coins = m.shows(wanted)
-        if len(m.others):  # leave what the other will have first
+        if len(m.others):  # prefer coins that the other player does not reach first
             x, y, _ = m.others[0]
             rows, columns = np.indices(m.grid.shape)
             theirs = abs(rows - y) + abs(columns - x)
@@ -463,8 +463,8 @@ class CoinsPuppet(Puppet):
 class MiningPuppet(Puppet):
     """Goals: extract iron, mine gold, extract gold, extract all.
 
-    Gold takes two miners within three frames: whoever extracts it prefers gold that somebody has
-    just struck, then gold near others, and strikes it until another comes, for a while.
+    Two miners must strike gold within three frames. To extract gold, the puppet prefers gold that
+    was just struck, then gold near other players. It strikes one ore for up to 40 steps.
     """
 
     things = ("ironRaw", "goldRaw", "goldPartial")
@@ -493,7 +493,7 @@ class MiningPuppet(Puppet):
         return self.explore(far, m) if action is None else action
 
     def choose(self, golden: np.ndarray, m: Memory, struck: int) -> np.ndarray | None:
-        """One gold ore to extract with others; sticks to its choice for up to 40 steps."""
+        """A gold ore to extract with others, (rows, columns) bool, kept for up to 40 steps."""
         rows, columns = np.nonzero(golden)
         if not len(rows):
             return None
@@ -514,7 +514,7 @@ class MiningPuppet(Puppet):
         cell = (columns[best], rows[best])
         if cell != kept:
             m.extra["ore"], m.extra["since"] = cell, m.step
-        elif m.step - since > 40:  # nobody came
+        elif m.step - since > 40:  # nobody has come
             avoid[cell] = m.step
         target = np.zeros(golden.shape, bool)
         target[cell[1], cell[0]] = True
@@ -525,24 +525,24 @@ class MiningPuppet(Puppet):
 
 
 class Kind(NamedTuple):
-    """A kind of puppet, and what it tells apart, if that depends on the settings."""
+    """A class of puppets and the sprite names that it needs from the settings."""
 
     puppet: type[Puppet]
-    pattern: str = ""  # prefix of further sprite names
+    pattern: str = ""  # prefix of these names; "": none
 
 
 def puppet_kind(substrate: str) -> Kind | None:
-    """Who plays a substrate's goals; None if nobody can."""
+    """The Kind of puppet for a substrate's goals; None if there is none."""
     if "_in_the_matrix__" in substrate:
         return Kind(MatrixPuppet, "resource_class")
-    from envs.meltingpot.bots_other import OTHERS  # they are made of what is above
+    from envs.meltingpot.bots_other import OTHERS  # imported here, as it imports this module
 
     kinds = {"coins": Kind(CoinsPuppet, "coin_"), "coop_mining": Kind(MiningPuppet)}
     return (kinds | OTHERS).get(substrate)
 
 
 def new_sight(spec: Spec, settings: Any, sprites: list[Sprite]) -> Sight:
-    """What puppets of a substrate see."""
+    """The Sight of a substrate's puppets; the substrate must have a puppet_kind()."""
     kind = puppet_kind(spec.substrate)
     names = sorted({s.name for s in sprites if kind.pattern and s.name.startswith(kind.pattern)})
     return Sight(spec, settings, sprites, (*names, *kind.puppet.things, *kind.puppet.players))

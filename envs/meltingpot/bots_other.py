@@ -1,9 +1,8 @@
-"""Scripted puppets of five more substrates; envs/meltingpot/bots.py has what they are made of.
+"""Scripted puppets of five more substrates; envs/meltingpot/bots.py has their building blocks.
 
-What a goal asks for is nowhere written down but in its name ("CLAIM_FAR"), in what the bots that
-use it are called and in the rules of the substrate; the docstrings say what we made of it. The maps
-of allelopathic_harvest and territory have no edges: one comes out on the other side. To puppets
-they end there.
+No document defines the goals. Their meaning is taken from a goal's name (e.g. "CLAIM_FAR"), from
+the names of the bots that use it and from the rules of the substrate; the docstrings below state
+it. The maps of allelopathic_harvest and territory wrap around; puppets treat the edges as walls.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from envs.meltingpot.sprite_names import components
 
 
 class Shooter(Puppet):
-    """A puppet with beams. beams: the action that fires one, and the component that defines it."""
+    """A puppet with beams. beams: {action that fires: component that defines the beam}."""
 
     beams: ClassVar[dict[str, str]] = {"fireZap": "Zapper"}
 
@@ -42,7 +41,7 @@ class Shooter(Puppet):
                     self.range[action] = int(kwargs["beamLength"]), int(kwargs["beamRadius"])
 
     def codes(self, *starts: str) -> list[int]:
-        """The kinds of things whose names start so."""
+        """The kinds of all things whose names start with one of `starts`."""
         return [THING + k for k, name in enumerate(self.sight.things) if name.startswith(starts)]
 
     def fire(
@@ -54,14 +53,14 @@ class Shooter(Puppet):
         ready: bool = True,
         stop: Sequence[int] = (),
     ) -> int | None:
-        """shoot() with one of the beams; cells of the kinds `stop` stop it, as walls do."""
+        """shoot() with the beam of `action`; walls and cells of the kinds `stop` end it."""
         beam = (*self.range[action], self.action(**{action: 1}))
         return self.shoot(target, far, m, *beam, ready, (WALL, *stop))
 
     def hunt(
         self, action: str, far: np.ndarray, seen: Any, m: Memory, stop: Sequence[int] = ()
     ) -> int | None:
-        """Fire at a player in view, or go where one was; None if we remember none."""
+        """The action to fire at a player in view or to go where one was; None without one."""
         target = np.zeros(m.grid.shape, bool)
         target[m.others[:, 1], m.others[:, 0]] = True
         done = self.fire(action, target, far, m, float(seen["READY_TO_SHOOT"]) >= 1, stop)
@@ -70,8 +69,8 @@ class Shooter(Puppet):
         return self.go(m.last[:2], far, m, look=True) if far[m.last[1], m.last[0]] > 1 else None
 
     def patrol(self, places: np.ndarray, far: np.ndarray, m: Memory) -> int:
-        """Look at those of places (rows, columns) bool that we have not seen for longest, near ones
-        first; explore if none can be reached."""
+        """The action towards a near cell of places (rows, columns) bool that has not been seen for
+        long; explore() if none can be reached."""
         interest = np.minimum(m.step - m.seen, PATIENCE) - 2.0 * far
         interest[~places | (far <= 0)] = -np.inf
         best = int(interest.argmax())
@@ -86,8 +85,8 @@ class Shooter(Puppet):
 
 
 class CleanUpPuppet(Shooter):
-    """Goals: eat (apples, which grow on grass while the river is clean), clean (the river, of dirt)
-    and, of puppet_3_goals, sanction (zap others out of the game for a while)."""
+    """Goals: 0 eat apples, which grow on grass while the river is clean; 1 clean the river of dirt;
+    2 (in the set of 3 goals) sanction: zap other players, who then leave the game for a while."""
 
     things = ("Apple", "Dirt", "Grass", "GrassEdge", "water_1", "water_2", "water_3", "water_4")
     beams: ClassVar = {"fireZap": "Zapper", "fireClean": "Cleaner"}
@@ -98,7 +97,7 @@ class CleanUpPuppet(Shooter):
             action = self.fetch([self.code("Apple")], far, m)
             return self.patrol(m.shows(self.codes("Grass")), far, m) if action is None else action
         if goal == 1:
-            # It fires as soon as its beam has cooled down, which no observation tells.
+            # No observation tells when the beam has cooled down, so it fires in every step.
             action = self.fire("fireClean", m.shows([self.code("Dirt")]), far, m)
             return self.patrol(m.shows(self.codes("water")), far, m) if action is None else action
         action = self.hunt("fireZap", far, seen, m)
@@ -109,20 +108,20 @@ class CleanUpPuppet(Shooter):
 
 
 class HarvestPuppet(Shooter):
-    """Goals: consume any berries; prefer red, prefer green (eat ripe ones of that colour that are
-    near, and else recolour unripe ones); freeride red, freeride green (eat that colour, or any if
-    there is none); zap others."""
+    """Goals: 0 consume any berries; 1 prefer red, 2 prefer green: eat near ripe berries of that
+    colour, otherwise recolour unripe ones; 3 freeride red, 4 freeride green: eat that colour, or
+    any berries if there is none; 5 zap others."""
 
     things = tuple(f"{state}Berry_{k}" for state in ("Ripe", "Unripe") for k in (1, 2, 3))
-    players = ("sprite_for_level_2", "sprite_for_level_3")  # who has been zapped wears one
+    players = ("sprite_for_level_2", "sprite_for_level_3")  # marks on players that were zapped
     beams: ClassVar = {"fireZap": "Zapper"} | {f"fire_{k}": "ColorZapper" for k in (1, 2, 3)}
-    detour = 8  # steps that it goes for a berry before it would rather plant
+    detour = 8  # steps: a ripe berry up to this far away comes before recolouring
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         looks = {one.name: one.rgba for one in self.sight.names.sprites}
         ripe = [looks[f"RipeBerry_{k}"].reshape(-1, 4).sum(0, dtype=int) for k in (1, 2, 3)]
-        # Which of the numbers is the reddest, and which the greenest.
+        # The number of the reddest berry and of the greenest berry.
         self.red, self.green = (1 + int(np.argmax([one[c] for one in ripe])) for c in (0, 1))
 
     def act(self, goal: int, seen: Any, m: Memory) -> int:
@@ -159,8 +158,8 @@ class HarvestPuppet(Shooter):
 
 
 class MushroomPuppet(Shooter):
-    """Goals: collect mushrooms that are good for oneself and others by halves (HIHE), for oneself
-    (FIZE), for others (ZIFE), bad for all (NINE); destroy one of the first three (zap it)."""
+    """Goals 0 to 3: collect mushrooms that are half good for oneself, half for others (HIHE), good
+    for oneself (FIZE), good for others (ZIFE), bad for all (NINE); 4-6: zap one of kinds 0-2."""
 
     things = (  # in the order of the goals
         "HalfInternalityHalfExternality",
@@ -173,11 +172,11 @@ class MushroomPuppet(Shooter):
     def act(self, goal: int, seen: Any, m: Memory) -> int:
         kinds = [self.code(name) for name in self.things]
         wanted = kinds[goal % 4]
-        # Whoever walks over a mushroom eats it.
+        # A player that walks over a mushroom eats it, so paths avoid all other kinds.
         far = self.ways(m, [kind for kind in kinds if kind != wanted or goal > 3])
         if goal < 4:
             action = self.fetch([wanted], far, m)
-            if action is None:  # perhaps only through others
+            if action is None:  # perhaps other mushrooms block all paths
                 action = self.fetch([wanted], self.ways(m), m)
         else:
             ready = float(seen["READY_TO_SHOOT"]) >= 1
@@ -185,7 +184,7 @@ class MushroomPuppet(Shooter):
         return self.explore(far, m) if action is None else action
 
     def walk(self, direction: int, m: Memory, look: bool = False) -> int:
-        m.stuck = 0  # by digesting; to step aside would end on other mushrooms
+        m.stuck = 0  # digesting, not blocked: a random step could end on another mushroom
         return super().walk(direction, m, look)
 
 
@@ -193,11 +192,11 @@ class MushroomPuppet(Shooter):
 
 
 class GiftPuppet(Shooter):
-    """Goals: collect tokens; gift (one gives up the most refined token one has, and who is hit gets
-    several that are more refined); consume simple tokens, consume tokens, forage.
+    """Goals: 0 collect tokens; 1 gift: give up the most refined token, and the player that is hit
+    gets several that are more refined; 2 consume simple tokens; 3 consume tokens; 4 forage.
 
-    Consuming takes all tokens at once. "Simple" asks for raw ones among them, "forage" for what one
-    has collected oneself; both collect when there is nothing to consume.
+    Consuming takes all tokens at once. Goals 2 and 4 consume if raw tokens are among them: raw
+    tokens are simple, and the puppet has collected them itself. Without tokens it collects.
     """
 
     things = ("coin",)
@@ -218,15 +217,15 @@ class GiftPuppet(Shooter):
 
 
 class TerritoryPuppet(Shooter):
-    """Goals: claim near (the walls of one's own room, no others), claim far (those of other rooms:
-    through one's wall, then by breaking through walls); destroy resources (others' first); zap
-    others (breaking through walls, too).
+    """Goals: 0 claim near: only the walls of the own room; 1 claim far: walls of other rooms, with
+    the beam through the own wall, then by breaking through walls; 2 destroy resources, others'
+    first; 3 zap others, also by breaking through walls.
 
-    Walls are resources. To face one from the next cell claims it, as does the claiming beam, which
-    goes through; two zaps destroy it.
+    Walls are resources. A player claims a wall by facing it from the next cell or by the claiming
+    beam, which passes through walls. Two zaps destroy a wall.
     """
 
-    things = ("UnclaimedResourceSprite",)  # and by Kind.pattern, those with a player's colour
+    things = ("UnclaimedResourceSprite",)  # and Kind.pattern: those in a player's colour
     players = ("sprite_for_level_2",)
     beams: ClassVar = {"fireZap": "Zapper", "fireClaim": "ResourceClaimer"}
 
@@ -250,14 +249,14 @@ class TerritoryPuppet(Shooter):
             action = self.hunt("fireZap", far, seen, m, resources)
             target = np.zeros(walls.shape, bool)
             if m.last is not None and m.seen[m.last[1], m.last[0]] <= m.last[2]:
-                target[m.last[1], m.last[0]] = True  # where we have not looked since
+                target[m.last[1], m.last[0]] = True  # not seen since the player was there
         return self.dig(target, ready, resources, m) if action is None else action
 
     def claim(
         self, target: np.ndarray, walls: np.ndarray, far: np.ndarray, m: Memory
     ) -> int | None:
-        """Fire at a wall of target; what the beam goes through counts as ours, as the beam hides
-        it for a step."""
+        """The action to reach and claim a wall of target (rows, columns) bool. Walls in the beam
+        are noted as claimed at once, because the beam hides them for a step."""
         action = self.fire("fireClaim", target, far, m)
         if action == self.action(fireClaim=1):
             for step in range(1, self.range["fireClaim"][0] + 1):
@@ -267,8 +266,8 @@ class TerritoryPuppet(Shooter):
         return action
 
     def home(self, far: np.ndarray, m: Memory) -> tuple[np.ndarray, np.ndarray]:
-        """Cells of the room where we began, and what is next to it: (rows, columns) bool each;
-        fixed as soon as all of the rim has been seen, so that broken walls do not enlarge it."""
+        """The cells of the room where the puppet began, and their rim: (rows, columns) bool each.
+        Both are fixed once the whole rim has been seen, so that broken walls add nothing."""
         if "home" not in m.extra:
             home = (far >= 0) & (m.grid != UNREAD)
             rim = np.zeros_like(home)
@@ -283,8 +282,8 @@ class TerritoryPuppet(Shooter):
         return m.extra["home"]
 
     def dig(self, target: np.ndarray, ready: bool, resources: list[int], m: Memory) -> int:
-        """Go to the nearest of target (rows, columns) bool, or where we have not looked for
-        longest, breaking through walls that are resources."""
+        """The action towards the nearest cell of target (rows, columns) bool, or towards a cell not
+        seen for long if there is none; zaps walls that are in the way."""
         far = self.ways(m, crowd=False)  # as if resources could be entered
         cell = self.nearest(target, far)
         if cell is None:

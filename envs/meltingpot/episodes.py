@@ -1,9 +1,9 @@
-"""Playing full episodes for evaluation: who sits where, what it earns, how it looks.
+"""Play full episodes for evaluation: assign seats and agent ids, sum up returns, save films.
 
-Policies enter as callables, so everything here is independent of any script. A player is called as
-`player(obs, starts, ids) -> actions (B, N)` for all seats of all worlds at once, whichever of them
-it really plays; `starts  # (B,) bool` says which worlds have just begun an episode (forget what you
-remember of them) and `ids  # (B, N)` under which of the N agent ids each seat acts.
+Policies are callables, so this file is independent of any script. A player is called as
+`player(obs, starts, ids) -> actions  # (B, N) int` for all seats of all B worlds at once, also for
+seats that another player plays. `starts  # (B,) bool` is True where a world has just begun an
+episode: the player resets its hidden state there. `ids  # (B, N) int` are the seats' agent ids.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from envs.meltingpot.tiles import Episode, Observation
 from envs.statistics import aligned_table, draw_rows, ratio_interval, with_interval
 
 Player = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
-Progress = Callable[[int], None]  # told how many more episodes are done
+Progress = Callable[[int], None]  # is called with the number of episodes that are newly done
 
 
 def ignore(episodes: int) -> None:
-    """Nobody wants to know."""
+    """The Progress that does nothing."""
 
 
 class Result(NamedTuple):
-    """One episode, per capita of the focal players (Eq. 2 of BiDist) and of the background."""
+    """One episode: means over its focal players (Eq. 2 of BiDist) and over its background."""
 
-    focal_return: float
-    background_return: float  # NaN if everyone is focal
+    focal_return: float  # undiscounted return per focal player
+    background_return: float  # NaN if all players are focal
     focal_pick_ups: float
-    background_pick_ups: float
-    length: int
+    background_pick_ups: float  # NaN if all players are focal
+    length: int  # in steps
 
 
 def count_episodes(episodes: list[Episode]) -> dict[str, float]:
-    """Scalars of the episodes that ended in a rollout, per capita of all players."""
+    """Log entries of the episodes that ended in a rollout: means over episodes and players."""
     if not episodes:
         return {}
     length = float(np.mean([episode.length for episode in episodes]))
@@ -51,12 +51,12 @@ def count_episodes(episodes: list[Episode]) -> dict[str, float]:
 
 
 def random_player(num_actions: int, rng: np.random.Generator) -> Player:
-    """Plays every action with the same probability."""
+    """A player that draws every action with the same probability."""
     return lambda obs, starts, ids: rng.integers(0, num_actions, ids.shape)
 
 
 def in_turn(players: list[Player]) -> Player:
-    """One player in each world: the first of these in the first, and so on, again and again."""
+    """A player that plays world b with players[b % len(players)]."""
 
     def play(obs: Observation, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
         actions = np.stack([player(obs, starts, ids) for player in players])  # (., B, N)
@@ -77,8 +77,8 @@ def play(
     video: Video | None = None,
     progress: Progress = ignore,
 ) -> list[Result]:
-    """Play `episodes` episodes to their end and return one Result each: play_all() for worlds that
-    are all alike."""
+    """Play `episodes` episodes to their end and return one Result each. play_all() explains the
+    arguments; here all worlds have the same label."""
     results = play_all(
         envs,
         focal,
@@ -105,24 +105,24 @@ def play_all(
     videos: Mapping[str, Video] | None = None,
     progress: Progress = ignore,
 ) -> dict[str, list[Result]]:
-    """Play `episodes` episodes with each label of envs.labels (worlds of one scenario have the same
-    label; without labels it is "") to their end; returns one Result each, by label.
+    """Play `episodes` episodes per label to their end; return {label: one Result per episode}.
 
-    progress(1) is called when an episode that counts is over; what it raises ends the play. videos
-    has a film for some of the labels.
-
-    With `background`, num_focal seats drawn anew for every episode are focal (in a scenario: those
-    it names) and the others are played by it; with None everyone is focal but the bots that envs
-    itself plays. Each seat gets one of num_ids ids (0: as many as seats), drawn without replacement
-    for every episode, or the seat's own number with shuffle_ids=False. Every episode that begins
-    counts until enough have begun, and those are all played to their end: counting the first to
-    finish would favour short ones.
+    envs         envs.labels has a label per world, one for each scenario (no labels: all "")
+    focal        plays the focal seats: num_focal seats, drawn for every episode, or those that the
+                 scenario names, or all seats if `background` is None
+    background   plays the other seats; bots are played by envs itself
+    num_ids      number of agent ids (0: one per seat). Every episode draws the ids of its seats
+                 without replacement; with shuffle_ids=False the id of a seat is its number
+    videos       {label: film that records the first world of this label}
+    progress     progress(1) is called after every counted episode; its exceptions end the play
+    The first `episodes` that begin are counted, and played to their end. To count the first that
+    finish would favour short episodes.
     """
     worlds, seats, bots = envs.num_envs, envs.spec.num_agents, envs.spec.num_bots
     labels = getattr(envs, "labels", ("",) * worlds)
     films = {labels.index(label): film for label, film in (videos or {}).items()}
     is_focal = np.ones((worlds, seats), bool)
-    own = getattr(envs, "seats", np.tile(np.arange(seats), (worlds, 1)))  # of scenarios: not all
+    own = getattr(envs, "seats", np.tile(np.arange(seats), (worlds, 1)))  # scenarios: focal seats
     ids = own.copy()
 
     def begin(world: int) -> None:
@@ -136,7 +136,7 @@ def play_all(
     begun = dict.fromkeys(labels, 0)
 
     def counts(world: int) -> bool:
-        """Whether the episode that begins in a world is one of those to be played."""
+        """True if the episode that begins in this world is one of the first `episodes`."""
         begun[labels[world]] += 1
         return begun[labels[world]] <= episodes
 
@@ -183,8 +183,8 @@ FOCAL_COLOUR, BOT_COLOUR = (70, 140, 255), (255, 215, 0)  # blue and yellow, as 
 
 
 def mark(image: np.ndarray, places: np.ndarray, num_focal: int) -> np.ndarray:
-    """A global view (8H, 8W, 3) with frames around players; places (N, 2): row and column of each,
-    focal ones first; who is not on the map has none."""
+    """A copy of a global view (8H, 8W, 3) uint8 with frames around players. places (N, 2) int: row
+    and column of each player, focal players first; a player off the map gets no frame."""
     image = image.copy()
     for player, (row, column) in enumerate(places):
         cell = image[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
@@ -205,7 +205,7 @@ def play_pairs(
     stem: str = "",
     progress: Progress = ignore,
 ) -> dict[str, dict[str, float]]:
-    """play() and summarise() for each named (focal, background) pair, with films in `videos`."""
+    """{name: summarise(play())} for (focal, background) pairs; films go to the folder `videos`."""
     summaries = {}
     for name, (focal, background) in pairs.items():
         video = Video() if videos else None
@@ -233,11 +233,11 @@ def background_rows(
     new_player: Callable[[Any], Player],
     partners: Mapping[str, Callable[[Any], Player]],
 ) -> dict[str, dict[str, float]]:
-    """{"self-play": summarise()}, and "v NAME" of new_player(envs) beside each of --background,
-    with "random v random" where random is one of them.
+    """{row name: summarise()}: "self-play" of new_player(envs), "v NAME" for new_player(envs) with
+    each NAME of --background, and "random v random" if random is one of these names.
 
-    args: a script's, with background, num_focal and eval_ids. evaluation: harness.Evaluation, with
-    how much is played. partners: NAME to what makes its player for envs; who has none has no row.
+    args: of a script, with background, num_focal and eval_ids. evaluation: harness.Evaluation.
+    partners: {NAME: function that makes its player for envs}; a NAME without one is left out.
     """
     pairs: dict[str, tuple[Player, Player | None]] = {"self-play": (new_player(envs), None)}
     for name in args.background:
@@ -264,10 +264,9 @@ def background_rows(
 
 
 def summarise(results: list[Result], seed: int = 0) -> dict[str, float]:
-    """Means of the focal players' figures, with 95 % intervals (percentile bootstrap of episodes).
-
-    Rates per 1,000 steps are ratios of totals, so that long episodes weigh more.
-    """
+    """{name: mean over episodes}, with name_low and name_high: a 95 % percentile bootstrap interval
+    over episodes, drawn with `seed`. A quantity that is NaN in an episode is left out. Rates per
+    1,000 steps are ratios of totals: long episodes have a larger weight."""
     data = np.array(results, float)  # (episodes, len(Result._fields))
     column = {name: data[:, i] for i, name in enumerate(Result._fields)}
     per_episode = np.ones(len(data))
@@ -289,7 +288,7 @@ def summarise(results: list[Result], seed: int = 0) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Markdown: one line per row name ("focal v co-player"), with intervals."""
+    """A Markdown table with a line per name ("focal v co-player") of summaries, with intervals."""
     columns = {
         "return_per_1000": "focal return per 1,000 steps",
         "return": "per episode",
@@ -304,22 +303,22 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 class Video:
-    """Frames of the first world's first episode, at most `limit`, saved as a small MP4."""
+    """At most `limit` frames of one episode, saved as an MP4 with `fps` frames per second."""
 
     def __init__(self, limit: int = 600, fps: int = 15):
         self.limit, self.fps, self.frames, self.open = limit, fps, [], True
 
     def add(self, image: np.ndarray) -> None:
-        """Append a frame (8H, 8W, 3) uint8."""
+        """Append a frame (8H, 8W, 3) uint8, unless it has `limit` frames or is stopped."""
         if self.open and len(self.frames) < self.limit:
             self.frames.append(image)
 
     def stop(self) -> None:
-        """Take no more frames: the episode is over."""
+        """Ignore further frames, because the episode is over."""
         self.open = False
 
     def save(self, path: Path) -> None:
-        """Write an MP4 (H.264), enlarged to about 480 pixels, with sides divisible by 16."""
+        """Write an MP4 (H.264): longer side about 480 pixels, sides padded to multiples of 16."""
         import imageio.v2 as imageio
 
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
 """Install Melting Pot into the Python that runs this file, with or without its official bots.
 
-    python envs/meltingpot/install.py                    the bots' files if their host answers
-    python envs/meltingpot/install.py --assets none      without them, and without asking
-    python envs/meltingpot/install.py --assets FILE|URL  from an archive of one's own
+    python envs/meltingpot/install.py                    with the bots' files if their host answers
+    python envs/meltingpot/install.py --assets none      without the files and without a download
+    python envs/meltingpot/install.py --assets FILE|URL  with the files from another archive
 
-dm-meltingpot is a source package: while it builds, it downloads the archive of its official bots,
-without any time-out, unless a file of the archive's name lies in the temporary folder. So this file
-puts one there first: the real one, or a stub that holds nothing but a README. Substrates, scenario
-settings and everything in Unseen but the official bots work with the stub too.
+dm-meltingpot is a source package. Its build downloads the archive of the official bots, without a
+time-out, unless a file with the archive's name lies in the temporary folder. This program therefore
+puts a file there first: the real archive, or a stub with only a README. With the stub substrates,
+scenario settings and everything else in Unseen work, except for the official bots.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from typing import NamedTuple
 PACKAGE, VERSION = "dm-meltingpot", "2.4.1"
 ARCHIVE = "meltingpot-assets-2.3.0.tar.gz"  # the name that the package's setup.py looks for
 HOST = f"https://storage.googleapis.com/dm-meltingpot/{ARCHIVE}"
-TIMEOUT = 15.0  # seconds to connect, and between two pieces of a download
-MIN_SPEED, PATIENCE = 20e3, 60.0  # a download below so many bytes/s after so many s is given up
+TIMEOUT = 15.0  # seconds to connect, and between two parts of a download
+MIN_SPEED, PATIENCE = 20e3, 60.0  # a download below so many bytes/s after so many seconds fails
 MB = 1e6
 LATER = (
     "to add them later, run `python envs/meltingpot/install.py --reinstall` where that host can "
@@ -46,17 +46,17 @@ LATER = (
 
 
 class Unusable(Exception):
-    """The archive cannot be had or is not what it should be: the message says why."""
+    """The archive is not available or not valid; the message says why."""
 
 
 class Failed(Exception):
-    """Nothing more can be done: the message is the one sentence to print."""
+    """The installation has failed; the message is the sentence to print."""
 
 
 class Contents(NamedTuple):
     packed: int  # bytes
-    unpacked: int
-    bots: bool  # whether assets/saved_models is in it
+    unpacked: int  # bytes
+    bots: bool  # True: the archive has assets/saved_models
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,25 +112,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 class Installed(NamedTuple):
     root: Path  # .../site-packages/meltingpot
-    bots: bool
+    bots: bool  # True: with assets/saved_models
 
 
 def installed() -> Installed | None:
-    """What is installed, or None if that is another version, nothing, or half of it."""
+    """The installed VERSION; None if it is missing, incomplete or another version."""
     for dist in metadata.distributions(name=PACKAGE):
         record = csv.reader((dist.read_text("RECORD") or "").splitlines())
         files = [row[0] for row in record if row and not row[0].endswith(".pyc")]
-        # Not dist.files: newer Pythons leave out of it what is missing.
+        # Not dist.files: newer Pythons omit missing files from it.
         whole = bool(files) and all(Path(dist.locate_file(f)).exists() for f in files)
         if dist.version == VERSION and whole:
             root = Path(dist.locate_file("meltingpot")).resolve()
             return Installed(root, bots=(root / "assets/saved_models").is_dir())
-        return None  # the first is the one that `import` finds
+        return None  # `import` finds the first one
     return None
 
 
 def is_enough(assets: str, have: Installed | None) -> bool:
-    """auto and none are content with any install, a file or an address asks for the bots."""
+    """True if `have` satisfies --assets: any install for auto and none, else one with bots."""
     return have is not None and (have.bots or assets in ("auto", "none"))
 
 
@@ -143,7 +143,7 @@ def describe(have: Installed) -> str:
 
 
 def provide(assets: str, target: Path, host: str = HOST, timeout: float = TIMEOUT) -> Contents:
-    """Put the archive that `assets` asks for at `target` and say what is in it."""
+    """Put the archive that `assets` names, or a stub, at `target`; its Contents, or Unusable."""
     if assets == "auto":
         try:
             fetch(host, target, timeout)
@@ -176,7 +176,7 @@ def write_stub(target: Path) -> None:
 
 
 def inspect(path: Path, name: str | None = None) -> Contents:
-    """Read the whole archive: a cut-off download or an HTML page must not reach the build."""
+    """Read the whole archive; raises Unusable, so that the build gets no damaged file."""
     name = name or path.name
     top, bots, unpacked = False, False, 0
     try:
@@ -188,7 +188,7 @@ def inspect(path: Path, name: str | None = None) -> Contents:
                 top |= parts[:1] == ("assets",)
                 bots |= parts[:2] == ("assets", "saved_models")
                 unpacked += member.size
-            while raw.read(1 << 20):  # the rest, for gzip's checksum
+            while raw.read(1 << 20):  # read the rest: gzip checks its checksum at the end
                 pass
     except gzip.BadGzipFile as error:
         raise Unusable(f"{name} is not a tar.gz archive, or a damaged one") from error
@@ -202,7 +202,7 @@ def inspect(path: Path, name: str | None = None) -> Contents:
 
 
 def fetch(url: str, target: Path, timeout: float = TIMEOUT) -> None:
-    """Download with a limit on every wait, and with a progress line."""
+    """Download url to target with progress lines; raises Unusable on errors and long waits."""
     try:
         with connect(url, timeout) as reply, open(target, "wb") as out:
             size = int(reply.headers.get("Content-Length") or 0)
@@ -230,8 +230,8 @@ def fetch(url: str, target: Path, timeout: float = TIMEOUT) -> None:
 
 
 def connect(url: str, timeout: float) -> http.client.HTTPResponse:
-    """urlopen, with one limit on all of it. Its own holds for each of a host's addresses in turn,
-    which behind a silent firewall is minutes, and not at all for the look-up of the name."""
+    """Open url within `timeout` seconds, else TimeoutError. urlopen's own limit holds for each
+    address of the host (minutes behind a silent firewall), and not for the look-up of the name."""
     answer: queue.Queue = queue.Queue()
 
     def ask() -> None:
@@ -254,10 +254,10 @@ def connect(url: str, timeout: float) -> http.client.HTTPResponse:
 
 
 def pip_install(folder: str) -> None:
-    """pip replaces an older install only after the build, and puts it back if that fails."""
+    """Build and install with pip, which keeps an older install if this fails; raises Failed."""
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--force-reinstall"]
-    # pip would keep a wheel with the stub for ever, and take one that somebody else has built.
+    # Otherwise pip would cache a wheel with the stub, and accept a wheel that others have built.
     command += ["--no-cache-dir", f"--no-binary={PACKAGE}"]
     if can_build_here():
         command += ["--no-build-isolation"]
@@ -270,8 +270,8 @@ def pip_install(folder: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that Ctrl-C reaches it once, from stop()
-            # which must reach it also where a shell has put us into the background, deaf to Ctrl-C
+            start_new_session=True,  # Ctrl-C must reach pip only once, from stop()
+            # pip must not ignore SIGINT, which stop() sends, as background jobs of a shell do
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
@@ -289,12 +289,12 @@ def pip_install(folder: str) -> None:
 
 
 def can_build_here() -> bool:
-    """Whether the locked setuptools can build it, which saves a download and pins the builder."""
+    """True if the installed setuptools can build it: no download, and a pinned builder."""
     try:
         major, minor = metadata.version("setuptools").split(".")[:2]
     except (metadata.PackageNotFoundError, ValueError):
         return False
-    return (int(major), int(minor)) >= (70, 1)  # the first that needs no `wheel` beside it
+    return (int(major), int(minor)) >= (70, 1)  # from 70.1 on the package `wheel` is not needed
 
 
 def stop(pip: subprocess.Popen) -> None:
@@ -310,7 +310,7 @@ def stop(pip: subprocess.Popen) -> None:
 
 
 def check_space(contents: Contents, folder: str) -> None:
-    """The build unpacks the archive, copies that twice, and zips it; then pip copies it in."""
+    """Raise Failed if space is short: the build unpacks, copies twice and zips; pip copies."""
     needed = 2 * contents.packed + 4 * contents.unpacked + 50 * MB
     if shutil.disk_usage(folder).free < needed:
         raise Failed(no_space(folder, needed))
@@ -333,5 +333,5 @@ def interrupt(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)  # a plain `kill` cleans up like Ctrl-C
+    signal.signal(signal.SIGTERM, interrupt)  # a plain `kill` cleans up as Ctrl-C does
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Worlds by the name of their substrate, whichever kind they are of."""
+"""Create worlds from the name of a substrate: Melting Pot, the toy, or a user's own class."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def make_worlds(
     num_workers: int = 0,
     timeout: float = 8.0,
 ) -> Any:
-    """num_envs worlds stepped together; ValueError or ModuleNotFoundError if they cannot be had.
+    """num_envs worlds, stepped together: a MeltingPot, a TileGame or an OwnWorlds object.
 
     substrate            one of Melting Pot's, "toy" (envs/meltingpot/toy.py) or "module:Class", a
-                         PettingZoo class of one's own (docs/own_world.md)
-    first_world          the number of the first one: processes of one run have different worlds
-    max_episode_steps    episodes are truncated there; 0: they end naturally
+                         PettingZoo class of the user (docs/own_world.md); else ValueError
+    first_world          number of the first world; seeds depend on it, so processes of a run differ
+    max_episode_steps    truncate episodes after so many steps; 0: play to their natural end
     num_workers          processes that step Melting Pot's worlds; 0: one per core
-    timeout              seconds until one of those that gives no sign ends the run
-    """
-    # Imported where they are used: Melting Pot's takes a second.
+    timeout              seconds without a sign of life after which a worker ends the run
+    ModuleNotFoundError if Melting Pot is needed but not installed."""
+    # Imported where they are used, because Melting Pot's module takes a second.
     options = {"first_world": first_world, "max_episode_steps": max_episode_steps}
     if substrate == "toy":
         from envs.meltingpot.toy import TileGame

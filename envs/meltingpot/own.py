@@ -1,10 +1,9 @@
-"""Worlds of one's own on tiles: any PettingZoo parallel environment whose observations are grids of
-small integers, with the interface of envs/meltingpot/worlds.py.
+"""A user's own PettingZoo parallel environment, with the interface of envs/meltingpot/worlds.py.
 
     python bidist_mappo_meltingpot.py --substrate my_world:MyWorld     a class in my_world.py
 
-docs/own_world.md explains what the class has to offer. All worlds are stepped in this process.
-Letters: B worlds, N players, H W tiles of a view (H' W' of the global one), P kinds of tiles.
+docs/own_world.md lists what the class must have; its observations are grids of tile ids (integers).
+This process steps all B worlds. N players, H W tiles of a view (H' W': global), P kinds of tiles.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from envs.meltingpot.tiles import (
 
 
 def find_world(name: str) -> Any:
-    """What "module:attribute" names, a class or function; the working directory's modules, too."""
+    """Import `name`, "module:attribute", also from the working directory; ValueError: not found."""
     module, _, attribute = name.partition(":")
     here = str(Path.cwd())
     sys.path.insert(0, here)
@@ -45,26 +44,28 @@ def find_world(name: str) -> Any:
 
 
 def grid_of(name: str, space: Any) -> tuple[tuple[int, int], int]:
-    """Size (H, W) and number of kinds P of a Box or MultiDiscrete space of integers."""
+    """(H, W) and number of kinds P of a Box or MultiDiscrete; ValueError: no grid of integers."""
     shape, dtype = getattr(space, "shape", None), getattr(space, "dtype", None)
     if shape is None or len(shape) != 2 or not np.issubdtype(dtype, np.integer):
         raise ValueError(f"--substrate {name}: {space} is no grid of integers (H, W).")
+    if hasattr(space, "low") and space.low.min() < 0:
+        raise ValueError(f"--substrate {name}: {space} has kinds below 0.")
     highest = space.nvec.max() - 1 if hasattr(space, "nvec") else space.high.max()
     return (int(shape[0]), int(shape[1])), int(highest) + 1
 
 
 def new_colours(count: int) -> np.ndarray:
-    """(P, 3) uint8: black, then hues far apart."""
+    """Default colours of `count` kinds, (P, 3) uint8: black, then well separated hues."""
     hues = [(0.618 * k % 1, 0.65, 0.9 - 0.3 * (k % 3) / 2) for k in range(count - 1)]
     colours = [(0.0, 0.0, 0.0), *(colorsys.hsv_to_rgb(*hue) for hue in hues)]
     return np.array(np.array(colours) * 255, np.uint8)
 
 
 class OwnWorlds:
-    """num_envs worlds, stepped together. Episode e of world b is reset with a seed that depends on
-    (seed, first_world + b, e); ValueError where a class does not offer what is needed."""
+    """num_envs worlds of the class `name`, "module:attribute", stepped together. The seed of
+    episode e of world b depends on (seed, first_world + b, e). ValueError: unsuitable class."""
 
-    reproducible = False  # what a class remembers cannot be saved
+    reproducible = False  # the state of a user's class cannot be saved
 
     def __init__(
         self,
@@ -92,10 +93,10 @@ class OwnWorlds:
         self.episode = np.zeros(num_envs, np.int64)  # number of each world's next episode
         self.views = np.zeros((num_envs, players, *self.spec.grid), np.uint16)
         self.global_views = np.zeros((num_envs, *self.spec.world_grid), np.uint16)
-        self.obs: Observation | None = None  # the latest
+        self.obs: Observation | None = None  # the latest observation
 
     def plan(self) -> tuple[Spec, int]:
-        """Sizes and names, from the first world; and the number of kinds of tiles."""
+        """The Spec, from the first world, and the number of kinds P; ValueError: players differ."""
         world, name = self.worlds[0], self.name
         spaces = [grid_of(name, world.observation_space(agent)) for agent in self.agents]
         counts = {int(world.action_space(agent).n) for agent in self.agents}
@@ -125,22 +126,22 @@ class OwnWorlds:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Which episodes have begun, as tensors."""
+        """{"episode": (B,) int64 tensor, the number of each world's next episode}."""
         import torch
 
         return {"episode": torch.tensor(self.episode)}
 
     def load_state_dict(self, state: dict[str, Any]) -> Observation:
-        """Begin the episodes that follow."""
+        """Begin the next episodes, as running ones are not saved; return the first observations."""
         self.episode[:] = np.asarray(state["episode"])
         return self.reset()
 
     def images(self, ids: np.ndarray) -> np.ndarray:
-        """The images (..., 8H, 8W, 3) uint8 behind ids (..., H, W)."""
+        """The images (..., 8H, 8W, 3) uint8 of tile ids (..., H, W)."""
         return ids_to_images(ids, self.palette.pixels())
 
     def reset(self) -> Observation:
-        """Begin a new episode in every world."""
+        """Begin a new episode in every world and return the first observations."""
         self.counter.clear()
         for b in range(self.num_envs):
             self._begin(b)
@@ -148,7 +149,8 @@ class OwnWorlds:
         return self.obs
 
     def step(self, actions: np.ndarray) -> Step:
-        """Step every world with actions (B, N); those that end begin their next episode at once."""
+        """Step every world with actions (B, N) int; where an episode ends, the next begins.
+        WorldError if an episode ends for some players only."""
         shape = actions.shape
         reward, pick_ups = np.zeros(shape), np.zeros(shape, np.int64)
         terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
@@ -174,13 +176,13 @@ class OwnWorlds:
         return Step(self.obs, reward, terminated, truncated, final, episodes)
 
     def rest(self, world: int) -> None:
-        """All worlds go on; what a resting one does is not counted."""
+        """Do nothing: the world continues; play_all() ignores the episodes of resting worlds."""
 
     def check(self) -> None:
-        """Nothing here can die."""
+        """Do nothing: there are no worker processes that could have died."""
 
     def close(self) -> None:
-        """Close all worlds."""
+        """Call close() of all worlds."""
         for world in self.worlds:
             world.close()
 

@@ -1,22 +1,22 @@
 """Unseen co-players: Melting Pot's scenarios, with official or scripted bots.
 
-A scenario is a substrate in which some seats are taken by bots. `Scenarios` plays one or more of
-them in parallel, with MeltingPot's interface and only the focal seats in it: the bots act inside
-the worker processes, from their own observations, so neither their views nor their rewards reach
-the focal side. Episode carries their returns separately.
+A scenario is a substrate in which bots play some seats. `Scenarios` runs one or more scenarios in
+parallel and has the interface of MeltingPot, but returns only the focal seats. The bots act inside
+the worker processes, from their own observations. Focal players get neither the bots' views nor
+their rewards; tiles.Episode has separate fields for the bots' returns.
 
-Scenario, bot configuration and puppeteer are Melting Pot's own. The puppet, which pursues the goals
-that the puppeteer sets, is the official SavedModel or a rule of envs/meltingpot/bots.py:
+Melting Pot defines the scenarios, the bots' configurations and the puppeteers, which set goals. The
+puppet, which pursues these goals, is an official SavedModel or a rule of envs/meltingpot/bots.py:
 
     official   needs Melting Pot's assets and tensorflow
-    scripted   needs nothing, and exists for scenarios all of whose bots are puppets
-    auto       official where it can be had, else scripted
+    scripted   needs neither; exists if every bot has a puppeteer and a scripted puppet
+    auto       official if it is available, else scripted
 
     with Scenarios(["coins_0", "coins_3"], num_envs=8, bots="scripted") as envs:
-        obs = envs.reset()           # obs.tile_ids: (8, 1, H, W), world b plays names[b % 2]
+        obs = envs.reset()           # obs.tile_ids: (8, 1, H, W); world b plays scenario b % 2
         step = envs.step(actions)    # (8, 1) ints, of the focal players
 
-docs/scenarios.md has the table of scenarios and what the scripted bots achieve.
+docs/scenarios.md lists scenarios and scripted bots' results. B: worlds, F: focal seats, M: bots.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from envs.meltingpot.worlds import (
 
 Kind = Literal["official", "scripted"]
 Wanted = Literal["auto", "official", "scripted"]
-# In a plan of one's own these take a seat like a bot.
+# Names that a user's own Plan may give to a seat instead of a bot's name.
 RANDOM = "random"  # plays every action with equal probability
 GOAL = "goal:"  # "goal:CLEAN": a scripted puppet whose goal never changes
 
@@ -72,20 +72,20 @@ PAPER = (
 
 
 class Plan(NamedTuple):
-    """Who sits where."""
+    """A scenario: which seats are focal, and which bots may play the others."""
 
-    name: str  # of the scenario
-    spec: Spec  # of all seats
-    bots: tuple[tuple[str, ...], ...]  # per seat: names to draw from; () is a focal seat
+    name: str  # of the scenario, e.g. "coins_3"
+    spec: Spec  # of all seats, those of bots included
+    bots: tuple[tuple[str, ...], ...]  # per seat: bots to draw one from; (): a focal seat
 
 
 def focal_seats(plan: Plan) -> list[int]:
-    """Numbers of the seats that no bot takes."""
+    """Numbers, from 0, of the seats that no bot plays."""
     return [seat for seat, names in enumerate(plan.bots) if not names]
 
 
 def bot_names(plans: Sequence[Plan]) -> list[str]:
-    """All bots that may take a seat in one of the plans."""
+    """Sorted names of all bots that may play a seat in one of the plans, without RANDOM."""
     return sorted({name for plan in plans for seat in plan.bots for name in seat} - {RANDOM})
 
 
@@ -93,7 +93,7 @@ def bot_names(plans: Sequence[Plan]) -> list[str]:
 
 
 def scenario_names(substrate: str) -> list[str]:
-    """All scenarios of a substrate, by number."""
+    """Names of all scenarios of a substrate, sorted by number; [] for an unknown substrate."""
     import_meltingpot()
     from meltingpot import scenario
 
@@ -102,7 +102,7 @@ def scenario_names(substrate: str) -> list[str]:
 
 
 def get_plan(name: str) -> Plan:
-    """The plan of a scenario; ValueError with one sentence for an unknown name."""
+    """The Plan of Melting Pot's scenario `name`; ValueError, one sentence, for an unknown name."""
     import_meltingpot()
     from meltingpot import scenario
 
@@ -118,8 +118,8 @@ def get_plan(name: str) -> Plan:
 
 
 def choose_scenarios(substrate: str, wanted: str, bots: Wanted = "auto") -> list[str]:
-    """The scenarios that `wanted` means: "all" (SC0-SC4 of the paper's five substrates, else all
-    whose bots can be had), "none", or "SC0,SC3". ValueError for what does not exist."""
+    """Names of the scenarios that `wanted` selects: "none", a list as "SC0,SC3", or "all": SC0-SC4
+    of the paper's five substrates, elsewhere all that have bots. ValueError: no such scenario."""
     if wanted == "none":
         return []
     own = scenario_names(substrate)
@@ -130,7 +130,7 @@ def choose_scenarios(substrate: str, wanted: str, bots: Wanted = "auto") -> list
             if name not in own:
                 have = ", ".join(short(known) for known in own) or "none"
                 raise ValueError(f"{substrate} has no scenario {number}: it has {have}.")
-        return names
+        return list(dict.fromkeys(names))  # "SC0,SC0" is one scenario
     if substrate in PAPER:
         return own[:5]
     plans = [get_plan(name) for name in own]
@@ -140,12 +140,12 @@ def choose_scenarios(substrate: str, wanted: str, bots: Wanted = "auto") -> list
 
 
 def short(name: str) -> str:
-    """coins_3 -> SC3."""
+    """The short name of a scenario within its substrate: "coins_3" -> "SC3"."""
     return "SC" + name.rpartition("_")[2]
 
 
 def unscripted(plan: Plan) -> str:
-    """A bot of the plan that has no scripted puppet; "" if all have."""
+    """The name of a bot of the plan without a scripted puppet; "" if every bot has one."""
     from meltingpot.configs import bots as configs
 
     for name in bot_names([plan]):
@@ -160,7 +160,7 @@ def unscripted(plan: Plan) -> str:
 
 
 def missing_assets(names: Sequence[str] = ()) -> str:
-    """Why official bots (by default any) cannot be had here, as one sentence; "" if they can."""
+    """One sentence: why official bots `names` (default: any) are unavailable; "" if available."""
     import_meltingpot()
     from meltingpot.configs import bots as configs
 
@@ -179,7 +179,7 @@ def missing_assets(names: Sequence[str] = ()) -> str:
 
 
 def choose_bots(plans: Sequence[Plan], wanted: Wanted) -> Kind:
-    """Which kind plays; one kind for all plans. ValueError, one sentence, if it cannot be had."""
+    """The kind of bots, the same for all plans; ValueError, one sentence, if it is unavailable."""
     missing = missing_assets(bot_names(plans)) if wanted != "scripted" else ""
     if wanted != "scripted" and not missing:
         return "official"
@@ -198,22 +198,22 @@ def choose_bots(plans: Sequence[Plan], wanted: Wanted) -> Kind:
 
 @functools.cache
 def official_bot(name: str) -> Any:
-    """Melting Pot's bot. It takes its state as an argument: one serves all seats of a process."""
+    """An official bot, loaded once per process: seats can share it, as they hold its state."""
     from meltingpot import bot
 
     return bot.build(name)
 
 
 def goal_names(substrate: str) -> list[str]:
-    """The goals of a substrate's puppets, in the order of their numbers."""
+    """Names of the goals of a substrate's puppets; their order is the number of a goal."""
     from meltingpot.configs import bots as configs
 
     goals = configs._PUPPET_GOALS
-    return list(goals.get(f"{substrate}_3_goals") or goals[substrate])  # clean_up has two sets
+    return list(goals.get(f"{substrate}_3_goals") or goals[substrate])  # clean_up has a second set
 
 
 def new_puppeteer(name: str, spec: Spec) -> Any:
-    """The puppeteer of a bot, or of a goal."""
+    """The puppeteer of the bot `name`, or for "goal:NAME" one that always sets this goal."""
     from meltingpot.configs import bots as configs
     from meltingpot.utils.puppeteers import fixed_goal
 
@@ -224,7 +224,7 @@ def new_puppeteer(name: str, spec: Spec) -> Any:
 
 
 class Bot:
-    """One bot for one episode: Melting Pot's puppeteer, and a puppet."""
+    """A bot on its seat for one episode: an official bot, or a puppeteer with a scripted puppet."""
 
     def __init__(self, name: str, kind: Kind, engine: ScenarioEngine, seat: int, seed: int):
         self.name, self.engine, self.seat, self.seed = name, engine, seat, seed
@@ -242,7 +242,7 @@ class Bot:
         self.state = self.policy.initial_state()
 
     def act(self, first: bool, reward: float) -> int:
-        """The action for what the engine shows now."""
+        """The bot's action, 0..A - 1; first: at an episode's start; reward: its own, last step."""
         if self.policy is None:
             return int(self.rng.integers(len(self.engine.spec.actions)))
         import dm_env
@@ -258,7 +258,7 @@ class Bot:
 
 
 class ScenarioEngine(Engine):
-    """One episode of a scenario. Only focal seats act, observe and are counted as players."""
+    """One episode of a scenario; from outside it has only the F focal seats as players."""
 
     def __init__(self, plan: Plan, kind: Kind, seed: tuple[int, ...], palette: Palette):
         rng = np.random.default_rng(seed)
@@ -278,7 +278,7 @@ class ScenarioEngine(Engine):
         self.rewards_now = np.zeros(plan.spec.num_agents)
         self.kind, self.first, self.sight = kind, True, None
         self.keys = self.read_keys()
-        random.seed(int(rng.integers(2**63)))  # puppeteers that tremble draw from it
+        random.seed(int(rng.integers(2**63)))  # some puppeteers draw from Python's own generator
         self.bots = []
         for seat, names in enumerate(plan.bots):
             if names:
@@ -294,15 +294,15 @@ class ScenarioEngine(Engine):
         ]
 
     def read_keys(self) -> list[str]:
-        """Names of a bot's own observations."""
+        """Names of the observations that the engine has for a bot's seat, without the prefix."""
         from meltingpot.configs import substrates as configs
 
         own = configs.get_config(self.spec.substrate).individual_observation_names
         return [*own] if self.kind == "official" else [*own, "POSITION", "ORIENTATION"]
 
     def seen(self, seat: int) -> dict[str, Any]:
-        """What the bot on a seat observes: an official one what Melting Pot would give it, a
-        scripted one its own observations, POSITION and ORIENTATION."""
+        """{name: array} of what the bot on this seat observes. Official bot: as in Melting Pot.
+        Scripted bot: the seat's own observations, POSITION and ORIENTATION."""
         observe = self.lab.observation
         seen = {key: observe(f"{seat + 1}.{key}") for key in self.keys}
         if self.kind == "official":
@@ -311,7 +311,7 @@ class ScenarioEngine(Engine):
         return seen
 
     def new_puppet(self, seat: int) -> scripted.Puppet:
-        """A scripted puppet; all of an episode share what they have learnt to read."""
+        """A scripted puppet for a seat; an episode's puppets share a Sight, which caches tiles."""
         if self.sight is None:
             sprites = read_sprites(self.settings)
             self.sight = scripted.new_sight(self.spec, self.settings, sprites)
@@ -319,7 +319,7 @@ class ScenarioEngine(Engine):
         return kind(self.spec, self.settings, self.sight, self.palette, seat)
 
     def step(self, actions: np.ndarray) -> bool:
-        """Advance by one step with the focal players' actions (F,); True if the episode goes on."""
+        """Advance by one step with focal players' actions (F,) int; True if the episode goes on."""
         every = np.zeros(self.spec.num_agents, np.int64)
         every[self.focal] = actions
         for bot in self.bots:
@@ -328,13 +328,13 @@ class ScenarioEngine(Engine):
         return super().step(every)
 
     def read_rewards(self, reward: np.ndarray, pick_ups: np.ndarray) -> None:
-        """Write the last step's rewards and pick-ups (F + M,), bots last."""
+        """Write the last step's rewards and numbers of pick-ups, (F + M,) each, bots last."""
         counts = np.zeros(len(self.order), np.int64)
         super().read_rewards(self.rewards_now, counts)
         reward[:], pick_ups[:] = self.rewards_now[self.order], counts[self.order]
 
     def observe(self, palette: Palette, out: Observation) -> None:
-        """Write what focal players see, tile_ids (F, H, W) and features (F, .), and world_ids."""
+        """Write to out: tile_ids (F, H, W) and features (F, .) of focal seats, and world_ids."""
         tile_ids, world_ids, features = out
         observe = self.lab.observation
         for player, seat in enumerate(self.focal):
@@ -344,14 +344,14 @@ class ScenarioEngine(Engine):
             features[player, first:last] = observe(name).ravel()
 
     def locate(self, places: np.ndarray) -> None:
-        """Write where the players are (F + M, 2), bots last: row, column."""
+        """Write row and column of each player (F + M, 2) int64, bots last."""
         for k, seat in enumerate(self.order):
             places[k] = self.lab.observation(f"{seat + 1}.POSITION")[::-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenarioEngines(PlainEngines):
-    """Makes the engines of worlds: world b plays plan b % len(plans)."""
+    """A factory that runs in worker processes: world b gets engines of plan b % len(plans)."""
 
     plans: tuple[Plan, ...]
     kind: Kind
@@ -368,9 +368,9 @@ class ScenarioEngines(PlainEngines):
 class Scenarios(MeltingPot):
     """num_envs worlds that play scenarios of one substrate with equally many focal seats.
 
-    scenarios   names, or plans of one's own; world b plays number b % len(scenarios)
-    bots        "auto", "official" or "scripted"; `kind` says which it came to
-    Further arguments as MeltingPot's. ValueError, with one sentence, for what cannot be had.
+    scenarios   names or Plans; world b plays scenarios[b % len(scenarios)]
+    bots        "auto", "official" or "scripted"; the attribute `kind` is the kind that plays
+    Options: of MeltingPot. ValueError: unknown scenario, no bots, unequal numbers of seats.
     """
 
     def __init__(
@@ -386,7 +386,7 @@ class Scenarios(MeltingPot):
         plans = [self.plans[b % len(self.plans)] for b in range(num_envs)]
         self.labels = tuple(plan.name for plan in plans)
         super().__init__(self.plans[0].spec.substrate, num_envs, seed, **options)
-        self.seats = np.array([focal_seats(plan) for plan in plans])  # (B, F), as in observations
+        self.seats = np.array([focal_seats(plan) for plan in plans])  # (B, F) seat numbers
 
     def plan(self, substrate: str) -> tuple[Spec, PlainEngines]:
         specs = [plan.spec for plan in self.plans]
@@ -421,11 +421,11 @@ def play_scenarios(
     progress: Progress = ignore,
     **options: Any,
 ) -> dict[str, list[Result]]:
-    """Play `episodes` episodes of each scenario of a substrate, about num_envs at a time.
+    """Play `episodes` episodes of each scenario of a substrate, in about num_envs worlds at a time.
 
-    new_player(envs) makes the focal player for worlds (ids have their meaning there); scenarios
-    with equally many focal seats share worlds. Returns the results by row name, "SC0 scripted".
-    Further arguments as of envs.meltingpot.episodes.play_all() and MeltingPot.
+    Scenarios with equal numbers of seats and of focal seats share a Scenarios object `envs`, for
+    which new_player(envs) makes the focal player. Returns {"SC0 scripted": results} in the order of
+    `scenarios`. Other arguments: envs.meltingpot.episodes.play_all(); options: MeltingPot.
     """
     groups: dict[tuple, list[str]] = {}
     for name in scenarios:
@@ -456,8 +456,8 @@ def play_scenarios(
 
 
 def find_scenarios(args: Any) -> tuple[list[str], Kind | None]:
-    """The scenarios of a script's --eval-scenarios and the kind of bots in them; NoWorldError if
-    there are none of that name, or no such bots."""
+    """Names of the scenarios that args.eval_scenarios selects, and the kind of their bots (None: no
+    scenarios). NoWorldError for an unknown scenario, unavailable bots or missing packages."""
     if args.substrate == "toy" or ":" in args.substrate:
         if args.eval_scenarios not in ("all", "none"):
             raise NoWorldError(f"--eval-scenarios: {args.substrate} has none.")
@@ -473,12 +473,12 @@ def find_scenarios(args: Any) -> tuple[list[str], Kind | None]:
 def scenario_rows(
     args: Any, evaluation: Any, new_player: Callable[[Any], Player], num_ids: int
 ) -> dict[str, dict[str, float]]:
-    """{"SC0 scripted": envs.meltingpot.episodes.summarise()} of new_player(envs) beside the bots of
-    each scenario; every episode goes to evaluation.run_dir / "evaluation", if it has one.
+    """Play every scenario that args selects with new_player(envs); return {"SC0 scripted":
+    envs.meltingpot.episodes.summarise()}, and write CSVs to evaluation.run_dir / "evaluation".
 
-    args: a script's, with substrate, seed, num_envs, num_workers, worker_timeout, eval_ids,
-    eval_scenarios and bots. evaluation: harness.Evaluation, with how much is played and where it
-    goes. num_ids: how many agent ids the player knows.
+    args: of a script, with substrate, seed, num_envs, num_workers, worker_timeout, eval_ids,
+    eval_scenarios and bots. evaluation: harness.Evaluation; a run_dir of None writes no files.
+    num_ids: number of agent ids. NoWorldError as find_scenarios(); WorldError: cannot write.
     """
     names, bots = find_scenarios(args)
     if not names:
@@ -521,7 +521,7 @@ COLUMNS = ("scenario", "bots", "seed", "timesteps", "episode", *Result._fields)
 def save_results(
     folder: Path, kind: str, substrate: str, seed: int, timesteps: int, results: dict
 ) -> None:
-    """One CSV per scenario with a line per episode: folder/final-1000000-SC0-scripted.csv."""
+    """Write a CSV per scenario, a line per episode: folder/final-1000000-SC0-scripted.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     for row, episodes in results.items():
         scenario, _, bots = row.partition(" ")

@@ -1,11 +1,10 @@
-"""The layers after conv1 on tile ids, compiled for a CPU: what tile_tensors.py does with torch's
-operations, in a fifth of the time.
+"""conv2 and linear on tile ids, compiled for a CPU: a fifth of the time of torch's operations.
 
-Conv2's result at a window is a sum over its K tiles of something that depends on the sprite and its
-place in the window alone: a table (P, K, C). So a window costs K additions of rows instead of a
-product with the kernel, and windows are worth telling apart only together with their position,
-where the linear layer has its own weights. Letters as in tile_tensors.py; O: the linear layer's
-outputs.
+conv2's output at a window is a sum over its K tiles. Each term depends only on the tile's sprite
+and on its place in the window, so all terms form a table (P, K, C), and a window costs K additions
+of rows instead of a matrix product. The linear layer has its own weights at every position, so each
+different (position, window) pair is computed once. Letters: M images, H W rows and columns of
+tiles, P sprites, Q positions, D pairs, C channels of conv2, O outputs of the linear layer.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 64  # rows per product of matrices; BLAS would start threads of its own for more
+BLOCK = 64  # rows per matrix product; for more rows BLAS would start its own threads
 
 
 class Pairs(NamedTuple):
-    """The different (position, window) pairs of some images, position by position."""
+    """The different (position, window) pairs of a batch of images, sorted by position."""
 
-    windows: np.ndarray  # (D, K) int64, their tiles
-    begins: np.ndarray  # (Q + 1,) int64, where each position's begin, and D
-    index: np.ndarray  # (M, Q) int64, which pair an image shows at a position
+    windows: np.ndarray  # (D, K) int64, tile ids of each pair's window
+    begins: np.ndarray  # (Q + 1,) int64, first pair of each position; the last entry is D
+    index: np.ndarray  # (M, Q) int64, the pair that an image shows at a position
     image: np.ndarray  # (M * Q,) int64, the images that show a pair, pair after pair
-    offsets: np.ndarray  # (D,) int64, where each pair's begin in image
+    offsets: np.ndarray  # (D,) int64, index in `image` where the images of a pair begin
 
 
 def conv2_and_linear(x: Tensor, ids: Tensor, conv2: nn.Conv2d, linear: nn.Linear) -> Tensor:
-    """Both layers with their ReLUs; x (P, C'), what conv1 and its ReLU make of each sprite, ids
-    (M, H, W) int64 -> (M, O)."""
+    """conv2 and linear, each with its ReLU, on a CPU: x (P, C'), the output of conv1 and its ReLU
+    per sprite; ids (M, H, W) int64, rows of x -> (M, O). Gradients flow to x and all weights."""
     size = conv2.kernel_size[0]
     weights = conv2.weight.permute(1, 2, 3, 0).flatten(1)  # (C', K * C)
     table = (x.to(weights.dtype) @ weights).view(len(x), size * size, -1)
@@ -44,7 +43,7 @@ def conv2_and_linear(x: Tensor, ids: Tensor, conv2: nn.Conv2d, linear: nn.Linear
 
 
 class _Layers(torch.autograd.Function):
-    """Conv2 from its table, ReLU, and the linear layer without its bias."""
+    """conv2 from its table (P, K, C), ReLU, and linear (Q, O, C) without its bias -> (M, O)."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
@@ -85,12 +84,12 @@ class _Layers(torch.autograd.Function):
 
 @numba.njit(cache=True)
 def _hash_windows(ids: np.ndarray, size: int) -> np.ndarray:
-    """A 64-bit number for each size x size window of ids (M, H, W) -> (Q, M) uint64."""
+    """64-bit hash of each size x size window of ids (M, H, W) -> (Q, M) uint64."""
     images, height, width = ids.shape
     rows, columns = height - size + 1, width - size + 1
     a, b = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
     codes = np.empty((rows * columns, images), np.uint64)
-    lines = np.empty((height, columns), np.uint64)  # of 1 x size windows
+    lines = np.empty((height, columns), np.uint64)  # hashes of 1 x size windows
     for m in range(images):
         for i in range(height):
             for j in range(columns):
@@ -109,8 +108,8 @@ def _hash_windows(ids: np.ndarray, size: int) -> np.ndarray:
 
 @numba.njit(cache=True)
 def find_pairs(ids: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-    """The arrays of Pairs. Windows are told apart by a 64-bit hash: the odds that two of 10,000
-    share one are 3e-12."""
+    """The arrays of Pairs for the size x size windows of ids (M, H, W) int64. Windows are compared
+    by a 64-bit hash: two of 10,000 different ones collide with a probability of 3e-12."""
     codes = _hash_windows(ids, size)
     positions, images = codes.shape
     columns = ids.shape[2] - size + 1
@@ -122,7 +121,7 @@ def find_pairs(ids: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
     numbers = np.empty(slots, np.int64)
     begins = np.empty(positions + 1, np.int64)
     index = np.empty((images, positions), np.int64)
-    example = np.empty(images * positions, np.int64)  # an image that shows the pair
+    example = np.empty(images * positions, np.int64)  # (D,) an image that shows the pair
     counts = np.zeros(images * positions, np.int64)
     found = 0
     for q in range(positions):
@@ -162,7 +161,8 @@ def find_pairs(ids: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
 
 @numba.njit(cache=True)
 def _sum_tiles(table: np.ndarray, windows: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    """out (D, C): of each window (D, K) the sum of its tiles' rows of table (P, K, C), and bias."""
+    """Write to out (D, C): bias (C,) plus the sum of table[windows[d, k], k] over k; table is
+    (P, K, C), windows (D, K)."""
     for d in range(len(windows)):
         for c in range(len(bias)):
             out[d, c] = bias[c]
@@ -174,7 +174,7 @@ def _sum_tiles(table: np.ndarray, windows: np.ndarray, bias: np.ndarray, out: np
 
 @numba.njit(cache=True)
 def _sum_tiles_backward(grad: np.ndarray, windows: np.ndarray, out: np.ndarray) -> None:
-    """Add to out (P, K, C) the gradients of its rows, from those of the sums (D, C)."""
+    """Add the table's gradient to out (P, K, C); grad (D, C): gradient of _sum_tiles' output."""
     for d in range(len(windows)):
         for k in range(windows.shape[1]):
             p = windows[d, k]
@@ -184,7 +184,7 @@ def _sum_tiles_backward(grad: np.ndarray, windows: np.ndarray, out: np.ndarray) 
 
 @numba.njit(cache=True)
 def _multiply(x: np.ndarray, weight: np.ndarray, begins: np.ndarray, out: np.ndarray) -> None:
-    """out (D, O): x (D, C) times its position's part of weight (Q, O, C)."""
+    """Write to out (D, O): x (D, C) times weight (Q, O, C) at the position of each row."""
     for q in range(len(weight)):
         w = weight[q].T  # (C, O)
         for first in range(begins[q], begins[q + 1], BLOCK):
@@ -201,7 +201,7 @@ def _multiply_backward(
     x_grad: np.ndarray,
     weight_grad: np.ndarray,
 ) -> None:
-    """The gradients (D, C) and (Q, O, C) of _multiply, from that of its result (D, O)."""
+    """Write x_grad (D, C) and weight_grad (Q, O, C); grad (D, O): that of _multiply's output."""
     weight_grad[:] = 0
     for q in range(len(weight)):
         for first in range(begins[q], begins[q + 1], BLOCK):

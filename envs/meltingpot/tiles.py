@@ -1,8 +1,8 @@
-"""Images as tile ids: what worlds hand out, and the palette that gives ids their meaning.
+"""Images as tile ids: the data that worlds return, and the palette that maps ids to sprites.
 
-Melting Pot draws all its images from 8x8 sprites on an 8x8 grid. A world hands out one number per
-tile instead of 192 bytes; `ids_to_images` rebuilds the pixels exactly. Dimension letters: B worlds,
-N players, H W tiles, F features, P sprites.
+Melting Pot draws every image as a grid of sprites of 8 x 8 pixels. A world therefore returns one
+uint16 id per tile instead of 192 bytes, and `ids_to_images` rebuilds the pixels exactly. Dimension
+letters: B worlds, N players, H W rows and columns of tiles, F features, P sprites.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-SPRITE = 8  # pixels: a sprite is SPRITE x SPRITE x 3 bytes
-WORDS = SPRITE * SPRITE * 3 // 8  # the same in 64-bit words
-CAPACITY = 2**16  # ids are uint16; id 0 is the black sprite
+SPRITE = 8  # pixels per side: a sprite is SPRITE x SPRITE x 3 bytes
+WORDS = SPRITE * SPRITE * 3 // 8  # 64-bit words per sprite: 24
+CAPACITY = 2**16  # most sprites that a palette can hold: ids are uint16; id 0 is black
 
 
 class WorldError(RuntimeError):
-    """A world cannot go on (a dead worker, too many sprites); the message is one sentence."""
+    """The worlds cannot continue, e.g. because a worker died; the message is one sentence."""
 
 
 class NoWorldError(WorldError):
-    """What was asked for cannot be had here; the message is one sentence."""
+    """The requested world, scenario or bot is not available; the message is one sentence."""
 
-    code = 2  # of a script that ends with it: wrong usage
+    code = 2  # exit code of a script that this error ends: wrong command line
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Sizes and names of a world."""
+    """What does not change in a world: its players, its actions and the sizes of observations."""
 
     substrate: str
-    roles: tuple[str, ...]  # one per player
-    is_focal: tuple[bool, ...]  # whom a scenario evaluates; everyone where there is no scenario
-    actions: tuple[dict[str, int], ...]  # what each of the A discrete actions sends to the engine
+    roles: tuple[str, ...]  # (N,) the role of each player
+    is_focal: tuple[bool, ...]  # (N,) players that a scenario evaluates; all without a scenario
+    actions: tuple[dict[str, int], ...]  # (A,) values that a discrete action sends to the engine
     grid: tuple[int, int]  # H, W of a player's view, in tiles
     world_grid: tuple[int, int]  # H', W' of the global view, in tiles
-    features: tuple[tuple[str, int], ...]  # permitted observations besides RGB: names, lengths
-    num_bots: int = 0  # further players, whom the world itself plays
+    features: tuple[tuple[str, int], ...]  # name, length of permitted observations, no images
+    num_bots: int = 0  # players besides these N whose actions the world itself chooses
 
     @property
     def num_agents(self) -> int:
@@ -56,37 +56,37 @@ class Spec:
 
 
 class Observation(NamedTuple):
-    """What all players of all worlds see."""
+    """The observations of all players in all worlds at one time step."""
 
-    tile_ids: np.ndarray  # (B, N, H, W) uint16, each player's RGB
-    world_ids: np.ndarray  # (B, H', W') uint16, WORLD.RGB, the global view: for critics
-    features: np.ndarray  # (B, N, F) float32, permitted observations in Spec.features' order
+    tile_ids: np.ndarray  # (B, N, H, W) uint16, each player's own view (RGB)
+    world_ids: np.ndarray  # (B, H', W') uint16, the global view (WORLD.RGB), for critics and films
+    features: np.ndarray  # (B, N, F) float32, columns in the order of Spec.features
 
 
 class Episode(NamedTuple):
-    """A finished episode."""
+    """Totals of one finished episode."""
 
-    world: int
+    world: int  # its index, 0 to B - 1
     length: int  # steps
-    returns: np.ndarray  # (N,) undiscounted
-    pick_ups: np.ndarray  # (N,) coins, resources, ores, ... collected by each player
-    bot_returns: np.ndarray = np.zeros(0)  # (num_bots,)
-    bot_pick_ups: np.ndarray = np.zeros(0)
+    returns: np.ndarray  # (N,) float64, undiscounted sum of each player's rewards
+    pick_ups: np.ndarray  # (N,) int64, coins, resources, ores, ... that each player collected
+    bot_returns: np.ndarray = np.zeros(0)  # (num_bots,) as returns
+    bot_pick_ups: np.ndarray = np.zeros(0)  # (num_bots,) as pick_ups
 
 
 class Step(NamedTuple):
-    """One step of all worlds. Where a world ended, `obs` is the first of its next episode."""
+    """One step of all worlds. Where an episode ended, `obs` is the first of the next one."""
 
     obs: Observation
-    reward: np.ndarray  # (B, N) float64, each player's own
-    terminated: np.ndarray  # (B,) bool, the game ended the episode
-    truncated: np.ndarray  # (B,) bool, max_episode_steps did
-    final: Observation | None  # where a world ended, its last observation (other rows: stale)
-    episodes: list[Episode]  # those that ended in this step
+    reward: np.ndarray  # (B, N) float64, each player's own reward
+    terminated: np.ndarray  # (B,) bool, True where the game itself ended the episode
+    truncated: np.ndarray  # (B,) bool, True where a limit of steps ended it (max_episode_steps)
+    final: Observation | None  # last observations where episodes ended (other rows: stale)
+    episodes: list[Episode]  # the episodes that ended in this step
 
 
 class EpisodeCounter:
-    """Adds up rewards, pick-ups and steps of the running episodes."""
+    """Sums rewards, pick-ups and steps of the running episodes; columns: players, then bots."""
 
     def __init__(self, num_envs: int, num_agents: int, num_bots: int = 0):
         self.num_agents = num_agents
@@ -95,8 +95,7 @@ class EpisodeCounter:
         self.length = np.zeros(num_envs, np.int64)
 
     def add(self, reward: np.ndarray, pick_ups: np.ndarray, done: np.ndarray) -> list[Episode]:
-        """Count one step: reward, pick_ups (B, N + num_bots), done (B,); returns the episodes that
-        it ended."""
+        """Add a step: reward, pick_ups (B, N + num_bots), done (B,) bool -> the ended episodes."""
         self.returns += reward
         self.pick_ups += pick_ups
         self.length += 1
@@ -109,14 +108,14 @@ class EpisodeCounter:
         return ended
 
     def clear(self, worlds: np.ndarray | slice = slice(None)) -> None:
-        """Forget the running episodes of these worlds."""
+        """Set the sums of these worlds to 0; worlds: indices, a mask (B,) bool, by default all."""
         for array in (self.returns, self.pick_ups, self.length):
             array[worlds] = 0
 
 
 @numba.njit(cache=True)
 def _hash(image: np.ndarray, i: int, j: int) -> np.uint64:
-    """A 64-bit number from the 24 words of tile (i, j); three lanes, as one chain would wait."""
+    """64-bit hash of tile (i, j) of image (8H, 3W) uint64, in 3 chains that a CPU overlaps."""
     odd = np.uint64(0x9E3779B97F4A7C15)
     a = b = c = np.uint64(0)
     for r in range(8):
@@ -132,7 +131,7 @@ def _hash(image: np.ndarray, i: int, j: int) -> np.uint64:
 
 @numba.njit(inline="always")
 def _differs(image: np.ndarray, i: int, j: int, sprite: np.ndarray) -> np.uint64:
-    """Zero if tile (i, j) shows this sprite."""
+    """0 if tile (i, j) of image (8H, 3W) uint64 equals sprite (24,) uint64, else not 0."""
     bits = np.uint64(0)
     for r in range(8):
         for c in range(3):
@@ -149,11 +148,11 @@ def _encode(
     ids: np.ndarray,
     start: int,
 ) -> tuple[int, int]:
-    """Write the ids of the tiles of image (8H, 3W words) into ids (H, W), from row `start` on.
+    """Write the tile ids of image (8H, 3W) uint64 into ids (H, W) uint16, from row `start` on.
 
-    A tile that still shows what it showed before (ids holds the last frame) costs one comparison;
-    any other is hashed, looked up and compared pixel by pixel, so a hash that collides costs time,
-    never a wrong id. Returns (-1, -1), or the place of the first tile that is not in the table.
+    On entry ids holds the previous frame, so an unchanged tile costs one comparison. A changed tile
+    is looked up by its hash and compared pixel by pixel: a hash collision costs time, but it never
+    gives a wrong id. Returns (-1, -1), or (i, j) of the first tile that is not in the table.
     """
     mask = np.uint64(len(slots) - 1)
     height, width = ids.shape
@@ -178,7 +177,7 @@ def _encode(
 def _insert(
     sprites: np.ndarray, slots: np.ndarray, hashes: np.ndarray, first: int, last: int
 ) -> None:
-    """Enter sprites [first, last) into the hash table."""
+    """Insert sprites first, ..., last - 1 into the hash table (open addressing)."""
     mask = np.uint64(len(slots) - 1)
     for number in range(first, last):
         code = _hash(sprites[number].reshape(8, 3), 0, 0)
@@ -192,24 +191,24 @@ def _insert(
 class Palette:
     """A growing table of sprites in shared memory, and this process's hash table over it.
 
-    Sprites are only ever appended, under a file lock that the kernel releases if its holder dies.
-    So an id keeps its meaning, and processes that meet a new sprite at once agree on its number.
+    The row of a sprite is its tile id. Sprites are only appended, so an id never changes its
+    meaning. A file lock makes processes agree on new ids; the kernel frees it if its holder dies.
     """
 
     def __init__(self, sprites: np.ndarray, count: np.ndarray, lock_fd: int | None = None):
         self.sprites = sprites  # (CAPACITY, 24) uint64
         self.count = count  # (1,) int64
-        self.lock_fd = lock_fd  # of the shared memory; None if only this process uses the palette
+        self.lock_fd = lock_fd  # file to lock: the shared memory; None if no other process uses it
         if self.count[0] == 0:
             self.count[0] = 1  # id 0 is black: all bytes zero, as the memory starts out
         self.slots = np.full(2 * CAPACITY, -1, np.int32)
         self.hashes = np.zeros(2 * CAPACITY, np.uint64)
-        self.known = 0  # sprites in this process's hash table
+        self.known = 0  # number of sprites in this process's hash table
         self._catch_up()
 
     @classmethod
     def private(cls) -> Palette:
-        """A palette of this process alone."""
+        """A palette in this process's own memory, with the black sprite only."""
         return cls(np.zeros((CAPACITY, WORDS), np.uint64), np.zeros(1, np.int64))
 
     def __len__(self) -> int:
@@ -221,7 +220,8 @@ class Palette:
         self.known = last
 
     def encode(self, image: np.ndarray, ids: np.ndarray) -> None:
-        """Write the ids of image (8H, 8W, 3) uint8 into ids (H, W) uint16; learn new sprites."""
+        """Write the tile ids of image (8H, 8W, 3) uint8 into ids (H, W) uint16, which holds any
+        valid ids (best the last frame's). Appends new sprites; WorldError if the table is full."""
         words = image.reshape(len(image), -1).view(np.uint64)
         i, j = _encode(words, self.sprites, self.slots, self.hashes, ids, 0)
         while i >= 0:
@@ -230,10 +230,10 @@ class Palette:
 
     def _learn(self, sprite: np.ndarray) -> None:
         if self.lock_fd is not None:
-            fcntl.lockf(self.lock_fd, fcntl.LOCK_EX, 1)  # byte 0: others are locks, too
+            fcntl.lockf(self.lock_fd, fcntl.LOCK_EX, 1)  # byte 0: builds lock the other bytes
         try:
             fresh = self.known
-            self._catch_up()  # another process may have been first
+            self._catch_up()  # another process may have appended this sprite already
             if not (self.sprites[fresh : self.known] == sprite).all(1).any():
                 if self.known == CAPACITY:
                     raise WorldError(f"More than {CAPACITY} different sprites: ids do not suffice.")
@@ -245,12 +245,12 @@ class Palette:
                 fcntl.lockf(self.lock_fd, fcntl.LOCK_UN, 1)
 
     def pixels(self) -> np.ndarray:
-        """All sprites so far, (P, 8, 8, 3) uint8; row number = id."""
+        """A copy of all sprites so far, (P, 8, 8, 3) uint8; the row of a sprite is its tile id."""
         last = int(self.count[0])
         return self.sprites[:last].copy().view(np.uint8).reshape(last, SPRITE, SPRITE, 3)
 
     def load(self, pixels: np.ndarray) -> None:
-        """Start from saved pixels(); ValueError if sprites here are numbered otherwise already."""
+        """Take over the sprites and ids of saved pixels(); ValueError if ids contradict them."""
         words = np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(np.uint64)
         both = min(len(words), int(self.count[0]))
         if (words[:both] != self.sprites[:both]).any():
@@ -262,7 +262,7 @@ class Palette:
 
 
 def ids_to_images(ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """ids (..., H, W) and palette (P, 8, 8, 3) -> the exact images (..., 8H, 8W, 3) uint8."""
+    """ids (..., H, W), Palette.pixels() (P, 8, 8, 3) -> the exact images (..., 8H, 8W, 3) uint8."""
     tiles = np.moveaxis(pixels[ids], -3, -4)  # (..., H, 8, W, 8, 3)
     *batch, height, _, width, _, _ = tiles.shape
     return tiles.reshape(*batch, height * SPRITE, width * SPRITE, 3)

@@ -1,25 +1,25 @@
-"""Melting Pot for training: many worlds at once, observations as tile ids.
+"""Melting Pot for training: many worlds at once, with observations as tile ids.
 
-Every image that Melting Pot draws consists of 8x8 sprites on an 8x8 grid. `MeltingPot` hands out
-`tile_ids  # (B, N, H, W)` into one growing palette of sprites instead of pixels (about a hundredth
-of the memory); `images()` rebuilds the pixels exactly. B is parallel worlds, N players.
+Every image that Melting Pot draws is a grid of sprites of 8 x 8 pixels. `MeltingPot` returns
+`tile_ids  # (B, N, H, W)`, row numbers of one growing palette of sprites, instead of pixels: a
+hundredth of the memory. `images()` rebuilds the pixels exactly. Letters: B worlds, N players, H W
+rows and columns of tiles, F features, A actions; H' W' for the global view.
 
-The engine (dmlab2d) is read directly: the official wrapper collects every observation through five
-layers of Python, this file only those that are used. tests/worlds/test_meltingpot.py holds it
-against the official wrapper on the same engine.
+The engine is dmlab2d. The official wrapper reads all of its observations through five layers of
+Python; this file reads only those that are used, directly. tests/worlds/test_meltingpot.py compares
+this file with the official wrapper on the same engine.
 
 Worlds live in worker processes, several per worker, and write into shared memory. An engine serves
-one episode and is then built anew, as in the official wrapper. The next episode of every world is
-built ahead of time and the world's slot switches to it when an episode ends, so that no world waits
-for another's rebuild. A build blocks its process (engines hold the GIL), hence two places for it:
-short builds (chicken 0.04 s, coins 0.14 s) are done by the world's own worker while the trainer
-learns, for which it calls `check()` once before; long ones (coop_mining 1.5 s, chemistry 13 s) by
-standby processes that step nothing. Each episode has its own seed (seed, world, episode), from
-which coins draws its colours and its map; the engine itself is not reproducible, whatever its
-seeds.
+one episode and is then replaced by a new one, as in the official wrapper. Every world's next engine
+is built ahead of time, so that no world has to wait for it when an episode ends. A build blocks its
+process, as engines hold the GIL. Short builds (chicken 0.04 s, coins 0.14 s) are therefore done by
+the world's own worker while the trainer learns; the trainer calls `check()` once before it learns.
+Long builds (coop_mining 1.5 s, chemistry 13 s) are done by standby processes, which step no world.
+Each episode has its own seed (seed, world, episode); coins, e.g., draws its colours and its map
+from it. The engine itself is not reproducible, even with equal seeds.
 
-A worker that has died while it served worlds ends the run with a WorldError, and so does one whose
-answer is waited for and does not come. Whoever serves nothing may die, and is replaced, or be slow.
+WorldError ends the run if a worker dies that serves worlds, or if an answer that the trainer waits
+for does not come. A worker that serves no world may be slow; it is replaced if it dies.
 
     envs = MeltingPot("coins", num_envs=16, seed=1)
     obs = envs.reset() # tiles.Observation: tile_ids, world_ids, features
@@ -70,7 +70,7 @@ from envs.meltingpot.tiles import (
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What counts as a pick-up: the engine's events, each with the key that names the player (1-based).
+# The engine's events that count as pick-ups; each with the key of the player's number (from 1).
 PICK_UPS = {
     "acorn_collected": b"player_index",
     "apple_consumed": b"player_index",
@@ -92,11 +92,11 @@ PICK_UPS = {
 
 
 def import_meltingpot(bots: bool = False) -> types.ModuleType:
-    """Import meltingpot; unless `bots`, without tensorflow and chex (0.2 s instead of 4 s).
+    """Import and return meltingpot; unless `bots`, without tensorflow and chex (0.2 s, not 4 s).
 
-    Only official bots use the two. Placeholders stand in for them while meltingpot is imported, and
-    leave sys.modules afterwards, so that nothing else (TensorBoard looks for tensorflow) mistakes
-    them for the real ones. Raises ModuleNotFoundError, with a sentence, for what is not installed.
+    Only official bots use these two packages. While meltingpot is imported, placeholders replace
+    them in sys.modules. They are removed afterwards, because TensorBoard, e.g., looks for
+    tensorflow. ModuleNotFoundError, with one sentence, names the package that is not installed.
     """
     if "meltingpot" in sys.modules:
         return sys.modules["meltingpot"]
@@ -135,7 +135,7 @@ def import_meltingpot(bots: bool = False) -> types.ModuleType:
 
 
 def substrates() -> list[str]:
-    """All substrate names, sorted."""
+    """Names of all substrates of Melting Pot, sorted; ModuleNotFoundError without meltingpot."""
     import_meltingpot()
     from meltingpot.configs import substrates as configs
 
@@ -144,7 +144,7 @@ def substrates() -> list[str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Descriptors 1 and 2 to /dev/null: building an engine prints hundreds of harmless lines."""
+    """Send descriptors 1 and 2 to /dev/null: building an engine prints hundreds of lines."""
     sys.stdout.flush(), sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -161,10 +161,8 @@ def quiet() -> Iterator[None]:
 
 
 def get_spec(name: str, roles: tuple[str, ...] | None = None) -> Spec:
-    """Spec of a substrate, or of a scenario: its substrate, roles and focal/background split.
-
-    Raises ValueError with one sentence for an unknown name.
-    """
+    """Spec of a substrate with these roles (default: its own), or of a scenario with its own roles
+    and focal players. ValueError: unknown name; ModuleNotFoundError: no meltingpot."""
     import_meltingpot()
     from meltingpot import scenario
     from meltingpot.configs import substrates as configs
@@ -183,7 +181,7 @@ def get_spec(name: str, roles: tuple[str, ...] | None = None) -> Spec:
     config = configs.get_config(substrate)
     roles = tuple(roles or config.default_player_roles)
     seen = config.timestep_spec.observation
-    # COLLECTIVE_REWARD is permitted, too, but tells of rewards, not of the player.
+    # COLLECTIVE_REWARD is permitted, too, but it is a reward, not an observation of the player.
     permitted = sorted(scenario.PERMITTED_OBSERVATIONS - {"RGB", "COLLECTIVE_REWARD"})
     return Spec(
         substrate=substrate,
@@ -204,9 +202,9 @@ def get_spec(name: str, roles: tuple[str, ...] | None = None) -> Spec:
 
 
 class Engine:
-    """One episode of a substrate on dmlab2d, read directly.
+    """One episode of a substrate in a dmlab2d engine, which is read directly.
 
-    `seed` is a tuple of integers, e.g. (seed, world, episode).
+    seed: integers, e.g. (seed, world, episode). ValueError if images have not the size in `spec`.
     """
 
     def __init__(self, spec: Spec, seed: tuple[int, ...]):
@@ -216,7 +214,7 @@ class Engine:
             self.lab.start(0, seed=int(rng.integers(2**31)))
 
     def attach(self, spec: Spec, lab: Any) -> None:
-        """Read `lab` (a dmlab2d.Lab2d) as an engine of `spec`."""
+        """Look up what is read from `lab`, a dmlab2d.Lab2d; ValueError if it contradicts `spec`."""
         from dmlab2d import RUNNING as running
 
         self.spec, self.lab, self.running = spec, lab, running
@@ -228,7 +226,7 @@ class Engine:
                 raise ValueError(f"{spec.substrate}: {name} is {shape}, not {grid} sprites.")
         self.rgb = [f"{i}.RGB" for i in players]
         self.rewards = [f"{i}.REWARD" for i in players]
-        self.feature_names, first = [], 0  # (player, first column, last column, observation's name)
+        self.feature_names, first = [], 0  # (player, first column, end column, observation name)
         for name, length in spec.features:
             for i in players:
                 if f"{i}.{name}" in available:
@@ -242,13 +240,13 @@ class Engine:
         self.columns = np.arange(len(names))
 
     def step(self, actions: np.ndarray) -> bool:
-        """Advance by one step with actions (N,); True if the episode goes on."""
+        """Advance by one step with actions (N,) int in 0..A - 1; True if the episode goes on."""
         self.lab.act_discrete(self.action_table[actions[self.action_player], self.columns])
         status, _ = self.lab.advance()
         return status == self.running
 
     def read_rewards(self, reward: np.ndarray, pick_ups: np.ndarray) -> None:
-        """Write the last step's rewards (N,) and pick-ups (N,)."""
+        """Write the last step's rewards (N,) float64 and numbers of pick-ups (N,) int64."""
         observe = self.lab.observation
         reward[:] = [observe(name) for name in self.rewards]
         pick_ups[:] = 0
@@ -259,7 +257,7 @@ class Engine:
                 pick_ups[int(items[2 + 2 * names.index(key)]) - 1] += 1
 
     def observe(self, palette: Palette, out: Observation) -> None:
-        """Write tile_ids (N, H, W), world_ids (H', W') and features (N, F) of one world."""
+        """Write tile_ids (N, H, W), world_ids (H', W') and features (N, F) to `out`."""
         tile_ids, world_ids, features = out
         observe = self.lab.observation
         for player, name in enumerate(self.rgb):
@@ -269,18 +267,18 @@ class Engine:
             features[player, first:last] = observe(name).ravel()
 
     def locate(self, places: np.ndarray) -> None:
-        """Write where the players are (N, 2): row, column; -1 as the engine does not say."""
+        """Write row and column of each player (N, 2); here -1: the engine does not report them."""
         places[:] = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class PlainEngines:
-    """Makes the engine of each world's next episode, in a worker process."""
+    """A factory that runs in worker processes: it makes the engine of a world's next episode."""
 
     spec: Spec
 
     def prepare(self) -> None:
-        """Import (and compile) once what all engines need, lest the first build count as long."""
+        """Import or compile what all engines need, so that it does not count as part of a build."""
         import_meltingpot()
 
     def __call__(self, world: int, seed: tuple[int, ...], palette: Palette) -> Engine:
@@ -290,8 +288,8 @@ class PlainEngines:
 def build_lab(
     spec: Spec, rng: np.random.Generator, change: Callable[[Any], None] = lambda settings: None
 ) -> Any:
-    """A dmlab2d.Lab2d for one episode, not yet started, with settings drawn anew; change() gets
-    them last."""
+    """A dmlab2d.Lab2d for one episode, not yet started. Its settings are drawn from rng as in the
+    official builder; change(settings) may modify them before the engine is built."""
     import_meltingpot()
     import dmlab2d
     from dmlab2d import runfiles_helper
@@ -323,7 +321,7 @@ RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
 
 
 class SharedArrays:
-    """The worlds' arrays, in anonymous memory that workers inherit by its file descriptor."""
+    """The worlds' arrays in anonymous shared memory; workers inherit its file descriptor `fd`."""
 
     def __init__(self, spec: Spec, num_envs: int, fd: int | None = None):
         players = (num_envs, spec.num_agents)
@@ -338,7 +336,7 @@ class SharedArrays:
             "actions": (players, np.int64),
             "reward": (seats, np.float64),
             "pick_ups": (seats, np.int64),
-            "places": ((*seats, 2), np.int64),  # row, column; -1: not known
+            "places": ((*seats, 2), np.int64),  # row, column; -1: unknown
             "ended": ((num_envs,), np.int64),  # RUNNING, TERMINATED or TRUNCATED
             "sprites": ((CAPACITY, WORDS), np.uint64),
             "num_sprites": ((1,), np.int64),
@@ -357,15 +355,15 @@ class SharedArrays:
             setattr(self, name, np.ndarray(shape, kind, memory, start))
 
     def observation(self, where: Any, final: bool = False) -> Observation:
-        """Views of a world's arrays (where: its number), or of all (where: ...)."""
+        """Views of one world's arrays (where: its index) or of all worlds' (where: ...)."""
         names = (f"final_{name}" if final else name for name in Observation._fields)
         return Observation(*(getattr(self, name)[where] for name in names))
 
     def close(self) -> None:
-        """Give the descriptor back; the memory stays as long as somebody maps it."""
+        """Close the file descriptor; the memory stays as long as a process maps it."""
         if self.fd >= 0:
             os.close(self.fd)
-            self.fd = -1  # the number may soon be another file's
+            self.fd = -1  # the system may give the number to another file
 
 
 # --- The worker process --------------------------------------------------------------------------
@@ -373,16 +371,16 @@ class SharedArrays:
 # A message to a worker is a letter and two numbers:
 #   B world episode   build and start the engine of that episode, and keep it ready
 #   G world           serve that world from its ready engine, and write its first observation
-#   S                 step the worlds that it serves
+#   S                 step the worlds that this worker serves
 #   D world           stop serving that world
-# It answers each, in order, with the seconds and processor seconds that it took, or with a text if
-# it failed. Standby processes may all be told to build at once: num_workers of them do at a time.
+# The worker answers each message, in order: with the seconds and processor seconds that it took, or
+# with a text if it failed. Of all standby processes, at most num_workers build at the same time.
 
 ANSWER = struct.Struct("dd")
 
 
 class Host:
-    """What a worker process holds: engines that serve worlds, and engines that are ready to."""
+    """The state of a worker process: engines that serve worlds, and engines that are built."""
 
     def __init__(
         self,
@@ -399,14 +397,14 @@ class Host:
         self.first_world, self.max_steps = first_world, max_steps
         self.arrays = SharedArrays(spec, num_envs, fd)
         self.palette = Palette(self.arrays.sprites, self.arrays.num_sprites, fd)
-        # Numba compiles here, not when a first observation is waited for.
+        # Numba compiles here, not while the trainer waits for a first observation.
         self.palette.encode(np.zeros((8, 8, 3), np.uint8), np.zeros((1, 1), np.uint16))
         self.ready: dict[int, Engine] = {}
         self.serving: dict[int, Engine] = {}
         self.steps: dict[int, int] = {}
 
     def handle(self, message: bytes) -> None:
-        """Do what a message asks for."""
+        """Execute one message: a letter and two int32 numbers, see the table above."""
         letter, (world, episode) = message[:1], np.frombuffer(message[1:], np.int32).tolist()
         if letter == b"S":
             self.step()
@@ -421,7 +419,7 @@ class Host:
             self.serving.pop(world, None)
 
     def step(self) -> None:
-        """Step all worlds that this process serves; those that end are served no longer."""
+        """Step all worlds that this process serves; stop serving those whose episode ends."""
         arrays = self.arrays
         for world, engine in list(self.serving.items()):
             goes_on = engine.step(arrays.actions[world])
@@ -437,8 +435,9 @@ class Host:
 
 
 def wait_for_turn(connection: Connection, memory_fd: int, turns: int) -> int:
-    """The number of a turn to build, from 1; 0 without one, when something else is asked as well:
-    then somebody waits. The kernel takes a turn back from a process that dies."""
+    """Take one of `turns` locks, the right to build, and return its number (from 1). If a message
+    arrives first, return 0 without a lock, because the trainer waits for an answer. The kernel
+    frees the lock of a worker that dies."""
     while not connection.poll(0.0):
         for turn in range(1, turns + 1):
             with contextlib.suppress(OSError):  # another process has it
@@ -449,8 +448,8 @@ def wait_for_turn(connection: Connection, memory_fd: int, turns: int) -> int:
 
 
 def worker_main(socket_fd: int, memory_fd: int) -> None:
-    """The life of a worker process: it answers until the other end of the socket is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they go to the whole group; the trainer acts
+    """Main loop of a worker process: answer messages until the trainer closes the socket."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the trainer reacts
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(socket_fd)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -464,7 +463,7 @@ def worker_main(socket_fd: int, memory_fd: int) -> None:
             try:
                 host.handle(message)
                 answer = ANSWER.pack(time.monotonic() - began, time.process_time() - used)
-            except Exception as error:  # whatever it is, the trainer makes a sentence of it
+            except Exception as error:  # of any kind: the trainer raises it as a WorldError
                 answer = f"failed with {type(error).__name__}: {error}".encode()
             if turn:
                 fcntl.lockf(memory_fd, fcntl.LOCK_UN, 1, turn)
@@ -472,12 +471,12 @@ def worker_main(socket_fd: int, memory_fd: int) -> None:
 
 
 class Worker:
-    """The trainer's side of a worker process."""
+    """The trainer's handle of a worker process; `number` counts the workers from 0."""
 
     def __init__(self, number: int, turns: int, settings: dict[str, Any], memory_fd: int):
         ours, theirs = socket.socketpair()
         fds = (theirs.fileno(), memory_fd)
-        # -P: the working directory may hold another `envs`.
+        # -P: do not import another package `envs` from the working directory.
         command = [sys.executable, "-P", "-m", "envs.meltingpot.worlds", *map(str, fds)]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         env = {**os.environ, "PYTHONPATH": path}
@@ -485,24 +484,24 @@ class Worker:
         theirs.close()
         self.number, self.connection = number, Connection(ours.detach())
         self.connection.send_bytes(pickle.dumps((turns, settings)))
-        self.serving: set[int] = set()  # worlds
-        self.reserved: dict[int, bool] = {}  # worlds whose next episode it holds; True: built
-        self.pending: deque[tuple[bytes, int]] = deque()  # letter and world, not yet answered
-        self.started = False  # it has answered once
+        self.serving: set[int] = set()  # worlds that it steps
+        self.reserved: dict[int, bool] = {}  # worlds whose next episode it makes; True: built
+        self.pending: deque[tuple[bytes, int]] = deque()  # letter, world; unanswered
+        self.started = False  # True after its first answer
 
     def send(self, letter: bytes, world: int = 0, episode: int = 0) -> None:
-        """Ask for something; the answer comes later."""
+        """Send a message; _read() takes its answer later."""
         self.pending.append((letter, world))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # found when it is read
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _read() notices it
             self.connection.send_bytes(letter + np.array([world, episode], np.int32).tobytes())
 
     def building(self) -> list[int]:
-        """Worlds whose next episode it has been told to build."""
+        """Worlds whose next episode it was told to build and has not yet reported as built."""
         return [world for letter, world in self.pending if letter == b"B"]
 
     def look(self) -> tuple[bool, float]:
-        """Whether the process would run if it had a core, and the processor seconds that it has
-        used. (False, 0.0) where the kernel does not say."""
+        """True if the process runs or waits for a core, and the processor seconds that it has used;
+        (False, 0.0) where there is no /proc."""
         try:
             stat = Path(f"/proc/{self.process.pid}/stat").read_text()
         except OSError:
@@ -512,11 +511,11 @@ class Worker:
         return state == "R", ticks / os.sysconf("SC_CLK_TCK")
 
     def has_ended(self) -> bool:
-        """Whether the process is gone."""
+        """True if the process has ended."""
         return self.process.poll() is not None
 
     def death(self) -> str:
-        """How the process ended."""
+        """How the process ended, as the end of a sentence: "exited with 1"."""
         try:
             code = self.process.wait(2.0)
         except subprocess.TimeoutExpired:
@@ -526,23 +525,24 @@ class Worker:
 
 # --- Many worlds ---------------------------------------------------------------------------------
 
-SHORT_BUILD = 0.5  # processor seconds; longer ones are done by standby processes
-LOOK = 0.2  # seconds between looks at a process whose answer is waited for
-PATIENCE = 10  # who works may use so many times the seconds that one may give no sign
+SHORT_BUILD = 0.5  # processor seconds; longer builds are done by standby processes
+LOOK = 0.2  # seconds between checks of a process whose answer the trainer waits for
+PATIENCE = 10  # a worker may use so many times its time limit in processor seconds
 
 
 class MeltingPot:
-    """num_envs worlds of one substrate (or scenario: its roles and focal split), stepped together.
+    """num_envs worlds of a substrate, stepped together. A scenario's name gives its roles, no bots.
 
     seed, first_world   episode e of world b is built from the seed (seed, first_world + b, e)
-    num_workers         processes that step worlds; by default the cores this process may use
-    max_episode_steps   truncate there; 0 plays episodes to their natural end
-    timeout             seconds without a sign of life, or a tenth of the processor seconds, after
-                        which a worker whose answer is waited for ends the run with a WorldError
-    standby             start standby processes for long builds; without, they are done when needed
+    num_workers         processes that step worlds; 0: as many as this process may use cores
+    max_episode_steps   truncate episodes after so many steps; 0: play them to their natural end
+    timeout             seconds without a sign of life (PATIENCE times as many of processor time)
+                        until a worker that owes an answer ends the run; builds have longer limits
+    standby             start standby processes for long builds; False: build when needed
+    ValueError: unknown name. ModuleNotFoundError: no meltingpot. WorldError: a worker failed.
     """
 
-    reproducible = False  # the engine drifts even with all seeds equal
+    reproducible = False  # the engine's episodes differ even if all seeds are equal
 
     def __init__(
         self,
@@ -557,7 +557,7 @@ class MeltingPot:
     ):
         self.spec, new_engine = self.plan(substrate)
         self.num_envs, self.timeout, self.standby = num_envs, timeout, standby
-        self.settings = {  # of a Host
+        self.settings = {  # keyword arguments of Host
             "new_engine": new_engine,
             "spec": self.spec,
             "num_envs": num_envs,
@@ -572,19 +572,19 @@ class MeltingPot:
         self.arrays = SharedArrays(self.spec, num_envs)
         self.palette = Palette(self.arrays.sprites, self.arrays.num_sprites, self.arrays.fd)
         self.counter = EpisodeCounter(num_envs, self.spec.num_agents, self.spec.num_bots)
-        self.obs: Observation | None = None  # the latest
+        self.obs: Observation | None = None  # the latest observation
         self.workers: list[Worker] = []
-        self.started = 0  # worker processes so far, those included that have died
-        self.place: list[Worker | None] = [None] * num_envs  # who serves a world
-        self.next: list[Worker | None] = [None] * num_envs  # who holds its next episode
+        self.started = 0  # number of worker processes so far, dead ones included
+        self.place: list[Worker | None] = [None] * num_envs  # the worker that serves a world
+        self.next: list[Worker | None] = [None] * num_envs  # the worker that makes its next episode
         self.episode = np.zeros(num_envs, np.int64)  # number of each world's next build
-        self.fastest_build = math.inf  # processor seconds: they do not depend on other processes
+        self.fastest_build = math.inf  # processor seconds: other processes do not change them
         self.slowest_build = 0.0  # seconds
         self.waited_s = 0.0  # spent switching worlds to their next episodes, builds included
         self.checked = 0.0  # when check() last ran
 
     def plan(self, substrate: str) -> tuple[Spec, PlainEngines]:
-        """What the worlds hand out, and who makes them."""
+        """The Spec of the worlds and the factory of their engines; subclasses replace both."""
         spec = get_spec(substrate)
         return spec, PlainEngines(spec)
 
@@ -599,7 +599,7 @@ class MeltingPot:
             self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The meaning of the ids so far, and which episodes have been built, as tensors."""
+        """Tensors: palette (P, 8, 8, 3) uint8; episode (B,) int64, number of the next build."""
         import torch
 
         return {
@@ -608,21 +608,21 @@ class MeltingPot:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> Observation:
-        """Number sprites as the saved run did; begin new episodes, as engines cannot be saved."""
+        """Restore the ids of sprites; begin new episodes, as engines' states cannot be saved."""
         self.palette.load(np.asarray(state["palette"]))
         self.episode[:] = np.asarray(state["episode"])
         return self.reset()
 
     def images(self, ids: np.ndarray) -> np.ndarray:
-        """The exact images (..., 8H, 8W, 3) uint8 behind ids (..., H, W)."""
+        """The exact images (..., 8H, 8W, 3) uint8 of tile ids (..., H, W)."""
         return ids_to_images(ids, self.palette.pixels())
 
     def places(self, world: int) -> np.ndarray:
-        """Where a world's players are now, (N + num_bots, 2): row, column; -1 for not known."""
+        """Row and column of a world's players now, (N + num_bots, 2) int64; -1: unknown."""
         return self.arrays.places[world]
 
     def reset(self) -> Observation:
-        """Begin a new episode in every world."""
+        """Begin a new episode in every world and return the first observations."""
         if not self.workers:
             for _ in range(self.num_workers):
                 self._spawn()
@@ -638,7 +638,7 @@ class MeltingPot:
         return self.obs
 
     def step(self, actions: np.ndarray) -> Step:
-        """Step every world with actions (B, N); those that end begin their next episode at once."""
+        """Step every world with actions (B, N) int; where an episode ends, the next begins."""
         arrays = self.arrays
         arrays.actions[:] = actions
         busy = [worker for worker in self.workers if worker.serving]
@@ -664,17 +664,17 @@ class MeltingPot:
         return Step(self.obs, reward, terminated, truncated, final, episodes)
 
     def rest(self, world: int) -> None:
-        """Step this world no longer, until reset(): it keeps its observation and earns nothing."""
+        """Do not step this world until reset(): its observation stays, its rewards are 0."""
         worker, arrays = self.place[world], self.arrays
         worker.serving.discard(world)
         worker.send(b"D", world)
         arrays.reward[world], arrays.pick_ups[world], arrays.ended[world] = 0, 0, RUNNING
 
     def check(self, learning: bool = True) -> None:
-        """Raise WorldError if a worker that serves worlds has died; have next episodes built.
+        """Raise WorldError if a worker that serves worlds has died; order builds of next episodes.
 
-        Cheap. To be called, once, before a time in which no world is stepped (learning): short
-        builds, which would delay steps, are done then.
+        Call it once before learning, while no world is stepped: workers then do the short builds,
+        which would otherwise delay steps. The call itself returns at once.
         """
         self.checked = time.monotonic()
         self._bury()
@@ -682,11 +682,11 @@ class MeltingPot:
             self._plan(learning)
 
     def close(self) -> None:
-        """End all workers; no process is left behind."""
+        """Kill all workers and wait for their end."""
         workers, self.workers = self.workers, []
         for worker in workers:
             worker.connection.close()
-            worker.process.kill()  # it holds nothing that would be lost
+            worker.process.kill()  # it has nothing to save
         for worker in workers:
             worker.process.wait()
         self.arrays.close()
@@ -701,24 +701,24 @@ class MeltingPot:
         return worker
 
     def _bury(self) -> None:
-        """Part with workers that have died; WorldError if one of them served worlds."""
+        """Remove workers that have died; WorldError if one of them served worlds."""
         for worker in [worker for worker in self.workers if worker.has_ended()]:
             self._part_with(worker)
 
     def _part_with(self, worker: Worker) -> None:
-        """Give what a dead worker held to others; WorldError if it served worlds."""
+        """Remove a dead worker and release its builds; WorldError if it served worlds."""
         sentence = self._sentence(worker, worker.death())
         if worker.serving:
             raise WorldError(sentence)
         print(f"{sentence} It is replaced.", file=sys.stderr, flush=True)
         for world, built in worker.reserved.items():
             if built or world in worker.building():
-                self.episode[world] -= 1  # another worker builds the same episode
+                self.episode[world] -= 1  # another worker will build the same episode
             self.next[world] = None
         self.workers.remove(worker)
         worker.pending.clear()
         worker.connection.close()
-        worker.process.kill()  # it may have closed its connection only
+        worker.process.kill()  # perhaps only its connection is closed
         worker.process.wait()
 
     def _reserve(self, world: int, worker: Worker) -> None:
@@ -730,7 +730,7 @@ class MeltingPot:
         self.episode[world] += 1
 
     def _plan(self, learning: bool = False) -> None:
-        """Have every world's next episode built where that delays no step."""
+        """Order the builds of next episodes from workers whose steps they do not delay."""
         for worker in list(self.workers):
             self._receive(worker)
         short = self.fastest_build <= SHORT_BUILD
@@ -749,32 +749,32 @@ class MeltingPot:
                     self._build(worker, world)
 
     def _standby(self) -> Worker | None:
-        """A worker that steps no world and holds none, started if need be: a process that builds a
-        second engine could not hand over its first."""
+        """A worker without worlds and without builds, started if there is none: while a process
+        builds a second engine, its first one could not begin to serve. None: not available."""
         if not self.standby:
             return None
         for worker in self.workers:
             if not worker.serving and not worker.reserved:
                 return worker
-        # With num_envs + num_workers processes there is one after every switch. If they die again
-        # and again, no more are started: builds are then done when they are needed.
+        # num_envs + num_workers processes suffice for one to be free after every switch. If they
+        # die repeatedly, no more are started, and builds are done when they are needed.
         enough = self.num_envs + self.num_workers
         if len(self.workers) < enough and self.started < 2 * enough:
             return self._spawn()
         return None
 
     def _holder(self, world: int) -> Worker:
-        """Who shall serve a world's next episode, which is reserved for it."""
+        """The worker that will serve a world's next episode; if there is none yet, reserve one."""
         worker = self.next[world]
         if worker is None:
             worker = self.place[world]
-            if worker not in self.workers:  # it has died since the world's last step
+            if worker not in self.workers:  # dead since the world's last step
                 worker = self._spawn()
             self._reserve(world, worker)
         return worker
 
     def _start(self, worlds: Iterable[int]) -> None:
-        """Switch each world's slot to its next episode, and wait for the first observations."""
+        """Switch each of these worlds to its next episode; wait for the first observations."""
         owners = []
         self._bury()
         for world in worlds:
@@ -787,7 +787,7 @@ class MeltingPot:
             if worker not in owners:
                 owners.append(worker)
         for worker in owners:
-            # It has worlds to step now: long builds that it has not begun go to another worker.
+            # It must step worlds now: long builds that it has not begun go to another worker.
             for world in [w for w, built in worker.reserved.items() if not built]:
                 if self.fastest_build > SHORT_BUILD and world not in worker.building():
                     del worker.reserved[world]
@@ -796,7 +796,7 @@ class MeltingPot:
         self._plan()
 
     def _finish(self, worker: Worker) -> None:
-        """Wait until a worker has answered everything."""
+        """Wait until a worker has answered all messages; WorldError if it fails."""
         while worker.pending:
             if not worker.connection.poll(LOOK):
                 self._wait(worker)
@@ -805,12 +805,12 @@ class MeltingPot:
     def _wait(self, worker: Worker) -> None:
         """Wait for a worker's next answer; WorldError if it does not come.
 
-        A slow worker is no dead one: while it uses processor time, or waits for some, it is alive.
+        A worker that uses processor time, or waits for a core, is slow but alive.
         """
         limit, silent = self._limit(worker), LOOK
         _, began = worker.look()
         used = began  # processor seconds
-        # Looks are counted, not seconds: both of us may be stopped for a while (Ctrl-Z).
+        # Count looks, not seconds: trainer and worker may be stopped for a while (Ctrl-Z).
         while not worker.connection.poll(LOOK):
             before = used
             runs, used = worker.look()
@@ -823,23 +823,23 @@ class MeltingPot:
                 raise WorldError(self._sentence(worker, words))
 
     def _limit(self, worker: Worker) -> float:
-        """Seconds that a worker may be silent before its next answer."""
+        """Seconds that a worker may give no sign of life before its next answer."""
         letter, _ = worker.pending[0]
-        if letter == b"B":  # chemistry takes 13 s, and a busy machine several times as long
+        if letter == b"B":  # chemistry: 13 s, on a busy machine several times as long
             expected = 10 * self.slowest_build if self.slowest_build else 120.0
         elif worker.started:
             expected = 0.0
-        else:  # it imports, and perhaps compiles, beside many others
+        else:  # it imports and perhaps compiles, as many others do at the same time
             expected = 60.0
         return max(self.timeout, expected)
 
     def _receive(self, worker: Worker) -> None:
-        """Take the answers that a worker has given by now."""
+        """Read the answers that have arrived from a worker."""
         while worker.pending and worker.connection.poll(0.0):
             self._read(worker)
 
     def _read(self, worker: Worker) -> None:
-        """Take the answer that is there; WorldError if it tells of a failure."""
+        """Read one answer that has arrived; WorldError if it reports a failure."""
         try:
             answer = worker.connection.recv_bytes()
         except (EOFError, OSError):
@@ -864,7 +864,7 @@ class MeltingPot:
 
 if __name__ == "__main__":
     from envs.meltingpot.worlds import (
-        worker_main as main,  # under its own name, so that pickles agree
+        worker_main as main,  # imported by its name: pickled classes must not be of __main__
     )
 
     main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,9 +1,9 @@
-"""Episodes in particle worlds: what players earn in evaluations, in tables and films, and what is
-earned while an agent learns.
+"""Episodes in particle worlds: evaluation of players, with tables and films, and the returns and
+scales of rewards in training.
 
-A player is a function of a world, between reset() and step(): player(world) -> actions (B, N). It
-reads world.obs; scripted ones read the bodies. Every world plays one episode, all at once.
-"""
+A player is a function player(world) -> actions (B, N) int64, called after reset() or step(). It
+reads world.obs; scripted players read the state. play() plays one episode in each world, all at
+once."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Player = Callable[[ParticleWorld], Tensor]
 
 
 def read_population(text: str) -> tuple[int, ...]:
-    """ "6" -> (6,), "8,4" -> (8, 4); ValueError, one sentence, for anything else."""
+    """A population from its name: "6" -> (6,), "8,4" -> (8, 4); ValueError for other texts."""
     if not re.fullmatch(r"(0|[1-9]\d*)(,(0|[1-9]\d*))*", text):
         raise ValueError(f"A population is a number or, of two types, 8,4: {text} is not.")
     return tuple(map(int, text.split(",")))
 
 
 def population_name(game: Game) -> str:
-    """What read_population() reads: "6", "8,4"."""
+    """The name of a game's population, "6" or "8,4", as read_population() reads it."""
     return ",".join(map(str, game.population))
 
 
@@ -52,14 +52,14 @@ def population_name(game: Game) -> str:
 
 
 def number_of(game: Game, populations: Sequence[str]) -> int:
-    """Which of these populations a game is of; for another one the next larger, or the largest."""
+    """Index of the smallest population with at least as many agents as the game, or the largest."""
     sizes = [sum(read_population(name)) for name in populations]
     larger = [size for size in sizes if size >= game.num_agents]
     return sizes.index(min(larger, default=max(sizes)))
 
 
 def random_player(seed: int) -> Player:
-    """Plays every action with the same probability."""
+    """A player that draws each action with the same probability; own generator."""
     rng = torch.Generator().manual_seed(seed)
 
     def play(world: ParticleWorld) -> Tensor:
@@ -70,7 +70,7 @@ def random_player(seed: int) -> Player:
 
 
 def scripted_players(task: str, seed: int) -> dict[str, Player]:
-    """The reference points of every table of a task."""
+    """{name: player} with which tables of a task compare learned players; seed: random player's."""
     players: dict[str, Player] = {"random": random_player(seed)}
     if task in ("signpost", "rooms"):
         knowing = {"knows population": knows_population, "blind": blind}
@@ -82,7 +82,7 @@ def scripted_players(task: str, seed: int) -> dict[str, Player]:
 
 
 def tell_nobody(episodes: int) -> None:
-    """What play() calls if nobody wants to know how far it is."""
+    """The default of play()'s `progress`: does nothing."""
 
 
 @torch.no_grad()
@@ -92,9 +92,9 @@ def play(
     film: Path | None = None,
     progress: Callable[[int], None] = tell_nobody,
 ) -> np.ndarray:
-    """Returns (B, types) of one episode in each world: undiscounted sums, per agent of a type. The
-    film, an MP4, is of the first world. progress(n): n more episodes are played, B in all; as they
-    run side by side, a step counts as its share of them."""
+    """Play an episode in each world. Returns (B, types) float32: undiscounted returns, means of the
+    agents of a type. film: path of an MP4 of the first world. progress(n) is called after each step
+    with its share n of the B episodes; all n add up to B."""
     world.reset()
     B = world.num_worlds
     shape = (world.num_worlds, world.num_agents)
@@ -121,9 +121,9 @@ def play_all(
     seed: int,
     filmed: Container[str] = ("",),
 ) -> dict[str, dict[str, float]]:
-    """Summaries of all players in the same episodes, one in each world: {"population player":
-    summarise(...)}. evaluation: harness.Evaluation, with where films go and who is told how far it
-    is; seed: of the worlds; filmed: players of whom there is a film, if there are any."""
+    """Play the same episodes, one in each world, with all players. Returns {"population player":
+    summarise(...)}. evaluation: harness.Evaluation, which has the folder of films and the progress
+    bar; seed: of the worlds; filmed: names of players that are filmed if films are asked for."""
     population = population_name(worlds.game)
     results = {}
     evaluation.expect(len(players) * worlds.num_worlds)
@@ -140,7 +140,7 @@ def play_all(
 
 
 def save_film(path: Path, frames: list[np.ndarray], fps: int = 5) -> None:
-    """Frames (H, W, 3) uint8 with even sides as an MP4 (H.264)."""
+    """Write frames (H, W, 3) uint8, H and W even, to an MP4 (H.264); fps: frames per second."""
     import imageio.v2 as imageio
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,8 +150,8 @@ def save_film(path: Path, frames: list[np.ndarray], fps: int = 5) -> None:
 
 
 def summarise(task: str, returns: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Of returns (episodes, types): mean per type with 95 % interval (percentile bootstrap of
-    episodes) as "return", with several types as "return_pac_man" and so on."""
+    """Mean of returns (episodes, types) per type, with its 95 % percentile bootstrap interval over
+    episodes: "return", "return_low", "return_high"; with several types "return_pac_man", ..."""
     rows = draw_rows(len(returns), seed=seed)
     summary: dict[str, float] = {"episodes": len(returns)}
     for role, x in zip(TASKS[task].roles, returns.T, strict=True):
@@ -162,7 +162,7 @@ def summarise(task: str, returns: np.ndarray, seed: int = 0) -> dict[str, float]
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Markdown: one line per row name ("population player"), with intervals."""
+    """A Markdown table of play_all()'s results, one line for each {"population player": result}."""
     if not rows:
         return ""
     first = next(iter(rows.values()))
@@ -178,28 +178,28 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def alone(x: Tensor) -> Tensor:
-    """The sum over all processes, if there is but one."""
+    """The default of `total`, the sum over all processes: with one process x itself."""
     return x
 
 
 def sum_by_type(x: Tensor, game: Game) -> Tensor:
-    """Numbers of agents (..., N), added up for each type (types,)."""
+    """(types,): x (..., N) summed over the agents of each type and all leading axes."""
     parts = x.split(game.population, -1)
     return torch.stack([part.sum() for part in parts])
 
 
 class EpisodeReturns:
-    """Returns in the worlds of one population, in which episode follows episode."""
+    """Returns of the training episodes in the worlds of one population."""
 
     def __init__(self, worlds: ParticleWorld, total: Callable[[Tensor], Tensor] = alone):
-        """total: the sum over processes, all of which report together."""
+        """total: the sum over processes; all processes have to call report() together."""
         self.total, self.game, self.device = total, worlds.game, worlds.device
         B, N, types = worlds.num_worlds, worlds.num_agents, len(worlds.game.population)
-        self.running = torch.zeros(B, N, device=self.device)  # of episodes that go on
-        self.ended = torch.zeros(1 + types, device=self.device)  # episodes, their returns by type
+        self.running = torch.zeros(B, N, device=self.device)  # returns so far of present episodes
+        self.ended = torch.zeros(1 + types, device=self.device)  # episodes; sum of returns by type
 
     def add(self, step: Step) -> None:
-        """What all worlds gave in a step."""
+        """Add the rewards of one step of all worlds."""
         ended = step.terminated | step.truncated
         returns = self.running + step.reward
         self.ended[0] += ended.sum()
@@ -207,8 +207,8 @@ class EpisodeReturns:
         self.running = returns * ~ended[:, None]
 
     def report(self) -> dict[str, float]:
-        """Scalars of the episodes that ended in all processes since the last report: return per
-        agent, with several types of each and their mean. Nothing where there were none."""
+        """Scalars of episodes that ended in all processes since the last report; {} if none:
+        "episodes", "return/8,4" (return per agent, mean of types), "return/8,4/0" (of type 0)..."""
         episodes, *sums = self.total(self.ended).tolist()
         self.ended.zero_()
         if not episodes:
@@ -224,29 +224,29 @@ class EpisodeReturns:
         return {"returns": self.running, "ended": self.ended}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Go on where state_dict() was taken, which may be part of a larger one."""
+        """Restore a state_dict(), which may be part of a larger dictionary."""
         self.running = saved["returns"].to(self.device)
         self.ended = saved["ended"].to(self.device)
 
 
 class RewardScale:
-    """How large the rewards of one population are: sums over all steps, of living agents."""
+    """Standard deviation of one population's rewards, over all steps of living agents so far."""
 
     def __init__(self, worlds: ParticleWorld, total: Callable[[Tensor], Tensor] = alone):
-        """total: the sum over processes, all of which add together."""
+        """total: the sum over processes; all processes have to call add() together."""
         self.total, self.game = total, worlds.game
         types = len(worlds.game.population)
-        # 1, r, r^2 (3, types)
+        # sums of 1, r and r^2 by type, (3, types)
         self.sums = torch.zeros(3, types, dtype=torch.float64, device=worlds.device)
 
     def add(self, rewards: Tensor, alive: Tensor) -> None:
-        """Of all worlds in a step, (B, N)."""
+        """Add the rewards (B, N) of a step; alive (B, N) bool: agents that count."""
         rewards = (rewards * alive).double()
         powers = (alive.double(), rewards, rewards * rewards)
         self.sums += self.total(torch.stack([sum_by_type(x, self.game) for x in powers]))
 
     def deviation(self) -> Tensor:
-        """(N,): the standard deviation for each agent's type, at least .01."""
+        """(N,) float32: the standard deviation of each agent's type, at least .01."""
         count, total, square = self.sums
         variance = square / count - (total / count) ** 2
         deviation = variance.clamp(min=0).sqrt().float().clamp(min=0.01)
@@ -255,7 +255,7 @@ class RewardScale:
 
 
 def report_returns(populations: list[EpisodeReturns]) -> dict[str, float]:
-    """What each population reports, and "return", the mean of their returns."""
+    """All populations' report() in one dictionary, and "return", the mean of their returns."""
     scalars, returns = {}, []
     for population in populations:
         report = population.report()

@@ -1,12 +1,12 @@
-"""Layers and networks of pairs compiled for a CPU: what pairs.py does with torch's operations.
+"""Linear layers and networks of pairs (see pairs.py), compiled for a CPU by Numba.
 
-An update makes many tensors of a few MB, and as torch has it each operation reads one and writes
-another, which takes longer than computing them. Here blocks of rows that stay in a processor's
-cache go through all that can be done at once: product, bias; pairs, sum over j, product.
+An update makes many tensors of a few MB. With torch's operations, reading and writing them takes
+longer than the arithmetic. Here a block of rows stays in the processor's cache and goes through all
+operations that can follow each other: product and bias; or pairs, sum over j and product.
 
-Letters as in the scripts: M transitions, N agents, H hidden units, S parameter sets; I inputs, O
-outputs of a layer; A first layers of pairs, one for each set or for each agent. Agents of a set
-come one after another: begins (S + 1,) says where, and N.
+Letters as in the scripts: M transitions, N agents, H hidden units, S parameter sets; I inputs and O
+outputs of a layer; A first layers of pairs (A = S, or A = N with one for each agent); R rows of a
+block. Agents are ordered by set: begins (S + 1,) has the first agent of each set, and N.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-SMALL = 64**3  # multiplications of a product; BLAS would start threads of its own for more
-ROWS = 64  # of a block, at most
+SMALL = 64**3  # multiplications in one product at most: for more BLAS would start threads
+ROWS = 64  # rows of a block at most
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether these kernels are for x and for products with weight (..., I, O)."""
+    """Whether these kernels multiply x by weight (..., I, O): on a CPU, with small weights."""
     inputs, outputs = weight.shape[-2:]
     known = x.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype
     narrow = max(inputs, outputs) * outputs <= SMALL // 16  # else blocks would have few rows
@@ -36,15 +36,15 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def begins_of(counts: tuple[int, ...]) -> np.ndarray:
-    """(S + 1,) int64: where each set's agents begin, and their number."""
+    """(S + 1,) int64: the first agent of each set, and N. counts: agents of each set."""
     return np.cumsum((0, *counts))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """x (M, N, I) by weight (S, I, O) of each agent's set, plus bias (S, O) -> (M, N, O)."""
+    """x (M, N, I) times weight (S, I, O) plus bias (S, O) of each agent's set -> (M, N, O)."""
     if len(counts) > 1:
         return GroupedLinear.apply(x, weight, bias, counts)
-    rows = x.reshape(-1, 1, x.shape[2])  # all alike: blocks need not end with a world
+    rows = x.reshape(-1, 1, x.shape[2])  # with one set a block may end between agents of a world
     return GroupedLinear.apply(rows, weight, bias, (1,)).view(*x.shape[:2], -1)
 
 
@@ -53,17 +53,17 @@ def arrays(*tensors: Tensor) -> list[np.ndarray]:
 
 
 class Block(NamedTuple):
-    """The agents of one set in some worlds."""
+    """The agents begin to end - 1, those of set s, in the worlds first to last - 1."""
 
-    first: int  # world
-    last: int  # world, which is not among them
-    begin: int  # agent
-    end: int  # agent, which is not among them
-    s: int  # their set
+    first: int
+    last: int
+    begin: int
+    end: int
+    s: int
 
 
 class GroupedLinear(torch.autograd.Function):
-    """linear() by blocks."""
+    """linear() block by block, with gradients of x, weight and bias."""
 
     @staticmethod
     def forward(
@@ -92,8 +92,8 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class PairScores(torch.autograd.Function):
-    """u_i . relu(a_j - b_i) (M, N, N), u_i = key query_i: query (M, N, K), key (S, H, K), a
-    (M, N, A, H) of each agent j, b (M, N, H)."""
+    """Scores u_i . relu(a_j - b_i) (M, N, N), u_i = key query_i: query (M, N, K), key (S, H, K), a
+    (M, N, A, H) of agents j, b (M, N, H) of agents i."""
 
     @staticmethod
     def forward(
@@ -132,7 +132,7 @@ class PairScores(torch.autograd.Function):
 
 class PairSums(torch.autograd.Function):
     """sum_j g_ij v_ij (M, N, O), v_ij = relu(a_j - b_i) weight + bias: graphs g (M, N, N), weight
-    (S, H, O), bias (S, O), a (M, N, A, H) of each agent j, b (M, N, H)."""
+    (S, H, O), bias (S, O), a (M, N, A, H) of agents j, b (M, N, H) of agents i."""
 
     @staticmethod
     def forward(
@@ -146,7 +146,7 @@ class PairSums(torch.autograd.Function):
     ) -> Tensor:
         ctx.begins = begins_of(counts)
         out = g.new_empty(*b.shape[:2], weight.shape[2])
-        # What weights' gradients need; without those a block at a time is enough.
+        # Stored only for the gradients of weight and bias; else one block at a time is enough.
         hidden = torch.empty_like(b) if any(ctx.needs_input_grad[1:3]) else b[:0]
         _sums(*arrays(g, weight, bias, a, b), ctx.begins, hidden.numpy(), out.numpy())
         ctx.save_for_backward(g, weight, bias, a, b, hidden)
@@ -181,7 +181,7 @@ class PairSums(torch.autograd.Function):
 
 
 class ScaledRows(torch.autograd.Function):
-    """x (..., K) times scale (...)."""
+    """x (..., K) times scale (...), without a gradient of scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class ScaledRows(torch.autograd.Function):
 
 
 def chosen(ctx: Any, *gradients: np.ndarray) -> list[Tensor | None]:
-    """Those that are needed."""
+    """The gradients as tensors, None for inputs that need none."""
     needed = zip(gradients, ctx.needs_input_grad)
     return [torch.from_numpy(x) if wanted else None for x, wanted in needed]
 
@@ -207,14 +207,14 @@ def chosen(ctx: Any, *gradients: np.ndarray) -> list[Tensor | None]:
 
 @numba.njit(cache=True)
 def _worlds(inputs: int, outputs: int, agents: int) -> int:
-    """How many worlds' agents make a block."""
+    """Number of worlds in a block, for `agents` of a set and products (inputs, outputs)."""
     rows = min(ROWS, SMALL // (inputs * outputs))
     return max(1, rows // agents)
 
 
 @numba.njit(cache=True)
 def _multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
-    """x (R, I) times weight (I, O)."""
+    """Write x (R, I) times weight (I, O) to out (R, O)."""
     rows = max(1, min(ROWS, SMALL // weight.size))
     for first in range(0, len(x), rows):
         last = min(first + rows, len(x))
@@ -223,7 +223,7 @@ def _multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
 
 @numba.njit(cache=True)
 def _add_products(x: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
-    """Add the sum over rows of x (R, I) times d (R, O) to out (I, O)."""
+    """Add x^T d, for x (R, I) and d (R, O), to out (I, O)."""
     rows = max(1, min(ROWS, SMALL // out.size))
     for first in range(0, len(x), rows):
         last = min(first + rows, len(x))
@@ -232,7 +232,7 @@ def _add_products(x: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
 
 @numba.njit(cache=True)
 def _take(x: np.ndarray, block: Block, out: np.ndarray) -> np.ndarray:
-    """A block's rows of x (M, N, O), copied to out unless they lie together."""
+    """A block's rows (R, O) of x (M, N, O): a view if they are contiguous, else copied to out."""
     N = x.shape[1]
     if block.end - block.begin == N:
         return x.reshape(-1, x.shape[2])[block.first * N : block.last * N]
@@ -247,7 +247,7 @@ def _take(x: np.ndarray, block: Block, out: np.ndarray) -> np.ndarray:
 
 @numba.njit(cache=True)
 def _put(rows: np.ndarray, block: Block, out: np.ndarray) -> None:
-    """The opposite: rows to their places in out (M, N, O)."""
+    """Copy the rows (R, O) of a block to their places in out (M, N, O)."""
     row = 0
     for m in range(block.first, block.last):
         for i in range(block.begin, block.end):
@@ -263,7 +263,7 @@ def _put(rows: np.ndarray, block: Block, out: np.ndarray) -> None:
 def _linear(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, begins: np.ndarray, out: np.ndarray
 ) -> None:
-    """GroupedLinear."""
+    """The forward pass of GroupedLinear, written to out (M, N, O)."""
     M, N, I = x.shape
     O = weight.shape[2]
     for s in range(len(weight)):
@@ -289,7 +289,7 @@ def _linear(
 def _linear_weights(
     d: np.ndarray, x: np.ndarray, begins: np.ndarray, of_weight: np.ndarray, of_bias: np.ndarray
 ) -> None:
-    """The gradients of weight (S, I, O) and bias (S, O), from that of the result (M, N, O)."""
+    """Write the gradients of weight (S, I, O) and bias (S, O); d (M, N, O): that of the result."""
     M, _, I = x.shape
     O = d.shape[2]
     of_weight[:] = 0
@@ -310,23 +310,23 @@ def _linear_weights(
 
 @numba.njit(cache=True)
 def _scale_rows(x: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
-    """ScaledRows, of x (R, K) and scale (R,)."""
+    """Write x (R, K) times scale (R,) to out (R, K)."""
     for row in range(len(x)):
         for k in range(x.shape[1]):
             out[row, k] = x[row, k] * scale[row]
 
 
 # --- Tiles ----------------------------------------------------------------------------------------
-# The innermost loops, over the others j, for TILE hidden units at once. They are written in the
-# compiler's own language: from loops over hidden units it makes code that is two to four times as
-# slow, as sums over j then go through memory. The plain loops stand in the section after this one.
+# The innermost loops over the other agents j, for TILE hidden units at once, written in LLVM's
+# intermediate language. From plain loops over hidden units the compiler makes code that is two to
+# four times as slow, because sums over j then go through memory. The next section has those loops.
 
 TILE = 32
 INDEX = ir.IntType(64)
 
 
 class TileCode:
-    """Writes code for a tile. Arrays are flat; each comes with the place where to begin."""
+    """Emits LLVM code for one tile. Arrays are flat, and each is followed by its first index."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, values: Any):
         self.builder, self.values = builder, values
@@ -340,7 +340,7 @@ class TileCode:
         self.pointers = [builder.gep(p, [values[k + 1]]) for p, k in zip(starts, arrays)]
 
     def load(self, pointer: Any, offset: Any = None) -> Any:
-        """TILE numbers."""
+        """TILE numbers from pointer + offset, a vector."""
         if offset is not None:
             pointer = self.builder.gep(pointer, [offset])
         pointer = self.builder.bitcast(pointer, self.tile.as_pointer())
@@ -356,7 +356,7 @@ class TileCode:
         return 8 if isinstance(self.kind, ir.DoubleType) else 4
 
     def repeat(self, pointer: Any, offset: Any) -> Any:
-        """One number, TILE times."""
+        """A vector with TILE times the number at pointer + offset."""
         number = self.builder.load(self.builder.gep(pointer, [offset]))
         empty = ir.Constant(self.tile, ir.Undefined)
         first = self.builder.insert_element(empty, number, INDEX(0))
@@ -371,7 +371,7 @@ class TileCode:
         return self.builder.fadd(total, product, flags=["contract"])
 
     def sum(self, tile: Any) -> Any:
-        """Of TILE numbers."""
+        """The sum of a vector's TILE numbers."""
         kind = ir.FunctionType(self.kind, [self.kind, self.tile])
         name = f"llvm.vector.reduce.fadd.v{TILE}f{8 * self.align()}"
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
@@ -379,7 +379,7 @@ class TileCode:
 
 
 def signature_of(flat: Any, arrays: int, numbers: int) -> Any:
-    """Of a function of so many flat arrays, each with its place, and numbers."""
+    """Signature of a function with so many flat arrays, each with its first index, and numbers."""
     arguments = [flat, types.int64] * arrays + [types.int64] * numbers
     return types.void(*arguments)
 
@@ -389,7 +389,7 @@ def _sum_tile(
     typing: Any, g: Any, g_at: Any, a: Any, a_at: Any, b: Any, b_at: Any, out: Any, out_at: Any,
     count: Any, step: Any,
 ) -> Any:  # fmt: skip
-    """out = sum_j g_j relu(a_j - b) of `count` j; from one a_j to the next it is `step`."""
+    """out = sum_j g_j relu(a_j - b) over `count` j, for one tile; a_j are `step` numbers apart."""
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         c = TileCode(context, builder, signature, values)
@@ -413,7 +413,7 @@ def _dot_tiles(
     typing: Any, u: Any, u_at: Any, a: Any, a_at: Any, b: Any, b_at: Any, out: Any, out_at: Any,
     count: Any, step: Any, size: Any,
 ) -> Any:  # fmt: skip
-    """out_j = u . relu(a_j - b) of `count` j and `size` hidden units, a multiple of TILE."""
+    """out_j = u . relu(a_j - b) for `count` j, `step` apart; `size` of u: a multiple of TILE."""
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         c = TileCode(context, builder, signature, values)
@@ -440,7 +440,7 @@ def _gradient_tile(
     typing: Any, g: Any, g_at: Any, u: Any, u_at: Any, a: Any, a_at: Any, b: Any, b_at: Any,
     of_a: Any, of_a_at: Any, of_b: Any, of_b_at: Any, count: Any, step: Any,
 ) -> Any:  # fmt: skip
-    """of_a_j += x_j, of_b = -sum_j x_j, x_j = g_j u where a_j > b."""
+    """of_a_j += x_j and of_b = -sum_j x_j for one tile, with x_j = g_j u where a_j > b, else 0."""
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         c = TileCode(context, builder, signature, values)
@@ -462,8 +462,8 @@ def _gradient_tile(
 
 
 # --- Pairs ----------------------------------------------------------------------------------------
-# Each goes through agents of a set in some worlds, row after row: hidden units in tiles, and what
-# is left of them in the loops that say what a tile does.
+# Each function goes through the rows of a block. Whole tiles of hidden units go to the functions
+# above; the loops beside them compute the same for the H % TILE hidden units that are left.
 
 
 @numba.njit(cache=True)
@@ -475,7 +475,7 @@ def _sum_over_others(
     out: np.ndarray,
     totals: np.ndarray,
 ) -> None:
-    """out (R, H): sum_j g_ij relu(a_j - b_i); totals (R,): sum_j g_ij."""
+    """Write sum_j g_ij relu(a_j - b_i) to out (R, H), and sum_j g_ij to totals (R,)."""
     zero = a.dtype.type(0)
     _, N, A, H = a.shape
     tiled = H - H % TILE
@@ -515,7 +515,7 @@ def _sum_over_others(
 def _dot_with_others(
     u: np.ndarray, a: np.ndarray, b: np.ndarray, block: Block, out: np.ndarray
 ) -> None:
-    """out (M, N, N): u_i . relu(a_j - b_i), u (R, H)."""
+    """Write u_i . relu(a_j - b_i), for u (R, H), to the block's rows of out (M, N, N)."""
     zero = a.dtype.type(0)
     _, N, A, H = a.shape
     tiled = H - H % TILE
@@ -555,8 +555,8 @@ def _gradients_of_others(
     of_a: np.ndarray,
     of_b: np.ndarray,
 ) -> None:
-    """The gradients of sum_ij g_ij u_i . relu(a_j - b_i) for a, to which it is added, and for b;
-    u (R, H)."""
+    """The gradients of sum_ij g_ij u_i . relu(a_j - b_i), for u (R, H): that of a is added to of_a,
+    that of b written to of_b."""
     zero = a.dtype.type(0)
     _, N, A, H = a.shape
     tiled = H - H % TILE
@@ -603,7 +603,7 @@ def _scores(
     begins: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """PairScores; key (S, K, H)."""
+    """The forward pass of PairScores, written to out (M, N, N); key is transposed: (S, K, H)."""
     M, N, K = query.shape
     H = b.shape[2]
     for s in range(len(key)):
@@ -634,7 +634,7 @@ def _scores_backward(
     of_a: np.ndarray,
     of_b: np.ndarray,
 ) -> None:
-    """All gradients, from that of the scores (M, N, N); key (S, H, K), transposed (S, K, H)."""
+    """The needed gradients of PairScores; d (M, N, N): that of the scores; transposed (S, K, H)."""
     M, N, K = query.shape
     H = b.shape[2]
     of_key[:] = 0
@@ -672,7 +672,7 @@ def _sums(
     hidden: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """PairSums; hidden (M, N, H) is filled if it is not empty."""
+    """The forward pass of PairSums; fills hidden (M, N, H), sums of hidden units, unless empty."""
     M, N, H = b.shape
     O = weight.shape[2]
     for s in range(len(weight)):
@@ -715,7 +715,7 @@ def _sums_backward(
     of_a: np.ndarray,
     of_b: np.ndarray,
 ) -> None:
-    """All gradients, from that of the sums (M, N, O); transposed (S, O, H)."""
+    """The needed gradients of PairSums; d (M, N, O): that of the sums; transposed (S, O, H)."""
     M, N, H = b.shape
     O = transposed.shape[1]
     of_weight[:] = 0
@@ -745,7 +745,7 @@ def _sums_backward(
 
 @numba.njit(cache=True)
 def _add_weighted(g: np.ndarray, d: np.ndarray, block: Block, out: np.ndarray) -> None:
-    """Add to out (O,) rows of d (R, O), each as often as its graph sums to."""
+    """Add to out (O,) the rows of d (R, O), each times the sum of its agent's graph g[m, i]."""
     row = 0
     for m in range(block.first, block.last):
         for i in range(block.begin, block.end):
@@ -757,7 +757,7 @@ def _add_weighted(g: np.ndarray, d: np.ndarray, block: Block, out: np.ndarray) -
 
 @numba.njit(cache=True)
 def _add_constants(d: np.ndarray, bias: np.ndarray, block: Block, out: np.ndarray) -> None:
-    """Add to all out (M, N, N) of an agent its row of d (R, O) times bias (O,)."""
+    """Add d_i . bias, for the rows d_i of d (R, O) and bias (O,), to out[m, i, :] of (M, N, N)."""
     row = 0
     for m in range(block.first, block.last):
         for i in range(block.begin, block.end):
@@ -780,11 +780,11 @@ def observe_states(
     own: np.ndarray,
     others: np.ndarray,
 ) -> None:
-    """What worlds.observation() makes of states (M, S): own (M, N, Ds), others (M, N, De), of
-    landmarks with radius (L,) and what never changes of each agent, labels (N, T)."""
+    """Write what worlds.observation() gives for states (M, S) to own (M, N, Ds), others (M, N, De).
+    radius (L,): of landmarks; labels (N, T): features of agents that never change."""
     N, L = own.shape[1], len(radius)
     fields = 3 if sizes else 2
-    first = 4 + labels.shape[1]  # of others' landmarks
+    first = 4 + labels.shape[1]  # first feature of landmarks in others
     shown = (own.shape[2] - 4) // fields
     edge = np.empty(L, states.dtype)
     order = np.empty(L, np.int64)

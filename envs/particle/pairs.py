@@ -1,13 +1,13 @@
-"""Two-layer networks of all pairs of agents, exactly and without M N^2 H numbers.
+"""Two-layer networks of all pairs of agents, computed exactly without storing M N^2 H numbers.
 
-A network of o_ij = [p_j - p_i, v_j, ...] has N^2 inputs. But its first layer is linear and gives
-a_j - b_i, with a_j = W [p_j, v_j, ...] + c and b_i = W_p p_i: N of each. Its second is given to the
-query (of keys: q . K h = (K^T q) . h) or comes after the sum over j (of values). What is left for
-pairs are two sums. On a CPU kernels.py does them, together with what comes before and after; on a
-GPU torch's operations do, which are compiled to single loops where that is asked for.
+A network of o_ij = [p_j - p_i, v_j, ...] has N^2 inputs for N agents. But its first layer is linear
+and gives a_j - b_i with a_j = W [p_j, v_j, ...] + c and b_i = W_p p_i, N vectors each. For keys the
+second layer moves to the query, as q . K h = (K^T q) . h; for values it comes after the sum over j.
+Two sums over pairs remain. On a CPU kernels.py computes them, together with the layers before and
+after; on a GPU torch's operations do, compiled to single loops if `compiled` is set.
 
-FastPairs has the methods of the class Pairs that the scripts have in plain form; tests hold both
-equal, gradients included. grouped_linear() is what both build on.
+FastPairs has the methods of the scripts' plain class Pairs; tests require equal results and
+gradients. Both use grouped_linear(). M transitions, N agents, H hidden units, S parameter sets.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from envs.particle.worlds import Compiled, constant
 def grouped_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, counts: tuple[int, ...]
 ) -> Tensor:
-    """x (M, N, I) by the matrix of each agent's parameter set: weight (S, I, O), bias (S, O) ->
-    (M, N, O). counts: agents of each set, in order. It is einsum("mni,nio->mno", x, w) + b with
-    weights and biases repeated for agents, in fewer and larger products."""
+    """A linear layer with one parameter set per group of agents: x (M, N, I), weight (S, I, O) and
+    bias (S, O) or None -> (M, N, O). counts: agents of each set, in order. It is einsum("mni,nio->
+    mno", x, w) + b with w and b repeated for each agent, in fewer and larger products."""
     if kernels.fits(x, weight) and x.dim() == 3:
         none = weight.new_zeros(()).expand(len(weight), weight.shape[2])
         return kernels.linear(x, weight, none if bias is None else bias, counts)
@@ -48,20 +48,21 @@ def grouped_linear(
 
 
 def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) times scale (...), which has no gradient."""
+    """x (..., K) times scale (...), which must need no gradient: (..., K)."""
     if x.device.type == "cpu" and x.dtype == scale.dtype:
         return kernels.ScaledRows.apply(x, scale)
     return x * scale[..., None]
 
 
 class FastPairs:
-    """relu(o_ij @ weight + bias + shift_i) for all agents i and j, kept as a_j and b_i.
+    """Hidden layer relu(o_ij @ weight + bias + shift_i) of all pairs (i, j), kept as a_j and b_i.
 
-    others    (M, N, De): of each agent j; o_ij is that with p_j - p_i in the place of p_j
-    weight    (S, De, H) of each parameter set, or (M, N, De, H) of each agent i
-    bias      (S, H), or None with weights of each agent
-    counts    agents of each parameter set, in order
+    others    (M, N, De) of each agent j; o_ij is others_j with p_j - p_i in the place of p_j
+    weight    (S, De, H): one for each parameter set, or (M, N, De, H): one for each agent i
+    bias      (S, H), or None if there is a weight for each agent
+    counts    number of agents of each parameter set, in order
     shift     (M, N, H) or None
+    compiled  compile the sums over pairs, where kernels.py is not used
     """
 
     def __init__(
@@ -96,14 +97,14 @@ class FastPairs:
             self.b = self.b - shift
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """q_i . k_ij (M, N, N), keys without bias: query (M, N, K), key (S, H, K)."""
+        """Scores q_i . k_ij (M, N, N) of query (M, N, K) and keys without bias, key (S, H, K)."""
         if self.use_kernels:
             return kernels.PairScores.apply(query, key, self.a, self.b, self.counts)
         u = grouped_linear(query, key.mT, None, self.counts)  # (M, N, H)
         return self._reduce(score_kernel, u)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """sum_j g_ij v_ij (M, N, O) of graphs g (M, N, N); weight (S, H, O), bias (S, O)."""
+        """sum_j g_ij v_ij (M, N, O) for graphs g (M, N, N); v by weight (S, H, O), bias (S, O)."""
         if self.use_kernels:
             return kernels.PairSums.apply(g, weight, bias, self.a, self.b, self.counts)
         hidden = self._reduce(sum_kernel, g)  # (M, N, H)
@@ -112,7 +113,7 @@ class FastPairs:
         return grouped_linear(hidden, weight, None, self.counts) + g.sum(-1, keepdim=True) * each
 
     def _reduce(self, function: Callable, x: Tensor) -> Tensor:
-        """A kernel of x (M, N, .), parameter set by parameter set."""
+        """score_kernel or sum_kernel of x (M, N, .), one parameter set at a time."""
         if self.a.shape[1] in (1, x.shape[1]):
             return PairReduction.apply(function, self.compiled, x, self.a, self.b)
         counts = self.counts
@@ -135,15 +136,14 @@ def sum_kernel(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def gradient_kernel(g: Tensor, u: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of sum_ij g_ij u_i . relu(a_j - b_i) for a and b."""
+    """Gradients of sum_ij g_ij u_i . relu(a_j - b_i) with respect to a and b; shapes as above."""
     x = torch.where(a > b[:, :, None], g[..., None] * u[:, :, None], 0.0)
     of_a = x.sum(1, keepdim=True) if a.shape[1] == 1 else x
     return of_a, -x.sum(2)
 
 
 class PairReduction(torch.autograd.Function):
-    """score_kernel or sum_kernel of x, without keeping N^2 H numbers for the gradient. Each is the
-    other's gradient for x."""
+    """score_kernel or sum_kernel of x, a, b that stores no N^2 H numbers for its gradients."""
 
     @staticmethod
     def forward(
@@ -151,7 +151,7 @@ class PairReduction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, a, b)
         ctx.scores, ctx.compiled = function is score_kernel, compiled
-        # Detached: a compiled kernel has a form for each pattern of requires_grad, and 8 at most.
+        # Detached: kernels are compiled for each pattern of requires_grad, at most 8 times.
         return kernel(function, compiled)(x.detach(), a.detach(), b.detach())
 
     @staticmethod
@@ -160,7 +160,7 @@ class PairReduction(torch.autograd.Function):
         d = d.detach().contiguous()
         of_x = of_a = of_b = None
         if ctx.needs_input_grad[2]:
-            other = sum_kernel if ctx.scores else score_kernel
+            other = sum_kernel if ctx.scores else score_kernel  # each is the other's gradient
             of_x = kernel(other, ctx.compiled)(d, a, b)
         if any(ctx.needs_input_grad[3:]):
             g, u = (d, x) if ctx.scores else (x, d)
@@ -170,16 +170,16 @@ class PairReduction(torch.autograd.Function):
 
 @functools.cache
 def kernel(function: Callable, compiled: bool) -> Callable:
-    """The function itself or a compiled form for all sizes."""
+    """The function itself, or its form compiled for all sizes of tensors."""
     if not compiled:
         return function
     return Compiled(function, function.__name__, dynamic=True)
 
 
 def keep_freed_memory() -> None:
-    """glibc takes every tensor above 32 MB from the system anew, page by page, which with 48 agents
-    is half of the time: let it keep them. Elsewhere nothing happens."""
+    """Let glibc keep freed memory for the process; without glibc nothing happens. By default each
+    tensor above 32 MB gets new pages from the system: with 48 agents half of the time."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no maps of their own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: no memory map of its own for a large block
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give no memory back to the system

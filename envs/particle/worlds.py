@@ -1,26 +1,26 @@
-"""Particle worlds of MRA (TMLR) and MAAC, any number of agents, batched on the device.
+"""Particle worlds of MRA (TMLR) and MAAC, and two of ours, for any number of agents, batched.
 
     treasure    N agents collect 20 treasures, which reappear elsewhere when touched
     resource    N agents share 6 resources of different size
-    pacman      P Pac-Men eat 20 dots, G ghosts eat Pac-Men; a touched Pac-Man is dead
-    signpost    N agents go to one of three posts: N decides to which, and nobody says so
-    rooms       F followers go to one of three leaders: F decides to which
+    pacman      P Pac-Men eat 20 dots, G ghosts catch Pac-Men; a touched Pac-Man dies
+    signpost    ours: N agents go to one of three posts; N decides which one pays (unobserved)
+    rooms       ours: F followers go to one of three leaders; F decides which one pays (unobserved)
     delivery    C collectors bring treasures of two kinds to the deposit of each, as in MAAC's code
 
     world = ParticleWorld("treasure", 6, num_worlds=64, device="cpu", seed=1)
     obs = world.reset()              # obs.own (B, N, Ds), obs.entities() (B, N, N, De), obs.mask()
     step = world.step(actions)       # actions (B, N): 0 none, 1 left, 2 right, 3 down, 4 up
 
-Worlds that end begin anew by themselves; step.final then has the observation at the end. What a
-world is at a moment is one row of world.state, (S,) floats, from which observe() makes observations
-again: a replay keeps states. Each world has its own stream of random numbers, so the same seed
-gives a world the same rollout whatever their number.
+B worlds, N agents, Ds own features, De features of another agent. A world that ends begins a new
+episode at once; step.final has the observation at its end. A row (S,) of world.state is the whole
+state of a world; observe() makes observations from it, so a replay buffer stores states. Each world
+has its own random stream: with the same seed and actions it is the same for any number of worlds.
 
-Physics as in OpenAI's multi-agent particle environment (mpe2 is its maintained version), numbers of
-the tasks as decided in docs/particle.md, where the paper leaves most of them open.
+The physics are those of OpenAI's multi-agent particle environment (mpe2 is its maintained version).
+The paper leaves most numbers of its tasks open; docs/particle.md has ours with their sources.
 
-Inside, worlds are the last axis: (..., N, B). Every operation then runs over neighbouring worlds,
-whatever N is, and one compiled kernel does physics, reward and observation.
+Inside, worlds are the last axis: (..., N, B). Each operation then runs over adjacent memory for any
+N, and one compiled kernel does physics, reward and observation.
 """
 
 from __future__ import annotations
@@ -47,38 +47,38 @@ ACTIONS = ("none", "left", "right", "down", "up")  # PettingZoo's order
 DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3
 HORIZON = 20  # steps of an episode
 LONGEST = 2**20  # more steps than an episode can have
-LANES = 32  # numbers of worlds are padded to multiples: the same bits for each, however many
-VISIBLE = 7  # delivery: treasures that one sees at most, and collectors that a deposit looks at
-AWAY = -999.0  # delivery: where a treasure is that has just been taken, x and y
+LANES = 32  # worlds are padded to a multiple of this, so a world's bits do not depend on how many
+VISIBLE = 7  # delivery: most treasures that an agent sees; collectors in a deposit's shaping
+AWAY = -999.0  # delivery: x and y of a treasure that has just been taken
 Integration = Literal["velocity-first", "mpe2"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Game:
-    """A task at one population: everything that does not change while it is played."""
+    """A task at one population: everything that is fixed before a world begins."""
 
     task: str
-    population: tuple[int, ...]  # agents of each type
-    radius: tuple[float, ...]  # of each type
-    force: tuple[float, ...]  # of an action, per type
-    top_speed: tuple[float, ...]  # per type; inf: none
+    population: tuple[int, ...]  # number of agents of each type
+    radius: tuple[float, ...]  # of each type's agents
+    force: tuple[float, ...]  # of an action, for each type
+    top_speed: tuple[float, ...]  # of each type; inf: no limit
     landmark_radius: tuple[float, ...]  # of each landmark
-    nearest: int  # landmarks that an agent sees, or is seen with
-    sizes: bool = False  # whether it sees their sizes, too
-    in_order: bool = False  # whether it sees them in their own order, not the nearest first
-    coloured: bool = False  # whether agents of the last type are told apart, by a colour each
+    nearest: int  # how many landmarks are among an agent's features
+    sizes: bool = False  # whether landmarks' features have their diameters
+    in_order: bool = False  # whether landmarks are in a fixed order, not the nearest first
+    coloured: bool = False  # whether each agent of the last type has its own colour (one-hot)
     contact: bool = True  # whether agents push each other
-    mass: tuple[float, ...] = ()  # of each type, which counts in pushes only; empty: 1
-    only_last_seen: bool = False  # whether others see agents of the last type alone
-    walls: bool = False  # whether positions stay in [-1, 1]^2
+    mass: tuple[float, ...] = ()  # of each type, used in pushes only; empty: 1
+    only_last_seen: bool = False  # whether agents see only other agents of the last type
+    walls: bool = False  # whether positions are clipped to [-1, 1]^2
     mortal: bool = False  # whether agents may die
-    carrying: bool = False  # whether the first type brings landmarks to the last, a kind for each
-    shaping: bool = True  # treasure, pacman, delivery: -.1 x distance to what one wants
-    collision_penalty: float = 0.0  # treasure: per agent touched
-    integration: Integration = "velocity-first"
+    carrying: bool = False  # whether the first type carries landmarks to the last (K agents)
+    shaping: bool = True  # treasure, pacman, delivery: reward -.1 x distance to the target
+    collision_penalty: float = 0.0  # treasure: subtracted for each agent touched
+    integration: Integration = "velocity-first"  # mpe2: positions move by the old velocity
 
     def __post_init__(self) -> None:
-        """ValueError for options that cannot be meant."""
+        """ValueError for options that are out of range or that the task does not allow."""
         kinds, landmarks = get_args(Integration), self.num_landmarks
         if self.integration not in kinds:
             raise ValueError(f"integration is {' or '.join(kinds)}, not {self.integration!r}.")
@@ -100,29 +100,28 @@ class Game:
 
     @property
     def types(self) -> tuple[int, ...]:
-        """(N,): the type of each agent; types come one after another."""
+        """(N,): the type of each agent; agents are ordered by type."""
         return tuple(kind for kind, n in enumerate(self.population) for _ in range(n))
 
     @property
     def num_kinds(self) -> int:
-        """K: kinds of landmarks, where agents carry them."""
+        """K: number of kinds of landmarks, and of deposits; 0 where agents do not carry them."""
         return self.population[-1] if self.carrying else 0
 
     @property
     def landmark_features(self) -> int:
-        """Numbers by which the landmarks of an agent are described."""
+        """How many of an agent's features describe landmarks."""
         return self.nearest * (3 if self.sizes else 2 + self.num_kinds)
 
     @property
     def own_features(self) -> int:
-        """Ds: velocity, position, what one takes in and carries, landmarks."""
+        """Ds: velocity, position, kinds that the agent takes in and carries, landmarks."""
         return 4 + 2 * self.num_kinds + self.landmark_features
 
     @property
     def entity_features(self) -> int:
-        """De: relative position, velocity, one number per type if there are several, one per
-        colour, landmarks; where agents carry them, instead of all these what one takes in and
-        carries."""
+        """De: relative position, velocity; then type (one-hot, if there are several), colour
+        (one-hot) and landmarks or, in delivery, the kinds that the agent takes in and carries."""
         if self.carrying:
             return 4 + 2 * self.num_kinds
         types = len(self.population) if len(self.population) > 1 else 0
@@ -131,14 +130,14 @@ class Game:
 
     @property
     def state_size(self) -> int:
-        """S: positions, velocities, who lives, landmarks; what is carried, kinds of landmarks."""
+        """S: positions, velocities, alive, landmarks; in delivery also carried and kinds."""
         own = self.population[0] + self.num_landmarks if self.carrying else 0
         return 5 * self.num_agents + 2 * self.num_landmarks + own
 
 
 def make_game(task: str, population: int | tuple[int, ...], **options: Any) -> Game:
-    """A task of TASKS at a population; options are fields of Game (shaping, collision_penalty,
-    nearest, integration). ValueError, one sentence, for what does not exist."""
+    """The Game of a task in TASKS at a population; options are fields of Game (shaping,
+    collision_penalty, nearest, integration). ValueError, one sentence, if one does not exist."""
     one = isinstance(population, numbers.Integral)
     population = (int(population),) if one else tuple(map(int, population))
     if task not in TASKS:
@@ -165,14 +164,14 @@ def _name(population: tuple[int, ...]) -> str:
 
 
 class Bodies(NamedTuple):
-    """Everything that moves or may be touched, of B worlds."""
+    """The state of B worlds: agents and landmarks."""
 
     position: Tensor  # (2, N, B)
     velocity: Tensor  # (2, N, B)
     alive: Tensor  # (N, B) bool
     landmarks: Tensor  # (2, L, B)
-    carried: Tensor | None = None  # (C, B): what each of the first type carries: 0 nothing, 1 ... K
-    kinds: Tensor | None = None  # (L, B): of landmarks, 1 ... K
+    carried: Tensor | None = None  # (C, B): kind that each collector carries, 1 ... K; 0: nothing
+    kinds: Tensor | None = None  # (L, B): kind of each landmark, 1 ... K
 
 
 def pack(bodies: Bodies) -> Tensor:
@@ -203,9 +202,9 @@ def unpack(game: Game, state: Tensor) -> Bodies:
 
 
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of these numbers, made once for each device, as whoever makes one there waits for
-    it. Do not write into it."""
-    if torch.compiler.is_compiling():  # becomes a part of the code
+    """A tensor of these numbers, cached per device: making one on a GPU waits for the GPU. Do not
+    write into it."""
+    if torch.compiler.is_compiling():  # it becomes a part of the compiled code
         return torch.tensor(values, dtype=dtype, device=device)
     return _constant(values, dtype, device)
 
@@ -219,24 +218,24 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 
 def per_agent(game: Game, values: tuple[float, ...], like: Tensor) -> Tensor:
-    """(N, 1): the number of each agent's type."""
+    """(N, 1): of values, one for each type, the value of each agent's type."""
     numbers = tuple(values[kind] for kind in game.types)
     return constant(numbers, like.dtype, like.device)[:, None]
 
 
 def pushes(game: Game, bodies: Bodies) -> tuple[Tensor, Tensor, Tensor]:
-    """d = p_i - p_j, x and y apart, (N, N, B) each, and what to multiply it by for the force of j
-    on i: f = 100 (d / |d|) k log(1 + exp(-(|d| - r_i - r_j) / k)).
+    """Contact forces: x and y of d = p_i - p_j, and the factor of d that gives the force of j on i,
+    f = 100 (d / |d|) k log(1 + exp(-(|d| - r_i - r_j) / k)), k = CONTACT_MARGIN; (N, N, B) each.
 
-    Two bodies at the same point push nowhere (the original divides by zero there), the dead do not
-    push. f_ij = -f_ji to the bit.
+    Bodies at the same point do not push (the original divides by zero there), nor do the dead.
+    f_ij = -f_ji to the bit.
     """
     x, y = (p[:, None] - p for p in bodies.position)
     distance = (x * x + y * y).sqrt()
     radius = per_agent(game, game.radius, distance)
     touching = radius[:, None] + radius[None]  # (N, N, 1)
     overlap = (touching - distance) / CONTACT_MARGIN
-    # log(1 + exp(x)) without overflow, nor numbers so small that processors take long over them.
+    # log(1 + exp(x)) without overflow, and without denormal numbers, which are slow.
     depth = overlap.clamp_min(0) + torch.log(1 + torch.exp(-overlap.abs().clamp_max(80.0)))
     push = CONTACT_FORCE * CONTACT_MARGIN * depth / distance.clamp_min(1e-30)
     if game.mortal:
@@ -245,7 +244,7 @@ def pushes(game: Game, bodies: Bodies) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def move(game: Game, bodies: Bodies, actions: Tensor) -> Bodies:
-    """One step of physics; actions (N, B) ints."""
+    """Bodies after one step of physics with actions (N, B), ints in [0, 5)."""
     p, v = bodies.position, bodies.velocity
     right = (actions == 2).to(p.dtype) - (actions == 1).to(p.dtype)
     up = (actions == 4).to(p.dtype) - (actions == 3).to(p.dtype)
@@ -256,7 +255,7 @@ def move(game: Game, bodies: Bodies, actions: Tensor) -> Bodies:
             mass = per_agent(game, game.mass, p)
             push = push * (mass / mass[:, None].square())
         force = force + torch.stack(((x * push).sum(1), (y * push).sum(1)))
-    moved = v * (1 - DAMPING) + force * DT  # a force is meant per mass
+    moved = v * (1 - DAMPING) + force * DT  # `force` is already divided by the mass
     if min(game.top_speed) < math.inf:
         speed = moved.square().sum(0).sqrt()
         top = per_agent(game, game.top_speed, p)
@@ -273,27 +272,28 @@ def move(game: Game, bodies: Bodies, actions: Tensor) -> Bodies:
 
 
 class Outcome(NamedTuple):
-    """What a step's new positions lead to."""
+    """What the positions at the end of a step lead to."""
 
     reward: Tensor  # (N, B)
-    alive: Tensor  # (N, B) bool, from now on
+    alive: Tensor  # (N, B) bool, after the step
     taken: Tensor  # (L, B) bool: landmarks that reappear elsewhere
 
 
 def landmark_distances(game: Game, bodies: Bodies) -> Tensor:
-    """(N, L, B) between centres."""
+    """(N, L, B): distances between the centres of agents and landmarks."""
     x, y = (l - p[:, None] for l, p in zip(bodies.landmarks, bodies.position))
     return (x * x + y * y).sqrt()
 
 
 def agent_distances(bodies: Bodies) -> Tensor:
-    """(N, N, B) between centres."""
+    """(N, N, B): distances between the centres of agents."""
     x, y = (p[:, None] - p for p in bodies.position)
     return (x * x + y * y).sqrt()
 
 
 def treasure_outcome(game: Game, bodies: Bodies) -> Outcome:
-    """+5 for each treasure that one touches, whoever else does; -.1 x distance to the nearest."""
+    """5 for each treasure that an agent touches, whoever else does. Shaping: -.1 x distance to the
+    nearest one. -collision_penalty for each other agent that it touches."""
     distance = landmark_distances(game, bodies)
     touched = distance < game.radius[0] + game.landmark_radius[0]
     reward = 5.0 * touched.sum(1).to(distance.dtype)
@@ -307,7 +307,7 @@ def treasure_outcome(game: Game, bodies: Bodies) -> Outcome:
 
 
 def resource_outcome(game: Game, bodies: Bodies) -> Outcome:
-    """The resources that one touches, 10 x radius each, divided by the number of agents on it."""
+    """Each agent: for each resource that it touches 10 x its radius / number of agents on it."""
     distance = landmark_distances(game, bodies)
     radius = constant(game.landmark_radius, distance.dtype, distance.device)
     touched = distance < (radius + game.radius[0])[:, None]
@@ -317,10 +317,10 @@ def resource_outcome(game: Game, bodies: Bodies) -> Outcome:
 
 
 def pacman_outcome(game: Game, bodies: Bodies) -> Outcome:
-    """Dot +2 for a Pac-Man, who dies when touched: -5 for it and +5 for the ghost, per ghost that
-    touches it. Those who lived when the step began count, also in the distances of shaping."""
+    """A Pac-Man: 2 per dot that it touches; -5 per ghost that touches it (the ghost: 5), and death.
+    Shaping: -.1 x distance to the nearest dot (ghosts: Pac-Man). Already dead ones do not count."""
     P = game.population[0]
-    living = bodies.alive[:P]  # (P, B); ghosts live for ever
+    living = bodies.alive[:P]  # (P, B); ghosts never die
     to_dots = landmark_distances(game, bodies)[:P]
     to_ghosts = agent_distances(bodies)[:P, P:]  # (P, G, B)
     eaten = (to_dots < game.radius[0] + game.landmark_radius[0]) & living[:, None]
@@ -336,19 +336,19 @@ def pacman_outcome(game: Game, bodies: Bodies) -> Outcome:
 
 
 def wanted(game: Game) -> int:
-    """signpost, rooms: the number of the post or leader that pays, by how many agents there are."""
+    """signpost, rooms: which place pays: 0 with up to 3 agents or followers, 1 up to 6, else 2."""
     return sum(game.population[0] > bound for bound in (3, 6))
 
 
 def signpost_outcome(game: Game, bodies: Bodies) -> Outcome:
-    """Minus the distance to the post that pays in this population."""
+    """Each agent: minus its distance to the post that pays in this population."""
     distance = landmark_distances(game, bodies)  # (N, L, B)
     nothing = torch.zeros_like(distance[0], dtype=torch.bool)
     return Outcome(-distance[:, wanted(game)], bodies.alive, nothing)
 
 
 def rooms_outcome(game: Game, bodies: Bodies) -> Outcome:
-    """Followers: minus the distance to the leader that pays in this population; leaders nothing."""
+    """A follower: minus its distance to the leader that pays in this population. Leaders: 0."""
     F = game.population[0]
     to_leader = agent_distances(bodies)[:, F + wanted(game)]  # (N, B)
     is_follower = torch.arange(game.num_agents, device=to_leader.device)[:, None] < F
@@ -357,10 +357,10 @@ def rooms_outcome(game: Game, bodies: Bodies) -> Outcome:
 
 
 def delivery_outcome(game: Game, bodies: Bodies) -> Outcome:
-    """Everybody: 5 for each treasure that a collector with nothing touches, and for each collector
-    that touches the deposit of what it carries. Collectors: -5 for each collector that one touches;
-    -.1 x distance to the nearest treasure or, laden, to its deposit. Deposits: -.1 x distance to
-    the nearest collector that brings something or, if none does, to the mean of the nearest 7."""
+    """All agents: 5 for each empty-handed collector and treasure that touch, 5 for each collector
+    that touches the deposit of what it carries. Collectors: -5 for each collector that they touch.
+    Shaping, -.1 x distance: of collectors to the nearest treasure or, with one, to its deposit; of
+    deposits to the nearest collector that brings them one, else to the mean of the nearest 7."""
     C, K = game.population
     to_treasures = landmark_distances(game, bodies)[:C]  # (C, L, B)
     between = agent_distances(bodies)
@@ -377,13 +377,13 @@ def delivery_outcome(game: Game, bodies: Bodies) -> Outcome:
         collectors = collectors - 0.1 * torch.where(free, to_treasures.amin(1), far.amin(1))
         middle = nearest_collectors(game, bodies, to_deposits).square().sum(0).sqrt()
         deposits = deposits - 0.1 * torch.where(brings.any(0), far.amin(0), middle)
-    nothing = torch.zeros_like(to_treasures[0], dtype=torch.bool)  # hand_over() moves them
+    nothing = torch.zeros_like(to_treasures[0], dtype=torch.bool)  # hand_over() moves treasures
     return Outcome(torch.cat((collectors, deposits)), bodies.alive, nothing)
 
 
 def nearest_collectors(game: Game, bodies: Bodies, to_deposits: Tensor) -> Tensor:
-    """(2, K, B): the mean of the 7 collectors nearest to each deposit, relative to it; of all, if
-    there are fewer. to_deposits: distances (C, K, B)."""
+    """(2, K, B): mean offset from each deposit to its VISIBLE nearest collectors (to all, if there
+    are fewer). to_deposits (C, K, B): distances."""
     C = game.population[0]
     offset = bodies.position[:, None, :C] - bodies.position[:, C:, None]  # (2, K, C, B)
     if C > VISIBLE:
@@ -392,7 +392,7 @@ def nearest_collectors(game: Game, bodies: Bodies, to_deposits: Tensor) -> Tenso
 
 
 def kind_numbers(game: Game, bodies: Bodies) -> Tensor:
-    """(K, 1): 1 ... K."""
+    """(K, 1): the numbers of the kinds, 1 ... K."""
     numbers = torch.arange(1, game.num_kinds + 1, device=bodies.kinds.device)
     return numbers[:, None].to(bodies.kinds.dtype)
 
@@ -401,41 +401,41 @@ def kind_numbers(game: Game, bodies: Bodies) -> Tensor:
 
 
 class Observation(NamedTuple):
-    """What everybody sees. Agent i sees own[i], and of each other agent j entities[i, j]; in
-    delivery other numbers than these: delivery_observation().
+    """What all agents see. Agent i sees own[i] and, of each other agent j that mask() says it sees,
+    entities()[i, j]. In delivery own and others have other features: see delivery_observation().
 
-    In memory worlds lie next to each other: use reshape(), not view(). Do not write into it.
+    Worlds may be the fastest axis in memory: use reshape(), not view(). Do not write into it.
     """
 
-    own: Tensor  # (B, N, Ds) v_i, p_i, its landmarks relative to it
-    others: Tensor  # (B, N, De) p_j, v_j, type of j if there are several, its colour, j's landmarks
+    own: Tensor  # (B, N, Ds): v_i, p_i, landmarks relative to i
+    others: Tensor  # (B, N, De): p_j, v_j, type of j if there are several, colour, j's landmarks
     alive: Tensor  # (B, N) bool
-    seen: Tensor  # (B, N) bool, who lives and is seen by others
+    seen: Tensor  # (B, N) bool: alive and of a type that others see
 
     def entities(self) -> Tensor:
-        """(B, N, N, De): of i and j, as others[j], but with p_j - p_i."""
+        """(B, N, N, De): [b, i, j] is others[b, j] with p_j - p_i in the place of p_j."""
         N = self.own.shape[1]
         seen = self.others[:, None].expand(-1, N, -1, -1).clone()
         seen[..., :2] -= self.others[:, :, None, :2]
         return seen
 
     def mask(self) -> Tensor:
-        """(B, N, N) bool: j is seen, and is not i."""
+        """(B, N, N) bool: [b, i, j] is True if agent i sees j: j is seen and is not i."""
         itself = torch.eye(self.own.shape[1], dtype=torch.bool, device=self.own.device)
         return self.seen[:, None] & ~itself
 
 
 def nearest(key: Tensor, values: list[Tensor], k: int) -> list[Tensor]:
-    """The k smallest of key (N, L, B), in order, and the values that go with them: (N, k, B) each.
+    """The values (N, k, B) each, at the k smallest of key (N, L, B), the smallest first.
 
-    Compiled, an item's place is the number of smaller ones, and each place adds up what is on it:
-    L^2 comparisons, but all in one loop over worlds. Eager code sorts.
+    Compiled code counts for each item how many are smaller, which is its place, and sums each
+    place's items: L^2 comparisons, but all in one loop over worlds. Eager code sorts.
     """
     if not torch.compiler.is_compiling():
         order = key.topk(k, dim=1, largest=False).indices
         return [torch.gather(x.expand_as(key), 1, order) for x in values]
     number = torch.arange(key.shape[1], device=key.device)
-    earlier = (number[:, None] > number)[..., None]  # of two alike the first comes first
+    earlier = (number[:, None] > number)[..., None]  # of equal items the first comes first
     mine, other = key[:, :, None], key[:, None]
     smaller = (other < mine) | ((other == mine) & earlier)  # (N, L, L, B)
     place = torch.where(smaller, 1.0, 0.0).sum(2)  # (N, L, B)
@@ -444,7 +444,7 @@ def nearest(key: Tensor, values: list[Tensor], k: int) -> list[Tensor]:
 
 
 def observation(game: Game, bodies: Bodies) -> Observation:
-    """What everybody sees."""
+    """The observation of all agents, in all tasks but delivery."""
     p, v = bodies.position, bodies.velocity
     between = bodies.landmarks[:, None] - p[:, :, None]  # (2, N, L, B)
     if game.in_order:
@@ -463,7 +463,7 @@ def observation(game: Game, bodies: Bodies) -> Observation:
 
 
 def observation_of_rows(game: Game, states: Tensor) -> Observation:
-    """What observation() gives of states (K, S), bit for bit, in one loop on a CPU."""
+    """What observation() gives for states (K, S), equal to the bit, by one loop on the CPU."""
     N, states = game.num_agents, states.contiguous()
     own = states.new_empty(len(states), N, game.own_features)
     others = states.new_empty(len(states), N, game.entity_features)
@@ -477,14 +477,14 @@ def observation_of_rows(game: Game, states: Tensor) -> Observation:
 
 
 def seen_at_all(game: Game, like: Tensor) -> Tensor:
-    """(N,) bool: whom others see while they live."""
+    """(N,) bool: agents that others see as long as they live."""
     unseen = game.num_agents - game.population[-1] if game.only_last_seen else 0
     return torch.arange(game.num_agents, device=like.device) >= unseen
 
 
 def labels_of(game: Game, like: Tensor) -> list[Tensor]:
-    """What never changes of each agent, (1, N, 1) each: its type, if there are several, and its
-    colour, one-hot."""
+    """Features of agents that never change, (1, N, 1) each: columns of the one-hot type, if there
+    are several types, and of the one-hot colour."""
     N = game.num_agents
     of_types = len(game.population) if len(game.population) > 1 else 0
     labels = [tuple(float(kind == own) for own in game.types) for kind in range(of_types)]
@@ -494,9 +494,9 @@ def labels_of(game: Game, like: Tensor) -> list[Tensor]:
 
 
 def delivery_observation(game: Game, bodies: Bodies) -> Observation:
-    """own: v_i, p_i, what i takes in, what it carries (one-hot of K kinds each), and the nearest
-    treasures, relative to it, each with its kind, one-hot; 0 where there are fewer. others: p_j,
-    v_j, what j takes in, what it carries."""
+    """own: v_i, p_i, the kinds that i takes in and carries (one-hot of K each), and the nearest
+    treasures: offset from i and kind (one-hot); 0 if there are fewer treasures. others: p_j, v_j,
+    the kinds that j takes in and carries."""
     p, v = bodies.position, bodies.velocity
     (C, K), N, L = game.population, game.num_agents, game.num_landmarks
     number, kind = torch.arange(N, device=p.device)[:, None], kind_numbers(game, bodies)[:, None]
@@ -504,7 +504,7 @@ def delivery_observation(game: Game, bodies: Bodies) -> Observation:
     carries = torch.nn.functional.pad(bodies.carried, (0, 0, 0, K)) == kind  # of collectors
     between = bodies.landmarks[:, None] - p[:, :, None]  # (2, N, L, B)
     far = between.square().sum(0).sqrt()
-    order = torch.arange(L, device=p.device)[:, None] * (bodies.landmarks[0] == AWAY)
+    order = torch.arange(L, device=p.device)[:, None] * (bodies.landmarks[0] == AWAY)  # for ties
     kinds = (bodies.kinds == kind).to(p.dtype)[:, None]  # (K, 1, L, B)
     shown = min(game.nearest, L)
     marks = torch.stack(nearest(far + order, [*between, *kinds], shown))  # (2 + K, N, k, B)
@@ -521,27 +521,27 @@ def delivery_observation(game: Game, bodies: Bodies) -> Observation:
 class Task(NamedTuple):
     """A kind of world. Add your own to TASKS.
 
-    outcome and observe must not return views of the bodies; others[..., :2] of an observation are
-    positions. An episode terminates when nobody of the first type lives.
+    outcome and observe must not return views of the bodies. others[..., :2] of an observation must
+    be positions. An episode terminates when no agent of the first type is alive.
     """
 
     roles: tuple[str, ...]  # names of the types of agents
     fixed: Callable[[int], dict[str, Any]]  # fields of Game, for N agents
     outcome: Callable[[Game, Bodies], Outcome]
     observe: Callable[[Game, Bodies], Observation] = observation
-    place: Callable[[Tensor], Tensor] = lambda places: places  # landmarks (2, L, B) from [-1, 1)^2
-    num_last: int = 0  # agents of the last type; 0: any number
+    place: Callable[[Tensor], Tensor] = lambda places: places  # U[-1, 1)^2 (2, L, B) -> landmarks
+    num_last: int = 0  # number of agents of the last type; 0: any number
 
 
 def _bodies(radius: float, force: float, landmarks: tuple[float, ...], nearest: int) -> dict:
-    """Agents of one type, without top speed."""
+    """Fields of a Game with one type of agents, without a top speed."""
     own = dict(radius=(radius,), force=(force,), top_speed=(math.inf,))
     return own | dict(landmark_radius=landmarks, nearest=nearest)
 
 
 def triangle(places: Tensor) -> Tensor:
-    """Three posts (2, 3, B) at the corners of an equilateral triangle, from numbers in [-1, 1) of
-    the same shape: sides from 1.2 to 1.5, turned and mirrored anyhow, its centre near 0."""
+    """Random numbers (2, 3, B) in [-1, 1) -> three posts (2, 3, B) at the corners of an equilateral
+    triangle with sides from 1.2 to 1.5, turned and mirrored at random, its centre near 0."""
     centre = 0.13 * places[:, 0]  # (2, B)
     radius = 0.7 + 0.085 * (1 + places[0, 1])
     angle = math.pi * places[1, 1]
@@ -583,7 +583,7 @@ TASKS = {
         lambda N: dict(
             radius=(0.05, 0.1),
             force=(5.0, 5.0),
-            top_speed=(math.inf, 0.0),  # leaders stay where they are
+            top_speed=(math.inf, 0.0),  # leaders cannot move
             landmark_radius=(),
             nearest=0,
             coloured=True,
@@ -600,7 +600,7 @@ TASKS = {
             force=(2.25, 2.25),  # Iqbal's fork multiplies by 1.5 twice
             top_speed=(1.0, 1.0),
             mass=(1.0, 2.25),
-            landmark_radius=(0.025,) * (N - 2),  # a treasure per collector
+            landmark_radius=(0.025,) * (N - 2),  # as many treasures as collectors
             nearest=VISIBLE,
             carrying=True,
         ),
@@ -618,24 +618,24 @@ TASKS = {
 class Clocks(NamedTuple):
     """What a world's random numbers and the end of its episode depend on; (B,) int64 each."""
 
-    key: Tensor  # its stream
-    episode: Tensor  # episodes begun
-    time: Tensor  # steps in the episode
+    key: Tensor  # of its random stream
+    episode: Tensor  # number of episodes begun
+    time: Tensor  # steps since the episode began
 
 
 GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
 
 
 def mixed(x: Tensor) -> Tensor:
-    """SplitMix64's output function: int64 -> int64. Products wrap around, as they should."""
+    """SplitMix64's output function, int64 -> int64. Products overflow on purpose."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # shifts in zeros
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # the mask: unsigned shift
     return x
 
 
 def uniform(clocks: Clocks, slots: range, per_step: int, dtype: torch.dtype) -> Tensor:
-    """(len(slots), B) in [-1, 1): number `slots` of the per_step that each world has in a step of
-    an episode. What an episode begins with depends on nothing that was done before."""
+    """(len(slots), B) in [-1, 1): those with the indices `slots` of the per_step random numbers of
+    the present step. They depend on the clocks alone, so actions do not change later episodes."""
     slot = torch.arange(slots.start, slots.stop, device=clocks.key.device)[:, None]
     step = clocks.episode * LONGEST + clocks.time
     bits = mixed(clocks.key + GOLDEN * (step * per_step + slot))
@@ -643,7 +643,7 @@ def uniform(clocks: Clocks, slots: range, per_step: int, dtype: torch.dtype) -> 
 
 
 def fresh(game: Game, clocks: Clocks, dtype: torch.dtype) -> Bodies:
-    """Everything anywhere in the square, at rest."""
+    """New episodes: all agents and landmarks uniform in [-1, 1)^2 (or as Task.place), at rest."""
     N, L = game.num_agents, game.num_landmarks
     places = uniform(clocks, range(2 * (N + L)), 2 * (N + 2 * L), dtype)
     position, landmarks = places.split((2 * N, 2 * L))
@@ -660,22 +660,22 @@ def fresh(game: Game, clocks: Clocks, dtype: torch.dtype) -> Bodies:
 
 
 def draw_kinds(game: Game, draws: Tensor) -> Tensor:
-    """1 ... K, of numbers in [-1, 1)."""
+    """Uniform kinds 1 ... K from uniform numbers in [-1, 1), of the same shape."""
     return 1 + ((draws + 1) * (game.num_kinds / 2)).floor()
 
 
 def hand_over(game: Game, bodies: Bodies, clocks: Clocks) -> Bodies:
-    """delivery: what follows, when a step begins, from where the last one has led. Who has nothing
-    takes a treasure that it touches (treasures in order, each by the first collector), who touches
-    the deposit of what it carries has nothing, and treasures taken a step ago reappear."""
+    """delivery: what touching in the last step leads to when a step begins. In their order, each
+    treasure goes to the first empty-handed collector that touches it. Then collectors that touch
+    the deposit of what they carry have nothing, and treasures taken one step earlier reappear."""
     C, N, L = game.population[0], game.num_agents, game.num_landmarks
     touched = landmark_distances(game, bodies)[:C] < game.radius[0] + game.landmark_radius[0]
-    touched = touched & (clocks.time > 1)  # (C, L, B); before the first step nothing is taken
+    touched = touched & (clocks.time > 1)  # (C, L, B); nothing is taken before the first step
     number = torch.arange(C, device=touched.device)[:, None]
     carried, takers = bodies.carried, []
     for k in range(L):
         may = touched[:, k] & (carried == 0)
-        takers.append(torch.where(may, number, C).amin(0))  # (B,), C: nobody
+        takers.append(torch.where(may, number, C).amin(0))  # (B,); C: no collector
         carried = torch.where(number == takers[k], bodies.kinds[k], carried)
     brings = carried[:, None] == kind_numbers(game, bodies)  # (C, K, B)
     at_deposit = agent_distances(bodies)[:C, C:] < sum(game.radius)
@@ -690,8 +690,8 @@ def hand_over(game: Game, bodies: Bodies, clocks: Clocks) -> Bodies:
 
 
 def advance(game: Game, horizon: int, state: Tensor, actions: Tensor, clocks: Clocks) -> tuple:
-    """One step of all worlds, states (S, B) and actions (B, N) -> the states after it, clocks, and
-    Step's fields without a new episode: reward, terminated, truncated, alive, observation, rows."""
+    """One step of all worlds without new episodes: states (S, B) and actions (B, N) -> states after
+    it, clocks, reward, terminated, truncated, alive, observation, states as rows (B, S)."""
     clocks = clocks._replace(time=clocks.time + 1)
     bodies = unpack(game, state)
     if game.carrying:
@@ -712,8 +712,8 @@ def advance(game: Game, horizon: int, state: Tensor, actions: Tensor, clocks: Cl
 
 
 def restart(game: Game, state: Tensor, clocks: Clocks, ended: Tensor, obs: Observation) -> tuple:
-    """New episodes in the worlds that have ended (B,): states, clocks, observation. Nothing of the
-    others changes, not even by a bit."""
+    """Begin new episodes in the worlds that have ended (B,) bool; returns states (S, B), clocks and
+    observation. The other worlds keep theirs to the bit."""
     episode, time = clocks.episode + ended, torch.where(ended, 0, clocks.time)
     clocks = Clocks(clocks.key, episode, time)
     bodies = fresh(game, clocks, state.dtype)
@@ -727,25 +727,25 @@ def restart(game: Game, state: Tensor, clocks: Clocks, ended: Tensor, obs: Obser
 
 
 class Step(NamedTuple):
-    """What step() returns."""
+    """What ParticleWorld.step() returns."""
 
-    obs: Observation  # to act on next: of the new episode where one has ended
+    obs: Observation  # for the next action: of the new episode where one has ended
     reward: Tensor  # (B, N)
-    terminated: Tensor  # (B,) bool: no Pac-Man lives
-    truncated: Tensor  # (B,) bool: the horizon is reached
-    alive: Tensor  # (B, N) bool, after the step, before a new episode
+    terminated: Tensor  # (B,) bool: no agent of the first type is alive (pacman only)
+    truncated: Tensor  # (B,) bool: the horizon is reached, and not terminated
+    alive: Tensor  # (B, N) bool: at the end of the step, before a new episode
     final: Observation  # at the end of the step, before a new episode
-    final_state: Tensor  # (B, S) the same
+    final_state: Tensor  # (B, S): state at the end of the step, before a new episode
 
 
 class ParticleWorld:
-    """num_worlds worlds of one task and population, on one device.
+    """num_worlds worlds of one task and population, on one device. ValueError as make_game().
 
     task            one of TASKS
-    population      agents; for pacman (Pac-Men, ghosts), for rooms (followers, 3), for delivery
-                    (collectors, 2)
-    compiled        torch.compile() of the step; without a compiler the same functions run eagerly
-    first_world     number of the first world: worlds with the same seed and number are the same
+    population      number of agents; for pacman (Pac-Men, ghosts), for rooms (followers, 3), for
+                    delivery (collectors, 2)
+    compiled        use torch.compile() for the step; if that fails, the same functions run eagerly
+    first_world     number of the first world; seed and number determine a world's draws
     horizon         steps of an episode
     options         shaping, collision_penalty, nearest, integration: see Game
     """
@@ -770,14 +770,14 @@ class ParticleWorld:
         number = torch.arange(first_world, first_world + padded, device=self.device)
         self.numbers = number
         self.bodies = torch.zeros(self.game.state_size, padded, dtype=dtype, device=self.device)
-        # (B, N) of the last step, which reset() leaves as it is: for players with a memory
+        # (B, N) rewards of the last step, for players with memory; reset() does not change them
         self.last_reward = self.bodies.new_zeros(num_worlds, self.num_agents)
         self.seed(seed)
         what = f"the world ({self.game.task}, {_name(self.game.population)})"
         self._advance = functools.partial(advance, self.game, horizon)
         if compiled:
-            # Inductor unrolls sums over fewer than 8: in observation() over the landmarks, each of
-            # which would then be worked out anew in every place.
+            # Inductor unrolls sums over fewer than 8 items, such as the landmarks in observation():
+            # it would then compute every landmark again for each place.
             few = self.game.num_landmarks < 8 and TASKS[task].observe is observation
             options = {"unroll_reductions_threshold": 1} if few else {}
             self._advance = Compiled(self._advance, what, options=options)
@@ -788,25 +788,25 @@ class ParticleWorld:
 
     @property
     def state(self) -> Tensor:
-        """(B, S) what the worlds are at this moment; a copy."""
+        """(B, S): the present states of the worlds; a copy."""
         return self.bodies[:, : self.num_worlds].T.contiguous()
 
     def seed(self, seed: int) -> None:
-        """Begin the worlds' streams of random numbers, far from each other; reset() comes next."""
+        """Restart the worlds' random streams with this seed. Call reset() next."""
         key = mixed(mixed(torch.full_like(self.numbers, seed)) + GOLDEN * (self.numbers + 1))
         self.clocks = Clocks(key, torch.zeros_like(key), torch.zeros_like(key))
         self.seen: Observation | None = None
 
     @property
     def obs(self) -> Observation:
-        """What reset() or step() returned last."""
+        """The last observation of reset() or step(); RuntimeError before reset()."""
         if self.seen is None:
             raise RuntimeError("A world begins with reset().")
         return self._cut(self.seen)
 
     @torch.no_grad()
     def reset(self) -> Observation:
-        """New episodes in all worlds."""
+        """Begin new episodes in all worlds."""
         empty = TASKS[self.game.task].observe(self.game, unpack(self.game, self.bodies))
         everywhere = torch.ones_like(self.clocks.key, dtype=torch.bool)
         all_of_them = self.game, self.bodies, self.clocks, everywhere, empty
@@ -815,7 +815,7 @@ class ParticleWorld:
 
     @torch.no_grad()
     def step(self, actions: Tensor) -> Step:
-        """Advance all worlds by actions (B, N), ints in [0, 5)."""
+        """Play a step with ints (B, N) in [0, 5). ValueError before reset() or for other shapes."""
         B, padded = self.num_worlds, self.bodies.shape[1]
         if actions.shape != (B, self.num_agents) or self.seen is None:
             have = tuple(actions.shape)
@@ -826,7 +826,7 @@ class ParticleWorld:
         done = self._advance(self.bodies, actions, self.clocks)
         self.bodies, self.clocks, reward, over, late, alive, final, last = done
         obs, ended = final, over | late
-        # On a GPU asking whether any has ended would wait for it; there it is always worked out.
+        # On a GPU the question whether any has ended would wait for it: restart() always runs.
         if self.device.type != "cpu" or ended[:B].any():
             self.bodies, self.clocks, obs = restart(
                 self.game, self.bodies, self.clocks, ended, final
@@ -839,20 +839,20 @@ class ParticleWorld:
 
     @torch.no_grad()
     def observe(self, states: Tensor) -> Observation:
-        """The observations in states (K, S), as the worlds would have given them."""
+        """The observations (K, ...) of states (K, S), equal to those that the worlds gave."""
         on_cpu = states.device.type == "cpu"
         if on_cpu and TASKS[self.game.task].observe is observation:
             return observation_of_rows(self.game, states)
         return TASKS[self.game.task].observe(self.game, unpack(self.game, states.T.contiguous()))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on, the last observation included."""
+        """All that the next steps depend on, and the last observation."""
         own = {name: x[..., : self.num_worlds].clone() for name, x in self._arrays().items()}
         own |= {name: x.contiguous() for name, x in self.obs._asdict().items()}
         return own | {"game": f"{self.game.task} {_name(self.game.population)}"}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken; ValueError if that was of other worlds."""
+        """Restore a state_dict(). ValueError for another task, population or number of worlds."""
         self.reset()
         mine, own = self.state_dict(), self._arrays()
         shapes = [
@@ -868,23 +868,23 @@ class ParticleWorld:
             x[: self.num_worlds] = saved[name]
 
     def _arrays(self) -> dict[str, Tensor]:
-        """Worlds last."""
+        """Copies of states and clocks by name, (..., padded number of worlds) each."""
         own = {"bodies": self.bodies, **self.clocks._asdict()}
         return {name: x.clone() for name, x in own.items()}
 
     def _cut(self, obs: Observation) -> Observation:
-        """Without the worlds that fill up the lanes."""
+        """The observation without the worlds that pad their number to a multiple of LANES."""
         if self.num_worlds == self.bodies.shape[1]:
             return obs
         return Observation(*(x[: self.num_worlds] for x in obs))
 
 
 class Compiled:
-    """torch.compile(function); where that fails, the function itself. dynamic: one form for tensors
-    of all sizes, instead of one per size.
+    """torch.compile(function), or the plain function if compilation fails. what: name in messages;
+    dynamic: compile once for all sizes of tensors, not once for each size.
 
-    A process that is killed while it compiles leaves half a library in the compiler's cache, which
-    fails all who come after it: so a failure is tried again with a new cache.
+    A process killed while it compiles leaves a damaged library in the compiler's cache, and all
+    later processes fail on it. So after a failure compilation is tried again with a new cache.
     """
 
     def __init__(
@@ -898,7 +898,7 @@ class Compiled:
         return self.call(*args) if self.call else self.first(*args)
 
     def first(self, *args: Any) -> Any:
-        """Compile, and decide what is called from now on."""
+        """Compile, call, and set self.call to what is called from now on. Returns the result."""
         print(f"Compiling {self.what}: some seconds.", flush=True)
         before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         for again in (False, True):
@@ -906,7 +906,7 @@ class Compiled:
             try:
                 return self.call(*args)
             except Exception as error:
-                result = self.plain(*args)  # if this fails, too, it is not the compiler's fault
+                result = self.plain(*args)  # if this raises, too, the error is not the compiler's
                 reason = " ".join(str(error).split())[:200]
                 if again or "InvalidCxxCompiler" in reason:
                     break
@@ -924,18 +924,18 @@ class Compiled:
 
 
 def vector_bits() -> int | None:
-    """Bits of the vectors this process may use (1: none), None where the compiler must know.
+    """Bits of the CPU's vectors that this process may use (1: no vectors), or None if not known.
 
-    Named to the compiler, they are part of the name under which its cache keeps a loop. Left out, a
-    loop written for longer vectors is found by a process that has shorter ones, and in PyTorch 2.13
-    is compiled again for those and leaves numbers out, without an error."""
+    Given to the compiler, they are part of a loop's key in its cache. Without them, a process with
+    shorter vectors finds a loop that was written for longer ones, which PyTorch 2.13 compiles again
+    for the shorter vectors; the loop then silently leaves numbers out."""
     kinds = {"DEFAULT": 1, "AVX2": 256, "AVX512": 512}
     return kinds.get(torch.backends.cpu.get_cpu_capability())
 
 
 def _copy(function: Callable) -> Callable:
-    """The function with a code object of its own: PyTorch gives each code object 8 compiled forms
-    and after those quietly runs it eagerly, for all who use it."""
+    """The function with its own code object: PyTorch compiles each code object at most 8 times, and
+    then silently runs it eagerly, for all that share it."""
 
     def copy(*args: Any) -> Any:
         return function(*args)
@@ -951,9 +951,9 @@ _NUMBERS = itertools.count()
 
 
 def towards(offset: Tensor, velocity: Tensor, reach: float | Tensor = 0.0) -> Tensor:
-    """The action (N, B) that brings an agent to where offset (2, N, B) points, braking in time;
-    nothing within reach."""
-    drift = velocity * DT * (1 - DAMPING) / DAMPING  # how far it still goes by itself
+    """The actions (N, B) that bring agents with velocity (2, N, B) to the end of offset (2, N, B),
+    braking in time; 0 (none) for agents that are within `reach` of it and will stay there."""
+    drift = velocity * DT * (1 - DAMPING) / DAMPING  # how far agents coast without a force
     left = offset - drift
     x, y = left.abs()
     along_x, along_y = torch.where(left[0] > 0, 2, 1), torch.where(left[1] > 0, 4, 3)
@@ -963,14 +963,14 @@ def towards(offset: Tensor, velocity: Tensor, reach: float | Tensor = 0.0) -> Te
 
 
 def closest(offsets: Tensor, key: Tensor) -> Tensor:
-    """Of offsets (2, N, K, B) those with the smallest key (N, K, B): (2, N, B)."""
+    """(2, N, B): of each agent's K offsets (2, N, K, B) the one with the smallest key (N, K, B)."""
     index = key.argmin(1, keepdim=True)
     return torch.gather(offsets, 2, index.expand(2, *index.shape)).squeeze(2)
 
 
 @torch.no_grad()
 def nearest_first(world: ParticleWorld) -> Tensor:
-    """(B, N) actions: everyone to its nearest landmark, ghosts to their nearest Pac-Man."""
+    """Actions (B, N): each agent goes to its nearest landmark, ghosts to their nearest Pac-Man."""
     game, bodies = world.game, unpack(world.game, world.bodies)
     p, v = bodies.position, bodies.velocity
     between = bodies.landmarks[:, None] - p[:, :, None]
@@ -989,8 +989,8 @@ def nearest_first(world: ParticleWorld) -> Tensor:
 
 @torch.no_grad()
 def flee(world: ParticleWorld, fear: float = 0.5) -> Tensor:
-    """(B, N) actions: as nearest_first, but Pac-Men run from a ghost that is within `fear`, agents
-    of the other tasks from another agent."""
+    """Actions (B, N): nearest_first(), but Pac-Men run from a ghost, and agents of other tasks from
+    another agent, if its centre is within `fear`."""
     game, bodies = world.game, unpack(world.game, world.bodies)
     p, v = bodies.position, bodies.velocity
     actions = nearest_first(world)
@@ -999,7 +999,7 @@ def flee(world: ParticleWorld, fear: float = 0.5) -> Tensor:
     away = p[:, :P, None] - p[:, None, them]  # (2, P, ., B)
     far = away.square().sum(0).sqrt()
     if game.task != "pacman":
-        far = far + torch.eye(P, device=p.device)[..., None] * 1e9
+        far = far + torch.eye(P, device=p.device)[..., None] * 1e9  # not from itself
     run = towards(closest(away, far), torch.zeros_like(v[:, :P]))
     near = (far.amin(1) < fear).T[: world.num_worlds]
     actions[:, :P] = torch.where(near, run.T[: world.num_worlds], actions[:, :P])
@@ -1007,14 +1007,14 @@ def flee(world: ParticleWorld, fear: float = 0.5) -> Tensor:
 
 
 def places_to_go(game: Game, bodies: Bodies) -> Tensor:
-    """signpost, rooms: the posts or leaders (2, 3, B), of which one pays."""
+    """signpost, rooms: positions (2, 3, B) of the posts or leaders; one of them pays."""
     if game.task == "signpost":
         return bodies.landmarks
     return bodies.position[:, game.population[0] :]
 
 
 def go_to(world: ParticleWorld, place: Tensor) -> Tensor:
-    """(B, N) actions: everyone to its place (2, B)."""
+    """Actions (B, N): all agents of a world go to its place (2, B)."""
     bodies = unpack(world.game, world.bodies)
     actions = towards(place[:, None] - bodies.position, bodies.velocity)
     return actions.T[: world.num_worlds].contiguous()
@@ -1022,22 +1022,22 @@ def go_to(world: ParticleWorld, place: Tensor) -> Tensor:
 
 @torch.no_grad()
 def knows_population(world: ParticleWorld) -> Tensor:
-    """(B, N) actions: signpost, rooms: to the post or leader that pays."""
+    """signpost, rooms: actions (B, N) to the post or leader that pays."""
     places = places_to_go(world.game, unpack(world.game, world.bodies))
     return go_to(world, places[:, wanted(world.game)])
 
 
 @torch.no_grad()
 def wrong_population(world: ParticleWorld) -> Tensor:
-    """(B, N) actions: signpost, rooms: to the post or leader of another population."""
+    """signpost, rooms: actions (B, N) to the post or leader that pays in another population."""
     places = places_to_go(world.game, unpack(world.game, world.bodies))
     return go_to(world, places[:, (wanted(world.game) + 1) % 3])
 
 
 @torch.no_grad()
 def blind(world: ParticleWorld) -> Tensor:
-    """(B, N) actions: signpost, rooms: to the point with the least sum of distances to the three,
-    which is best for who does not know the population (Weiszfeld's iterations)."""
+    """signpost, rooms: actions (B, N) to the point with the least sum of distances to the three
+    places, by Weiszfeld's iterations: the best without knowing the population."""
     places = places_to_go(world.game, unpack(world.game, world.bodies))
     point = places.mean(1)
     for _ in range(50):
@@ -1049,9 +1049,9 @@ def blind(world: ParticleWorld) -> Tensor:
 
 @torch.no_grad()
 def deliver(world: ParticleWorld, fear: float = 0.0) -> Tensor:
-    """(B, N) actions: delivery: a collector to its nearest treasure or, laden, to its deposit, but
-    away from another one that is within `fear`; a deposit to the nearest collector that brings it
-    something, else to the mean of the nearest 7."""
+    """delivery: actions (B, N). A collector goes to its nearest treasure or, if it carries one, to
+    its deposit, but away from another collector within `fear`. A deposit goes to the nearest
+    collector that brings it something, else to the mean of the nearest 7."""
     game, bodies = world.game, unpack(world.game, world.bodies)
     p, v, C = bodies.position, bodies.velocity, game.population[0]
     brings = bodies.carried[:, None] == kind_numbers(game, bodies)  # (C, K, B)
@@ -1074,23 +1074,23 @@ def deliver(world: ParticleWorld, fear: float = 0.0) -> Tensor:
 
 # --- Pictures -------------------------------------------------------------------------------------
 
-WINDOW = 1.5  # pictures show [-WINDOW, WINDOW]^2, whatever happens
-COLOURS = ((31, 119, 180), (214, 39, 40))  # of types; in delivery of kinds
+WINDOW = 1.5  # pictures always show [-WINDOW, WINDOW]^2
+COLOURS = ((31, 119, 180), (214, 39, 40))  # RGB of types; in delivery of kinds
 OF_THREE = ((214, 39, 40), (44, 160, 44), (150, 75, 200))  # posts or leaders: red, green, violet
 YELLOW, BROWN, GROUND, LINE = (250, 215, 120), (190, 140, 30), (255, 255, 255), (205, 205, 205)
 GREY, BLACK = (150, 150, 150), (0, 0, 0)
 
 
 def landmark_colours(game: Game, bodies: Bodies) -> list[tuple[int, ...]]:
-    """Of each landmark of one world; in delivery that of its kind."""
+    """RGB of each landmark of one world; in delivery the colour of its kind."""
     if game.carrying:
         return [COLOURS[int(kind) - 1] for kind in bodies.kinds[:, 0]]
     return [YELLOW] * game.num_landmarks
 
 
 def agent_colours(game: Game, bodies: Bodies) -> list[tuple[tuple[int, ...], ...]]:
-    """Of each agent of one world and of its rim: by type; in delivery collectors are grey, inside
-    in the colour of what they carry, deposits in that of what they take in, with a black rim."""
+    """(RGB, RGB of the rim) of each agent of one world: by type. In delivery collectors have a grey
+    rim and the colour of what they carry (or grey), deposits a black rim and their kind's."""
     if game.carrying:
         collectors = [((GREY, *COLOURS)[int(kind)], GREY) for kind in bodies.carried[:, 0]]
         return collectors + [(colour, BLACK) for colour in COLOURS]
@@ -1099,9 +1099,9 @@ def agent_colours(game: Game, bodies: Bodies) -> list[tuple[tuple[int, ...], ...
 
 def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:
     """A picture (size, size, 3) uint8 of a state (S,): landmarks yellow, agents blue, ghosts red,
-    the dead as rings; posts and leaders red, green and violet, with a black rim where one pays; in
-    delivery treasures, who carries them and deposits in the colour of the kind. The square where
-    things appear is outlined. Whoever has left the window is seen as a half-disc at its edge."""
+    dead agents as rings; posts and leaders red, green and violet, the one that pays with a black
+    rim; in delivery treasures, their carriers and deposits in the colour of the kind. The square
+    where things appear is outlined. Bodies outside the window are half-discs at its edge."""
     from PIL import Image, ImageDraw
 
     fine = 2 * size  # drawn at twice the size, for smooth edges
@@ -1128,7 +1128,7 @@ def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:
     places, colours = bodies.position[..., 0].T.tolist(), agent_colours(game, bodies)
     for kind, alive, (x, y), (colour, rim) in zip(game.types, bodies.alive[:, 0], places, colours):
         if game.task == "rooms" and kind == 1:
-            continue  # leaders are drawn
+            continue  # leaders are already drawn as places
         place = box(x, y, game.radius[kind])
         brush.ellipse(place, fill=colour if alive else None, outline=rim, width=3)
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))

@@ -1,23 +1,23 @@
-"""StarCraft micromanagement without StarCraft: two small armies, the rules of the game's own data.
+"""StarCraft micromanagement without StarCraft II: two small armies fight by the game's own data.
 
     battles = Combat("sz", (3, 4, 5), num_battles=64, seed=1)
     obs = battles.reset()            # obs.entities (B, A+E, D), obs.avail (B, A, actions), ...
-    step = battles.step(actions)     # actions (B, A), one for each ally; the enemy plays by itself
+    step = battles.step(actions)     # actions (B, A), one for each ally; a script plays the enemy
 
 Unit data are those of the maps that SMAC and REFIL use (Wings of Liberty, not today's multiplayer
-balance); docs/battles.md has the table, its sources, and what is a reading of them. Space is in
-map units, time in frames: 16 are a second of the data, 8 are an agent's step. Moments are
-fractions of frames and never rounded: what is due within a frame happens in it, and what is left
-of the frame counts for what follows.
+balance); docs/battles.md has the table, its sources and what is guessed. Lengths are in map units,
+times in frames: a second of the data has 16 frames, a step of the agents has 8. Times are fractions
+of frames and are never rounded: an event that is due within a frame happens in that frame, and the
+rest of the frame counts towards what follows.
 
-Rules are one battle's plain loops (`frame` lists them in order), compiled by Numba. Units are
-records: those of battle b are units[b], allies in slots 0..7, enemies in 8..15. What agents see,
-may do and are paid for comes from a Snapshot alone, which envs/smac/game.py also makes of the real
-game and which a replay keeps.
+The rules of a battle are plain loops (`frame` lists them in order), compiled by Numba. Units are
+records: units[b] has those of battle b, allies in slots 0..7, enemies in slots 8..15. Observations,
+available actions and rewards are computed from a Snapshot alone. envs/smac/game.py makes Snapshots
+of the real game, and a replay buffer stores Snapshots.
 
-Battles that end begin anew by themselves (`once`: stand still); Step.final is then the snapshot at
-their end. Each episode is made of (seed, battle, episode): the same seed gives a battle the same
-course whatever the number of battles or threads.
+A battle that ends begins a new episode at once (with `once` it stands still until reset()), and
+Step.final has the snapshot at its end. (seed, battle, episode) determine an episode's random
+numbers: with the same seed and actions it is the same for any number of battles and threads.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ import torch
 from numba import njit
 from torch import Tensor
 
-SIDE = 8  # slots of a side: A = E
+SIDE = 8  # slots of each side: A = E
 SLOTS = 2 * SIDE
-FRAMES = 8  # of a step
-SECOND = 16.0  # frames of a second of the data
-MAP = 32.0  # width and height
-EDGE = MAP - 1e-3  # nobody gets beyond: a unit on the border itself would be in no cell of the map
-SIGHT, SHOOT = 9.0, 6.0  # centre to centre: what agents see, what they may order an attack on
-MOVE = 2.0  # how far a move order goes
-STOP, FIRST_MOVE, FIRST_TARGET = 1, 2, 6  # actions; 0: no-op
+FRAMES = 8  # frames of one step
+SECOND = 16.0  # frames in a second of the data
+MAP = 32.0  # width and height of the map
+EDGE = MAP - 1e-3  # largest x and y of a unit: one on the border would be in no cell of the map
+SIGHT, SHOOT = 9.0, 6.0  # centre to centre: how far agents see, how far they may order attacks
+MOVE = 2.0  # distance from a unit to the goal of its move order
+STOP, FIRST_MOVE, FIRST_TARGET = 1, 2, 6  # actions; 0: no-op, 6 + tag: attack or heal that unit
 MOVES = ((0, 1), (0, -1), (1, 0), (-1, 0))  # actions 2..5: north, south, east, west
 EPISODE_LIMIT = 150  # steps
-KILL, WIN = 10.0, 200.0  # rewards
+KILL, WIN = 10.0, 200.0  # rewards, before they are divided by reward_scale
 EnemyAI = Literal["sticky", "closest", "focus"]
 Scenario = Literal["sz", "csz", "mmm"]
 
@@ -60,52 +60,52 @@ def _of(colossus, stalker, zealot, marauder, marine, medivac) -> np.ndarray:
 
 HEALTH = _of(200.0, 80.0, 100.0, 125.0, 45.0, 150.0)
 SHIELD = _of(150.0, 80.0, 50.0, 0.0, 0.0, 0.0)
-ARMOUR = _of(1.0, 1.0, 1.0, 1.0, 0.0, 1.0)  # of hit points; shields have none
+ARMOUR = _of(1.0, 1.0, 1.0, 1.0, 0.0, 1.0)  # reduces hits on hit points, not on shields
 ARMOURED = _of(True, True, False, True, False, True)
 BIOLOGICAL = _of(False, False, True, True, True, False)
 FLYING = _of(False, False, False, False, False, True)
 LAYER = _of(1, 0, 0, 0, 0, 2)  # only units of one layer collide: a Colossus walks over others
 DAMAGE = _of(20.0, 10.0, 8.0, 10.0, 6.0, 0.0)  # of one hit
-BONUS = _of(0.0, 4.0, 0.0, 10.0, 0.0, 0.0)  # against armoured units
-PERIOD = SECOND * _of(2.2, 1.44, 1.2, 1.5, 0.8608, 0.0)
-DAMAGE_POINT = SECOND * _of(0.0832, 0.167, 0.0, 0.0, 0.05, 0.0)  # from order to hit
-BACKSWING = SECOND * _of(0.5, 0.5, 0.5, 0.0, 0.75, 0.0)  # standing still after it
+BONUS = _of(0.0, 4.0, 0.0, 10.0, 0.0, 0.0)  # added to DAMAGE against armoured units
+PERIOD = SECOND * _of(2.2, 1.44, 1.2, 1.5, 0.8608, 0.0)  # from one attack to the next
+DAMAGE_POINT = SECOND * _of(0.0832, 0.167, 0.0, 0.0, 0.05, 0.0)  # wind-up: from start to hit
+BACKSWING = SECOND * _of(0.5, 0.5, 0.5, 0.0, 0.75, 0.0)  # standing still after the hit
 RANGE = _of(6.0, 6.0, 0.1, 6.0, 5.0, 4.0)  # edge to edge
-SLACK = _of(0.0, 1.0, 1.0, 1.0, 1.0, 0.0)  # by which a target may leave range while one winds up
+SLACK = _of(0.0, 1.0, 1.0, 1.0, 1.0, 0.0)  # how far a target may leave the range in a wind-up
 SPEED = _of(2.25, 2.9531, 2.25, 2.25, 2.25, 2.75) / SECOND  # per frame
-ACCELERATION = 2.3125 / SECOND**2  # of the Medivac; all others are at full speed at once
+ACCELERATION = 2.3125 / SECOND**2  # of the Medivac; all other units reach full speed at once
 RADIUS = _of(1.0, 0.625, 0.5, 0.5625, 0.375, 0.75)
 SEPARATION = _of(0.75, 0.625, 0.375, 0.5, 0.375, 0.75)  # radius in collisions
 HITS_AIR = _of(False, True, False, False, True, False)  # all that attack hit the ground
 HAS_MISSILE = _of(False, True, False, True, False, False)
-MISSILE_SPEED = 15.0 / SECOND  # a guess
+MISSILE_SPEED = 15.0 / SECOND  # per frame; a guess
 
-DELAY = SECOND * np.array([-0.0625, 0.125])  # of each period, uniform between these
-ACQUISITION = 5.0  # an enemy looks so far for targets, or as far as its weapon's range
-HELP = 4.0  # centre to centre: from how far enemies come to one that is attacked
-LEASH = 21.0  # after which an enemy gives up a chase
-SHIELD_DELAY, SHIELD_RATE = 10 * SECOND, 2.0 / SECOND  # regeneration
-ENERGY, MAX_ENERGY, ENERGY_RATE = 50.0, 200.0, 0.5625 / SECOND  # of a Medivac
+DELAY = SECOND * np.array([-0.0625, 0.125])  # frames added to a period, uniform
+ACQUISITION = 5.0  # edge to edge: enemies look for targets within this or their weapon's range
+HELP = 4.0  # centre to centre: enemies help a friend that is hit within this distance
+LEASH = 21.0  # an enemy gives up a target when it has moved this far from where it chose it
+SHIELD_DELAY, SHIELD_RATE = 10 * SECOND, 2.0 / SECOND  # frames without damage; points per frame
+ENERGY, MAX_ENERGY, ENERGY_RATE = 50.0, 200.0, 0.5625 / SECOND  # Medivac: first, most, per frame
 HEAL_RATE, HEAL_COST = 9.0 / SECOND, 0.33  # hit points per frame, energy per hit point
-HEAL_FROM = 5.0  # energy with which an enemy Medivac begins
-HEAL_SIGHT = 6.0  # edge to edge: where it looks for the hurt
-SECOND_HIT, SECOND_SLACK = 0.28 * SECOND, 1.0  # of a Zealot
-BEAM_HIT = 0.375 * SECOND  # a Colossus's two hits on its target
-BEAM_POINTS, BEAM_STEP, BEAM_HALF = 11, 0.25, 1.25  # of each of its two sweeps
-BEAM_TICK, BEAM_DELAY, BEAM_WIDTH = 0.0312 * SECOND, 0.25 * SECOND, 0.15
-COOLDOWN_SCALE = _of(24.0, 35.0, 22.0, 25.0, 15.0, 200.0)  # what SMAC divides cooldowns by
+HEAL_FROM = 5.0  # energy that an enemy Medivac needs to begin to heal a friend
+HEAL_SIGHT = 6.0  # edge to edge: how far an enemy Medivac looks for hurt friends
+SECOND_HIT, SECOND_SLACK = 0.28 * SECOND, 1.0  # Zealot: frames after the first hit; extra range
+BEAM_HIT = 0.375 * SECOND  # Colossus: from the shot to the two hits on its target
+BEAM_POINTS, BEAM_STEP, BEAM_HALF = 11, 0.25, 1.25  # each of its two sweeps: half its length last
+BEAM_TICK, BEAM_DELAY, BEAM_WIDTH = 0.0312 * SECOND, 0.25 * SECOND, 0.15  # see sweep()
+COOLDOWN_SCALE = _of(24.0, 35.0, 22.0, 25.0, 15.0, 200.0)  # frames; SMAC divides cooldowns by it
 
 
 @dataclass(frozen=True)
 class Family:
-    """Teams of some types, both sides alike."""
+    """The unit types of a scenario and the teams made of them; both sides have the same team."""
 
     name: str
-    types: tuple[int, ...]  # in the order of the game's ids: one-hot, and enemies' slots
-    base: range  # numbers of units of the first kinds together
-    extra: int  # at most so many of the special type
-    special: int  # -1: none
-    reward_scale: float
+    types: tuple[int, ...]  # in the order of the game's ids, as one-hot columns and enemies' slots
+    base: range  # how many units a team may have that are not of the special type
+    extra: int  # how many units of the special type at most
+    special: int  # type; -1: none
+    reward_scale: float  # rewards are divided by it
 
     @property
     def n_actions(self) -> int:
@@ -117,20 +117,20 @@ class Family:
 
     @property
     def features(self) -> int:
-        """D: tag, actions from 2 on, type, health, shield if any, energy, cooldown, place twice."""
+        """D: tag, actions from 2 on, type, health, shield if any, energy, cooldown, two places."""
         return SLOTS + self.n_actions - 2 + len(self.types) + 1 + self.has_shields + 2 + 4
 
     @property
     def type_columns(self) -> dict[str, int]:
-        """{name: the feature that says so}."""
+        """{lower-case name of a unit type: its one-hot column among the D features}."""
         first = SLOTS + self.n_actions - 2
         return {NAMES[t].lower(): first + k for k, t in enumerate(self.types)}
 
     def teams(self, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """All teams of these sizes, as numbers of each of `types`; ValueError if a size has none.
+        """All teams of these sizes, each as the number of units of each of `types`.
 
-        Base units in all mixtures, with 0 up to `extra` special ones.
-        """
+        A team has base units in any mixture and 0 to `extra` special ones. ValueError if there is
+        no team of one of the sizes, or if `sizes` is empty."""
         common = [t for t in self.types if t != self.special]
         found = []
         for n, k in product(self.base, range(self.extra + 1)):
@@ -147,7 +147,7 @@ class Family:
         return [team for team in found if sum(team) in sizes]
 
 
-# reward_scale = (sum of hit points and shields + 10 a unit + 200) / 20 of one team of eight: 7
+# reward_scale = (sum of hit points and shields + 10 per unit + 200) / 20 for one team of eight: 7
 # Stalkers and a Zealot; 2 Colossi, 5 Stalkers, a Zealot; 5 Marines, a Marauder, 2 Medivacs.
 FAMILIES = {
     "sz": Family("sz", (ZEALOT, STALKER), range(3, 9), 0, -1, 77.5),
@@ -156,8 +156,8 @@ FAMILIES = {
 }
 
 IDLE, GO, ENGAGE = range(3)  # orders: none, to a point, onto a unit (attack or heal)
-NOBODY = -1  # in the place of a slot
-NEVER = -1.0  # in the place of a time since something
+NOBODY = -1  # instead of a slot or a type: there is none
+NEVER = -1.0  # instead of the time since an event: it has not happened
 
 UNIT = np.dtype(
     [
@@ -165,70 +165,70 @@ UNIT = np.dtype(
         ("tag", "i1"),  # 0..7 of enemies, 8..15 of allies
         ("alive", "?"),
         ("order", "i1"),
-        ("target", "i1"),  # slot, of ENGAGE
-        ("winding_at", "i1"),  # slot at which it winds up
-        ("second_at", "i1"),  # slot that a Zealot's second hit is for
-        ("attacker", "i1"),  # slot that hit it in the last frame
+        ("target", "i1"),  # slot; used if the order is ENGAGE
+        ("winding_at", "i1"),  # slot of the target of its wind-up
+        ("second_at", "i1"),  # slot of the target of a Zealot's second hit
+        ("attacker", "i1"),  # slot of a unit that hit it in the last frame
         ("x", "f4"),
         ("y", "f4"),
         ("vx", "f4"),  # per frame; Medivacs only
         ("vy", "f4"),
-        ("push_x", "f4"),  # how far it is about to move
+        ("push_x", "f4"),  # by how much shift() moves it
         ("push_y", "f4"),
-        ("goal_x", "f4"),  # of GO
+        ("goal_x", "f4"),  # used if the order is GO
         ("goal_y", "f4"),
-        ("chase_x", "f4"),  # where an enemy's chase began
+        ("chase_x", "f4"),  # where an enemy was when it chose its target
         ("chase_y", "f4"),
         ("health", "f4"),
         ("shield", "f4"),
         ("energy", "f4"),
-        ("calm", "f4"),  # frames since it was damaged
-        ("cooldown", "f4"),  # frames until it may attack; below 0: for how long, 1 at most
-        ("winding", "f4"),  # frames since its attack began, or NEVER
+        ("calm", "f4"),  # frames since it was last damaged
+        ("cooldown", "f4"),  # frames until it may attack; below 0: minus frames ready, -1 at least
+        ("winding", "f4"),  # frames since its wind-up began, or NEVER
         ("backswing", "f4"),  # frames that it still stands after a hit; below 0: it may walk
-        ("second_in", "f4"),  # frames until the second hit, if second_at
-        ("missile_at", "i1"),  # slot that its missile flies to
-        ("beam_at", "i1"),  # slot that its beam is for
+        ("second_in", "f4"),  # frames until the second hit, if second_at is a slot
+        ("missile_at", "i1"),  # slot of the target of its missile
+        ("beam_at", "i1"),  # slot of the target of its beam
         ("missile_x", "f4"),
         ("missile_y", "f4"),
-        ("beam_next", "i1"),  # the next of its points
+        ("beam_next", "i1"),  # index of the next point of its sweeps
         ("beam_age", "f4"),  # frames since the beam began, or NEVER
-        ("beam_x", "f4"),  # its middle
+        ("beam_x", "f4"),  # middle of its sweeps
         ("beam_y", "f4"),
-        ("beam_dx", "f4"),  # its direction
+        ("beam_dx", "f4"),  # direction of its sweeps
         ("beam_dy", "f4"),
-        ("beam_in", "f4", (2, SIDE)),  # per sweep and victim: frames until it hurts; 0: not found
+        ("beam_in", "f4", (2, SIDE)),  # frames to each sweep's hit on a unit; 0: none, NEVER: done
     ],
     align=True,
 )
 BATTLE = np.dtype(
     [
-        ("random", "u8"),  # state of its random numbers
-        ("episode", "i8"),  # episodes begun
-        ("goal_x", "f4"),  # what the enemy's one order is
+        ("random", "u8"),  # state of its random number generator
+        ("episode", "i8"),  # number of episodes begun
+        ("goal_x", "f4"),  # where the enemy's one order sends it
         ("goal_y", "f4"),
-        ("team", "i4"),  # its place in Setup.teams
-        ("time", "i4"),  # steps in the episode
+        ("team", "i4"),  # index in Setup.teams
+        ("time", "i4"),  # steps since the episode began
         ("reward", "f8"),  # sum over the episode
-        ("over", "?"),  # only with `once`
+        ("over", "?"),  # whether it has ended and stands still; only with `once`
     ],
     align=True,
 )
 
 
 class Rules(NamedTuple):
-    """What a battle is played by."""
+    """Options that change the rules; all battles have the same. Combat explains them."""
 
     enemy_ai: int  # index in EnemyAI
     weapon_delay: bool
     clip_regeneration: bool
-    limit: int  # steps
+    limit: int  # steps of an episode at most
     reward_scale: float
     once: bool
 
 
 class Snapshot(NamedTuple):
-    """All units of B battles as anybody may see them: (B, A+E) each, allies first."""
+    """What can be seen of all units of B battles: tensors or arrays (B, A+E), allies first."""
 
     type: Any  # int8, NOBODY for an empty slot
     tag: Any  # int8: enemies 0..7, allies 8..15
@@ -242,35 +242,35 @@ class Snapshot(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What agents see and may do."""
+    """What agents see and which actions they may take: tensors or arrays."""
 
-    entities: Any  # (B, A+E, D) float32
-    obs_mask: Any  # (B, A+E, A+E) bool: j is hidden from i
-    entity_mask: Any  # (B, A+E) bool: the slot is empty
-    avail: Any  # (B, A, n_actions) bool
+    entities: Any  # (B, A+E, D) float32: Family.features says what the columns are
+    obs_mask: Any  # (B, A+E, A+E) bool: [b, i, j] is True if j is hidden from i
+    entity_mask: Any  # (B, A+E) bool: True if the slot is empty
+    avail: Any  # (B, A, n_actions) bool: True if the action may be taken
 
 
 class Episode(NamedTuple):
-    """A battle that has ended."""
+    """Summary of one episode that has ended."""
 
-    battle: int
-    team: tuple[int, ...]  # numbers of each of the family's types
+    battle: int  # index of the battle
+    team: tuple[int, ...]  # number of units of each of the family's types
     length: int  # steps
-    reward: float  # sum
+    reward: float  # sum over the steps
     won: bool
     allies: int  # alive at the end
-    enemies: int
+    enemies: int  # alive at the end
 
 
 class Step(NamedTuple):
-    """What a step led to. Tensors are overwritten by the next one."""
+    """What Combat.step() returns. The next step overwrites the tensors."""
 
-    obs: Observation  # of the next episode where one has ended
+    obs: Observation  # after the step; of the new episode where one has ended
     reward: Tensor  # (B,) float32
     terminated: Tensor  # (B,) bool: a side has nobody left who can fight
-    truncated: Tensor  # (B,) bool: out of time, and not terminated
-    final: Snapshot  # at the end of the step, before a next episode
-    episodes: list[Episode]
+    truncated: Tensor  # (B,) bool: the episode limit is reached, and not terminated
+    final: Snapshot  # at the end of the step, before a new episode begins
+    episodes: list[Episode]  # those that this step has ended
 
 
 # --- Random numbers -------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class Step(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def mixed(x):
-    """SplitMix64's output function."""
+    """SplitMix64's output function, uint64 -> uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -286,14 +286,14 @@ def mixed(x):
 
 @njit(cache=True, nogil=True)
 def uniform(battle):
-    """The next number of a battle's stream, in [0, 1)."""
+    """The next random number of a battle's stream, in [0, 1). Changes battle.random."""
     battle.random += np.uint64(0x9E3779B97F4A7C15)
     return (mixed(battle.random) >> np.uint64(11)) * (1.0 / 2**53)
 
 
 @njit(cache=True, nogil=True)
 def stream(seed, number, episode):
-    """Where the random numbers of an episode begin."""
+    """The state with which the random numbers of a battle's episode begin, uint64."""
     x = mixed(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15))
     x = mixed(x ^ mixed(np.uint64(number) + np.uint64(0xD1B54A32D192ED03)))
     return mixed(x ^ mixed(np.uint64(episode) + np.uint64(0x8CB92BA72F3D8DD7)))
@@ -309,13 +309,13 @@ def distance(a, b):
 
 @njit(cache=True, nogil=True)
 def gap(a, b):
-    """Edge to edge."""
+    """Distance between the edges of units a and b; negative if they overlap."""
     return distance(a, b) - RADIUS[a.type] - RADIUS[b.type]
 
 
 @njit(cache=True, nogil=True)
 def serves(a, b):
-    """Whether a's weapon, or its healing, is for units like b."""
+    """Whether a's weapon can hit units of b's type or, if a is a Medivac, whether it heals them."""
     if a.type == MEDIVAC:
         return BIOLOGICAL[b.type]
     return HITS_AIR[a.type] or not FLYING[b.type]
@@ -323,7 +323,7 @@ def serves(a, b):
 
 @njit(cache=True, nogil=True)
 def give_orders(units, actions):
-    """1. Orders of the agents; a step keeps them."""
+    """1. Give the agents the orders of their actions (A,). Orders last for the whole step."""
     for i in range(SIDE):
         me, action = units[i], actions[i]
         if not me.alive:
@@ -334,7 +334,7 @@ def give_orders(units, actions):
                 if units[j].type != NOBODY and units[j].tag == action - FIRST_TARGET:
                     me.target = j
             me.order = ENGAGE if me.target != NOBODY else IDLE
-            continue  # the same attack again resets nothing
+            continue  # keeps wind-up and backswing: repeating an attack order changes nothing
         me.order, me.target, me.backswing = IDLE, NOBODY, -1.0
         if action >= FIRST_MOVE:
             dx, dy = MOVES[action - FIRST_MOVE]
@@ -343,8 +343,8 @@ def give_orders(units, actions):
 
 @njit(cache=True, nogil=True)
 def choose_target(units, i, enemy_ai):
-    """Whom an enemy without target attacks: of those near enough that can fight the closest (focus:
-    the weakest), else a Medivac."""
+    """(slot, gap) of the unit that enemy i would attack: of those that it can hit within reach the
+    closest (focus: the weakest), Medivacs last; (NOBODY, inf) if there is none."""
     me, best, best_key, best_gap = units[i], NOBODY, np.inf, np.inf
     for j in range(SIDE):
         you = units[j]
@@ -362,7 +362,7 @@ def choose_target(units, i, enemy_ai):
 
 @njit(cache=True, nogil=True)
 def called_for_help(units, i):
-    """The attacker nearest to an enemy, of those who attack a friend close by (or itself)."""
+    """Slot of the nearest unit that hit enemy i or a friend within HELP of it, or NOBODY."""
     me, best, best_gap = units[i], NOBODY, np.inf
     for k in range(SIDE, SLOTS):
         friend = units[k]
@@ -376,8 +376,8 @@ def called_for_help(units, i):
 
 @njit(cache=True, nogil=True)
 def choose_patient(units, i):
-    """Whom an enemy Medivac heals: the one it heals now as long as there is need, then the one with
-    the smallest part of its hit points."""
+    """Slot of the unit that enemy Medivac i heals: its present patient as long as that one is hurt,
+    then the one with the smallest share of its hit points left; or NOBODY."""
     me, best, least = units[i], NOBODY, 1.0
     if me.target != NOBODY:
         you = units[me.target]
@@ -398,7 +398,7 @@ def choose_patient(units, i):
 
 @njit(cache=True, nogil=True)
 def command_enemies(units, battle, enemy_ai):
-    """2. The enemy's AI: attack whoever comes near on the way to one point, and there."""
+    """2. Orders of the enemy's AI: attack units that come near, else walk to the goal and idle."""
     for i in range(SIDE, SLOTS):
         me = units[i]
         if not me.alive:
@@ -432,7 +432,7 @@ def command_enemies(units, battle, enemy_ai):
 
 @njit(cache=True, nogil=True)
 def hurt(you, by_slot, by_type):
-    """One hit. Shields take it whole; armour is taken off what gets through."""
+    """Apply one hit to `you`: shields first; armour reduces what gets through, to .5 at least."""
     amount = DAMAGE[by_type] + BONUS[by_type] * ARMOURED[you.type]
     you.calm, you.attacker = 0.0, by_slot
     through = amount - you.shield
@@ -443,7 +443,7 @@ def hurt(you, by_slot, by_type):
 
 @njit(cache=True, nogil=True)
 def fire(units, i, j, late):
-    """Unit i's weapon goes off at j, `late` frames before the end of this frame."""
+    """Unit i's weapon fires at unit j, `late` frames before the end of this frame."""
     me, you = units[i], units[j]
     if HAS_MISSILE[me.type]:
         me.missile_at, me.missile_x, me.missile_y = j, me.x, me.y
@@ -462,7 +462,7 @@ def fire(units, i, j, late):
 
 @njit(cache=True, nogil=True)
 def fly(units, i, frames):
-    """A missile follows its target; a target that dies before it arrives is not hit."""
+    """Move unit i's missile towards its target; it is lost if the target dies before it arrives."""
     me = units[i]
     you, reach = units[me.missile_at], MISSILE_SPEED * frames
     dx, dy = you.x - me.missile_x, you.y - me.missile_y
@@ -479,8 +479,9 @@ def fly(units, i, frames):
 
 @njit(cache=True, nogil=True)
 def sweep(units, i, frames):
-    """A Colossus's beam: two hits on the target, and two mirrored rows of points whose neighbours
-    are found when the point is reached and hurt a little later, once per row."""
+    """Advance a Colossus's beam by `frames`: two hits on its target, and two mirrored rows with a
+    point every BEAM_TICK. A ground unit whose edge is within BEAM_WIDTH of a point when the row
+    reaches it is hit BEAM_DELAY later, once per row."""
     me = units[i]
     now, before = me.beam_age, me.beam_age - frames
     foes = SIDE if i < SIDE else 0  # first slot of the other side
@@ -492,7 +493,7 @@ def sweep(units, i, frames):
             if me.beam_in[row, k] > 0.0:
                 me.beam_in[row, k] -= frames
                 if me.beam_in[row, k] <= 0.0:
-                    me.beam_in[row, k] = NEVER  # it has had its hit
+                    me.beam_in[row, k] = NEVER  # this row does not hit it again
                     if units[foes + k].alive:
                         hurt(units[foes + k], i, me.type)
     while me.beam_next < BEAM_POINTS and me.beam_next * BEAM_TICK <= now:
@@ -524,9 +525,9 @@ def heal(units, i):
 
 @njit(cache=True, nogil=True)
 def use_weapons(units, battle, weapon_delay):
-    """3. Healing; missiles, beams and second hits that are due; wind-ups; new attacks. All who live
-    at the start of the frame take part."""
-    for i in range(SLOTS):  # healing first: it must not bring back who is hit in this frame
+    """3. Healing; missiles, beams and second hits that are due; wind-ups; new attacks. Units that
+    are alive at the start of the frame act, even if they lose their last hit point in it."""
+    for i in range(SLOTS):  # healing first: it must not revive a unit that is killed in this frame
         me = units[i]
         me.attacker = NOBODY
         if me.order == ENGAGE and not units[me.target].alive:
@@ -557,7 +558,7 @@ def use_weapons(units, battle, weapon_delay):
             me.winding += 1.0
             lost = me.order != ENGAGE or me.target != me.winding_at
             if lost or gap(me, units[me.target]) > RANGE[me.type] + SLACK[me.type]:
-                me.winding = NEVER  # called off: the cooldown has not begun
+                me.winding = NEVER  # cancelled; the cooldown has not begun
         if me.winding == NEVER and me.order == ENGAGE and me.cooldown <= 0.0:
             you = units[me.target]
             if serves(me, you) and gap(me, you) <= RANGE[me.type]:
@@ -573,7 +574,7 @@ def use_weapons(units, battle, weapon_delay):
 
 @njit(cache=True, nogil=True)
 def shift(units):
-    """All who live move at once, inside the map."""
+    """Move all living units by (push_x, push_y) at once, and keep them inside the map."""
     for i in range(SLOTS):
         me = units[i]
         if me.alive:
@@ -583,12 +584,12 @@ def shift(units):
 
 @njit(cache=True, nogil=True)
 def move(units):
-    """4. Straight on at full speed, inside the map; nobody walks while it attacks or could."""
+    """4. Units walk straight at full speed, unless they attack or have their target in range."""
     for i in range(SLOTS):
         me = units[i]
         if not me.alive:
             continue
-        dx, dy = 0.0, 0.0  # to where it wants to go
+        dx, dy = 0.0, 0.0  # offset of the point that it walks to
         if me.order == GO:
             dx, dy = me.goal_x - me.x, me.goal_y - me.y
         elif me.order == ENGAGE and me.winding == NEVER:
@@ -598,7 +599,7 @@ def move(units):
         far = math.sqrt(dx * dx + dy * dy) if me.backswing < 0.0 else 0.0
         pace = min(SPEED[me.type], far) / max(far, 1e-9)
         dx, dy = dx * pace, dy * pace
-        if FLYING[me.type]:  # it gains and loses speed
+        if FLYING[me.type]:  # a Medivac speeds up and slows down gradually
             ax, ay = dx - me.vx, dy - me.vy
             change = math.sqrt(ax * ax + ay * ay)
             if change > ACCELERATION:
@@ -611,8 +612,8 @@ def move(units):
 
 @njit(cache=True, nogil=True)
 def push_apart(units):
-    """5. Units of a layer that overlap part by half of it each, or the idle one of two friends by
-    all of it. Twice, each time from where all are at its start. Returns the largest overlap met."""
+    """5. Overlapping units of a layer move apart by half the overlap each; if one of two friends is
+    idle, it alone moves. Two passes from the places at their start. Returns the largest overlap."""
     worst = 0.0
     for _ in range(2):
         for i in range(SLOTS):
@@ -632,12 +633,12 @@ def push_apart(units):
                 far = math.sqrt(dx * dx + dy * dy)
                 if far > 1e-6:
                     dx, dy = dx / far, dy / far
-                else:  # at one point
+                else:  # both at one point: any direction that differs from pair to pair
                     angle = 2.399963 * (i * SLOTS + j)
                     dx, dy = math.cos(angle), math.sin(angle)
                 overlap = touching - far
                 worst = max(worst, overlap)
-                part = 0.5  # of a
+                part = 0.5  # share of the overlap by which a moves
                 if (i < SIDE) == (j < SIDE) and (a.order == IDLE) != (b.order == IDLE):
                     part = 1.0 if a.order == IDLE else 0.0
                 a.push_x += dx * overlap * part
@@ -652,7 +653,7 @@ def push_apart(units):
 
 @njit(cache=True, nogil=True)
 def regenerate_and_bury(units):
-    """6. Regeneration, deaths."""
+    """6. Units without hit points die; shields and Medivacs' energy regenerate."""
     for i in range(SLOTS):
         me = units[i]
         if not me.alive:
@@ -670,7 +671,7 @@ def regenerate_and_bury(units):
 
 @njit(cache=True, nogil=True)
 def frame(units, battle, rules):
-    """One frame, all units at once."""
+    """Rules 2 to 6 for one frame, all units at once; rule 1 is applied once per step."""
     command_enemies(units, battle, rules.enemy_ai)
     use_weapons(units, battle, rules.weapon_delay)
     move(units)
@@ -682,21 +683,21 @@ def frame(units, battle, rules):
 
 
 class Setup(NamedTuple):
-    """What battles are drawn from, and how they are described."""
+    """What episodes are drawn from, and how units are ordered and described."""
 
     seed: int
     first_battle: int
-    teams: np.ndarray  # (K, T) int8, numbers of each of the family's types
-    types: np.ndarray  # (T,) int8, in the order of teams, one-hot and enemies' slots
-    allies: np.ndarray  # (T,) int8: types in the order of allies' slots, as places in `types`
-    place: np.ndarray  # (6,) int8: of a type in `types`
+    teams: np.ndarray  # (K, T) int8: of K teams the number of units of each of `types`
+    types: np.ndarray  # (T,) int8, in the order of teams, one-hot columns and enemies' slots
+    allies: np.ndarray  # (T,) int8: indices in `types`, in the order of allies' slots
+    place: np.ndarray  # (6,) int8: index in `types` of each type, NOBODY if it is not there
     n_actions: int
     has_shields: bool
 
 
 @njit(cache=True, nogil=True)
 def begin(units, battle, number, setup):
-    """A new episode of a battle: teams, places, tags."""
+    """Begin an episode of a battle: draw teams, places and tags, and set the enemy's goal."""
     battle.random = stream(setup.seed, setup.first_battle + number, battle.episode)
     battle.episode += 1
     battle.time, battle.reward = 0, 0.0
@@ -713,7 +714,7 @@ def begin(units, battle, number, setup):
             for _ in range(team[group]):
                 enlist(units[slot], setup.types[group], x + dx, y + dy)
                 slot += 1
-    for _ in range(200):
+    for _ in range(200):  # the units of a group were all put at one point
         if push_apart(units) < 0.01:
             break
     arrange(units)
@@ -732,7 +733,7 @@ def begin(units, battle, number, setup):
 
 @njit(cache=True, nogil=True)
 def clear(me):
-    """An empty slot; a unit's state when it begins."""
+    """Empty a slot: no unit, and the timers and targets with which a new unit begins."""
     me.type = me.target = me.winding_at = me.second_at = me.attacker = NOBODY
     me.missile_at = me.beam_at = NOBODY
     me.alive, me.order, me.tag = False, IDLE, 0
@@ -743,7 +744,7 @@ def clear(me):
 
 @njit(cache=True, nogil=True)
 def enlist(me, kind, x, y):
-    """A new unit in an empty slot."""
+    """Put a new unit of type `kind` at (x, y) into an empty slot."""
     me.type, me.alive, me.x, me.y = kind, True, x, y
     me.health, me.shield = HEALTH[kind], SHIELD[kind]
     me.energy = ENERGY if kind == MEDIVAC else 0.0
@@ -751,7 +752,7 @@ def enlist(me, kind, x, y):
 
 @njit(cache=True, nogil=True)
 def arrange(units):
-    """Units of a side and type by x, then y. All that differs between them is where they are."""
+    """Order units of one side and type by x, then y. Only places are swapped: all else is equal."""
     for i in range(SLOTS):
         for j in range(i + 1, SIDE * (i // SIDE + 1)):
             a, b = units[i], units[j]
@@ -765,8 +766,7 @@ def arrange(units):
 
 @njit(cache=True, nogil=True)
 def strength(snap, b):
-    """Hit points and shields of the enemies, how many of them live, and how many of each side can
-    fight."""
+    """Of living units: (enemies' hit points and shields, enemies, our fighters, their fighters)."""
     total, living, ours, theirs = 0.0, 0, 0, 0
     for i in range(SLOTS):
         if snap.alive[b, i]:
@@ -782,8 +782,8 @@ def strength(snap, b):
 
 @njit(cache=True, nogil=True)
 def outcome(before, after, time, rules):
-    """Reward, terminated, truncated, won: of a step between two strengths, the time-th."""
-    damage = before[0] - after[0]  # minus what was regenerated or healed
+    """Reward, terminated, truncated, won of the time-th step, by strength() before and after it."""
+    damage = before[0] - after[0]  # less what enemies regenerated or healed
     damage = max(damage, 0.0) if rules.clip_regeneration else abs(damage)
     ours, theirs = after[2], after[3]
     won = theirs == 0 and ours > 0
@@ -794,14 +794,14 @@ def outcome(before, after, time, rules):
 
 @njit(cache=True, nogil=True)
 def apart(snap, b, i, j):
-    """Centre to centre."""
+    """Distance between the centres of units i and j of battle b."""
     dx, dy = snap.x[b, i] - snap.x[b, j], snap.y[b, i] - snap.y[b, j]
     return math.sqrt(dx * dx + dy * dy)
 
 
 @njit(cache=True, nogil=True)
 def find_available(snap, b, avail):
-    """avail[b] (A, n_actions)."""
+    """Write the available actions of battle b to avail[b] (A, n_actions) bool."""
     for i in range(SIDE):
         mine = avail[b, i]
         mine[:] = False
@@ -822,7 +822,7 @@ def find_available(snap, b, avail):
 
 @njit(cache=True, nogil=True)
 def observe(snap, b, setup, obs):
-    """obs[b] from snap[b]."""
+    """Write the observation of battle b, computed from snap[b], to obs[b]."""
     find_available(snap, b, obs.avail)
     number, x, y = 0, 0.0, 0.0
     for i in range(SLOTS):
@@ -870,7 +870,7 @@ def observe(snap, b, setup, obs):
 
 @njit(cache=True, nogil=True)
 def take(units, snap, b):
-    """snap[b]: what may be seen of the units."""
+    """Copy what can be seen of the units (A+E,) of battle b to snap[b]."""
     for i in range(SLOTS):
         me = units[i]
         snap.type[b, i], snap.tag[b, i], snap.alive[b, i] = me.type, me.tag, me.alive
@@ -896,7 +896,7 @@ def observe_all(snap, setup, obs):
 
 @njit(cache=True, nogil=True)
 def find_unavailable(actions, avail, battles):
-    """Battle and agent of the first action that cannot be taken; agent SIDE: there is none."""
+    """(battle, agent) of the first action that is not available; agent is SIDE if all are."""
     for b in range(len(actions)):
         for i in range(SIDE):
             u = actions[b, i]
@@ -907,7 +907,7 @@ def find_unavailable(actions, avail, battles):
 
 @njit(cache=True, nogil=True)
 def advance(lo, hi, units, battles, actions, rules, setup, snap, final, obs, results):
-    """A step of battles lo to hi. results: reward, terminated, truncated, won."""
+    """Play one step of battles lo to hi - 1; write to snap, final, obs and results (Results)."""
     for b in range(lo, hi):
         battle = battles[b]
         results.reward[b], results.won[b] = 0.0, False
@@ -918,7 +918,7 @@ def advance(lo, hi, units, battles, actions, rules, setup, snap, final, obs, res
         give_orders(units[b], actions[b])
         for _ in range(FRAMES):
             frame(units[b], battle, rules)
-        for i in range(SLOTS):  # the dead stay where they were seen last, as in the game
+        for i in range(SLOTS):  # the dead stay where they were last seen, as RealBattles has them
             if snap.alive[b, i] and not units[b, i].alive:
                 units[b, i].x, units[b, i].y = snap.x[b, i], snap.y[b, i]
         take(units[b], snap, b)
@@ -939,7 +939,7 @@ def advance(lo, hi, units, battles, actions, rules, setup, snap, final, obs, res
 
 
 class Results(NamedTuple):
-    """What advance() writes, (B,) each; the last three of battles that have ended."""
+    """What advance() writes, (B,) each; length, sum and team only where an episode has ended."""
 
     reward: Any
     terminated: Any
@@ -951,7 +951,7 @@ class Results(NamedTuple):
 
 
 def shared(cls: Any, B: int, **fields: tuple) -> tuple[Any, Any]:
-    """A tuple of zero tensors (B, *shape), name=(shape, dtype), and the same memory in NumPy."""
+    """cls of zero tensors (B, *shape) and cls of their NumPy views; fields: name=(shape, dtype)."""
     tensors = cls(*(torch.zeros(B, *shape, dtype=kind) for shape, kind in fields.values()))
     assert cls._fields == tuple(fields)
     return tensors, cls(*(x.numpy() for x in tensors))
@@ -984,22 +984,22 @@ def make_setup(family: Family, teams: list[tuple[int, ...]], seed: int, first: i
 
 
 class Combat:
-    """num_battles battles of a family.
+    """num_battles simulated battles of one scenario. ValueError for arguments that are not allowed.
 
     scenario           sz, csz or mmm
-    team_sizes         one of all teams of these sizes is drawn for each episode; both sides have it
-    first_battle       number of the first: battles with the same seed and number are the same
-    threads            over which battles are spread; nothing but speed depends on it
-    enemy_ai           sticky: the game's; closest: always the closest; focus: the weakest near it
-    weapon_delay       random part of weapons' periods
-    clip_regeneration  what enemies regenerate or heal costs reward, at most down to 0; else the
-                       absolute value counts, as in SMAC
+    team_sizes         each episode draws one of all teams of these sizes, for both sides
+    first_battle       number of the first battle; seed and number determine a battle's draws
+    threads            how many threads share the battles; only the speed depends on it
+    enemy_ai           sticky: keeps a target, as in the game; closest; focus: the weakest in reach
+    weapon_delay       whether weapons' periods vary at random
+    clip_regeneration  damage less what enemies regenerate counts as 0 if it is negative; without
+                       this its absolute value counts, as in SMAC
     episode_limit      steps
-    once               battles that have ended stand still until reset()
+    once               a battle that has ended stands still until reset()
     """
 
     Episode = Episode
-    fixed = ("type", "tag")  # fields of a Snapshot that last for an episode
+    fixed = ("type", "tag")  # fields of a Snapshot that do not change within an episode
 
     def __init__(
         self,
@@ -1050,31 +1050,31 @@ class Combat:
 
     @property
     def over(self) -> Tensor:
-        """(B,) bool: with `once`, who has ended."""
+        """(B,) bool: which battles have ended and stand still; all False without `once`."""
         return torch.from_numpy(self.battles["over"].copy())
 
     @property
     def time(self) -> Tensor:
-        """(B,) steps since the present episodes began."""
+        """(B,) int32: steps since the present episodes began."""
         return torch.from_numpy(self.battles["time"].copy())
 
     def close(self) -> None:
-        """Nothing: games have to be ended (envs/smac/game.py), not these battles."""
+        """Does nothing. RealBattles (envs/smac/game.py) ends its games here."""
 
     def seed(self, seed: int) -> None:
-        """Begin the battles' streams of random numbers; reset() comes next."""
+        """Restart the battles' random streams with this seed. Call reset() next."""
         self.setup = self.setup._replace(seed=seed)
         self.battles["episode"] = 0
 
     def reset(self) -> Observation:
-        """A new episode in every battle."""
+        """Begin a new episode in every battle. The next step overwrites the tensors returned."""
         arrays = self.units, self.battles, self.setup, self._snap, self._obs
         self._run(begin_all, *arrays)
         return self.obs
 
     def step(self, actions: Tensor | np.ndarray) -> Step:
-        """A step of all battles; actions (B, A) ints. ValueError for one that is not available,
-        before anything has moved; nobody looks at those of battles that stand still."""
+        """Play one step with actions (B, A), ints. ValueError (nothing is changed) before reset(),
+        for another shape, or for an unavailable action in a battle that does not stand still."""
         actions = np.asarray(actions).astype(np.int64, copy=False)
         if not self.battles["episode"].all():
             raise ValueError("Before step() comes reset().")
@@ -1092,22 +1092,22 @@ class Combat:
         return Step(self.obs, r.reward, r.terminated, r.truncated, self.final, episodes)
 
     def observe(self, snapshot: Snapshot) -> Observation:
-        """The observations in snapshots of tensors (K, A+E), as the battles would have given
-        them."""
+        """The observations (K, ...) of a Snapshot of CPU tensors (K, A+E), in new tensors; equal to
+        those that the battles gave."""
         fields = Snapshot(*(x.contiguous().numpy() for x in snapshot))
         obs, arrays = new_observations(self.family, len(fields.type))
         observe_all(fields, self.setup, arrays)
         return obs
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps and episodes depend on, but for the rules."""
+        """All that the next steps and episodes depend on, except for the rules."""
         raw = {"units": self.units, "battles": self.battles}
         rows = {name: torch.from_numpy(x.view(np.uint8).copy()) for name, x in raw.items()}
         drawn_from = {"seed": self.setup.seed, "first_battle": self.setup.first_battle}
         return rows | drawn_from | {"teams": f"{self.family.name} {self.teams}"}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken; ValueError if that was of other battles."""
+        """Restore a state_dict(). ValueError if it has other teams or another number of battles."""
         mine = self.state_dict()
         raw = ("units", "battles")
         if saved["teams"] != mine["teams"] or any(saved[k].shape != mine[k].shape for k in raw):

@@ -1,7 +1,7 @@
-"""Playing battles: scripted agents, what policies win, and what training logs of its episodes.
+"""Scripted agents for battles, evaluation of policies, and the log of training episodes.
 
-A policy is a function of battles, after reset() or step(): policy(battles) -> actions (B, A). It
-reads battles.obs and battles.snapshot, so it plays the simulator and the real game alike.
+A policy is a function policy(battles) -> actions (B, A) int64, called after reset() or step(). It
+reads battles.obs and battles.snapshot alone, so it plays the simulator as well as the real game.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from envs.smac.combat import (
     STOP,
     Episode,
 )
-from envs.smac.views import film as film  # as resource_collection.film
+from envs.smac.views import film as film  # re-exported: worlds.playing() has all functions here
 from envs.statistics import aligned_table, share_interval, with_interval
 
 Policy = Callable[[Any], Tensor]
-HURT = 0.35  # part of hit points and shields below which a unit retreats
+HURT = 0.35  # retreat(): a unit with a smaller share of its hit points and shields walks away
 
 
 def random_policy(seed: int) -> Policy:
-    """Every available action with the same probability."""
+    """A policy that draws every available action with the same probability; own generator."""
     rng = torch.Generator().manual_seed(seed)
 
     def play(battles: Any) -> Tensor:
@@ -50,7 +50,7 @@ def random_policy(seed: int) -> Policy:
 
 
 class _Sight:
-    """What scripted agents decide by, of all battles at once."""
+    """What scripted agents decide by: arrays (B, ...) made from one moment of all battles."""
 
     def __init__(self, battles: Any):
         snap = battles.snapshot
@@ -77,8 +77,8 @@ class _Sight:
         self.foes, self.heals = self.alive[:, None] & foe, heals[..., 0]
 
     def towards(self, whom: np.ndarray, sign: int = 1) -> np.ndarray:
-        """(B, A) the available move that brings agents closest to (-1: away from) the nearest of
-        whom (B, A, A+E); stop without any."""
+        """(B, A): the available move that points most towards (sign -1: away from) the nearest unit
+        in whom (B, A, A+E) bool; STOP if there is no such unit or no move."""
         nearest = np.where(whom, self.far, np.inf).argmin(-1)[..., None]
         dx, dy = (np.take_along_axis(d, nearest, -1) for d in (self.dx, self.dy))
         gain = sign * np.concatenate([mx * dx + my * dy for mx, my in MOVES], -1)
@@ -87,20 +87,20 @@ class _Sight:
         return np.where(may, FIRST_MOVE + gain.argmax(-1), STOP)
 
     def actions(self, key: np.ndarray) -> Tensor:
-        """The able target with the smallest key (B, A, A+E), Medivacs last; else towards the
-        nearest enemy, or friend of a Medivac."""
+        """(B, A) int64: act on the target in `able` with the smallest key (B, A, A+E), Medivacs
+        last. Without one, walk to the nearest enemy; Medivacs walk to the nearest ground friend."""
         key = key + 1e9 * (self.kind == MEDIVAC)[:, None]
         chosen = np.where(self.able, key, np.inf).argmin(-1)
         attack = np.take_along_axis(self.action, chosen, -1)
         whom = np.where(self.heals[..., None], self.friends, self.wanted)
-        # Those who can attack none of what is left go along.
+        # An agent whose weapon can hit none of the enemies left walks to them all the same.
         whom = np.where(whom.any(-1, keepdims=True), whom, self.foes)
         actions = np.where(self.able.any(-1), attack, self.towards(whom))
         return torch.from_numpy(np.where(self.alive[:, :SIDE], actions, 0))
 
 
 def nearest(battles: Any) -> Tensor:
-    """Everyone attacks the nearest enemy, or heals who is hurt most."""
+    """A policy: each agent attacks the nearest enemy; Medivacs heal the friend hurt most."""
     sight = _Sight(battles)
     return sight.actions(np.where(sight.heals[..., None], sight.hurt[:, None], sight.far))
 
@@ -112,13 +112,13 @@ def _focus(sight: _Sight) -> np.ndarray:
 
 
 def focus(battles: Any) -> Tensor:
-    """Everyone attacks the weakest enemy within its weapon's range, else the nearest."""
+    """A policy: each agent attacks the weakest enemy in its weapon's range, else the nearest."""
     sight = _Sight(battles)
     return sight.actions(_focus(sight))
 
 
 def retreat(battles: Any) -> Tensor:
-    """As focus, but who has less than HURT left walks away from the nearest enemy in sight."""
+    """A policy: focus(), but agents below HURT walk away from the nearest enemy within 6."""
     sight = _Sight(battles)
     actions = sight.actions(_focus(sight)).numpy()
     weak = (sight.left / sight.full)[:, :SIDE] < HURT
@@ -129,18 +129,18 @@ def retreat(battles: Any) -> Tensor:
 
 
 def scripted_policies(seed: int) -> dict[str, Policy]:
-    """The reference points of every table."""
+    """{name: policy} with which tables compare learned policies; seed: of the random one."""
     named = {"nearest": nearest, "focus": focus, "retreat": retreat}
     return {"random": random_policy(seed), **named}
 
 
 def tell_nobody(episodes: int) -> None:
-    """How far one is interests nobody."""
+    """The default of play()'s `progress`: does nothing."""
 
 
 def play(battles: Any, policy: Policy, progress: Callable[[int], None] = tell_nobody) -> list[Any]:
-    """One episode (battles.Episode) of every battle (made with once=True), in the order of battles;
-    progress(n) is called when n of them have ended."""
+    """Play one episode in every battle (made with once=True). Returns a battles.Episode of each, in
+    the order of battles. progress(n) is called after each step, in which n episodes have ended."""
     battles.reset()
     episodes: list[Any] = []
     while len(episodes) < battles.num_battles:
@@ -151,7 +151,7 @@ def play(battles: Any, policy: Policy, progress: Callable[[int], None] = tell_no
 
 
 def summarise(episodes: list[Episode]) -> dict[str, float]:
-    """Win rate with 95 % interval (Wilson), means of return and length."""
+    """Win rate with its 95 % Wilson interval ("win_low", "win_high"), mean return and length."""
     won = sum(episode.won for episode in episodes)
     low, high = share_interval(won, len(episodes))
     return {
@@ -165,7 +165,7 @@ def summarise(episodes: list[Episode]) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Markdown: one line per row name."""
+    """A Markdown table of summarise()'s results: one line for each {name: result}."""
     lines = [["who", "win rate", "return", "steps", "episodes"]]
     for name, row in rows.items():
         rest = f"{row['return']:.2f}", f"{row['length']:.0f}", f"{int(row['episodes'])}"
@@ -174,20 +174,20 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def alone(episodes: list[Any]) -> list[list[Any]]:
-    """What all processes have, if there is but one."""
+    """The default of EpisodeLog's `gather`: the only process's episodes in a list."""
     return [episodes]
 
 
 class EpisodeLog:
-    """Episodes of training since the last line of the log."""
+    """Collects training episodes (append to `episodes`) until means() writes them to the log."""
 
     def __init__(self, kind: Any, gather: Callable[[list[Any]], list[list[Any]]] = alone):
-        """kind: battles.Episode. gather: from what a process has to what all have, a list each."""
+        """kind: battles.Episode. gather: from this process's list to the lists of all processes."""
         self.kind, self.gather, self.episodes = kind, gather, []
 
     def means(self) -> dict[str, float]:
-        """Means of all processes' returns, wins and lengths, also by team size; then no episodes
-        are left."""
+        """Means over all processes' episodes: "return", "win" and "length", and by team size
+        "return/5", "win/5"; "episodes" is their number. Then empties the log."""
         every = [episode for own in self.gather(self.episodes) for episode in own]
         by_size = defaultdict(list)
         for episode in every:

@@ -5,22 +5,22 @@
     step = battles.step(actions)
     battles.close()
 
-`RealBattles` is envs/smac/combat.py's `Combat` with a game where its kernels are: the draw of
-teams, places and tags, rewards, ends, observations, masks and available actions are the simulator's
-own lines, on a Snapshot that is read from the game. The procedure is that of REFIL (Iqbal et al.,
-2021): kill all, create the teams by debug commands, send the enemy once to where the agents stand,
-then raw unit commands, 8 frames a step.
+`RealBattles` is `Combat` (envs/smac/combat.py) with the game in the place of its rules. The
+simulator's own code draws teams, places and tags, and computes rewards, ends, observations, masks
+and available actions from a Snapshot that is read from the game. An episode follows REFIL (Iqbal et
+al., 2021): kill all units, create the teams by debug commands, send the enemy once to where the
+agents stand; then each step sends raw unit commands and plays 8 frames.
 
-The game is not part of this project and could not be had while this was written: docs/battles.md
-says how to install it, what was tested without it, and what nobody has seen yet. A game is reached
-through a controller with nine methods (create_game, join_game, game_info, data, debug, actions,
-step, observe, close) and a version; `StarCraft` is the real one, tests/sc2_controller.py has one
-that is backed by the simulator. Both raise GameFailed.
+The game is not part of this project and was not available when this was written: docs/battles.md
+says how to install it, what was tested without it, and what has never run. A game is reached
+through a controller: an object with nine methods (create_game, join_game, game_info, data, debug,
+actions, step, observe, close) and a version. `StarCraft` controls the real game;
+tests/sc2_controller.py has a controller backed by the simulator. Both raise GameFailed.
 
 A game that fails is started again. The episode in which it fails is lost: it ends at that step,
-truncated, not won, with no reward for the step (as in SMAC), and is counted in `lost`. Whatever
-cannot be mended so, or fails `FAILURES` times without an episode played to its end, is a
-BattleError, whose message is one sentence.
+truncated, not won, with reward 0 for the step (as in SMAC), and is counted in `lost`. A game that
+fails `FAILURES` times in a row without finishing an episode, and any fault that a new start cannot
+repair, raises BattleError; its message is one sentence.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ from envs.smac.combat import (
 )
 
 ABILITIES = {"move": 16, "attack": 23, "stop": 4, "heal": 386}
-OWNERS = (1, 2)  # players: agents, enemy
-WAIT, POLL = 100, 2  # how often to look whether units have come or gone, and after how many frames
-FAILURES = 3  # of one game without an episode played to its end
-FOLLOWED = 0.1  # how far one enemy at least is in the first step, if it has got its order
+OWNERS = (1, 2)  # player numbers of the agents and of the enemy
+WAIT, POLL = 100, 2  # look at most WAIT times, every POLL frames, whether units have come or gone
+FAILURES = 3  # failures of one game in a row, without a finished episode, until BattleError
+FOLLOWED = 0.1  # map units that at least one enemy moves in the first step if it got its order
 HOMES = {
     "Linux": "~/StarCraftII",
     "Darwin": "/Applications/StarCraft II",
@@ -78,11 +78,11 @@ ELSE = "(docs/battles.md; without the game: --backend sim)"
 
 
 class BattleError(RuntimeError):
-    """StarCraft II cannot be played, or no more; the message is one sentence."""
+    """StarCraft II cannot be played, or cannot go on; the message is one sentence."""
 
 
 class GameFailed(Exception):
-    """A controller's game gives no answer, or a wrong one; it may help to start it again."""
+    """A controller's game gave no answer or a wrong one; starting it again may help."""
 
 
 def make_battles(
@@ -93,10 +93,10 @@ def make_battles(
     seed: int = 1,
     **options: Any,
 ) -> Combat:
-    """Battles in the simulator or in StarCraft II; options are those of Combat or RealBattles.
+    """Combat (backend "sim") or RealBattles ("sc2"); options are further arguments of the class.
 
-    ValueError for what there is not, BattleError where the game cannot be played.
-    """
+    ValueError for an unknown backend, scenario or team size, and for the simulator's options with
+    "sc2"; BattleError if StarCraft II cannot be played."""
     kinds = {"sim": Combat, "sc2": RealBattles}
     if backend not in kinds:
         raise ValueError(f"There is no backend {backend!r}: there are {', '.join(kinds)}.")
@@ -110,7 +110,7 @@ def make_battles(
 
 
 def messages() -> SimpleNamespace:
-    """The modules of s2clientprotocol that are used; BattleError without them."""
+    """The modules of s2clientprotocol that are used; BattleError if they cannot be imported."""
     try:
         from s2clientprotocol import common_pb2, debug_pb2, raw_pb2, sc2api_pb2
     except ImportError:
@@ -125,7 +125,7 @@ def messages() -> SimpleNamespace:
 
 
 def find_game() -> Path:
-    """Where StarCraft II is: SC2PATH, or its usual place; BattleError if it is not."""
+    """The folder of StarCraft II, SC2PATH or the usual one; BattleError if no game is there."""
     home = Path(os.environ.get("SC2PATH") or HOMES.get(platform.system(), HOMES["Linux"]))
     home = home.expanduser()
     if not any((home / "Versions").glob("Base*")):
@@ -137,7 +137,7 @@ def find_game() -> Path:
 
 
 def find_map(home: Path, name: str) -> Path:
-    """The file of a map; BattleError if the game has none of this name."""
+    """The file of the map `name` in the game's folder; BattleError if there is none."""
     folder = home / "Maps"
     found = sorted(folder.rglob(f"{name}.SC2Map"))
     if not found:
@@ -160,12 +160,12 @@ def import_pysc2() -> Any:
             "and not needed (docs/battles.md)."
         ) from None
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # pysc2 reads its defaults from there
+        flags.FLAGS.mark_as_parsed()  # pysc2 reads its default options from absl's flags
     return run_configs
 
 
 class StarCraft:
-    """A controller: the game in a process of its own. Any answer may take `timeout` seconds."""
+    """A controller of the game in its own process. An answer may take at most `timeout` seconds."""
 
     def __init__(self, config: Any, version: str, timeout: int):
         self.version, self.timeout, self.process = version, timeout, None
@@ -206,7 +206,7 @@ class StarCraft:
                 warnings.warn(f"StarCraft II did not close properly: {error}", stacklevel=2)
 
     def _ask(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
-        """An answer of the game; whatever pysc2 raises (it has no common class) is GameFailed."""
+        """call()'s answer. Raises GameFailed for any exception, as pysc2's have no common class."""
         try:
             answer = call(*args, **kwargs)
         except Exception as error:
@@ -216,7 +216,7 @@ class StarCraft:
             elif "already closed" in text or "Socket error" in text or "empty response" in text:
                 text = "it has quit"
             raise GameFailed(text) from None
-        if answer is None:  # pysc2 has caught "Game has already ended"
+        if answer is None:  # pysc2 caught the exception "Game has already ended"
             raise GameFailed("the game has ended by itself")
         return answer
 
@@ -225,12 +225,12 @@ class StarCraft:
 
 
 def draw(units: Any, battle: Any, number: int, setup: Any) -> np.ndarray:
-    """What the simulator's next episode of a battle begins with: team and tags in units (A+E,) and
-    battle; returns points (2, T, 2), where each side's groups are put (and then pushed apart)."""
+    """Begin the next episode of a battle in units (A+E,) and battle, as the simulator draws it.
+    Returns (2, T, 2) float64: at which point each side's groups are created, in order of slots."""
     points, episode = np.zeros((2, len(setup.types), 2)), battle["episode"]
     begin(units, battle, number, setup)
-    battle["random"] = stream(setup.seed, setup.first_battle + number, episode)
-    uniform(battle)  # the team
+    battle["random"] = stream(setup.seed, setup.first_battle + number, episode)  # draw again
+    uniform(battle)  # skips the number that has drawn the team
     angle = 2 * math.pi * uniform(battle)
     for side, t in np.ndindex(points.shape[:2]):
         out = 7.0 - 14.0 * side
@@ -240,8 +240,8 @@ def draw(units: Any, battle: Any, number: int, setup: Any) -> np.ndarray:
 
 
 def unit_ids(data: Any, family: Family, map_name: str) -> tuple[dict[int, int], dict[int, int]]:
-    """The game's numbers of the agents' (passive) types and of the enemy's, by their names in
-    ResponseData: the numbers of the map's own types are others in every version."""
+    """{type: game's number} of the agents' passive units and of the enemy's. They are found by name
+    in ResponseData: the numbers differ between versions. BattleError if a name is missing."""
 
     def plain(name: str) -> str:
         return name.lower().replace("_", "").replace(" ", "")
@@ -262,11 +262,11 @@ def unit_ids(data: Any, family: Family, map_name: str) -> tuple[dict[int, int], 
 
 
 class Game:
-    """One game. Raises GameFailed, and BattleError if its map is not for these battles."""
+    """One game. Raises GameFailed; BattleError if its map is too small or lacks a unit type."""
 
     def __init__(self, controller: Any, family: Family, map_path: Path, map_data: bytes, seed: int):
         self.controller, self.family, self.pb = controller, family, messages()
-        self.episodes, self.slots, self.tags = 0, {}, {}  # tags: of the game's units, by slot
+        self.episodes, self.slots, self.tags = 0, {}, {}  # {tag: slot} and {slot: tag} of units
         api, common = self.pb.api, self.pb.common
         race = common.Terran if MEDIVAC in family.types else common.Protoss
         path = f"{map_path.parent.name}/{map_path.name}"
@@ -285,14 +285,15 @@ class Game:
             raise BattleError(
                 f"The map {map_path.stem} is {size.x} x {size.y}: 32 x 32 are needed."
             )
-        self.shift = (size.x - MAP) / 2, (size.y - MAP) / 2  # of the game's places
+        self.shift = (size.x - MAP) / 2, (size.y - MAP) / 2  # game's places less simulator's
         self.ids = unit_ids(controller.data(), family, map_path.stem)
-        # A second such command would take the control away again.
+        # Sent once per game: sending control_enemy again may take the control away.
         controlled = self.pb.debug.DebugCommand(game_state=self.pb.debug.control_enemy)
         controller.debug([controlled])
 
     def create(self, drawn: np.ndarray, team: np.ndarray, points: np.ndarray, setup: Any) -> None:
-        """Kill all units and create teams: drawn (A+E,) UNIT says which slot has which type."""
+        """Kill all units and create teams: drawn (A+E,) UNIT has the type of each slot, team (T,)
+        the number of units of each type, points (2, T, 2) the place of each side's groups."""
         debug = self.pb.debug
         if tags := [unit.tag for unit in self.units()]:
             killed = debug.DebugKillUnit(tag=tags)
@@ -314,7 +315,7 @@ class Game:
         self.episodes += 1
 
     def seat(self, drawn: np.ndarray, units: list) -> None:
-        """Which of the game's units has which slot: those of a type by x, then y."""
+        """Give the game's units the slots of their side and type, in order of x, then y."""
         self.slots, seats = {}, np.arange(2 * SIDE)
         for side in range(2):
             for kind, number in self.ids[side].items():
@@ -327,17 +328,17 @@ class Game:
         self.tags = {slot: tag for tag, slot in self.slots.items()}
 
     def send_enemy(self, snap: Any, b: int) -> None:
-        """The enemy's one order: attack whoever is on the way to where the agents stand."""
+        """Give the enemy its one order: attack-move to the mean place of the agents of battle b."""
         x = y = np.float32(0)
         allies = [slot for slot in self.tags if slot < SIDE]
-        for i in sorted(allies):  # in the simulator's order and precision
+        for i in sorted(allies):  # in the simulator's order and precision, for equal bits
             x = np.float32(float(x) + float(snap.x[b, i]) / len(allies))
             y = np.float32(float(y) + float(snap.y[b, i]) / len(allies))
         enemies = [tag for slot, tag in sorted(self.tags.items()) if slot >= SIDE]
         self.act([self.command("attack", enemies, target_world_space_pos=self.point(x, y))])
 
     def order(self, actions: np.ndarray, snap: Any, b: int) -> None:
-        """The agents' actions (A,), one command for each who lives."""
+        """Send the agents' actions (A,) to the game, one command for each living agent."""
         commands = []
         for i, action in enumerate(actions.tolist()):
             if not snap.alive[b, i]:
@@ -357,7 +358,7 @@ class Game:
         self.act(commands)
 
     def read(self, snap: Any, b: int) -> None:
-        """snap[b] as the game is now. Who is not seen is dead, and stays where it was."""
+        """Write the game's state to snap[b]. A unit that is not seen is dead; its place is kept."""
         units = self.units()
         for field in (snap.alive, snap.health, snap.shield, snap.energy, snap.cooldown):
             field[b] = 0
@@ -377,7 +378,7 @@ class Game:
         return list(answer.observation.raw_data.units)
 
     def wait_for(self, number: int) -> list:
-        """All units, as soon as there are so many."""
+        """All units, once there are `number` of them; GameFailed after WAIT looks without that."""
         for _ in range(WAIT):
             units = self.units()
             if len(units) == number:
@@ -403,21 +404,20 @@ class Game:
 
 
 class RealBattles(Combat):
-    """num_battles battles of a family in StarCraft II, one game (and thread) each.
+    """num_battles battles of one scenario in StarCraft II, each in its own game and thread.
 
-    Those of Combat's arguments that are not here are the simulator's alone. Games start at
-    reset(); what can be found missing without one is a BattleError at once.
-
-    lost (of the object) counts the episodes of each battle that a failing game has cut short.
+    Other arguments are as in Combat. ValueError for arguments that are not allowed, BattleError for
+    what is not installed or fails for good. reset() starts the games. The attribute `lost` counts,
+    for each battle, the episodes that a failing game has cut short.
 
     map_name       a map of at least 32 x 32, open, empty, without fog, with passive unit types
-    game_version   as pysc2 names them ("4.10.0"); default: the newest that is installed
-    timeout        seconds that a game may take to start, or for an answer
-    restart_every  episodes after which a game is started anew: its memory grows
-    launch         makes a controller, instead of one of the real game
+    game_version   as pysc2 names it ("4.10.0"); default: the newest installed version
+    timeout        seconds that a game may take to start or to answer
+    restart_every  episodes after which a game is replaced by a new one, as its memory grows
+    launch         makes a controller that is used instead of the real game's
 
-    Teams, tags and the places of groups are those that the simulator draws for the same seed,
-    battle and episode; the game itself is not reproducible.
+    Teams, tags and the groups' places are those that the simulator draws for the same seed, battle
+    and episode; the game itself is not reproducible.
     """
 
     def __init__(
@@ -465,20 +465,20 @@ class RealBattles(Combat):
         self.launch = lambda: StarCraft(config, self.game_version, timeout)
 
     def close(self) -> None:
-        """End all games. reset() would start them again."""
+        """End all games. reset() starts them again."""
         self.closed = True
         atexit.unregister(self.close)
         for b in range(self.num_battles):
             self._end_game(b)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which episodes have been begun. A battle in the game cannot be saved: after
-        load_state_dict() comes reset(), and the episodes after those."""
+        """How many episodes each battle has begun, (B,). A battle in the game cannot be saved: call
+        reset() after load_state_dict(); it begins the next episodes."""
         episodes = torch.from_numpy(self.battles["episode"].copy())
         return {"episodes": episodes, "teams": f"{self.family.name} {self.teams}"}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """ValueError if state_dict() was of other battles."""
+        """Restore a state_dict(); ValueError if it has other teams or another number of battles."""
         mine = self.state_dict()
         same = saved["teams"] == mine["teams"] and "episodes" in saved
         if not same or saved["episodes"].shape != mine["episodes"].shape:
@@ -488,7 +488,7 @@ class RealBattles(Combat):
             game.slots = {}
 
     def _run(self, kernel: Any, *args: Any) -> None:
-        """What Combat's two kernels do; the rest of its reset() and step() stays."""
+        """Do in the games what the kernel (begin_all or advance) of reset() or step() simulates."""
         if kernel is begin_all:
             self.closed = False
             jobs = [(self._begin, b) for b in range(self.num_battles)]
@@ -507,7 +507,7 @@ class RealBattles(Combat):
             job.result()
 
     def _begin(self, b: int) -> None:
-        """A new episode of battle b."""
+        """Begin a new episode of battle b; start or restart its game if necessary."""
         snap, drawn = self._snap, self.units[b]
         points = draw(drawn, self.battles[b], b, self.setup)
         self.battles["over"][b] = False
@@ -526,7 +526,7 @@ class RealBattles(Combat):
         observe(snap, b, self.setup, self._obs)
 
     def _advance(self, b: int, actions: np.ndarray) -> None:
-        """A step of battle b; in results and final what Combat's `advance` writes there."""
+        """Play a step of battle b; write to results and final what Combat's `advance` writes."""
         snap, results, battle = self._snap, self._results, self.battles[b]
         results.reward[b], results.won[b] = 0.0, False
         results.terminated[b] = results.truncated[b] = False
@@ -554,7 +554,7 @@ class RealBattles(Combat):
         observe(snap, b, self.setup, self._obs)
 
     def _play(self, b: int, actions: np.ndarray) -> tuple[float, bool, bool, bool]:
-        """Eight frames: reward, terminated, truncated, won."""
+        """Play FRAMES frames of battle b; returns reward, terminated, truncated, won."""
         game, snap, battle = self.games[b], self._snap, self.battles[b]
         before, x, y = strength(snap, b), snap.x[b].copy(), snap.y[b].copy()
         game.order(actions, snap, b)
@@ -565,7 +565,7 @@ class RealBattles(Combat):
         return outcome(before, strength(snap, b), battle["time"], self.rules)
 
     def _game(self, b: int) -> Game:
-        """The game of battle b, started if there is none or it has played long enough."""
+        """The game of battle b; a new one if there is none or after `restart_every` episodes."""
         if self.games[b] is not None and self.games[b].episodes >= self.restart_every:
             self._end_game(b)
         if self.games[b] is None:
@@ -581,13 +581,13 @@ class RealBattles(Combat):
                 controller.close()
                 raise
             self.game_version = controller.version
-        if self.closed:  # from another thread, while the game was starting
+        if self.closed:  # by another thread, while the game was starting
             self._end_game(b)
             raise BattleError("The battles were closed while they were played.")
         return self.games[b]
 
     def _fail(self, b: int, failure: GameFailed) -> None:
-        """Give up a game; BattleError when it is no use to start it again."""
+        """End the game of battle b after a failure; BattleError at the FAILURES-th in a row."""
         self._end_game(b)
         self.failures[b] += 1
         if self.failures[b] >= FAILURES:

@@ -1,16 +1,16 @@
-"""MIPI's matrix game (Fig. 2): two agents of two types, one step, a team that was never trained.
+"""MIPI's matrix game (Fig. 2): two agents of two types play one step; one team is never trained.
 
-Agents have types A and B and take action 0 or 1. Teams (A,B) and (B,A) are trained, each half of
-the time; (B,B) is what comes after. (0,0) pays the same in every team and is the best in none. The
-paper's payoffs are pictures; the two sets here are ours and have what its text says of them.
+Agents have type A or B and take action 0 or 1. The teams (A,B) and (B,A) are trained, each half of
+the time; team (B,B) is only evaluated. Joint action (0,0) pays the same in every team and is best
+in none. The paper's payoffs are pictures; the two sets here are ours and have what its text says.
 
     game = PAYOFFS["additive"]
-    game["BB"][1, 1]                                 what (1,1) pays in team (B,B)
-    optimum(game, "mi", alpha=0.5)                   the best policies there are, by enumeration
+    game["BB"][1, 1]                                 reward of joint action (1,1) in team (B,B)
+    optimum(game, "mi", alpha=0.5)                   the best policies, by enumeration
 
-A policy sees its agent's index and own type, a marginal policy the index alone: policies p
-(2 agents, 2 types) are probabilities of action 1. What an agent can know of the team is its own
-type, so the mutual information of an agent's action and the team is that of action and type.
+A policy observes its agent's index and type, a marginal policy only the index. Policies p (2
+agents, 2 types) are probabilities of action 1. Of the team an agent knows only its own type, so the
+mutual information of its action and the team equals that of its action and its type.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Objective = Literal["none", "entropy", "mi"]
 OBJECTIVES: tuple[Objective, ...] = ("none", "entropy", "mi")
 TYPES = "AB"
 TRAINED, UNSEEN = ("AB", "BA"), "BB"
-PAYOFFS = {  # {team: r[action of agent 1, action of agent 2]}
-    # r = .8 + .2 a2 - a1, .8 + .2 a1 - a2: sums of what each agent does, as a linear mixer has it.
+PAYOFFS = {  # {name: {team: r[action of agent 1, action of agent 2]}}
+    # r = .8 + .2 a2 - a1 in (A,B), .8 + .2 a1 - a2 in (B,A): a linear mixer can represent both.
     "additive": {
         "AB": np.array([[0.8, 1.0], [-0.2, 0.0]]),
         "BA": np.array([[0.8, -0.2], [1.0, 0.0]]),
         "BB": np.array([[0.8, 1.0], [0.0, -1.0]]),
     },
-    # Another joint action is the best in each team.
+    # The best joint action differs from team to team.
     "coordinated": {
         "AB": np.array([[0.8, 0.0], [0.0, 1.0]]),
         "BA": np.array([[0.8, 0.0], [1.0, 0.0]]),
@@ -44,34 +44,34 @@ Payoffs = dict[str, np.ndarray]
 
 
 class Optimum(NamedTuple):
-    """Policies that no other ones nearby exceed."""
+    """A local maximum of an objective."""
 
-    value: float  # of the objective
-    reward: float  # in training
+    value: float  # of the objective: reward + alpha * bonus
+    reward: float  # expected reward in the trained teams
     policies: np.ndarray  # (2 agents, 2 types), probabilities of action 1
-    unseen: float  # what their greedy actions earn in (B,B)
+    unseen: float  # reward of their greedy actions in team (B,B)
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
-    """Nats, of two actions with probabilities p and 1 - p."""
+    """Entropy in nats of two actions with probabilities p and 1 - p; p of any shape."""
     return entr(p) + entr(1 - p)
 
 
 def expected(payoff: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """E r of probabilities of action 1; arrays of one shape."""
+    """Expected reward for the agents' probabilities of action 1, arrays that broadcast."""
     a, b = (1 - first, first), (1 - second, second)
     return sum(payoff[i, j] * a[i] * b[j] for i, j in itertools.product((0, 1), repeat=2))
 
 
 def reward(game: Payoffs, p: Any) -> np.ndarray:
-    """E r in the trained teams, of policies p[agent][type], probabilities of action 1."""
+    """Expected reward, averaged over the trained teams; p[agent][type]: probability of action 1."""
     found = [expected(game[t], *(p[i][TYPES.index(t[i])] for i in (0, 1))) for t in TRAINED]
     return sum(found) / len(found)
 
 
 def bonus(objective: Objective, p: Any) -> np.ndarray:
-    """What alpha multiplies, summed over agents, of policies p[agent][type]: entropies, or minus
-    mutual information of action and type."""
+    """The term of the objective that alpha multiplies, summed over agents: 0 ("none"), the entropy
+    ("entropy") or minus the mutual information of action and type ("mi"), nats."""
     if objective == "none":
         return np.zeros(())
     found = 0.0
@@ -83,14 +83,14 @@ def bonus(objective: Objective, p: Any) -> np.ndarray:
 
 
 def unseen_reward(game: Payoffs, p: np.ndarray) -> float:
-    """Of the greedy actions of p (2, 2) in (B,B); action 0 where both are as good."""
+    """Reward of the greedy actions of p (2, 2) in team (B,B); action 0 if p is .5."""
     first, second = ((p[i, TYPES.index(UNSEEN[i])] > 0.5) * 1 for i in (0, 1))
     return float(game[UNSEEN][first, second])
 
 
 def optima(game: Payoffs, objective: Objective, alpha: float, steps: int = 40) -> list[Optimum]:
-    """Maxima of the objective, the best first, by enumeration of all policies whose probabilities
-    are multiples of 1 / steps: points that none of the 80 around them exceeds."""
+    """Local maxima of the objective, best first, among all policies whose probabilities are
+    multiples of 1 / steps: points that none of their 80 neighbours on this grid exceeds."""
     axis = np.linspace(0, 1, steps + 1)
     one, two, three, four = np.meshgrid(*(axis,) * 4, indexing="ij", sparse=True)
     p = (one, two), (three, four)
@@ -105,5 +105,5 @@ def optima(game: Payoffs, objective: Objective, alpha: float, steps: int = 40) -
 
 
 def optimum(game: Payoffs, objective: Objective, alpha: float, steps: int = 40) -> Optimum:
-    """The best of optima()."""
+    """The global maximum among the policies that optima() enumerates."""
     return optima(game, objective, alpha, steps)[0]

@@ -4,25 +4,25 @@
     obs = world.reset()              # obs.entities (B, A+E, D), obs.avail (B, A, actions), ...
     step = world.step(actions)       # actions (B, A)
 
-A square [-1, 1]^2 with a home in the middle, six resources of three types, and an invader that
-walks home. Whoever touches a resource with empty hands picks it up, which pays the team 10 times
-that agent's value for the type; to bring it home pays 1; to touch the invader pays 4, its arrival
-costs 4. Agents differ in values and speed. An episode has 145 steps.
+The world is the square [-1, 1]^2 with a home in the middle, six resources of three types, and an
+invader that walks home. Agents differ in speed and in their value for each type. The team earns 10
+times an agent's value when the agent, with empty hands, touches a resource and picks it up; 1 when
+it brings it home; 4 when it touches the invader; -4 when that is home. An episode has 145 steps.
 
-The interface is that of envs.smac.combat.Combat, so that the same scripts train here: what agents
-see comes from a Snapshot alone, which a replay keeps. All worlds are batched in tensors on a
-device. Lengths are those of the square, time is in steps. Each world has its own stream of random
-numbers: a seed gives a world the same course whatever the number of worlds.
+The interface is that of envs.smac.combat.Combat, so the same scripts train here. Observations are
+computed from a Snapshot alone, and a replay buffer stores Snapshots. All worlds are batched in
+tensors on one device. Lengths are in units of the square, times in steps. Each world has its own
+random stream: with the same seed and actions it is the same for any number of worlds.
 
-A step, as COPA's code has it: agents walk, and bounce off each other, home, resources and the
-invader; an invader that is home costs 4, before anyone can catch it; then each agent in turn has at
-most one event, the first of these: it catches the invader, picks up the first resource of the list
-that is left, delivers; then resources that were taken come back, and the invader walks or, after
-its pause, comes. Agents see their hands and their last event as they were before the step's events.
+A step, as in COPA's code: 1. agents walk, and bounce off each other, home, resources and the
+invader; 2. an invader at home costs 4, and nobody can catch it any more; 3. each agent in turn has
+at most one event, the first possible one of: catch the invader, pick up the first resource left in
+the list, deliver; 4. resources that were taken reappear; 5. the invader walks or, after a pause,
+a new one comes. Observations have agents' hands and last events as they were before the step.
 
-Ours: teams have 1 to 8 agents, their number drawn (COPA's 2 to 4 in turn, later 5 or 6); every
-episode begins with an invader; a resource that finds no free place among 8 draws takes the last.
-docs/resource_collection.md has all rules with their sources.
+Different from COPA: teams have 1 to 8 agents, the number is drawn (COPA: 2 to 4 in turn, later 5 or
+6); every episode begins with an invader; a resource that finds no free place in 8 draws takes the
+last. docs/resource_collection.md has all rules with their sources.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from envs.particle.worlds import GOLDEN, mixed
 from envs.smac.episodes import Policy, random_policy
-from envs.smac.episodes import play as play  # as episodes.play
+from envs.smac.episodes import play as play  # re-exported: worlds.playing() looks here, too
 from envs.statistics import accelerated_interval, aligned_table, with_interval
 
 SIDE = 8  # slots of agents
@@ -49,81 +49,81 @@ EPISODE_LIMIT = 145  # steps
 NOOP, STAY = 0, 1  # actions; 2..5: -x, +x, -y, +y
 MOVES = ((0, 0), (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 DT, DAMPING = 0.1, 0.25
-ACCELERATION = 5.0  # times the agent's speed
-WALL, WALL_WIDTH, WALL_END = 1.4, 1.0, 1.0  # where walls are, how thick, half their length
+ACCELERATION = 5.0  # force of an action divided by the agent's speed
+WALL, WALL_WIDTH, WALL_END = 1.4, 1.0, 1.0  # walls: x or y of the middle line, width, half length
 CONTACT_FORCE, CONTACT_MARGIN = 100.0, 1e-3
 AGENT, RESOURCE, INVADING, HOMING = 0.04, 0.05, 0.03, 0.08  # radii
-RADII = (*[AGENT] * SIDE, *[RESOURCE] * 6, INVADING, HOMING)  # of all slots
-TOUCH = 0.01  # contact: distance <= both radii + this
-SIGHT = 0.2  # how far one sees agents, centre to centre; things by their radius farther
-VALUES, SPEEDS = (0.1, 0.5, 0.9), (0.3, 0.5, 0.7)
-MIDDLE = 0.5  # what features have of values and speeds is less this
+RADII = (*[AGENT] * SIDE, *[RESOURCE] * 6, INVADING, HOMING)  # of all slots, (A+E,)
+TOUCH = 0.01  # two bodies touch if their distance <= sum of radii + TOUCH
+SIGHT = 0.2  # agents see agents whose centre, and things whose edge is within this distance
+VALUES, SPEEDS = (0.1, 0.5, 0.9), (0.3, 0.5, 0.7)  # an agent's are drawn from these
+MIDDLE = 0.5  # subtracted from values and speeds in observations
 START = 0.12  # radius of the circle on which agents begin
-NEAR, FAR, APART, TRIES = 0.4, 0.55, 0.1, 8  # resources: radius NEAR + FAR U, so far apart
-INVADER_START, INVADER_EDGE, INVADER_STEP = 1.42, 0.99, 0.05
+NEAR, FAR, APART, TRIES = 0.4, 0.55, 0.1, 8  # resources: radius NEAR + FAR * U(0, 1), APART apart
+INVADER_START, INVADER_EDGE, INVADER_STEP = 1.42, 0.99, 0.05  # radius, largest |x|, per step
 PAUSE = 10  # steps until the next invader, at most
 PICK_UP, DELIVERY, CATCH, ARRIVAL = 10.0, 1.0, 4.0, -4.0  # rewards
-DELIVERED, PICKED, CAUGHT = 1, 2, 5  # events; PICKED, 3 and 4 are of types 1 to 3, 0 is none
-NOWHERE = 9.0  # coordinate of resources that are not there
-PLACE_SCALE, REWARD_SCALE = 1 / SIGHT, 0.1  # of worlds that are rescaled
-ROUND, AHEAD = 0.75, 0.06  # radius of the forager's walk; how far it aims ahead, in turns
+DELIVERED, PICKED, CAUGHT = 1, 2, 5  # events; 2, 3, 4: picked up type 1, 2, 3; 0: none
+NOWHERE = 9.0  # x and y of resources that are not in the world for now
+PLACE_SCALE, REWARD_SCALE = 1 / SIGHT, 0.1  # factors with rescale=True
+ROUND, AHEAD = 0.75, 0.06  # forager: radius of its walk, how far ahead it aims (in full turns)
 
 
 class Snapshot(NamedTuple):
-    """All that observations depend on, and, with clocks, all that comes."""
+    """The state of B worlds. Observations depend on it alone, the future on it and on Clocks."""
 
-    present: Tensor  # (B, A) bool
+    present: Tensor  # (B, A) bool: the slot has an agent
     value: Tensor  # (B, A, 3) float32: of the three types of resources
-    speed: Tensor  # (B, A) float32
+    speed: Tensor  # (B, A) float32: the agent's top speed
     position: Tensor  # (B, A, 2) float32
     velocity: Tensor  # (B, A, 2) float32
     holding: Tensor  # (B, A) int8: type of resource, 0 for none
-    event: Tensor  # (B, A) int8: what the last step brought
-    shown_holding: Tensor  # (B, A) int8: what agents see, both as they were a step before
-    shown_event: Tensor  # (B, A) int8
+    event: Tensor  # (B, A) int8: the agent's event in the last step
+    shown_holding: Tensor  # (B, A) int8: holding one step before, which observations have
+    shown_event: Tensor  # (B, A) int8: event one step before, which observations have
     resources: Tensor  # (B, 6, 2) float32
     invader: Tensor  # (B, 2) float32
     pause: Tensor  # (B,) int8: steps until the invader comes, 0 while it is there
 
 
 class Observation(NamedTuple):
-    """What agents see and may do."""
+    """What agents see and which actions they may take."""
 
-    entities: Tensor  # (B, A+E, D) float32
-    obs_mask: Tensor  # (B, A+E, A+E) bool: j is hidden from i
-    entity_mask: Tensor  # (B, A+E) bool: the slot is empty
-    avail: Tensor  # (B, A, actions) bool
+    entities: Tensor  # (B, A+E, D) float32: Family.features says what the columns are
+    obs_mask: Tensor  # (B, A+E, A+E) bool: [b, i, j] is True if j is hidden from i
+    entity_mask: Tensor  # (B, A+E) bool: True if the slot is empty
+    avail: Tensor  # (B, A, actions) bool: True if the action may be taken
 
 
 class Episode(NamedTuple):
-    """An episode that has ended."""
+    """Summary of one episode that has ended."""
 
-    battle: int
+    battle: int  # index of the world
     team: tuple[int, ...]  # (number of agents,)
-    length: int
-    reward: float
+    length: int  # steps
+    reward: float  # sum over the steps, never rescaled
     picked: int  # resources picked up
-    caught: int  # invaders
+    caught: int  # invaders caught
     arrived: int  # invaders that reached home
 
 
 class Step(NamedTuple):
-    """What a step led to."""
+    """What ResourceCollection.step() returns."""
 
-    obs: Observation  # of the next episode where one has ended
-    reward: Tensor  # (B,) float32
-    terminated: Tensor  # (B,) bool: never
-    truncated: Tensor  # (B,) bool: out of time
-    final: Snapshot  # at the end of the step, before a next episode
-    episodes: list[Episode]
+    obs: Observation  # after the step; of the new episode where one has ended
+    reward: Tensor  # (B,) float32: the team's
+    terminated: Tensor  # (B,) bool: always False
+    truncated: Tensor  # (B,) bool: the episode limit is reached
+    final: Snapshot  # at the end of the step, before a new episode begins
+    episodes: list[Episode]  # those that this step has ended
 
 
 class Family(NamedTuple):
-    """What networks need to know of the world."""
+    """Sizes that networks need; as combat.Family."""
 
     name: str = "resource"
     n_actions: int = len(MOVES)
-    # Velocity, position, what one holds (4), event (6), values and speed, kind of thing (5).
+    # D: velocity, position, what an agent holds (4), event (6), values, speed, kind of thing (5).
     features: int = 2 + 2 + 4 + 6 + 4 + 5
 
     @property
@@ -131,7 +131,7 @@ class Family(NamedTuple):
         return {}
 
     def teams(self, sizes: tuple[int, ...]) -> list[tuple[int]]:
-        """ValueError if there are no teams of these sizes."""
+        """[(size,)] of the sizes; ValueError if one is not 1 to 8, or if there is none."""
         for size in sizes:
             if not 1 <= size <= SIDE:
                 raise ValueError(f"Teams of resource have 1 to {SIDE} agents: not {size}.")
@@ -141,20 +141,20 @@ class Family(NamedTuple):
 
 
 def new_family(egocentric: bool = False) -> Family:
-    """As agents are told about the world: egocentric features are 12 more."""
+    """The Family of a world; `egocentric` adds the 12 features of nearest_seen()."""
     return Family(features=Family().features + 12 * egocentric)
 
 
 class Clocks(NamedTuple):
     """What a world's random numbers and the end of its episode depend on; (B,) int64 each."""
 
-    key: Tensor  # its stream
-    episode: Tensor  # episodes begun
-    time: Tensor  # steps in the episode
+    key: Tensor  # of its random stream
+    episode: Tensor  # number of episodes begun
+    time: Tensor  # steps since the episode began
 
 
 class Tally(NamedTuple):
-    """Sums over the episode, (B,) float64 each."""
+    """Sums of the present episodes, (B,) float64 each; reward is never rescaled."""
 
     reward: Tensor
     picked: Tensor
@@ -164,12 +164,12 @@ class Tally(NamedTuple):
 
 # --- Random numbers -------------------------------------------------------------------------------
 
-PER_STEP = 512  # numbers that a world has for each step of an episode
-LONGEST = 2**20  # steps
+PER_STEP = 512  # random numbers reserved for each step of a world
+LONGEST = 2**20  # steps reserved for an episode
 
 
 def uniform(clocks: Clocks, first: int, *shape: int) -> Tensor:
-    """(B, *shape) float32 in [0, 1): numbers `first` and on of the worlds' present step."""
+    """(B, *shape) float32 in [0, 1): the random numbers from `first` on of the present step."""
     number = torch.arange(first, first + math.prod(shape), device=clocks.key.device)
     step = (clocks.episode * LONGEST + clocks.time)[:, None]
     bits = mixed(clocks.key[:, None] + GOLDEN * (step * PER_STEP + number))
@@ -177,7 +177,7 @@ def uniform(clocks: Clocks, first: int, *shape: int) -> Tensor:
 
 
 def around(angle: Tensor, radius: Any) -> Tensor:
-    """(..., 2) at angle (in turns) and radius from home."""
+    """(..., 2): points at `angle` (in full turns) and `radius` around home."""
     turn = 2 * math.pi * angle
     radius = torch.as_tensor(radius, device=angle.device).unsqueeze(-1)
     return torch.stack((turn.cos(), turn.sin()), -1) * radius
@@ -187,22 +187,22 @@ def around(angle: Tensor, radius: Any) -> Tensor:
 
 
 def resource_draws(clocks: Clocks) -> Tensor:
-    """(B, 6, TRIES, 2) where each resource would stand, in the order in which it tries."""
+    """(B, 6, TRIES, 2): the places that each resource tries in this step, in this order."""
     draws = uniform(clocks, 64, len(KINDS), TRIES, 2)
     return around(draws[..., 0], NEAR + FAR * draws[..., 1])
 
 
 def first_free(places: Tensor, others: Tensor) -> Tensor:
-    """(B, 2) the first of places (B, TRIES, 2) that is no nearer than APART to others (B, n, 2)."""
+    """(B, 2): first of places (B, TRIES, 2) that is APART from others (B, n, 2), else the last."""
     free = (torch.cdist(places, others) >= APART).all(-1)
     free[:, -1] = True
-    first = free.float().argmax(-1)  # of the True ones
+    first = free.float().argmax(-1)  # index of the first True
     return places[torch.arange(len(places), device=places.device), first]
 
 
 def replace_taken(resources: Tensor, taken: Tensor, clocks: Clocks) -> Tensor:
-    """(B, 6, 2) resources, those that were taken (B, 6) elsewhere: one after the other, apart from
-    all that stand and from where it was taken."""
+    """Resources (B, 6, 2), with new places for those that were taken (B, 6) bool: one after the
+    other, at least APART from all resources that stand and from its own old place."""
     draws = resource_draws(clocks)
     standing = torch.where(taken[..., None], NOWHERE, resources)
     for k in range(len(KINDS)):
@@ -213,13 +213,13 @@ def replace_taken(resources: Tensor, taken: Tensor, clocks: Clocks) -> Tensor:
 
 
 def place_invader(clocks: Clocks) -> Tensor:
-    """(B, 2) where an invader begins."""
+    """(B, 2): random places where invaders begin."""
     start = around(uniform(clocks, 0, 1)[:, 0], INVADER_START)
     return start.clamp(-INVADER_EDGE, INVADER_EDGE)
 
 
 def fresh(clocks: Clocks, sizes: Tensor) -> Snapshot:
-    """How episodes begin; sizes (n,): of teams, one of which is drawn."""
+    """Draw the first states of new episodes; each world draws one of the team sizes (n,)."""
     B, device = len(clocks.key), clocks.key.device
     size = sizes[(uniform(clocks, 1, 1)[:, 0] * len(sizes)).long()]  # (B,)
     slot = torch.arange(SIDE, device=device)
@@ -230,7 +230,7 @@ def fresh(clocks: Clocks, sizes: Tensor) -> Snapshot:
     draws = resource_draws(clocks)
     resources = torch.full((B, len(KINDS), 2), NOWHERE, device=device)
     for k in range(len(KINDS)):
-        before = resources[:, : max(k - 1, 0)]  # COPA's code leaves out the last one
+        before = resources[:, : max(k - 1, 0)]  # as COPA's code, which leaves out number k - 1
         resources[:, k] = first_free(draws[:, k], before)
     there = present[..., None]
     nothing = torch.zeros(B, SIDE, dtype=torch.int8, device=device)
@@ -251,16 +251,16 @@ def fresh(clocks: Clocks, sizes: Tensor) -> Snapshot:
 
 
 def overlap(depth: Tensor) -> Tensor:
-    """How deep two bodies are in each other, rounded off where they only just touch."""
+    """Softplus of the depth by which two bodies overlap: about depth, about 0 if it is negative."""
     return torch.nn.functional.softplus(depth / CONTACT_MARGIN) * CONTACT_MARGIN
 
 
 def walls(position: Tensor) -> Tensor:
-    """(B, A, 2) force of the four walls on agents. Column c is about the two walls across axis c:
-    they push along it and, who is past a wall's end, around its corner."""
-    along = position.flip(-1)  # where along those walls the agent is
+    """(B, A, 2): force of the four walls on agents at position (B, A, 2). Column c of all terms is
+    for the two walls across axis c: they push along c and, past their ends, around the corner."""
+    along = position.flip(-1)  # coordinate along those walls
     past = (along.abs() - WALL_END).clamp(min=0) / AGENT
-    meets = past <= 1  # else it is beyond the wall's end altogether
+    meets = past <= 1  # else the agent is beyond the wall's end and does not touch it
     sine = past.clamp(max=1) * along.sign()
     cosine = (1 - sine.square()).sqrt()
     force = torch.zeros_like(position)
@@ -273,7 +273,7 @@ def walls(position: Tensor) -> Tensor:
 
 
 def bodies(snap: Snapshot) -> tuple[Tensor, Tensor]:
-    """Of all slots where they are (B, A+E, 2) and whether they are there (B, A+E)."""
+    """Places of all slots (B, A+E, 2), and whether they are in the world now (B, A+E) bool."""
     home = torch.zeros_like(snap.invader)[:, None]
     places = torch.cat((snap.position, snap.resources, snap.invader[:, None], home), 1)
     there = torch.ones(places.shape[:2], dtype=torch.bool, device=places.device)
@@ -282,7 +282,7 @@ def bodies(snap: Snapshot) -> tuple[Tensor, Tensor]:
 
 
 def collisions(snap: Snapshot) -> Tensor:
-    """(B, A, 2) force on agents, away from each agent and thing that they overlap."""
+    """(B, A, 2): force on agents, away from each other agent and thing that they overlap."""
     places, there = bodies(snap)
     radii = torch.tensor(RADII, device=places.device)
     itself = torch.eye(SIDE, SLOTS, dtype=torch.bool, device=places.device)
@@ -295,7 +295,7 @@ def collisions(snap: Snapshot) -> Tensor:
 
 
 def move(snap: Snapshot, actions: Tensor) -> Snapshot:
-    """Agents walk: damping, then forces, then the top speed, then the new position."""
+    """Move the agents by actions (B, A): damping, forces, top speed, then the new position."""
     direction = torch.tensor(MOVES, dtype=torch.float32, device=actions.device)[actions]
     force = ACCELERATION * snap.speed[..., None] * direction
     force = force + walls(snap.position) + collisions(snap)
@@ -307,7 +307,7 @@ def move(snap: Snapshot, actions: Tensor) -> Snapshot:
 
 
 def touches(snap: Snapshot) -> Tensor:
-    """(B, A, A+E) bool: which slots agents are in contact with."""
+    """(B, A, A+E) bool: which slots each agent touches; agents touch themselves."""
     places, there = bodies(snap)
     reach = AGENT + torch.tensor(RADII, device=places.device) + TOUCH
     near = torch.cdist(snap.position, places) <= reach
@@ -315,13 +315,13 @@ def touches(snap: Snapshot) -> Tensor:
 
 
 def first_true(x: Tensor) -> Tensor:
-    """Bool (B, n) with the first True of each row alone."""
+    """Bool (B, n): of each row of x only the first True stays True."""
     return x & (x.cumsum(1) == 1)
 
 
 def pick_ups(able: Tensor) -> Tensor:
-    """(B, A, 6) bool who takes which resource: agents in turn, each the first that is left of those
-    that it is able to take (B, A, 6)."""
+    """(B, A, 6) bool: which agent takes which resource. Agents choose in turn; each takes the first
+    resource left among those that it can take, able (B, A, 6) bool."""
     left, taken = torch.ones_like(able[:, 0]), []
     for i in range(SIDE):
         taken.append(first_true(able[:, i] & left))
@@ -330,12 +330,12 @@ def pick_ups(able: Tensor) -> Tensor:
 
 
 def advance(snap: Snapshot, actions: Tensor, clocks: Clocks) -> tuple[Snapshot, Tensor, Tally]:
-    """A step: snapshots, reward (B,), and what it adds to the tally."""
+    """Play a step with actions (B, A): snapshot after it, reward (B,), addition to the tally."""
     snap = move(snap, actions)
     touched, there = touches(snap), snap.pause == 0
-    # The invader's arrival comes before all; nobody catches it at home.
+    # Arrival comes before all other events: nobody catches an invader that is at home.
     arrived = there & (snap.invader.norm(dim=-1) <= INVADING + HOMING + TOUCH)
-    # One event for each agent: the invader, else a resource, else home.
+    # Each agent has at most one event: the invader, else a resource, else home.
     catches = first_true(touched[..., INVADER] & ~arrived[:, None])  # (B, A)
     caught = catches.any(1)
     able = ~catches & (snap.holding == 0)
@@ -348,7 +348,7 @@ def advance(snap: Snapshot, actions: Tensor, clocks: Clocks) -> tuple[Snapshot, 
     event = CAUGHT * catches + DELIVERED * delivers + (kind > 0) * (PICKED - 1 + kind)
     holding = torch.where(delivers, 0, snap.holding + kind)
     resources = replace_taken(snap.resources, taken.any(1), clocks)
-    # The invader walks, or begins its pause, or comes when that is over.
+    # The invader walks; caught or arrived, it begins a pause; a new one comes when that is over.
     distance = snap.invader.norm(dim=-1, keepdim=True)
     nearer = snap.invader * (1 - INVADER_STEP / distance.clamp(min=INVADER_STEP))
     comes = snap.pause == 1
@@ -374,22 +374,22 @@ def one_hot(x: Tensor, n: int) -> Tensor:
 
 
 def nearest_seen(places: Tensor, seen: Tensor) -> Tensor:
-    """(B, A, 12): of each type of resource and the invader, if the agent sees one, where the
-    nearest is from it, in units of SIGHT, and how near: 1 where it stands, 0 at the edge of sight;
-    places (B, A+E, 2), seen (B, A+E, A+E) bool."""
+    """(B, A, 12): for each type of resource and the invader, the offset (2) of the nearest one that
+    the agent sees, in units of SIGHT, and its nearness: 1 at the agent, 0 at the edge of sight. All
+    three are 0 if the agent sees none. places (B, A+E, 2), seen (B, A+E, A+E) bool."""
     sight = torch.tensor(RADII[SIDE:HOME], device=places.device) + SIGHT  # (7,)
     offset = places[:, None, SIDE:HOME] - places[:, :SIDE, None]  # (B, A, 7, 2)
     near = (1 - offset.norm(dim=-1) / sight) * seen[:, :SIDE, SIDE:HOME]  # (B, A, 7)
     offset = offset / SIGHT * seen[:, :SIDE, SIDE:HOME, None]
     shown = torch.cat((offset, near[..., None]), -1)  # (B, A, 7, 3)
-    first, second, invader = shown.split((3, 3, 1), 2)  # KINDS come twice
+    first, second, invader = shown.split((3, 3, 1), 2)  # each type of resource comes twice
     nearest = torch.where(first[..., 2:] >= second[..., 2:], first, second)
     return torch.cat((nearest, invader), 2).flatten(2)
 
 
 def observe(snap: Snapshot, place_scale: float = 1.0, egocentric: bool = False) -> Observation:
-    """What agents see: agents within SIGHT, things that reach into it, and themselves; velocities
-    and places times place_scale; egocentric: agents' features end with nearest_seen()."""
+    """What agents see: agents within SIGHT, things whose edge is within SIGHT, and themselves.
+    Velocities and places are times place_scale. egocentric: agents' rows end by nearest_seen()."""
     B, device = len(snap.present), snap.present.device
     places, there = bodies(snap)
     abilities = torch.cat((snap.value, snap.speed[..., None]), -1) - MIDDLE
@@ -418,20 +418,20 @@ def observe(snap: Snapshot, place_scale: float = 1.0, egocentric: bool = False) 
 
 
 class ResourceCollection:
-    """num_battles worlds.
+    """num_battles worlds. ValueError for arguments that are not allowed.
 
-    team_sizes      one of them is drawn for each episode
-    first_battle    number of the first: worlds with the same seed and number are the same
+    team_sizes      each episode draws one of these numbers of agents, 1 to 8
+    first_battle    number of the first world; seed and number determine a world's draws
     episode_limit   steps
-    once            worlds that have ended stand still until reset()
-    rescale         velocities and places are seen in units of SIGHT, steps are paid a tenth;
-                    what episodes are said to have earned stays
-    egocentric      agents' features also say where the nearest things they see are from them; who
-                    sees an agent sees those, too
+    once            a world that has ended stands still until reset()
+    rescale         observed velocities and places are divided by SIGHT and step rewards by 10;
+                    Episode.reward is not changed
+    egocentric      agents have 12 more features, those of nearest_seen(); whoever sees an agent
+                    sees these features, too
     """
 
     Episode = Episode
-    fixed = ("present", "value", "speed")  # fields of a Snapshot that last for an episode
+    fixed = ("present", "value", "speed")  # fields of a Snapshot that do not change in an episode
 
     def __init__(
         self,
@@ -466,14 +466,14 @@ class ResourceCollection:
 
     @property
     def time(self) -> Tensor:
-        """(B,) steps since the present episodes began."""
+        """(B,) int64: steps since the present episodes began."""
         return self.clocks.time
 
     def close(self) -> None:
-        """Nothing: as Combat has it, for games."""
+        """Does nothing; StarCraft II's battles have the same method and end their games."""
 
     def seed(self, seed: int) -> None:
-        """Begin the worlds' streams of random numbers; reset() comes next."""
+        """Restart the worlds' random streams with this seed. Call reset() next."""
         key = mixed(mixed(torch.full_like(self.numbers, seed)) + GOLDEN * (self.numbers + 1))
         self.clocks = Clocks(key, torch.zeros_like(key), torch.zeros_like(key))
         self.snapshot, self.begun = fresh(self.clocks, self.sizes), False
@@ -483,7 +483,7 @@ class ResourceCollection:
 
     @torch.no_grad()
     def reset(self) -> Observation:
-        """A new episode in every world."""
+        """Begin a new episode in every world."""
         key, episode, time = self.clocks
         self.clocks = Clocks(key, episode + 1, torch.zeros_like(time))
         self.snapshot, self.begun = fresh(self.clocks, self.sizes), True
@@ -494,8 +494,8 @@ class ResourceCollection:
 
     @torch.no_grad()
     def step(self, actions: Tensor | np.ndarray) -> Step:
-        """A step of all worlds; actions (B, A) ints. ValueError for one that is not available,
-        before anything has moved; nobody looks at those of worlds that stand still."""
+        """Play one step with actions (B, A), ints. ValueError (nothing is changed) before reset(),
+        for another shape, or for an unavailable action in a world that does not stand still."""
         actions = torch.as_tensor(actions, device=self.device).long()
         if not self.begun:
             raise ValueError("Before step() comes reset().")
@@ -528,18 +528,18 @@ class ResourceCollection:
 
     @torch.no_grad()
     def observe(self, snapshot: Snapshot) -> Observation:
-        """The observations in snapshots (K, ...), as the worlds would have given them."""
+        """The observations (K, ...) of a Snapshot (K, ...), equal to those that the worlds gave."""
         return observe(snapshot, self.place_scale, self.egocentric)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps and episodes depend on, but for the rules."""
+        """All that the next steps and episodes depend on, except for the rules."""
         parts = self.snapshot, self.clocks, self.tally
         rows = {f"{type(x).__name__}.{k}": v.clone() for x in parts for k, v in x._asdict().items()}
         about = {"begun": self.begun, "teams": str(self.teams)}
         return rows | {"over": self.over.clone(), "numbers": self.numbers.clone()} | about
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken; ValueError if that was of other worlds."""
+        """Restore a state_dict(). ValueError if it has other fields, teams or numbers of worlds."""
         mine = self.state_dict()
         if saved.keys() != mine.keys():
             raise ValueError("This state is of other rules of Resource Collection.")
@@ -563,7 +563,7 @@ class ResourceCollection:
 
 
 def choose(where: Tensor, new: Snapshot, old: Snapshot) -> Snapshot:
-    """new in the worlds where (B,) says so, old elsewhere."""
+    """`new` in the worlds where `where` (B,) bool is True, `old` in the others."""
     return Snapshot(
         *(torch.where(where.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(new, old))
     )
@@ -573,16 +573,16 @@ def choose(where: Tensor, new: Snapshot, old: Snapshot) -> Snapshot:
 
 
 def towards(offset: Tensor) -> Tensor:
-    """The action (...) that goes along the longer side of offset (..., 2)."""
+    """The action (...) that moves along the longer side of offset (..., 2), int64."""
     along = offset.abs().argmax(-1)
     sign = offset.gather(-1, along[..., None])[..., 0] > 0
     return 2 + 2 * along + sign.long()
 
 
 def collector(world: ResourceCollection) -> Tensor:
-    """A script that sees everything: the agent that can be at the invader first goes for it,
-    whatever it holds; others bring home what they hold, or take what pays most for the way, each
-    something else (when nothing is left, the first resource of the list)."""
+    """A scripted policy that sees everything. The agent that can reach the invader first goes to
+    it. Others bring home what they hold or, in turn, go to the resource that pays most per time, a
+    different one each (when none is left, the first of the list)."""
     snap = world.snapshot
     places = torch.cat((snap.resources, snap.invader[:, None]), 1)
     way = torch.cdist(snap.position, places) / snap.speed.clamp(min=0.1)[..., None]  # (B, A, 7)
@@ -605,9 +605,9 @@ def collector(world: ResourceCollection) -> Tensor:
 
 
 def forager(world: ResourceCollection) -> Tensor:
-    """A script that sees what agents see, and remembers nothing: a seen invader first, then home
-    with what it holds, then of the seen resources the one that pays most for the way; with nothing
-    to do it walks around home, where resources are."""
+    """A scripted policy that sees what agents see and has no memory, (B, A) actions. It goes to an
+    invader that it sees, else home if it holds something, else to the seen resource that pays most
+    per time, else it walks around home on a circle where resources are."""
     obs = world.obs
     own, things = obs.entities[:, :SIDE], obs.entities[:, SIDE:]
     place, goals = own[..., 2:4] / world.place_scale, things[..., 2:4] / world.place_scale
@@ -628,12 +628,12 @@ def forager(world: ResourceCollection) -> Tensor:
 
 
 def scripted_policies(seed: int) -> dict[str, Policy]:
-    """The reference points of every table."""
+    """{name: policy} with which tables compare learned policies; seed: of the random one."""
     return {"random": random_policy(seed), "forager": forager, "collector": collector}
 
 
 def summarise(episodes: list[Episode]) -> dict[str, float]:
-    """Mean return with a 95 % bootstrap interval; what was done, per episode."""
+    """Mean return with its 95 % bootstrap interval (BCa); means of the episodes' counts."""
     returns = np.array([episode.reward for episode in episodes])
     low, high = accelerated_interval(returns)
     return {
@@ -649,7 +649,7 @@ def summarise(episodes: list[Episode]) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Markdown: one line per row name."""
+    """A Markdown table of summarise()'s results: one line for each {name: result}."""
     lines = [["who", "return", "picked up", "caught", "arrived", "episodes"]]
     for name, row in rows.items():
         earned = with_interval(row, "return", digits=1)
@@ -665,8 +665,8 @@ BLUE, HOUSE, DARK, GROUND = (31, 119, 180), (250, 215, 120), (40, 40, 40), (255,
 
 
 def draw(snap: Snapshot, b: int, size: int = 480) -> np.ndarray:
-    """A picture (size, size, 3) uint8 of snapshot b: home yellow, resources in three colours,
-    agents blue with what they hold inside and a ring as far as they see, the invader black."""
+    """A picture (size, size, 3) uint8 of world b of a Snapshot: home yellow, resources in three
+    colours, agents blue with what they hold inside and a ring at SIGHT, the invader black."""
     from PIL import Image, ImageDraw
 
     fine = 2 * size  # drawn at twice the size, for smooth edges
@@ -693,7 +693,7 @@ def draw(snap: Snapshot, b: int, size: int = 480) -> np.ndarray:
 
 
 def film(world: ResourceCollection, policy: Policy, path: Path, fps: int = 12) -> None:
-    """An MP4 of an episode of the first world."""
+    """Play an episode of the first world and write it to an MP4 file, fps steps per second."""
     import imageio.v2 as imageio
 
     world.reset()

@@ -1,4 +1,4 @@
-"""Pictures of battles, and films."""
+"""Pictures and films of battles, made from Snapshots (envs/smac/combat.py)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from envs.smac.combat import (
     Snapshot,
 )
 
-WINDOW = 0.75 * MAP  # pictures show so much of the map, around its middle; all of it if need be
+WINDOW = 0.75 * MAP  # side of the square that a picture shows, map units; larger if necessary
 GROUND, GRID = "#ffffff", "#ececec"
 ALLY, ENEMY = "#1f77b4", "#d62728"
 DEAD, OUTLINE = "#bebebe", "#1e1e1e"
 SHOT, BEAM = "#787878", "#fa9628"
-FULL, SHIELDED = "#3ca03c", "#5a96f0"  # bars
+FULL, SHIELDED = "#3ca03c", "#5a96f0"  # bars of hit points and shields
 EMPTY = "#e1e1e1"
-CORNERS = {
+CORNERS = {  # of the polygon that shows a unit
     COLOSSUS: 4,
     STALKER: 3,
     ZEALOT: 4,
@@ -44,24 +44,23 @@ CORNERS = {
     MARINE: 20,
     MEDIVAC: 20,
 }
-TURN = {  # of the first corner
+TURN = {  # angle of the first corner, radians; 0 for others
     COLOSSUS: 0.0,
     STALKER: -math.pi / 2,
     ZEALOT: math.pi / 4,
 }
-Point = tuple[float, float]
+Point = tuple[float, float]  # pixels
 
 
 def draw(
     snap: Snapshot, b: int, units: Any = None, actions: Any = None, size: int = 480
 ) -> np.ndarray:
-    """A picture (size, size, 3) uint8 of snapshot b: allies blue, enemies red; Stalkers triangles,
-    Zealots squares, Colossi diamonds, Marines discs, Marauders hexagons, Medivacs discs with a
-    cross; bars of hit points (green) and shields (blue); crosses where units died.
+    """A picture (size, size, 3) uint8 of battle b of a Snapshot: allies blue, enemies red; Stalkers
+    triangles, Zealots squares, Colossi diamonds, Marines discs, Marauders hexagons, Medivacs discs
+    with a cross; bars for hit points (green) and shields (blue); crosses where units died.
 
-    units (A+E,): the simulator's, for shots on their way. actions (A,): dotted lines to the targets
-    that agents have chosen.
-    """
+    units (A+E,) UNIT: the simulator's units; attacks, missiles and beams are drawn, too.
+    actions (A,): the agents' actions; dotted lines show their targets."""
     from PIL import Image, ImageDraw
 
     fine = 2 * size  # drawn at twice the size, for smooth edges
@@ -71,7 +70,7 @@ def draw(
     present = np.flatnonzero(types != NOBODY).tolist()
     canvas = Canvas(ImageDraw.Draw(image), fine, find_window(snap, b))
     canvas.draw_grid()
-    # The dead first, and above all others who flies.
+    # Drawing order: the dead, living ground units, living Medivacs on top.
     for i in sorted(present, key=lambda i: (living[i], types[i] == MEDIVAC)):
         canvas.draw_unit(snap, b, i)
     if actions is not None:
@@ -88,7 +87,7 @@ def draw(
 
 
 def find_window(snap: Snapshot, b: int) -> float:
-    """How much of the map a picture shows: more than WINDOW if somebody lives outside."""
+    """Side of the square to show, map units: WINDOW, or more if a living unit is outside."""
     alive = np.asarray(snap.alive[b])
     out = 0.0
     for x in (snap.x[b], snap.y[b]):
@@ -98,38 +97,38 @@ def find_window(snap: Snapshot, b: int) -> float:
 
 
 class Canvas:
-    """A picture that is drawn in places of the map."""
+    """A square picture of the middle of the map; converts map units to pixels."""
 
     def __init__(self, brush: Any, pixels: int, window: float):
-        """window: how much of the map, around its middle, these pixels show."""
+        """pixels: side of the picture; window: side of the shown square in map units."""
         self.brush = brush
-        self.scale = pixels / window  # pixels of a unit of length
+        self.scale = pixels / window  # pixels per map unit
         self.margin = (MAP - window) / 2
 
     def place(self, x: float, y: float) -> Point:
-        """The pixel of a place on the map, whose y goes up."""
+        """The pixel of a place on the map. y points up on the map, down in the picture."""
         left = float(x) - self.margin
         top = MAP - self.margin - float(y)
         return left * self.scale, top * self.scale
 
     def line(self, a: Point, b: Point, colour: str, width: int) -> None:
-        """A line between two pixels."""
+        """Draw a line between two pixels."""
         self.brush.line([a, b], fill=colour, width=width)
 
     def dot(self, at: Point, radius: float, colour: str) -> None:
-        """A disc around a pixel."""
+        """Draw a disc around a pixel; the radius is in pixels."""
         x, y = at
         box = [x - radius, y - radius, x + radius, y + radius]
         self.brush.ellipse(box, fill=colour)
 
     def draw_grid(self) -> None:
-        """Lines two units of length apart."""
+        """Draw lines two map units apart."""
         for k in range(0, int(MAP) + 1, 2):
             self.line(self.place(k, 0), self.place(k, MAP), GRID, width=2)
             self.line(self.place(0, k), self.place(MAP, k), GRID, width=2)
 
     def draw_unit(self, snap: Snapshot, b: int, i: int) -> None:
-        """A unit with its bars, or a cross."""
+        """Draw unit i of battle b with its bars, or a cross if it is dead."""
         kind = int(snap.type[b][i])
         x, y = self.place(snap.x[b][i], snap.y[b][i])
         if not snap.alive[b][i]:
@@ -155,7 +154,7 @@ class Canvas:
             self.draw_bar(x, y - r - 20, shield, SHIELDED)
 
     def draw_bar(self, x: float, top: float, share: float, colour: str) -> None:
-        """A bar in the middle of which is x, filled up to a share."""
+        """Draw a bar, one map unit long and centred at x, filled up to `share` (0 to 1)."""
         left = x - self.scale / 2
         right = left + self.scale
         filled = left + self.scale * float(share)
@@ -163,7 +162,7 @@ class Canvas:
         self.brush.rectangle([left, top, filled, top + 7], fill=colour)
 
     def draw_choice(self, snap: Snapshot, b: int, i: int, j: int) -> None:
-        """A dotted line from unit i to unit j."""
+        """Draw a dotted line from unit i to unit j of battle b."""
         ax, ay = self.place(snap.x[b][i], snap.y[b][i])
         bx, by = self.place(snap.x[b][j], snap.y[b][j])
         n = int(math.dist((ax, ay), (bx, by)) / 16)
@@ -172,8 +171,8 @@ class Canvas:
             self.dot(at, 2, ALLY)
 
     def draw_shots(self, units: Any, i: int) -> None:
-        """Missiles as dots, beams as bars across their targets, other attacks and healing as
-        lines."""
+        """Draw what unit i does: its missile as a dot, its beam as a bar across the target, other
+        attacks and healing as lines."""
         me = units[i]
         here = self.place(me["x"], me["y"])
         if me["missile_at"] != NOBODY:
@@ -198,7 +197,8 @@ class Canvas:
 
 
 def film(battles: Any, policy: Callable[[Any], Any], path: Path, fps: int = 6) -> None:
-    """An MP4 of an episode of the first battle, a picture a step."""
+    """Play an episode of the first battle and write it to an MP4 file, one picture per step. fps:
+    pictures per second. Resets the battles; makes the file's folder."""
     import imageio.v2 as imageio
 
     battles.reset()
@@ -219,5 +219,5 @@ def film(battles: Any, policy: Callable[[Any], Any], path: Path, fps: int = 6) -
                 actions=np.asarray(actions)[0],
             )
             writer.append_data(frame)
-        for _ in range(fps):  # the units are already those of a next episode, if there is one
+        for _ in range(fps):  # a last second, without shots: `units` may be of a new episode
             writer.append_data(draw(step.final, 0))

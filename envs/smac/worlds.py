@@ -1,9 +1,9 @@
-"""The world behind a script's flags: battles in the simulator or in the real game, or Resource
-Collection, which have one interface.
+"""The world that a script's flags ask for: battles in the simulator or in StarCraft II, or Resource
+Collection. All have the interface of envs.smac.combat.Combat.
 
     wrong_flags(args)                      which of --scenario, --backend, ... exclude each other
     battles = make_worlds("sim", "sz", (3, 4, 5), num_battles=8, seed=1)
-    playing("sz").play(battles, policy)    the functions around a world's episodes
+    playing("sz").play(battles, policy)    one episode in each world
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from envs.smac.episodes import Policy
 
 
 def family_of(scenario: str, egocentric: bool = False) -> Family | resource_collection.Family:
-    """What is known of a world before there is one; egocentric: see Resource Collection."""
+    """Sizes of a scenario's observations and actions, and its teams; egocentric: resource only."""
     if scenario == "resource":
         return resource_collection.new_family(egocentric)
     return FAMILIES[scenario]
 
 
 def playing(scenario: str) -> Any:
-    """The module with its scripted_policies(), play(), summarise(), table() and film()."""
+    """The module with a scenario's scripted_policies(), play(), summarise(), table(), film()."""
     return resource_collection if scenario == "resource" else episodes
 
 
@@ -48,11 +48,11 @@ def make_worlds(
     rescale: bool = False,
     egocentric: bool = False,
 ) -> Any:
-    """num_battles of a scenario, whose numbers, from first_battle on, and seed say which they are;
-    once: they stand still when they have ended, else others begin.
-    Each world reads what is for it: `sim` enemy_ai and threads, `sc2` game_version, Resource
-    Collection the device, rescale, egocentric and at most 145 steps. ValueError where there are no
-    such teams, BattleError where there is no game."""
+    """num_battles worlds of a scenario, with the numbers first_battle, first_battle + 1, ... A seed
+    and a number determine a world's draws. once: a world that has ended stands still until reset().
+    An argument that a world does not have is ignored: enemy_ai and threads are for `sim`,
+    game_version for `sc2`; device, rescale and egocentric for Resource Collection, which has at
+    most 145 steps. ValueError for impossible team sizes, BattleError without the game."""
     options = {"team_sizes": team_sizes, "num_battles": num_battles, "seed": seed, "once": once}
     options |= {"first_battle": first_battle}
     if scenario == "resource":
@@ -68,8 +68,8 @@ def make_worlds(
 
 
 def wrong_flags(args: Any) -> list[tuple[Any, str]]:
-    """(whether it is wrong, sentence): teams that there are not, and flags of a script's `args`
-    that its world would ignore."""
+    """[(whether it is wrong, sentence)] for a script's `args`: team sizes that no team has, and
+    flags that the chosen world would ignore."""
     collects = args.scenario == "resource"
     in_game = args.backend == "sc2"
     other_rules = args.clip_regeneration or args.enemy_ai != "sticky"
@@ -101,8 +101,8 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
 
 
 def wrong_to_resume(args: Any, own: dict[str, Any]) -> list[tuple[Any, str]]:
-    """(whether it is wrong, sentence): a run, whose arguments are `own`, goes on in its backend and
-    in its version of the game; evaluated it may be elsewhere."""
+    """[(whether it is wrong, sentence)]: a run with the saved arguments `own` can be resumed only
+    with its --backend and --game-version. (It may be evaluated with others.)"""
     return [
         (args.backend != own["backend"], f"{args.resume} is a run with --backend {own['backend']}"),
         (
@@ -115,8 +115,8 @@ def wrong_to_resume(args: Any, own: dict[str, Any]) -> list[tuple[Any, str]]:
 def score(
     scenario: str, battles: Any, policy: Policy, number: int, progress: Callable[[int], None]
 ) -> dict[str, float]:
-    """What summarise() says of a policy's first `number` episodes, played in rounds of all battles;
-    of the game also how many it lost by failing, which count as not won. progress: see play()."""
+    """summarise() of a policy's first `number` episodes, one per battle and round; of StarCraft II
+    also "lost_to_failures", episodes cut short and counted as not won. progress: as for play()."""
     world, played = playing(scenario), []
     while len(played) < number:
         played += world.play(battles, policy, progress)

@@ -115,6 +115,7 @@ WRONG = {
     "my_world:Flat": "is no grid of integers",
     "my_world:Apart": "views of one size and the same actions",
     "my_world:Pale": "colours must be 4 rows",
+    "my_world:Below": "has kinds below 0",
 }
 
 
@@ -128,6 +129,9 @@ def test_what_is_no_world_is_one_sentence(name, my_world, capsys):
             "    def action_space(self, agent):\n"
             "        return Discrete(5 if agent == 'a' else 4)\n"
             "\n\nclass Pale(Berries):\n    colours = [(0, 0, 0)]\n"
+            "\n\nclass Below(Berries):\n"
+            "    def observation_space(self, agent):\n"
+            "        return Box(-1, 3, (5, 5), np.int8)\n"
         )
     assert bidist.main(tiny(bidist.__name__, "run", 1, "--substrate", name)) == 2
     err = capsys.readouterr().err

@@ -543,7 +543,7 @@ def test_bots_are_drawn_from_the_scenarios_list():
 def test_what_is_chosen():
     assert choose_scenarios(COINS, "none") == []
     assert choose_scenarios(COINS, "SC0,SC3") == ["coins_0", "coins_3"]
-    assert choose_scenarios(COINS, "sc6, 2") == ["coins_6", "coins_2"]
+    assert choose_scenarios(COINS, "sc6, 2, SC6") == ["coins_6", "coins_2"]
     assert len(choose_scenarios("stag_hunt_in_the_matrix__repeated", "all", "scripted")) == 10
     assert choose_scenarios("daycare", "all", "scripted") == []
     assert choose_bots([get_plan("coins_0")], "scripted") == "scripted"
