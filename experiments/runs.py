@@ -441,7 +441,7 @@ def pack(study: Pack) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Options of `show`."""
+    """List runs: script, seed, environment steps, evaluations and commit."""
 
     runs: Runs  # run directories and packed studies to list
     only: tuple[str, ...] = ()  # list only runs whose names match one of these shell patterns
