@@ -59,7 +59,7 @@ class Bots:
     bootstrap intervals over whole episodes (rates are ratios of totals). "random" plays all actions
     with equal probability. Default visitors are the substrate's bots with one fixed goal, or a
     puppet per goal ("goal:CLEAN") if all bots change their goals, and random play. Default
-    residents are bots with one fixed goal, random play and four bots of each kind of puppeteer.
+    residents: bots with one fixed goal, random play, up to four bots of each kind of puppeteer.
 
     The second table (only for some substrates) pools all episodes of a bot: the share of its acts
     that fit the goal that its puppeteer had set at that moment, and the number of fitting acts per
