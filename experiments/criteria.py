@@ -332,7 +332,7 @@ def mean_in_part(run: Run, text: str, part: tuple[float, float], last: int | Non
 
 
 def measure_run(run: Run, measure: Final | Curve | Scenarios) -> dict[str, float]:
-    """{row or scenario: figure} of a run; {} if it never met the bots. KeyError: no data."""
+    """A run's {row or scenario: figure}, {} if it met no bots; KeyError if it lacks a figure."""
     results = run.summary["eval"]
     rows = measure.rows.split() or [""]
     if isinstance(measure, Final):
