@@ -544,7 +544,7 @@ class Gif:
 
     film: Annotated[Path, tyro.conf.Positional]  # an MP4 that --capture-video made
     out: Annotated[Path, tyro.conf.Positional]  # the .gif to write
-    every: Positive = 1  # keep every so many-th frame
+    every: Positive = 1  # keep one frame of every so many
     first: Count = 0  # number of the first frame to keep
     pictures: Positive = 80  # most frames to keep
     width: Positive = 320  # width of the GIF in pixels
