@@ -1,23 +1,23 @@
-"""Speed of worlds, learners and whole training, beside others where there are any.
+"""Benchmarks: the speed of worlds, of updates and of whole training, next to other libraries.
 
     python experiments/bench.py meltingpot                    worlds, training, memory of a rollout
-    python experiments/bench.py scenarios --episodes 10       evaluating beside scripted bots
-    python experiments/bench.py particle                      beside mpe2, VMAS and JaxMARL
-    python experiments/bench.py combat                        beside SMAX and SMAClite
-    python experiments/bench.py peers                         all three worlds beside all others
+    python experiments/bench.py scenarios --episodes 10       evaluation with scripted bots
+    python experiments/bench.py particle                      worlds next to mpe2, VMAS and JaxMARL
+    python experiments/bench.py combat                        battles next to SMAX and SMAClite
+    python experiments/bench.py peers                         all worlds next to all other libraries
     python experiments/bench.py mra                           an update cycle, and returns over time
-    python experiments/bench.py refil                         one update, beside two plain learners
-    python experiments/bench.py mipi                          one update, beside its parent
-    python experiments/bench.py collaq                        the same
+    python experiments/bench.py refil                         one update, next to plain learners
+    python experiments/bench.py mipi                          one update, next to REFIL
+    python experiments/bench.py collaq                        one update, next to REFIL and AQMIX
     python experiments/bench.py ranks                         one process and two, under torchrun
     python experiments/bench.py trainings --device cuda       every script's training on a device
     python experiments/bench.py scale --device cuda           BiDist with more worlds; all-reduces
-    python experiments/bench.py all --device cuda             all that a device can change, briefly
-    python experiments/bench.py zoo                           no speed: the zoo's figures again
-    pip install -r requirements-bench.txt                     others' worlds, else they are left out
+    python experiments/bench.py all --device cuda             everything a device affects, briefly
+    python experiments/bench.py zoo                           evaluates the zoo's policies again
+    pip install -r requirements-bench.txt                     the other libraries, if you want them
 
-All print Markdown; ratios are measured in one run. Run nothing else meanwhile. `SUBCOMMAND --help`
-has the options, and what each table's figures mean.
+All commands print Markdown. The two sides of a ratio are measured in the same run. Run nothing else
+on the machine meanwhile. `SUBCOMMAND --help` has the options and explains each table.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def table_line(*cells: Any) -> None:
 
 @contextlib.contextmanager
 def held_to(cores: int) -> Iterator[None]:
-    """This process runs on so many cores (not on macOS, which has no such call)."""
+    """Context in which this process uses only so many cores (no effect on macOS)."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -108,27 +108,29 @@ def held_to(cores: int) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class MeltingPot:
-    """Melting Pot's worlds and whole training.
+    """The speed of Melting Pot's worlds and of training in them.
 
-    Worlds: steps per second of one process, our direct reading with tile ids against the official
-    wrapper without, both stepping the same actions by turns; "bare" is the ratio that a reader
-    would reach which only advances the engine and draws the images; resets are ours and the
-    official wrapper's. Training: one process of MAPPO or BiDist with tile ids and with --plain,
-    split into worlds, acting and learning. Memory: a rollout's images as ids and as pixels.
+    Worlds: environment steps per second of one process. Our engine reader (tile ids) and the
+    official wrapper (pixels) take turns with the same actions; "bare" is the ratio for a reader
+    that only advances the engine and draws the images; resets: ours, then official. Training: MAPPO
+    or BiDist in one process with tile ids and with --plain (pixels), in seconds for worlds, acting
+    and learning. Memory: the images of a rollout as tile ids and as pixels.
     """
 
+    # substrates to measure
     substrates: Annotated[tuple[str, ...], tyro.conf.Positional] = PAPER
+    # tables to print
     parts: tuple[Literal["worlds", "training", "memory"], ...] = ("worlds", "training", "memory")
-    script: Literal["mappo", "bidist"] = "mappo"  # of the training table
-    rounds: Positive = 7  # ours and official by turns, or iterations with ids and with pixels
-    steps: Positive = 300  # per turn
-    num_envs: Positive = 16  # worlds in training; 16 times 200 steps are the paper's batch
-    num_workers: Count = 0  # 0: one per core
-    num_threads: Positive = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    amp: bool = False  # critic in bf16, for both kinds
+    script: Literal["mappo", "bidist"] = "mappo"  # script of the training table
+    rounds: Positive = 7  # timed turns of each world; in training, iterations with tile ids
+    steps: Positive = 300  # environment steps per turn
+    num_envs: Positive = 16  # parallel worlds in training; 16 x 200 steps are the paper's batch
+    num_workers: Count = 0  # processes that step worlds in training; 0: one per core
+    num_threads: Positive = 1  # torch's threads in training
+    device: Literal["cpu", "cuda"] = "cpu"  # device of acting and learning
+    amp: bool = False  # train the critic in bf16, with tile ids and with --plain
     plain_rounds: Count = 3  # iterations with --plain, which are slow; 0 leaves them out
-    flags: str = ""  # of the script, as --flags="--k-d 1"
+    flags: str = ""  # more flags of the script, as --flags="--k-d 1"
 
 
 def steps_per_second(step: Any, actions: np.ndarray) -> float:
@@ -139,7 +141,7 @@ def steps_per_second(step: Any, actions: np.ndarray) -> float:
 
 
 class Ours:
-    """One world in this process, read directly, with tile ids."""
+    """One world whose engine is read directly in this process; images are tile ids."""
 
     def __init__(self, spec: Any, seed: int):
         self.spec, self.seed, self.palette = spec, seed, Palette.private()
@@ -161,7 +163,7 @@ class Ours:
 
 
 class Bare(Ours):
-    """The engine's own work: it advances and draws all images, and nothing is made of them."""
+    """A world that only advances the engine and lets it draw all images, without reading them."""
 
     def step(self, actions: np.ndarray) -> None:
         self.over = not self.engine.step(actions)
@@ -170,7 +172,7 @@ class Bare(Ours):
 
 
 class Official:
-    """The same world behind Melting Pot's own wrappers, with pixels."""
+    """One world behind Melting Pot's official wrappers; images are pixels."""
 
     def __init__(self, spec: Any):
         import_meltingpot()
@@ -201,7 +203,7 @@ def bench_worlds(bench: MeltingPot) -> None:
             turn = []
             for world, reset in zip(worlds, resets):
                 began = time.perf_counter()
-                world.reset()  # every turn from an episode's start, as none ends within 300 steps
+                world.reset()  # a new episode for each turn: none ends within 300 steps
                 reset.append(time.perf_counter() - began)
                 turn.append(steps_per_second(world.step, actions))
             if number and not any(world.over for world in worlds):  # the first turn warms up
@@ -232,7 +234,7 @@ def bench_training(bench: MeltingPot) -> None:
 
 
 class Timed:
-    """Worlds whose steps are timed; `wait` returns when a device has done what was asked of it."""
+    """Worlds whose step() is timed; wait() first blocks until the device has done pending work."""
 
     def __init__(self, envs: Any, wait: Callable[[], None]):
         self.envs, self.wait, self.seconds = envs, wait, 0.0
@@ -249,7 +251,7 @@ class Timed:
 
 
 def training_args(bench: MeltingPot, name: str, kind: str) -> tuple[Any, Any]:
-    """The script, and its arguments."""
+    """The script's module and its Args; kind: "ids" (tile ids) or "plain" (pixels)."""
     distils = bench.script == "bidist"
     script = load_script("bidist_mappo_meltingpot" if distils else "mappo_meltingpot")
     flags = ["--substrate", name, "--num-envs", str(bench.num_envs), "--device", bench.device]
@@ -259,7 +261,7 @@ def training_args(bench: MeltingPot, name: str, kind: str) -> tuple[Any, Any]:
 
 
 def training_seconds(script: Any, args: Any, bench: MeltingPot, rounds: int) -> dict[str, float]:
-    """Of one iteration's parts: worlds, acting, learning."""
+    """Seconds per iteration of training for "worlds", "acting" and "learning"."""
     distils = hasattr(script, "distill")
     torch.set_num_threads(bench.num_threads)
     wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
@@ -286,7 +288,7 @@ def training_seconds(script: Any, args: Any, bench: MeltingPot, rounds: int) -> 
                 parts["worlds"].append(envs.seconds)
                 parts["acting"].append(collected - began - envs.seconds)
                 parts["learning"].append(time.perf_counter() - collected)
-    centre = statistics.mean if distils else statistics.median  # 2 in 10 distill
+    centre = statistics.mean if distils else statistics.median  # a median would miss distillation
     return {part: centre(values) for part, values in parts.items()}
 
 
@@ -304,7 +306,7 @@ def bench_memory(bench: MeltingPot) -> None:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """The model name of the CPU."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(": ")[1] for line in lines if "model name" in line]
@@ -312,7 +314,7 @@ def processor() -> str:
 
 
 def meltingpot(bench: MeltingPot) -> None:
-    """Print the tables."""
+    """Print the tables that MeltingPot describes."""
     gpu = f", {torch.cuda.get_device_name()}" if bench.device == "cuda" else ""
     print(f"{processor()}{gpu}, torch {torch.__version__}, {bench}\n")
     tables = {"worlds": bench_worlds, "training": bench_training, "memory": bench_memory}
@@ -326,25 +328,25 @@ def meltingpot(bench: MeltingPot) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Bots:
-    """How long it takes to evaluate beside the scenarios' scripted bots.
+    """The speed of evaluation in Melting Pot's scenarios with scripted bots.
 
-    For each substrate: all its scenarios, whole natural episodes, with a network in the focal seats
-    as in an evaluation, timed as one (the engines' first builds included); then each scenario
-    alone, environment steps per second over --steps steps, and the same with random play on the
-    bots' seats; the ratio says what the bots cost.
+    First table, a line per substrate: whole episodes of all its scenarios with a network in the
+    focal seats, as in an evaluation; the time includes the first builds of the engines. Second
+    table, a line per scenario: environment steps per second, with the bots and with random players
+    in their seats; the ratio shows the cost of the bots.
     """
 
-    substrates: tuple[str, ...] = PAPER
-    scenarios: str = "all"  # as in --eval-scenarios
-    episodes: Count = 10  # per scenario, in the first table; 0 leaves it out
-    steps: Count = 200  # per world, in the second; 0 leaves it out
-    num_envs: Positive = 16
-    num_workers: Count = 0  # 0: one per core
-    seed: Seed = 1
+    substrates: tuple[str, ...] = PAPER  # substrates to measure
+    scenarios: str = "all"  # scenarios to play, written as in the scripts' --eval-scenarios
+    episodes: Count = 10  # episodes per scenario in the first table; 0 leaves the table out
+    steps: Count = 200  # steps per world in the second table; 0 leaves the table out
+    num_envs: Positive = 16  # parallel worlds
+    num_workers: Count = 0  # processes that step worlds; 0: one per core
+    seed: Seed = 1  # seed of worlds and players
 
 
 def time_whole(bench: Bots, substrate: str) -> None:
-    """A line of the first table."""
+    """Time whole episodes of a substrate's scenarios and print a line of the first table."""
     script, rng = load_script("mappo_meltingpot"), np.random.default_rng(bench.seed)
     names = choose_scenarios(substrate, bench.scenarios, "scripted")
     args = script.Args(substrate=substrate, num_envs=1, num_workers=1)
@@ -371,7 +373,7 @@ def time_whole(bench: Bots, substrate: str) -> None:
 
 
 def scenario_speed(bench: Bots, plan: Any) -> float:
-    """Environment steps per second of one plan."""
+    """Environment steps per second of one scenario plan, with random focal players."""
     options = {"num_workers": bench.num_workers, "timeout": 60.0}
     with Scenarios([plan], bench.num_envs, bench.seed, "scripted", **options) as envs:
         rng, shape = np.random.default_rng(bench.seed), (bench.num_envs, envs.spec.num_agents)
@@ -385,7 +387,7 @@ def scenario_speed(bench: Bots, plan: Any) -> float:
 
 
 def check_scenarios(bench: Bots) -> None:
-    """UsageError for what cannot be timed."""
+    """Raise UsageError, ValueError or WorldError if some scenario cannot be played here."""
     for substrate in bench.substrates:
         get_spec(substrate)
         names = choose_scenarios(substrate, bench.scenarios, "scripted")
@@ -395,7 +397,7 @@ def check_scenarios(bench: Bots) -> None:
 
 
 def scenarios(bench: Bots) -> None:
-    """Print both tables."""
+    """Print the tables that Bots describes."""
     try:
         check_scenarios(bench)
     except (ValueError, WorldError) as error:
@@ -423,7 +425,7 @@ def scenarios(bench: Bots) -> None:
 # --- Particle worlds ------------------------------------------------------------------------------
 
 
-OURS = (  # the worlds of the second table
+OURS = (  # tasks and populations of the second table
     ("treasure", (3, 6, 12, 24, 48)),
     ("resource", (6, 9, 12, 15)),
     ("pacman", ((4, 2), (6, 3), (8, 4), (2, 8))),
@@ -432,37 +434,36 @@ OURS = (  # the worlds of the second table
 
 @dataclasses.dataclass(frozen=True)
 class Particle:
-    """The particle worlds beside mpe2, VMAS and JaxMARL.
+    """The speed of the particle worlds next to mpe2, VMAS and JaxMARL.
 
-    First table: the task that all of them have, simple_spread, which is defined here for ours: N
-    agents of radius .15, N landmarks; reward from the distance of each landmark to its nearest
-    agent and from collisions; everybody observes itself, all landmarks and all others. Random
-    actions, drawn before. Each library plays it for some numbers of parallel worlds (mpe2 has one),
-    and the fastest counts. Second table: our own three worlds. Figures are millions of agent-steps
-    per second: worlds x agents x steps / seconds, with episodes of 20 (ours), 25 (JaxMARL, mpe2)
-    steps begun anew, VMAS without. All are held to the same cores.
+    First table: simple_spread, the task that all libraries have (defined in this file for our
+    engine): N agents of radius .15 and N landmarks. The reward counts the distance of each landmark
+    to its nearest agent, and collisions. An agent observes itself, all landmarks and all others.
+    Actions are random and drawn in advance. The fastest of several numbers of parallel worlds
+    counts (mpe2 has one world). Second table: our three tasks. Figures are millions of agent-steps
+    per second. Episodes have 20 steps (ours) or 25 (JaxMARL, mpe2); in VMAS they do not end.
     """
 
-    numbers: tuple[Positive, ...] = (3, 6, 12, 24, 48)  # N
-    worlds: tuple[Positive, ...] = (64, 512, 4096)  # of which the fastest counts
-    seconds: Above = 2.0  # of each measurement, at least
-    cores: Positive = 1  # that the process may use
-    device: str = "cpu"  # of ours and VMAS's
-    peers: bool = True  # whether others are timed, too
-    own: bool = True  # whether there is a second table
+    numbers: tuple[Positive, ...] = (3, 6, 12, 24, 48)  # numbers of agents, N, in the first table
+    worlds: tuple[Positive, ...] = (64, 512, 4096)  # parallel worlds to try; the fastest counts
+    seconds: Above = 2.0  # least duration of each measurement, in seconds
+    cores: Positive = 1  # CPU cores that the process may use
+    device: str = "cpu"  # device of our worlds and of VMAS's
+    peers: bool = True  # measure the other libraries as well
+    own: bool = True  # print the second table
 
 
 def spread_outcome(game: Game, bodies: Bodies) -> Outcome:
-    """Half: -sum over landmarks of the distance to the nearest agent; half: -1 per collision."""
+    """simple_spread's reward: -0.5 (sum over landmarks of the nearest agent's distance + hits)."""
     far = landmark_distances(game, bodies)
     near = agent_distances(bodies) < 2 * game.radius[0]
-    hits = near.to(far.dtype).sum(1) - 1  # everyone is near itself
+    hits = near.to(far.dtype).sum(1) - 1  # -1: an agent is always near itself
     reward = -0.5 * far.amin(0).sum(0) - 0.5 * hits
     return Outcome(reward, bodies.alive, torch.zeros_like(far[0], dtype=torch.bool))
 
 
 def spread_observation(game: Game, bodies: Bodies) -> ParticleObservation:
-    """Own velocity and position, landmarks and all agents relative to oneself."""
+    """simple_spread's observation: own velocity, position; landmarks, agents relative to it."""
     p, v = bodies.position, bodies.velocity
     landmarks = (bodies.landmarks[:, None] - p[:, :, None]).transpose(1, 2)  # (2, L, N, B)
     agents = (p[:, None] - p[:, :, None]).transpose(1, 2)
@@ -489,7 +490,7 @@ SPREAD = Task(
 def agent_rate(
     step: Callable[[], object], per_step: int, seconds: float, wait=lambda: None
 ) -> float:
-    """Million agent-steps per second of step(), after a warm-up that includes a new episode."""
+    """Million agent-steps per second of step(), `per_step` a call. The warm-up includes a reset."""
     for _ in range(30):
         step()
     wait()
@@ -503,7 +504,7 @@ def agent_rate(
 
 
 def our_particles(task: str, population, worlds: int, compiled: bool, bench: Particle) -> float:
-    """One of our worlds; NaN if it cannot be compiled here."""
+    """Million agent-steps per second of our worlds; NaN if they cannot be compiled here."""
     TASKS["spread"] = SPREAD
     world = ParticleWorld(task, population, worlds, bench.device, compiled=compiled)
     world.reset()
@@ -518,7 +519,7 @@ def our_particles(task: str, population, worlds: int, compiled: bool, bench: Par
 
 
 def mpe2(N: int, worlds: int, bench: Particle) -> float:
-    """PettingZoo's, one world at a time."""
+    """Million agent-steps per second of simple_spread in mpe2 (Farama's MPE), with one world."""
     from mpe2 import simple_spread_v3
 
     env = simple_spread_v3.parallel_env(N=N, max_cycles=25)
@@ -537,7 +538,7 @@ def mpe2(N: int, worlds: int, bench: Particle) -> float:
 
 
 def vmas(N: int, worlds: int, bench: Particle) -> float:
-    """VMAS's scenario of the same name."""
+    """Million agent-steps per second of simple_spread in VMAS."""
     import vmas as library
 
     how = dict(continuous_actions=False, n_agents=N, device=bench.device)
@@ -550,7 +551,7 @@ def vmas(N: int, worlds: int, bench: Particle) -> float:
 
 
 def jaxmarl(N: int, worlds: int, bench: Particle) -> float:
-    """JaxMARL's, compiled over all worlds."""
+    """Million agent-steps per second of simple_spread in JaxMARL, compiled over all worlds."""
     import jax
     from jaxmarl import make
 
@@ -570,14 +571,14 @@ def jaxmarl(N: int, worlds: int, bench: Particle) -> float:
 
 
 def fastest(measure: Callable[[int], float], worlds: tuple[int, ...]) -> float:
-    """Over numbers of worlds; NaN for a library that is not installed."""
+    """The largest measure(number) over these numbers of worlds; NaN if a library is missing."""
     found = [math.nan]
     for number in worlds:
         try:
             found.append(measure(number))
         except ModuleNotFoundError:
             return math.nan
-        except (RuntimeError, MemoryError) as error:  # mostly too large for this machine
+        except (RuntimeError, MemoryError) as error:  # probably too many worlds for the memory
             print(f"({number} worlds: {str(error)[:60]})", file=sys.stderr)
     return float(np.nanmax(found))
 
@@ -587,7 +588,7 @@ def or_not_run(x: float) -> str:
 
 
 def particle(bench: Particle) -> None:
-    """Print both tables."""
+    """Print the tables that Particle describes."""
     torch.set_num_threads(bench.cores)
     with held_to(bench.cores):
         time_spread(bench)
@@ -596,7 +597,7 @@ def particle(bench: Particle) -> None:
 
 
 def time_spread(bench: Particle) -> None:
-    """The first table."""
+    """Print the first table, simple_spread in all libraries."""
     print(f"simple_spread, M agent-steps/s, {bench.cores} core(s), {bench.device}\n")
     ours = ("ours, eager", "ours, compiled", "compiled / fastest peer")
     table_head("N", "mpe2", "VMAS", "JaxMARL", *ours)
@@ -616,7 +617,7 @@ def time_spread(bench: Particle) -> None:
 
 
 def time_our_particles(bench: Particle) -> None:
-    """The second table."""
+    """Print the second table, our own tasks."""
     print()
     table_head("world", "population", "eager", "compiled")
     for task, populations in OURS:
@@ -636,24 +637,24 @@ def time_our_particles(bench: Particle) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Battles:
-    """Our battles beside SMAX (JaxMARL) and SMAClite, 8 against 8.
+    """The speed of our battles next to SMAX (JaxMARL) and SMAClite, 8 against 8.
 
-    Random available actions, chosen outside the clock; observations, masks and new episodes inside
-    it. Teams of SZ (ours) and 3s5z (both others) against their scripted enemies. Figures are
-    environment steps per second, battles x steps / seconds; a step is 8 frames of the game in ours
-    and in SMAX. SMAClite installs from its repository only.
+    Actions are random available ones. Drawing them is not timed; observations, masks and new
+    episodes are. Teams of SZ (ours) or 3s5z (the others) fight scripted enemies. Figures are
+    environment steps per second (battles x steps / seconds). A step is 8 frames of the game in ours
+    and in SMAX. SMAClite can only be installed from its repository.
     """
 
-    battles: tuple[Positive, ...] = (1, 64, 1024)
-    scenario: Scenario = "sz"  # ours
-    seconds: Above = 3.0  # of each measurement, at least
-    cores: Positive = 1  # that the process may use
-    threads: Positive = 1  # of ours
-    peers: bool = True
+    battles: tuple[Positive, ...] = (1, 64, 1024)  # numbers of parallel battles, a line each
+    scenario: Scenario = "sz"  # scenario of our battles
+    seconds: Above = 3.0  # least duration of each measurement, in seconds
+    cores: Positive = 1  # CPU cores that the process may use
+    threads: Positive = 1  # threads of our simulator
+    peers: bool = True  # measure the other libraries as well
 
 
 def battle_rate(choose: Callable, step: Callable, battles: int, seconds: float) -> float:
-    """Steps per second of step(actions), without the time that choose() takes."""
+    """Environment steps per second of step(actions); the time of choose() is not counted."""
     for _ in range(5):
         step(choose())
     spent, count = 0.0, 0
@@ -706,7 +707,7 @@ def smax(bench: Battles, number: int) -> float | None:
 
 
 def smaclite(bench: Battles) -> float | None:
-    """One battle: there is no batch of them."""
+    """Steps per second of a single SMAClite battle (it has no batches); None if not installed."""
     try:
         import gymnasium
         import smaclite  # noqa: F401
@@ -729,7 +730,7 @@ def smaclite(bench: Battles) -> float | None:
 
 
 def combat(bench: Battles) -> None:
-    """Print the table."""
+    """Print the table that Battles describes."""
     with held_to(bench.cores):
         print(f"{bench.cores} core(s), {bench.threads} thread(s) of ours, {bench.scenario}\n")
         table_head("battles", "ours", "SMAX", "SMAClite", "ours / SMAX", "ours / SMAClite")
@@ -742,32 +743,32 @@ def combat(bench: Battles) -> None:
             table_line(number, f"{mine:,.0f}", *cells)
 
 
-# --- All worlds beside others' --------------------------------------------------------------------
+# --- All worlds and all other libraries -----------------------------------------------------------
 
 PEERS = ("dm-meltingpot", "mpe2", "vmas", "jaxmarl", "smaclite", "jax", "torch", "numba", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    """Our three kinds of worlds beside what else there is, on this machine and in one run.
+    """The speed of our three kinds of worlds next to other libraries, in one run.
 
-    Versions; Melting Pot's own wrapper (as `meltingpot`, the paper's substrates); mpe2, VMAS and
-    JaxMARL (as `particle`); SMAX and SMAClite (as `combat`). What is not installed is left out and
-    named. Each measurement takes --seconds, some minutes in all.
+    Tables of other subcommands: Melting Pot's official wrapper (`meltingpot`); mpe2, VMAS, JaxMARL
+    (`particle`); SMAX, SMAClite (`combat`). A missing library is left out. Takes some minutes.
     """
 
+    # substrates of Melting Pot
     substrates: tuple[str, ...] = ("coins", "chicken_in_the_matrix__repeated")
-    numbers: tuple[Positive, ...] = (3, 12, 48)  # agents in particle worlds
-    worlds: tuple[Positive, ...] = (64, 512, 4096)  # particle worlds, of which the fastest counts
-    battles: tuple[Positive, ...] = (1, 64, 1024)
-    seconds: Above = 2.0  # of each measurement, at least
-    rounds: Positive = 5  # of Melting Pot, ours and its own by turns
-    steps: Positive = 300  # per turn
-    cores: Positive = 1  # that the process may use
+    numbers: tuple[Positive, ...] = (3, 12, 48)  # numbers of agents in particle worlds
+    worlds: tuple[Positive, ...] = (64, 512, 4096)  # particle worlds to try; the fastest counts
+    battles: tuple[Positive, ...] = (1, 64, 1024)  # numbers of parallel battles
+    seconds: Above = 2.0  # least duration of each measurement, in seconds
+    rounds: Positive = 5  # timed turns of our reader and of Melting Pot's wrapper
+    steps: Positive = 300  # environment steps per turn in Melting Pot
+    cores: Positive = 1  # CPU cores that the process may use
 
 
 def installed(name: str) -> str:
-    """A distribution's version."""
+    """The version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -775,7 +776,7 @@ def installed(name: str) -> str:
 
 
 def peers(bench: Peers) -> None:
-    """Print a table for each kind of world."""
+    """Print versions, then a table for each kind of world."""
     print(f"{processor()}, {bench.cores} core(s), Python {platform.python_version()}\n")
     table_head("library", "version")
     for name in PEERS:
@@ -796,31 +797,31 @@ def peers(bench: Peers) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Mra:
-    """MRA's learner: an update cycle, memory of a replay, and how fast returns rise.
+    """The speed of MRA's updates, the memory of its replay, and returns over training time.
 
-    First table: one cycle of the paper's size (K = 10 minibatches of 1024 for critic and actor,
-    phi, psi and xi) in resource occupation, CPU milliseconds on one thread, with plain networks of
-    pairs and with their fast form; "round" is one minibatch, critic and actor. Second: bytes of a
-    transition in the replay. Third: returns of fresh episodes (z drawn from p(z|m)) after so many
-    CPU seconds of training (after compilation, evaluations left out).
+    First table: CPU milliseconds of one update cycle of the paper's size in resource occupation (K
+    = 10 minibatches of 1024 for critic and actor, then phi, psi and xi), on one thread, with the
+    plain and the fast form of the networks of pairs; "round" is one minibatch for critic and actor.
+    Second table: bytes of a transition in the replay. Third table: returns in new episodes, with z
+    drawn from p(z|m), over CPU seconds of training (without compilation and evaluation).
     """
 
-    numbers: tuple[Positive, ...] = (6, 12, 24)  # N of the first table
-    repeats: Positive = 3  # of each measurement; the smallest counts
-    cycles: bool = True  # first table
-    presets: tuple[str, ...] = ("cpu",)  # of the third; none: not at all
-    populations: tuple[str, ...] = ("6", "9", "12")  # of resource, in the third
-    cpu_seconds: Above = 120.0  # of training
-    every: Above = 15.0  # CPU seconds between lines
-    episodes: Annotated[int, Interval(ge=2)] = 500  # of each line and population
-    seed: Seed = 1
+    numbers: tuple[Positive, ...] = (6, 12, 24)  # numbers of agents, N, in the first table
+    repeats: Positive = 3  # timed calls per measurement; the fastest counts
+    cycles: bool = True  # print the first and the second table
+    presets: tuple[str, ...] = ("cpu",)  # presets to train in the third table; none: no table
+    populations: tuple[str, ...] = ("6", "9", "12")  # populations to train in the third table
+    cpu_seconds: Above = 120.0  # CPU seconds of training in the third table
+    every: Above = 15.0  # CPU seconds of training between two lines of the third table
+    episodes: Annotated[int, Interval(ge=2)] = 500  # episodes per line and population
+    seed: Seed = 1  # seed of training and of the new episodes
 
 
-KINDS = {"plain": "--plain", "fast": ""}  # of the first table
+KINDS = {"plain": "--plain", "fast": ""}  # forms of the networks of pairs in the first table
 
 
 def begin_mra(script: Any, flags: str) -> SimpleNamespace:
-    """Arguments, worlds with their replays, agent and generators as train() makes them."""
+    """Args, collectors (worlds and replays), agent and generators, made as in train()."""
     args = script_args(script, [*flags.split(), "--device", "cpu"])
     collectors = [script.Collector(args, name, CPU) for name in args.populations]
     agent = script.Agent(args, collectors[0].game, CPU)
@@ -833,7 +834,7 @@ def begin_mra(script: Any, flags: str) -> SimpleNamespace:
 
 
 def cpu_ms(function: Callable[[], Any], repeats: int) -> float:
-    """The smallest CPU time of several calls, after one that does not count."""
+    """The smallest CPU time of `repeats` calls in milliseconds, after one warm-up call."""
     times = []
     for _ in range(repeats + 1):
         start = time.process_time()
@@ -843,7 +844,7 @@ def cpu_ms(function: Callable[[], Any], repeats: int) -> float:
 
 
 def time_cycle(script: Any, number: int, kind: str, repeats: int) -> dict[str, float]:
-    """Milliseconds of a round, phi, psi and xi, and a whole cycle."""
+    """CPU milliseconds of a round, of the phi update, of psi and xi, and of a whole cycle."""
     other = 9 if number != 9 else 6
     flags = f"--task resource --populations {number} {other} --buffer-size 20000 {KINDS[kind]}"
     s = begin_mra(script, flags)
@@ -891,7 +892,7 @@ def replay_table(script: Any) -> None:
 
 
 def fresh_returns(script: Any, s: SimpleNamespace, bench: Mra) -> list[float]:
-    """Of fresh episodes, per population."""
+    """The mean return of new episodes for each population."""
     found = []
     for collector in s.collectors:
         world = script.make_envs(s.args, collector.name, bench.episodes, bench.seed + 12345)
@@ -903,10 +904,10 @@ def fresh_returns(script: Any, s: SimpleNamespace, bench: Mra) -> list[float]:
 
 
 def learn_mra(script: Any, preset: str, bench: Mra, compiled: bool = True) -> None:
-    """Train with a preset and print returns on the way."""
+    """Train with a preset and print lines of the third table meanwhile."""
     flags = f"--task resource --populations {' '.join(bench.populations)} --preset {preset}"
     flags += f" --seed {bench.seed} {'--compile' if compiled else '--no-compile'}"
-    for warm in (True, False):  # the first compiles
+    for warm in (True, False):  # the first training compiles and ends after one update
         s = begin_mra(script, flags)
         clock, printed, iteration, updates = 0.0, 0.0, 0, 0
         while clock < bench.cpu_seconds:
@@ -930,7 +931,7 @@ def learn_mra(script: Any, preset: str, bench: Mra, compiled: bool = True) -> No
 
 
 def mra(bench: Mra) -> None:
-    """Print the tables."""
+    """Print the tables that Mra describes."""
     script = load_script("mra_maddpg_particle")
     script.keep_freed_memory()
     if bench.cycles:
@@ -949,29 +950,29 @@ def mra(bench: Mra) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Refil:
-    """REFIL's learner beside two plain ones, and whole training.
+    """The speed of REFIL's update next to two plain ones, and of whole training.
 
-    First table: one update on 32 episodes of random play, CPU seconds on one thread. "steps" is the
-    learner of plain_refil.py (a time, a mask and a hypernetwork at once, all slots, padded time);
-    "folded" is arranged as the authors' code is (times folded into the batch, three masks as three
-    batches, only the GRU step by step). Both in fp32, with gradients, clipping and RMSprop. The
-    ratio is "folded" / ours. Second table: environment steps per CPU second of training, collecting
-    and updating, without evaluations. With --device cuda seconds are the clock's, in both tables.
+    First table: CPU seconds of one update on 32 episodes of random play, on one thread. "steps" is
+    class Plain of plain_refil.py (one time step, mask and hypernetwork after another; all slots and
+    padding). "folded" is laid out like the authors' code (time folded into the batch, three masks
+    as three batches, only the GRU step by step). Both compute in fp32; times include gradients,
+    clipping and RMSprop. The ratio is "folded" / ours. Second table: environment steps per CPU
+    second of collecting and updating. With --device cuda, both tables use wall-clock seconds.
     """
 
-    limits: tuple[Positive, ...] = (50, 150)  # steps of an episode, at most
-    team_sizes: tuple[Positive, ...] = (3, 4, 5)
-    widths: tuple[Positive, ...] = (128, 64)  # H: the paper's, and --preset cpu's
-    repeats: Positive = 3  # of each measurement; the smallest counts
-    plain: bool = True  # whether the plain learners are timed, too; on a CPU only
-    presets: tuple[str, ...] = ("cpu", "paper")  # of the second table; none: not at all
-    iterations: Positive = 3  # that it times
-    seed: Seed = 1
-    device: Literal["cpu", "cuda"] = "cpu"  # of learning
+    limits: tuple[Positive, ...] = (50, 150)  # most steps of an episode, in the first table
+    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # team sizes of the battles
+    widths: tuple[Positive, ...] = (128, 64)  # hidden size H: the paper's, then --preset cpu's
+    repeats: Positive = 3  # timed calls per measurement; the fastest counts
+    plain: bool = True  # time the two plain learners as well (on a CPU only)
+    presets: tuple[str, ...] = ("cpu", "paper")  # presets of the second table; none: no table
+    iterations: Positive = 3  # iterations to time in the second table
+    seed: Seed = 1  # seed of battles and of drawn minibatches
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the learner
 
 
 def clock(bench: Any) -> float:
-    """CPU time on a CPU; on a GPU the clock, when all that was asked of it is done."""
+    """CPU time in seconds; with --device cuda, wall time after the GPU has done its work."""
     if bench.device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -979,7 +980,7 @@ def clock(bench: Any) -> float:
 
 
 def seconds_of(function: Callable[[], Any], bench: Any, repeats: int) -> float:
-    """The smallest time of several calls, after one that does not count."""
+    """The smallest time of `repeats` calls by clock(), after one warm-up call."""
     times = []
     for _ in range(repeats + 1):
         start = clock(bench)
@@ -989,7 +990,7 @@ def seconds_of(function: Callable[[], Any], bench: Any, repeats: int) -> float:
 
 
 def begin_battles(script: Any, flags: str, bench: Any, rounds: int) -> SimpleNamespace:
-    """Battles, an agent and a replay of random play."""
+    """Args, battles, agent, generator, and a replay with `rounds` collections of random play."""
     sizes = [str(size) for size in bench.team_sizes]
     device = torch.device(bench.device)
     args = script_args(script, [*flags.split(), "--team-sizes", *sizes, "--device", bench.device])
@@ -1004,7 +1005,7 @@ def begin_battles(script: Any, flags: str, bench: Any, rounds: int) -> SimpleNam
 
 
 def training_speed(script: Any, flags: str, bench: Any) -> float:
-    """Environment steps per second of collecting and updating."""
+    """Environment steps per second (by clock()) of collecting and updating."""
     s = begin_battles(script, flags, bench, rounds=4)
     steps, start = 0, clock(bench)
     for _ in range(bench.iterations):
@@ -1021,7 +1022,7 @@ def check_device(bench: Any) -> None:
 
 
 def time_plain(script: Any, s: SimpleNamespace, groups: Any, bench: Refil) -> tuple[float, float]:
-    """Seconds of an update of both plain learners."""
+    """Seconds of one update by Plain and by Folded, after a check that their losses agree."""
     from experiments import plain_refil
 
     e = plain_refil.episodes_of(s, bench.seed, 32)
@@ -1044,7 +1045,7 @@ def step_on(s: SimpleNamespace, loss: torch.Tensor) -> None:
 
 
 def time_refil(script: Any, limit: int, width: int, mixer: str, bench: Refil) -> None:
-    """Lines of the first table: fp32 and bf16."""
+    """Print lines of the first table: our update in fp32 and, if the device has it, in bf16."""
     flags = f"--mixer {mixer} --hidden-size {width} --max-episode-steps {limit} --amp"
     s = begin_battles(script, f"{flags} --updates-per-iteration 1", bench, rounds=8)
     s.batch = s.buffer.sample(torch.Generator().manual_seed(bench.seed), 32)
@@ -1068,7 +1069,7 @@ def time_refil(script: Any, limit: int, width: int, mixer: str, bench: Refil) ->
 
 
 def refil(bench: Refil) -> None:
-    """Print the tables."""
+    """Print the tables that Refil describes."""
     check_device(bench)
     script = load_script("refil_smac")
     if bench.limits:
@@ -1091,27 +1092,27 @@ def refil(bench: Refil) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Mipi:
-    """What MIPI costs beside its parent: one update each, and whole training.
+    """The speed of MIPI's update and of its training next to REFIL's.
 
-    First table: seconds of one update on 32 episodes of random play, on one thread: REFIL with the
-    linear mixer, and MIPI with M alternations. They take turns in one process; the smallest time
-    counts, CPU time on a CPU. Second table: environment steps per second of training, collecting
-    and updating, no evaluations.
+    First table: seconds of one update on 32 episodes of random play, on one thread, of REFIL with
+    the linear mixer and of MIPI with M alternations. They take turns in one process and the
+    smallest time counts. Second table: environment steps per second of collecting and updating. All
+    times are CPU times, with --device cuda wall-clock times.
     """
 
-    limits: tuple[Positive, ...] = (50, 150)  # steps of an episode, at most
-    team_sizes: tuple[Positive, ...] = (3, 4, 5)
-    widths: tuple[Positive, ...] = (128, 64)  # H: the paper's, and --preset cpu's
-    alternations: Annotated[tuple[Positive, ...], MinLen(1)] = (1, 4)  # M
-    repeats: Positive = 3  # of each update
-    presets: tuple[str, ...] = ("cpu", "paper")  # of the second table; none: not at all
-    iterations: Positive = 3  # that it times
-    seed: Seed = 1
-    device: Literal["cpu", "cuda"] = "cpu"  # of learning; on cuda seconds are the clock's
+    limits: tuple[Positive, ...] = (50, 150)  # most steps of an episode, in the first table
+    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # team sizes of the battles
+    widths: tuple[Positive, ...] = (128, 64)  # hidden size H: the paper's, then --preset cpu's
+    alternations: Annotated[tuple[Positive, ...], MinLen(1)] = (1, 4)  # MIPI's --ba-iterations, M
+    repeats: Positive = 3  # timed calls of each update; the fastest counts
+    presets: tuple[str, ...] = ("cpu", "paper")  # presets of the second table; none: no table
+    iterations: Positive = 3  # iterations to time in the second table
+    seed: Seed = 1  # seed of battles and of drawn minibatches
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the learner
 
 
 def mipi_kinds(bench: Mipi) -> dict[str, tuple[str, str]]:
-    """{name: (script, flags)} of the first table."""
+    """{name: (script, flags)} of the updates that the first table compares."""
     kinds = {"REFIL, linear": ("refil_smac", "--mixer linear")}
     for m in bench.alternations:
         kinds[f"MIPI, M = {m}"] = ("mipi_refil_smac", f"--ba-iterations {m}")
@@ -1121,7 +1122,7 @@ def mipi_kinds(bench: Mipi) -> dict[str, tuple[str, str]]:
 def time_updates(
     kinds: dict[str, tuple[str, str]], limit: int, width: int, amp: bool, bench: Mipi | Collaq
 ) -> None:
-    """Lines of the first table; the first of {name: (script, flags)} is 1."""
+    """Print the lines of a first table for {name: (script, flags)}, relative to the first one."""
     shared = f"--hidden-size {width} --max-episode-steps {limit} --updates-per-iteration 1"
     shared += " --amp" if amp else ""
     made = {
@@ -1129,9 +1130,9 @@ def time_updates(
         for name, (script, flags) in kinds.items()
     }
     times: dict[str, list[float]] = {name: [] for name in made}
-    for repeat in range(bench.repeats + 1):  # the first does not count
+    for repeat in range(bench.repeats + 1):  # the first one warms up
         for name, s in made.items():
-            s.rng.manual_seed(bench.seed)  # the same episodes each time
+            s.rng.manual_seed(bench.seed)  # so that every update draws the same episodes
             start = clock(bench)
             load_script(kinds[name][0]).update(s.args, s.agent, s.buffer, s.rng)
             if repeat:
@@ -1144,7 +1145,7 @@ def time_updates(
 
 
 def compare_updates(kinds: dict[str, tuple[str, str]], bench: Mipi | Collaq) -> None:
-    """Print the first table."""
+    """Print a table of update times for {name: (script, flags)}, also in bf16 if supported."""
     check_device(bench)
     fast = load_script("refil_smac").has_bf16(torch.device(bench.device))
     if bench.limits:
@@ -1155,7 +1156,7 @@ def compare_updates(kinds: dict[str, tuple[str, str]], bench: Mipi | Collaq) -> 
 
 
 def mipi(bench: Mipi) -> None:
-    """Print the tables."""
+    """Print the tables that Mipi describes."""
     compare_updates(mipi_kinds(bench), bench)
     if bench.presets:
         print()
@@ -1171,23 +1172,23 @@ def mipi(bench: Mipi) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Collaq:
-    """What CollaQ costs beside its parent: one update of each.
+    """The speed of CollaQ's update next to REFIL's and AQMIX's.
 
     Seconds of one update on 32 episodes of random play, on one thread: REFIL, AQMIX (REFIL without
-    imagined groups) and CollaQ, all with the flexible mixer. They take turns in one process; the
-    smallest time counts, CPU time on a CPU.
+    imagined groups) and CollaQ, all with the flexible mixer. They take turns in one process and the
+    smallest time counts: CPU time, with --device cuda wall-clock time.
     """
 
-    limits: tuple[Positive, ...] = (50, 150)  # steps of an episode, at most
-    team_sizes: tuple[Positive, ...] = (3, 4, 5)
-    widths: tuple[Positive, ...] = (128, 64)  # H: the paper's, and --preset cpu's
-    repeats: Positive = 3  # of each update
-    seed: Seed = 1
-    device: Literal["cpu", "cuda"] = "cpu"  # of learning; on cuda seconds are the clock's
+    limits: tuple[Positive, ...] = (50, 150)  # most steps of an episode
+    team_sizes: tuple[Positive, ...] = (3, 4, 5)  # team sizes of the battles
+    widths: tuple[Positive, ...] = (128, 64)  # hidden size H: the paper's, then --preset cpu's
+    repeats: Positive = 3  # timed calls of each update; the fastest counts
+    seed: Seed = 1  # seed of battles and of drawn minibatches
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the learner
 
 
 def collaq(bench: Collaq) -> None:
-    """Print the table."""
+    """Print the table that Collaq describes."""
     kinds = {
         "REFIL": ("refil_smac", ""),
         "AQMIX": ("refil_smac", "--no-imagine"),
@@ -1201,31 +1202,31 @@ def collaq(bench: Collaq) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """What two processes bring: environment steps per second of whole training, a script of each
-    world.
+    """The speed of training with two processes, for one script of each kind of world.
 
-    Three ways to train with the same worlds and the same batches: one process with two threads, one
-    with one, and two under torchrun, with one thread and half the worlds each. They take turns;
-    steps per second of collecting and learning, behind the first tenth of a run, medians over
-    rounds.
+    Each script trains in three ways with as many worlds and the same batches: one process with two
+    threads, one process with one thread, and two processes under torchrun with one thread and half
+    the worlds each. Figures are environment steps per second of collecting and learning after the
+    first tenth of a run, medians over rounds in which the ways take turns.
     """
 
+    # scripts to train
     scripts: tuple[Literal["mappo_meltingpot", "mra_maddpg_particle", "mappo_smac"], ...] = (
         "mappo_meltingpot",
         "mra_maddpg_particle",
         "mappo_smac",
     )
-    rounds: Positive = 3  # of all ways by turns
-    length: Above = 1.0  # of each run, in units of what TRAININGS says
-    substrate: str = "coins"  # of Melting Pot
+    rounds: Positive = 3  # runs of each way
+    length: Above = 1.0  # length of each run, as a multiple of the steps in TRAININGS
+    substrate: str = "coins"  # substrate of Melting Pot
 
 
 class Training(NamedTuple):
-    """What is trained."""
+    """The flags and the size of one script's training."""
 
     flags: str
-    worlds: int  # of all processes
-    steps: int
+    worlds: int  # parallel worlds of all processes together
+    steps: int  # environment steps
 
 
 TRAININGS = {
@@ -1241,7 +1242,7 @@ WAYS = {  # processes, threads of each
 
 
 def training_rate(bench: Ranks, script: str, processes: int, threads: int) -> float:
-    """Environment steps per second."""
+    """Environment steps per second of one training in subprocesses; RunError if it fails."""
     training = TRAININGS[script]
     steps = math.ceil(training.steps * bench.length)
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
@@ -1265,7 +1266,7 @@ def training_rate(bench: Ranks, script: str, processes: int, threads: int) -> fl
 
 
 def ranks(bench: Ranks) -> None:
-    """Print the table."""
+    """Print the table that Ranks describes."""
     print(f"{processor()}, torch {torch.__version__}, {bench}\n")
     table_head("script", "worlds", *WAYS, "two processes over the faster one")
     for script in bench.scripts:
@@ -1283,7 +1284,7 @@ def ranks(bench: Ranks) -> None:
 
 
 def machine(device: str) -> str:
-    """Its processor, GPU and versions, in one line."""
+    """One line with the names of CPU and GPU, and versions of libraries."""
     parts = [processor(), f"{os.cpu_count()} cores"]
     if device != "cpu":
         parts += [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"]
@@ -1294,21 +1295,21 @@ def machine(device: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Trainings:
-    """Environment steps per second of every script's training on a device.
+    """The speed of every script's training on a device.
 
-    Collecting and learning, evaluations and checkpoints left out, behind the first tenth of a run;
-    the share of time that collecting takes. With the flags of the table, one process, one thread.
+    Environment steps per second of collecting and learning (no evaluations, no checkpoints) after
+    the first tenth of a run, and the share of time for collecting. One process and one thread.
     """
 
-    scripts: tuple[str, ...] = ()  # none: all
-    length: Above = 1.0  # of each run, in units of what SPEEDS says
-    flags: str = ""  # of all scripts, as --flags="--tf32"
-    device: Literal["cpu", "cuda"] = "cpu"
+    scripts: tuple[str, ...] = ()  # names of scripts to train, without .py; none: all
+    length: Above = 1.0  # length of each run, as a multiple of the steps in SPEEDS
+    flags: str = ""  # more flags for all scripts, as --flags="--tf32"
+    device: Literal["cpu", "cuda"] = "cpu"  # device of acting and learning
 
 
 ON_TOY = "--substrate toy --num-envs 64 --rollout-steps 50"
 IN_BATTLES = "--scenario sz --preset cpu"
-SPEEDS = {  # flags, steps
+SPEEDS = {  # {script: (flags, environment steps)}
     "bidist_mappo_meltingpot": (f"{ON_TOY} --k-d 1", 64_000),
     "mappo_meltingpot": (ON_TOY, 64_000),
     "randnet_meltingpot": (ON_TOY, 64_000),
@@ -1329,7 +1330,7 @@ SPEEDS = {  # flags, steps
 
 
 def logged_training(script: str, flags: str, steps: int) -> list[dict[str, float]]:
-    """The log of a run in a process of its own, a line for each tenth; RunError if it fails."""
+    """Train in a subprocess; return the log, a line per tenth of the run. RunError if it fails."""
     flags += f" --total-timesteps {steps} --log-every {math.ceil(steps / 10)}"
     flags += " --eval-every 0 --save-every 0 --final-episodes 0"
     with tempfile.TemporaryDirectory() as folder:
@@ -1343,7 +1344,7 @@ def logged_training(script: str, flags: str, steps: int) -> list[dict[str, float
 
 
 def trainings(bench: Trainings) -> None:
-    """Print the table."""
+    """Print the table that Trainings describes."""
     check_device(bench)
     print(f"{machine(bench.device)}\n")
     table_head("script", "flags", "steps/s", "collecting")
@@ -1361,26 +1362,25 @@ def trainings(bench: Trainings) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What of a BiDist iteration grows with its worlds, and what it costs to share one.
+    """The speed of a BiDist iteration by number of worlds, and of an all-reduce.
 
-    First table: seconds of one iteration of T steps, in BiDist's toy world and, where it is
-    installed, in a substrate of Melting Pot: worlds, acting (both networks), learning. Second: the
-    gradients of an actor and a critic, averaged over two processes, milliseconds over gloo on this
-    machine or, with two GPUs, over NCCL.
+    First table: seconds of one iteration of T steps for stepping worlds, acting (the actor and the
+    distilled policy) and learning, in the toy world or substrates of Melting Pot. Second table:
+    milliseconds to all-reduce gradients over two processes, by gloo or, on two GPUs, by NCCL.
     """
 
-    substrates: tuple[str, ...] = ("toy",)
-    worlds: tuple[Positive, ...] = (4, 16, 64)
-    rollout_steps: Positive = 50  # T
-    rounds: Positive = 2  # iterations of each, behind one that warms up
+    substrates: tuple[str, ...] = ("toy",)  # substrates to measure; toy needs no Melting Pot
+    worlds: tuple[Positive, ...] = (4, 16, 64)  # numbers of parallel worlds
+    rollout_steps: Positive = 50  # T, steps per world and iteration
+    rounds: Positive = 2  # iterations to time, after one that warms up
     num_workers: Count = 0  # processes that step worlds of Melting Pot; 0: one per core
-    numbers: tuple[Positive, ...] = (50_000, 250_000, 1_000_000)  # gradients that are averaged
-    flags: str = ""  # of the script
-    device: Literal["cpu", "cuda"] = "cpu"
+    numbers: tuple[Positive, ...] = (50_000, 250_000, 1_000_000)  # sizes of the averaged gradients
+    flags: str = ""  # more flags of the BiDist script
+    device: Literal["cpu", "cuda"] = "cpu"  # device of acting, learning and all-reduce
 
 
 def average_often(rank: int, meeting: str, numbers: tuple[int, ...], device: str) -> None:
-    """One of two processes; the first prints a line for each number of gradients."""
+    """Time all-reduces in one of two processes that meet in a file; rank 0 prints a line a size."""
     torch.set_num_threads(1)
     there = torch.device(device, rank) if device == "cuda" else CPU
     torch.distributed.init_process_group(
@@ -1394,7 +1394,7 @@ def average_often(rank: int, meeting: str, numbers: tuple[int, ...], device: str
         for _ in range(30):
             began = time.perf_counter()
             torch.distributed.all_reduce(x)
-            float(x[0])  # waits
+            float(x[0])  # waits for the device
             times.append(time.perf_counter() - began)
             x.fill_(1.0)
         if rank == 0:
@@ -1403,7 +1403,7 @@ def average_often(rank: int, meeting: str, numbers: tuple[int, ...], device: str
 
 
 def scale(bench: Scale) -> None:
-    """Print both tables."""
+    """Print the tables that Scale describes."""
     check_device(bench)
     print(f"{machine(bench.device)}\n")
     table_head("substrate", "worlds", "worlds, s", "acting, s", "learning, s", "steps/s")
@@ -1433,16 +1433,16 @@ def scale(bench: Scale) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class All:
-    """Everything here that a device can change, with settings that take some minutes on one.
+    """All benchmarks that depend on the device, with settings that take some minutes.
 
-    `trainings`, `scale`, the training part of `meltingpot` in the toy world, with tables and with
-    --plain, `particle` without others' worlds, `refil`, `mipi`, `collaq`. What fails is named, and
-    the rest goes on.
+    Runs `trainings`, `scale`, the training part of `meltingpot` in the toy world, `particle`
+    without other libraries, `refil`, `mipi` and `collaq`. If one fails, the others still run, and
+    the failure is reported at the end.
     """
 
-    device: Literal["cpu", "cuda"] = "cuda"
-    size: Above = 1.0  # of lengths, numbers of worlds and battles
-    skip: tuple[str, ...] = ()  # of those
+    device: Literal["cpu", "cuda"] = "cuda"  # device of all benchmarks
+    size: Above = 1.0  # factor on lengths of runs and on numbers of worlds
+    skip: tuple[str, ...] = ()  # benchmarks to leave out, by name
 
 
 def smaller(numbers: tuple[int, ...], size: float) -> tuple[int, ...]:
@@ -1450,7 +1450,7 @@ def smaller(numbers: tuple[int, ...], size: float) -> tuple[int, ...]:
 
 
 def everything(bench: All) -> None:
-    """Print all tables; RunError at the end if one could not be had."""
+    """Run all benchmarks that All names; RunError at the end if some failed."""
     check_device(bench)
     size, device = bench.size, {"device": bench.device}
     limits, widths = smaller((50,), size), (64,) if size < 1 else (128, 64)
@@ -1478,7 +1478,7 @@ def everything(bench: All) -> None:
         began = time.perf_counter()
         try:
             COMMANDS[name](part)
-        except (Exception, SystemExit) as error:  # whatever it is, the others are wanted
+        except (Exception, SystemExit) as error:  # one failure must not stop the other benchmarks
             print(f"\n{name} failed: {type(error).__name__}: {error}")
             failed.append(name)
         print(f"\n({time.perf_counter() - began:.0f} s)")
@@ -1508,7 +1508,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the subcommand and return its exit code."""
     torch.set_num_threads(1)
     return run_subcommand(COMMANDS, argv, __doc__)
 

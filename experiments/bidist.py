@@ -1,4 +1,4 @@
-"""The figures and tables of the BiDist paper, from runs.
+"""The figures and tables of the BiDist paper, made from runs.
 
     python experiments/bidist.py curves runs/*-s1       a scalar over steps and over theta's samples
     python experiments/bidist.py fig5 runs/BIDIST-s1 runs/MAPPO-s1   what training populations play
@@ -7,16 +7,15 @@
     python experiments/bidist.py fig8 --runs runs/fig8/*             ablations
     python experiments/bidist.py c1 | c2                             widths, distillation intervals
     python experiments/bidist.py table1 --substrates coins --total-timesteps 1000000 --seeds 1 2 3
-    python experiments/bidist.py cross-play runs/table1/coins-*      beside each other's actors
+    python experiments/bidist.py cross-play runs/table1/coins-*      play with each other's actors
     python experiments/bidist.py shift runs/RUN runs/RUN             distillation over training
     python experiments/bidist.py reverse runs/RUN runs/RUN           when do preferences shift?
 
-Table 1 has six methods, Figs. 6, 8, C.1 and C.2 compare variants of bidist_mappo_meltingpot.py.
-These (without --runs) are trained first, one after another, in RUNS_DIR/{name}-s{seed} (output
-beside it in .log): what is finished is skipped, what was stopped goes on, and flags after --extra
-are the scripts'. The others read runs' newest checkpoints, and `shift` their logs. All write
-OUT.csv, OUT.md and most OUT.png; runs that met official and scripted bots make a set of files for
-each kind. `SUBCOMMAND --help` has the options.
+table1 compares six methods; fig6, fig8, c1 and c2 compare variants of bidist_mappo_meltingpot.py.
+These train their runs first (the figures only without --runs), in RUNS_DIR/{name}-s{seed} with the
+output in a .log beside it; finished runs are kept, stopped ones are resumed, and flags after
+--extra go to the scripts. Other subcommands read runs' newest checkpoints, or logs (curves, shift).
+All write OUT.csv and OUT.md, most OUT.png; official and scripted bots have separate files.
 """
 
 from __future__ import annotations
@@ -76,24 +75,24 @@ Several = Annotated[int, Interval(ge=2)]
 
 # --- Variants: Figs. 6, 8, C.1 and C.2 ------------------------------------------------------------
 
-SELF_PLAY = "self-play"  # the row that stands in where there are no scenarios
+SELF_PLAY = "self-play"  # row of the evaluation that is used if there are no scenarios
 
 
 @dataclasses.dataclass(frozen=True)
 class Variants:
-    """What Figs. 6, 8, C.1 and C.2 have in common."""
+    """Options that Figs. 6, 8, C.1 and C.2 have in common."""
 
     runs: tuple[Path, ...] = ()  # runs to compare; default: train what the figure needs
-    substrate: str = "pure_coordination_in_the_matrix__repeated"  # of the runs to train
-    total_timesteps: Positive = 10_000_000  # of each
-    seeds: tuple[Seed, ...] = (1, 2, 3)  # of each variant
-    only: tuple[str, ...] = ()  # variants to train, by their names; default: all
-    runs_dir: Path | None = None  # where they go; default: runs/{figure}
-    jobs: Positive = 1  # trained at the same time
-    dry_run: bool = False  # print the commands and do nothing
-    extra: tyro.conf.Suppress[tuple[str, ...]] = ()  # flags after --extra
-    quantity: Literal["return_per_1000", "return"] = "return_per_1000"  # to draw
-    out: Path | None = None  # writes OUT.png, OUT.csv and OUT.md; default: the figure's name
+    substrate: str = "pure_coordination_in_the_matrix__repeated"  # substrate to train in
+    total_timesteps: Positive = 10_000_000  # environment steps of each run
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of each variant
+    only: tuple[str, ...] = ()  # names of the variants to train; default: all
+    runs_dir: Path | None = None  # parent directory of the runs; default: runs/{figure}
+    jobs: Positive = 1  # runs to train at the same time
+    dry_run: bool = False  # print the commands and train nothing
+    extra: tyro.conf.Suppress[tuple[str, ...]] = ()  # the script's flags, after --extra
+    quantity: Literal["return_per_1000", "return"] = "return_per_1000"  # quantity to compare
+    out: Path | None = None  # common beginning of the files' names; default: the figure's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +115,7 @@ class C2(Variants):
     """Fig. C.2: distillation intervals."""
 
 
-FIGURES: dict[type, dict[str, dict[str, Any] | None]] = {  # variants and their flags; None: no run
+FIGURES: dict[type, dict[str, dict[str, Any] | None]] = {  # {variant: flags}; None: not trained
     Fig6: {
         mode: {"reverse_mode": mode, "forward": True, "reverse": True}
         for mode in ("kl", "entropy", "random", "noise")
@@ -131,7 +130,7 @@ FIGURES: dict[type, dict[str, dict[str, Any] | None]] = {  # variants and their 
     C1: {f"width-{x:g}": {"distilled_width": x} for x in (1.0, 0.7, 0.5, 0.3, 0.1)},
     C2: {f"kd-{x}": {"k_d": x} for x in (1, 3, 5, 10, 20, 40)},
 }
-LABELS = {  # the paper's names, where they are not ours
+LABELS = {  # the paper's names of variants, where they differ from ours
     "full": "BiDist",
     "v0": "v = 0",
     "no-reverse": "+F, -R",
@@ -142,24 +141,24 @@ LABELS = {  # the paper's names, where they are not ours
 
 
 def name_of(study: Variants) -> str:
-    """The subcommand: fig6, fig8, c1, c2."""
+    """The name of the subcommand: "fig6", "fig8", "c1" or "c2"."""
     return type(study).__name__.lower()
 
 
 def trainable(study: Variants) -> dict[str, dict[str, Any]]:
-    """The figure's variants that have a script, and their flags."""
+    """{variant: flags} for the variants that the figure trains."""
     return {key: flags for key, flags in FIGURES[type(study)].items() if flags is not None}
 
 
 def flags_of(variant: dict[str, Any]) -> list[str]:
-    """A variant on the command line, without what is default."""
+    """A variant's flags as words of a command line, without those that are the defaults."""
     script = load_script(SCRIPT)
     flags = {name: x for name, x in variant.items() if x != getattr(script.Args, name)}
     return [word for pair in as_words(flags) for word in pair.split()]
 
 
 def jobs_of(study: Variants) -> list[Job]:
-    """All runs that the figure needs, seed by seed, so that whole comparisons come first."""
+    """All runs to train, seed by seed; UsageError for unknown variants, no seeds or wrong flags."""
     variants = trainable(study)
     if unknown := set(study.only) - set(variants):
         have = ", ".join(variants)
@@ -184,7 +183,7 @@ def jobs_of(study: Variants) -> list[Job]:
 
 
 def check_extra(job: Job, own: dict[str, Any]) -> None:
-    """UsageError for flags after --extra that the script refuses or the figure sets."""
+    """Raise UsageError for flags after --extra that the script refuses or that the figure sets."""
     script = load_script(SCRIPT)
     args = script_args(script, list(job.flags))
     names = ("seed", "total_timesteps", "run_dir", "resume", "eval_only")
@@ -195,22 +194,22 @@ def check_extra(job: Job, own: dict[str, Any]) -> None:
 
 
 class Score(NamedTuple):
-    """What one run earned in one row: a scenario, or self-play."""
+    """The return of one run in one scenario, or in self-play."""
 
     variant: str
     run: str
     seed: int
-    row: str
-    bots: str  # official, scripted; "" in self-play
-    timesteps: int
+    row: str  # SC0, ... or "self-play"
+    bots: str  # official or scripted; "" in self-play
+    timesteps: int  # environment steps of training
     mean: float
-    low: float  # 95 %, over episodes
+    low: float  # 95 % interval over episodes
     high: float
-    cell: tables.Cell | None  # its episodes, where they were kept
+    cell: tables.Cell | None  # its episodes; None in self-play, where they are not kept
 
 
 def variant_of(args: dict[str, Any], study: Variants, where: str) -> str:
-    """Which of the figure's variants a run's arguments make."""
+    """The figure's variant that a run's arguments make; UsageError if there is none."""
     for key, flags in trainable(study).items():
         if args["script"] == SCRIPT and all(args.get(name) == x for name, x in flags.items()):
             return key
@@ -218,7 +217,7 @@ def variant_of(args: dict[str, Any], study: Variants, where: str) -> str:
 
 
 def read_scores(run: Run, variant: str, quantity: str) -> list[Score]:
-    """A run's last evaluation beside scenarios and, if it has ended, in self-play."""
+    """A run's last evaluation in scenarios and, if the run has finished, in self-play."""
     scores = []
     about = {"variant": variant, "run": run.name, "seed": run.args["seed"]}
     for cell in tables.read_cells(run, variant):
@@ -252,14 +251,14 @@ def read_scores(run: Run, variant: str, quantity: str) -> list[Score]:
 
 
 def read_progress(run: Run, row: str, quantity: str) -> list[tuple[int, float]]:
-    """Evaluations on the way: (environment steps, mean)."""
+    """Evaluations during training in one row: (environment steps, mean) of each."""
     name = f"eval/{row}/{quantity}"
     return [(x["timesteps"], x[name]) for x in run.log if name in x]
 
 
 def pooled(scores: list[Score], quantity: str) -> tuple[float, float, float]:
-    """A variant's mean over runs and, from five runs on, its 95 % interval: over runs and episodes,
-    or over runs alone where episodes were not kept."""
+    """The mean over a variant's runs and its 95 % interval, NaN with fewer than five runs. Runs are
+    resampled and, if episodes were kept, the episodes within each."""
     mean = float(np.mean([score.mean for score in scores]))
     if len(scores) < tables.SEEDS:
         return mean, np.nan, np.nan
@@ -270,7 +269,7 @@ def pooled(scores: list[Score], quantity: str) -> tuple[float, float, float]:
 
 
 def rows_of(scores: list[Score], study: Variants) -> list[dict[str, Any]]:
-    """The CSV: for every scenario and variant a row with its mean, run: "", then one per run."""
+    """The rows of the CSV: per scenario and variant one with its mean (run: ""), then its runs."""
     rows = []
     places = sorted({score.row for score in scores}, key=lambda row: (len(row), row))
     for place, variant in itertools.product(places, FIGURES[type(study)]):
@@ -289,7 +288,7 @@ def rows_of(scores: list[Score], study: Variants) -> list[dict[str, Any]]:
 
 
 def notes_on(runs: list[Run], scores: list[Score], study: Variants) -> list[str]:
-    """What a reader must know about these runs, as sentences."""
+    """Warnings for the reader: runs differ in steps or other flags, or met no scenarios."""
     notes = []
     steps = {s.run: max(x.timesteps for x in scores if x.run == s.run) for s in scores}
     if len(set(steps.values())) > 1:
@@ -315,7 +314,7 @@ def notes_on(runs: list[Run], scores: list[Score], study: Variants) -> list[str]
 
 
 def draw_bars(axis: Any, rows: list[dict], variants: list[str]) -> None:
-    """A bar per variant and a dot per run. Lines are intervals: the bar's own, or the dots'."""
+    """Draw a bar per variant and a dot per run. Lines are intervals, of the bar or of the dots."""
     for x, variant in enumerate(variants):
         own = [row for row in rows if row["variant"] == variant]
         if not own:
@@ -339,7 +338,7 @@ def draw_bars(axis: Any, rows: list[dict], variants: list[str]) -> None:
 
 
 def draw_progress(axis: Any, curves: dict[str, list[list[tuple]]], variants: list[str]) -> None:
-    """A thin line per run, and one for the mean of a variant's where all have a point."""
+    """Draw a thin line per run, and for each variant the mean where all its runs have a point."""
     for x, variant in enumerate(variants):
         members = [points for points in curves.get(variant, []) if points]
         for points in members:
@@ -357,7 +356,7 @@ def draw_progress(axis: Any, curves: dict[str, list[list[tuple]]], variants: lis
 def read_curves(
     runs: list[Run], place: str, bots: str, study: Variants
 ) -> dict[str, list[list[tuple]]]:
-    """What was logged on the way in one scenario: a variant's runs."""
+    """{variant: read_progress() of each of its runs} in one scenario or in self-play."""
     curves: dict[str, list[list[tuple]]] = defaultdict(list)
     for run in runs:
         row = f"{place} {bots}" if bots else place
@@ -367,7 +366,7 @@ def read_curves(
 
 
 def draw_variants(rows: list[dict], runs: list[Run], bots: str, study: Variants) -> Any:
-    """Bars of every scenario and, where evaluations on the way were logged, curves below them."""
+    """A panel of bars per scenario; below it curves, if evaluations in training were logged."""
     variants, places = list(FIGURES[type(study)]), list(dict.fromkeys(row["row"] for row in rows))
     curves = {place: read_curves(runs, place, bots, study) for place in places}
     logged = any(points for row in curves.values() for own in row.values() for points in own)
@@ -392,7 +391,7 @@ def draw_variants(rows: list[dict], runs: list[Run], bots: str, study: Variants)
 
 
 def text_of_variants(rows: list[dict], notes: list[str], study: Variants) -> str:
-    """OUT.md: a table per scenario, a line per variant and, with fewer than five, per run."""
+    """OUT.md: a table per scenario with a line per variant and, below five runs, per run."""
     what = tables.QUANTITIES[study.quantity]
     places = dict.fromkeys((row["row"], row["bots"]) for row in rows)
     parts = [f"# {type(study).__doc__.rstrip('.')}\n", f"{what.capitalize()}.\n"]
@@ -418,7 +417,7 @@ def text_of_variants(rows: list[dict], notes: list[str], study: Variants) -> str
 
 
 def compare_variants(study: Variants) -> None:
-    """Train where no runs were given, then draw; one set of files for each kind of bots."""
+    """Train the runs if none are given, then write a set of files for each kind of bots."""
     if study.runs and study.extra:
         raise UsageError("--extra is for runs to train, and --runs names finished ones.")
     out = study.out or Path(name_of(study))
@@ -450,22 +449,22 @@ def compare_variants(study: Variants) -> None:
 
 
 def fig6(study: Fig6) -> None:
-    """Fig. 6."""
+    """Make Fig. 6."""
     compare_variants(study)
 
 
 def fig8(study: Fig8) -> None:
-    """Fig. 8."""
+    """Make Fig. 8."""
     compare_variants(study)
 
 
 def c1(study: C1) -> None:
-    """Fig. C.1."""
+    """Make Fig. C.1."""
     compare_variants(study)
 
 
 def c2(study: C2) -> None:
-    """Fig. C.2."""
+    """Make Fig. C.2."""
     compare_variants(study)
 
 
@@ -494,8 +493,8 @@ class Table1:
 
 
 def jobs_of_table(study: Table1) -> list[Job]:
-    """All runs of the table, seed by seed and substrate by substrate, so that comparisons that are
-    whole come first."""
+    """All runs of the table, by seed, then by substrate: a stopped study has whole comparisons.
+    UsageError for unknown methods, or flags that a script refuses."""
     if unknown := set(study.only) - set(METHODS):
         raise UsageError(f"--only {min(unknown)}: there are {', '.join(METHODS)}.")
     if not study.seeds or not study.substrates:
@@ -513,13 +512,13 @@ def jobs_of_table(study: Table1) -> list[Job]:
                 seed=seed,
                 timesteps=study.total_timesteps,
             )
-            script_args(load_script(script), job.argv())  # that it is no wrong command line
+            script_args(load_script(script), job.argv())  # raises if the script refuses the flags
             jobs.append(job)
     return jobs
 
 
 def table1(study: Table1) -> None:
-    """Train what is missing, then the table (scenario_table.py) of all that was trained."""
+    """Train the runs that are missing, then write their table as scenario_table.py does."""
     if not study.dry_run:
         check_out(study.out)
     jobs = jobs_of_table(study)
@@ -530,19 +529,19 @@ def table1(study: Table1) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CrossPlay:
-    """Runs of one substrate beside each other's actors: the plainest co-players never met."""
+    """Cross-play: each run's actors play with every other run's, the simplest unseen co-players."""
 
-    runs: Runs  # of any of the six methods
-    episodes: Positive = 20  # of each pair
-    num_focal: Count = 0  # seats of the first; 0: N - 1
-    num_envs: Positive = 16  # worlds at a time
-    num_workers: Count = 0  # processes that step them; 0: one per core
-    seed: Seed = 1  # of worlds, seats and actions
-    out: Path = Path("cross_play")  # writes OUT.csv and OUT.md
+    runs: Runs  # two or more runs of the six methods, all in one substrate
+    episodes: Positive = 20  # episodes of each pair of runs
+    num_focal: Count = 0  # seats of the focal run; 0: all but one
+    num_envs: Positive = 16  # parallel worlds
+    num_workers: Count = 0  # processes that step worlds; 0: one per core
+    seed: Seed = 1  # seed of worlds, seats and actions
+    out: Path = Path("cross_play")  # common beginning of the names of the .csv and .md files
 
 
 def cross_play(study: CrossPlay) -> None:
-    """Every run as the focal players, every other run as the background."""
+    """Play each pair of runs, one in the focal seats and one in the background; write the files."""
     check_out(study.out)
     runs = read_runs(study.runs)
     substrates = {run.args["substrate"] for run in runs}
@@ -568,7 +567,7 @@ def cross_play(study: CrossPlay) -> None:
 def play_pair(
     focal: Run, background: Run, envs: Any, study: CrossPlay, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """A row of OUT.csv; a run beside itself is its self-play."""
+    """Play one pair and return a row of OUT.csv. A run paired with itself is in self-play."""
     players = []
     for run in (focal, background):
         script = load_script(run.args["script"])
@@ -589,13 +588,13 @@ def play_pair(
         "background_method": method_of(background.args),
     }
     for name in ("background_return", "background_return_low", "background_return_high"):
-        summary.setdefault(name, np.nan)  # of self-play, where nobody is background
+        summary.setdefault(name, np.nan)  # self-play has no background players
     return about | summary
 
 
 def text_of_cross_play(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line per focal run, a column per background run, then methods' means beside runs
-    they never met, with intervals over seeds."""
+    """OUT.md: a table with a line per focal run and a column per background run; then each method's
+    mean over pairs of different runs, with its interval over seeds."""
     names = list(dict.fromkeys(row["background"] for row in rows))
     found = {(row["focal"], row["background"]): row for row in rows}
     lines = []
@@ -607,7 +606,7 @@ def text_of_cross_play(rows: list[dict[str, Any]]) -> str:
         lines.append(line)
     means = []
     for method in dict.fromkeys(row["focal_method"] for row in rows):
-        of_runs: dict[str, list[float]] = defaultdict(list)  # beside others, run by run
+        of_runs: dict[str, list[float]] = defaultdict(list)  # {focal run: its returns with others}
         for row in rows:
             if row["focal_method"] == method and row["focal"] != row["background"]:
                 of_runs[row["focal"]].append(row["return_per_1000"])
@@ -621,22 +620,22 @@ def text_of_cross_play(rows: list[dict[str, Any]]) -> str:
     return "\n".join([markdown_table(lines), markdown_table(means), note])
 
 
-# --- Curves over the samples that are theta's -----------------------------------------------------
+# --- Curves over theta's own samples --------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """A scalar over environment steps, over theta's samples, and over those of worlds in which all
-    play theta: does a method learn less because it has fewer samples of its own?"""
+    """A scalar over environment steps, over theta's samples, and over the samples of worlds where
+    all agents play theta: does a method learn less because theta has fewer samples?"""
 
-    runs: Runs
-    scalar: str = "eval/self-play/return"  # of metrics.jsonl
-    every: Positive = 20_000  # environment steps that make one point
-    out: Path = Path("curves")  # writes OUT.png, OUT.csv and OUT.md
+    runs: Runs  # run directories and packed studies to read
+    scalar: str = "eval/self-play/return"  # name of the logged scalar to draw
+    every: Positive = 20_000  # environment steps per window; each window is one point
+    out: Path = Path("curves")  # common beginning of the names of the .png, .csv and .md files
 
 
 def theta_shares(args: dict[str, Any]) -> tuple[float, float]:
-    """The expected shares of agents that play theta, and of worlds in which all do."""
+    """The expected share of agents that play theta, and of worlds in which all agents do."""
     from envs.meltingpot.worlds import get_spec
 
     agents = 2 if args["substrate"] == "toy" else get_spec(args["substrate"]).num_agents
@@ -652,7 +651,7 @@ def theta_shares(args: dict[str, Any]) -> tuple[float, float]:
 
 
 def curves(study: Curves) -> None:
-    """Three panels, a colour a group of seeds."""
+    """Read the curves of all runs, then write OUT.png, OUT.csv and OUT.md."""
     check_out(study.out)
     runs = read_runs(study.runs)
     rows = []
@@ -674,7 +673,7 @@ def curves(study: Curves) -> None:
 
 
 def draw_samples_axes(rows: list[dict[str, Any]], scalar: str) -> Any:
-    """The same values over three counts."""
+    """A figure of the scalar over each of three counts of samples, a colour per group of seeds."""
     titles = {
         "timesteps": "environment steps",
         "theta_samples": "steps of agents that play theta, per seat",
@@ -703,22 +702,22 @@ def draw_samples_axes(rows: list[dict[str, Any]], scalar: str) -> Any:
 
 
 class Loaded(NamedTuple):
-    """A run's newest checkpoint in fresh worlds."""
+    """A run's newest checkpoint and new worlds to play it in."""
 
     script: Any
     args: Any
     envs: Any
     agent: Any
-    rngs: dict[str, torch.Generator]  # a script's own, and its method's
+    rngs: dict[str, torch.Generator]  # by name: "rng" of the script, "method_rng" of its method
 
     def play(self, state: Any) -> tuple[Any, Any]:
-        """One rollout of the training population, and the state behind it."""
+        """One rollout of the training population, and the state after it."""
         wanted = inspect.signature(self.script.collect).parameters
         rngs = {name: rng for name, rng in self.rngs.items() if name in wanted}
         return self.script.collect(self.args, self.envs, self.agent, state, **rngs)
 
     def last_of(self, rollouts: int) -> tuple[Any, Any]:
-        """Several rollouts from the worlds' beginning, the last of which is returned."""
+        """Play several rollouts from a new state; return the last one and the state after it."""
         state = self.script.new_state(self.agent, self.args.num_envs)
         for _ in range(rollouts):
             batch, state = self.play(state)
@@ -726,8 +725,8 @@ class Loaded(NamedTuple):
 
     @torch.no_grad()
     def policy(self, net: Any, batch: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """Probabilities (T, B, N, A) of a network that lives through a rollout from its stored
-        state (C, B, N, S)."""
+        """A network's action probabilities (T, B, N, A) in a rollout that it replays from the first
+        of its hidden states (C, B, N, S), which are stored at the beginning of each chunk."""
         views = batch.actor_views()
         logits, _, _ = self.script.replay(self.args, net, views, hidden[0], self.agent.sprites)
         return logits.softmax(-1)
@@ -735,7 +734,7 @@ class Loaded(NamedTuple):
 
 @contextlib.contextmanager
 def loaded(run: Run, num_envs: int, seed: int) -> Iterator[Loaded]:
-    """A run's script, arguments and agent, and fresh worlds."""
+    """Context with a run's script, arguments and newest agent, and with new worlds."""
     script = load_script(run.args["script"])
     try:
         args = harness.saved_args(str(run.path), script.Args, whole=True)
@@ -764,16 +763,16 @@ def trained_steps(run: Run) -> int:
 class Fig7:
     """Fig. 7: the joint probabilities pi_phi x pi_theta after one reverse phase of each kind."""
 
-    run: Annotated[Path, tyro.conf.Positional]  # of bidist_mappo_meltingpot.py
-    observation: int | None = None  # of the rollout's T B N; default: where theta is surest
-    start: Literal["lagged", "near"] = "lagged"  # phi as saved, or after a forward phase
-    reverse_lr: Above | None = None  # default: the run's own
-    reverse_epochs: Count | None = None  # default: the run's own
-    noise_std: Amount | None = None  # default: the run's own
-    num_envs: Positive = 16  # worlds of the rollout
-    warm_up: Count = 1  # rollouts before it, so that worlds are not at their starts
-    seed: Seed = 1  # of worlds, actions, shuffling, noise and new weights
-    out: Path = Path("fig7")  # writes OUT.png, OUT.csv and OUT.md
+    run: Annotated[Path, tyro.conf.Positional]  # a run of bidist_mappo_meltingpot.py
+    observation: int | None = None  # index into the T B N observations; default: theta surest
+    start: Literal["lagged", "near"] = "lagged"  # phi as saved, or after one more forward phase
+    reverse_lr: Above | None = None  # learning rate of the reverse phase; default: the run's
+    reverse_epochs: Count | None = None  # epochs of the reverse phase; default: the run's
+    noise_std: Amount | None = None  # standard deviation of the noise; default: the run's
+    num_envs: Positive = 16  # parallel worlds of the rollout
+    warm_up: Count = 1  # rollouts to play before it, so that episodes are under way
+    seed: Seed = 1  # seed of worlds, actions, shuffling, noise and new weights
+    out: Path = Path("fig7")  # common beginning of the names of the .png, .csv and .md files
 
 
 MODES = ("before", "kl", "entropy", "random", "noise")
@@ -782,14 +781,14 @@ MODES = ("before", "kl", "entropy", "random", "noise")
 class Phases(NamedTuple):
     """One reverse phase of each kind, each applied to the same phi."""
 
-    about: dict[str, Any]  # the run and the phases' options
-    theta: np.ndarray  # (S, A) probabilities on the rollout's S = T B N observations
-    phis: dict[str, np.ndarray]  # the same of phi, by MODES
-    scalars: dict[str, dict[str, float]]  # what each phase logs: KL, ... before and after
+    about: dict[str, Any]  # facts about the run, and the options of the phases
+    theta: np.ndarray  # (S, A) theta's probabilities in the rollout's S = T B N observations
+    phis: dict[str, np.ndarray]  # {mode of MODES: phi's probabilities (S, A)}
+    scalars: dict[str, dict[str, float]]  # {mode: what the phase logs, as KL before and after}
 
 
 def reverse_phases(study: Fig7) -> Phases:
-    """Play a rollout, then apply the phases to copies of phi."""
+    """Play a rollout, then apply one reverse phase of each kind to a copy of phi."""
     run = Run(study.run)
     if run.args["script"] != SCRIPT:
         raise UsageError(f"{study.run} is not a run of {SCRIPT}.py, and has no phi.")
@@ -801,7 +800,7 @@ def reverse_phases(study: Fig7) -> Phases:
             if getattr(study, name) is not None:
                 options[name] = getattr(study, name)
         args = dataclasses.replace(found.args, **options)
-        # In few worlds a rollout may have fewer chunks than minibatches.
+        # With few worlds, a rollout may have fewer chunks than minibatches: validate() refuses it.
         harness.check(script.validate(args))
 
         def distill(phase_args: Any, phase: str) -> dict[str, Any]:
@@ -827,7 +826,7 @@ def reverse_phases(study: Fig7) -> Phases:
 
 
 def logged(phases: Phases, mode: str) -> dict[str, float]:
-    """Means over the rollout after a phase; before, they are the same for all of them."""
+    """Means over the rollout after a phase of this mode; "before": before it (same for all)."""
     found, when = (phases.scalars["kl"], "before")
     if mode != "before":
         found, when = phases.scalars[mode], "after"
@@ -835,26 +834,26 @@ def logged(phases: Phases, mode: str) -> dict[str, float]:
 
 
 def joint(theta: np.ndarray, phi: np.ndarray) -> np.ndarray:
-    """Mean over observations of pi_theta x pi_phi, both (S, A) -> (A, A), theta's actions down."""
+    """The mean over S observations of pi_theta x pi_phi, from two (S, A): (A, A), rows theta."""
     return np.einsum("sa,sb->ab", theta, phi) / len(theta)
 
 
 def min_max(x: np.ndarray) -> np.ndarray:
-    """Into [0, 1]; zeros where all are alike."""
+    """x scaled to [0, 1]; zeros if all entries are equal."""
     return (x - x.min()) / (np.ptp(x) or 1)
 
 
 class HeatMap(NamedTuple):
-    """One panel."""
+    """One panel of Fig. 7."""
 
-    mode: str  # of MODES
-    of: str  # "mean", or "observation 7"
+    mode: str  # one of MODES
+    of: str  # "mean", or e.g. "observation 7"
     title: str
-    joint: np.ndarray  # (A, A), theta's actions down
+    joint: np.ndarray  # (A, A) joint probabilities, rows: theta's actions
 
 
 def heat_maps(phases: Phases, chosen: int) -> list[HeatMap]:
-    """For every mode that of the chosen observation and the mean over all."""
+    """Two heat maps per mode: for the chosen observation, and the mean over all observations."""
     maps, theta = [], phases.theta
     for mode, phi in phases.phis.items():
         best, means = phi[chosen].argmax(), logged(phases, mode)
@@ -868,7 +867,7 @@ def heat_maps(phases: Phases, chosen: int) -> list[HeatMap]:
 
 
 def rows_of_maps(maps: list[HeatMap]) -> list[dict[str, Any]]:
-    """A row of the CSV for every cell."""
+    """The rows of the CSV, one per cell of a heat map."""
     rows = []
     for x in maps:
         scaled = min_max(x.joint)
@@ -879,18 +878,18 @@ def rows_of_maps(maps: list[HeatMap]) -> list[dict[str, Any]]:
 
 
 def preference(probs: np.ndarray) -> str:
-    """ "θ prefers 3 (0.91)" """
+    """Theta's preferred action and its probability, as "θ prefers 3 (0.91)"."""
     return f"θ prefers {probs.argmax() + 1} ({probs.max():.2f})"
 
 
 def options_of(study: Fig7, phases: Phases) -> str:
-    """How the phases were made."""
+    """The options of the phases, as text."""
     text = "rate {reverse_lr:g}, {reverse_epochs} epochs, noise {noise_std:g}"
     return f"{text.format(**phases.about)}, φ {study.start}"
 
 
 def draw_heat_maps(study: Fig7, phases: Phases, maps: list[HeatMap], chosen: int) -> Any:
-    """A column per mode: above, the chosen observation; below, the mean over all."""
+    """A figure with a column per mode: above the chosen observation, below the mean over all."""
     count, actions = phases.theta.shape
     figure, axes = plt.subplots(2, len(MODES), figsize=(2.5 * len(MODES) + 0.6, 6.3))
     for x in maps:
@@ -915,12 +914,12 @@ def draw_heat_maps(study: Fig7, phases: Phases, maps: list[HeatMap], chosen: int
 
 
 def describe(action: dict[str, int]) -> str:
-    """What an action sends to the engine, without zeros: "turn -1"."""
+    """The non-zero parts of an action as the engine gets them, as text: "turn -1"."""
     return ", ".join(f"{name} {x}" for name, x in action.items() if x) or "nothing"
 
 
 def text_of_phases(study: Fig7, phases: Phases, chosen: int) -> str:
-    """OUT.md: a line per mode."""
+    """OUT.md of Fig. 7: a table with a line per mode."""
     about, theta, lines = phases.about, phases.theta, []
     for mode, phi in phases.phis.items():
         means = logged(phases, mode)
@@ -940,7 +939,7 @@ def text_of_phases(study: Fig7, phases: Phases, chosen: int) -> str:
 
 
 def fig7(study: Fig7) -> None:
-    """The phases, for one observation and for the mean over all."""
+    """Apply the phases, then write Fig. 7. UsageError if there is no such observation."""
     check_out(study.out)
     phases = reverse_phases(study)
     surest, count = int(phases.theta.max(1).argmax()), len(phases.theta)
@@ -959,31 +958,31 @@ def fig7(study: Fig7) -> None:
 class Fig5:
     """Fig. 5: t-SNE of the joint action distributions that a training population plays."""
 
-    runs: Runs  # of any script, all on one substrate
-    samples: Several = 500  # of each run
-    rollouts: Positive = 4  # that they are drawn from; BiDist draws v anew for each
-    num_envs: Positive = 16  # worlds of a rollout
-    warm_up: Count = 1  # rollouts before them, so that worlds are not at their starts
-    perplexity: Above = 30.0  # of t-SNE
-    seed: Seed = 1  # of worlds, actions, samples and t-SNE
-    group_by: Literal["method", "name"] = "method"  # name: of the directory, without -s1, -s2, ...
-    out: Path = Path("fig5")  # writes OUT.png, OUT.csv and OUT.md
+    runs: Runs  # runs of any method, all in one substrate
+    samples: Several = 500  # samples to draw from each run
+    rollouts: Positive = 4  # rollouts to draw them from; BiDist draws new agents v for each
+    num_envs: Positive = 16  # parallel worlds of a rollout
+    warm_up: Count = 1  # rollouts to play before them, so that episodes are under way
+    perplexity: Above = 30.0  # perplexity of t-SNE
+    seed: Seed = 1  # seed of worlds, actions, samples and t-SNE
+    group_by: Literal["method", "name"] = "method"  # group by flags, or by name without -s1, ...
+    out: Path = Path("fig5")  # common beginning of the names of the .png, .csv and .md files
 
 
 class Sample(NamedTuple):
-    """What a run's training population does."""
+    """S samples of the joint action distribution of a run's training population."""
 
     run: str
     method: str
     seed: int
-    timesteps: int
-    points: np.ndarray  # (S, N A) the agents' probabilities side by side
-    fictitious: np.ndarray  # (S,) how many agents act with phi
+    timesteps: int  # environment steps of training
+    points: np.ndarray  # (S, N A) action probabilities of all agents, concatenated
+    fictitious: np.ndarray  # (S,) number of agents that act with phi
     agents: int  # N
 
 
 def sample_population(run: Run, study: Fig5) -> Sample:
-    """Roll out a run as in training and keep the policies that acted."""
+    """Play rollouts as in training and sample the action distributions of the acting policies."""
     by_name = study.group_by == "name"
     acting, fictitious = [], []
     with loaded(run, study.num_envs, study.seed) as found:
@@ -1017,8 +1016,8 @@ def sample_population(run: Run, study: Fig5) -> Sample:
 
 
 def spread(points: np.ndarray, agents: int) -> dict[str, float]:
-    """How far apart samples (S, N A) are, over all pairs: the mean Euclidean distance and, between
-    two agents' policies, the mean total variation, from 0 to 1."""
+    """How far apart samples (S, N A) are, as means over all pairs: "distance" is Euclidean,
+    "total_variation" is between the policies of the same agent, from 0 to 1."""
     from scipy.spatial.distance import pdist
 
     total = pdist(points, "cityblock") / (2 * agents)
@@ -1026,7 +1025,7 @@ def spread(points: np.ndarray, agents: int) -> dict[str, float]:
 
 
 def embed(samples: list[Sample], perplexity: float, seed: int) -> list[np.ndarray]:
-    """t-SNE of scikit-learn, standard but for the seed: places (S, 2) of every run's samples."""
+    """t-SNE by scikit-learn of all runs together: positions (S, 2) of each run's samples."""
     from sklearn.manifold import TSNE
 
     points = np.concatenate([s.points for s in samples]).astype(np.float32)
@@ -1035,7 +1034,7 @@ def embed(samples: list[Sample], perplexity: float, seed: int) -> list[np.ndarra
 
 
 def rows_of_samples(samples: list[Sample], places: list[np.ndarray]) -> list[dict[str, Any]]:
-    """A row of the CSV for every sample."""
+    """The rows of the CSV, one per sample."""
     rows = []
     for s, xy in zip(samples, places):
         about = dict(run=s.run, method=s.method, seed=s.seed)
@@ -1045,7 +1044,7 @@ def rows_of_samples(samples: list[Sample], places: list[np.ndarray]) -> list[dic
 
 
 def draw_samples(samples: list[Sample], places: list[np.ndarray], title: str) -> Any:
-    """A panel with all methods and one for each, where the others are grey."""
+    """A figure with a panel for all methods, and one per method with the others in grey."""
     methods = list(dict.fromkeys(s.method for s in samples))
     figure, axes = plt.subplots(1, 1 + len(methods), figsize=(3.4 * (1 + len(methods)), 4.1))
     for axis, shown in zip(axes, [methods, *([m] for m in methods)]):
@@ -1068,7 +1067,7 @@ def draw_samples(samples: list[Sample], places: list[np.ndarray], title: str) ->
 
 
 def text_of_samples(samples: list[Sample], world: str) -> str:
-    """OUT.md: a line per run."""
+    """OUT.md of Fig. 5: a table with a line per run."""
     lines = []
     for s in samples:
         spreads = spread(s.points, s.agents)
@@ -1094,7 +1093,7 @@ def text_of_samples(samples: list[Sample], world: str) -> str:
 
 
 def fig5(study: Fig5) -> None:
-    """The samples' places, and their spread in figures."""
+    """Sample all runs, then write their t-SNE and a table of their spread."""
     check_out(study.out)
     runs = read_runs(study.runs)
     worlds = {run.args["substrate"] for run in runs}
@@ -1112,7 +1111,7 @@ def fig5(study: Fig5) -> None:
 
 # --- Distillation over training -------------------------------------------------------------------
 
-SCALARS = {  # of every iteration, and before and after every phase
+SCALARS = {  # {scalar: label}; logged for every rollout, and before and after every phase
     "kl": "KL(π_θ ‖ π_φ)",
     "shift": "preference shift",
     "theta_prefers": "π_θ(a*_θ)",
@@ -1125,12 +1124,13 @@ PHASES = {"forward": "tab:green", "reverse": "tab:red"}
 class Shift:
     """KL, preference shift and preferred actions over training, before and after each phase."""
 
-    runs: Runs  # of bidist_mappo_meltingpot.py
-    out: Path = Path("preference_shift")  # writes OUT.png, OUT.csv and OUT.md
+    runs: Runs  # runs of bidist_mappo_meltingpot.py
+    out: Path = Path("preference_shift")  # common beginning of the .png, .csv and .md files' names
 
 
 def read_rows(run: Run) -> list[dict[str, Any]]:
-    """A row per logged figure; phase and when (before, after) are empty for the rollout's own."""
+    """The CSV's rows, one per logged figure; phase and when ("before", "after") are "" outside
+    phases. UsageError if the run logged no KL."""
     if not any("kl" in scalars for scalars in run.log):
         raise UsageError(
             f"{run.where} logs no KL: it is not a run of {SCRIPT}.py, or has not begun."
@@ -1149,8 +1149,8 @@ def read_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def draw_scalar(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """One scalar of one run: a curve of the rollouts, and from before to after a stroke for each
-    phase."""
+    """Draw one scalar of one run: a curve over rollouts, and for each phase a vertical line from
+    its value before to its value after."""
     steps, values = zip(*((r["timesteps"] / 1000, r["value"]) for r in rows if not r["phase"]))
     axis.plot(steps, values, color="0.45", lw=0.8, label="every rollout")
     for phase, colour in PHASES.items():
@@ -1169,7 +1169,7 @@ def draw_scalar(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_shift(rows_of: dict[str, list[dict[str, Any]]]) -> Any:
-    """The figure: a column per run, a line per scalar, and one scale for all runs."""
+    """A figure with a column per run and a row per scalar; all runs share a row's scale."""
     size = (max(6.0, 4.4 * len(rows_of) + 0.6), 8.2)
     figure, axes = plt.subplots(4, len(rows_of), figsize=size, squeeze=False, sharex="col")
     for column, (run, rows) in enumerate(rows_of.items()):
@@ -1184,7 +1184,7 @@ def draw_shift(rows_of: dict[str, list[dict[str, Any]]]) -> Any:
     low, high = min(marks, default=0), max(r["value"] for r in rows if r["scalar"] == "kl")
     largest = max(r["value"] for r in rows if r["scalar"].endswith("prefers"))
     for kl, shift, *preferences in axes.T:
-        if low > 0:  # at the very start theta and phi are alike: that would squeeze the rest
+        if low > 0:  # phases set the range: KL near 0, as at the very start, would squeeze them
             kl.set(yscale="log", ylim=(low / 1.5, high * 1.5))
         shift.set_ylim(-0.03, 1.03)
         for axis in preferences:
@@ -1196,7 +1196,7 @@ def draw_shift(rows_of: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def text_of_shift(rows: list[dict[str, Any]]) -> str:
-    """OUT.md: means over all phases of a kind, and over the last third of training's."""
+    """OUT.md: means over all phases of a kind, and over those in the last third of training."""
     lines = []
     runs = dict.fromkeys(row["run"] for row in rows)
     for run, phase, part in itertools.product(runs, PHASES, ("all", "last third")):
@@ -1220,7 +1220,7 @@ def text_of_shift(rows: list[dict[str, Any]]) -> str:
 
 
 def shift(study: Shift) -> None:
-    """Read all runs, then write the three files."""
+    """Read all runs, then write OUT.png, OUT.csv and OUT.md."""
     check_out(study.out)
     rows_of = {run.name: read_rows(run) for run in read_runs(study.runs)}
     rows = list(itertools.chain.from_iterable(rows_of.values()))
@@ -1232,30 +1232,30 @@ def shift(study: Shift) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Reverse:
-    """When reverse distillation shifts preferences: phases applied to copies of phi.
+    """When reverse distillation shifts preferences: reverse phases on copies of phi.
 
-    Each run gives theta and, from fresh worlds, a rollout. Then phi is put at several distances
-    from theta, and one reverse phase (Eq. 8) is applied at several rates and lengths. Distances:
+    Each run gives theta and a rollout in new worlds. A reverse phase (Eq. 8) with each rate and
+    number of epochs is applied to a phi at each of three distances from theta:
 
     initial: a new phi, close to uniform, where Prop. 4.1 begins;
     lagged: the run's own phi, as training left it;
     near: that phi after a forward phase (Eq. 7) on this rollout, where Alg. 1 begins.
 
-    If KL(theta || phi) grows while the share of observations where phi prefers another action
-    stays, and phi's own favourite grows likelier, phi has only become sharper on the same action.
+    If KL(theta || phi) and phi's largest probability grow while the preference shift (the share of
+    observations where phi prefers another action) stays, phi only became sharper on one action.
     """
 
-    runs: Runs  # of bidist_mappo_meltingpot.py
-    rates: tuple[Above, ...] = (1e-5, 1e-4, 3e-4, 1e-3)  # eta_r
-    epochs: tuple[Positive, ...] = (5, 25)  # of a phase, 5 minibatches each
-    num_envs: Positive = 16  # worlds of the rollout, 200 steps
-    warm_up: Count = 1  # rollouts before the one that is used, so that worlds are not at starts
-    seed: Seed = 1  # of worlds, actions and shuffling
-    out: Path = Path("reverse_distillation")  # writes OUT.png, OUT.csv and OUT.md
+    runs: Runs  # runs of bidist_mappo_meltingpot.py
+    rates: tuple[Above, ...] = (1e-5, 1e-4, 3e-4, 1e-3)  # learning rates of the phase, eta_r
+    epochs: tuple[Positive, ...] = (5, 25)  # epochs of the phase
+    num_envs: Positive = 16  # parallel worlds of the rollout
+    warm_up: Count = 1  # rollouts to play before the one that is used: episodes are under way
+    seed: Seed = 1  # seed of worlds, actions and shuffling
+    out: Path = Path("reverse_distillation")  # common beginning of the names of the files
 
 
 def reverse_run(run: Run, study: Reverse) -> list[dict[str, Any]]:
-    """All phases on one run: a row for each distance, rate and length."""
+    """Apply all phases to one run: a row of the CSV per distance, rate and number of epochs."""
     if run.args["script"] != SCRIPT:
         raise UsageError(f"{run.where} is not a run of {SCRIPT}.py, and has no phi.")
     rows = []
@@ -1268,7 +1268,7 @@ def reverse_run(run: Run, study: Reverse) -> list[dict[str, Any]]:
     starts = {"initial": agent.new_distilled(study.seed + 2**31), "lagged": lagged, "near": near}
     agent.distilled = near
     script.distill(args, agent, batch, state, phase="forward", rng=found.rngs["method_rng"])
-    # phi's state before the rollout is zero for every start: none has lived through the past.
+    # Every phi replays the rollout from a zero hidden state: stored ones are of the run's own phi.
     fresh = dataclasses.replace(batch, distilled_hidden=torch.zeros_like(batch.distilled_hidden))
     for start, rate, epochs in itertools.product(starts, study.rates, study.epochs):
         agent.distilled = copy.deepcopy(starts[start])
@@ -1288,7 +1288,7 @@ def reverse_run(run: Run, study: Reverse) -> list[dict[str, Any]]:
 
 
 def draw_reverse(rows: list[dict[str, Any]], study: Reverse) -> Any:
-    """Shift and KL against the rate, a panel for each distance, a line for each run."""
+    """A figure of shift and KL over the rate: a column per distance, a line per run and epochs."""
     starts = list(dict.fromkeys(row["phi"] for row in rows))
     figure, axes = plt.subplots(2, len(starts), figsize=(3.6 * len(starts), 5.2), sharex=True)
     for column, start in enumerate(starts):
@@ -1315,7 +1315,7 @@ def draw_reverse(rows: list[dict[str, Any]], study: Reverse) -> Any:
 
 
 def reverse(study: Reverse) -> None:
-    """All runs, then means over them."""
+    """Apply the phases to all runs, then write the figure, the rows and means over runs."""
     check_out(study.out)
     rows = [row for run in read_runs(study.runs) for row in reverse_run(run, study)]
     groups = defaultdict(list)
@@ -1335,7 +1335,7 @@ def reverse(study: Reverse) -> None:
 
 
 def split_extra(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The words before --extra, and those after it."""
+    """The words of a command line before --extra, and those after it."""
     if "--extra" not in argv:
         return argv, []
     place = argv.index("--extra")
@@ -1358,7 +1358,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the subcommand and return its exit code."""
     torch.set_num_threads(1)
     argv, extra = split_extra(sys.argv[1:] if argv is None else argv)
     return run_subcommand(COMMANDS, argv, __doc__, extra=tuple(extra))

@@ -1,17 +1,17 @@
 """Verdicts on the papers' claims, by criteria that were written before the runs.
 
-    python experiments/claims.py                        prints them, from all studies in docs/data
-    python experiments/claims.py --out docs             and writes docs/CLAIMS.md, with its data
+    python experiments/claims.py                        prints verdicts on all studies in docs/data
+    python experiments/claims.py --out docs             also writes docs/CLAIMS.md and its data
     python experiments/claims.py docs/data/study_sz.csv runs/sz-mipi-s11
-    python experiments/claims.py --commands B3 M1       what has to be run for these claims
-    python experiments/claims.py --studies experiments/studies    all of it, for launch.py
+    python experiments/claims.py --commands B3 M1       prints the runs that these claims still need
+    python experiments/claims.py --studies experiments/studies    writes studies for launch.py
 
-The criteria are those of experiments/claims.toml, whose head says how verdicts are reached. A run
-counts for an arm if its script and all flags that training depends on are the arm's, its seed one
-of the claim's and its length the claim's; with other seeds or lengths it is a pilot, which is shown
-and not counted. Tables of other commands are read in --data. Writes OUT/CLAIMS.md,
-OUT/data/claims.png and, of claims that have data, OUT/data/claims/CLAIM.csv: a row per run and cell
-(a row of an evaluation, a scenario).
+The criteria are in experiments/claims.toml, whose head explains how a verdict is reached. A run
+counts for an arm of a claim if it has the arm's script, the arm's values of all flags that affect
+training, and one of the claim's seeds and its length. With another seed or length it is a pilot: it
+is shown, but does not count. Some claims read tables that other commands wrote into --data. With
+--out this writes OUT/CLAIMS.md, OUT/data/claims.png and, for claims with data,
+OUT/data/claims/CLAIM.csv, a row per run and cell (a row of an evaluation, or a scenario).
 """
 
 from __future__ import annotations
@@ -63,33 +63,33 @@ from experiments.runs import ROOT, Run, plt, read_runs, run_command, save_figure
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
-ADAPTED = re.compile(r"--adapt runs/(\w+)-")  # the world whose runs are adapted
+ADAPTED = re.compile(r"--adapt runs/(\w+)-")  # group 1: the world whose runs are adapted
 PAPERS = {
     "B": ("BiDist, AAMAS 2025", "unseen co-players"),
     "M": ("MRA, TMLR", "unseen population sizes"),
     "I": ("MIPI, NeurIPS 2023", "unseen team compositions"),
 }
-MOST_SEEDS = 30  # an arm; what would need more is too near its margin
+MOST_SEEDS = 30  # per arm; an effect that needs more seeds is too near its margin to decide
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What to read and to write."""
+    """Options of this command."""
 
-    # Run directories, studies; default: all studies in --data.
+    # run directories and packed studies to read; default: all studies in --data
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    out: Path | None = None  # writes OUT/CLAIMS.md, OUT/data/claims.png, OUT/data/claims/*.csv
-    commands: tuple[str, ...] = ()  # print only what has to be run for these claims
-    studies: Path | None = None  # write only a study for each world into this directory
-    data: Path = ROOT / "docs/data"  # tables that other commands have made, and studies
-    criteria: Path = CRITERIA
+    out: Path | None = None  # directory for CLAIMS.md, data/claims.png and data/claims/*.csv
+    commands: tuple[str, ...] = ()  # only print the commands of the runs that these claims need
+    studies: Path | None = None  # only write a study of all runs for each world into this directory
+    data: Path = ROOT / "docs/data"  # directory of packed studies and of other commands' tables
+    criteria: Path = CRITERIA  # the file of criteria
 
 
 # --- What counts ----------------------------------------------------------------------------------
 
 
 def counted(case: Claim, points: list[Point]) -> list[Point]:
-    """Points of the claim's seeds and length, by seed; UsageError where a seed has two."""
+    """The points that count, in the order of the claim's seeds; UsageError if a seed has two."""
     own = [x for x in points if case.counts(x.seed, x.steps)]
     own.sort(key=lambda x: case.seeds.index(x.seed))
     for x, y in itertools.pairwise(own):
@@ -99,7 +99,7 @@ def counted(case: Claim, points: list[Point]) -> list[Point]:
 
 
 def pilots(case: Claim, found: dict[str, list[Point]]) -> dict[str, list[Point]]:
-    """What does not count, of the greatest length that the first arms share with another."""
+    """The points that do not count, of the greatest length that first arms share with others."""
     left = {
         arm: [x for x in points if not case.counts(x.seed, x.steps)]
         for arm, points in found.items()
@@ -115,7 +115,7 @@ def pilots(case: Claim, found: dict[str, list[Point]]) -> dict[str, list[Point]]
 
 
 def too_few(case: Claim, arm: str, points: list[Point]) -> str:
-    """Why an arm's seeds decide nothing yet; "" if they can."""
+    """Why an arm has too few seeds for a verdict; "" if it has enough."""
     if not points:
         return f"{arm} has not run"
     if missing := {*case.seeds[: len(points)]} - {x.seed for x in points}:
@@ -126,7 +126,7 @@ def too_few(case: Claim, arm: str, points: list[Point]) -> str:
 
 
 def below_bar(case: Claim, arm: str, points: list[Point]) -> str:
-    """Whether an arm has not learned what the claim asks of it, by the mean over all its seeds."""
+    """The reason if an arm's mean over all seeds is below the claim's bar, else ""."""
     if not points:
         return f"{arm}: whether it has learned is not known"
     level = float(np.mean(values(points)))
@@ -143,19 +143,19 @@ def values(points: list[Point]) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """One comparison of a claim."""
+    """One comparison of a claim: of two arms, or of one arm with 0."""
 
-    case: Claim  # of ranks, which are over all worlds: in the first
-    first: str
-    other: str  # "": zero
-    found: Difference
-    plain: Difference  # the same of means, where the interquartile one counts
+    case: Claim  # the claim in this world; for ranks, which use all worlds, in the first one
+    first: str  # name of the arm that the claim is about
+    other: str  # name of the other arm; "": the comparison is with 0
+    found: Difference  # the effect, first minus other, that the verdict uses
+    plain: Difference  # the same effect by means over seeds instead of interquartile means
     margin: float  # in the effect's unit
-    mine: list[list[Point]]  # by world
-    theirs: list[list[Point]]
-    why: str  # nothing is decided, whatever the interval; "": the interval decides
-    note: str = ""  # beside the effect
-    pilot: bool = False
+    mine: list[list[Point]]  # points of the first arm, a list per world
+    theirs: list[list[Point]]  # points of the other arm, a list per world
+    why: str  # why nothing can be decided yet; "": the interval decides
+    note: str = ""  # remark to show with the effect
+    pilot: bool = False  # the points are pilots, which do not count
 
     @property
     def verdict(self) -> str:
@@ -165,7 +165,7 @@ class Part(NamedTuple):
 
     @property
     def by_means(self) -> str:
-        """What means over seeds would say, if that is something else."""
+        """The verdict by means over seeds, as text, if it differs from `verdict`; else ""."""
         other = verdict_of(self.plain, self.margin)
         if self.why or self.pilot or other == self.verdict:
             return ""
@@ -178,21 +178,21 @@ class Part(NamedTuple):
 
 
 def verdict_of(found: Difference, margin: float) -> str:
-    """By the interval alone."""
+    """HOLDS if the interval lies above the margin, FAILS if below, else OPEN."""
     if found.low > margin:
         return HOLDS
     return FAILS if found.high < margin else OPEN
 
 
 def verdict_of_claim(verdicts: list[str]) -> str:
-    """Of a claim, which is all of its comparisons."""
+    """A claim's verdict: FAILS if one of its comparisons fails, HOLDS if all hold, else OPEN."""
     if FAILS in verdicts:
         return FAILS
     return OPEN if OPEN in verdicts else HOLDS
 
 
 def margin_of(case: Claim, theirs: list[Point]) -> float:
-    """The margin in the quantity's own unit."""
+    """The margin in the unit of the quantity; NaN if it depends on points that are missing."""
     if case.margin_of == "unit":
         return case.margin
     if not theirs:
@@ -204,7 +204,7 @@ def margin_of(case: Claim, theirs: list[Point]) -> float:
 
 
 def compare_seeds(mine: list[Point], theirs: list[Point] | None, centre: Centre) -> Difference:
-    """Between two arms; None: of one from 0."""
+    """The effect between two arms' seeds; if theirs is None, of one arm's seeds from 0."""
     if not mine or theirs == []:
         return UNKNOWN
     if theirs is None:
@@ -215,7 +215,7 @@ def compare_seeds(mine: list[Point], theirs: list[Point] | None, centre: Centre)
 def compare_in(
     case: Claim, points: dict[str, list[Point]], why: dict[str, str], pilot: bool
 ) -> list[Part]:
-    """All comparisons in one world."""
+    """All comparisons of a claim in one world, of each first arm with each other arm or 0."""
     parts = []
     for first, other in itertools.product(case.first, case.others or ("",)):
         theirs = points.get(other)
@@ -238,7 +238,8 @@ def compare_in(
 def compare_ranks(
     cases: tuple[Claim, ...], points: list[dict[str, list[Point]]], why: dict[str, str], pilot: bool
 ) -> list[Part]:
-    """The first arm with each other, ranked in all worlds among the arms that can be."""
+    """Comparisons of the first arm's mean rank with each other arm's. All worlds count; ranked are
+    the arms that have points in all of them and nothing in `why`."""
     case, (first,) = cases[0], cases[0].first
     ran = [arm for arm in case.arms if all(own[arm] for own in points) and not why[arm]]
     worlds = [{arm: cells_of(own[arm]) for arm in ran} for own in points]
@@ -263,12 +264,12 @@ def compare_ranks(
 
 
 def cells_of(points: list[Point]) -> np.ndarray:
-    """(S, cells)"""
+    """The values of all cells for each of S seeds: (S, cells)."""
     return np.array([[*x.cells.values()] for x in points])
 
 
 def count_first(worlds: list[dict[str, np.ndarray]], first: str) -> str:
-    """In how many cells an arm is ahead of all, and its mean rank."""
+    """Text: in how many cells an arm is first, and its mean rank."""
     found = []
     for world in worlds:
         means = np.stack([mean_or_iqm(x, 0) for x in world.values()])
@@ -278,16 +279,16 @@ def count_first(worlds: list[dict[str, np.ndarray]], first: str) -> str:
 
 
 class Outcome(NamedTuple):
-    """What has come of a claim."""
+    """A claim's comparisons and its verdict."""
 
-    cases: tuple[Claim, ...]
-    parts: list[Part]
-    pilots: list[Part]
+    cases: tuple[Claim, ...]  # the claim in each of its worlds
+    parts: list[Part]  # comparisons that count
+    pilots: list[Part]  # comparisons of pilots
     verdict: str
 
 
 def judge(cases: tuple[Claim, ...], runs: list[Run], data: Path) -> Outcome:
-    """A claim's comparisons, of what counts and of pilots, and its verdict."""
+    """Compare the arms of a claim by counted points and by pilots, and reach its verdict."""
 
     def points_of(case: Claim, arm: str, measure: Measure) -> list[Point]:
         return read_points(case, arm, measure, runs, data)
@@ -318,17 +319,17 @@ def judge(cases: tuple[Claim, ...], runs: list[Run], data: Path) -> Outcome:
 
 
 class Missing(NamedTuple):
-    """Runs that an arm still needs for its claim's least number of seeds."""
+    """The runs that an arm still needs to have its claim's least number of seeds."""
 
-    name: str  # of their directories, without the seed
-    command: str
+    name: str  # name of their directories, without the seed
+    command: str  # script and flags
     seeds: tuple[int, ...]
-    timesteps: int
-    hours: float  # of a core, all together
+    timesteps: int  # environment steps of each run
+    hours: float  # core hours of all these runs together
 
 
 def missing_runs(outcome: Outcome, runs: list[Run], slower: dict[str, float]) -> list[Missing]:
-    """A claim's, each once."""
+    """The runs that a claim still needs, each once. slower: {script: factor on a world's hours}."""
     found = {}
     for case, arm in itertools.product(outcome.cases, outcome.cases[0].arms):
         command = case.arms[arm]
@@ -346,14 +347,14 @@ def missing_runs(outcome: Outcome, runs: list[Run], slower: dict[str, float]) ->
 
 
 def missing_tables(outcome: Outcome) -> list[str]:
-    """Commands whose tables have not all that the claim needs."""
+    """The commands that make tables which the claim reads and which lack something it needs."""
     found = [part.case.measure for part in outcome.parts if part.why]
     return [*dict.fromkeys(x.command for x in found if isinstance(x, Table))]
 
 
 def more_seeds(part: Part) -> str:
-    """What would bring an interval off its margin, if the effect stays: it shrinks with the root of
-    the number of seeds."""
+    """Text: how many seeds would decide a comparison, if the effect stays the same and the width of
+    its interval falls as 1 / sqrt(seeds)."""
     have = max(len(x) for x in (*part.mine, *part.theirs))
     half = (part.found.high - part.found.low) / 2
     distance = abs(part.found.mean - part.margin)
@@ -364,7 +365,7 @@ def more_seeds(part: Part) -> str:
 
 
 def what_decides(outcome: Outcome, missing: list[Missing]) -> str:
-    """In words, the cost aside; "" of what is decided."""
+    """Text: what would decide a claim (at most three items); "" if it is decided."""
     if outcome.verdict != OPEN:
         return ""
     texts = []
@@ -382,14 +383,14 @@ def what_decides(outcome: Outcome, missing: list[Missing]) -> str:
 
 
 def loop(command: str, name: str, seeds: tuple[int, ...], timesteps: int) -> str:
-    """A line of shell for an arm's runs."""
+    """A shell loop that trains one run per seed."""
     words = command.replace("{seed}", "$s")
     length = f"--total-timesteps {timesteps} --run-dir runs/{name}-s$s"
     return f"for s in {' '.join(map(str, seeds))}; do python {words} --seed $s {length}; done"
 
 
 def commands_of(outcome: Outcome, missing: list[Missing], tables: dict[str, Any]) -> list[str]:
-    """What has to be run for a claim: runs that others adapt, runs, studies, tables."""
+    """Shell lines for what a claim needs: runs to adapt, then runs, packed studies, tables."""
     lines = [f"# {outcome.cases[0].id}: {outcome.cases[0].says}"]
     for x in missing:
         if source := re.search(r"--adapt runs/(\w+)-(\w+)-s", x.command):
@@ -406,7 +407,7 @@ def commands_of(outcome: Outcome, missing: list[Missing], tables: dict[str, Any]
 
 
 def studies_of(cases: list[Claim]) -> dict[str, str]:
-    """{file name: a study of all runs that claims need in a world}, as launch.py reads them."""
+    """{file name: text of a study for launch.py with all runs that claims need in a world}."""
     worlds: dict[str, list[Claim]] = {}
     for case in cases:
         worlds.setdefault(case.run, []).append(case)
@@ -434,7 +435,7 @@ def studies_of(cases: list[Claim]) -> dict[str, str]:
 
 
 def write_studies(folder: Path, cases: list[Claim]) -> None:
-    """UsageError if that is no place to write to."""
+    """Write studies_of() into a folder; UsageError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in studies_of(cases).items():
@@ -474,7 +475,7 @@ def number(x: float) -> str:
 
 
 def seeds_text(worlds: list[list[Point]]) -> str:
-    """Every seed's figure, world by world."""
+    """The figure of every seed, worlds separated by semicolons."""
     return "; ".join(", ".join(number(x.value) for x in points) or "-" for points in worlds)
 
 
@@ -493,7 +494,7 @@ def margin_text(case: Claim) -> str:
 
 
 def budget_text(cases: tuple[Claim, ...]) -> str:
-    """A share of the paper's steps, or a range."""
+    """The steps in per cent of the paper's, a range if worlds differ, or "not stated"."""
     shares = sorted(100 * x.timesteps / x.paper_steps for x in cases if x.paper_steps)
     ends = dict.fromkeys(f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in shares[:1] + shares[-1:])
     return f"{' to '.join(ends)} %" if shares else "not stated"
@@ -569,14 +570,14 @@ def hours_text(hours: float) -> str:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown, in which bars are no ends of cells."""
+    """A Markdown table; a "|" in the text is escaped, so that it ends no cell."""
     return markdown_table([{k: x.replace("|", "&#124;") for k, x in row.items()} for row in rows])
 
 
 def in_short(names: list[str]) -> str:
-    """B1, B2, B3, B5 -> B1 to B3, B5."""
+    """Names of claims with ranges: B1, B2, B3, B5 -> "B1 to B3, B5"."""
     numbers = [int(name[1:]) for name in names]
-    # Numbers that follow each other keep their distance from their places in the list.
+    # Within a range, number minus place in the list is constant.
     runs = itertools.groupby(enumerate(names), key=lambda x: numbers[x[0]] - x[0])
     found = []
     for _, run in runs:
@@ -586,8 +587,7 @@ def in_short(names: list[str]) -> str:
 
 
 def papers_table(outcomes: list[Outcome]) -> str:
-    """A row a paper: which claims hold, which do not. The README shows it, too; of proxies neither
-    tells."""
+    """A table, also in README.md: each paper's verdicts on its claims, without proxies."""
     rows = []
     for letter, (method, what) in PAPERS.items():
         verdicts = {x.cases[0].id: x.verdict for x in outcomes if x.cases[0].id[0] == letter}
@@ -600,7 +600,7 @@ def papers_table(outcomes: list[Outcome]) -> str:
 
 
 def page(outcomes: list[Outcome], missing: list[list[Missing]]) -> str:
-    """docs/CLAIMS.md."""
+    """The text of docs/CLAIMS.md."""
     text = [HEAD, "## Verdicts\n", papers_table(outcomes)]
     text += [table([summary_row(x) for x in outcomes])]
     text += ["## Criteria\n", table([criterion_row(x) for x in outcomes])]
@@ -619,7 +619,7 @@ def page(outcomes: list[Outcome], missing: list[list[Missing]]) -> str:
 
 
 def draw(outcomes: list[Outcome]) -> Any:
-    """A panel a claim, in its own unit: counted effects filled, pilots hollow, margins dashed."""
+    """A panel per claim: dots: effects (pilots: hollow), dashes: margins. None without effects."""
     shown = {x.cases[0].id: [*x.parts, *x.pilots] for x in outcomes}
     shown = {
         name: [part for part in parts if not math.isnan(part.found.low)]
@@ -653,7 +653,7 @@ def draw(outcomes: list[Outcome]) -> Any:
 
 
 def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
-    """The claim's CSV: a row per run and cell, each once."""
+    """The rows of a claim's CSV, one per run and cell."""
     rows = {}
     for part in (*outcome.parts, *outcome.pilots):
         cases = outcome.cases if part.case.compare == "rank" else (part.case,)
@@ -668,7 +668,7 @@ def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def write(out: Path, text: str, outcomes: list[Outcome]) -> None:
-    """The page, the figure, a CSV a claim."""
+    """Write the page, the figure and a CSV per claim with data; UsageError if that fails."""
     folder = out / "data/claims"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -683,7 +683,7 @@ def write(out: Path, text: str, outcomes: list[Outcome]) -> None:
 
 
 def claims(study: Study) -> None:
-    """Judge all claims, or print the commands of some."""
+    """Judge all claims and print or write the page; or print commands, or write studies."""
     tables = read_tables(study.criteria)
     cases = read_claims(tables)
     if unknown := [x for x in study.commands if x not in cases]:
@@ -706,7 +706,7 @@ def claims(study: Study) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command and return its exit code."""
     return run_command(claims, argv, __doc__)
 
 

@@ -5,13 +5,10 @@
     python experiments/compare.py docs/data/study_treasure.csv --only "*-mra-*" --by-seed
     python experiments/compare.py runs/mine-s* runs/parent-s* --against parent
 
-Reads run directories and studies (runs.py). A run's name is its directory's; names that end in -s1,
--s2, ... are seeds of one group, which gets one colour: a thin line per seed and a thick one for
-their mean. Writes OUT.png (curves), OUT.csv (the curves' points) and OUT.md: each run's final
-evaluation, one line per run and co-player, with 95 % bootstrap intervals over episodes; with
---means a second table, of scalars averaged over all iterations that logged them; with --against a
-last one, of every group's differences from that group, with intervals over seeds. Curves are means
-over windows of --every environment steps.
+Reads run directories and studies (runs.py). A run is named after its directory; names that differ
+only in their ending -s1, -s2, ... are seeds of one group. Writes OUT.png (learning curves, a colour
+per group: a thin line per seed, a thick one for their mean), OUT.csv (the curves' points), OUT.md
+(final evaluations with 95 % bootstrap intervals over episodes; --means, --against: more tables).
 """
 
 from __future__ import annotations
@@ -35,28 +32,29 @@ from experiments.runs import Run, Runs, check_out, finish, plt, read_runs, run_c
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What to read and to write."""
+    """Options of this command."""
 
-    runs: Runs  # run directories, studies
-    only: tuple[str, ...] = ()  # runs whose names match one of these shell patterns, in their order
-    out: Path = Path("comparison")  # writes OUT.png, OUT.csv and OUT.md
+    runs: Runs  # run directories and packed studies to read
+    only: tuple[str, ...] = ()  # keep runs whose names match these shell patterns, in this order
+    out: Path = Path("comparison")  # common beginning of the three files' names
+    # names of the logged scalars to draw
     curves: tuple[str, ...] = (
         "episode/return",
         "episode/pick_ups_per_1000",
         "entropy",
-    )  # scalars to draw
-    every: Positive = 20_000  # environment steps that make one point
-    means: tuple[str, ...] = ()  # scalars for the second table
-    rows: tuple[str, ...] = ()  # co-players in OUT.md, as in a run's table; default: all
-    against: str = ""  # a group from which OUT.md has the others' differences
-    by_seed: bool = False  # in OUT.md a column per group, with its seeds, instead of a line per run
+    )
+    every: Positive = 20_000  # environment steps per window; each window is one point of a curve
+    means: tuple[str, ...] = ()  # add a table: these scalars' means over all iterations of a run
+    rows: tuple[str, ...] = ()  # rows of the final evaluation to show in OUT.md; default: all
+    against: str = ""  # add a table: other groups minus this one, with intervals over seeds
+    by_seed: bool = False  # final evaluations: a column per group instead of a line per run
 
 
-Curve = list[tuple[int, float]]  # environment steps at a window's end, mean in the window
+Curve = list[tuple[int, float]]  # (environment steps at a window's end, mean in the window)
 
 
 def read_curves(run: Run, names: tuple[str, ...], every: int) -> dict[str, Curve]:
-    """Every scalar's curve; a window that the run has not filled makes no point."""
+    """{scalar: curve} of one run. A last window that the run has not completed is left out."""
     curves: dict[str, Curve] = {}
     for name in names:
         windows: dict[int, list[float]] = defaultdict(list)
@@ -69,7 +67,7 @@ def read_curves(run: Run, names: tuple[str, ...], every: int) -> dict[str, Curve
 
 
 def mean_curve(curves: list[Curve]) -> Curve:
-    """Of several runs, where all have a point."""
+    """The mean of several runs' curves, at the steps where every run has a point."""
     found: dict[int, list[float]] = defaultdict(list)
     for end, value in (point for curve in curves for point in curve):
         found[end].append(value)
@@ -83,7 +81,7 @@ def draw_curve(axis: Any, curve: Curve, **style: Any) -> None:
 
 
 def draw(curves: dict[str, dict[str, Curve]], names: tuple[str, ...]) -> Any:
-    """A panel per scalar, from {run: {scalar: curve}}."""
+    """A figure with a panel per scalar; `curves` is {run: {scalar: curve}}."""
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.2), squeeze=False)
     groups: dict[str, list[str]] = defaultdict(list)
     for run in curves:
@@ -99,7 +97,7 @@ def draw(curves: dict[str, dict[str, Curve]], names: tuple[str, ...]) -> Any:
             label = f"{group} ({len(members)})"
             draw_curve(axis, mean_curve(members), color=f"C{number}", label=label)
         handles, labels = axis.get_legend_handles_labels()
-        if not shown.issuperset(labels):  # where a curve first comes up
+        if not shown.issuperset(labels):  # a panel repeats no legend that others have shown
             axis.legend(handles, labels, fontsize=8)
         shown |= {*labels}
         axis.set_title(name, fontsize=10)
@@ -117,20 +115,21 @@ MELTINGPOT = {
 
 
 def results_of(run: Run, rows: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """The final evaluation's rows; empty if the run has not finished."""
+    """The final evaluation as {row: {figure: value}}, empty before the end; `rows` selects some."""
     results = run.summary["eval"]
     return {name: results[name] for name in rows or results if name in results}
 
 
 def columns_of(row: dict[str, float]) -> dict[str, str]:
-    """The figures of a row that have an interval, with their titles."""
+    """{figure: column title} for the figures of an evaluation row that have an interval."""
     if "return_per_1000" in row:
         return MELTINGPOT
     return {name: name.replace("_", " of ", 1) for name in row if f"{name}_low" in row}
 
 
 def final_table(runs: list[Run], rows: tuple[str, ...]) -> str:
-    """Markdown, a line per run and co-player (particle worlds: population and player)."""
+    """Final evaluations as a Markdown table, a line per run and co-player (particle worlds: per
+    run, population and player)."""
     lines = []
     for run in runs:
         for name, row in results_of(run, rows).items():
@@ -146,12 +145,12 @@ def final_table(runs: list[Run], rows: tuple[str, ...]) -> str:
 
 
 def seeds_table(runs: list[Run], rows: tuple[str, ...]) -> str:
-    """Markdown, a line per row of the evaluations, a column per group and figure: the mean over
-    seeds and, in brackets, each seed's."""
+    """Final evaluations as a Markdown table with a line per row of the evaluations and a column
+    per group and figure. A cell is the mean over seeds, then each seed's value in brackets."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for name, row in results_of(run, rows).items():
-            name = re.sub(r"best z=.*", "best z", name)  # seeds may have chosen others
+            name = re.sub(r"best z=.*", "best z", name)  # the best z may differ between seeds
             for figure, title in columns_of(row).items():
                 found[name][f"{without_seed(run.name)}, {title}"].append(row[figure])
     columns = list(dict.fromkeys(c for row in found.values() for c in row))
@@ -167,7 +166,8 @@ def seeds_table(runs: list[Run], rows: tuple[str, ...]) -> str:
 
 
 def difference_table(runs: list[Run], rows: tuple[str, ...], against: str) -> str:
-    """Markdown, a line per group, row and figure: how far its seeds' mean is from the parent's."""
+    """A Markdown table with a line per group, evaluation row and figure: the group's mean over
+    seeds minus that of the group `against`. UsageError if nothing can be compared."""
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for name, row in results_of(run, rows).items():
@@ -188,7 +188,7 @@ def difference_table(runs: list[Run], rows: tuple[str, ...], against: str) -> st
 
 
 def means_table(runs: list[Run], names: tuple[str, ...]) -> str:
-    """Markdown, a line per run."""
+    """Scalars' means over the iterations that logged them: a Markdown table, a line per run."""
     lines = [f"| run | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for run in runs:
         values = [[scalars[name] for scalars in run.log if name in scalars] for name in names]
@@ -198,7 +198,7 @@ def means_table(runs: list[Run], names: tuple[str, ...]) -> str:
 
 
 def check_curves(study: Comparison, runs: list[Run]) -> None:
-    """UsageError if a scalar that was asked for is in no run."""
+    """Raise UsageError for a scalar in --curves, other than the defaults, that no run has."""
     default = Comparison.__dataclass_fields__["curves"].default
     known = {name for run in runs for scalars in run.log for name in scalars}
     for name in set(study.curves) - set(default) - known:
@@ -206,7 +206,7 @@ def check_curves(study: Comparison, runs: list[Run]) -> None:
 
 
 def compare(study: Comparison) -> None:
-    """Read all runs, then write the three files."""
+    """Read all runs, then write OUT.png, OUT.csv and OUT.md."""
     check_out(study.out)
     runs = read_runs(study.runs, study.only)
     check_curves(study, runs)
@@ -229,7 +229,7 @@ def compare(study: Comparison) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command and return its exit code."""
     return run_command(compare, argv, __doc__)
 
 

@@ -1,6 +1,6 @@
-"""Criteria of the papers' claims, as experiments/claims.toml has them, and what runs show of them.
+"""Read the criteria of the papers' claims (experiments/claims.toml), and measure runs by them.
 
-claims.py makes verdicts of both. The head of claims.toml says what its entries mean.
+claims.py reaches verdicts from both. The head of claims.toml explains its entries.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from experiments.runs import ROOT, Run, free_flags, load_script, script_args, wi
 from experiments.scenario_table import mean, read_cells
 
 CRITERIA = ROOT / "experiments/claims.toml"
-SLACK = 0.05  # by which a run may be longer or shorter than its claim says
-GONE = {"prior_floor": 0.0}  # flags that scripts once had, and their defaults
-PAPERS = {"B": "bidist", "M": "mra", "I": "mipi"}  # by a claim's first letter
+SLACK = 0.05  # relative difference allowed between a run's steps and its claim's
+GONE = {"prior_floor": 0.0}  # flags that scripts no longer have, and what their defaults were
+PAPERS = {"B": "bidist", "M": "mra", "I": "mipi"}  # {first letter of a claim's name: paper}
 
 
 # --- Criteria -------------------------------------------------------------------------------------
@@ -43,49 +43,49 @@ class Strict(pydantic.BaseModel):
 
 
 class Final(Strict):
-    """Figures of the final evaluation's rows."""
+    """Measure figures of rows of the final evaluation."""
 
     kind: Literal["final"]
-    rows: str
-    figure: str  # or a signed sum: "a + b", "- a"
-    zero: str = ""  # the player in whose rows random play stands
+    rows: str  # names of the rows, separated by spaces
+    figure: str  # a figure of the rows, or a signed sum: "a + b", "- a"
+    zero: str = ""  # player whose rows hold random play, the zero of margin_of = "gain"
 
 
 class Curve(Strict):
-    """Scalars of the log: the mean of the last points, or of those in a part of training."""
+    """Measure scalars of the log: the mean of the last points, or of a part of training."""
 
     kind: Literal["curve"]
-    scalar: str  # or a signed sum; {row}: each of rows
+    scalar: str  # a scalar or a signed sum; {row} stands for each of rows
     rows: str = ""
-    last: int | None = Field(default=None, ge=1)
-    part: tuple[float, float] = (0.0, 1.0)
-    minus: tuple[float, float] | None = None  # a part whose mean is taken off
-    figure: str = ""  # of zero's rows in the final evaluation
-    zero: str = ""
+    last: int | None = Field(default=None, ge=1)  # number of last points; None: all in `part`
+    part: tuple[float, float] = (0.0, 1.0)  # begin and end, as shares of the run's steps
+    minus: tuple[float, float] | None = None  # part whose mean is subtracted
+    figure: str = ""  # figure of zero's rows in the final evaluation
+    zero: str = ""  # player whose rows hold random play
 
 
 class Scenarios(Strict):
-    """Focal return beside bots."""
+    """Measure the focal return in Melting Pot's scenarios with bots."""
 
     kind: Literal["scenarios"]
-    rows: str
+    rows: str  # names of the scenarios, separated by spaces
     figure: Literal["return", "return_per_1000"]
     bots: Literal["scripted", "official"]
     zero: Literal[""] = ""
 
 
 class Table(Strict):
-    """A column of a table that a command has written."""
+    """Read a column of a table that another command wrote."""
 
     kind: Literal["table"]
-    files: tuple[str, ...] = Field(min_length=1)  # the first is the claim's, others have pilots
-    value: str
-    key: str  # the column that says which arm a line is of,
-    labels: dict[str, str]  # and its cells, by arm
-    seed: str  # the column with the seed, or a run's name
-    where: dict[str, str] = {}  # other cells that a line must have
-    last: str = ""  # the lines with the largest cell in this column
-    command: str
+    files: tuple[str, ...] = Field(min_length=1)  # the first one counts, others hold pilots
+    value: str  # column to read
+    key: str  # column that names the arm of a line
+    labels: dict[str, str]  # {arm: its cell in the column `key`}
+    seed: str  # column with the seed, or with a name that ends in the seed
+    where: dict[str, str] = {}  # {column: cell} that a line must have
+    last: str = ""  # use only lines with the largest cell in this column
+    command: str  # command that writes the table
     zero: Literal[""] = ""
 
 
@@ -93,15 +93,15 @@ Measure = Annotated[Final | Curve | Scenarios | Table, Field(discriminator="kind
 
 
 class Bar(Strict):
-    """What arms must have learned, by the mean over all seeds."""
+    """A level that arms must have reached before a claim is judged."""
 
     arms: tuple[str, ...] = Field(min_length=1)
     measure: Measure
-    at_least: float
+    at_least: float  # least mean over all seeds
 
 
 class Claim(Strict):
-    """A claim's criterion in one world, all names filled in."""
+    """A claim's criterion in one world, with the names in braces replaced by the world's values."""
 
     id: str
     says: str = Field(min_length=10, max_length=150)
@@ -110,7 +110,7 @@ class Claim(Strict):
     compare: Literal["difference", "rank", "level"] = "difference"
     measure: Measure
     worlds: tuple[str, ...] = Field(min_length=1)
-    arms: dict[str, str]  # command lines
+    arms: dict[str, str]  # {arm: its command line}
     first: tuple[str, ...] = Field(min_length=1)
     others: tuple[str, ...] = ()
     margin: float
@@ -120,13 +120,13 @@ class Claim(Strict):
     bar: Bar | None = None
     rule: str = Field(min_length=10, max_length=150)
     pilots_seen: str = Field(min_length=4, max_length=150)
-    # the world
+    # from the world and the paper
     world: str
-    run: str  # the world whose runs these are
-    timesteps: int = Field(ge=1)
+    run: str  # world in whose name the runs are made (a world may reuse another's runs)
+    timesteps: int = Field(ge=1)  # environment steps of a run
     paper_steps: int = Field(ge=0)  # 0: not stated
     paper_seeds: int = Field(ge=1)
-    hours: float = Field(gt=0)
+    hours: float = Field(gt=0)  # core hours per million environment steps
 
     @pydantic.model_validator(mode="after")
     def fits(self) -> Claim:
@@ -151,12 +151,12 @@ class Claim(Strict):
         return self
 
     def counts(self, seed: int, steps: int) -> bool:
-        """Whether a run is of the claim's seeds and length."""
+        """Whether a run has one of the claim's seeds and its length (within SLACK)."""
         return seed in self.seeds and abs(steps / self.timesteps - 1) <= SLACK
 
 
 def read_tables(path: Path = CRITERIA) -> dict[str, Any]:
-    """The file's tables; UsageError for what is no TOML."""
+    """The tables of claims.toml, missing ones as {}. UsageError if the file cannot be read."""
     try:
         tables = tomllib.loads(path.read_text())
     except OSError as error:
@@ -181,15 +181,15 @@ def look_up(tables: dict[str, Any], table: str, name: str, where: str) -> Any:
 
 
 def names_of(tables: dict[str, Any], world: str, where: str) -> dict[str, Any]:
-    """What a world fills in, and its run's world, where it has one."""
+    """{name: value} for names in braces: a world's, and those of the world whose runs it uses."""
     own = look_up(tables, "worlds", world, where)
     run = own.get("run", world)
     names = {**look_up(tables, "worlds", run, where), **own, "run": run}
-    return {**names, "every": names.get("timesteps", 0) // 10}  # of evaluations on the way
+    return {**names, "every": names.get("timesteps", 0) // 10}  # for --eval-every
 
 
 def fill(x: Any, names: dict[str, Any], where: str) -> Any:
-    """x with each {name} of its strings replaced; {row}, {seed} and what a shell expands stay."""
+    """x with each {name} in its strings replaced, except {row}, {seed}; UsageError if unknown."""
     if isinstance(x, dict):
         return {fill(k, names, where): fill(y, names, where) for k, y in x.items()}
     if isinstance(x, list):
@@ -205,7 +205,7 @@ def fill(x: Any, names: dict[str, Any], where: str) -> Any:
 
 
 def read_case(tables: dict[str, Any], name: str, world: str) -> Claim:
-    """One claim in one world."""
+    """The criterion of one claim in one world. UsageError if claims.toml is wrong."""
     where = f"{name} in {world}"
     names = names_of(tables, world, where)
     raw = dict(tables["claims"][name])
@@ -231,7 +231,7 @@ def read_case(tables: dict[str, Any], name: str, world: str) -> Claim:
 
 
 def read_claims(tables: dict[str, Any]) -> dict[str, tuple[Claim, ...]]:
-    """Every claim, a case for each of its worlds."""
+    """{name: its criteria, one for each of its worlds} for all claims in claims.toml."""
     claims = {}
     for name, claim in tables["claims"].items():
         worlds = claim.get("worlds")
@@ -245,16 +245,16 @@ def read_claims(tables: dict[str, Any]) -> dict[str, tuple[Claim, ...]]:
 
 
 class Arm(NamedTuple):
-    """What an arm's command line means."""
+    """The script and the arguments in an arm's command line."""
 
-    script: str  # its file
-    wanted: dict[str, Any] | None  # arguments that its runs have; None: it has no runs of scripts
+    script: str  # path of the script, relative to the repository
+    wanted: dict[str, Any] | None  # arguments that a run must have; None: the arm has no runs
 
 
 @functools.cache
 def read_arm(command: str) -> Arm:
-    """UsageError or code 2 for what its script does not take. Of who adapts a run, only flags that
-    are typed count: the others are that run's."""
+    """Parse an arm's command line; UsageError or SystemExit for flags that its script refuses. With
+    --adapt only the flags in the command count: the others come from the adapted run."""
     file, *flags = shlex.split(command)
     if file.startswith("experiments/") or not (ROOT / file).exists():
         return Arm(file, None)
@@ -271,13 +271,13 @@ def read_arm(command: str) -> Arm:
 
 
 def source_of(adapt: str) -> str:
-    """The name of a run to adapt, without its seed."""
+    """The name of an adapted run without its seed, from its path."""
     return without_seed(Path(adapt).name.replace("{seed}", "0"))
 
 
 def is_of(run: Run, command: str) -> bool:
-    """Whether a finished run is one of an arm's; flags that older runs lack are at defaults, and
-    those that have gone since must be."""
+    """Whether a run has finished and belongs to an arm. A flag that an older run lacks has its
+    default; a flag that scripts no longer have (GONE) must have had its default."""
     script, wanted = read_arm(command)
     if wanted is None or run.args["script"] != Path(script).stem or not run.summary["timesteps"]:
         return False
@@ -296,13 +296,13 @@ def is_of(run: Run, command: str) -> bool:
 
 
 class Point(NamedTuple):
-    """What a run has shown."""
+    """What a measure gives for one run."""
 
-    run: str
+    run: str  # name of the run
     seed: int
-    steps: int
-    cells: dict[str, float]
-    zero: float  # of random play in the same rows; NaN if that is not asked for
+    steps: int  # environment steps of training
+    cells: dict[str, float]  # {row or scenario: figure}
+    zero: float  # random play's figure in the same rows; NaN if the measure has no zero
 
     @property
     def value(self) -> float:
@@ -310,7 +310,7 @@ class Point(NamedTuple):
 
 
 def signed_sum(figures: dict[str, float], text: str) -> float:
-    """ "a + b - c"; KeyError for what is not there."""
+    """The value of a sum like "a + b - c" of figures; KeyError for a missing one."""
     total, sign = 0.0, 1.0
     for word in text.split():
         if word in ("+", "-"):
@@ -321,8 +321,8 @@ def signed_sum(figures: dict[str, float], text: str) -> float:
 
 
 def mean_in_part(run: Run, text: str, part: tuple[float, float], last: int | None) -> float:
-    """Of a signed sum of scalars, where the log has them all, the last points or all; KeyError if
-    they are fewer."""
+    """The mean of a signed sum of scalars over the log's lines in a part of training that have all
+    of them, or over the last of these lines; KeyError if there are too few."""
     begin, end = (share * run.steps for share in part)
     names = {*text.split()} - {"+", "-"}
     lines = [x for x in run.log if begin <= x["timesteps"] <= end and names <= x.keys()]
@@ -332,7 +332,7 @@ def mean_in_part(run: Run, text: str, part: tuple[float, float], last: int | Non
 
 
 def measure_run(run: Run, measure: Final | Curve | Scenarios) -> dict[str, float]:
-    """{cell: figure}; KeyError for what the run lacks. Empty if it never met these bots."""
+    """A run's {row or scenario: figure}, {} if it met no bots; KeyError if it lacks a figure."""
     results = run.summary["eval"]
     rows = measure.rows.split() or [""]
     if isinstance(measure, Final):
@@ -350,7 +350,7 @@ def measure_run(run: Run, measure: Final | Curve | Scenarios) -> dict[str, float
 
 
 def measure_zero(run: Run, measure: Final | Curve | Scenarios) -> float:
-    """What random play earned in the run's final evaluation; KeyError if it did not play."""
+    """Random play's mean figure in the final evaluation; KeyError if missing. NaN without zero."""
     if not measure.zero:
         return math.nan
     rows = [f"{row} {measure.zero}" for row in measure.rows.split()]
@@ -360,8 +360,8 @@ def measure_zero(run: Run, measure: Final | Curve | Scenarios) -> float:
 def read_points(
     case: Claim, arm: str, measure: Measure, runs: list[Run], data: Path
 ) -> list[Point]:
-    """All that has run of an arm, or stands in tables. Pilots without what is measured are passed
-    over; for a run that counts that is a UsageError."""
+    """The points of an arm from its runs, or from tables. A pilot that lacks what is measured is
+    left out; UsageError if a run that counts lacks it."""
     if isinstance(measure, Table):
         return table_points(case, arm, measure, data)
     points = []
@@ -382,7 +382,7 @@ def read_points(
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV, or of a page's first table."""
+    """The lines of a CSV, or of the only table of a Markdown file, as {column: cell}."""
     if path.suffix == ".csv":
         with path.open(newline="") as file:
             return list(csv.DictReader(file))
@@ -392,7 +392,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def table_points(case: Claim, arm: str, measure: Table, data: Path) -> list[Point]:
-    """A point a seed, the mean of its lines. Only those of the claim's own file have a length."""
+    """A point per seed and file, the mean of its lines; steps are 0 in all but the first file."""
     points = []
     for name in measure.files:
         if not (data / name).exists():
@@ -408,7 +408,7 @@ def table_points(case: Claim, arm: str, measure: Table, data: Path) -> list[Poin
 
 
 def read_column(path: Path, measure: Table, label: str) -> dict[int, list[float]]:
-    """What is measured, by seed, in the lines of an arm."""
+    """{seed: values of the measured column} in an arm's lines of a table."""
     wanted = {**measure.where, measure.key: label}
     lines = read_table(path)
     lines = [x for x in lines if all(without_seed(x[k]) == y for k, y in wanted.items())]

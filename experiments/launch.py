@@ -1,9 +1,9 @@
-"""Train what a study names, on two cores, on several GPUs, as a SLURM array or on Ray.
+"""Train the runs of a study: on one machine, on several GPUs, as a SLURM job array or on Ray.
 
     python experiments/launch.py experiments/studies/chicken_clip.toml --jobs 2
     python experiments/launch.py STUDY.toml --jobs 8 --gpus 4       two jobs share a GPU
     python experiments/launch.py STUDY.toml --index 7               one run, as in a job array
-    python experiments/launch.py STUDY.toml --engine ray --gpu 0.5  here or where RAY_ADDRESS says
+    python experiments/launch.py STUDY.toml --engine ray --gpu 0.5  cluster: set RAY_ADDRESS
 
 A study is a TOML file:
 
@@ -15,10 +15,10 @@ A study is a TOML file:
     mappo = "baselines/mappo_meltingpot.py"
     printed = "bidist_mappo_meltingpot.py --clip-centre printed"
 
-{seed} in a command is the run's seed, and paths are seen from the repository. The first seed of
-everything comes first, so that a study that is stopped is a complete table of fewer seeds. A
-finished run is kept, one that has a checkpoint goes on, one that fails is tried again, one that
-somebody else writes is waited for. The same command goes on with what was stopped.
+{seed} in a command becomes the run's seed. Paths are relative to the repository. All runs of the
+first seed come first, so a study that is stopped early has all its runs for fewer seeds. A finished
+run is kept. A run with a checkpoint is resumed, and a run that fails is started again. If another
+process trains a run, the launcher waits for it. The same command resumes a stopped study.
 """
 
 from __future__ import annotations
@@ -62,45 +62,45 @@ from experiments.runs import (
     train_all,
 )
 
-LOOK_EVERY = 2.0  # seconds between looks at a run that somebody else writes, and at logs
+LOOK_EVERY = 2.0  # seconds between updates of the progress bars; other polls take a quarter of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Train what a study names."""
+    """Options of this command."""
 
-    study: tyro.conf.Positional[Path]  # a TOML file
-    jobs: Annotated[int, Field(ge=0)] = 0  # runs at a time; 0: one, or as many as GPUs
-    gpus: Annotated[int, Field(ge=0)] = 0  # that are dealt out to jobs, in turn; 0: not
-    attempts: Annotated[int, Field(ge=1)] = 3  # of a run that fails
-    index: int | None = None  # train this run alone; SLURM_ARRAY_TASK_ID, where it is set
-    engine: Literal["local", "ray"] = "local"  # processes of this machine, or of Ray's
-    gpu: Annotated[float, Field(ge=0)] = 0.0  # ray: the share of a GPU that a run takes
-    only: tuple[str, ...] = ()  # names of runs
-    seeds: tuple[int, ...] = ()  # in the place of the study's
-    extra: str = ""  # further flags of every run: --extra="--num-threads 4"
-    dry_run: bool = False  # print the commands
+    study: tyro.conf.Positional[Path]  # the study's TOML file
+    jobs: Annotated[int, Field(ge=0)] = 0  # runs at a time; 0: the number of --gpus, or one
+    gpus: Annotated[int, Field(ge=0)] = 0  # GPUs to assign to runs in turn; 0: assign none
+    attempts: Annotated[int, Field(ge=1)] = 3  # how often to start a run that fails, in all
+    index: int | None = None  # train only this run, from 0; default: $SLURM_ARRAY_TASK_ID if set
+    engine: Literal["local", "ray"] = "local"  # local: processes of this machine; ray: Ray tasks
+    gpu: Annotated[float, Field(ge=0)] = 0.0  # with --engine ray: GPUs per run, e.g. 0.5
+    only: tuple[str, ...] = ()  # train only the runs of these names in the study's [runs]
+    seeds: tuple[int, ...] = ()  # use these seeds instead of the study's
+    extra: str = ""  # more flags for every run, as --extra="--num-threads 4"
+    dry_run: bool = False  # print the commands and train nothing
 
 
 # --- Studies --------------------------------------------------------------------------------------
 
 
 class Study(pydantic.BaseModel):
-    """What a study's file says."""
+    """The contents of a study's TOML file."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    dir: str = Field(min_length=1)
+    dir: str = Field(min_length=1)  # parent directory of the runs, relative to the repository
     seeds: tuple[int, ...] = Field(min_length=1)
-    timesteps: int = Field(ge=1)
-    flags: str = ""
-    processes: int = Field(default=1, ge=1)  # of one run, under torchrun
-    about: str = ""  # what the study decides
-    runs: dict[str, str] = Field(min_length=1)
+    timesteps: int = Field(ge=1)  # environment steps of every run
+    flags: str = ""  # flags of every run
+    processes: int = Field(default=1, ge=1)  # processes per run; more than one use torchrun
+    about: str = ""  # what the study is for; only for the reader
+    runs: dict[str, str] = Field(min_length=1)  # {name: script and flags}
 
 
 def read_study_file(path: Path) -> Study:
-    """UsageError if it is none."""
+    """The study in a TOML file. UsageError if the file cannot be read or is not a study."""
     try:
         return Study.model_validate(tomllib.loads(path.read_text()))
     except OSError as error:
@@ -114,7 +114,7 @@ def read_study_file(path: Path) -> Study:
 
 
 def jobs_of(study: Study, launch: Launch) -> list[Job]:
-    """All runs, seed by seed; UsageError if --only names none of them."""
+    """All runs, seed by seed. UsageError for unknown names in --only or a missing script."""
     if unknown := sorted(set(launch.only) - set(study.runs)):
         have = ", ".join(study.runs)
         raise UsageError(f"--only {unknown[0]} is not in {launch.study}, which has {have}.")
@@ -143,7 +143,7 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
 
 
 def index_of(launch: Launch, count: int) -> int | None:
-    """Which run this process trains; None: all of them."""
+    """The number of the only run to train, or None for all. UsageError if there is no such run."""
     index = launch.index
     if index is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         index = int(os.environ["SLURM_ARRAY_TASK_ID"])
@@ -156,7 +156,7 @@ def index_of(launch: Launch, count: int) -> int | None:
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process writes into a run's directory."""
+    """Whether some process holds the lock of a run's directory, that is, trains the run."""
     try:
         with (run / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -171,20 +171,20 @@ def is_locked(run: Path) -> bool:
 
 @dataclasses.dataclass
 class Record:
-    """What became of a run, as study.json has it."""
+    """A run's entry in study.json: where it ran, how often it was started, how it ended."""
 
     command: str
     host: str
     began: str  # UTC
     starts: int = 0
-    code: int | None = None  # of the last attempt
-    minutes: float = 0.0
-    timesteps: int = 0
+    code: int | None = None  # exit code of the last attempt
+    minutes: float = 0.0  # wall time of all attempts, with waiting for other processes
+    timesteps: int = 0  # environment steps in the last line of the log
 
 
 class Launcher(Trainer):
-    """Trains jobs: tries again what fails, waits for what somebody else writes, deals out GPUs.
-    What a study's commands name is seen from the repository."""
+    """Trains jobs: starts failed runs again, waits for runs that another process trains, and gives
+    each job a slot (a GPU). Scripts start in the repository: a study's paths are relative to it."""
 
     def __init__(self, root: Path, attempts: int, slots: list[dict[str, str]]):
         super().__init__()
@@ -198,7 +198,7 @@ class Launcher(Trainer):
         self.records: dict[str, Record] = {}
 
     def train(self, job: Job) -> int:
-        """The exit code of one run: of its last attempt."""
+        """Train one run and return the exit code of its last attempt."""
         environment, clock = self.slots.get(), time.monotonic()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = Record(command=job.text(), host=platform.node(), began=now)
@@ -217,7 +217,7 @@ class Launcher(Trainer):
         return record.code
 
     def try_often(self, job: Job, record: Record, environment: dict[str, str]) -> int:
-        """Until it ends, is stopped, refuses its flags, or has failed too often."""
+        """Start a run until it ends or fails too often. Returns its code; record counts starts."""
         failures = 0
         while True:
             if not self.wait_for_writer(job):
@@ -229,7 +229,7 @@ class Launcher(Trainer):
             if code in (FINISHED, STOPPED):
                 return code
             if is_locked(job.run) or job.is_finished():
-                continue  # somebody else was quicker
+                continue  # not a failure: another process took the run first
             failures += 1
             if code == WRONG_USAGE or failures == self.attempts:
                 return code
@@ -237,7 +237,7 @@ class Launcher(Trainer):
             self.tell(f"{job.run.name} ended with code {code}, once more: see {log}")
 
     def wait_for_writer(self, job: Job) -> bool:
-        """Wait while somebody else trains the run; False if this is stopped."""
+        """Wait while another process trains the run. False if the launcher is stopped meanwhile."""
         if is_locked(job.run):
             self.tell(f"{job.run.name} is being trained by another process: waiting for it")
         while is_locked(job.run) and not self.stopped:
@@ -246,7 +246,7 @@ class Launcher(Trainer):
 
 
 def last_line(run: Path) -> dict[str, Any]:
-    """The newest whole line of a run's log; empty if there is none yet."""
+    """The scalars in the last complete line of a run's log; {} if there is none yet."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
@@ -257,7 +257,7 @@ def last_line(run: Path) -> dict[str, Any]:
 
 
 def read_records(root: Path) -> dict[str, Record]:
-    """What study.json says of earlier starts."""
+    """{run: record} from study.json, {} if there is none. UsageError if the file is damaged."""
     try:
         found = json.loads((root / "study.json").read_text())
         return {name: Record(**x) for name, x in found.items()}
@@ -268,8 +268,8 @@ def read_records(root: Path) -> dict[str, Record]:
 
 
 def save_record(root: Path, name: str, record: Record) -> None:
-    """Add a run to study.json; of several launchers none loses what another wrote. Starts and
-    minutes add up."""
+    """Write a run's record into study.json and add up starts and minutes with its earlier record.
+    A lock keeps several launchers from overwriting each other's records."""
     with (root / "study.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = read_records(root)
@@ -285,8 +285,8 @@ def save_record(root: Path, name: str, record: Record) -> None:
 
 
 class Bars(threading.Thread):
-    """On a terminal a line for each run that is being trained: steps, steps per second, time
-    left."""
+    """A thread that draws a progress bar for each run in training: environment steps, steps per
+    second, time left."""
 
     def __init__(self, launcher: Launcher):
         super().__init__(daemon=True)
@@ -318,7 +318,7 @@ class Bars(threading.Thread):
 
 
 def slots_of(launch: Launch) -> list[dict[str, str]]:
-    """A slot per run at a time: the variables that give it its GPU."""
+    """The environment variables of each of --jobs slots. UsageError if there are too few GPUs."""
     jobs = launch.jobs or max(1, launch.gpus)
     if not launch.gpus:
         return [{} for _ in range(jobs)]
@@ -330,7 +330,7 @@ def slots_of(launch: Launch) -> list[dict[str, str]]:
 
 
 def train_here(jobs: list[Job], root: Path, launch: Launch) -> None:
-    """By processes of this machine; prints what became of the runs."""
+    """Train jobs with processes of this machine, then print how the runs ended."""
     slots = slots_of(launch)
     launcher = Launcher(root, launch.attempts, slots)
     bars = Bars(launcher)
@@ -345,9 +345,9 @@ def train_here(jobs: list[Job], root: Path, launch: Launch) -> None:
 
 
 def report(jobs: list[Job], root: Path, records: dict[str, Record]) -> None:
-    """The table at the end."""
+    """Print a table of how each run ended; study.json adds the figures of earlier starts."""
     names = {FINISHED: "finished", STOPPED: "stopped", None: "not begun"}
-    records = records | read_records(root)  # which has earlier starts, too
+    records = records | read_records(root)
     rows = []
     for job in jobs:
         record = records.get(job.run.name, Record("", host="", began=""))
@@ -368,7 +368,7 @@ def report(jobs: list[Job], root: Path, records: dict[str, Record]) -> None:
 
 
 def train_one(job: Job, root: Path, attempts: int) -> Record:
-    """A task of Ray. ray.cancel() interrupts it: the run is saved before it ends."""
+    """Train one run in a Ray task. ray.cancel() raises KeyboardInterrupt here: the run saves."""
     launcher = Launcher(root, attempts, [{}])
     try:
         launcher.train(job)
@@ -381,14 +381,14 @@ def train_one(job: Job, root: Path, attempts: int) -> Record:
 
 
 def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
-    """By tasks of Ray, on this machine or on those of RAY_ADDRESS, which must all have this
-    repository under this path. Where a worker dies, Ray starts its task again: that waits for the
-    run while an orphan trains it, then goes on with it."""
+    """Train jobs as Ray tasks, on this machine or on the cluster at RAY_ADDRESS, whose machines
+    need this repository under this path. If a worker dies, Ray starts its task again; the new task
+    waits until the script that the worker had started has ended, then resumes the run."""
     try:
         import ray
     except ModuleNotFoundError:
         raise UsageError("--engine ray needs requirements-ray.txt.") from None
-    from experiments import launch as module  # tasks find their function there, not in __main__
+    from experiments import launch as module  # workers import this module; they lack __main__
 
     options = {"num_cpus": jobs[0].processes, "num_gpus": launch.gpu}
     options["max_retries"] = launch.attempts - 1
@@ -431,7 +431,7 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
 
 
 def requeue() -> None:
-    """Ask SLURM to start this job again, later."""
+    """Ask SLURM to queue this job again (does nothing outside SLURM)."""
     if job := os.environ.get("SLURM_JOB_ID"):
         try:
             subprocess.run(["scontrol", "requeue", job], check=False)
@@ -440,7 +440,7 @@ def requeue() -> None:
 
 
 def launch(options: Launch) -> None:
-    """Train a study's runs; StoppedError (75) if some were stopped, UsageError if some failed."""
+    """Train a study's runs. StoppedError (75) if any was stopped, UsageError (2) if any failed."""
     study = read_study_file(options.study)
     jobs = jobs_of(study, options)
     index = index_of(options, len(jobs))
@@ -459,7 +459,7 @@ def launch(options: Launch) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command and return its exit code."""
     return run_command(launch, argv, __doc__)
 
 

@@ -1,4 +1,4 @@
-"""MIPI's tables and figures: the runs behind them, and what is read off runs.
+"""MIPI's tables and figures: train the runs that they need, and compute them from runs.
 
     python experiments/mipi.py train table1 --tasks sz --seeds 1 2 3 --total-timesteps 500000
     python experiments/mipi.py tables runs/sz-* runs/csz-* runs/mmm-* --out docs/data/mipi
@@ -8,10 +8,10 @@
     python experiments/mipi.py matrix-game --payoffs coordinated    Fig. 2 (d)
     python experiments/mipi.py imitation                            Resource Collection from labels
 
-`train` starts every run that a table needs, `tables` prints Tables 1 to 3 from runs or studies,
-`dependence` says how much agents depend on the team around them, `frontier` draws what they win in
-unseen teams against that and against what they win in trained ones. `SUBCOMMAND --help` has the
-options, and what each command's figures mean.
+`train` trains every run that a table needs. `tables` prints Tables 1 to 3 from runs or packed
+studies. `dependence` measures how much agents depend on their team. `frontier` draws the share of
+battles won in unseen teams over that dependence and over what is won in trained teams. `SUBCOMMAND
+--help` has the options and explains each command's figures.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ from experiments.runs import (
 MIPI, REFIL = "mipi_refil_smac.py", "baselines/refil_smac.py"
 COLLAQ, MAPPO = "baselines/collaq_smac.py", "baselines/mappo_smac.py"
 MIPI_MAPPO = "baselines/mipi_mappo_smac.py"
-METHODS = {  # but for --scenario
+METHODS = {  # {method: command without --scenario}
     "mipi": MIPI,
     "refil": REFIL,
     "aqmix": f"{REFIL} --no-imagine",
@@ -93,17 +93,17 @@ METHODS = {  # but for --scenario
     "value": f"{MIPI} --regularizer none",
     "entropy": f"{MIPI} --regularizer entropy",
 }
-ALPHAS = {  # of Table 3, but for the default, 0 (Value) and infinity (--observe-self-only)
+ALPHAS = {  # of Table 3, without the default, 0 (Value) and infinity (--observe-self-only)
     "sz": ("0.01", "0.05", "0.1", "0.5"),
     "csz": ("0.01", "0.05", "0.1"),
     "mmm": ("0.05", "0.5"),
 }
 ALPHAS_D3 = {"sz": "0.01", "csz": "0.015", "mmm": "0.05"}
-# Of MIPI on PPO: by a factor of about 3 around the paper's .03; entropy, of which policies have
-# several times as many nats as mutual information, from the same grid without its largest.
+# Grids for MIPI on PPO: factors of about 3 around the paper's .03. Policies have several times as
+# many nats of entropy as of mutual information, so the grid for entropy lacks the largest alpha.
 PPO_ALPHAS = {"sz": ("0.01", "0.03", "0.1", "0.3"), "csz": ("0.03", "0.1"), "mmm": ("0.03", "0.1")}
 PPO_ENTROPIES = {"sz": ("0.01", "0.03", "0.1"), "csz": ("0.03",), "mmm": ("0.03",)}
-PPO_CONTROLS = {  # of MIPI on PPO with alpha .03, and of MAPPO
+PPO_CONTROLS = {  # variants of MIPI on PPO with its default alpha; the last one: of MAPPO
     "mappo-mi-enemies": f"{MIPI_MAPPO} --own self+enemies",
     "mappo-mi-real": f"{MIPI_MAPPO} --marginal real",
     "mappo-mi-loss": f"{MIPI_MAPPO} --penalise loss",
@@ -116,43 +116,43 @@ Task = Literal["sz", "csz", "mmm"]
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """The training runs behind MIPI's tables: one command per table starts what it needs.
+    """Train all runs that some of MIPI's tables need.
 
-    Runs go to DIR/{task}-{method}-s{seed}; a finished one is kept, one that was stopped goes on.
-    What each table compares, trained in teams of 3 to 5 and evaluated in those, 6, 7 and 8:
+    Runs are written to DIR/{task}-{method}-s{seed}. Finished runs are kept and stopped ones are
+    resumed. Tables, trained with teams of 3 to 5 and evaluated with teams of 3 to 8:
 
     table1: MIPI, REFIL, AQMIX, CollaQ and MAPPO;
     table2: MIPI, Value (no regulariser) and Entropy;
     table3: MIPI with each alpha of the paper's table;
-    d3: MIPI with the alpha of the note in appendix D.3;
-    collection: those of table1 in Resource Collection;
-    ppo: MAPPO (alpha 0), and MIPI on PPO with each alpha of a grid and with strengths of entropy;
-    ppo-controls: MIPI on PPO with its other marginals and ablations, MAPPO with teammates dropped.
+    d3: MIPI, also with the alpha that appendix D.3 mentions;
+    collection: the methods of table1 in Resource Collection;
+    ppo: MAPPO (alpha 0), and MIPI on PPO with grids of alphas for mutual information and entropy;
+    ppo-controls: MIPI on PPO with other marginals and ablations, MAPPO with teammates dropped.
 
-    Evaluations are those that the tables' final figure, the mean of the last five, needs: ten in a
-    run. MAPPO takes far fewer gradient steps, and minutes, for as many environment steps.
+    A run has ten evaluations, as the tables average the last five. With as many environment steps,
+    MAPPO takes far fewer gradient steps, and fewer minutes, than the others.
     """
 
-    tables: Annotated[tuple[Table, ...], tyro.conf.Positional]
-    tasks: tuple[Task, ...] = ("sz", "csz", "mmm")  # of the battles
-    seeds: tuple[Seed, ...] = (1, 2, 3)
-    total_timesteps: Positive = 500_000  # of every run
-    preset: Literal["cpu", "paper"] = "cpu"
-    eval_episodes: Positive = 160  # of each size in each of the ten evaluations
-    only: tuple[str, ...] = ()  # runs whose names ("sz-collaq") match one of these shell patterns
-    jobs: Positive = 1  # runs at a time
-    dir: Path = Path("runs")
-    flags: str = ""  # for every run, as --flags="--save-every 100000"
-    dry_run: bool = False  # print the commands only
+    tables: Annotated[tuple[Table, ...], tyro.conf.Positional]  # tables to train for
+    tasks: tuple[Task, ...] = ("sz", "csz", "mmm")  # scenarios of the battles
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of each method
+    total_timesteps: Positive = 500_000  # environment steps of each run
+    preset: Literal["cpu", "paper"] = "cpu"  # the scripts' --preset
+    eval_episodes: Positive = 160  # episodes per team size in each of the ten evaluations
+    only: tuple[str, ...] = ()  # train only runs whose names (as sz-collaq) match these patterns
+    jobs: Positive = 1  # runs to train at the same time
+    dir: Path = Path("runs")  # parent directory of the runs
+    flags: str = ""  # more flags for every run, as --flags="--save-every 100000"
+    dry_run: bool = False  # print the commands and train nothing
 
 
 def methods_of(table: str, task: str) -> dict[str, str]:
-    """{method: command} of a table's runs in a world."""
+    """{method: command without --scenario} of a table's runs in one scenario."""
     if table == "table2":
         return {name: METHODS[name] for name in ("mipi", "value", "entropy")}
     if table == "table1":
         return {name: METHODS[name] for name in ("mipi", "refil", "aqmix", "collaq", "mappo")}
-    if table == "collection":  # where there is nobody to point to
+    if table == "collection":  # actions target no units here, so MAPPO has no pointer head
         return methods_of("table1", task) | {"mappo": f"{MAPPO} --target-head tags"}
     if table == "ppo-controls":
         return PPO_CONTROLS
@@ -172,7 +172,7 @@ def methods_of(table: str, task: str) -> dict[str, str]:
 
 
 def commands(table: str, study: Train) -> dict[str, str]:
-    """{name: command} of a table's runs."""
+    """{name of the run without its seed: command} of a table's runs."""
     tasks = ("resource",) if table == "collection" else study.tasks
     found = {}
     for task in tasks:
@@ -182,7 +182,7 @@ def commands(table: str, study: Train) -> dict[str, str]:
 
 
 def train(study: Train) -> None:
-    """All runs of the tables, seed by seed."""
+    """Train all runs of the tables, seed by seed. UsageError if --only matches none."""
     every = max(1, study.total_timesteps // 10)
     shared = f"--preset {study.preset} --eval-every {every} --eval-episodes {study.eval_episodes}"
     runs: dict[str, str] = {}
@@ -211,7 +211,7 @@ def train(study: Train) -> None:
 
 # --- Tables 1 to 3 --------------------------------------------------------------------------------
 
-# win rates of the paper: 3-5, 6, 7, 8
+# The paper's win rates with teams of 3-5, 6, 7 and 8.
 TABLE_1 = {
     "sz": {
         "MIPI": ".659±.020 .453±.080 .404±.062 .276±.076",
@@ -252,7 +252,7 @@ TABLE_2 = {
         "Entropy": ".265±.034 .200±.085 .160±.064 .075±.044",
     },
 }
-TABLE_3 = {  # and the alphas of appendix D.3, for which the paper has curves only
+TABLE_3 = {  # with the alphas of appendix D.3, for which the paper has curves only
     "sz": {
         "Value": TABLE_2["sz"]["Value"],
         "alpha 0.01": ".672±.020 .394±.065 .365±.068 .261±.092",
@@ -283,33 +283,31 @@ TABLES = {"Table 1": TABLE_1, "Table 2": TABLE_2, "Table 3": TABLE_3}
 DEFAULT_ALPHA = {"sz": 0.03, "csz": 0.03, "mmm": 0.1, "resource": 0.05}
 BASELINES = {"collaq_smac": "CollaQ", "mappo_smac": "MAPPO"}  # {script: row}
 PPO = ("mappo_smac", "mipi_mappo_smac")
-# Flags that a row's name tells, or does not.
+# Flags that row_name() reads, and flags that differ within a row: they are never listed beside it.
 NAMED = ("seed", "scenario", "regularizer", "alpha", "observe_self_only", "imagine")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """MIPI's Tables 1 to 3 and its curves, from runs of its script and of its baselines'.
+    """MIPI's Tables 1 to 3 and learning curves, from runs of MIPI and its baselines.
 
-    A run's final figure is the mean of its last five evaluations on the way (greedy episodes), the
-    training column the mean over the sizes that it was trained with. Runs with the same arguments
-    but for the seed make one row: the mean over seeds and, in brackets, each seed's. Beside win
-    rates stand the paper's (mean and deviation of five seeds, in StarCraft II); rows of the paper
-    without a run here are printed as not run. Scripted policies: from the runs' final evaluations.
-    Then what training logged in the time of those evaluations: how much policies depend on their
-    team (mi: in imagined teams, kl: in the real one). Rows of unequal length are named; minutes are
-    those of collecting and learning, by the clock, until the last evaluation: MAPPO makes as many
-    steps in far fewer. With
-    --until longer runs are read as if they had ended there, with --every those that were evaluated
-    more often as if they had not. Writes OUT.md, OUT.csv (every evaluation) and OUT.png (curves).
+    A run's figure is the mean of its last evaluations during training (greedy episodes); in the
+    column of training sizes it is also the mean over these sizes. Runs that differ only in the seed
+    make one row: the mean over seeds and, in brackets, each seed's figure. The paper's win rates
+    (mean and deviation of five seeds, in StarCraft II) are shown beside ours; rows without runs are
+    printed as not run. Scripted policies come from the runs' final evaluations. More tables show
+    what training logged during the same evaluations: how much policies depend on their team (mi:
+    in imagined teams, kl: in the real one). Differences in length are noted. Minutes are wall-clock
+    minutes of collecting and learning until the last evaluation; MAPPO needs far fewer of them for
+    as many steps. Writes OUT.md, OUT.csv (every evaluation) and OUT.png (curves).
     """
 
-    runs: Runs  # run directories, studies
-    only: tuple[str, ...] = ()  # runs whose names match one of these shell patterns, in their order
-    out: Path = Path("mipi")  # writes OUT.md, OUT.csv and OUT.png
-    last: Positive = 5  # evaluations that make the final figure
-    until: Positive | None = None  # environment steps; evaluations after them do not count
-    every: Positive = 1  # environment steps; of evaluations between multiples the first counts
+    runs: Runs  # run directories and packed studies to read
+    only: tuple[str, ...] = ()  # keep runs whose names match these shell patterns, in this order
+    out: Path = Path("mipi")  # common beginning of the names of the .md, .csv and .png files
+    last: Positive = 5  # number of last evaluations that a figure averages
+    until: Positive | None = None  # ignore evaluations after so many environment steps
+    every: Positive = 1  # read one evaluation, the first, of each so many environment steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,21 +315,21 @@ class Evaluated:
     """One run and its evaluations."""
 
     name: str
-    where: str
+    where: str  # name or path to show in errors
     task: str
-    method: str  # the row of the paper's tables
-    flags: dict[str, Any]  # which that does not tell
-    known: frozenset[str]  # flags of its script
+    method: str  # row of the paper's tables, or a name in that form
+    flags: dict[str, Any]  # other flags that differ from the preset's
+    known: frozenset[str]  # names of its script's flags
     seed: int
-    steps: int  # environment steps of the last evaluation
-    minutes: float  # of collecting and learning until then; NaN if the log has no times
-    columns: dict[str, tuple[int, ...]]  # "3-5": the sizes that it was trained with, then others
-    evaluations: list[dict[str, float]]  # of metrics.jsonl
-    learning: list[dict[str, float]]  # its lines of training
-    scripts: dict[str, dict[str, float]]  # {"6 focus": figures}, if the run has ended
+    steps: int  # environment steps until the last evaluation
+    minutes: float  # minutes of collecting and learning until then; NaN if not logged
+    columns: dict[str, tuple[int, ...]]  # {title: team sizes}; first the trained ones, "3-5"
+    evaluations: list[dict[str, float]]  # lines of the log with evaluations
+    learning: list[dict[str, float]]  # lines of the log
+    scripts: dict[str, dict[str, float]]  # {"6 focus": figures} of scripts, if the run has ended
 
     def figure(self, measure: str, column: str, evaluation: dict[str, float]) -> float:
-        """The mean over a column's sizes in one evaluation; NaN if it is not there."""
+        """The mean of a measure over a column's sizes in one evaluation; NaN if it is missing."""
         names = [f"eval/{size}/{measure}" for size in self.columns[column]]
         return float(np.mean([evaluation.get(name, np.nan) for name in names]))
 
@@ -340,7 +338,7 @@ class Evaluated:
         return float(np.mean(each))
 
     def logged(self, name: str, last: int) -> float:
-        """The mean of what training logged in the time of those evaluations; NaN for nothing."""
+        """The mean of a scalar over the log during the last evaluations; NaN if it is missing."""
         first, end = (self.evaluations[k]["timesteps"] for k in (-last, -1))
         lines = [x for x in self.learning if first <= x["timesteps"] <= end]
         values = [x[name] for x in lines if name in x]
@@ -348,7 +346,7 @@ class Evaluated:
 
 
 def row_name(args: dict[str, Any]) -> str:
-    """The row of the paper's tables."""
+    """The name of a run's row in the paper's tables, or a name in that form."""
     if args["script"] == "refil_smac":
         return "REFIL" if args["imagine"] else "AQMIX"
     if args["script"] in BASELINES:
@@ -366,7 +364,8 @@ def row_name(args: dict[str, Any]) -> str:
 
 
 def other_flags(args: dict[str, Any]) -> dict[str, Any]:
-    """What a run has otherwise than its preset and its row's name say."""
+    """{flag: value} where a run differs from its preset, without flags that its row's name tells
+    and flags that do not affect training."""
     module = load_script(args["script"])
     flags = ["--preset", args["preset"], "--scenario", args["scenario"]]
     preset = script_args(module, flags)
@@ -377,7 +376,7 @@ def other_flags(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_evaluations(run: Run, study: Tables) -> Evaluated:
-    """UsageError for what is no run of these scripts, or has too few evaluations."""
+    """Read a run's evaluations. UsageError for a run of another script, or too few evaluations."""
     args = run.args
     if args["script"] not in (*SCRIPTS, *BASELINES, *PPO):
         raise UsageError(f"{run.where} is a run of {args['script']}.py.")
@@ -415,13 +414,14 @@ def read_evaluations(run: Run, study: Tables) -> Evaluated:
 
 
 def as_mipi_logs(line: dict[str, float]) -> dict[str, float]:
-    """A line of PPO's log with MIPI's names: its own `kl` is that of a step of learning."""
+    """A line of PPO's log with MIPI's names: "marginal_kl" becomes "kl"; PPO's own "kl" (between
+    the policies before and after an update) is dropped."""
     renamed = {"marginal_kl": "kl"}
     return {renamed.get(name, name): x for name, x in line.items() if name != "kl"}
 
 
 def minutes_of(log: list[dict[str, float]], until: int) -> float:
-    """Of collecting and learning, by the clock; NaN if the log has no times."""
+    """Wall-clock minutes of collecting and learning until a step; NaN if the log has no times."""
     seconds = [
         x["collect_s"] + x["learn_s"] for x in log if "learn_s" in x and x["timesteps"] <= until
     ]
@@ -435,7 +435,7 @@ def short(x: float, measure: str) -> str:
 def row_of(
     task: str, method: str, runs: list[Evaluated], measure: str, last: int
 ) -> dict[str, str]:
-    """A line of a table: means over seeds and each seed's."""
+    """A line of a table: the mean over seeds and each seed's figure in every column."""
     row = {"": task.upper(), "method": method}
     for column in runs[0].columns:
         each = [run.final(measure, column, last) for run in runs]
@@ -449,7 +449,7 @@ def row_of(
 
 
 def script_rows(task: str, runs: list[Evaluated], measure: str) -> list[dict[str, str]]:
-    """Scripted policies in the final evaluations' battles, over all runs."""
+    """Lines of a table for scripted policies: means over the final evaluations of all runs."""
     found = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for name, row in run.scripts.items():
@@ -466,8 +466,8 @@ def script_rows(task: str, runs: list[Evaluated], measure: str) -> list[dict[str
 
 
 def group(runs: list[Evaluated]) -> dict[str, dict[str, list[Evaluated]]]:
-    """{task: {method, with flags in which the runs differ: runs, one per seed}}; UsageError for a
-    seed that is there twice."""
+    """{task: {method and flags in which the runs differ: runs, one per seed}}. UsageError if a row
+    has a seed twice, or runs with different team sizes."""
     found: dict[str, dict[str, list[Evaluated]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.seed):
         own = {}
@@ -485,7 +485,7 @@ def group(runs: list[Evaluated]) -> dict[str, dict[str, list[Evaluated]]]:
 
 
 def win_tables(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
-    """The paper's tables, with its figures beside ours."""
+    """Tables 1 to 3 with our win rates and the paper's."""
     text = ""
     for title, table in TABLES.items():
         rows = []
@@ -507,7 +507,7 @@ def win_tables(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
 
 
 def all_rows(found: dict[str, dict[str, list[Evaluated]]], measure: str, last: int) -> str:
-    """Every method that was run, whether the paper has it or not, and the scripts."""
+    """A table per task of all methods and scripts, with notes on unequal lengths and flags."""
     text = ""
     for task, methods in found.items():
         rows = [row_of(task, method, runs, measure, last) for method, runs in methods.items()]
@@ -524,7 +524,7 @@ def all_rows(found: dict[str, dict[str, list[Evaluated]]], measure: str, last: i
 
 
 def dependence_in_training(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
-    """What training logged of policies: how much they depend on their team, in nats."""
+    """Tables of what training logged about policies in nats: mi, kl, entropy."""
     text = ""
     for task, methods in found.items():
         rows = []
@@ -541,7 +541,7 @@ def dependence_in_training(found: dict[str, dict[str, list[Evaluated]]], last: i
 
 
 def draw_tables(found: dict[str, dict[str, list[Evaluated]]], measures: tuple[str, ...]) -> Any:
-    """Curves of the evaluations: a row per task and measure, a panel per column."""
+    """A figure of the evaluations: a row per task and measure, a panel per column of team sizes."""
     lines = [(task, measure) for task in found for measure in measures]
     columns = next(iter(next(iter(found.values())).values()))[0].columns
     size = 3.2 * len(columns) + 1.2, 2.6 * len(lines)
@@ -557,7 +557,7 @@ def draw_tables(found: dict[str, dict[str, list[Evaluated]]], measures: tuple[st
                 values = [[run.figure(measure, column, x) for x in run.evaluations] for run in runs]
                 for xs, ys in zip(times, values):
                     axis.plot(xs, ys, color=colour, alpha=0.35, linewidth=0.8)
-                end = 1.02 * min(xs[-1] for xs in times)  # runs end with their last battles
+                end = 1.02 * min(xs[-1] for xs in times)  # 2 %: runs end with a whole battle
                 grid = [x for x in min(times, key=len) if x <= end]
                 curves = [np.interp(grid, xs, ys) for xs, ys in zip(times, values)]
                 label = f"{method} ({len(runs)})"
@@ -572,7 +572,7 @@ def draw_tables(found: dict[str, dict[str, list[Evaluated]]], measures: tuple[st
 
 
 def tables(study: Tables) -> None:
-    """Read all runs, then write the three files."""
+    """Read all runs, then write OUT.md, OUT.csv and OUT.png."""
     check_out(study.out)
     runs = [read_evaluations(run, study) for run in read_runs(study.runs, study.only)]
     measures = {("return",) if run.task == "resource" else ("win", "return") for run in runs}
@@ -607,63 +607,61 @@ OWN = ("self", "self+enemies")
 
 @dataclasses.dataclass(frozen=True)
 class Dependence:
-    """How much agents depend on their team: what they would do if part of it was not there.
+    """How much agents depend on their team: how their actions change if part of it is not seen.
 
-    Agents of refil_smac.py, mipi_refil_smac.py, mappo_smac.py or mipi_mappo_smac.py read episodes:
-    those of a replay, which checkpoints of the first two keep, or, of a run of the others, battles
-    that its policy plays with drawn actions, from --seed on. They read them as they were played,
-    without seeing their teammates, --draws times in REFIL's random groups, of which they see their
-    own only (teammates and enemies), and with one teammate, drawn for each episode, taken out of
-    sight or of another type, enemies fixed. Means over the steps of living agents, over episodes,
-    with 95 % bootstrap intervals:
+    Agents of refil_smac.py, mipi_refil_smac.py, mappo_smac.py or mipi_mappo_smac.py read recorded
+    episodes: from the replay in checkpoints of the first two, or from new battles in which the
+    policy of the others samples its actions. They read each episode as it was played; without
+    teammates; --draws times in REFIL's random groups, seeing only their own group; and with one
+    random teammate hidden, or of another type. Figures are means over the steps of living agents
+    and then over episodes, with 95 % bootstrap intervals:
 
-    mates: share of greedy actions that are others when teammates are not seen, ever;
-    groups: the same in random groups;
-    nats: I(u; group | what was seen), the mean divergence of the policy in a group from its mean
-    over the draws. With few draws it is too small; it is at most their logarithm;
-    out, swap: total variation of the policy when one teammate is taken out, or has another type;
-    of scripts without a policy that draws, the share of greedy actions that are others;
-    kl self, kl self+enemies: the policy's mean divergence, nats, from a marginal policy that sees
-    the own unit only, or beside it enemies, fitted to it anew by --fit minibatches on every second
-    episode and held against it in the others.
+    mates: share of greedy actions that change if no teammate is ever seen;
+    groups: share of greedy actions that change in random groups;
+    nats: I(u; group | observations), the mean divergence of the policy in a group from its mean
+    over the draws; with few draws it is too small, as it is at most log(draws);
+    out, swap: total variation of the policy if one teammate is hidden, or has another type;
+    for greedy agents, the share of actions that change;
+    kl self, kl self+enemies: the policy's mean divergence, in nats, from a marginal policy that
+    sees only the own unit, or also the enemies. It is fitted on every second episode and compared
+    on the others.
 
-    nats and kl are of runs with a policy that draws, only. With --states all are asked about the
-    same episodes, else each about its own.
+    Only runs with a stochastic policy have nats and kl.
     """
 
     runs: Runs  # run directories
-    states: str = ""  # the run whose replay, or whose battles, all read; default: each run's own
-    episodes: Positive = 64  # of it, at most
-    draws: Positive = 8  # of groups
-    fit: Positive = 300  # minibatches, of all episodes to learn from, of a marginal policy
-    fit_learning_rate: Above = 3e-3  # of its Adam, at first; falls linearly to 0
-    seed: Seed = 1
+    states: str = ""  # run whose episodes all runs read; default: each run reads its own
+    episodes: Positive = 64  # most episodes to read
+    draws: Positive = 8  # random groups per episode
+    fit: Positive = 300  # gradient steps that fit a marginal policy, each on all its episodes
+    fit_learning_rate: Above = 3e-3  # initial learning rate of the fit (Adam); falls linearly to 0
+    seed: Seed = 1  # seed of episodes, groups, teammates and marginal policies
 
 
 class Opened(NamedTuple):
-    """A run's last checkpoint."""
+    """A run's last checkpoint and episodes to read."""
 
     script: Any
     agent: Any
-    buffer: Any  # episodes, of this or another run: a replay or Battles
+    buffer: Any  # episodes of this or another run: a ReplayBuffer or Battles
 
 
 class Moments(NamedTuple):
-    """Episodes, as networks read them."""
+    """Episodes as networks read them."""
 
-    features: Any  # of M moments
-    now: Tensor  # (K,) int64: at which a step begins
+    features: Any  # features of M moments (all steps of all episodes)
+    now: Tensor  # (K,) int64: moments at which a step begins (not the episodes' ends)
 
 
 class Battles:
-    """What a policy of PPO plays, in the place of a replay."""
+    """Episodes that a PPO policy plays, with a replay's sample()."""
 
     def __init__(self, script: Any, args: Any, agent: Any):
         self.script, self.agent = script, agent
         self.args = dataclasses.replace(args, rollout="rounds", device="cpu")
 
     def sample(self, rng: torch.Generator, size: int) -> Moments:
-        """So many whole battles, of drawn actions; rng also draws the battles."""
+        """Play `size` whole battles with sampled actions; rng draws battles and actions."""
         seed = int(torch.randint(2**31, (), generator=rng))
         battles = self.script.make_envs(self.args, self.args.team_sizes, size, seed)
         rollout, _ = self.script.collect(self.args, battles, self.script.Player(self.agent, rng))
@@ -672,7 +670,7 @@ class Battles:
 
 
 def check_readable(run: Run) -> None:
-    """UsageError for what is no run of these scripts, or of the game itself."""
+    """Raise UsageError for a run of another script, or in StarCraft II instead of the simulator."""
     name, known = run.args["script"], (*SCRIPTS, *PPO)
     if name not in known:
         raise UsageError(f"{run.where} is a run of {name}.py, not of {' or '.join(known)}.")
@@ -681,10 +679,10 @@ def check_readable(run: Run) -> None:
 
 
 def open_agent(run: Run) -> tuple[Any, Any, Any]:
-    """Script, arguments and agent of a run. Those of mappo_smac.py are read as runs of its child
-    without a term, whose pointers do not see what is hidden: else the same."""
+    """Script, arguments and agent of a run. A run of mappo_smac.py is read by mipi_mappo_smac.py
+    with alpha 0: the same network, but its pointers do not see hidden units."""
     script = load_script(run.args["script"])
-    is_ppo = run.args["script"] in PPO  # of which the actor is enough
+    is_ppo = run.args["script"] in PPO  # only the actor is needed
     args = harness.saved_args(str(run.path), script.Args, whole=not is_ppo)
     saved, _ = harness.load_checkpoint(str(run.path))
     state = saved["agent"]
@@ -701,7 +699,7 @@ def open_agent(run: Run) -> tuple[Any, Any, Any]:
 
 
 def open_states(states: Run) -> Any:
-    """The episodes of a run: its replay, or what its policy plays."""
+    """The episodes of a run: its replay, or Battles that its policy plays."""
     script, args, agent = open_agent(states)
     if states.args["script"] in PPO:
         return Battles(script, args, agent)
@@ -715,8 +713,8 @@ def open_states(states: Run) -> Any:
 
 
 def open_checkpoint(run: Run, states: Run) -> Opened:
-    """The agents of a run with the episodes of another, or the same; UsageError for what is no run
-    of these scripts, and for episodes of another world."""
+    """A run's agent with the episodes of the run `states`. UsageError if one of them is not
+    readable (see check_readable()) or if their scenarios differ."""
     check_readable(run)
     if run.args["scenario"] != states.args["scenario"]:
         own, other = run.args["scenario"], states.args["scenario"]
@@ -727,7 +725,7 @@ def open_checkpoint(run: Run, states: Run) -> Opened:
 
 
 def without_mates(features: Any) -> Any:
-    """The same moments; nobody sees other agents."""
+    """The features with all other agents hidden from each agent."""
     A, S = features.unseen.shape[1:]
     mates = F.pad(~torch.eye(A, dtype=torch.bool), (0, S - A))
     return features._replace(unseen=features.unseen | mates)
@@ -736,8 +734,8 @@ def without_mates(features: Any) -> Any:
 def says(
     opened: Opened, features: Any, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Greedy actions (M, A), and log pi (M, A, actions) where policies draw; with groups (M, S)
-    in view of one's own."""
+    """Greedy actions (M, A), and log pi (M, A, actions) or None if the policy is only greedy. With
+    groups (M, S), an agent sees only its own group."""
     agent, view = opened.agent, "full_view" if groups is None else "own_group"
     if hasattr(agent, "actor"):
         if groups is not None:
@@ -754,7 +752,7 @@ def says(
 
 
 def policy_of(opened: Opened, features: Any) -> Tensor:
-    """Probabilities (M, A, actions), of greedy agents 0 and 1."""
+    """Action probabilities (M, A, actions); one-hot for greedy agents."""
     greedy, log_pi = says(opened, features)
     if log_pi is None:
         return F.one_hot(greedy, features.avail_actions.shape[-1]).float()
@@ -762,17 +760,17 @@ def policy_of(opened: Opened, features: Any) -> Tensor:
 
 
 class Changed(NamedTuple):
-    """Episodes in which one teammate, drawn for each, is not what it was."""
+    """Episodes in which one teammate, drawn for each episode, is hidden or has another type."""
 
     features: Any
-    others: Tensor  # (M, A) bool: all agents but that one, while it is alive
+    others: Tensor  # (M, A) bool: the agents other than this one, at moments when it is alive
 
 
 def change_one_mate(features: Any, rng: torch.Generator, columns: list[int] | None) -> Changed:
-    """It is out of sight, or with columns, one per type of unit, of the next type."""
+    """Hide one teammate per episode, or, with the columns of unit types, change its type."""
     A, episode = features.unseen.shape[1], features.played.nonzero()[:, 1]  # (M,)
     B = features.played.shape[1]
-    filled = ~features.empty[:B, :A]  # (B, A): all battles begin at once
+    filled = ~features.empty[:B, :A]  # (B, A): the first B moments are the battles' first steps
     noise = torch.rand(B, A, generator=rng).masked_fill(~filled, -1.0)
     mate = F.one_hot(noise.argmax(-1), A).bool()[episode]  # (M, A)
     alive = ~features.avail_actions[..., 0]
@@ -789,7 +787,7 @@ def change_one_mate(features: Any, rng: torch.Generator, columns: list[int] | No
 
 
 def some_episodes(features: Any, battles: Tensor) -> tuple[Any, Tensor]:
-    """Those of the moments, and which they are."""
+    """The moments of some battles, and their indices among all moments."""
     script = load_script("mipi_mappo_smac")
     part = features.played[:, battles]
     part = part[part.any(1)]
@@ -800,7 +798,8 @@ def some_episodes(features: Any, battles: Tensor) -> tuple[Any, Tensor]:
 def divergence_from_marginal(
     opened: Opened, features: Any, log_pi: Tensor, study: Dependence, own: str
 ) -> Tensor:
-    """KL (M, A) from a marginal policy that was fitted to every second episode."""
+    """KL (M, A) of the policy from a marginal policy that is fitted to every second episode. own:
+    what the marginal sees, one of OWN."""
     script, args = load_script("mipi_mappo_smac"), opened.agent.args
     args = script.Args(
         hidden_size=64,
@@ -827,14 +826,14 @@ def divergence_from_marginal(
 
 @torch.no_grad()
 def measure(opened: Opened, study: Dependence) -> dict[str, np.ndarray]:
-    """{name: mean of each episode}."""
+    """{name of MEASURES: mean of each episode (B,)}; see Dependence."""
     rng = torch.Generator().manual_seed(study.seed)
     batch = opened.buffer.sample(rng, study.episodes)
     features = batch.features
     living = ~features.avail_actions[..., 0]  # (M, A)
     acts = torch.zeros(len(living), dtype=torch.bool)
     acts[batch.now] = True
-    living &= acts[:, None]  # nobody acts at an episode's end
+    living &= acts[:, None]  # without the last moment of an episode, which has no action
     episode = features.played.nonzero()[:, 1]  # (M,)
     B = features.played.shape[1]
 
@@ -878,7 +877,7 @@ MEASURES = ("mates", "groups", "nats", "out", "swap", *(f"kl {own}" for own in O
 
 
 def dependence(study: Dependence) -> None:
-    """Print the table."""
+    """Print a table of the figures that Dependence describes, a line per run."""
     rows = []
     for run in read_runs(study.runs):
         states = Run(Path(study.states)) if study.states else run
@@ -896,23 +895,23 @@ def dependence(study: Dependence) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Frontier:
-    """Generalisation against what was learned, and against dependence on the team.
+    """Generalisation to unseen team sizes over learning in trained ones, and over dependence.
 
-    Equal strength of two regularisers is no single number, so arms with several alphas are compared
-    as curves: a point is a run (mean of its last evaluations on the way, greedy episodes), a line
-    joins the means of an arm's alphas in their order. Up: share of battles won in unseen sizes, a
-    mean over them. Across: return and share won in trained sizes; then `kl self` and `out` of
-    `dependence`, in the same episodes for all, which a run of --states plays. One scenario at a
-    time. Writes OUT.md (means over seeds), OUT.csv (every run) and OUT.png.
+    No single alpha makes two regularisers equally strong, so methods are compared as curves over
+    alpha. A point is a run (mean of its last evaluations during training, greedy episodes); a line
+    joins the means of a method by alpha. Vertical axis: share of battles won, mean over unseen
+    sizes. Horizontal axes: return and share won in trained sizes, then `kl self` and `out` of the
+    subcommand dependence on the same episodes for all runs. All runs must have one scenario. Writes
+    OUT.md (means over seeds), OUT.csv (every run) and OUT.png.
     """
 
     runs: Runs  # run directories
-    states: str  # the run that plays the episodes in which dependence is measured
-    out: Path = Path("frontier")  # writes OUT.md, OUT.csv and OUT.png
-    last: Positive = 5  # evaluations that make the final figure
-    episodes: Positive = 64  # for dependence
-    fit: Positive = 300  # minibatches of its marginal policies
-    seed: Seed = 1  # of its battles
+    states: str  # run whose episodes are read to measure dependence
+    out: Path = Path("frontier")  # common beginning of the names of the .md, .csv and .png files
+    last: Positive = 5  # number of last evaluations that a figure averages
+    episodes: Positive = 64  # episodes to measure dependence on
+    fit: Positive = 300  # gradient steps that fit a marginal policy
+    seed: Seed = 1  # seed of those episodes, hidden teammates and marginal policies
 
 
 UP = "win, unseen"
@@ -920,7 +919,7 @@ ACROSS = ("return, trained", "win, trained", "kl self", "out")
 
 
 def frontier_row(run: Run, evaluated: Evaluated, study: Frontier) -> dict[str, float]:
-    """What of a run's point is not its name."""
+    """The coordinates of a run's point, by UP and ACROSS. UsageError without unseen sizes."""
     trained, *unseen = evaluated.columns
     if not unseen:
         raise UsageError(f"{run.where} was evaluated in no unseen size.")
@@ -936,7 +935,7 @@ def frontier_row(run: Run, evaluated: Evaluated, study: Frontier) -> dict[str, f
 
 
 def frontier_rows(study: Frontier) -> list[dict[str, Any]]:
-    """A row per run: arms by their names but for alpha, then by that, then by seed."""
+    """A row per run, sorted by method ("arm", its name without alpha), alpha and seed."""
     runs = {run.where: run for run in read_runs(study.runs)}
     options = Tables(runs=(), last=study.last)
     found = group([read_evaluations(run, options) for run in runs.values()])
@@ -954,7 +953,7 @@ def frontier_rows(study: Frontier) -> list[dict[str, Any]]:
 
 
 def mean_of_arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per arm and alpha, in the order of the rows: means over seeds."""
+    """A row per arm and alpha with the means over seeds, in the order of the rows."""
     found: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         found[row["arm"], row["alpha"]].append(row)
@@ -966,7 +965,7 @@ def mean_of_arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw_frontier(rows: list[dict[str, Any]], means: list[dict[str, Any]]) -> Any:
-    """A panel per quantity across; lines of arms with a term begin at MAPPO, where alpha is 0."""
+    """A panel per horizontal axis. Lines of MAPPO with a regulariser start at MAPPO (alpha 0)."""
     figure, axes = plt.subplots(1, len(ACROSS), figsize=(13, 3.4), sharey=True)
     for k, arm in enumerate(dict.fromkeys(row["arm"] for row in means)):
         points = [row for row in rows if row["arm"] == arm]
@@ -986,7 +985,7 @@ def draw_frontier(rows: list[dict[str, Any]], means: list[dict[str, Any]]) -> An
 
 
 def frontier(study: Frontier) -> None:
-    """Read, measure, draw, write."""
+    """Read and measure all runs, then write OUT.md, OUT.csv and OUT.png."""
     check_out(study.out)
     rows = frontier_rows(study)
     means = mean_of_arms(rows)
@@ -1006,32 +1005,32 @@ LABELS = {"none": "reward", "entropy": "reward + entropy", "mi": "reward - mutua
 
 @dataclasses.dataclass(frozen=True)
 class MatrixGame:
-    """MIPI's matrix game (Fig. 2 d): three learners, what each earns in a team it never met.
+    """MIPI's matrix game (Fig. 2 d): the reward of three learners in a team that they never met.
 
-    Reward alone, with entropy, with mutual information: the same learner, with the equations of
-    mipi_refil_smac.py and networks of one hidden layer (App. B.1). Q_tot = Q_1 + Q_2 + b(team); an
-    episode is one step. Writes OUT.png (greedy and expected reward in team (B,B), mean and range of
-    the seeds, the exact optima as dotted lines), OUT.csv and OUT.md with the optima over alpha.
+    One learner maximises the reward alone, plus entropy, or minus mutual information. It uses
+    the equations of mipi_refil_smac.py and networks of one hidden layer (App. B.1). Q_tot = Q_1 +
+    Q_2 + b(team), and an episode is one step. Writes OUT.png (greedy and expected reward in team
+    (B,B), mean and range over seeds; dotted: exact optima), OUT.csv, and OUT.md with all optima.
     """
 
-    payoffs: Literal["additive", "coordinated"] = "additive"
-    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (1, 2, 3, 4, 5)
-    steps: Positive = 2000  # of each learner
-    alpha: Amount = 0.5
-    batch_size: Positive = 64  # episodes of a step, all new
-    learning_rate: Above = 3e-4
-    hidden_size: Positive = 64
-    ba_iterations: Positive = 1
+    payoffs: Literal["additive", "coordinated"] = "additive"  # payoff matrices of the game
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (1, 2, 3, 4, 5)  # seeds of each learner
+    steps: Positive = 2000  # gradient steps of each learner
+    alpha: Amount = 0.5  # weight of entropy or mutual information, alpha
+    batch_size: Positive = 64  # new episodes per gradient step
+    learning_rate: Above = 3e-4  # learning rate of all networks (RMSprop)
+    hidden_size: Positive = 64  # width of the hidden layer
+    ba_iterations: Positive = 1  # alternations of marginal and policy per step, M
     epsilon: Share = 0.1  # share of random actions
     every: Positive = 50  # steps between points of the curves
-    # Optima are among policies whose probabilities are multiples of 1 / grid.
+    # optima are searched among policies whose probabilities are multiples of 1 / grid
     grid: Annotated[int, Interval(ge=1, le=60)] = 40
-    exact: bool = False  # optima only
-    out: Path = Path("matrix_game")  # .png, .csv and .md
+    exact: bool = False  # only print the optima, without learning
+    out: Path = Path("matrix_game")  # common beginning of the names of the .png, .csv, .md files
 
 
 class Nets(nn.Module):
-    """One hidden layer with ELU for each of n seeds side by side."""
+    """n separate networks, one per seed, computed together: one hidden layer with ELU."""
 
     def __init__(self, rngs: list[torch.Generator], inputs: int, hidden: int, outputs: int):
         super().__init__()
@@ -1048,13 +1047,13 @@ class Nets(nn.Module):
 
 
 def inputs_of(team: Tensor) -> Tensor:
-    """Agents' index and own type, one-hot, (..., 2, 4), of types (..., 2)."""
+    """Network inputs (..., 2, 4) from types (..., 2): each agent's index and own type, one-hot."""
     index = torch.eye(2).expand(*team.shape, 2)
     return torch.cat((index, F.one_hot(team, 2).float()), -1)
 
 
 def policies_of(policy: Nets) -> np.ndarray:
-    """(n, 2 agents, 2 types), probabilities of action 1."""
+    """The policy's probabilities of action 1: (n, 2 agents, 2 types)."""
     team = torch.tensor([[0, 0], [1, 1]])  # types of both agents
     with torch.no_grad():
         inputs = inputs_of(team).flatten(0, 1)
@@ -1065,7 +1064,7 @@ def policies_of(policy: Nets) -> np.ndarray:
 
 
 def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
-    """Policies (points, n, 2, 2) every so many steps, from the first."""
+    """Train a learner; policies_of() every study.every steps, from step 0: (points, n, 2, 2)."""
     script, game = load_script("mipi_refil_smac"), PAYOFFS[study.payoffs]
     n, H, B = len(study.seeds), study.hidden_size, study.batch_size
     rngs = [torch.Generator().manual_seed(seed) for seed in study.seeds]
@@ -1087,13 +1086,13 @@ def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
 
     def move(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
         optimiser.zero_grad()
-        loss.sum(0).mean().backward()  # a seed's gradient does not depend on the others
+        loss.sum(0).mean().backward()  # the sum over seeds keeps each seed's gradient separate
         optimiser.step()
 
     for step in range(study.steps + 1):
         if step % study.every == 0:
             points.append(policies_of(policy))
-        team = (draw(B) < 0.5).long()  # (n, B): which of the trained ones
+        team = (draw(B) < 0.5).long()  # (n, B): index of one of the two trained teams
         x = inputs_of(types[team])  # (n, B, 2, 4)
         flat = x.flatten(1, 2)
         with torch.no_grad():
@@ -1121,7 +1120,7 @@ def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
 
 
 def exact_rows(study: MatrixGame) -> list[dict[str, str]]:
-    """The optima of the three objectives as alpha varies."""
+    """Table rows of the exact optima of the three objectives for each alpha of GAME_ALPHAS."""
     rows = []
     for objective in OBJECTIVES:
         for alpha in (0.0,) if objective == "none" else GAME_ALPHAS[1:]:
@@ -1136,7 +1135,7 @@ def exact_rows(study: MatrixGame) -> list[dict[str, str]]:
 
 
 def matrix_game(study: MatrixGame) -> None:
-    """Print the optima; learn, draw and write the curves."""
+    """Train the three learners, then write OUT.md, OUT.csv and OUT.png; --exact: only optima."""
     text, game = markdown_table(exact_rows(study)), PAYOFFS[study.payoffs]
     if study.exact:
         print(text)
@@ -1172,36 +1171,37 @@ def matrix_game(study: MatrixGame) -> None:
 # --- Resource Collection from labels --------------------------------------------------------------
 
 TEACHERS = {"forager": forager, "collector": collector}
-KEPT = 8  # rounds of episodes that minibatches are drawn from
+KEPT = 8  # number of last rounds of episodes from which minibatches are drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Imitation:
-    """What REFIL's utilities can learn in Resource Collection when they are told what to do.
+    """Train REFIL's utilities in Resource Collection by imitation of a script.
 
-    The network of refil_smac.py --scenario resource, its optimiser and minibatches learn a script's
-    actions as labels (cross-entropy, utilities as scores), in episodes that it plays itself (the
-    first ones are the script's): DAgger (Ross et al., 2011). If it earns what the script earns,
-    sight, features, network and number of gradient steps are not what keeps agents from learning
-    the task. --teacher forager sees what agents see, collector everything. Prints what greedy
-    agents earn after so many minibatches and, in the end, beside the scripts.
+    The network of refil_smac.py --scenario resource learns a script's actions as labels (cross-
+    entropy with utilities as logits) in episodes that it plays itself; in the first ones the script
+    plays. This is DAgger (Ross et al., 2011). If it reaches the script's return, then sight,
+    features, network and number of gradient steps do not keep agents from learning the task. The
+    forager sees what agents see, the collector sees everything. Prints the returns of greedy agents
+    during training and, at the end, next to those of scripts.
     """
 
-    teacher: Literal["forager", "collector"] = "forager"
-    minibatches: Positive = 3000
-    learning_rate: Above = 5e-4  # of the preset's optimiser
-    preset: Literal["cpu", "paper"] = "cpu"  # of refil_smac.py: network and minibatches
-    round: Positive = 64  # episodes that are played at a time
-    every: Positive = 50  # minibatches between rounds
-    show: Positive = 500  # minibatches between lines
-    episodes: Positive = 160  # of each line
-    team_sizes: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (3, 4, 5)
+    teacher: Literal["forager", "collector"] = "forager"  # script to imitate
+    minibatches: Positive = 3000  # gradient steps
+    learning_rate: Above = 5e-4  # learning rate of the preset's optimiser
+    preset: Literal["cpu", "paper"] = "cpu"  # --preset of refil_smac.py: network, minibatch size
+    round: Positive = 64  # episodes to play in a round
+    every: Positive = 50  # gradient steps between rounds
+    show: Positive = 500  # gradient steps between evaluations
+    episodes: Positive = 160  # episodes of an evaluation
+    team_sizes: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (3, 4, 5)  # sizes to train with
+    # more sizes to evaluate at the end
     eval_team_sizes: tuple[Annotated[int, Interval(ge=1, le=8)], ...] = (6, 7, 8)
-    seed: Seed = 1
+    seed: Seed = 1  # seed of worlds, network and minibatches
 
 
 def watched(policy: Any, teacher: Any, kept: list[tuple]) -> Any:
-    """policy, with what agents see, what they did last and what the teacher would do in kept."""
+    """policy, which also appends to `kept`: observation, last actions, the teacher's actions."""
     last = None
 
     def act(world: ResourceCollection) -> Tensor:
@@ -1216,10 +1216,10 @@ def watched(policy: Any, teacher: Any, kept: list[tuple]) -> Any:
 
 
 def learn_labels(script: Any, agent: Any, steps: list[tuple], some: Tensor) -> float:
-    """A gradient step on the episodes `some` of a round; the share of labels that were met."""
+    """A gradient step on the episodes `some` of a round; returns the share of labels matched."""
     seen, last, label = zip(*steps)
     kind = type(seen[0])
-    fields = zip(*seen)  # of an observation, each at all times
+    fields = zip(*seen)  # each field of the observations over all steps
     obs = kind(*[torch.cat([x[some] for x in field]) for field in fields])  # (M, ...)
     last, label = ([x[some] for x in actions] for actions in (last, label))
     played = torch.ones(len(steps), len(some), dtype=torch.bool)
@@ -1236,7 +1236,7 @@ def learn_labels(script: Any, agent: Any, steps: list[tuple], some: Tensor) -> f
 
 
 def imitation(study: Imitation) -> None:
-    """Teach, and print tables."""
+    """Train the network on the teacher's labels and print tables of returns."""
     if not study.team_sizes:
         raise UsageError("--team-sizes: at least one is needed.")
     script, teacher = load_script("refil_smac"), TEACHERS[study.teacher]
@@ -1265,7 +1265,7 @@ def imitation(study: Imitation) -> None:
         world = new_worlds((size,), study.episodes, study.seed + 1)
         policies = {"taught": script.Player(agent)} | scripted_policies(study.seed)
         for name, policy in policies.items():
-            world.seed(study.seed + 1)  # all meet the same teams and places
+            world.seed(study.seed + 1)  # all policies get the same teams and places
             rows[f"{size} {name}"] = summarise(play(world, policy))
     print(resource_table(rows))
 
@@ -1284,7 +1284,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the subcommand and return its exit code."""
     torch.set_num_threads(1)
     return run_subcommand(COMMANDS, argv, __doc__)
 

@@ -1,12 +1,11 @@
-"""MRA's figures and tables: the runs behind them, and what is drawn of runs.
+"""MRA's figures and tables: train the runs that they need, and draw or compute them from runs.
 
     python experiments/mra.py train fig2 fig3 --tasks resource --seeds 1 2 3
     python experiments/mra.py figures runs/resource-mra-s1 runs/resource-single-s1 --population 12
     python experiments/mra.py cross-play runs/pacman-single-s* runs/pacman-mra-s* --population 8,4
 
-`train` starts every run that a figure needs (see its --help); compare.py draws Figs. 2 to 8 from
-them. `figures` makes Figs. 9, 10 and 11, `cross-play` Tables 1 and 2. `SUBCOMMAND --help` has the
-options.
+`train` trains every run that Figs. 2, 3, 4, 5, 7 and 8 need, and compare.py draws them. `figures`
+makes Figs. 9, 10 and 11, `cross-play` makes Tables 1 and 2. `SUBCOMMAND --help` has the options.
 """
 
 from __future__ import annotations
@@ -59,9 +58,9 @@ TRAINED = {
     "resource": ("6", "9", "12", "15"),
     "pacman": ("4,2", "6,3", "8,4"),
 }
-GAME = {"treasure": "6", "resource": "12", "pacman": "8,4"}  # of Fig. 2
+GAME = {"treasure": "6", "resource": "12", "pacman": "8,4"}  # the populations of Fig. 2
 UNSEEN = {"resource": "3 7 10 13 18 24", "treasure": "48", "pacman": "2,8"}
-TARGETS = {  # of Fig. 4: population, flags
+TARGETS = {  # what Fig. 4 adapts to: (population, flags)
     "treasure": (("6", "--no-shaping"), ("48", "")),
     "pacman": (("2,8", ""),),
     "resource": (),
@@ -73,51 +72,51 @@ Task = Literal["treasure", "resource", "pacman"]
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """The training runs behind MRA's figures: one command per figure starts what it needs.
+    """Train all runs that some of MRA's figures need.
 
-    Every run of a figure has the same number of environment steps in total, whatever its number of
-    populations (the paper's "equal episodes": divide by 20). Runs go to
-    DIR/{task}-{method}-s{seed}: a finished one is kept, one that was stopped goes on. Figures:
+    All runs of a figure have the same number of environment steps in total, whatever their number
+    of populations (the paper's "equal episodes"; an episode has 20 steps). Runs are written to
+    DIR/{task}-{method}-s{seed}. Finished runs are kept and stopped ones are resumed. Figures:
 
     fig2: MRA, Reptile, the single-game baseline and MADDPG in one game of each world;
     fig3: MRA and uni-MRA in all training games;
-    fig4: adaptation of fig3's MRA to treasure 6 without shaping, treasure 48, pacman 2,8, and
-    MADDPG there from scratch;
-    fig5: fig3's MRA in resource, evaluated in populations it never met;
+    fig4: fig3's MRA adapted to treasure 6 without shaping, treasure 48 and pacman 2,8; and MADDPG
+    trained there from scratch;
+    fig5: fig3's MRA in resource, evaluated in populations that it never met;
     fig7: option, concat and bilinear representations in resource 6, 9, 12;
-    fig8: resource trained in 2, 3 and 4 games.
+    fig8: MRA trained in 2, 3 and 4 games of resource.
     """
 
-    figures: Annotated[tuple[Figure, ...], tyro.conf.Positional]
-    tasks: tuple[Task, ...] = ("treasure", "resource", "pacman")  # of figs. 2, 3 and 4
-    seeds: tuple[Seed, ...] = (1, 2, 3)
-    total_timesteps: Positive = 240_000  # of every training, in all its populations together
-    adapt_timesteps: Positive = 120_000  # of every adaptation, and of MADDPG beside it
-    preset: Literal["cpu", "paper"] = "cpu"
-    jobs: Positive = 1  # runs at a time
-    dir: Path = Path("runs")
-    flags: str = ""  # for every run, as --flags="--save-every 40000"
-    dry_run: bool = False  # print the commands only
+    figures: Annotated[tuple[Figure, ...], tyro.conf.Positional]  # figures to train for
+    tasks: tuple[Task, ...] = ("treasure", "resource", "pacman")  # worlds of figs. 2, 3 and 4
+    seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of each method
+    total_timesteps: Positive = 240_000  # environment steps of a run, over all its populations
+    adapt_timesteps: Positive = 120_000  # steps of fig. 4's adaptations and of their MADDPG
+    preset: Literal["cpu", "paper"] = "cpu"  # the scripts' --preset
+    jobs: Positive = 1  # runs to train at the same time
+    dir: Path = Path("runs")  # parent directory of the runs
+    flags: str = ""  # more flags for every run, as --flags="--save-every 40000"
+    dry_run: bool = False  # print the commands and train nothing
 
 
 class Command(NamedTuple):
-    """A run of a figure."""
+    """One method of a figure in one world, to be trained with several seeds."""
 
-    name: str  # of its directory, without the seed
-    script: str
+    name: str  # name of the runs, without the seed
+    script: str  # path of the script
     flags: str
-    adapts: str = ""  # the name of the run whose weights it begins with
+    adapts: str = ""  # name of the run whose weights it starts from; "": from new weights
 
 
 def several(task: str, method: str, flags: str = "", names: tuple[str, ...] = ()) -> Command:
-    """A training in several populations."""
+    """The command that trains MRA in several populations, by default all of TRAINED."""
     populations = " ".join(names or TRAINED[task])
     worlds = f"--task {task} --populations {populations} --eval-populations {UNSEEN[task]}"
     return Command(f"{task}-{method}", MRA, f"{worlds} {flags}")
 
 
 def of_task(figure: str, task: str) -> list[Command]:
-    """What figs. 2, 3 and 4 train in a world."""
+    """The commands of one of figs. 2, 3 and 4 in a world, without adaptations."""
     one = f"--task {task} --population {GAME[task]}"
     if figure == "fig2":
         single = Command(f"{task}-single", MRA, f"--task {task} --populations {GAME[task]}")
@@ -129,7 +128,7 @@ def of_task(figure: str, task: str) -> list[Command]:
 
 
 def of_resource(figure: str) -> list[Command]:
-    """What figs. 5, 7 and 8 train, in resource occupation."""
+    """The commands of one of figs. 5, 7 and 8, which are all in resource occupation."""
     three = ("6", "9", "12")
     option = several("resource", "3-option", "--representation option", three)
     if figure == "fig5":
@@ -138,14 +137,14 @@ def of_resource(figure: str) -> list[Command]:
         others = ("concat", "bilinear")
         ways = [several("resource", f"3-{x}", f"--representation {x}", three) for x in others]
         return [option, *ways]
-    if figure == "fig8":  # three games are fig. 7's with options, four those of figs. 2, 3 and 5
+    if figure == "fig8":  # shares runs: three games with fig. 7, four with figs. 2, 3 and 5
         two = several("resource", "of-2", "", ("6", "12"))
         return [two, option, several("resource", "mra")]
     return []
 
 
 def adaptations(task: str) -> list[Command]:
-    """The second stage of fig. 4: MRA goes on in a population, and MADDPG begins there."""
+    """The second stage of fig. 4: MRA is adapted to a population, MADDPG is trained in it."""
     commands = []
     for population, flags in TARGETS[task]:
         place = f"{task}-{population.replace(',', '-')}{'-sparse' if flags else ''}"
@@ -156,12 +155,12 @@ def adaptations(task: str) -> list[Command]:
 
 
 def jobs_of(commands: list[Command], study: Train, timesteps: int) -> list[Job]:
-    """The commands' runs, seed by seed; what several figures share is one run."""
+    """The runs of all commands, seed by seed. A command that several figures share is run once."""
     jobs = []
     root = study.dir.resolve()
     for seed, command in itertools.product(study.seeds, dict.fromkeys(commands)):
         flags = shlex.split(f"{command.flags} {study.flags}")
-        if command.adapts:  # its preset is its source's
+        if command.adapts:  # without --preset, as --adapt takes that of the adapted run
             flags = ["--adapt", str(root / f"{command.adapts}-s{seed}"), *flags]
         else:
             flags = [*flags, "--preset", study.preset]
@@ -178,7 +177,7 @@ def jobs_of(commands: list[Command], study: Train, timesteps: int) -> list[Job]:
 
 
 def train(study: Train) -> None:
-    """All runs of the figures, seed by seed; adaptations when what they adapt has been trained."""
+    """Train all runs of the figures, seed by seed, then the adaptations of those runs."""
     first: list[Command] = []
     then: list[Command] = []
     for figure in study.figures:
@@ -196,16 +195,16 @@ def train(study: Train) -> None:
 class Trained(NamedTuple):
     """A run's newest checkpoint."""
 
-    name: str
+    name: str  # name of the run
     run: Run
-    script: Any  # the module
+    script: Any  # the script as a module
     args: Any
     agent: Any
-    populations: tuple[str, ...]  # that it was trained in
+    populations: tuple[str, ...]  # populations that it was trained in
 
 
 def load(run: Run) -> Trained:
-    """The agents of a run directory, on the CPU; UsageError if it is not of a particle script."""
+    """Load a run's agent on the CPU. UsageError if it is a run of another script."""
     known = [Path(path).stem for path in (MRA, MADDPG, RL2, EPC)]
     if run.args["script"] not in known:
         wanted = ", ".join(known)
@@ -213,45 +212,44 @@ def load(run: Run) -> Trained:
     script = load_script(run.args["script"])
     args, agent = script.load_agent(str(run.path))
     populations = getattr(args, "populations", ())
-    if own := getattr(args, "population", ""):  # MADDPG's, or what MRA is adapted to
+    if own := getattr(args, "population", ""):  # MADDPG's only one, or the one MRA is adapted to
         populations = (own,)
     return Trained(run.name, run, script, args, agent, populations)
 
 
 def make_world(trained: Trained, population: str, episodes: int, seed: int) -> ParticleWorld:
-    """Worlds as the run's own, at a population; UsageError if there is none of that."""
+    """`episodes` worlds like the run's own, with this population; UsageError if there are none."""
     return trained.script.make_envs(trained.args, population, episodes, seed)
 
 
 # --- Figs. 9, 10 and 11 ---------------------------------------------------------------------------
 
-MOVES = {1: (-1, 0), 2: (1, 0), 3: (0, -1), 4: (0, 1)}  # of actions
+MOVES = {1: (-1, 0), 2: (1, 0), 3: (0, -1), 4: (0, 1)}  # {action: direction}; 0 does nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
     """Figs. 9, 10 and 11 of MRA, from run directories.
 
-    Fig. 9, a column per run of several populations: the bound on I(g; a|o), xi's loss (and log |M|,
-    what knowing nothing costs), how often xi is right beside how often it is when it is shown a
-    uniform g, and return per z in the evaluations on the way (--eval-every). Fig. 10: where one
-    agent goes from one and the same beginning, by z in a run of several populations (and everybody
-    has that z), and in runs of one population beside it. Fig. 11: whom that agent attends to, edges
-    above --edge, by z, and with which probability it takes each action. Agents are blue, ghosts
-    green, the dead hollow.
+    Fig. 9 has a column per run of several populations: the bound on I(g; a|o); xi's loss, and the
+    loss log |M| of a uniform guess; xi's accuracy, and its accuracy if g is uniform; and return per
+    z in the evaluations during training (--eval-every). Fig. 10 shows the path of one agent from
+    the same start: for each z (all agents have it) in runs of several populations, and in runs of
+    one population. Fig. 11 shows, for each z, the edges by which that agent attends to others and
+    the probabilities of its actions. Agents are blue, ghosts green, dead ones hollow.
     """
 
-    runs: Runs  # of mra_maddpg_particle.py
-    population: str = ""  # default: the largest of the first run
-    seed: Seed = 1  # of the world
-    agent: Count = 0  # the one whose way and graphs are drawn
-    step: Count = 8  # of the episode in Fig. 11
-    edge: Share = 0.1  # weaker edges are not drawn
-    out: Path = Path("mra_figures")  # writes OUT-9.png, OUT-9.csv, OUT-10.png, OUT-11.png
+    runs: Runs  # runs of mra_maddpg_particle.py, all of one task
+    population: str = ""  # population to draw; default: last of the first run with several
+    seed: Seed = 1  # seed of the world and the actions
+    agent: Count = 0  # number of the agent whose path and graphs are drawn
+    step: Count = 8  # step of the episode that Fig. 11 shows
+    edge: Share = 0.1  # least attention weight of an edge that Fig. 11 draws
+    out: Path = Path("mra_figures")  # writes OUT-9.png, OUT-9.csv, OUT-10.png and OUT-11.png
 
 
 def read_points(trained: Trained) -> list[dict[str, Any]]:
-    """A row per logged figure of Fig. 9."""
+    """The rows of OUT-9.csv: one per logged figure that Fig. 9 shows."""
     rows, returns = [], returns_of(trained)
     for scalars in trained.run.log:
         for name, value in scalars.items():
@@ -268,13 +266,13 @@ def read_points(trained: Trained) -> list[dict[str, Any]]:
 
 
 def returns_of(trained: Trained) -> list[str]:
-    """What evaluations call returns: of all agents or of each role."""
+    """The names of returns in the run's evaluations: one, or one for each role of its task."""
     roles = TASKS[trained.args.task].roles
     return ["return"] if len(roles) == 1 else [f"return_{role}" for role in roles]
 
 
 def draw_curves(runs: list[Trained], rows: list[dict[str, Any]]) -> Any:
-    """Fig. 9: a column per run."""
+    """Fig. 9: a column per run, a row per quantity, a colour per population."""
     panels = {
         "information": "bound on I(g; a|o), nats",
         "xi_loss": "loss of xi, nats",
@@ -304,7 +302,7 @@ def draw_curves(runs: list[Trained], rows: list[dict[str, Any]]) -> Any:
                     dashed = points(own, "xi_accuracy_uniform_g", population)
                     axis.plot(*dashed, "--", color=colour, lw=0.8)
             if kind == "xi_loss":
-                nothing = math.log(len(trained.populations))  # what knowing nothing costs
+                nothing = math.log(len(trained.populations))  # the loss of a uniform guess
                 axis.axhline(nothing, color="0.5", lw=0.8, ls=":")
             axis.set_ylabel(label, fontsize=8)
             axis.grid(alpha=0.3)
@@ -321,7 +319,8 @@ def points(rows: list[dict[str, Any]], kind: str, of: str) -> tuple[list[float],
 
 
 def draw_returns(axis: Any, rows: list[dict], kind: str, population: str, colour: str) -> None:
-    """A line per z: its return less the mean over z, at each evaluation."""
+    """Draw a line per z: its return minus the mean over z, at each evaluation. Draws nothing if the
+    lines have different numbers of points."""
     names = {row["of"] for row in rows if row["figure"] == kind}
     own = [name for name in sorted(names) if name.split(" ")[0] == population]
     lines = [points(rows, kind, name) for name in own]
@@ -338,14 +337,14 @@ def latents(world: ParticleWorld, z: int) -> torch.Tensor:
 
 
 def positions(world: ParticleWorld, state: Tensor) -> np.ndarray:
-    """Of agents in the first world (N, 2); state (B, S)."""
+    """The positions (N, 2) of the agents in the first world of a state (B, S)."""
     bodies = unpack(world.game, state.T)
     return bodies.position[..., 0].T.numpy()
 
 
 @torch.no_grad()
 def walk(trained: Trained, study: Figures, population: str, z: int) -> np.ndarray:
-    """Positions (steps + 1, N, 2) in one episode where everybody has z."""
+    """The positions (steps + 1, N, 2) of the agents in one episode in which all have latent z."""
     world = make_world(trained, population, 1, study.seed)
     world.reset()
     player = trained.script.net_player(trained.agent, latents(world, z), study.seed)
@@ -359,7 +358,7 @@ def walk(trained: Trained, study: Figures, population: str, z: int) -> np.ndarra
 
 
 def draw_ground(axis: Any, world: ParticleWorld) -> None:
-    """Landmarks, and the square where things begin."""
+    """Draw landmarks, and the square in which all start."""
     bodies = unpack(world.game, world.state.T)
     landmarks = bodies.landmarks[..., 0].T.tolist()
     for radius, place in zip(world.game.landmark_radius, landmarks):
@@ -371,7 +370,7 @@ def draw_ground(axis: Any, world: ParticleWorld) -> None:
 
 
 def draw_ways(runs: list[Trained], study: Figures, population: str) -> Any:
-    """Fig. 10: on the left runs of this population alone, then each run of several, by z."""
+    """Fig. 10: a panel for all runs of this population alone, then one per run of several, by z."""
     single = [x for x in runs if x.populations == (population,)]
     several = [x for x in runs if len(x.populations) > 1]
     count = bool(single) + len(several)
@@ -400,7 +399,7 @@ def draw_ways(runs: list[Trained], study: Figures, population: str) -> Any:
 
 @torch.no_grad()
 def draw_graphs(trained: Trained, study: Figures, population: str) -> Any:
-    """Fig. 11: one moment, a panel per z."""
+    """Fig. 11: the edges and action probabilities of one agent at one step, a panel per z."""
     Z = trained.args.latent_size
     world = make_world(trained, population, 1, study.seed)
     world.reset()
@@ -441,7 +440,7 @@ def prior(trained: Trained, world: ParticleWorld, agent: int) -> list[float]:
 
 
 def figures(study: Figures) -> None:
-    """Read the runs, then write the files."""
+    """Read the runs, then write Figs. 9, 10 and 11. UsageError if the runs do not fit them."""
     check_out(study.out)
     runs = [load(run) for run in read_runs(study.runs)]
     for trained in runs:
@@ -475,24 +474,24 @@ def figures(study: Figures) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CrossPlay:
-    """Pac-Men of one run against ghosts of another: Tables 1 and 2 of MRA.
+    """Tables 1 and 2 of MRA: Pac-Men of one run against ghosts of another.
 
-    Runs whose names differ by -s1, -s2, ... only are seeds of one method. For each pair of methods
-    all runs' Pac-Men play against all runs' ghosts, --episodes episodes a pair, the same for all
-    pairs; latents are drawn from p(z|m), EPC's agents copied or left out. Writes OUT.csv (a row per
-    pair of runs) and OUT.md: mean returns per agent over pairs of runs, with the lowest and highest
-    pair, and as in the paper divided by the largest of the table (where all are positive).
+    Runs whose names differ only in -s1, -s2, ... are seeds of one method. Pac-Men of every run play
+    against ghosts of every run. All pairs play the same --episodes episodes. Latents are drawn from
+    p(z|m); EPC's agents are copied or left out to fit the population. Writes OUT.csv (a row per
+    pair of runs) and OUT.md: mean returns per agent over pairs of runs, the lowest and highest
+    pair, and, as in the paper, returns divided by the table's largest (if all are positive).
     """
 
-    runs: Runs  # of mra_maddpg_particle.py, or of maddpg, rl2 or epc in baselines/, in pacman
-    population: str = "8,4"  # Pac-Men, ghosts
-    episodes: Annotated[int, Interval(ge=2)] = 200  # of each pair of runs
-    seed: Seed = 1
-    out: Path = Path("cross_play")  # writes OUT.csv and OUT.md
+    runs: Runs  # pacman runs of mra_maddpg_particle.py, or of maddpg, rl2 or epc in baselines/
+    population: str = "8,4"  # numbers of Pac-Men and ghosts
+    episodes: Annotated[int, Interval(ge=2)] = 200  # episodes of each pair of runs
+    seed: Seed = 1  # seed of worlds, latents and actions
+    out: Path = Path("cross_play")  # common beginning of the names of the .csv and .md files
 
 
 def together(pac_men: Player, ghosts: Player) -> Player:
-    """Agents of the first type from one player, the others from another."""
+    """A player in which agents of the first type (Pac-Men) act as one player, ghosts as another."""
 
     def act(world: ParticleWorld) -> Tensor:
         first = world.game.population[0]
@@ -503,7 +502,7 @@ def together(pac_men: Player, ghosts: Player) -> Player:
 
 
 def play_pair(a: Trained, b: Trained, study: CrossPlay) -> np.ndarray:
-    """(2,): returns per Pac-Man of a and per ghost of b."""
+    """Play a's Pac-Men against b's ghosts: mean returns per agent (2,), of Pac-Men and ghosts."""
     world = make_world(a, study.population, study.episodes, study.seed)
     pac_men = a.script.load_player(str(a.run.path), study.seed)
     ghosts = b.script.load_player(str(b.run.path), study.seed + 1)
@@ -511,7 +510,7 @@ def play_pair(a: Trained, b: Trained, study: CrossPlay) -> np.ndarray:
 
 
 def tables(rows: list[dict]) -> str:
-    """A table for Pac-Men and one for ghosts, raw and divided by the largest."""
+    """Markdown tables for Pac-Men and for ghosts: returns, raw and divided by the largest."""
     text = ""
     methods = list(dict.fromkeys(row["pac_men"] for row in rows))
     for role in ("pac_man", "ghost"):
@@ -531,13 +530,13 @@ def tables(rows: list[dict]) -> str:
 
 
 def cross_play(study: CrossPlay) -> None:
-    """Play all pairs, then write both files."""
+    """Play all pairs of runs, then write OUT.csv and OUT.md. UsageError if a run cannot play."""
     check_out(study.out)
     trained = [load(run) for run in read_runs(study.runs)]
     for x in trained:
         if x.args.task != "pacman":
             raise UsageError(f"{x.run.where} is a run of {x.args.task}, not of pacman.")
-        for_one = not getattr(x.args, "share_parameters", True)  # EPC's fit all
+        for_one = not getattr(x.args, "share_parameters", True)  # scripts without the flag fit all
         if for_one and x.populations != (study.population,):
             only = f"has parameters per agent, for {x.populations[0]} only"
             raise UsageError(f"{x.run.where} {only}.")
@@ -558,7 +557,7 @@ COMMANDS = {"train": train, "figures": figures, "cross-play": cross_play}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the subcommand and return its exit code."""
     torch.set_num_threads(1)
     return run_subcommand(COMMANDS, argv, __doc__)
 

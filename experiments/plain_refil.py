@@ -1,11 +1,11 @@
-"""REFIL's loss as one would write it first: all 16 slots, padded time, a step, a mask and a
-hypernetwork at a time. What baselines/refil_smac.py does at once is tested and timed against it.
+"""REFIL's loss in its plainest form: all 16 slots and padded time, with a loop over time steps,
+masks and hypernetworks. The batched loss of baselines/refil_smac.py is tested and timed against it.
 
     episodes = episodes_of(s, seed=3, size=6)      the minibatch that s.buffer.sample() draws
     loss = Plain(s.args, s.agent).loss(episodes, groups)
 
-`Folded` is arranged as the authors' code is: times folded into the batch, three masks as three
-batches, only the GRU step by step.
+`Folded` is laid out like the authors' code: time is folded into the batch, the three masks are
+three batches, and only the GRU runs step by step.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ SIDE, SLOTS = 8, 16
 
 
 class Episodes(NamedTuple):
-    """B episodes of battles with all slots, padded to the longest."""
+    """B episodes of battles with all 16 slots (8 agents, 8 enemies), padded to the longest."""
 
-    entities: Tensor  # (T + 1, B, 16, D): features, of agents also the last actions
-    unseen: Tensor  # (T + 1, B, 8, 16) bool
-    empty: Tensor  # (B, 16) bool
+    entities: Tensor  # (T + 1, B, 16, D): features, and last actions in the slots of agents
+    unseen: Tensor  # (T + 1, B, 8, 16) bool: the agent does not see the unit
+    empty: Tensor  # (B, 16) bool: the slot has no unit
     avail_actions: Tensor  # (T + 1, B, 8, actions) bool
     actions: Tensor  # (T, B, 8) int64
     rewards: Tensor  # (T, B)
-    terminated: Tensor  # (T, B) bool; false where time was out
-    length: Tensor  # (B,)
+    terminated: Tensor  # (T, B) bool; false if the episode was truncated at the time limit
+    length: Tensor  # (B,) steps of the episode
 
     @property
     def played(self) -> Tensor:
-        """(T, B) bool: steps that are no padding."""
+        """(T, B) bool: steps that are not padding."""
         return torch.arange(len(self.rewards))[:, None] < self.length
 
 
 def episodes_of(s: Any, seed: int, size: int) -> Episodes:
-    """What s.buffer.sample() draws with a generator of this seed, from what the buffer stores."""
+    """The episodes that s.buffer.sample() draws with a generator of this seed, with all slots."""
     buffer = s.buffer
     rng = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(buffer.size, generator=rng)[:size]
@@ -49,7 +49,7 @@ def episodes_of(s: Any, seed: int, size: int) -> Episodes:
     length = buffer.fixed["length"][chosen]
     T, n = int(length.max()), buffer.battles.family.n_actions
     entities, unseen, avail = [], [], []
-    # Behind its end, where the buffer has anything, an episode stands still.
+    # The buffer is not defined after an episode's end: padding repeats the last moment and step.
     moment = torch.minimum(torch.arange(T + 1)[:, None], length)  # (T + 1, B)
     step = torch.minimum(torch.arange(T)[:, None], length - 1)  # (T, B)
     actions = buffer.steps["actions"][chosen, step].long()  # (T, B, 8)
@@ -76,7 +76,7 @@ def episodes_of(s: Any, seed: int, size: int) -> Episodes:
 
 
 def all_slots(groups: Tensor, features: Any, size: int) -> Tensor:
-    """Groups (M, S) of a minibatch's features -> (B, 16); of slots that it leaves out: anything."""
+    """Groups (M, S) of a minibatch's features as (B, 16); False in the slots it leaves out."""
     first, A = groups[: features.played.shape[1]], features.unseen.shape[1]
     full = torch.zeros(size, SLOTS, dtype=torch.bool)
     full[:, :A] = first[:, :A]
@@ -85,13 +85,13 @@ def all_slots(groups: Tensor, features: Any, size: int) -> Tensor:
 
 
 class Plain:
-    """The loss of an agent of baselines/refil_smac.py; no network is run by its own forward()."""
+    """The loss of an agent of baselines/refil_smac.py, from its weights but without forward()."""
 
     def __init__(self, args: Any, agent: Any):
         self.args, self.agent = args, agent
 
     def attention(self, x: Tensor, query: Tensor, key_value: Tensor, mask: Tensor) -> Tensor:
-        """x (B, 16, H), mask (B, 8, 16) -> (B, 8, H)."""
+        """Attention of 8 agents over 16 units x (B, 16, H): (B, 8, H); mask (B, 8, 16): unseen."""
         H, heads = x.shape[-1], self.args.heads
 
         def by_head(y: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Plain:
         return (weights @ by_head(value)).transpose(1, 2).flatten(2)
 
     def utilities(self, net: nn.Module, episodes: Episodes, mask: Tensor) -> Tensor:
-        """(T + 1, B, 8, actions) for mask (T + 1, B, 8, 16)."""
+        """Utilities (T + 1, B, 8, actions) with units hidden by mask (T + 1, B, 8, 16)."""
         B, nobody = len(episodes.empty), episodes.empty[:, :SIDE, None]
         hidden, found = torch.zeros(B * SIDE, self.args.rnn_size), []
         for t in range(len(episodes.entities)):
@@ -121,7 +121,7 @@ class Plain:
     def hypernetwork(
         self, net: nn.Module, g: int, entities: Tensor, empty: Tensor, mask: Tensor
     ) -> Tensor:
-        """Number g of a mixer: (B, 8, E) of entities (B, 16, D), mask (B, 8, 16)."""
+        """Hypernetwork g of a mixer: (B, 8, E), from entities (B, 16, D) and mask (B, 8, 16)."""
         H, nobody = self.args.hidden_size, empty[:, :SIDE, None]
         rows = slice(g * H, (g + 1) * H)
         x = F.relu(F.linear(entities, net.embed.weight[rows], net.embed.bias[rows]))
@@ -132,7 +132,7 @@ class Plain:
     def mix(
         self, net: nn.Module, q: Tensor, episodes: Any, t: int, groups: Tensor | None = None
     ) -> Tensor:
-        """Q_tot (B,) of q (B, 8), or with groups (B, 16) of (B, 16), at time t."""
+        """Q_tot (B,) at t of q (B, 8), or, with groups (B, 16), of q (B, 16): own, other group."""
         empty, entities = episodes.empty, episodes.entities[t]
         full = empty[:, :SIDE, None] | empty[:, None]
         masks = [full]
@@ -154,7 +154,7 @@ class Plain:
         return (x * w_final.softmax(-1)).sum(-1) + v
 
     def loss(self, episodes: Episodes, groups: Tensor | None) -> Tensor:
-        """groups (B, 16), or None: AQMIX."""
+        """REFIL's loss with groups (B, 16), or AQMIX's with None: a scalar."""
         agent, args, masks = self.agent, self.args, [episodes.unseen]
         if groups is not None:
             apart = groups[:, :SIDE, None] != groups[:, None]
@@ -184,10 +184,10 @@ class Plain:
 
 
 class Folded(Plain):
-    """The same loss, of groups, with times folded into the batch."""
+    """REFIL's loss with time folded into the batch; it needs groups."""
 
     def utilities(self, net: nn.Module, episodes: Episodes, mask: Tensor) -> Tensor:
-        """(T + 1, V B, 8, actions) for mask (T + 1, V B, 8, 16)."""
+        """Utilities (T + 1, V B, 8, actions) with V masks in one batch (T + 1, V B, 8, 16)."""
         views = mask.shape[1] // len(episodes.empty)
         nobody = episodes.empty.repeat(views, 1)[:, :SIDE, None]
         T, B = mask.shape[:2]
@@ -206,7 +206,7 @@ class Folded(Plain):
         return q.masked_fill(nobody, 0.0)
 
     def loss(self, episodes: Episodes, groups: Tensor) -> Tensor:
-        """groups (B, 16)."""
+        """REFIL's loss with groups (B, 16): a scalar."""
         agent, args = self.agent, self.args
         T, B = episodes.rewards.shape
         apart = groups[:, :SIDE, None] != groups[:, None]
@@ -233,7 +233,7 @@ class Folded(Plain):
 
 
 def fold(episodes: Episodes, first: int, last: int) -> SimpleNamespace:
-    """Some times of a minibatch as the episodes of one."""
+    """Time steps first to last - 1 of B episodes as one time step of (last - first) B episodes."""
     return SimpleNamespace(
         entities=episodes.entities[first:last].flatten(0, 1)[None],
         avail_actions=episodes.avail_actions[first:last].flatten(0, 1)[None],
@@ -242,7 +242,7 @@ def fold(episodes: Episodes, first: int, last: int) -> SimpleNamespace:
 
 
 def remember(layer: nn.GRU | nn.Linear, x: Tensor, hidden: Tensor) -> Tensor:
-    """One step of a GRU of one layer, or of the layer in its place, which forgets hidden."""
+    """The next hidden state of a one-layer GRU, or of the linear layer in its place (no memory)."""
     if isinstance(layer, nn.Linear):
         return F.relu(layer(x))
     weights = (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0)
@@ -250,10 +250,10 @@ def remember(layer: nn.GRU | nn.Linear, x: Tensor, hidden: Tensor) -> Tensor:
 
 
 def pick(q: Tensor, actions: Tensor) -> Tensor:
-    """q (..., actions) of actions (...)."""
+    """The values (...) of chosen actions (...) in q (..., actions)."""
     return q.gather(-1, actions[..., None])[..., 0]
 
 
 def mean_square(errors: Tensor, played: Tensor) -> Tensor:
-    """Of errors (T, B) where steps were played (T, B)."""
+    """The mean square of errors (T, B) over the steps that were played (T, B)."""
     return (errors.square() * played).sum() / played.sum()

@@ -1,12 +1,11 @@
-"""Runs, as every command here reads, starts and packs them; and the files that commands write.
+"""Read, start and pack runs, and write result files: what all commands in experiments/ share.
 
     python experiments/runs.py pack docs/data/study_sz.csv runs/sz-*
 
-A run is a directory that a script wrote, or a part of a study: one CSV with what tables need of
-many runs (arguments, the final evaluation, every episode beside scenarios, curves of at most 100
-points), which is small enough for a repository. `pack` makes a study; --curves names the scalars to
-keep, as shell patterns. Commands that read no checkpoint take both: compare.py, scenario_table.py,
-claims.py, `mipi.py tables`, `bidist.py fig6`.
+A run is a directory that a script wrote. A packed study is a CSV file, small enough for a
+repository, with what tables need of many runs: arguments, final evaluations, scenario episodes and
+curves of at most 100 points. `pack` makes one. compare.py, scenario_table.py, claims.py, `mipi.py
+tables` and `bidist.py fig6` read no checkpoints: they accept run directories and packed studies.
 """
 
 from __future__ import annotations
@@ -51,21 +50,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, studies
-POINTS = 100  # of a packed curve, at most
+Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, packed studies
+POINTS = 100  # a packed curve has at most so many points
 
 
 # --- Command lines --------------------------------------------------------------------------------
 
 
 def options_of(function: Callable) -> type:
-    """The dataclass that a command takes."""
+    """The dataclass of options that a command's only parameter is annotated with."""
     (kind,) = (x for name, x in typing.get_type_hints(function).items() if name != "return")
     return kind
 
 
 def run_command(function: Callable, argv: list[str] | None, text: str) -> int:
-    """The exit code of one command, whose only parameter is a dataclass of its options."""
+    """Call the function with options read from argv; return the exit code. text: for --help."""
 
     def run() -> int:
         study = tyro.cli(options_of(function), args=argv, description=text)
@@ -79,8 +78,8 @@ def run_command(function: Callable, argv: list[str] | None, text: str) -> int:
 def run_subcommand(
     functions: dict[str, Callable], argv: list[str] | None, text: str, **more: Any
 ) -> int:
-    """The exit code of the command that argv names; every function has options of its own kind, of
-    which `more` are set where a kind has them."""
+    """Call the function that the subcommand in argv names; return the exit code. Each has its own
+    dataclass of options. `more` sets its fields; a true value for a missing one is a UsageError."""
     kinds = {name: options_of(function) for name, function in functions.items()}
 
     def run() -> int:
@@ -99,7 +98,7 @@ def run_subcommand(
 
 
 def check_bounds(study: Any) -> None:
-    """UsageError for the first option outside the bounds in its annotation."""
+    """Raise UsageError for the first option outside the bounds in its annotation."""
     try:
         pydantic.TypeAdapter(type(study)).validate_python(dataclasses.asdict(study))
     except pydantic.ValidationError as error:
@@ -112,7 +111,7 @@ def check_bounds(study: Any) -> None:
 
 
 def script_file(script: str) -> str:
-    """Where a script lies, seen from the repository."""
+    """A script's path relative to the repository; UsageError if there is no such script."""
     for path in (f"{script}.py", f"baselines/{script}.py"):
         if (ROOT / path).exists():
             return path
@@ -121,12 +120,12 @@ def script_file(script: str) -> str:
 
 @functools.cache
 def load_script(script: str) -> Any:
-    """The script as a module."""
+    """Import a script by its name without ".py"."""
     return importlib.import_module(script_file(script).removesuffix(".py").replace("/", "."))
 
 
 def script_args(script: Any, flags: list[str]) -> Any:
-    """What flags mean to a script."""
+    """The Args that a script makes of flags, with its presets and its validate()."""
     presets = getattr(script, "PRESETS", None)
     return harness.read_args(
         script.Args, flags, script.validate, resumable=resumable(script), presets=presets
@@ -134,19 +133,19 @@ def script_args(script: Any, flags: list[str]) -> Any:
 
 
 def resumable(script: Any) -> tuple[str, ...]:
-    """Flags of the script's own that may change when a run goes on."""
+    """The script's own flags that may change when a run is resumed."""
     return getattr(script, "RESUMABLE", ())
 
 
 def free_flags(script: Any) -> set[str]:
-    """Flags that may differ between runs that are the same training."""
+    """Flags that do not affect training: RunArgs' but for FIXED ones, and the resumable ones."""
     every_script = {field.name for field in dataclasses.fields(harness.RunArgs)}
     return every_script - set(harness.FIXED) | set(resumable(script))
 
 
 def training_flags(args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a run that training depends on, but for world, seed and length, where they
-    are not the script's defaults."""
+    """A run's arguments that affect training and differ from the script's defaults, without world,
+    seed and length."""
     module = load_script(args["script"])
     default = {field.name: field.default for field in dataclasses.fields(module.Args)}
     for name in {"seed", "substrate", *free_flags(module)}:
@@ -156,12 +155,12 @@ def training_flags(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def method_of(args: dict[str, Any]) -> str:
-    """A run's script and the flags that make it a method of its own: "bidist_mappo --k-d 10"."""
+    """The name of a run's method: its script and training_flags(), as "bidist_mappo --k-d 10"."""
     return " ".join([args["script"].removesuffix("_meltingpot"), *as_words(training_flags(args))])
 
 
 def as_words(flags: dict[str, Any]) -> list[str]:
-    """Arguments as one types them, a string for each: "--k-d 10", "--no-imagine"."""
+    """Arguments as on a command line, one string each: "--k-d 10", "--no-imagine"."""
     words = []
     for name, x in flags.items():
         if isinstance(x, bool):
@@ -175,17 +174,17 @@ def as_words(flags: dict[str, Any]) -> list[str]:
 
 
 class Evaluation(NamedTuple):
-    """A run's episodes in one scenario, after so much training."""
+    """The E episodes of one evaluation of a run in one scenario."""
 
-    timesteps: int
+    timesteps: int  # environment steps of training before it
     scenario: str  # SC0, ...
-    bots: str  # official, scripted
-    returns: np.ndarray  # (E,) focal, per capita, undiscounted
-    lengths: np.ndarray  # (E,) steps
+    bots: str  # official or scripted
+    returns: np.ndarray  # (E,) focal per-capita returns, undiscounted
+    lengths: np.ndarray  # (E,) environment steps
 
 
 class Run:
-    """A run directory; what is asked for is read."""
+    """A run directory. Each file is read on first use. UsageError if it is no run directory."""
 
     def __init__(self, path: Path):
         self.path, self.name, self.where = path, path.resolve().name, str(path)
@@ -194,7 +193,7 @@ class Run:
 
     @functools.cached_property
     def args(self) -> dict[str, Any]:
-        """args.json, which names the script, too."""
+        """The run's arguments and, as "script", its script. UsageError if there are none."""
         try:
             args = json.loads((self.path / "args.json").read_text())
             args["script"]
@@ -205,7 +204,7 @@ class Run:
 
     @functools.cached_property
     def log(self) -> list[dict[str, float]]:
-        """metrics.jsonl, without a last line that is being written; empty if there is none yet."""
+        """The scalars of each complete line of metrics.jsonl; empty if there is no log yet."""
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(True) if path.exists() else []
         try:
@@ -218,12 +217,12 @@ class Run:
 
     @functools.cached_property
     def steps(self) -> int:
-        """Environment steps until the last line of the log."""
+        """Environment steps in the last line of the log; 0 without a log."""
         return self.log[-1]["timesteps"] if self.log else 0
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
-        """{"timesteps": n, "eval": {row: {figure: x}}}; both empty while the run goes on."""
+        """{"timesteps": n, "eval": {row: {figure: x}}}; 0 and {} if the run has not finished."""
         path = self.path / "summary.json"
         if not path.exists():
             return {"timesteps": 0, "eval": {}}
@@ -234,7 +233,7 @@ class Run:
 
     @functools.cached_property
     def evaluations(self) -> list[Evaluation]:
-        """All of its evaluations beside scenarios, but for those on the way."""
+        """The run's final evaluations in scenarios; evaluations during training are not read."""
         found = []
         for path in sorted((self.path / "evaluation").glob("final-*.csv")):
             name = re.fullmatch(r"final-(\d+)-(SC\d+)-(official|scripted)\.csv", path.name)
@@ -247,7 +246,8 @@ class Run:
 def read_episodes(
     path: Path, substrate: str, scenario: str, bots: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (E,) and lengths (E,) from one file, held against what its name says."""
+    """Returns (E,) and lengths (E,) of the episodes in a CSV. UsageError if the file is damaged or
+    its rows have another scenario or other bots than its name says."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -270,12 +270,12 @@ def read_episodes(
 
 
 def read_runs(paths: Iterable[Path], only: tuple[str, ...] = ()) -> list[Run]:
-    """The runs in directories and studies; with `only` those whose names match one of these
-    patterns, in the order of the patterns."""
+    """The runs in directories and packed studies. With `only`, those whose names match one of these
+    shell patterns, in the order of the patterns. UsageError if a pattern matches none."""
     runs: list[Run] = []
     for path in paths:
         if path.suffix == ".log" and path.with_suffix("").is_dir():
-            continue  # what a launcher has put beside a run, and RUNS/*-s* names, too
+            continue  # a launcher's log beside a run, which the pattern RUNS/*-s* also matches
         runs += read_study(path) if path.suffix == ".csv" else [Run(path)]
     if not runs:
         raise UsageError("Name at least one run directory or study.")
@@ -291,19 +291,20 @@ def read_runs(paths: Iterable[Path], only: tuple[str, ...] = ()) -> list[Run]:
 
 
 def without_seed(name: str) -> str:
-    """The name of a run's directory without -s1, -s2, ...: seeds of one group share it."""
+    """A run's name without its ending -s1, -s2, ...: the name of its group of seeds."""
     return re.sub(r"-s\d+$", "", name)
 
 
 # --- Studies --------------------------------------------------------------------------------------
 
 COLUMNS = ("run", "kind", "timesteps", "row", "figure", "value")
-# A line of a study, by its kind:
-#   argument  figure: its name, value: JSON
-#   log       value: the environment steps of the log's last line
-#   curve     figure: a scalar's name
-#   final     row and figure of the last evaluation
-#   episode   row: "SC0 scripted"; figure: return, length
+# What a line of a packed study holds, by its `kind`:
+#   argument  figure: name of the argument; value: JSON
+#   log       value: environment steps in the last line of the log
+#   curve     figure: name of the scalar; timesteps: of the point
+#   final     row and figure of the final evaluation
+#   episode   row: scenario and bots, as "SC0 scripted"; figure: return or length
+# Not packed are the arguments FORGOTTEN; packed by default are the scalars CURVES.
 FORGOTTEN = """run_dir resume eval_only track wandb_project wandb_mode wandb_timeout capture_video
 device num_threads num_workers worker_timeout log_every save_every packages resolved"""
 CURVES = """return return/* episode/return episode/pick_ups_per_1000 entropy kl mi mi/*
@@ -312,7 +313,7 @@ eval/*/return eval/*/return_agent eval/*/return_pac_man eval/*/return_ghost coll
 
 
 def read_study(path: Path) -> list[Run]:
-    """The runs of a study, in its order."""
+    """The runs of a packed study, in its order. UsageError if the file is no study or damaged."""
     try:
         with path.open(newline="") as file:
             lines = list(csv.DictReader(file))
@@ -330,7 +331,7 @@ def read_study(path: Path) -> list[Run]:
 
 
 def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
-    """One run of a study."""
+    """The run that lines of a study hold, as an object with the attributes of a Run."""
     run = Run.__new__(Run)
     run.path, run.name, run.where = path, name, f"{name} in {path}"
     run.args, run.log, run.steps = {}, [], 0
@@ -364,7 +365,7 @@ def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
 
 
 def add_to_log(log: list[dict[str, float]], timesteps: int, name: str, value: float) -> None:
-    """A scalar of a line of the log; a line of its own where that step has none yet."""
+    """Put a scalar into the log's line of that step, or into a new line if that has it already."""
     for scalars in reversed(log):
         if scalars["timesteps"] == timesteps and name not in scalars:
             scalars[name] = value
@@ -373,7 +374,7 @@ def add_to_log(log: list[dict[str, float]], timesteps: int, name: str, value: fl
 
 
 def pack_lines(run: Run, curves: tuple[str, ...]) -> list[tuple]:
-    """A run's lines of a study."""
+    """The lines (see COLUMNS) that a packed study has of a run."""
     lines: list[tuple] = []
     for name, value in run.args.items():
         if name not in FORGOTTEN.split():
@@ -398,13 +399,13 @@ def pack_lines(run: Run, curves: tuple[str, ...]) -> list[tuple]:
 
 
 def as_text(x: float) -> str:
-    """A figure with as many digits as tables could show of it."""
+    """A figure with 9 digits, enough to restore a float32, or with 12 if it is no float32."""
     return f"{x:.9g}" if np.float32(x) == x else f"{x:.12g}"
 
 
 def thinned(log: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
-    """A scalar's points; where they are more than POINTS, means (of seconds sums) over as many
-    equal windows of training, each at its last point's step."""
+    """A scalar's finite points (step, value). More than POINTS are averaged in POINTS equal windows
+    of training (seconds, whose names end in _s, are summed); a point has its window's last step."""
     points = [(scalars["timesteps"], scalars[name]) for scalars in log if name in scalars]
     points = [(at, x) for at, x in points if math.isfinite(x)]
     if len(points) <= POINTS:
@@ -442,14 +443,14 @@ def pack(study: Pack) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """What to list."""
+    """List runs: script, seed, environment steps, evaluations and commit."""
 
-    runs: Runs  # run directories, studies
-    only: tuple[str, ...] = ()  # those whose names match one of these shell patterns
+    runs: Runs  # run directories and packed studies to list
+    only: tuple[str, ...] = ()  # list only runs whose names match one of these shell patterns
 
 
 def show(study: Show) -> None:
-    """List runs: what was trained, how long, and what it left."""
+    """Print a table of runs: script, seed, environment steps, evaluations, commit."""
     rows = []
     for run in read_runs(study.runs, study.only):
         episodes = sum(len(x.returns) for x in run.evaluations)
@@ -464,7 +465,7 @@ def show(study: Show) -> None:
 
 
 class StoppedError(RunError):
-    """Training was stopped and can go on."""
+    """Training was stopped by a signal and can be resumed."""
 
     code = STOPPED
 
@@ -474,28 +475,28 @@ class Job:
     """One run to train."""
 
     run: Path
-    script: str  # its file, seen from the repository
-    flags: tuple[str, ...]  # but for --seed, --total-timesteps and the run's directory
+    script: str  # its path relative to the repository
+    flags: tuple[str, ...]  # without --seed, --total-timesteps and the run's directory
     seed: int
-    timesteps: int
-    processes: int = 1  # under torchrun
+    timesteps: int  # environment steps to train for
+    processes: int = 1  # more than one are started by torchrun
 
     def argv(self) -> list[str]:
-        """The script's flags, but for the run's directory."""
+        """All of the script's flags but --run-dir or --resume."""
         return [*self.flags, "--seed", str(self.seed), "--total-timesteps", str(self.timesteps)]
 
     def command(self) -> list[str]:
-        """What begins the run or goes on with it, without Python."""
+        """The script and its flags; they resume the run if it has a checkpoint."""
         begun = (self.run / "checkpoints.json").exists()
         return [self.script, "--resume" if begun else "--run-dir", str(self.run), *self.argv()]
 
     def text(self) -> str:
-        """The same for a reader, from the repository."""
+        """The whole command line, to be typed in the repository."""
         torchrun = ["torchrun", "--nproc-per-node", str(self.processes)]
         return shlex.join([*(torchrun if self.processes > 1 else ["python"]), *self.command()])
 
     def is_finished(self) -> bool:
-        """Whether the run has ended and is long enough; UsageError if it is another run."""
+        """Whether the run has ended and has enough steps. UsageError as from check_same()."""
         if not any((self.run / name).exists() for name in ("checkpoints.json", "summary.json")):
             return False
         found = Run(self.run)
@@ -503,30 +504,29 @@ class Job:
         return (self.run / "summary.json").exists() and found.summary["timesteps"] >= self.timesteps
 
     def check_same(self, found: dict[str, Any]) -> None:
-        """UsageError if a run has other arguments. What may differ are those that the script lets
-        change with --resume: length, evaluation, logging, machine."""
+        """Raise UsageError if the arguments `found` differ from this job's. Those that may change
+        with --resume (length, evaluation, logging, machine) are not compared."""
         script = load_script(Path(self.script).stem)
         wanted = {"script": Path(self.script).stem}
-        if "--adapt" not in self.flags:  # those take their arguments from a run that may not exist
+        if "--adapt" not in self.flags:  # --adapt copies arguments of a run that may not exist yet
             wanted |= json.loads(json.dumps(dataclasses.asdict(script_args(script, self.argv()))))
         for name, x in wanted.items():
-            theirs = found.get(name, getattr(script.Args, name, None))  # older runs lack some
+            theirs = found.get(name, getattr(script.Args, name, None))  # older runs lack new flags
             if name not in free_flags(script) and theirs != x:
                 raise UsageError(f"{self.run} holds another run: its {name} is {theirs}, not {x}.")
 
 
 class Trainer:
-    """Trains jobs, some at a time. A signal is handed on to what is being trained, which saves and
-    ends, and nothing new is started."""
+    """Trains jobs. A signal makes the scripts in training save and end; no others are started."""
 
     def __init__(self) -> None:
-        self.folder: Path | None = None  # that runs start in; None: this process's
+        self.folder: Path | None = None  # working directory of the scripts; None: the current one
         self.tell: Callable[[str], None] = functools.partial(print, flush=True)
         self.children: list[subprocess.Popen] = []
         self.lock, self.stopped = threading.RLock(), False
 
     def stop(self, number: int, frame: Any) -> None:
-        """The handler of signals; a second one ends what is being trained at once."""
+        """Signal handler: pass SIGTERM on to all scripts; a second one makes them end at once."""
         with self.lock:
             self.stopped = True
             for child in self.children:
@@ -536,8 +536,8 @@ class Trainer:
     def start(
         self, job: Job, log: Any, environment: dict[str, str] | None = None
     ) -> subprocess.Popen | None:
-        """The job's process, in a session of its own: Ctrl-C reaches it through stop() alone. With
-        these variables beside its parent's."""
+        """Start a job's process, with additional environment variables; None after stop(). The
+        process has its own session, so that Ctrl-C reaches it through stop() alone."""
         script, *argv = job.command()
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(job.processes)]
         torchrun = [*torchrun, "--standalone"] if job.processes > 1 else []
@@ -553,14 +553,14 @@ class Trainer:
             return child
 
     def train(self, job: Job) -> int:
-        """The exit code of one run, which is trained to its end; a finished one is kept."""
+        """Train one run unless it has finished, and return its exit code."""
         if job.is_finished():
             self.tell(f"{job.run}: finished already")
             return FINISHED
         return self.try_once(job)
 
     def try_once(self, job: Job, environment: dict[str, str] | None = None) -> int:
-        """The exit code of one start."""
+        """Start one run, wait for its end and return its exit code. Its output goes to RUN.log."""
         try:
             job.run.parent.mkdir(parents=True, exist_ok=True)
             log = beside(job.run, ".log").open("a")
@@ -577,9 +577,9 @@ class Trainer:
 def train_all(
     jobs: list[Job], at_once: int = 1, dry_run: bool = False, trainer: Trainer | None = None
 ) -> None:
-    """Train what is missing, so many at a time, or only print the commands. UsageError if runs
-    failed, after all have had their turn; StoppedError if some were stopped."""
-    finished = [job.is_finished() for job in jobs]  # all of them, before the first trains
+    """Train the jobs that have not finished, `at_once` at a time; dry_run only prints commands.
+    After all have run: UsageError if some failed, StoppedError if some were stopped."""
+    finished = [job.is_finished() for job in jobs]  # finds mismatched runs before training starts
     if dry_run:
         for job, done in zip(jobs, finished, strict=True):
             print(f"{job.run}: finished already" if done else job.text())
@@ -597,7 +597,7 @@ def train_all(
 
 
 def check_codes(jobs: list[Job], codes: list[int]) -> None:
-    """UsageError if runs failed; StoppedError if some were stopped."""
+    """Raise UsageError if an exit code is a failure, StoppedError if some jobs were stopped."""
     failed = [
         f"{job.run} ended with code {code}: see {beside(job.run, '.log')}"
         for job, code in zip(jobs, codes, strict=True)
@@ -613,12 +613,12 @@ def check_codes(jobs: list[Job], codes: list[int]) -> None:
 
 
 def beside(out: Path, ending: str) -> Path:
-    """OUT with an ending behind its name, whatever dots that has."""
+    """OUT with an ending appended to its name; dots in the name are kept."""
     return out.with_name(out.name + ending)
 
 
 def check_out(out: Path) -> None:
-    """UsageError, before anything is computed, if finish() could not write there."""
+    """Raise UsageError if finish() could not write there; called before long computations."""
     if out.name in ("", ".."):
         raise UsageError(f"--out {out} names a directory, not the files' common beginning.")
     try:
@@ -629,7 +629,7 @@ def check_out(out: Path) -> None:
 
 
 def finish(out: Path, text: str, rows: list[dict[str, Any]], figure: Any = None) -> None:
-    """Write OUT.md, OUT.csv and, of a figure, OUT.png; print the text."""
+    """Write OUT.md (text), OUT.csv (rows) and, with a figure, OUT.png; print the text."""
     try:
         beside(out, ".md").write_text(text)
         write_rows(beside(out, ".csv"), rows)
@@ -641,7 +641,7 @@ def finish(out: Path, text: str, rows: list[dict[str, Any]], figure: Any = None)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], digits: int = 6) -> None:
-    """A CSV; empty cells for NaN."""
+    """Write a CSV with so many digits of each float; NaN becomes an empty cell."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys() if rows else ())
         writer.writeheader()
@@ -651,7 +651,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], digits: int = 6) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """A PNG of at most 256 colours, which is a third as large as one of all."""
+    """Save a PNG with at most 256 colours, a third of the size of a full-colour one."""
     box = io.BytesIO()
     figure.savefig(box, dpi=90)
     plt.close(figure)
@@ -660,7 +660,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the subcommand and return its exit code."""
     return run_subcommand({"pack": pack, "show": show}, argv, __doc__)
 
 

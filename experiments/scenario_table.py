@@ -1,27 +1,25 @@
-"""Returns beside the co-players of Melting Pot's scenarios, in the form of BiDist's Table 1.
+"""Tables of returns in Melting Pot's scenarios, in the form of BiDist's Table 1.
 
     python experiments/scenario_table.py runs/A-s1 runs/A-s2 runs/B-s1 --out docs/data/scenarios
     python experiments/scenario_table.py docs/data/study_chicken.csv
 
-Reads what the scripts' evaluations left (RUN/evaluation/final-*.csv, a row per episode), or a study
-of runs.py, and writes OUT.md, OUT.csv and OUT.png: for every substrate, scenario and method the
-focal players' per-capita return per episode (Eq. 2) and per 1,000 steps. Official and scripted bots
-are different co-players and never share a table: if the runs met both, there are OUT-official.* and
-OUT-scripted.*.
+Reads run directories (RUN/evaluation/final-*.csv, a row per episode) or packed studies (runs.py).
+Writes OUT.md, OUT.csv and OUT.png: for every substrate, scenario and method the focal players'
+per-capita return per episode (Eq. 2) and per 1,000 steps. Official and scripted bots are different
+co-players and have separate tables: runs that met both give OUT-official.* and OUT-scripted.*.
 
-Methods. Runs belong together if they agree in their script and in all flags that training depends
-on but seed and length; a method is called by its script and by those of these flags that are not at
-their defaults. With --group-by name a method is a directory's name without -s1, -s2, ...
+Methods. Runs are seeds of one method if they have the same script and the same flags, except seed,
+length and flags that do not affect training. A method's name is its script and its flags that
+differ from the defaults. With --group-by name it is the directory's name without -s1, -s2, ...
 
-Figures. Of a run: the mean over its episodes; per 1,000 steps the ratio of sums, so that a long
-episode weighs more. Of a method: the mean of its runs' figures. Intervals are 95 % percentile
-bootstraps. With fewer than five runs of a method each has a line of its own, with its interval over
-episodes, and the method has none; from five on the method has one, for which runs are resampled
-and then episodes within each.
+Figures. A run's figure is the mean over its episodes; per 1,000 steps it is the ratio of the sums,
+so a long episode weighs more. A method's figure is the mean of its runs' figures. Intervals are
+95 % percentile bootstraps. With fewer than five runs of a method, each run has a line with its
+interval over episodes and the method has no interval. With five or more, the method's interval
+resamples runs, and then episodes within each run.
 
-Normalised (Table 1). 0 is the worst and 1 the best of the methods in the table, scenario by
-scenario, from the methods' means. It says nothing without the raw figures beside it, and changes
-with the set of methods.
+Normalised (Table 1). In each scenario the methods' means are scaled so that the worst method of the
+table has 0 and the best 1. These figures change with the set of methods: read the raw ones as well.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ from experiments.runs import (
     without_seed,
 )
 
-SEEDS = 5  # runs from which on intervals are over runs, too (docs/bidist.md)
+SEEDS = 5  # from so many runs on, intervals resample runs as well as episodes (docs/bidist.md)
 QUANTITIES = {
     "return": "focal return per capita and episode",
     "return_per_1000": "focal return per capita and 1,000 steps",
@@ -69,38 +67,38 @@ RELATIVE = (
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Returns beside scenarios' co-players, by method, in the form of Table 1."""
+    """Options of this command."""
 
-    runs: Runs  # run directories, studies
-    only: tuple[str, ...] = ()  # runs whose names match one of these shell patterns, in their order
-    out: Path = Path("scenarios")  # writes OUT.md, OUT.csv and OUT.png
-    group_by: Literal["method", "name"] = "method"  # name: of the directory, without -s1, -s2, ...
-    timesteps: Count | None = None  # evaluation after this many steps; default: each run's last
-    draw: Literal["return", "return_per_1000"] = "return"  # quantity of the figure
-    resamples: Positive = 5000  # of each bootstrap
-    seed: Seed = 1  # of the bootstraps
+    runs: Runs  # run directories and packed studies to read
+    only: tuple[str, ...] = ()  # keep runs whose names match these shell patterns, in this order
+    out: Path = Path("scenarios")  # common beginning of the names of the .md, .csv and .png files
+    group_by: Literal["method", "name"] = "method"  # group by flags, or by name without -s1, ...
+    timesteps: Count | None = None  # use evaluations after so many env steps; default: the last
+    draw: Literal["return", "return_per_1000"] = "return"  # quantity to draw in OUT.png
+    resamples: Positive = 5000  # bootstrap resamples of each interval
+    seed: Seed = 1  # seed of the bootstrap resampling
 
 
 # --- Evaluations ----------------------------------------------------------------------------------
 
 
 class Cell(NamedTuple):
-    """A run's episodes in one scenario."""
+    """The E episodes of one run in one scenario."""
 
-    run: str  # its name
+    run: str  # name of the run
     method: str
     seed: int
     substrate: str
     scenario: str  # SC0, ...
-    bots: str  # official, scripted
-    timesteps: int  # of training before it
-    returns: np.ndarray  # (E,) focal, per capita, undiscounted
-    lengths: np.ndarray  # (E,) steps
+    bots: str  # official or scripted
+    timesteps: int  # environment steps of training before the evaluation
+    returns: np.ndarray  # (E,) focal per-capita returns, undiscounted
+    lengths: np.ndarray  # (E,) environment steps
 
 
 def read_cells(run: Run, method: str, timesteps: int | None = None) -> list[Cell]:
-    """All scenarios that a run was evaluated in; per kind of bots after the same training: its
-    last evaluation, or the one after `timesteps` steps. Empty without an evaluation."""
+    """A cell per scenario and kind of bots of a run: from its last evaluation with these bots, or
+    the one after `timesteps` steps (UsageError if there is none). Empty without an evaluation."""
     cells = []
     for bots in ("official", "scripted"):
         found = [x for x in run.evaluations if x.bots == bots]
@@ -129,7 +127,7 @@ def read_cells(run: Run, method: str, timesteps: int | None = None) -> list[Cell
 
 
 def read_all(study: Study) -> list[Cell]:
-    """The cells of all runs; UsageError for a run without an evaluation."""
+    """The cells of all runs that the options select. UsageError if a run has no evaluation."""
     cells = []
     for run in read_runs(study.runs, study.only):
         by_name = study.group_by == "name"
@@ -148,14 +146,14 @@ def read_all(study: Study) -> list[Cell]:
 
 
 def fractions(cell: Cell, quantity: str) -> tuple[np.ndarray, np.ndarray]:
-    """Numerators and denominators (E,) whose sums' ratio is the quantity."""
+    """(E,) numerators and (E,) denominators; the quantity is the ratio of their sums."""
     if quantity == "return":
         return cell.returns, np.ones(len(cell.returns))
     return 1000 * cell.returns, cell.lengths
 
 
 def mean(cells: Iterable[Cell], quantity: str) -> float:
-    """Of runs: the mean of their figures, so that each counts alike."""
+    """The mean of the runs' figures: each run (cell) has the same weight."""
     parts = (fractions(cell, quantity) for cell in cells)
     return float(np.mean([above.sum() / below.sum() for above, below in parts]))
 
@@ -163,13 +161,13 @@ def mean(cells: Iterable[Cell], quantity: str) -> float:
 def interval(
     cells: list[Cell], quantity: str, resamples: int = 5000, seed: int = 1
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap of mean(): of one run over its episodes, of several over runs and
-    over the episodes within each run that was drawn."""
+    """95 % percentile bootstrap interval of mean(). For one run, its episodes are resampled; for
+    several, runs are resampled, then the episodes within each drawn run."""
     return clustered_interval([fractions(cell, quantity) for cell in cells], resamples, seed)
 
 
 def normalise(means: dict[str, float]) -> dict[str, float]:
-    """Min-max over methods; nothing where they are fewer than two or all alike."""
+    """Min-max normalisation over methods; {} for fewer than two methods or equal means."""
     low, high = min(means.values(), default=0), max(means.values(), default=0)
     if high == low:
         return {}
@@ -177,32 +175,32 @@ def normalise(means: dict[str, float]) -> dict[str, float]:
 
 
 class Figure(NamedTuple):
-    """One figure of a table: of a method, or of one of its runs."""
+    """One figure of a table, for a method or for one of its runs."""
 
     substrate: str
     scenario: str
     method: str
-    run: str  # "": of the method
+    run: str  # name of the run; "" if the figure is the method's
     seed: int | str
-    timesteps: str  # of training; of a method a range, where its runs differ
+    timesteps: str  # environment steps of training; a range if the method's runs differ
     runs: int
     episodes: int
     quantity: str
     mean: float
     low: float  # NaN: no interval
     high: float
-    over: str  # what the interval is over: episodes, runs and episodes, or nothing
-    normalised: float  # of methods; NaN: undefined
+    over: str  # what was resampled: "episodes", "runs and episodes" or "" (no interval)
+    normalised: float  # NaN for runs, and where normalise() gives none
 
 
 def span(numbers: Iterable[int]) -> str:
-    """ "50", or "48 to 50" if they differ."""
+    """The range of numbers as text: "50", or "48 to 50" if they differ."""
     low, high = min(numbers := list(numbers)), max(numbers)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def figures_of(cells: list[Cell], study: Study) -> list[Figure]:
-    """All figures of one kind of bots."""
+    """The figures of every method and run per substrate, scenario and quantity, for one `bots`."""
     figures = []
     places = dict.fromkeys((cell.substrate, cell.scenario) for cell in cells)
     for (substrate, scenario), quantity in itertools.product(places, QUANTITIES):
@@ -221,7 +219,8 @@ def figures_of(cells: list[Cell], study: Study) -> list[Figure]:
 
 
 def figure_of(cells: list[Cell], quantity: str, study: Study, over: str = "") -> Figure:
-    """Of the runs of a method in one scenario; with over="episodes", of one run."""
+    """The figure of a method's runs in one scenario, with an interval from SEEDS runs on. For a
+    single run, over="episodes" gives the interval over its episodes."""
     low, high = np.nan, np.nan
     if not over and len(cells) >= SEEDS:
         over = "runs and episodes"
@@ -246,7 +245,8 @@ def figure_of(cells: list[Cell], quantity: str, study: Study, over: str = "") ->
 
 
 def scenarios_of(figures: list[Figure], substrate: str) -> list[str]:
-    """The columns of a substrate: the paper's SC0 to SC4 where it used it, and what was run."""
+    """The columns of a substrate: all scenarios that were run, and SC0 to SC4 if it is one of the
+    paper's substrates."""
     found = {figure.scenario for figure in figures if figure.substrate == substrate}
     found |= {f"SC{number}" for number in range(5)} if substrate in PAPER else set()
     return sorted(found, key=lambda name: int(name[2:]))
@@ -256,7 +256,7 @@ def scenarios_of(figures: list[Figure], substrate: str) -> list[str]:
 
 
 def text_of(figure: Figure) -> str:
-    """A cell: the mean, its interval if there is one, and the normalised figure in bold."""
+    """The text of a table cell: mean, interval if there is one, and normalised figure in bold."""
     text = f"{figure.mean:.1f}"
     if not np.isnan(figure.low):
         text += f" [{figure.low:.1f}, {figure.high:.1f}]"
@@ -264,14 +264,14 @@ def text_of(figure: Figure) -> str:
 
 
 def markdown_table(figures: list[Figure], substrate: str, quantity: str) -> str:
-    """A line per method and, with fewer than five, a line per run; columns are scenarios."""
+    """A table: a line per method, and per run of methods with under SEEDS; columns: scenarios."""
     chosen = [f for f in figures if (f.substrate, f.quantity) == (substrate, quantity)]
     names = scenarios_of(figures, substrate)
     lines = [
         f"| {QUANTITIES[quantity]} | steps of training | episodes | {' | '.join(names)} |",
         "|---" * (len(names) + 3) + "|",
     ]
-    runs = {}  # of each method, in the order of their names
+    runs = {}  # {method: {name of the run: its seed}}
     for f in chosen:
         runs.setdefault(f.method, {}).update({f.run: f.seed} if f.run else {})
     for method, seeds in runs.items():
@@ -288,7 +288,7 @@ def markdown_table(figures: list[Figure], substrate: str, quantity: str) -> str:
 
 
 def markdown(figures: list[Figure], cells: list[Cell], bots: str) -> str:
-    """The whole of OUT.md."""
+    """The text of OUT.md."""
     parts = [f"# Returns beside the scenarios' co-players: {bots} bots\n"]
     parts.append(
         "Intervals are 95 % percentile bootstraps: of a run over its episodes; of a method, from "
@@ -308,7 +308,7 @@ def markdown(figures: list[Figure], cells: list[Cell], bots: str) -> str:
 
 
 def draw_returns(axis: Any, figures: list[Figure], names: list[str], colours: dict) -> None:
-    """Raw returns: a wide mark per method, small ones for its runs, with their intervals."""
+    """Draw raw returns: a horizontal bar per method, a dot per run, vertical lines: intervals."""
     methods = list(dict.fromkeys(f.method for f in figures))
     for i, method in enumerate(colours):
         if method not in methods:
@@ -334,7 +334,7 @@ def draw_returns(axis: Any, figures: list[Figure], names: list[str], colours: di
 
 
 def draw_normalised(axis: Any, figures: list[Figure], names: list[str], methods: list[str]) -> None:
-    """Table 1 as a heat map, a row per method."""
+    """Draw Table 1 (normalised returns) as a heat map with a row per method."""
     table = np.full((len(methods), len(names)), np.nan)
     for f in figures:
         if not f.run and f.method in methods:
@@ -350,7 +350,7 @@ def draw_normalised(axis: Any, figures: list[Figure], names: list[str], methods:
 
 
 def draw(figures: list[Figure], bots: str, quantity: str) -> Any:
-    """A panel of raw returns and a heat map of normalised ones per substrate, three in a row."""
+    """Per substrate, a panel of raw returns above a heat map of normalised ones; three a row."""
     figures = [f for f in figures if f.quantity == quantity]
     substrates = list(dict.fromkeys(f.substrate for f in figures))
     methods = list(dict.fromkeys(f.method for f in figures))
@@ -386,7 +386,7 @@ def draw(figures: list[Figure], bots: str, quantity: str) -> Any:
 
 
 def tabulate(study: Study) -> None:
-    """Read all runs, then write the files of each kind of bots."""
+    """Read all runs, then write OUT.md, OUT.csv and OUT.png for each kind of bots."""
     check_out(study.out)
     cells = read_all(study)
     kinds = [bots for bots in ("official", "scripted") if any(c.bots == bots for c in cells)]
@@ -399,7 +399,7 @@ def tabulate(study: Study) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command and return its exit code."""
     return run_command(tabulate, argv, __doc__)
 
 

@@ -1,4 +1,4 @@
-"""What scripted players earn, world by world: the reference points of every table.
+"""Returns of scripted players in every kind of world: reference points for all tables.
 
     python experiments/scripted.py meltingpot coins --episodes 20 --out docs/data/bots_coins
     python experiments/scripted.py particle --out docs/data/particle_players
@@ -6,7 +6,7 @@
     python experiments/scripted.py combat --backend sc2 --num-envs 4 --episodes 32    StarCraft II
     python experiments/scripted.py collection --team-sizes 3 8 --episodes 64
 
-`SUBCOMMAND --help` has the options, and what each table's figures mean.
+`SUBCOMMAND --help` has the options and explains each table.
 """
 
 from __future__ import annotations
@@ -52,39 +52,38 @@ from experiments.runs import check_out, finish, run_subcommand
 
 @dataclasses.dataclass(frozen=True)
 class Bots:
-    """What scripted bots achieve beside each other, and how often they do what they intend.
+    """What scripted bots of Melting Pot earn together, and how often they act as they intend.
 
-    One visitor meets residents of one kind on all other seats. Rows are visitors, columns
-    residents; a cell has the visitor's return and the residents', per capita and 1,000 steps, with
-    95 % bootstrap intervals over episodes (resampled as wholes; rates are ratios of totals).
-    "random" plays every action with equal probability. Without --visitors and --residents the table
-    has the substrate's bots with one fixed goal, random play, and one bot of every kind of
-    puppeteer; or, where all bots change their goals, a puppet for each goal ("goal:CLEAN") as
-    visitor, and random play and bots of every kind of puppeteer as residents.
+    One visitor plays with residents of one kind in all other seats. Rows are visitors, columns are
+    residents. A cell has the per-capita returns per 1,000 steps of visitor and residents, with 95 %
+    bootstrap intervals over whole episodes (rates are ratios of totals). "random" plays all actions
+    with equal probability. Default visitors are the substrate's bots with one fixed goal, or a
+    puppet per goal ("goal:CLEAN") if all bots change their goals, and random play. Default
+    residents: bots with one fixed goal, random play, up to four bots of each kind of puppeteer.
 
-    The second table (where acts are judged) pools all of a bot's episodes: the share of its acts
-    that fit the goal that its puppeteer had set at that moment, and how many such acts it managed
-    in 100 steps. An act is, in *_in_the_matrix, an interaction, which fits if the intended resource
-    leads in the own inventory; in coins a coin, which fits if its colour is the goal's (cooperate:
-    own, defect: any, spite: the other's); in coop_mining an ore extracted, which fits if it is the
-    goal's (all: either). The third table counts, for each bot, the engine's events that name a
-    player (what was eaten, zapped, cleaned, claimed, ...) per 1,000 steps and seat.
+    The second table (only for some substrates) pools all episodes of a bot: the share of its acts
+    that fit the goal that its puppeteer had set at that moment, and the number of fitting acts per
+    100 steps. In *_in_the_matrix an act is an interaction; it fits if the intended resource leads
+    in the bot's inventory. In coins an act is a coin taken; it fits if it has the goal's colour
+    (cooperate: own, defect: any, spite: the other's). In coop_mining it is an ore extracted, and
+    fits if it is the goal's ore (all: either). The third table has the events of the engine that
+    name a player (what was eaten, zapped, cleaned, ...), per 1,000 steps and seat.
 
-    Writes OUT.csv, a line per episode, and OUT.md. Episodes are cut at --steps.
+    Writes OUT.csv, a line per episode, and OUT.md. Episodes end at --steps at the latest.
     """
 
-    substrate: Annotated[str, tyro.conf.Positional]
-    visitors: tuple[str, ...] = ()  # bots, without the substrate's name, and random
-    residents: tuple[str, ...] = ()  # the same
-    episodes: Positive = 20  # per cell
-    steps: Positive = 1000  # of an episode at most
-    jobs: Count = 0  # processes; 0: one per core
-    seed: Seed = 1
-    out: Path = Path("bot_returns")  # writes OUT.csv and OUT.md
+    substrate: Annotated[str, tyro.conf.Positional]  # substrate to play in
+    visitors: tuple[str, ...] = ()  # visiting bots, without the substrate's name, or random
+    residents: tuple[str, ...] = ()  # resident bots, named in the same way
+    episodes: Positive = 20  # episodes per pair of visitor and resident
+    steps: Positive = 1000  # most steps of an episode
+    jobs: Count = 0  # parallel processes; 0: one per core
+    seed: Seed = 1  # seed of worlds and bots
+    out: Path = Path("bot_returns")  # common beginning of the names of the .csv and .md files
 
 
 def default_bots(substrate: str) -> tuple[list[str], list[str]]:
-    """Visitors (fixed goals and random) and residents (these, then one of each other kind)."""
+    """Default visitors and residents, as Bots describes them."""
     import_meltingpot()
     from meltingpot.configs import bots
 
@@ -110,22 +109,23 @@ def default_bots(substrate: str) -> tuple[list[str], list[str]]:
 
 
 def text(x) -> str:
-    """A value of an event."""
+    """The value of an engine event as text."""
     return x.decode() if isinstance(x, bytes) else f"{float(x):g}"
 
 
 def full(substrate: str, name: str) -> str:
-    """A bot's whole name."""
+    """A bot's name in Melting Pot; "random" and "goal:..." stay as they are."""
     return name if name == RANDOM or name.startswith(GOAL) else f"{substrate}__{name}"
 
 
-# Keys of events that name the player who acts (1-based), and those that say on what.
+# Keys of events that name the player who acts (counted from 1), and keys that name the object.
 ACTORS = (b"player_index", b"source", b"gifter_index", b"player")
 OBJECTS = (b"mushroom_type", b"berry_color", b"target_berry", b"ore_type")
 
 
 def interaction_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool]]:
-    """*_in_the_matrix: both sides; fits if the intended resource alone leads in the inventory."""
+    """*_in_the_matrix: (seat, fits) of both players. An interaction fits if the goal's resource
+    alone leads in the player's inventory."""
     for side in (b"row", b"col"):
         seat = int(event[side + b"_player_idx"]) - 1
         inventory = np.asarray(event[side + b"_inventory"])
@@ -134,20 +134,20 @@ def interaction_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool
 
 
 def coin_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool]]:
-    """coins: cooperate takes its own colour, defect any, spite the other's."""
+    """coins: (seat, fits) of a coin. Goals: 0 cooperate (own colour), 1 defect (any), 2 spite."""
     seat = int(event[b"player_index"]) - 1
     own = event[b"player_coin_type"] == event[b"coin_type"]
     yield seat, {0: own, 1: True, 2: not own}.get(goals[seat], False)
 
 
 def extraction_fits(event: dict, goals: np.ndarray) -> Iterator[tuple[int, bool]]:
-    """coop_mining: iron (1), gold (2), gold, either."""
+    """coop_mining: (seat, fits) of an ore. Goal 0: iron (ore 1); 1, 2: gold (ore 2); else any."""
     seat, ore = int(event[b"player"]) - 1, int(event[b"ore_type"])
     yield seat, {0: ore == 1, 1: ore == 2, 2: ore == 2}.get(goals[seat], True)
 
 
-# By the engine's names of events: whose act it is, and whether it fits that seat's goal, whose
-# number stands in goals (N,), -1 without.
+# {engine's event: function of the event and of each seat's goal number (N,), -1 without a goal,
+# that yields (seat, whether the act fits that seat's goal)}
 FITS = {
     "interaction": interaction_fits,
     "coin_consumed": coin_fits,
@@ -156,7 +156,7 @@ FITS = {
 
 
 class Acts:
-    """Counts each seat's acts, those that fit its goal, and all events of each seat."""
+    """Counts, for each seat, its acts, the acts that fit its goal, and all events."""
 
     def __init__(self, engine: ScenarioEngine, spec: Spec):
         self.engine, self.substrate = engine, spec.substrate
@@ -168,7 +168,7 @@ class Acts:
                 self.watch(bot)
 
     def watch(self, bot) -> None:
-        """Note the goal whenever the bot's puppet gets one."""
+        """Wrap the bot's puppet so that self.goals has its latest goal."""
         puppet = bot.policy._puppet
         act = puppet.act
 
@@ -179,7 +179,7 @@ class Acts:
         puppet.act = noting
 
     def count(self) -> None:
-        """Read the last step's events."""
+        """Add the events of the last step."""
         for name, items in self.engine.lab.events():
             event = dict(zip(items[1::2], items[2::2]))
             seats = [int(event[key]) - 1 for key in ACTORS if key in event][:1]
@@ -192,7 +192,7 @@ class Acts:
 
 
 class Job(NamedTuple):
-    """One episode to play."""
+    """One episode that a process plays."""
 
     substrate: str
     visitor: str
@@ -203,7 +203,7 @@ class Job(NamedTuple):
 
 
 def play_bots(job: Job) -> dict[str, Any]:
-    """One episode: figures of the visitor on seat 0 and, per capita, of the residents."""
+    """Play one episode with the visitor in seat 0: a row of OUT.csv, per capita for residents."""
     substrate, visitor, resident = job.substrate, job.visitor, job.resident
     spec = get_spec(substrate)
     names = [visitor] + [resident] * (spec.num_agents - 1)
@@ -230,7 +230,7 @@ def play_bots(job: Job) -> dict[str, Any]:
 
 
 def rate(numerator: np.ndarray, denominator: np.ndarray, scale: float, digits: int = 1) -> str:
-    """scale * sum / sum with its 95 % bootstrap interval over episodes."""
+    """scale * sum / sum as text, with its 95 % interval over episodes; "" if 0 is the divisor."""
     if not denominator.sum():
         return ""
     rows = draw_rows(len(numerator))
@@ -240,7 +240,7 @@ def rate(numerator: np.ndarray, denominator: np.ndarray, scale: float, digits: i
 
 
 def bot_tables(rows: list[dict], study: Bots, visitors: list[str], residents: list[str]) -> str:
-    """Both tables in Markdown."""
+    """The three Markdown tables that Bots describes."""
     cells = defaultdict(list)
     for row in rows:
         cells[row["visitor"], row["resident"]].append(row)
@@ -280,15 +280,15 @@ def bot_tables(rows: list[dict], study: Bots, visitors: list[str], residents: li
 
 
 def of_bot(row: dict, bot: str) -> tuple[float, float, float] | None:
-    """A bot's acts, fitting ones and steps in one episode; as visitor and as resident it sits
-    beside itself: one episode still, of two shares that depend on each other."""
+    """A bot's (acts, fitting acts, steps) in one episode, None if it did not play. A bot that is
+    visitor and resident counts once, with sums of both, as they share the episode."""
     own = [who for who in ("visitor", "resident") if row[who] == bot]
     sums = (sum(row[f"{who}_{x}"] for who in own) for x in ("acts", "fitting"))
     return (*sums, len(own) * row["length"]) if own else None
 
 
 def event_table(rows: list[dict], bots: list[str]) -> list[str]:
-    """Events per 1,000 steps and seat, by bot."""
+    """Lines of a table of events per 1,000 steps and seat, a line per bot."""
     counts, steps = {bot: Counter() for bot in bots}, Counter()
     for row, who in itertools.product(rows, ("visitor", "resident")):
         counts[row[who]].update(json.loads(row[f"{who}_events"]))
@@ -302,7 +302,7 @@ def event_table(rows: list[dict], bots: list[str]) -> list[str]:
 
 
 def choose_bots(study: Bots) -> tuple[list[str], list[str]]:
-    """Visitors and residents; UsageError for what cannot be played."""
+    """Visitors and residents; UsageError or ValueError for what cannot be played."""
     spec = get_spec(study.substrate)
     if puppet_kind(study.substrate) is None:
         raise UsageError(f"{study.substrate} has no scripted bots: see docs/scenarios.md.")
@@ -319,7 +319,7 @@ def choose_bots(study: Bots) -> tuple[list[str], list[str]]:
 
 
 def meltingpot(study: Bots) -> None:
-    """Play everything, then write both files."""
+    """Play all pairs of visitor and residents, then write OUT.csv and OUT.md."""
     try:
         visitors, residents = choose_bots(study)
     except ValueError as error:
@@ -356,21 +356,21 @@ ParticleTask = Literal["treasure", "resource", "pacman", "signpost", "rooms", "d
 
 @dataclasses.dataclass(frozen=True)
 class Particle:
-    """What scripted players earn in the particle worlds.
+    """Returns of scripted players in the particle worlds.
 
-    Return per agent of each type and episode, with 95 % bootstrap intervals over episodes. Random
-    play draws each action with the same probability; the others are
-    envs/particle/worlds.py's. Writes OUT.csv and OUT.md.
+    Figures are returns per agent and episode for each type of agent, with 95 % bootstrap intervals
+    over episodes. Random play draws all actions with equal probability; the other players are those
+    of envs/particle/worlds.py. Writes OUT.csv and OUT.md.
     """
 
-    tasks: tuple[ParticleTask, ...] = tuple(POPULATIONS)
-    episodes: Annotated[int, Interval(ge=2)] = 1024  # of each player and population
-    seed: Seed = 1
-    out: Path = Path("particle_players")  # writes OUT.csv and OUT.md
+    tasks: tuple[ParticleTask, ...] = tuple(POPULATIONS)  # tasks to play
+    episodes: Annotated[int, Interval(ge=2)] = 1024  # episodes per player and population
+    seed: Seed = 1  # seed of worlds and players
+    out: Path = Path("particle_players")  # common beginning of the names of the .csv and .md files
 
 
 def particle_rows(task: str, population: str, study: Particle) -> list[dict[str, Any]]:
-    """A row for each role and player."""
+    """The rows of OUT.csv for one population: one per role and player."""
     numbers = particle_episodes.read_population(population)
     drawn = draw_rows(study.episodes, resamples=1000, seed=study.seed)
     rows = []
@@ -385,7 +385,7 @@ def particle_rows(task: str, population: str, study: Particle) -> list[dict[str,
 
 
 def particle(study: Particle) -> None:
-    """Play everything, then write both files."""
+    """Play all tasks and populations, then write OUT.csv and OUT.md."""
     if not study.tasks:
         raise UsageError("--tasks names none.")
     check_out(study.out)
@@ -398,7 +398,7 @@ def particle(study: Particle) -> None:
         place = (row["task"], row["population"], row["role"])
         line = lines.setdefault(place, dict(zip(("world", "population", "who"), place)))
         line[row["player"]] = f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-    by_players: dict[tuple, list[dict]] = {}  # worlds with other players have a table of their own
+    by_players: dict[tuple, list[dict]] = {}  # tasks with the same players share a table
     for line in lines.values():
         by_players.setdefault(tuple(line), []).append(line)
     text = "\n".join(markdown_table(own) for own in by_players.values())
@@ -410,20 +410,20 @@ def particle(study: Particle) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Battles:
-    """What scripted agents win in battles, per family and team size."""
+    """Win rates and returns of scripted agents in battles, per scenario and team size."""
 
-    scenarios: tuple[Scenario, ...] = ("sz", "csz", "mmm")
-    team_sizes: tuple[Positive, ...] = (3, 4, 5, 6, 7, 8)
-    episodes: Positive = 2048  # of each cell
-    seed: Seed = 1
-    enemy_ai: EnemyAI = "sticky"  # of the simulator
-    backend: Literal["sim", "sc2"] = "sim"  # docs/battles.md
-    num_envs: Positive = 4  # sc2: games at a time
-    game_version: str = ""  # sc2: as 4.10.0; default: the newest that is installed
+    scenarios: tuple[Scenario, ...] = ("sz", "csz", "mmm")  # scenarios to play
+    team_sizes: tuple[Positive, ...] = (3, 4, 5, 6, 7, 8)  # team sizes to play
+    episodes: Positive = 2048  # episodes per script, scenario and team size
+    seed: Seed = 1  # seed of battles and scripts
+    enemy_ai: EnemyAI = "sticky"  # script of the simulator's enemies
+    backend: Literal["sim", "sc2"] = "sim"  # our simulator, or StarCraft II (docs/battles.md)
+    num_envs: Positive = 4  # with --backend sc2: parallel games
+    game_version: str = ""  # with --backend sc2: e.g. 4.10.0; default: newest installed
 
 
 def new_battles(study: Battles, scenario: str, size: int) -> Any:
-    """All episodes at once; in StarCraft II so many games."""
+    """Battles for all episodes at once in the simulator, for --num-envs games in StarCraft II."""
     number, options = study.episodes, {"enemy_ai": study.enemy_ai}
     if study.backend == "sc2":
         number, options = study.num_envs, {"game_version": study.game_version or None}
@@ -431,12 +431,12 @@ def new_battles(study: Battles, scenario: str, size: int) -> Any:
 
 
 def play_all(study: Battles, scenario: str, size: int) -> dict[str, dict[str, float]]:
-    """{"sz 3 focus": figures}. Episodes that a failing StarCraft II cut short count as not won, as
-    in the scripts' evaluations; how many they were is told on standard error."""
+    """{"sz 3 focus": figures} of all scripts. Episodes in which StarCraft II failed count as not
+    won, as in the scripts' evaluations; their number is printed to standard error."""
     rows, battles = {}, new_battles(study, scenario, size)
     try:
         for name, policy in combat_episodes.scripted_policies(study.seed).items():
-            battles.seed(study.seed)  # all meet the same teams and places
+            battles.seed(study.seed)  # all scripts get the same teams and places
             episodes, before = [], sum(getattr(battles, "lost", ()))
             while len(episodes) < study.episodes:
                 episodes += combat_episodes.play(battles, policy)
@@ -451,7 +451,7 @@ def play_all(study: Battles, scenario: str, size: int) -> dict[str, dict[str, fl
 
 
 def combat(study: Battles) -> None:
-    """Print a table per family."""
+    """Print a table per scenario. UsageError for options that do not fit the backend."""
     if study.backend == "sc2" and study.enemy_ai != "sticky":
         raise UsageError("--enemy-ai is the simulator's: StarCraft II has its own.")
     if study.backend == "sim" and study.game_version:
@@ -471,20 +471,20 @@ def combat(study: Battles) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """What scripted agents earn in Resource Collection, per team size."""
+    """Returns of scripted agents in Resource Collection, per team size."""
 
-    team_sizes: tuple[Positive, ...] = (3, 4, 5, 6, 7, 8)
-    episodes: Positive = 512  # of each cell
-    seed: Seed = 1
+    team_sizes: tuple[Positive, ...] = (3, 4, 5, 6, 7, 8)  # team sizes to play
+    episodes: Positive = 512  # episodes per script and team size
+    seed: Seed = 1  # seed of worlds and scripts
 
 
 def still(world: ResourceCollection) -> torch.Tensor:
-    """Agents stay where they begin, around home, and touch the invaders that come by."""
+    """A script whose agents stay where they start, around home, and touch invaders that pass."""
     return torch.where(world.snapshot.present, STAY, NOOP)
 
 
 def collection(study: Collection) -> None:
-    """Print the table."""
+    """Print a table with a line per team size and script."""
     rows = {}
     for size in study.team_sizes:
         try:
@@ -493,7 +493,7 @@ def collection(study: Collection) -> None:
             raise UsageError(str(error)) from None
         scripts = {"still": still} | resource_collection.scripted_policies(study.seed)
         for name, policy in scripts.items():
-            worlds.seed(study.seed)  # all meet the same teams and places
+            worlds.seed(study.seed)  # all scripts get the same teams and places
             played = resource_collection.play(worlds, policy)
             rows[f"{size} {name}"] = resource_collection.summarise(played)
     print(resource_collection.table(rows))
@@ -503,7 +503,7 @@ def collection(study: Collection) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the subcommand and return its exit code."""
     torch.set_num_threads(1)
     commands = {
         "meltingpot": meltingpot,

@@ -1,13 +1,13 @@
-"""What the website is made of: the pages of docs/, and pages that follow from code and studies.
+"""Build the website's sources: the pages of docs/, and pages made from code and packed studies.
 
     python experiments/website.py lay-out site/source
-    make docs                                  # that, and Sphinx's HTML of it in site/html
+    make docs                                  # the same, then Sphinx writes HTML into site/html
     python experiments/website.py gif runs/RUN/videos/FILM.mp4 docs/images/FILM.gif --every 2
 
-Copies README.md (the start page), CONTRIBUTING.md, CHANGELOG.md and docs/, as they are but for
-links to files that are no pages, which readers can download. Writes a page for every script (its
-idea and equations, flags of its method, and final figures and curves of the studies in docs/data),
-a gallery of the films that docs/site/films.toml names, and the navigation.
+Copies README.md (the start page), CONTRIBUTING.md, CHANGELOG.md and docs/, and the files that they
+offer for download. Writes a page for every script (its idea, its equations, the flags of its
+method, and final figures and curves of the studies in docs/data), a gallery of the films in
+docs/site/films.toml, and the navigation.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from experiments.runs import (
     without_seed,
 )
 
-# Pages of the navigation, by their heading; what begins with scripts/ is made here.
+# {heading of the navigation: its pages}. Pages in scripts/, gallery and data are made in this file.
 NAVIGATION = {
     "Start": "README docs/running docs/IDEA docs/scripts docs/zoo zoo/README gallery",
     "Claims and results": "docs/CLAIMS docs/results_bidist docs/results_mra docs/results_mipi",
@@ -59,7 +59,7 @@ NAVIGATION = {
     "On many machines": "docs/studies docs/torchrun docs/gpu",
     "Project": "CONTRIBUTING CHANGELOG data",
 }
-# Scripts, each behind its parent, and the pages that tell how their papers were read.
+# {family: {script: page on how its paper was read}}.
 FAMILIES = {
     "Melting Pot": {
         "bidist_mappo_meltingpot": "docs/bidist.md",
@@ -85,12 +85,12 @@ FAMILIES = {
     },
 }
 DECIDED = {script: page for family in FAMILIES.values() for script, page in family.items()}
-CURVES = {  # scalars to draw, by the world that ends a script's name; those that were logged
+CURVES = {  # {end of a script's name, its kind of world: scalars to draw if they were logged}
     "meltingpot": ("episode/return", "episode/pick_ups_per_1000", "entropy"),
     "particle": ("return", "entropy"),
     "smac": ("return", "eval/5/win", "eval/8/win"),
 }
-FIGURES = {  # of final evaluations, with what they are called and their digits
+FIGURES = {  # {figure of the final evaluation: (its title, number of decimals)}
     "return_per_1000": ("focal return per 1,000 steps", 1),
     "win": ("share of battles won", 2),
     "return": ("return", 2),
@@ -103,12 +103,12 @@ FIGURES = {  # of final evaluations, with what they are called and their digits
 
 
 def escaped(text: str) -> str:
-    """Plain text as Markdown that shows it as it is."""
+    """Plain text with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_<>\[\]$#|])", r"\\\1", text)
 
 
 def linked(text: str) -> str:
-    """Names of pages and scripts in escaped text of scripts/NAME.md, as links to their pages."""
+    """Escaped text for scripts/NAME.md in which names of pages and scripts are links to them."""
     text = re.sub(r"docs/((?:\w|\\_)+)\.md", link_to_page, text)
     return re.sub(r"(?:baselines/)?(\w[\w\\]*)\.py", link_to_script, text)
 
@@ -124,7 +124,7 @@ def link_to_script(found: re.Match) -> str:
 
 
 def as_markdown(docstring: str) -> str:
-    """A docstring: paragraphs of text, and indented blocks that stay as they are."""
+    """A docstring as Markdown: paragraphs are escaped and linked, indented blocks stay code."""
     parts = []
     for part in re.split(r"\n\n", docstring.strip("\n")):
         is_code = part.startswith("    ")
@@ -133,7 +133,7 @@ def as_markdown(docstring: str) -> str:
 
 
 def code_cell(text: str) -> str:
-    """Code in a cell of a table."""
+    """Code in backticks for a cell of a table; "" stays ""."""
     return "`" + text.replace("|", r"\|") + "`" if text else ""
 
 
@@ -141,15 +141,15 @@ def code_cell(text: str) -> str:
 
 
 class Equation(NamedTuple):
-    """A comment that names an equation."""
+    """A comment of a script that names an equation."""
 
-    line: int
-    function: str  # in which it stands
+    line: int  # line of the file, from 1
+    function: str  # function or class that it stands in, as "Agent · loss"
     text: str
 
 
 def equations_of(source: str) -> list[Equation]:
-    """All comments with "Eq." or "Eqs.", in the file's order."""
+    """All comments with "Eq." or "Eqs." in functions and classes except Args, in file order."""
     functions = [
         (node.lineno, node.end_lineno, node.name)
         for node in ast.walk(ast.parse(source))
@@ -165,7 +165,7 @@ def equations_of(source: str) -> list[Equation]:
 
 
 class Flag(NamedTuple):
-    """A flag of a script."""
+    """A flag of a script with its default and help text."""
 
     name: str
     default: str
@@ -190,13 +190,13 @@ def method_flags(source: str) -> list[Flag]:
 
 @functools.cache
 def read_studies(folder: Path) -> dict[str, list[Run]]:
-    """{name: runs} of the studies in a folder."""
+    """{name: runs} of the packed studies study_NAME.csv in a folder."""
     paths = sorted(folder.glob("study_*.csv"))
     return {path.stem.removeprefix("study_"): read_study(path) for path in paths}
 
 
 def groups_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seeds only, by the name that they share."""
+    """{name without -s1, -s2, ...: runs}: the seeds of each group."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[without_seed(run.name)].append(run)
@@ -204,8 +204,8 @@ def groups_of(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def command_of(run: Run) -> str:
-    """The command that trains such a run, as far as flags of today say it; its seed is S. What a
-    preset meant is spelt out; a run that was resumed to more steps has those."""
+    """The command that trains a run like this, in today's flags and with seed S. The flags of a
+    preset are written out; a run that was resumed has its final number of steps."""
     args = run.args
     words = ["python", script_file(args["script"])]
     flags = {"substrate": args["substrate"]} if "substrate" in args else {}
@@ -232,7 +232,7 @@ def seeds_of(runs: list[Run]) -> str:
 
 
 def overview(groups: dict[str, list[Run]]) -> str:
-    """Markdown, a line per group: seeds, steps, commits."""
+    """A Markdown table with a line per group: its seeds, steps and commits."""
     rows = []
     for name, runs in groups.items():
         steps = sorted({f"{steps_of(run):,}" for run in runs})
@@ -243,14 +243,14 @@ def overview(groups: dict[str, list[Run]]) -> str:
 
 
 def gone_arguments(run: Run) -> str:
-    """Arguments of a run that its script has no more, but for switches that were off."""
+    """Text: arguments of a run that its script no longer has, except switches that were off."""
     known = {field.name for field in dataclasses.fields(load_script(run.args["script"]).Args)}
     gone = {name: x for name, x in run.args.items() if name not in {*known, "script", "commit"}}
     return ", ".join(f"{name} {x}" for name, x in gone.items() if x)
 
 
 def commands(groups: dict[str, list[Run]]) -> str:
-    """A block of code, a command per group below its name and what no flag says any more."""
+    """A code block with a command per group, below its name and the arguments that are gone."""
     lines = []
     for name, runs in groups.items():
         gone = gone_arguments(runs[0])
@@ -260,8 +260,8 @@ def commands(groups: dict[str, list[Run]]) -> str:
 
 
 def final_rows(runs: list[Run]) -> list[str]:
-    """Rows of final evaluations to show: sizes and populations alone, where rows are those and
-    scripted players beside them; else (co-players) all."""
+    """Names of the final evaluations' rows to show: only team sizes or populations, if there are
+    any (the others are scripted players); else all rows (co-players)."""
     names = list(dict.fromkeys(name for run in runs for name in run.summary["eval"]))
     numbers = [name for name in names if re.fullmatch(r"[\d,]+", name)]
     return sorted(numbers, key=numbers_in) or names
@@ -272,8 +272,8 @@ def numbers_in(name: str) -> list[int]:
 
 
 def final_tables(groups: dict[str, list[Run]]) -> str:
-    """Markdown, a table per figure: a line per run, with intervals over its episodes, and above a
-    group's runs their mean, from five seeds on with its interval over seeds."""
+    """A Markdown table per figure with a line per run, and a line above it for its group's mean.
+    Runs have intervals over episodes; means have intervals over seeds, from five seeds on."""
     runs = [run for members in groups.values() for run in members]
     rows = final_rows(runs)
     tables = []
@@ -295,7 +295,7 @@ def has_figure(run: Run, row: str, figure: str) -> bool:
 
 
 def figures_of(runs: list[Run], rows: list[str]) -> list[str]:
-    """The figures to show: returns, or what says more where there is such a figure."""
+    """The figures to show: returns per 1,000 steps or win rates alone if known, else returns."""
     known = [
         name for name in FIGURES if any(has_figure(run, row, name) for run in runs for row in rows)
     ]
@@ -303,7 +303,7 @@ def figures_of(runs: list[Run], rows: list[str]) -> list[str]:
 
 
 def seed_line(run: Run, rows: list[str], figure: str, digits: int) -> dict[str, str]:
-    """One run's cells."""
+    """The table line of one run: each row's figure with its interval."""
     line = {"": code_cell(run.name)}
     for row in rows:
         found = run.summary["eval"].get(row, {})
@@ -315,7 +315,7 @@ def seed_line(run: Run, rows: list[str], figure: str, digits: int) -> dict[str, 
 def mean_line(
     name: str, runs: list[Run], rows: list[str], figure: str, digits: int
 ) -> dict[str, str]:
-    """A group's cells: means over seeds."""
+    """The table line of a group: means over its seeds, with intervals from five seeds on."""
     line = {"": f"**{escaped(name)}, mean of {len(runs)}**"}
     for row in rows:
         found = [run.summary["eval"].get(row, {}) for run in runs]
@@ -329,7 +329,7 @@ def mean_line(
 
 
 def draw_curves(groups: dict[str, list[Run]], path: Path) -> bool:
-    """A picture of a study's curves; False if it kept none."""
+    """Save a picture of a study's curves; False if the study has no curve of CURVES."""
     runs = [run for members in groups.values() for run in members if run.log]
     logged = {name for run in runs for scalars in run.log for name in scalars}
     world = next(iter(groups.values()))[0].args["script"].rsplit("_", 1)[1]
@@ -338,7 +338,7 @@ def draw_curves(groups: dict[str, list[Run]], path: Path) -> bool:
         return False
     every = max(1, max(run.steps for run in runs) // 40)
     if any("win" in name for name in names):
-        every = max(1, max(run.steps for run in runs) // 15)  # evaluations are rarer
+        every = max(1, max(run.steps for run in runs) // 15)  # evaluations are few: wider windows
     curves = {run.name: read_curves(run, names, every) for run in runs}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(draw(curves, names), path)
@@ -346,7 +346,7 @@ def draw_curves(groups: dict[str, list[Run]], path: Path) -> bool:
 
 
 def benchmark(script: str, studies: dict[str, list[Run]], pictures: Path) -> str:
-    """The benchmark section of a script's page."""
+    """The benchmark section of a script's page, and its pictures; "" without a study."""
     text = []
     for name, runs in studies.items():
         groups = groups_of(run for run in runs if run.args["script"] == script)
@@ -370,7 +370,7 @@ def benchmark(script: str, studies: dict[str, list[Run]], pictures: Path) -> str
 def script_page(
     script: str, studies: dict[str, list[Run]], films: list[dict[str, Any]], pictures: Path
 ) -> str:
-    """scripts/NAME.md."""
+    """The text of scripts/NAME.md, a script's page; saves its pictures of curves."""
     path = script_file(script)
     source = (ROOT / path).read_text()
     decided = DECIDED[script]
@@ -410,7 +410,7 @@ def script_page(
 
 
 def film_text(film: dict[str, Any], root: str) -> str:
-    """A film, what it shows and the commands that made it."""
+    """Markdown for a film: the picture, its caption and the commands that make it."""
     shown = film["caption"]
     text = f"![{shown}]({root}/docs/images/{film['file']})\n\n{shown}."
     made = "".join(f"\n    {command}" for command in film["commands"])
@@ -418,7 +418,7 @@ def film_text(film: dict[str, Any], root: str) -> str:
 
 
 def gallery_page(films: list[dict[str, Any]]) -> str:
-    """gallery.md: films by world, and what has none."""
+    """The text of gallery.md: films by world, then the scripts without one."""
     text = [
         "# Films",
         "In Melting Pot focal players, who are evaluated, have a blue frame and background players "
@@ -438,7 +438,7 @@ def gallery_page(films: list[dict[str, Any]]) -> str:
 
 
 def index_of_scripts(studies: dict[str, list[Run]]) -> str:
-    """scripts/index.md."""
+    """The text of scripts/index.md: a table of scripts per family."""
     text = [
         "# Scripts and their benchmarks",
         "A page for each script: what it implements, where its equations are in the file, the "
@@ -462,13 +462,13 @@ def uses(runs: list[Run], script: str) -> bool:
 
 
 def data_page(names: list[str]) -> str:
-    """data.md: the tables that pages link to."""
+    """The text of data.md: the list of the tables that pages link to."""
     text = "# Data\n\nTables that commands wrote, as pages quote them."
     return f"{text}\n\n{toctree('', [f'docs/data/{name}' for name in names])}\n"
 
 
 def toctree(caption: str, pages: Iterable[str], hidden: bool = False) -> str:
-    """Sphinx's list of pages."""
+    """A toctree, Sphinx's list of pages, in Markdown."""
     options = [":maxdepth: 1", f":caption: {caption}" if caption else "", ":hidden:" * hidden]
     lines = ["```{toctree}", *filter(None, options), "", *pages, "```"]
     return "\n".join(lines)
@@ -479,14 +479,14 @@ def toctree(caption: str, pages: Iterable[str], hidden: bool = False) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LayOut:
-    """Where to put the pages."""
+    """Write the website's sources."""
 
-    out: Annotated[Path, tyro.conf.Positional]  # a folder, made anew
-    studies: Path = ROOT / "docs/data"  # the folder of study_*.csv
+    out: Annotated[Path, tyro.conf.Positional]  # folder to write; an older website is replaced
+    studies: Path = ROOT / "docs/data"  # folder of study_*.csv, the packed studies
 
 
 def lay_out(site: LayOut) -> None:
-    """Write all pages, pictures and files that Sphinx needs."""
+    """Write all that Sphinx needs; UsageError if the folder exists and holds no website."""
     if site.out.exists() and not (site.out / "conf.py").exists():
         raise UsageError(f"{site.out} is there and holds no website.")
     shutil.rmtree(site.out, ignore_errors=True)
@@ -512,7 +512,7 @@ def read_films() -> list[dict[str, Any]]:
 
 
 def copy_pages(out: Path) -> None:
-    """The repository's own pages and what they show; README.md becomes the start page."""
+    """Copy the repository's pages, pictures and downloads; README.md becomes the start page."""
     kept = shutil.ignore_patterns("site", "study_*.csv", "*.py")
     shutil.copytree(ROOT / "docs", out / "docs", ignore=kept)
     for name in ("conf.py", "style.css"):
@@ -531,7 +531,7 @@ def copy_pages(out: Path) -> None:
 
 
 def navigation() -> list[tuple[str, str]]:
-    """Captions and their pages but for the start page, which lists them."""
+    """(caption, pages) of each part; README is left out, as the start page holds these lists."""
     return [(caption, names.removeprefix("README ")) for caption, names in NAVIGATION.items()]
 
 
@@ -540,20 +540,20 @@ def navigation() -> list[tuple[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Gif:
-    """Which part of a film to keep, and how small."""
+    """Make a small GIF of a part of a film."""
 
     film: Annotated[Path, tyro.conf.Positional]  # an MP4 that --capture-video made
-    out: Annotated[Path, tyro.conf.Positional]  # a .gif
-    every: Positive = 1  # of its pictures
-    first: Count = 0  # the first of them to keep
-    pictures: Positive = 80  # at most
-    width: Positive = 320  # pixels
-    zoom: Annotated[float, Interval(ge=1)] = 1.0  # onto the middle
-    per_second: Positive = 8
+    out: Annotated[Path, tyro.conf.Positional]  # the .gif to write
+    every: Positive = 1  # keep one frame of every so many
+    first: Count = 0  # number of the first frame to keep
+    pictures: Positive = 80  # most frames to keep
+    width: Positive = 320  # width of the GIF in pixels
+    zoom: Annotated[float, Interval(ge=1)] = 1.0  # enlargement of the middle of the frames
+    per_second: Positive = 8  # frames per second of the GIF
 
 
 def gif(cut: Gif) -> None:
-    """Make a GIF of a film, in colours of all of its pictures together."""
+    """Make a GIF of a film with one palette for all frames; UsageError for a film too short."""
     import imageio.v2 as imageio
     from PIL import Image
 
@@ -572,7 +572,7 @@ def gif(cut: Gif) -> None:
     size = (cut.width, round(cut.width * rows / columns))
     small = [Image.fromarray(x).resize(size, box=box) for x in frames]
     some = Image.fromarray(np.concatenate(small[:: max(1, len(small) // 8)]))
-    palette = some.quantize(128, method=Image.Quantize.MAXCOVERAGE)  # rare ones, too
+    palette = some.quantize(128, method=Image.Quantize.MAXCOVERAGE)  # keeps rare colours as well
     plain = [x.quantize(palette=palette, dither=Image.Dither.NONE) for x in small]
     pause = 1000 // cut.per_second
     plain[0].save(cut.out, save_all=True, append_images=plain[1:], duration=pause, loop=0)
@@ -580,7 +580,7 @@ def gif(cut: Gif) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the subcommand and return its exit code."""
     return run_subcommand({"lay-out": lay_out, "gif": gif}, argv, __doc__)
 
 

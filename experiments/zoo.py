@@ -1,13 +1,13 @@
-"""The zoo: weights of finished runs, small enough for the repository, that others can play with.
+"""The zoo: weights of finished runs that are small enough for the repository, to play with.
 
     python experiments/zoo.py add runs/chicken-mappo-s11 zoo/chicken-mappo-s11
-    python experiments/zoo.py cards                           zoo/README.md, of all entries
-    python experiments/bench.py zoo                           evaluates all of them again
+    python experiments/zoo.py cards                           writes zoo/README.md for all entries
+    python experiments/bench.py zoo                           evaluates all entries again
 
-An entry is a run directory with the networks alone that play (no optimisers, critics, replays), in
-float32: args.json, summary.json with the final evaluation, checkpoints.json with the sha256. So it
-is read like any run, by --eval-only, --background, load_player() and the commands of experiments/;
-nothing can learn on from it.
+An entry is a run directory whose checkpoint holds only the networks that choose actions, in float32
+(no optimisers, critics or replays). It also has args.json, summary.json with the final evaluation
+and checkpoints.json with the sha256. It is read like any run, by --eval-only, --background,
+load_player() and the commands of experiments/, but training cannot resume from it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from experiments.runs import (
 )
 
 ZOO = ROOT / "zoo"
-LARGEST, ALL_TOGETHER = 1_000_000, 15_000_000  # bytes of an entry's weights, of all entries'
-# What evaluation and load_player() read of a checkpoint: shell patterns of names in it. "own" is
-# what the first process has for itself.
+LARGEST, ALL_TOGETHER = 1_000_000, 15_000_000  # most bytes of weights: one entry, all entries
+# The parts of a checkpoint that evaluation and load_player() read, as shell patterns of their
+# names. "own" is the part that belongs to the first process alone.
 PLAYS = {
     "bidist_mappo_meltingpot": ("agent.actor", "agent.distilled"),
     "mappo_meltingpot": ("agent.actor",),
@@ -71,23 +71,23 @@ PLAYS = {
     "mappo_smac": ("agent.actor",),
     "mipi_mappo_smac": ("agent.actor",),
 }
-SHOWN = ("seed", "substrate", "task", "scenario")  # in a card's command, defaults too
-PACKAGES = ("torch", "numpy", "dm-meltingpot", "dmlab2d")  # whose versions an entry keeps
+SHOWN = ("seed", "substrate", "task", "scenario")  # flags that a card's command always names
+PACKAGES = ("torch", "numpy", "dm-meltingpot", "dmlab2d")  # an entry records their versions
 
 
 # --- Making an entry ------------------------------------------------------------------------------
 
 
 def played_parts(args: dict[str, Any], script: str, without: tuple[str, ...]) -> tuple[str, ...]:
-    """Patterns of what an entry keeps of a run with these arguments, but for networks `without`."""
+    """Patterns (see PLAYS) of the parts that an entry keeps of a run, without some networks."""
     kept = [name for name in PLAYS[script] if name.removeprefix("agent.") not in without]
     if script == "mra_maddpg_particle" and args["adapt"]:
-        kept.append("own.collectors")  # an adapted population keeps its latents
+        kept.append("own.collectors")  # after --adapt, the population's latents are in here
     return tuple(kept)
 
 
 def only(x: Any, where: str, kept: tuple[str, ...]) -> Any:
-    """x, which is called `where`, with the parts alone that are kept; None for all others."""
+    """x with only those parts whose names match `kept`; the others are None. where: x's name."""
     if any(fnmatch.fnmatchcase(where, pattern) for pattern in kept):
         return x
     parts = {}
@@ -97,7 +97,7 @@ def only(x: Any, where: str, kept: tuple[str, ...]) -> Any:
 
 
 def weights_alone(saved: dict[str, Any], kept: tuple[str, ...]) -> dict[str, Any]:
-    """A checkpoint's state, with None for what does not play."""
+    """A checkpoint's state with only the parts `kept`, marked as weights_only; others are None."""
     state = {name: saved[name] for name in ("format", "script", "args", "timesteps")}
     for name, part in saved.items():
         if isinstance(part, dict) and name != "args":
@@ -107,7 +107,7 @@ def weights_alone(saved: dict[str, Any], kept: tuple[str, ...]) -> dict[str, Any
 
 
 def known_co_players(args: dict[str, Any], kept: tuple[str, ...]) -> dict[str, Any]:
-    """--background of an entry: who is in it. Past actors and other runs are not."""
+    """{"background": the co-players that an entry contains}: no past actors, no other runs."""
     if "background" not in args:
         return {}
     names = [name for name in args["background"] if name == "random" or f"agent.{name}" in kept]
@@ -116,16 +116,16 @@ def known_co_players(args: dict[str, Any], kept: tuple[str, ...]) -> dict[str, A
 
 @dataclasses.dataclass(frozen=True)
 class Add:
-    """Makes an entry of the zoo from a finished run, and writes zoo/README.md anew."""
+    """Make a zoo entry from a finished run and write zoo/README.md again."""
 
-    run: Annotated[Path, tyro.conf.Positional]  # its directory
-    out: Annotated[Path, tyro.conf.Positional]  # zoo/NAME, which is not there yet
-    without: tuple[str, ...] = ()  # networks to leave out, as distilled; with them their rows
-    note: str = ""  # for the card: what a reader has to know
+    run: Annotated[Path, tyro.conf.Positional]  # directory of the finished run
+    out: Annotated[Path, tyro.conf.Positional]  # directory of the new entry, as zoo/NAME
+    without: tuple[str, ...] = ()  # networks to leave out with their rows, as --without distilled
+    note: str = ""  # a remark for readers of the entry's card
 
 
 def add(study: Add) -> None:
-    """Write the entry's four files, play an episode of each row with them, then write the cards."""
+    """Write an entry, check it with an episode per row, write the cards; UsageError on failure."""
     run = Run(study.run)
     script = run.args["script"]
     if script not in PLAYS:
@@ -138,7 +138,7 @@ def add(study: Add) -> None:
     saved, _ = harness.load_checkpoint(str(run.path))
     if saved.get("weights_only"):
         raise UsageError(f"{run.path} has the weights alone that play.")
-    # Flags that are younger than the run have their defaults.
+    # Flags that are newer than the run get their defaults; flags that no longer exist are an error.
     names = {field.name for field in dataclasses.fields(load_script(script).Args)}
     if gone := sorted(saved["args"].keys() - names):
         raise UsageError(f"{run.path} is of a version that has {', '.join(gone)}, too.")
@@ -173,7 +173,7 @@ def as_bytes(state: dict[str, Any]) -> bytes:
 
 
 def write_entry(out: Path, args: dict[str, Any], summary: dict[str, Any], data: bytes) -> None:
-    """The four files of an entry."""
+    """Write an entry: its checkpoint, checkpoints.json, args.json and summary.json."""
     check_out(out)
     out.mkdir()
     weights = out / f"checkpoint-{summary['timesteps']}.pt"
@@ -189,9 +189,9 @@ def write_entry(out: Path, args: dict[str, Any], summary: dict[str, Any], data: 
 
 @dataclasses.dataclass(frozen=True)
 class Cards:
-    """Writes README.md of a folder of entries."""
+    """Write README.md of a folder of entries."""
 
-    zoo: Annotated[Path, tyro.conf.Positional] = ZOO
+    zoo: Annotated[Path, tyro.conf.Positional] = ZOO  # the folder
 
 
 def read_entries(zoo: Path) -> list[Run]:
@@ -200,12 +200,12 @@ def read_entries(zoo: Path) -> list[Run]:
 
 
 def index_of(entry: Run) -> dict[str, Any]:
-    """What checkpoints.json says of its weights."""
+    """The entry's item in checkpoints.json: file name, steps and sha256 of its weights."""
     return harness.read_index(entry.path)[0]
 
 
 def command_of(entry: Run) -> str:
-    """What began the run: world, seed, and the flags that are not their preset's."""
+    """The command that started the run: flags of SHOWN, and those that differ from its preset."""
     args = dict(entry.args)
     script = load_script(args["script"])
     own = script.Args(**{x.name: value(args, x) for x in dataclasses.fields(script.Args)})
@@ -219,23 +219,23 @@ def command_of(entry: Run) -> str:
 
 
 def value(args: dict[str, Any], field: dataclasses.Field) -> Any:
-    """A run's, as scripts have it; of a younger flag the default."""
+    """A run's value of a flag, lists as tuples; the default if the flag is newer than the run."""
     x = args.get(field.name, field.default)
     return tuple(x) if isinstance(x, list) else x
 
 
 def flag_words(name: str, x: Any) -> list[str]:
-    """An argument as one types it."""
+    """An argument as the words of a command line: ["--k-d", "10"], ["--no-imagine"]."""
     if isinstance(x, bool):
         return [as_flag(name if x else f"no_{name}")]
     return [as_flag(name), *map(str, x if isinstance(x, tuple) else [x])]
 
 
 class Figure(NamedTuple):
-    """A mean with its 95 % interval."""
+    """A mean of an evaluation with its 95 % interval."""
 
-    row: str
-    name: str
+    row: str  # row of the evaluation, as a co-player or population
+    name: str  # quantity, as "return"
     mean: float
     low: float
     high: float
@@ -246,7 +246,7 @@ class Figure(NamedTuple):
 
 
 def figures_of(results: dict[str, dict[str, float]]) -> Iterator[Figure]:
-    """Returns and shares of battles won of an evaluation, those that have an interval."""
+    """The returns and win rates of an evaluation {row: {name: x}} that have an interval."""
     for row, x in results.items():
         for name in x:
             if name.split("_")[0] in ("win", "return") and f"{name}_low" in x:
@@ -264,7 +264,7 @@ made from their files by `python experiments/zoo.py cards`.
 
 
 def card(entry: Run) -> str:
-    """An entry's section: where it comes from, and its run's final evaluation."""
+    """An entry's section of README.md: its origin, its command and its final evaluation."""
     args, index = entry.args, index_of(entry)
     size = (entry.path / index["name"]).stat().st_size
     where = f"commit {args['commit']}, torch {args['packages']['torch']}"
@@ -277,7 +277,7 @@ def card(entry: Run) -> str:
 
 
 def table_of(entry: Run) -> list[dict[str, Any]]:
-    """The run's final evaluation, a line for each row that has figures with intervals."""
+    """Table lines of the final evaluation: one for each row that has figures with intervals."""
     results = entry.summary["eval"]
     rows: dict[str, dict[str, Any]] = {}
     for figure in figures_of(results):
@@ -287,7 +287,7 @@ def table_of(entry: Run) -> list[dict[str, Any]]:
 
 
 def wrapped(text: str, indent: str = "", goes_on: str = "") -> list[str]:
-    """Lines of at most 100 columns; goes_on: at the end of all but the last."""
+    """The text in lines of at most 100 columns; all but the last end in `goes_on`."""
     later = indent + "    " * bool(goes_on)
     lines = textwrap.wrap(
         text,
@@ -301,7 +301,7 @@ def wrapped(text: str, indent: str = "", goes_on: str = "") -> list[str]:
 
 
 def cards_of(zoo: Path) -> str:
-    """README.md of a folder of entries."""
+    """The text of README.md for a folder of entries."""
     entries, rows = read_entries(zoo), []
     for entry in entries:
         first = next(figures_of(entry.summary["eval"]))
@@ -317,7 +317,7 @@ def write_cards(zoo: Path) -> None:
 
 
 def cards(study: Cards) -> None:
-    """Write README.md anew."""
+    """Write README.md of a folder of entries; UsageError if there are none."""
     if not read_entries(study.zoo):
         raise UsageError(f"{study.zoo} has no entries.")
     write_cards(study.zoo)
@@ -328,29 +328,28 @@ def cards(study: Cards) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Again:
-    """Every entry of the zoo, evaluated as its run was at its end: the same episodes where worlds
-    can be repeated.
+    """Evaluate the zoo's entries again, as at the end of their runs, and compare with their cards.
 
-    A figure is equal if it is the card's to the last bit; within, if it differs from that by less
-    than four standard errors of the difference, as the wider 95 % interval has them (episodes of
-    Melting Pot cannot be repeated; another processor rounds in another way). Exit code 1 if one is
-    outside.
+    Worlds that can be repeated play the same episodes; Melting Pot cannot, and other processors
+    round differently. A new figure is "equal" if all bits are those of the card, "within" if the
+    difference is less than four standard errors, else "outside". The standard error comes from the
+    wider of the two 95 % intervals. Exit code 1 if a figure is outside.
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # in zoo/; default: all
-    zoo: Path = ZOO
-    episodes: harness.Count = 0  # of each row; 0: as many as the run had
-    flags: str = ""  # of the scripts, as --flags="--eval-scenarios none"
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # entries in zoo/; default: all
+    zoo: Path = ZOO  # the folder of entries
+    episodes: harness.Count = 0  # episodes per row; 0: as many as the run played
+    flags: str = ""  # more flags for all scripts, as --flags="--eval-scenarios none"
 
 
-STANDARD_ERRORS = 4.0  # of a difference that is no chance: one in 16,000 would be
+STANDARD_ERRORS = 4.0  # by chance alone, one difference in 16,000 is larger
 
 
 def verdict(old: Figure, new: Figure) -> str:
-    """equal, within or outside."""
+    """Compare a card's figure with a new one: "equal", "within" or "outside" (see Again)."""
     if old == new:
         return "equal"
-    # Of one episode: the larger one, as the interval of a few episodes is often too narrow.
+    # Standard deviation of one episode: the larger of both, as few episodes underestimate it.
     errors = [(x.high - x.low) / (2 * 1.96) for x in (old, new)]
     deviation = max(error * x.episodes**0.5 for error, x in zip(errors, (old, new)))
     error = deviation * (1 / old.episodes + 1 / new.episodes) ** 0.5
@@ -358,7 +357,7 @@ def verdict(old: Figure, new: Figure) -> str:
 
 
 def evaluate_again(entry: Run, episodes: int, flags: str) -> dict[str, dict[str, float]]:
-    """What the entry's script finds today; UsageError if it ends in another way."""
+    """Evaluate an entry with its script: {row: {name: x}}. UsageError if the script fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, str(ROOT / script_file(entry.args["script"]))]
@@ -371,7 +370,7 @@ def evaluate_again(entry: Run, episodes: int, flags: str) -> dict[str, dict[str,
 
 
 def again(study: Again) -> None:
-    """Print every figure, the card's and today's; RunError if one is outside."""
+    """Print each figure of the cards beside today's; RunError if one is outside."""
     entries = read_entries(study.zoo)
     if unknown := set(study.names) - {entry.name for entry in entries}:
         raise UsageError(f"{study.zoo} has no {min(unknown)}.")
@@ -394,7 +393,7 @@ def again(study: Again) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the subcommand and return its exit code."""
     return run_subcommand({"add": add, "cards": cards}, argv, __doc__)
 
 
