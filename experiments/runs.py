@@ -52,6 +52,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, packed studies
 POINTS = 100  # a packed curve has at most so many points
+# By script: values of flags that older runs lack, where they did not do what is the default now.
+FORMER = {"bidist_mappo_meltingpot": {"clip_centre": "printed"}}
 
 
 # --- Command lines --------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             sentence = "is no run directory: it has no args.json with a script."
             raise UsageError(f"{self.where} {sentence}") from None
-        return args
+        return FORMER.get(args["script"], {}) | args
 
     @functools.cached_property
     def log(self) -> list[dict[str, float]]:
@@ -350,6 +352,7 @@ def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
             results.setdefault(row, {})[figure] = float(value)
         elif kind == "episode":
             episodes[int(line["timesteps"]), *row.split(), figure].append(float(value))
+    run.args = FORMER.get(run.args.get("script"), {}) | run.args
     run.log.sort(key=lambda scalars: scalars["timesteps"])
     for row in results.values():
         row["episodes"] = int(row["episodes"])

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from made_up import command, experiment, is_png, rows
+from made_up import ROOT, command, experiment, is_png, rows
 from runs import BIDIST, STEPS, script, tiny
 
 
@@ -91,6 +91,22 @@ def test_a_study_grows(two, tmp_path):
     assert grown.read_bytes() == both.read_bytes() != one.read_bytes()
     command("runs", "pack", part, both, "--only", "*-s1", "--curves", "entropy")
     assert part.read_bytes() == one.read_bytes()
+
+
+def test_a_run_that_is_older_than_a_flag_keeps_its_method(two, tmp_path):
+    """BiDist's clip was as printed before there was --clip-centre; so it is in study_coins.csv."""
+    runs = experiment("runs")
+    shutil.copytree(two[0], tmp_path / "older-s1")
+    path = tmp_path / "older-s1/args.json"
+    args = json.loads(path.read_text())
+    assert args.pop("clip_centre") == "old"
+    path.write_text(json.dumps(args))
+    study = tmp_path / "study.csv"
+    command("runs", "pack", study, path.parent)
+    older = [runs.Run(path.parent), *runs.read_study(study)]
+    older += [x for x in runs.read_study(ROOT / "docs/data/study_coins.csv") if "bidist" in x.name]
+    assert len(older) == 5 and "--clip-centre" not in runs.method_of(runs.Run(two[0]).args)
+    assert all("--clip-centre printed" in runs.method_of(run.args) for run in older)
 
 
 def test_a_run_that_has_not_ended_has_no_row(two, tmp_path):
