@@ -71,7 +71,8 @@ PLAYS = {
     "mappo_smac": ("agent.actor",),
     "mipi_mappo_smac": ("agent.actor",),
 }
-SHOWN = ("seed", "substrate", "task", "scenario")  # flags that a card's command always names
+# Flags that a card's command always names: worlds, and what had another default at its commit.
+SHOWN = ("seed", "substrate", "task", "scenario", "clip_centre")
 PACKAGES = ("torch", "numpy", "dm-meltingpot", "dmlab2d")  # an entry records their versions
 
 
