@@ -256,12 +256,12 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
     typed = {x.name: special.get(x.name) or another(kinds[x.name], x.default) for x in own}
     # What goes together, run by run.
     fixed = {"substrate", "minibatches", "num_envs", "rollout_steps", "chunk_length", "k_d"}
-    alone = {"all_fictitious", "mask_fictitious", "reverse", "copy_every"}
+    alone = {"all_fictitious", "mask_fictitious", "reverse", "copy_every", "clip_centre"}
     groups = [set(typed) - alone]
     if name == BIDIST:
         groups += [
             fixed | {"all_fictitious", "reverse"},
-            fixed | {"mask_fictitious", "copy_every"},
+            fixed | {"mask_fictitious", "copy_every", "clip_centre"},
         ]
     for number, group in enumerate(groups):
         argv = ["--run-dir", f"run{number}", "--total-timesteps", "66", "--final-episodes", "1"]
