@@ -3,9 +3,11 @@
     python experiments/mra.py train fig2 fig3 --tasks resource --seeds 1 2 3
     python experiments/mra.py figures runs/resource-mra-s1 runs/resource-single-s1 --population 12
     python experiments/mra.py cross-play runs/pacman-single-s* runs/pacman-mra-s* --population 8,4
+    python experiments/mra.py ladder runs/rooms-*-s1[1-5] --against rooms-algorithm_4 rooms-uni_mra
 
 `train` trains every run that Figs. 2, 3, 4, 5, 7 and 8 need, and compare.py draws them. `figures`
-makes Figs. 9, 10 and 11, `cross-play` makes Tables 1 and 2. `SUBCOMMAND --help` has the options.
+makes Figs. 9, 10 and 11, `cross-play` makes Tables 1 and 2, `ladder` compares forms of MRA in a
+world where the population matters. `SUBCOMMAND --help` has the options.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from envs.particle.episodes import Player, play
 from envs.particle.worlds import TASKS, ParticleWorld, unpack
-from envs.statistics import markdown_table
+from envs.statistics import markdown_table, seed_difference
 from experiments.runs import (
     Job,
     Run,
@@ -469,6 +471,123 @@ def figures(study: Figures) -> None:
         print(f"wrote {study.out}-{number}.png")
 
 
+# --- The ladder of forms --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """Forms of MRA in a world where the population matters (docs/mra_ladder.md), as tables.
+
+    Runs whose names differ only in -s1, -s2, ... are seeds of one form. Returns are per agent of
+    the first type, with z from p(z|m), means over populations of final evaluations. gap closed: 0
+    is the script that does not know the population, 1 the one that does. best z: chosen for each
+    population in other episodes. I(g; a|o), xi: means of the last fifth of training. priors apart:
+    mean total variation between the p(z|m) of two populations; 1 if they share no z. Writes OUT.csv
+    (a row per run) and OUT.md: means over seeds, and differences between forms with 95 % bootstrap
+    intervals over seeds and the p of an exact permutation test.
+    """
+
+    runs: Runs  # runs of mra_maddpg_particle.py in one task and the same populations, or studies
+    only: tuple[str, ...] = ()  # keep runs whose names match these shell patterns, in this order
+    against: tuple[str, ...] = ()  # forms to subtract from the others, as rooms-algorithm_4
+    out: Path = Path("mra_ladder")  # common beginning of the names of the .csv and .md files
+
+
+def last_fifth(run: Run, name: str) -> float:
+    """Mean of the scalars NAME/* in the last fifth of a run's log; NaN if it has none."""
+    late = [scalars for scalars in run.log if scalars["timesteps"] > 0.8 * run.steps]
+    found = [x for scalars in late for key, x in scalars.items() if key.partition("/")[0] == name]
+    return float(np.mean(found)) if found else math.nan
+
+
+def ladder_row(run: Run) -> dict[str, Any]:
+    """The row of OUT.csv of a run; a figure that the run does not have is NaN."""
+    results, roles = run.summary["eval"], TASKS[run.args["task"]].roles
+    figure = "return" if len(roles) == 1 else f"return_{roles[0]}"
+
+    # A row is called "9,3", "9,3 uniform g" or "9,3 best z=2,0".
+    named = {name.partition("=")[0]: row[figure] for name, row in results.items()}
+
+    def returns(populations: list[str], player: str = "") -> float:
+        found = [named.get(f"{p} {player}".strip(), math.nan) for p in populations]
+        return float(np.mean(found)) if found else math.nan
+
+    trained, unseen = run.args["populations"], run.args["eval_populations"]
+    blind, knows = returns(trained, "blind"), returns(trained, "knows population")
+    drawn = returns(trained)
+    row = {"form": without_seed(run.name), "run": run.name, "return": drawn}
+    row |= {population: returns([population]) for population in trained}
+    row |= {
+        "gap closed": (drawn - blind) / (knows - blind),
+        "unseen": returns(unseen),
+        "best z": returns(trained, "best z"),
+        "uniform g": returns(trained, "uniform g"),
+        "I(g; a|o)": last_fifth(run, "information"),
+        "xi right": last_fifth(run, "xi_accuracy"),
+        "xi, uniform g": last_fifth(run, "xi_accuracy_uniform_g"),
+        "priors apart": last_fifth(run, "prior_distance"),
+    }
+    return row
+
+
+def by_form(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """{form: its rows, one per seed}, in the order of the first seeds."""
+    forms = dict.fromkeys(row["form"] for row in rows)
+    return {form: [row for row in rows if row["form"] == form] for form in forms}
+
+
+def ladder_table(rows: list[dict[str, Any]]) -> str:
+    """A line per form: number of seeds, then means over them; "return" shows each seed, too."""
+    lines = []
+    for form, seeds in by_form(rows).items():
+        line = {"": form, "seeds": len(seeds)}
+        for name in (name for name in seeds[0] if name not in ("form", "run")):
+            x = np.array([row[name] for row in seeds])
+            small = name.startswith(("I(", "xi", "priors", "gap"))
+            line[name] = "" if np.isnan(x).all() else f"{x.mean():.{3 if small else 2}f}"
+        each = ", ".join(f"{row['return']:.2f}" for row in seeds)
+        lines.append(line | {"return": f"{line['return']} ({each})"})
+    return markdown_table(lines)
+
+
+def ladder_differences(rows: list[dict[str, Any]], against: tuple[str, ...]) -> str:
+    """A line per form and form of `against`: differences of returns, trained and unseen."""
+    forms, lines = by_form(rows), []
+    for other, form in itertools.product(against, forms):
+        if form == other:
+            continue
+        line = {"": f"{form} - {other}"}
+        for name, title in ("return", "trained"), ("unseen", "unseen"):
+            ours, theirs = (np.array([row[name] for row in forms[x]]) for x in (form, other))
+            found = seed_difference(ours, theirs)
+            line[title] = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+            line[f"p, {title}"] = f"{found.p:.2g}"
+        lines.append(line)
+    return markdown_table(lines)
+
+
+def ladder(study: Ladder) -> None:
+    """Read the runs, then write OUT.csv and OUT.md. UsageError if they are not comparable."""
+    check_out(study.out)
+    runs = read_runs(study.runs, study.only)
+    for run in runs:
+        if run.args["script"] != Path(MRA).stem:
+            raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {MRA}.")
+        if not run.summary["eval"]:
+            raise UsageError(f"{run.where} has no final evaluation.")
+        for name in ("task", "populations", "eval_populations"):
+            if run.args[name] != runs[0].args[name]:
+                raise UsageError(f"{run.where} and {runs[0].where} differ in --{name}.")
+    rows = [ladder_row(run) for run in runs]
+    for form in study.against:
+        if form not in by_form(rows):
+            raise UsageError(f"--against {form}: no run is called so, -s1, -s2, ... aside.")
+    text = ladder_table(rows)
+    if study.against:
+        text += "\n" + ladder_differences(rows, study.against)
+    finish(study.out, text, rows)
+
+
 # --- Tables 1 and 2 -------------------------------------------------------------------------------
 
 
@@ -553,7 +672,7 @@ def cross_play(study: CrossPlay) -> None:
 # --- Main -----------------------------------------------------------------------------------------
 
 
-COMMANDS = {"train": train, "figures": figures, "cross-play": cross_play}
+COMMANDS = {"train": train, "figures": figures, "ladder": ladder, "cross-play": cross_play}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -217,3 +217,66 @@ def test_runs_of_the_figures(tmp_path):
         assert args.total_timesteps in (240_000, 120_000) and args.num_envs == 64
     assert sum("--adapt" in words for words in lines) == 6
     assert not (tmp_path / "my runs").exists()
+
+
+def write_ladder_run(folder, name, returns, unseen, bests):
+    """A run in rooms that has finished: arguments, a log of ten lines, final returns."""
+    folder = folder / name
+    folder.mkdir()
+    args = {"script": "mra_maddpg_particle", "task": "rooms", "populations": ["3,3", "6,3"]}
+    args |= {"eval_populations": ["4,3"], "seed": int(name[-1])}
+    (folder / "args.json").write_text(json.dumps(args))
+    log = [
+        {"timesteps": 10 * k, "information/3,3": 0.1 * k, "xi_accuracy/6,3": 0.5} for k in range(11)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    evals = {"4,3": unseen}
+    for population, drawn, best in zip(args["populations"], returns, bests):
+        evals |= {population: drawn, f"{population} best z=2,0": best}
+        evals |= {f"{population} blind": -14.0, f"{population} knows population": -7.0}
+    results = {row: {"return_follower": x, "return_leader": 0.0} for row, x in evals.items()}
+    summary = {"timesteps": 100, "eval": results}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_ladder(tmp_path):
+    """Means over populations and seeds, the gap closed, and differences as SciPy's own test."""
+    runs = [
+        write_ladder_run(tmp_path, "ours-s1", (-7.0, -8.0), -9.0, (-6.0, -7.0)),
+        write_ladder_run(tmp_path, "ours-s2", (-7.0, -10.0), -11.0, (-6.0, -7.0)),
+        write_ladder_run(tmp_path, "uni-s1", (-13.0, -14.0), -15.0, (-12.0, -13.0)),
+        write_ladder_run(tmp_path, "uni-s2", (-12.0, -14.0), -16.0, (-12.0, -13.0)),
+    ]
+    out = tmp_path / "l"
+    code, text, stderr = command("mra", "ladder", *runs, "--against", "uni", "--out", out)
+    assert code == 0, stderr
+    first, _, third, _ = rows(f"{out}.csv")
+    figures = {name: float(x) for name, x in first.items() if x and name not in ("form", "run")}
+    wanted = {"return": -7.5, "3,3": -7.0, "6,3": -8.0, "gap closed": 6.5 / 7, "unseen": -9.0}
+    wanted |= {"best z": -6.5, "I(g; a|o)": 0.95, "xi right": 0.5}
+    assert figures == pytest.approx(figures | wanted, rel=1e-5)
+    assert first["uniform g"] == first["priors apart"] == "", "the runs have none"
+    assert float(third["gap closed"]) == pytest.approx(0.5 / 7, rel=1e-5)
+    assert "-8.00 (-7.50, -8.50)" in text
+    # seeds -7.5, -8.5 and -13.5, -13: all four ways to draw a mean of each
+    line = next(line for line in text.splitlines() if "ours - uni" in line)
+    assert "| +5.25 [+4.50, +6.00] | 0.33 | +5.50 [+4.00, +7.00] | 0.33 |" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("runs/parent-s1",), "maddpg_particle.py"),
+        (("runs/several-s1", "runs/chase-s1"), "differ in --task"),
+        (("runs/several-s1", "runs/single-s1"), "differ in --populations"),
+        (("runs/several-s1", "--against", "other"), "--against other"),
+    ],
+)
+def test_ladder_refuses(words, sentence, runs, tmp_path):
+    """One sentence, and nothing is written."""
+    words = [str(runs / x.removeprefix("runs/")) if x.startswith("runs/") else x for x in words]
+    code, _, stderr = command("mra", "ladder", *words, "--out", tmp_path / "l")
+    assert (code, stderr.count("\n")) == (2, 1), stderr
+    assert sentence in stderr
+    assert not list(tmp_path.glob("l*"))
