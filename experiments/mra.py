@@ -481,10 +481,11 @@ class Ladder:
     Runs whose names differ only in -s1, -s2, ... are seeds of one form. Returns are per agent of
     the first type, with z from p(z|m), means over populations of final evaluations. gap closed: 0
     is the script that does not know the population, 1 the one that does. best z: chosen for each
-    population in other episodes. I(g; a|o), xi: means of the last fifth of training. priors apart:
-    mean total variation between the p(z|m) of two populations; 1 if they share no z. Writes OUT.csv
-    (a row per run) and OUT.md: means over seeds, and differences between forms with 95 % bootstrap
-    intervals over seeds and the p of an exact permutation test.
+    population in other episodes. information: the bound on I(g; a|o) in nats. xi right: share of
+    agents whose population xi finds. priors apart: mean total variation between the p(z|m) of two
+    populations; 1 if they share no z. These last ones are means of the last fifth of training.
+    Writes OUT.csv (a row per run) and OUT.md: means over seeds, and differences between forms with
+    95 % bootstrap intervals over seeds and the p of an exact permutation test.
     """
 
     runs: Runs  # runs of mra_maddpg_particle.py in one task and the same populations, or studies
@@ -522,7 +523,7 @@ def ladder_row(run: Run) -> dict[str, Any]:
         "unseen": returns(unseen),
         "best z": returns(trained, "best z"),
         "uniform g": returns(trained, "uniform g"),
-        "I(g; a|o)": last_fifth(run, "information"),
+        "information": last_fifth(run, "information"),
         "xi right": last_fifth(run, "xi_accuracy"),
         "xi, uniform g": last_fifth(run, "xi_accuracy_uniform_g"),
         "priors apart": last_fifth(run, "prior_distance"),
@@ -543,7 +544,7 @@ def ladder_table(rows: list[dict[str, Any]]) -> str:
         line = {"": form, "seeds": len(seeds)}
         for name in (name for name in seeds[0] if name not in ("form", "run")):
             x = np.array([row[name] for row in seeds])
-            small = name.startswith(("I(", "xi", "priors", "gap"))
+            small = name.startswith(("inf", "xi", "priors", "gap"))
             line[name] = "" if np.isnan(x).all() else f"{x.mean():.{3 if small else 2}f}"
         each = ", ".join(f"{row['return']:.2f}" for row in seeds)
         lines.append(line | {"return": f"{line['return']} ({each})"})

@@ -254,7 +254,7 @@ def test_ladder(tmp_path):
     first, _, third, _ = rows(f"{out}.csv")
     figures = {name: float(x) for name, x in first.items() if x and name not in ("form", "run")}
     wanted = {"return": -7.5, "3,3": -7.0, "6,3": -8.0, "gap closed": 6.5 / 7, "unseen": -9.0}
-    wanted |= {"best z": -6.5, "I(g; a|o)": 0.95, "xi right": 0.5}
+    wanted |= {"best z": -6.5, "information": 0.95, "xi right": 0.5}
     assert figures == pytest.approx(figures | wanted, rel=1e-5)
     assert first["uniform g"] == first["priors apart"] == "", "the runs have none"
     assert float(third["gap closed"]) == pytest.approx(0.5 / 7, rel=1e-5)
