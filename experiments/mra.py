@@ -4,10 +4,12 @@
     python experiments/mra.py figures runs/resource-mra-s1 runs/resource-single-s1 --population 12
     python experiments/mra.py cross-play runs/pacman-single-s* runs/pacman-mra-s* --population 8,4
     python experiments/mra.py ladder runs/rooms-*-s1[1-5] --against rooms-algorithm_4 rooms-uni_mra
+    python experiments/mra.py attention runs/rooms-algorithm_4-s11
 
 `train` trains every run that Figs. 2, 3, 4, 5, 7 and 8 need, and compare.py draws them. `figures`
 makes Figs. 9, 10 and 11, `cross-play` makes Tables 1 and 2, `ladder` compares forms of MRA in a
-world where the population matters. `SUBCOMMAND --help` has the options.
+world where the population matters, `attention` shows whom each z attends to. `SUBCOMMAND --help`
+has the options.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from torch import Tensor
 
 from envs.particle.episodes import Player, play
 from envs.particle.worlds import TASKS, ParticleWorld, unpack
+from envs.particle.worlds import wanted as paying_leader
 from envs.statistics import markdown_table, seed_difference
 from experiments.runs import (
     Job,
@@ -589,6 +592,58 @@ def ladder(study: Ladder) -> None:
     finish(study.out, text, rows)
 
 
+# --- Whom heads attend to -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Whom a follower attends to in rooms with each z, where colours tell the leaders apart.
+
+    A row per run, training population and z with p(z|m) of at least --least: the attention that a
+    follower gives to the red, green and blue leader, means over followers and the episodes' first
+    observations, and which of them pays. Writes OUT.csv and OUT.md.
+    """
+
+    runs: Runs  # runs of mra_maddpg_particle.py in rooms
+    episodes: Positive = 200  # episodes whose first observation is looked at
+    seed: Seed = 1  # seed of the worlds
+    least: Share = 0.01  # least p(z|m) of a z that is shown
+    out: Path = Path("mra_attention")  # common beginning of the names of the .csv and .md files
+
+
+@torch.no_grad()
+def attention_rows(trained: Trained, study: Attention, population: str) -> list[dict[str, Any]]:
+    """A row of OUT.csv for each z that a run uses in a population."""
+    world = make_world(trained, population, study.episodes, study.seed)
+    world.reset()
+    view = trained.agent.view(world.game, world.obs, latents(world, 0))
+    g = trained.agent.attention.all(view)  # (Z, M, N, N)
+    followers = world.game.population[0]
+    weights = g[:, :, :followers, followers:].mean((1, 2))  # (Z, 3)
+    colours, rows = ("red", "green", "blue"), []
+    for z, chance in enumerate(prior(trained, world, 0)):
+        if chance < study.least:
+            continue
+        row = {"run": trained.name, "population": population, "z": z, "p(z)": chance}
+        row |= dict(zip(colours, weights[z].tolist()))
+        rows.append(row | {"pays": colours[paying_leader(world.game)]})
+    return rows
+
+
+def attention(study: Attention) -> None:
+    """Write OUT.csv and OUT.md. UsageError if a run is not of MRA in rooms."""
+    check_out(study.out)
+    rows = []
+    for run in read_runs(study.runs):
+        if run.args["script"] != Path(MRA).stem or run.args["task"] != "rooms":
+            raise UsageError(f"{run.where} is no run of {MRA} in rooms.")
+        trained = load(run)
+        for population in trained.populations:
+            rows += attention_rows(trained, study, population)
+    shown = [{k: f"{x:.2f}" if isinstance(x, float) else x for k, x in r.items()} for r in rows]
+    finish(study.out, markdown_table(shown), rows)
+
+
 # --- Tables 1 and 2 -------------------------------------------------------------------------------
 
 
@@ -673,7 +728,13 @@ def cross_play(study: CrossPlay) -> None:
 # --- Main -----------------------------------------------------------------------------------------
 
 
-COMMANDS = {"train": train, "figures": figures, "ladder": ladder, "cross-play": cross_play}
+COMMANDS = {
+    "train": train,
+    "figures": figures,
+    "ladder": ladder,
+    "attention": attention,
+    "cross-play": cross_play,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -280,3 +280,31 @@ def test_ladder_refuses(words, sentence, runs, tmp_path):
     assert (code, stderr.count("\n")) == (2, 1), stderr
     assert sentence in stderr
     assert not list(tmp_path.glob("l*"))
+
+
+def test_attention(runs, tmp_path):
+    """Weights are those of the graphs that the run's network makes, and sum to 1."""
+    run = tmp_path / "rooms-s1"
+    argv = f"{TINY} --task rooms --populations 3,3 7,3 --head-gain 20 --run-dir {run}".split()
+    assert script.main(argv) == 0
+    out = tmp_path / "a"
+    code, _, stderr = command("mra", "attention", run, "--least", 0, "--episodes", 3, "--out", out)
+    assert code == 0, stderr
+    found = rows(f"{out}.csv")
+    assert [(r["population"], r["z"]) for r in found] == [
+        (p, z) for p in ("3,3", "7,3") for z in "012"
+    ]
+    assert [r["pays"] for r in found] == ["red"] * 3 + ["blue"] * 3
+    args, agent = script.load_agent(str(run))
+    world = script.make_envs(args, "7,3", 3, 1)
+    world.reset()
+    with torch.no_grad():
+        g = agent.attention(agent.view(world.game, world.obs, torch.full((3, 10), 2)))
+    assert float(g[:, :7, 7:].sum(-1).std()) < 1e-5
+    wanted = g[:, :7, 7:].mean((0, 1)).tolist()
+    assert [float(found[-1][name]) for name in ("red", "green", "blue")] == pytest.approx(
+        wanted, rel=1e-4
+    )
+    assert max(wanted) - min(wanted) > 0.01, "a graph that attends to all alike tests nothing"
+    code, _, stderr = command("mra", "attention", runs / "several-s1", "--out", tmp_path / "b")
+    assert (code, stderr.count("\n")) == (2, 1) and "in rooms" in stderr
