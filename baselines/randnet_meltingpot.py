@@ -391,11 +391,11 @@ def draw_psi(args: Args, rng: torch.Generator) -> Tensor | None:
     return None if is_clean else psi
 
 
-def feature_matching(actor: Actor, h: Tensor, views: Views, sprites: Tensor) -> Tensor:
+def feature_matching(agent: Agent, h: Tensor, views: Views) -> Tensor:
     """L_FM: mean squared difference of h = h(f_psi(o)) (T, B, N, 64) and h(o) -> ()."""
     # paper and code differ: 0 in iterations without f_psi; netrand uses a random psi in them, too
     with torch.no_grad():
-        clean = actor.encode(views, sprites)
+        clean = h.detach() if agent.psi is None else agent.actor.encode(views, agent.sprites())
     return F.mse_loss(h, clean)
 
 
@@ -704,7 +704,7 @@ def update(args: Args, agent: Agent, batch: Batch, rng: torch.Generator) -> dict
             policy_loss = -objective.mean()
             entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
             loss = policy_loss - args.entropy_coef * entropy
-            matching = feature_matching(agent.actor, h, views, sprites)
+            matching = feature_matching(agent, h, views)
             loss = loss + args.feature_matching * matching
             actor_norm = descend(loss, agent.actor, agent.actor_optimiser, args.max_grad_norm)
 

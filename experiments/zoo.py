@@ -334,7 +334,8 @@ class Again:
     Worlds that can be repeated play the same episodes; Melting Pot cannot, and other processors
     round differently. A new figure is "equal" if all bits are those of the card, "within" if the
     difference is less than four standard errors, else "outside". The standard error comes from the
-    wider of the two 95 % intervals. Exit code 1 if a figure is outside.
+    wider of the two 95 % intervals. A card's figure that today's evaluation lacks is "gone". Exit
+    code 1 if a figure is outside, or gone without --flags, which may leave rows out.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # entries in zoo/; default: all
@@ -371,7 +372,7 @@ def evaluate_again(entry: Run, episodes: int, flags: str) -> dict[str, dict[str,
 
 
 def again(study: Again) -> None:
-    """Print each figure of the cards beside today's; RunError if one is outside."""
+    """Print each figure of the cards beside today's; RunError if one is not there or outside."""
     entries = read_entries(study.zoo)
     if unknown := set(study.names) - {entry.name for entry in entries}:
         raise UsageError(f"{study.zoo} has no {min(unknown)}.")
@@ -383,13 +384,14 @@ def again(study: Again) -> None:
         results = evaluate_again(entry, study.episodes, study.flags)
         new = {(x.row, x.name): x for x in figures_of(results)}
         for old in figures_of(entry.summary["eval"]):
-            if now := new.get((old.row, old.name)):
-                found.append(verdict(old, now))
-                cells = [entry.name, old.row, old.name, old.text(), now.text(), found[-1]]
-                print(f"| {' | '.join(cells)} |", flush=True)
-    counts = {word: found.count(word) for word in ("equal", "within", "outside")}
+            now = new.get((old.row, old.name))
+            found.append(verdict(old, now) if now else "gone")
+            today = now.text() if now else ""
+            cells = [entry.name, old.row, old.name, old.text(), today, found[-1]]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    counts = {word: found.count(word) for word in ("equal", "within", "outside", "gone")}
     print("\n" + ", ".join(f"{number} {word}" for word, number in counts.items()))
-    if counts["outside"]:
+    if counts["outside"] or (counts["gone"] and not study.flags):
         raise harness.RunError("Some of today's figures are not those of the cards.")
 
 

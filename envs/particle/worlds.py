@@ -25,6 +25,7 @@ N, and one compiled kernel does physics, reward and observation.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -852,9 +853,11 @@ class ParticleWorld:
         return own | {"game": f"{self.game.task} {_name(self.game.population)}"}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore a state_dict(). ValueError for another task, population or number of worlds."""
-        self.reset()
-        mine, own = self.state_dict(), self._arrays()
+        """Restore a state_dict(). ValueError (nothing is changed) for another task, population,
+        number of worlds or type of numbers."""
+        twin = copy.copy(self)  # self does not change if the state is refused
+        twin.reset()
+        mine, own = twin.state_dict(), twin._arrays()
         shapes = [
             {k: x if isinstance(x, str) else (x.shape, x.dtype) for k, x in one.items()}
             for one in (saved, mine)
@@ -863,7 +866,7 @@ class ParticleWorld:
             raise ValueError(f"This state is not of {self.num_worlds} worlds of {mine['game']}.")
         for name, x in own.items():
             x[..., : self.num_worlds] = saved[name]
-        self.bodies, self.clocks = own.pop("bodies"), Clocks(**own)
+        self.bodies, self.clocks, self.seen = own.pop("bodies"), Clocks(**own), twin.seen
         for name, x in self.seen._asdict().items():
             x[: self.num_worlds] = saved[name]
 

@@ -532,7 +532,9 @@ class ResourceCollection:
         return observe(snapshot, self.place_scale, self.egocentric)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps and episodes depend on, except for the rules."""
+        """All that the next steps and episodes depend on, except for the rules. rescale and
+        egocentric are not in it: the same course is then seen and paid as the loading world's are.
+        """
         parts = self.snapshot, self.clocks, self.tally
         rows = {f"{type(x).__name__}.{k}": v.clone() for x in parts for k, v in x._asdict().items()}
         about = {"begun": self.begun, "teams": str(self.teams)}

@@ -3,6 +3,7 @@
 import functools
 import re
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,28 @@ def test_memory_of_a_rollout(capsys):
         f"{views:,.0f} MB",
         "96",
     ]
+
+
+def test_turns_longer_than_an_episode(monkeypatch):
+    """Coins may end after 299 steps. The next episode begins, and its reset is not timed."""
+    bench = experiment("bench")
+    clock, done = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now), []
+
+    class World:
+        over, left = False, 3
+
+        def step(self, action):
+            assert self.left, "a step after the end"
+            self.left, clock.now = self.left - 1, clock.now + 0.25
+            self.over = not self.left
+            done.append(action)
+
+        def reset(self):
+            self.left, clock.now = 3, clock.now + 100
+
+    monkeypatch.setattr(bench, "time", clock)
+    assert bench.steps_per_second(World(), range(8)) == 4
+    assert done == list(range(8)) and clock.now == 202
 
 
 @pytest.mark.long

@@ -83,8 +83,11 @@ def test_a_study_starts_resumes_and_keeps(jobs, capsys):
     assert len(calls(jobs(70, d=())[0])) == 1  # who comes after a failure has its turn
 
 
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
+LIMIT = 600  # seconds of each wait: only a hang lasts so long, on a busy machine, too
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + LIMIT
     while not condition():
         assert process.poll() is None or condition(), process.stdout.read()
         assert time.monotonic() < deadline
@@ -93,10 +96,11 @@ def wait_for(condition, process, seconds=120):
 
 TINY = "--task resource --populations 3 --num-envs 2 --batch-size 8 --update-every 20 "
 TINY += "--inner-steps 1 --hidden-size 8 --key-size 4 --latent-size 2 --save-every 40 "
-TINY += "--log-every 40 --eval-every 0 --final-episodes 2 --no-compile"
+TINY += "--log-every 40 --eval-every 0 --eval-populations 3 --final-episodes 2 --no-compile"
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3 * LIMIT)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_what_is_trained(tmp_path, number):
     """The run saves and ends before the command does, with code 75; nobody goes on training; the
@@ -112,20 +116,27 @@ def test_a_signal_stops_what_is_trained(tmp_path, number):
             log = run / "metrics.jsonl"
             wait_for(lambda: log.exists() and log.stat().st_size, process)
             process.send_signal(number)
-            assert process.wait(120) == 75
+            assert process.wait(LIMIT) == 75
         finally:
+            if process.poll() is None:  # what it trains has a session of its own and would go on
+                for pid in trainers_of(run):
+                    os.kill(pid, signal.SIGKILL)
             process.kill()
         output = process.stdout.read()
     assert "1 of 1 runs were stopped; the same command goes on." in output
     assert not (run / "summary.json").exists()
     (newest, *_) = json.loads((run / "checkpoints.json").read_text())
     steps = newest["timesteps"]
-    found = [pid for pid in os.listdir("/proc") if pid.isdigit() and in_run(pid, run)]
-    assert not found, "somebody goes on training"
-    done = subprocess.run([*command, str(steps + 40)], cwd=tmp_path, timeout=120, **options)
+    assert not trainers_of(run), "somebody goes on training"
+    done = subprocess.run([*command, str(steps + 40)], cwd=tmp_path, timeout=LIMIT, **options)
     assert done.returncode == 0, done.stdout
     assert f"--resume '{run}'" in done.stdout
     assert json.loads((run / "summary.json").read_text())["timesteps"] == steps + 40
+
+
+def trainers_of(run):
+    """The processes that have the run on their command lines."""
+    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and in_run(pid, run)]
 
 
 def in_run(pid, run):

@@ -3,6 +3,7 @@ made of a run plays as that did, to the last bit."""
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -367,8 +368,9 @@ def test_verdicts(new, expected):
     assert zoo.verdict(old, zoo.Figure("row", "win", *new)) == expected
 
 
-def test_bench_zoo(no_trial, monkeypatch, tmp_path):
-    """A line for each figure; code 1 if one is not the card's; a name that is not there, code 2."""
+def test_bench_zoo(no_trial, monkeypatch, tmp_path, capsys):
+    """A line for each figure; code 1 if one is not the card's, or if today's evaluation lacks it
+    and no flags may have left it out; a name that is not there, code 2."""
     entry = made("baselines.maddpg_particle")
     found = zoo.Run(entry).summary["eval"]
     asked = []
@@ -388,6 +390,18 @@ def test_bench_zoo(no_trial, monkeypatch, tmp_path):
     first |= {name: first[name] + wide for name in ("return", "return_low", "return_high")}
     assert bench.main(["zoo", "--zoo", str(entry.parent)]) == 1
     assert bench.main(["zoo", "nobody", "--zoo", str(entry.parent)]) == 2
+    row = next(iter(found))
+    first |= {name: first[name] - wide for name in ("return", "return_low", "return_high")}
+    capsys.readouterr()
+    assert bench.main(["zoo", "--zoo", str(entry.parent)]) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if f"| {row} | return |" in x)
+    del found[row]
+    for flags, code in (("", 1), ("--eval-scenarios none", 0)):
+        assert bench.main(["zoo", "--zoo", str(entry.parent), f"--flags={flags}"]) == code
+        printed = capsys.readouterr().out
+        lost = line.split(" | ")[3]  # the card's figure
+        assert f"| x | {row} | return | {lost} |  | gone |" in printed
+        assert re.search(r"0 outside, [1-9]\d* gone", printed)
 
 
 @pytest.mark.long

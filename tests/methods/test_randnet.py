@@ -175,18 +175,20 @@ def test_feature_matching_against_numpy():
         x = x.detach().numpy() @ actor.mlp.weight.detach().numpy().T
         units.append(np.maximum(x + actor.mlp.bias.detach().numpy(), 0))
     h = actor.encode(views, sprites, s.agent.psi)
-    found = randnet.feature_matching(actor, h, views, sprites)
+    found = randnet.feature_matching(s.agent, h, views)
     assert h.shape == (20, 4, 2, 64)
     assert found.item() == pytest.approx(np.square(units[0] - units[1]).mean(), rel=1e-4)
     clean = actor.encode(views, sprites)
-    assert randnet.feature_matching(actor, clean, views, sprites) == 0
+    assert randnet.feature_matching(s.agent, clean, views) == 0
+    s.agent.psi = None  # h is h(o) itself
+    assert randnet.feature_matching(s.agent, h, views) == 0
 
 
 def test_no_gradient_flows_into_the_clean_side():
     s = randomised()
     actor, views, sprites = s.agent.actor, collect(s).actor_views(), s.agent.sprites()
     h = actor.encode(views, sprites, s.agent.psi)
-    randnet.feature_matching(actor, h, views, sprites).backward()
+    randnet.feature_matching(s.agent, h, views).backward()
     found = actor.mlp.weight.grad.clone()
     actor.zero_grad()
     constant = actor.encode(views, sprites).detach()
@@ -195,7 +197,7 @@ def test_no_gradient_flows_into_the_clean_side():
     assert torch.allclose(found, actor.mlp.weight.grad, rtol=1e-5, atol=0)
     actor.zero_grad()
     still = actor.encode(views, sprites, s.agent.psi).detach()
-    randnet.feature_matching(actor, still.requires_grad_(), views, sprites).backward()
+    randnet.feature_matching(s.agent, still.requires_grad_(), views).backward()
     assert actor.mlp.weight.grad is None
     assert still.grad.abs().sum() > 0
 
@@ -231,7 +233,7 @@ def test_update_makes_h_ignore_psi():
     views, sprites, found = batch.actor_views(), s.agent.sprites(), []
     for _ in range(2):
         h = s.agent.actor.encode(views, sprites, s.agent.psi)
-        found.append(randnet.feature_matching(s.agent.actor, h, views, sprites).item())
+        found.append(randnet.feature_matching(s.agent, h, views).item())
         if len(found) == 1:
             update(s, batch)
     assert found[1] < 0.7 * found[0]

@@ -404,7 +404,8 @@ def test_a_target_may_drift_out_of_range_during_the_wind_up(attacker, wait, drif
 
 @pytest.mark.parametrize("attacker", FIGHTERS)
 def test_backswing(attacker):
-    """After the hit a unit under an attack order stands for it; a stop or a move ends it."""
+    """After the hit a unit under an attack order stands for it, also under one on another target;
+    a stop or a move ends it."""
     me = TABLE[attacker]
     fired = max(math.ceil(me.point * SECOND), 1)
     still = me.point * SECOND + me.backswing * SECOND  # frames since the order
@@ -416,13 +417,18 @@ def test_backswing(attacker):
         c.units[0, j]["x"] += 12
         return c, i, j, at(c, i)
 
-    c, i, j, start = fled()
-    n = fired
-    while np.allclose(at(c, i), start):
-        tick(c)
-        n += 1
-    # The frame in which it ends, or the next; a Zealot's counts from its first hit.
-    assert max(math.floor(still), fired) < n <= max(math.ceil(still), fired) + 1
+    for tag in (0, 1):  # the same target, another one
+        c, i, j, start = fled()
+        enlist(c.units[0, 9], MARINE, 28.0, 16.0)
+        c.units[0, 9]["tag"] = 1
+        tell(c, a0=6 + tag)
+        assert c.units[0, i]["target"] == 8 + tag
+        n = fired
+        while np.allclose(at(c, i), start):
+            tick(c)
+            n += 1
+        # The frame in which it ends, or the next; a Zealot's counts from its first hit.
+        assert max(math.floor(still), fired) < n <= max(math.ceil(still), fired) + 1
     for action in (STOP, WEST):
         c, i, j, start = fled()
         tell(c, a0=action)

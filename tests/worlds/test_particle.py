@@ -371,8 +371,16 @@ def test_a_saved_world_goes_on_as_it_was(task, population, tmp_path):
     ):
         with pytest.raises(ValueError, match="This state is not of"):
             wrong.load_state_dict(saved)
-    with pytest.raises(ValueError, match="This state is not of"):
-        other.load_state_dict({})
+        with pytest.raises(RuntimeError, match="begins with reset"):
+            wrong.state_dict()  # as before
+    state = other.state_dict()
+    for refused in ({}, saved | {"time": saved["time"][:8]}):
+        with pytest.raises(ValueError, match="This state is not of"):
+            other.load_state_dict(refused)
+        kept = other.state_dict()
+        assert all(torch.equal(x, kept[k]) for k, x in state.items() if k != "game")
+    for act in actions[:9]:
+        assert same([world.step(act).obs], [other.step(act).obs])
 
 
 def test_what_an_episode_begins_with_does_not_depend_on_what_was_done():
