@@ -566,12 +566,12 @@ def prepare(
 ) -> tuple[Batch, RolloutState]:
     """Update agent.value_norm and add to the rollout what the losses need (last fields of Batch).
     Returns the rollout, and the state with the critic's new hidden states."""
-    logits: list[Tensor] = []  # of q, which did not act: pi_old needs them, and estimate() too
-    q = agent.critic.posterior
-    with q.register_forward_hook(lambda net, given, result: logits.append(result[0])):
-        values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
-    posterior = torch.cat(logits[: len(batch.actor_hidden)]).log_softmax(-1)  # (T, B, N, K)
+    views = batch.critic_views()
+    _, hidden = state.critic_hidden.chunk(2, -1)  # q's half: q did not act, but pi_old needs it
+    logits, _, _ = replay(args, agent.critic.posterior, views, hidden, agent.sprites)
+    posterior = logits[:-1].log_softmax(-1)  # (T, B, N, K)
     pi = (posterior + batch.options).logsumexp(-1)
+    values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
     # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(returns))
