@@ -52,6 +52,7 @@ from harness import (
     leave,
     load_checkpoint,
     moments,
+    process_count,
     read_args,
     restore,
     saved_args,
@@ -137,9 +138,12 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     apart = args.advantages_per_population
     replaced = args.reverse_mode != "kl"
     narrow = args.distilled_width != 1
-    distils = (args.forward or args.reverse) and not args.copy_every and not args.eval_only
-    first = args.k_d * args.rollout_steps * args.num_envs  # steps until the first distillation
-    too_rare = f"--k-d {args.k_d} needs {first:,} steps, and the run has {args.total_timesteps:,}"
+    learns = args.forward or args.reverse or args.copy_every  # phi
+    # Steps until the first distillation or copy; phases at odd multiples of k_d are forward.
+    every = args.copy_every or args.k_d * (1 if args.forward else 2)
+    first = every * args.rollout_steps * args.num_envs * process_count()
+    flag = f"--copy-every {args.copy_every}" if args.copy_every else f"--k-d {args.k_d}"
+    too_rare = f"{flag} needs {first:,} steps, and the run has {args.total_timesteps:,}"
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
@@ -147,7 +151,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
         # With capped w, E_phi[w grad log pi_theta] is not 0: a constant added to A adds a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
-        (distils and first > args.total_timesteps, too_rare),
+        (learns and first > args.total_timesteps and not args.eval_only, too_rare),
+        (args.copy_every and replaced, "--copy-every leaves no distillation for --reverse-mode"),
         (args.copy_every and narrow, "--copy-every needs --distilled-width 1"),
         (args.all_fictitious and args.p is not None, "--p has no use with --all-fictitious"),
         (replaced and not args.reverse, "--no-reverse excludes --reverse-mode"),

@@ -331,7 +331,7 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: there is no CUDA device here.")
     rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = process_count()
     if size > 1 and ":" in args.device:
         raise UsageError("Under torchrun each process has its own device: --device cuda.")
     device = torch.device("cpu")
@@ -350,6 +350,11 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=patience)
     return rank, size, device
+
+
+def process_count() -> int:
+    """How many processes torchrun has started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def process_rank() -> int:
@@ -541,7 +546,9 @@ def load_checkpoint(
         if not damaged:
             return read_state(run_dir / entry["name"]), run_dir
         if not quiet:
-            tell(f"{run_dir / damaged[0]} is damaged: its sha256 differs.", file=sys.stderr)
+            part = run_dir / damaged[0]
+            fault = "damaged: its sha256 differs" if part.exists() else "missing"
+            tell(f"{part} is {fault}.", file=sys.stderr)
     raise UsageError(f"{path} holds no intact checkpoint.")
 
 

@@ -114,7 +114,7 @@ class Args(RunArgs):
     num_envs: Positive = 12  # B, parallel worlds in each process
     max_episode_steps: Positive = 20  # steps after which an episode is truncated
     # Method
-    latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z, number of latents z (replay: int8)
+    latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z, number of z; with 1 Eq. (11) is 0
     representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z (Fig. 7)
     latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); told: z is m's number
     reptile_step: Share = 1.0  # alpha, share of the K inner steps that Reptile keeps
@@ -172,7 +172,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     one_size = not args.share_parameters
     several, learned = len(args.populations) > 1, args.latent_prior == "learned"
     alike = "both" in args.phi_gradient and not (several and args.latent_size > 1)
-    unlearned = args.psi_information and not (several and learned)
+    unlearned = args.psi_information and not (several and learned and args.latent_size > 1)
     too_few = args.latent_prior == "told" and args.latent_size < len(args.populations)
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
@@ -182,7 +182,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (one_size and len(populations) > 1, "Several populations need --share-parameters"),
         (too_few, "--latent-prior told needs more z"),
         (alike, "--phi-gradient both needs several populations and several z"),
-        (unlearned, "--psi-information needs several populations and --latent-prior learned"),
+        (unlearned, "--psi-information needs several populations and z, and a learned prior"),
     ]
 
 

@@ -54,6 +54,7 @@ from experiments.runs import (
 )
 
 MRA, MADDPG = "mra_maddpg_particle.py", "baselines/maddpg_particle.py"
+MAAC = "baselines/maac_particle.py"
 RL2, EPC = "baselines/rl2_particle.py", "baselines/epc_particle.py"
 
 # --- Training -------------------------------------------------------------------------------------
@@ -83,11 +84,12 @@ class Train:
     of populations (the paper's "equal episodes"; an episode has 20 steps). Runs are written to
     DIR/{task}-{method}-s{seed}. Finished runs are kept and stopped ones are resumed. Figures:
 
-    fig2: MRA, Reptile, the single-game baseline and MADDPG in one game of each world;
-    fig3: MRA and uni-MRA in all training games;
-    fig4: fig3's MRA adapted to treasure 6 without shaping, treasure 48 and pacman 2,8; and MADDPG
-    trained there from scratch;
-    fig5: fig3's MRA in resource, evaluated in populations that it never met;
+    fig2: MRA, Reptile (alpha 1 as in MRA, and .1: "proper"), the single-game baseline, and MADDPG
+    with weights per agent and shared ones, in one game of each world;
+    fig3: MRA, uni-MRA, EPC and RL2 in all training games;
+    fig4: fig3's MRA, EPC and RL2 adapted to treasure 6 without shaping, treasure 48 and pacman 2,8;
+    and MADDPG and MAAC trained there from scratch;
+    fig5: fig3's MRA, EPC and RL2 in resource, evaluated in populations that they never met;
     fig7: option, concat and bilinear representations in resource 6, 9, 12;
     fig8: MRA trained in 2, 3 and 4 games of resource.
     """
@@ -113,23 +115,36 @@ class Command(NamedTuple):
     adapts: str = ""  # name of the run whose weights it starts from; "": from new weights
 
 
-def several(task: str, method: str, flags: str = "", names: tuple[str, ...] = ()) -> Command:
-    """The command that trains MRA in several populations, by default all of TRAINED."""
+def several(
+    task: str, method: str, flags: str = "", names: tuple[str, ...] = (), script: str = MRA
+) -> Command:
+    """The command that trains a script in several populations, by default all of TRAINED."""
     populations = " ".join(names or TRAINED[task])
     worlds = f"--task {task} --populations {populations} --eval-populations {UNSEEN[task]}"
-    return Command(f"{task}-{method}", MRA, f"{worlds} {flags}")
+    return Command(f"{task}-{method}", script, f"{worlds} {flags}")
+
+
+def of_all_games(task: str) -> list[Command]:
+    """MRA and the two baselines that learn several populations with one network or by stages."""
+    epc, rl2 = several(task, "epc", script=EPC), several(task, "rl2", script=RL2)
+    return [several(task, "mra"), epc, rl2]
 
 
 def of_task(figure: str, task: str) -> list[Command]:
     """The commands of one of figs. 2, 3 and 4 in a world, without adaptations."""
     one = f"--task {task} --population {GAME[task]}"
     if figure == "fig2":
-        single = Command(f"{task}-single", MRA, f"--task {task} --populations {GAME[task]}")
-        reptile = several(task, "reptile", REPTILE)
-        return [several(task, "mra"), reptile, single, Command(f"{task}-maddpg", MADDPG, one)]
+        return [
+            several(task, "mra"),
+            several(task, "reptile", REPTILE),
+            several(task, "reptile-proper", f"{REPTILE} --reptile-step 0.1"),
+            Command(f"{task}-single", MRA, f"--task {task} --populations {GAME[task]}"),
+            Command(f"{task}-maddpg", MADDPG, one),
+            Command(f"{task}-maddpg-shared", MADDPG, f"{one} --share-parameters"),
+        ]
     if figure == "fig3":
-        return [several(task, "mra"), several(task, "uni", "--latent-prior uniform")]
-    return [several(task, "mra")] if figure == "fig4" else []
+        return [*of_all_games(task), several(task, "uni", "--latent-prior uniform")]
+    return of_all_games(task) if figure == "fig4" else []
 
 
 def of_resource(figure: str) -> list[Command]:
@@ -137,7 +152,7 @@ def of_resource(figure: str) -> list[Command]:
     three = ("6", "9", "12")
     option = several("resource", "3-option", "--representation option", three)
     if figure == "fig5":
-        return [several("resource", "mra")]
+        return of_all_games("resource")
     if figure == "fig7":
         others = ("concat", "bilinear")
         ways = [several("resource", f"3-{x}", f"--representation {x}", three) for x in others]
@@ -149,13 +164,18 @@ def of_resource(figure: str) -> list[Command]:
 
 
 def adaptations(task: str) -> list[Command]:
-    """The second stage of fig. 4: MRA is adapted to a population, MADDPG is trained in it."""
+    """The second stage of fig. 4: MRA, EPC, RL2 are adapted to a population, MADDPG and MAAC are
+    trained in it."""
     commands = []
     for population, flags in TARGETS[task]:
         place = f"{task}-{population.replace(',', '-')}{'-sparse' if flags else ''}"
         own = f"--population {population} {flags}"
+        one_set = f"--populations {population} --sets 1 --parents 1 {flags}"
         commands.append(Command(f"{place}-adapt", MRA, own, adapts=f"{task}-mra"))
+        commands.append(Command(f"{place}-epc", EPC, one_set, adapts=f"{task}-epc"))
+        commands.append(Command(f"{place}-rl2", RL2, own, adapts=f"{task}-rl2"))
         commands.append(Command(f"{place}-maddpg", MADDPG, f"--task {task} {own}"))
+        commands.append(Command(f"{place}-maac", MAAC, f"--task {task} {own}"))
     return commands
 
 
@@ -165,9 +185,9 @@ def jobs_of(commands: list[Command], study: Train, timesteps: int) -> list[Job]:
     root = study.dir.resolve()
     for seed, command in itertools.product(study.seeds, dict.fromkeys(commands)):
         flags = shlex.split(f"{command.flags} {study.flags}")
-        if command.adapts:  # without --preset, as --adapt takes that of the adapted run
+        if command.adapts:
             flags = ["--adapt", str(root / f"{command.adapts}-s{seed}"), *flags]
-        else:
+        if not command.adapts or command.script == EPC:  # others take the adapted run's preset
             flags = [*flags, "--preset", study.preset]
         jobs.append(
             Job(

@@ -49,6 +49,7 @@ DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3
 HORIZON = 20  # steps of an episode
 LONGEST = 2**20  # more steps than an episode can have
 LANES = 32  # worlds are padded to a multiple of this, so a world's bits do not depend on how many
+SHAPED = ("treasure", "pacman", "delivery")  # tasks whose rewards have a shaping term
 VISIBLE = 7  # delivery: most treasures that an agent sees; collectors in a deposit's shaping
 AWAY = -999.0  # delivery: x and y of a treasure that has just been taken
 Integration = Literal["velocity-first", "mpe2"]
@@ -90,6 +91,10 @@ class Game:
             raise ValueError(f"collision_penalty is not negative: not {self.collision_penalty}.")
         if self.carrying and self.collision_penalty:
             raise ValueError(f"{self.task} has its own collision_penalty, 5: it takes no other.")
+        if self.collision_penalty and self.task != "treasure":
+            raise ValueError(f"{self.task} has no collision_penalty: treasure alone has.")
+        if not self.shaping and self.task not in SHAPED:
+            raise ValueError(f"{self.task} has no shaping that it could do without.")
 
     @property
     def num_agents(self) -> int:

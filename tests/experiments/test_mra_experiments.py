@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,18 +205,20 @@ def test_runs_of_the_figures(tmp_path):
     code, text, stderr = command("mra", "train", *figures, *words)
     assert code == 0, stderr
     lines = [shlex.split(line) for line in text.splitlines()]
-    assert len(lines) == len(set(map(tuple, lines))) == 2 * (3 * 5 + 3 + 3 + 4)
+    # in each world six of fig. 2, uni, EPC, RL2, five for each target; three of fig. 7, one of 8
+    assert len(lines) == len(set(map(tuple, lines))) == 2 * (3 * (6 + 3) + 3 * 5 + 3 + 1)
     for words in lines:
         path, *argv = words[1:]
         assert argv[1].startswith(str(tmp_path / "my runs"))
         if "--adapt" in argv:
             source = argv[argv.index("--adapt") + 1]
-            assert source.endswith(f"-mra-s{argv[argv.index('--seed') + 1]}")
+            method = Path(path).stem.partition("_")[0]
+            assert source.endswith(f"-{method}-s{argv[argv.index('--seed') + 1]}")
             continue
-        module = script if path.startswith("mra") else parent
+        module = runs_module.load_script(Path(path).stem)
         args = runs_module.script_args(module, argv)
-        assert args.total_timesteps in (240_000, 120_000) and args.num_envs == 64
-    assert sum("--adapt" in words for words in lines) == 6
+        assert args.total_timesteps in (240_000, 120_000) and args.preset == "cpu"
+    assert sum("--adapt" in words for words in lines) == 2 * 3 * 3
     assert not (tmp_path / "my runs").exists()
 
 

@@ -104,6 +104,9 @@ WRONG = {
 }
 WRONG_IN_BIDIST = {
     "--k-d 4 --total-timesteps 9999": "--k-d 12,800 9,999",
+    "--no-forward --k-d 3 --total-timesteps 9999": "--k-d 19,200 9,999",
+    "--copy-every 4 --total-timesteps 9999": "--copy-every 12,800 9,999",
+    "--copy-every 1 --reverse-mode noise": "--copy-every --reverse-mode",
     "--p 1.5": "--p 1.5",
     "--k-d 0": "--k-d",
     "--weight-cap 0": "--weight-cap",
