@@ -182,7 +182,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (one_size and len(populations) > 1, "Several populations need --share-parameters"),
         (too_few, "--latent-prior told needs more z"),
         (alike, "--phi-gradient both needs several populations and several z"),
-        (unlearned, "--psi-information needs several populations and z, and a learned prior"),
+        (unlearned, "--psi-information needs several populations, z and --latent-prior learned"),
     ]
 
 
