@@ -32,7 +32,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -416,7 +416,7 @@ class ValueNorm(nn.Module):
 
     def update(self, new: Tensor) -> None:
         """Take in an iteration's returns; new (3,): 1, their mean, their mean square."""
-        self.sums.lerp_(new, 1 - self.DECAY)
+        self.sums.lerp_(new.to(self.sums), 1 - self.DECAY)
 
     def mean_std(self) -> tuple[float, float]:
         """Mean and standard deviation; 0 and 1 before the first update."""
@@ -442,7 +442,7 @@ class Agent(Parts):
         self.args, self.device = args, device
         torch.manual_seed(args.seed)
         self.policy = RecurrentPolicy(game, args).to(device)
-        self.value_norm = ValueNorm().to(device)
+        self.value_norm = ValueNorm()  # on the CPU: each step reads it
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.optimiser = adam(self.policy.parameters())
         self.reward_scales: dict[str, RewardScale] = {}  # by training population
@@ -482,7 +482,9 @@ class Agent(Parts):
 # --- 5. The paper ---------------------------------------------------------------------------------
 
 
-def same_agents(before: Population, after: Population) -> tuple[list[int], list[int]]:
+def same_agents(
+    before: Population, after: Population, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return the agents that are in both populations, as their indices in `before` and in `after`.
     Of each type these are the first agents."""
     here, there = [], []
@@ -490,6 +492,8 @@ def same_agents(before: Population, after: Population) -> tuple[list[int], list[
         both = range(min(counts))
         here += [sum(before[:kind]) + k for k in both]
         there += [sum(after[:kind]) + k for k in both]
+    here = constant(tuple(here), torch.int64, device)
+    there = constant(tuple(there), torch.int64, device)
     return here, there
 
 
@@ -499,7 +503,7 @@ def hand_over(hidden: Tensor, before: Population, after: Population) -> Tensor:
     # papers are silent: who remembers what when N changes
     means = [part.mean(1) for part in hidden.split(before, 1)]
     new = per_agent(torch.stack(means), after).transpose(0, 1)  # (B, N', R)
-    here, there = same_agents(before, after)
+    here, there = same_agents(before, after, hidden.device)
     new[:, there] = hidden[:, here]
     return new
 
@@ -512,7 +516,7 @@ def begin_game(agent: Agent, game: Game, num_worlds: int, last: Memory | None) -
     previous = torch.zeros(num_worlds, N, inputs, device=agent.device)
     if last is not None and agent.args.memory == "trial":
         hidden = hand_over(last.hidden, last.population, game.population)
-        here, there = same_agents(last.population, game.population)
+        here, there = same_agents(last.population, game.population, agent.device)
         previous[:, there] = last.previous[:, here]
         previous[..., -1] = 1.0  # done
     return Memory(game.population, hidden, previous)
@@ -528,7 +532,8 @@ def gae(args: Args, trial: Trial) -> list[Tensor]:
         next_value = played.values[-1].clone()  # (B, N)
         running = torch.zeros_like(next_value)
         if following:  # all agents act in its first step
-            here, there = same_agents(played.game.population, following.game.population)
+            before, after = played.game.population, following.game.population
+            here, there = same_agents(before, after, running.device)
             next_value[:, here] = following.values[0][:, there]
             running[:, here] = results[-1][0][:, there]
         advantages = torch.zeros_like(played.rewards)
@@ -582,9 +587,15 @@ class Played:
 Trial = list[Played]  # its games, in order
 
 
-def of_acting(games: list[Played], xs: list[Tensor]) -> Tensor:
-    """Select the K steps in which agents act from one tensor (T, B, N, ...) a game -> (K, ...)."""
-    return torch.cat([x[played.acts] for played, x in zip(games, xs)])
+def acting_steps(games: list[Played]) -> Tensor:
+    """The steps in which agents act (K,), as indices into all steps (T, B, N) of all games."""
+    acts = torch.cat([played.acts.flatten() for played in games])
+    return acts.nonzero()[:, 0]  # on a GPU the CPU waits for K, so do it once
+
+
+def at_steps(xs: Iterable[Tensor], steps: Tensor) -> Tensor:
+    """Select these steps (K,) from one tensor (T, B, N, ...) a game -> (K, ...)."""
+    return torch.cat([x.flatten(0, 2) for x in xs])[steps]
 
 
 class Collector:
@@ -748,13 +759,13 @@ def prepare(args: Args, agent: Agent, trials: list[Trial]) -> None:
     """Set advantages and targets of all games of these trials, in place; update agent.value_norm
     with their returns."""
     games = [played for trial in trials for played in trial]
+    steps = acting_steps(games)
     advantages = [x for trial in trials for x in gae(args, trial)]
     returns = [played.values[:-1] + x for played, x in zip(games, advantages)]
     if args.value_norm:
-        agent.value_norm.update(moments(of_acting(games, returns)))
+        agent.value_norm.update(moments(at_steps(returns, steps)))
     mean, std = agent.value_norm.mean_std()
-    every = of_acting(games, advantages)  # (K,)
-    centre, deviation = mean_and_deviation(every)
+    centre, deviation = mean_and_deviation(at_steps(advantages, steps))
     for played, advantage, target in zip(games, advantages, returns):
         played.advantages = (advantage - centre) / (deviation + 1e-5)
         played.targets = (target - mean) / std
@@ -762,8 +773,9 @@ def prepare(args: Args, agent: Agent, trials: list[Trial]) -> None:
 
 def minibatches(args: Args, trials: list[Trial], rng: torch.Generator) -> Iterator[list[Trial]]:
     """Yield an epoch's minibatches: of each order some shuffled worlds, with all their agents."""
+    device = trials[0][0].acts.device
     shuffled = [torch.randperm(args.num_envs, generator=rng) for _ in trials]
-    dealt = [worlds.tensor_split(args.minibatches) for worlds in shuffled]
+    dealt = [send(worlds, device).tensor_split(args.minibatches) for worlds in shuffled]
     for part in zip(*dealt):
         yield [[played.at(worlds) for played in trial] for trial, worlds in zip(trials, part)]
 
@@ -775,30 +787,29 @@ def pick(x: Tensor, actions: Tensor) -> Tensor:  # (..., A), (...) -> (...)
     return x.gather(-1, actions[..., None])[..., 0]
 
 
-def replay(agent: Agent, trial: Trial) -> tuple[Tensor, Tensor]:
-    """log pi (K, A) and V (K,) of the present policy in the K recorded steps of acting agents."""
-    log_probs, values = [], []
-    memory = None
+def replay(agent: Agent, trial: Trial) -> list[tuple[Tensor, Tensor]]:
+    """log pi (T, B, N, A) and V (T, B, N) of the present policy, for each game of a trial."""
+    results, memory = [], None
     for played in trial:
         T, B, N = played.acts.shape
         memory = begin_game(agent, played.game, B, memory)
         obs = Observation(*(x.flatten(0, 1) for x in played.obs))
         view = agent.view(played.game, obs)
-        found = agent.policy(view, played.previous, memory.hidden, played.acts)
-        log_probs.append(found[0])
-        values.append(found[1])
-        memory = memory._replace(hidden=found[2])
-    return of_acting(trial, log_probs), of_acting(trial, values)
+        log_probs, values, hidden = agent.policy(view, played.previous, memory.hidden, played.acts)
+        results.append((log_probs, values))
+        memory = memory._replace(hidden=hidden)
+    return results
 
 
 def losses(args: Args, agent: Agent, trials: list[Trial]) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss L of Eq. (4) on these trials, and its terms as scalars for the log."""
-    outputs = [replay(agent, trial) for trial in trials]
-    log_probs, values = (torch.cat(x) for x in zip(*outputs))  # (K, A), (K,)
     games = [played for trial in trials for played in trial]
+    steps = acting_steps(games)
+    outputs = [output for trial in trials for output in replay(agent, trial)]
+    log_probs, values = (at_steps(xs, steps) for xs in zip(*outputs))  # (K, A), (K,)
 
     def recorded(name: str) -> Tensor:  # (K,)
-        return of_acting(games, [getattr(played, name) for played in games])
+        return at_steps([getattr(played, name) for played in games], steps)
 
     difference = pick(log_probs, recorded("actions")) - recorded("log_probs")
     ratio = difference.exp()  # rho

@@ -261,6 +261,12 @@ def close(a: torch.Tensor, b: torch.Tensor, error: float = 1e-9) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= error * max(1.0, b.abs().max()))
 
 
+def replayed(agent, trial: list) -> list[torch.Tensor]:
+    """log pi (K, A) and V (K,) where agents act."""
+    games = zip(*rl2.replay(agent, trial))
+    return [torch.cat([x[game.acts] for game, x in zip(trial, xs)]) for xs in games]
+
+
 # --- Memory, policy, value ------------------------------------------------------------------------
 
 
@@ -270,7 +276,7 @@ def test_policy_and_value_are_those_of_the_equations(name, memory, double):
     """With agents that come, go and stop acting; --plain the same."""
     s = setting(name, f"--memory {memory}")
     trial = random_trial(s)
-    log_probs, values = rl2.replay(s.agent, trial)
+    log_probs, values = replayed(s.agent, trial)
     expected, expected_values = outputs(s, trial)
     steps = [(k, t, b, i) for k, played in enumerate(trial) for t, b, i in played.acts.nonzero()]
     steps = [tuple(map(int, step)) for step in steps]
@@ -280,7 +286,7 @@ def test_policy_and_value_are_those_of_the_equations(name, memory, double):
     assert log_probs.exp().std(0).min() > 0.01 and values.std() > 0.1
     plain = rl2.Agent(dataclasses.replace(s.args, plain=True), s.games[0], torch.device("cpu"))
     plain.policy.load_state_dict(s.agent.policy.state_dict())
-    assert close(rl2.replay(plain, trial)[0], log_probs)
+    assert close(replayed(plain, trial)[0], log_probs)
 
 
 def test_the_encoder_is_mras(double):
@@ -303,8 +309,8 @@ def test_the_encoder_is_mras(double):
 
 
 def test_who_is_who_in_the_next_game():
-    here, there = rl2.same_agents((2, 3), (3, 1))
-    assert (here, there) == ([0, 1, 2], [0, 1, 3])
+    here, there = rl2.same_agents((2, 3), (3, 1), torch.device("cpu"))
+    assert (here.tolist(), there.tolist()) == ([0, 1, 2], [0, 1, 3])
     hidden = torch.arange(5.0)[None, :, None].expand(2, 5, 3) + 1  # 1, 2; 3, 4, 5
     after = rl2.hand_over(hidden, (2, 3), (3, 1))
     assert after[0, :, 0].tolist() == [1, 2, 1.5, 3]
@@ -533,7 +539,7 @@ def test_what_is_learned_from_is_what_was_played(name, memory):
     s = playing(name, f"--memory {memory} --num-envs 16")
     s.agent.value_norm.update(torch.tensor([1.0, 3.0, 13.0], dtype=torch.float64))
     trial = trial_of(s, [0, 1, 2])
-    log_probs, values = rl2.replay(s.agent, trial)
+    log_probs, values = replayed(s.agent, trial)
     acts = [played.acts for played in trial]
     actions = torch.cat([played.actions[where] for played, where in zip(trial, acts)])
     recorded = torch.cat([played.log_probs[where] for played, where in zip(trial, acts)])
