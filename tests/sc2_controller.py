@@ -131,6 +131,7 @@ class SimulatedGame:
     def data(self):
         self._note("data")
         own = {number: f"{NAMES[kind]}_RL" for kind, number in self.custom.items()}
+        own = {number: name.replace("Colossus", "Colosus") for number, name in own.items()}
         named = {number: NAMES[kind] for kind, number in IDS.items()} | own
         units = [data_pb2.UnitTypeData(unit_id=n, name=name) for n, name in sorted(named.items())]
         return api.ResponseData(units=units)

@@ -249,6 +249,8 @@ def unit_ids(data: Any, family: Family, map_name: str) -> tuple[dict[int, int], 
     ids: dict[str, int] = {}
     for unit in sorted(data.units, key=lambda unit: unit.unit_id):
         ids.setdefault(plain(unit.name), unit.unit_id)
+    if "colosusrl" in ids:  # REFIL's and SMAC's maps spell it so
+        ids.setdefault("colossusrl", ids["colosusrl"])
     names = [NAMES[kind] for kind in family.types]
     missing = [f"{name}_RL" for name in names if plain(f"{name}_RL") not in ids]
     missing += [name for name in names if plain(name) not in ids]
