@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from envs.smac import combat
-from envs.smac.combat import ENGAGE, MEDIVAC, NEVER, SIDE, SLOTS, Combat
+from envs.smac.combat import ENGAGE, FAMILIES, MEDIVAC, NEVER, SIDE, SLOTS, Combat
 from envs.smac.episodes import (
     focus,
     nearest,
@@ -61,7 +61,7 @@ def mirror_match(scenario: str, size: int, battles: int) -> list[int]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("scenario", "size"), [("sz", 8), ("csz", 7), ("mmm", 8)])
+@pytest.mark.parametrize(("scenario", "size"), [("sz", 8), ("csz", 7), ("mmm", 8), ("zerg", 8)])
 def test_neither_side_is_favoured(scenario, size):
     """With the same AI on both sides each wins half: within 3.5 standard deviations of 1/2 (a fair
     game fails 1 in 2000). It has found enemies that were healed after they had been shot dead."""
@@ -102,11 +102,11 @@ def wins(scenario: str, size: int, name: str, battles: int, seed: int = 5) -> fl
     ]
 
 
-@pytest.mark.parametrize("scenario", ["sz", "csz", "mmm"])
+@pytest.mark.parametrize("scenario", FAMILIES)
 def test_scripted_agents(scenario):
-    """Random hardly ever wins, focus at least .1 more often."""
+    """Random hardly ever wins (Banelings burst by themselves), focus at least .1 more often."""
     chance = wins(scenario, 4, "random", 256)
-    assert chance < 0.02
+    assert chance < (0.1 if scenario == "zerg" else 0.02)
     assert wins(scenario, 4, "focus", 256) > chance + 0.1
 
 
