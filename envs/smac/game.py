@@ -51,6 +51,7 @@ from envs.smac.combat import (
     NOBODY,
     SIDE,
     STOP,
+    ZERGLING,
     Combat,
     Family,
     Scenario,
@@ -271,6 +272,7 @@ class Game:
         self.episodes, self.slots, self.tags = 0, {}, {}  # {tag: slot} and {slot: tag} of units
         api, common = self.pb.api, self.pb.common
         race = common.Terran if MEDIVAC in family.types else common.Protoss
+        race = common.Zerg if ZERGLING in family.types else race
         path = f"{map_path.parent.name}/{map_path.name}"
         create = api.RequestCreateGame(
             local_map=api.LocalMap(map_path=path, map_data=map_data),
