@@ -60,7 +60,8 @@ from envs.smac.game import GameFailed
 IDS = {COLOSSUS: 4, MARINE: 48, MARAUDER: 51, MEDIVAC: 54, ZEALOT: 73, STALKER: 74}
 IDS |= {BANELING: 9, ZERGLING: 105, HYDRALISK: 107}
 CUSTOM = sorted(NAMES)  # as the map has them
-RULES = Rules(0, False, False, 10**9, 1.0, False)  # no random delays: as predictable as the tests
+# No random delays: as predictable as the tests.
+RULES = Rules(0, False, False, 10**9, 1.0, once=False, bursts=True)
 
 
 @njit  # not cached: Numba would not notice changes in combat.py

@@ -264,6 +264,7 @@ class Rules(NamedTuple):
     limit: int  # steps of an episode at most
     reward_scale: float
     once: bool
+    bursts: bool  # whether there may be Banelings
 
 
 class Snapshot(NamedTuple):
@@ -723,7 +724,6 @@ def burst_banelings(units):
 @njit(cache=True, nogil=True)
 def regenerate_and_bury(units):
     """6. Units without hit points die; Zerg's hit points, shields and Medivacs' energy grow."""
-    burst_banelings(units)
     for i in range(SLOTS):
         me = units[i]
         if not me.alive:
@@ -747,6 +747,8 @@ def frame(units, battle, rules):
     use_weapons(units, battle, rules.weapon_delay)
     move(units)
     push_apart(units)
+    if rules.bursts:
+        burst_banelings(units)
     regenerate_and_bury(units)
 
 
@@ -1128,7 +1130,15 @@ class Combat:
         self.setup = make_setup(self.family, self.teams, seed, first_battle)
         ai = get_args(EnemyAI).index(enemy_ai)
         scale = self.family.reward_scale
-        self.rules = Rules(ai, weapon_delay, clip_regeneration, episode_limit, scale, once)
+        self.rules = Rules(
+            enemy_ai=ai,
+            weapon_delay=weapon_delay,
+            clip_regeneration=clip_regeneration,
+            limit=episode_limit,
+            reward_scale=scale,
+            once=once,
+            bursts=BANELING in self.family.types,
+        )
         self.units = np.zeros((num_battles, SLOTS), UNIT)
         self.battles = np.zeros(num_battles, BATTLE)
         self.snapshot, self._snap = new_snapshots(num_battles)

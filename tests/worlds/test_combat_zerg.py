@@ -20,6 +20,7 @@ from envs.smac.combat import (
     ZEALOT,
     ZERGLING,
     Combat,
+    burst_banelings,
     clear,
     enlist,
     push_apart,
@@ -58,6 +59,7 @@ def tick(c, frames=1):
         use_weapons(c.units[0], c.battles[0], False)
         walk(c.units[0])
         push_apart(c.units[0])
+        burst_banelings(c.units[0])
         regenerate_and_bury(c.units[0])
 
 
@@ -229,7 +231,7 @@ def test_bursts_set_off_enemy_banelings_in_the_same_frame(slots):
     c = field(*((slot, BANELING, 10 + 2 * k, 16) for k, slot in enumerate(slots)))
     c.units[0]["health"][[*slots]] = 15  # 20 kill
     c.units[0, slots[0]]["health"] = 0
-    regenerate_and_bury(c.units[0])
+    burst_banelings(c.units[0])
     assert not c.units[0]["alive"].any()
 
 
