@@ -27,6 +27,7 @@ from envs.smac.combat import (
     ZERGLING,
     Combat,
     Snapshot,
+    burst_banelings,
     clear,
     enlist,
     frame,
@@ -123,6 +124,7 @@ def tick(c, frames=1, ai=False):
             use_weapons(units, battle, c.rules.weapon_delay)
             walk(units)
             push_apart(units)
+            burst_banelings(units)
             regenerate_and_bury(units)
 
 
