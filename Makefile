@@ -32,7 +32,7 @@ help:  ## list the targets
 setup: $(READY)  ## make .venv with everything in it (0.5 GB to download, 3 GB with CUDA)
 	$(if $(JUST_MADE),,@$(PY) envs/meltingpot/install.py)
 
-setup-sc2: $(READY)  ## packages for --backend sc2 and its tests (docs/battles.md has the game)
+setup-sc2: $(READY)  ## packages for --backend sc2 and its tests (docs/starcraft.md has the game)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-sc2.txt
 
 train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, videos

@@ -417,7 +417,7 @@ class Battles:
     episodes: Positive = 2048  # episodes per script, scenario and team size
     seed: Seed = 1  # seed of battles and scripts
     enemy_ai: EnemyAI = "sticky"  # script of the simulator's enemies
-    backend: Literal["sim", "sc2"] = "sim"  # our simulator, or StarCraft II (docs/battles.md)
+    backend: Literal["sim", "sc2"] = "sim"  # our simulator, or StarCraft II (docs/starcraft.md)
     num_envs: Positive = 4  # with --backend sc2: parallel games
     game_version: str = ""  # with --backend sc2: e.g. 4.10.0; default: newest installed
 

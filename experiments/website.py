@@ -54,8 +54,8 @@ NAVIGATION = {
     "Baselines": """docs/baselines_meltingpot docs/baselines_particle docs/baselines_rl2
         docs/baselines_smac""",
     "Scripts and their benchmarks": "scripts/index",
-    "Worlds": """docs/meltingpot docs/scenarios docs/particle docs/battles docs/resource_collection
-        docs/own_world""",
+    "Worlds": """docs/meltingpot docs/scenarios docs/particle docs/battles docs/starcraft
+        docs/resource_collection docs/own_world""",
     "On many machines": "docs/studies docs/torchrun docs/gpu",
     "Project": "CONTRIBUTING CHANGELOG data",
 }

@@ -22,15 +22,17 @@ import numpy as np
 from numba import njit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from s2clientprotocol import common_pb2, data_pb2, debug_pb2, raw_pb2
+from s2clientprotocol import data_pb2, debug_pb2, raw_pb2
 from s2clientprotocol import sc2api_pb2 as api
 
 from envs.smac.combat import (
+    BANELING,
     BATTLE,
     COLOSSUS,
     FIRST_MOVE,
     FIRST_TARGET,
     FLYING,
+    HYDRALISK,
     MARAUDER,
     MARINE,
     MEDIVAC,
@@ -44,6 +46,7 @@ from envs.smac.combat import (
     STOP,
     UNIT,
     ZEALOT,
+    ZERGLING,
     Rules,
     arrange,
     clear,
@@ -55,8 +58,10 @@ from envs.smac.combat import (
 from envs.smac.game import GameFailed
 
 IDS = {COLOSSUS: 4, MARINE: 48, MARAUDER: 51, MEDIVAC: 54, ZEALOT: 73, STALKER: 74}
-CUSTOM = ("Baneling", "Colossus", "Hydralisk", "Marauder", "Marine", "Medivac", "Stalker", "Zealot")
-RULES = Rules(0, False, False, 10**9, 1.0, False)  # no random delays: as predictable as the tests
+IDS |= {BANELING: 9, ZERGLING: 105, HYDRALISK: 107}
+CUSTOM = sorted(NAMES)  # as the map has them
+# No random delays: as predictable as the tests.
+RULES = Rules(0, False, False, 10**9, 1.0, once=False, bursts=True)
 
 
 @njit  # not cached: Numba would not notice changes in combat.py
@@ -96,9 +101,7 @@ class SimulatedGame:
 
     def __init__(self, first_custom: int = 1935, delay: int = 1, size: int = 32, fail=None):
         self.size, self.delay, self.fail = size, delay, fail or (lambda name: None)
-        self.custom = {
-            NAMES.index(name): first_custom + k for k, name in enumerate(CUSTOM) if name in NAMES
-        }
+        self.custom = {NAMES.index(name): first_custom + k for k, name in enumerate(CUSTOM)}
         self.units, self.battles = np.zeros(SLOTS, UNIT), np.zeros(1, BATTLE)
         clear_all(self.units)
         self.coming, self.due, self.control, self.ordered = [], 0, False, False
@@ -119,7 +122,7 @@ class SimulatedGame:
 
     def join_game(self, request):
         self._note("join_game")
-        assert request.options.raw and request.race in (common_pb2.Protoss, common_pb2.Terran)
+        assert request.options.raw and request.race in (1, 2, 3)  # Terran, Zerg, Protoss
         return api.ResponseJoinGame(player_id=1)
 
     def game_info(self):
@@ -131,6 +134,7 @@ class SimulatedGame:
     def data(self):
         self._note("data")
         own = {number: f"{NAMES[kind]}_RL" for kind, number in self.custom.items()}
+        own = {number: name.replace("Colossus", "Colosus") for number, name in own.items()}
         named = {number: NAMES[kind] for kind, number in IDS.items()} | own
         units = [data_pb2.UnitTypeData(unit_id=n, name=name) for n, name in sorted(named.items())]
         return api.ResponseData(units=units)

@@ -46,39 +46,50 @@ MOVES = ((0, 1), (0, -1), (1, 0), (-1, 0))  # actions 2..5: north, south, east, 
 EPISODE_LIMIT = 150  # steps
 KILL, WIN = 10.0, 200.0  # rewards, before they are divided by reward_scale
 EnemyAI = Literal["sticky", "closest", "focus"]
-Scenario = Literal["sz", "csz", "mmm"]
+Scenario = Literal["sz", "csz", "mmm", "terran", "protoss", "zerg"]
 
 # --- Units ----------------------------------------------------------------------------------------
 
 COLOSSUS, STALKER, ZEALOT, MARAUDER, MARINE, MEDIVAC = range(6)  # the order of allies' slots
-NAMES = ("Colossus", "Stalker", "Zealot", "Marauder", "Marine", "Medivac")
+BANELING, HYDRALISK, ZERGLING = range(6, 9)
+NAMES = (
+    *("Colossus", "Stalker", "Zealot", "Marauder", "Marine", "Medivac"),
+    *("Baneling", "Hydralisk", "Zergling"),
+)
 
 
-def _of(colossus, stalker, zealot, marauder, marine, medivac) -> np.ndarray:
-    return np.array([colossus, stalker, zealot, marauder, marine, medivac])
+def _of(*values) -> np.ndarray:
+    """An array of what each type has, in the order of NAMES."""
+    assert len(values) == len(NAMES)
+    return np.array(values)
 
 
-HEALTH = _of(200.0, 80.0, 100.0, 125.0, 45.0, 150.0)
-SHIELD = _of(150.0, 80.0, 50.0, 0.0, 0.0, 0.0)
-ARMOUR = _of(1.0, 1.0, 1.0, 1.0, 0.0, 1.0)  # reduces hits on hit points, not on shields
-ARMOURED = _of(True, True, False, True, False, True)
-BIOLOGICAL = _of(False, False, True, True, True, False)
-FLYING = _of(False, False, False, False, False, True)
-LAYER = _of(1, 0, 0, 0, 0, 2)  # only units of one layer collide: a Colossus walks over others
-DAMAGE = _of(20.0, 10.0, 8.0, 10.0, 6.0, 0.0)  # of one hit
-BONUS = _of(0.0, 4.0, 0.0, 10.0, 0.0, 0.0)  # added to DAMAGE against armoured units
-PERIOD = SECOND * _of(2.2, 1.44, 1.2, 1.5, 0.8608, 0.0)  # from one attack to the next
-DAMAGE_POINT = SECOND * _of(0.0832, 0.167, 0.0, 0.0, 0.05, 0.0)  # wind-up: from start to hit
-BACKSWING = SECOND * _of(0.5, 0.5, 0.5, 0.0, 0.75, 0.0)  # standing still after the hit
-RANGE = _of(6.0, 6.0, 0.1, 6.0, 5.0, 4.0)  # edge to edge
-SLACK = _of(0.0, 1.0, 1.0, 1.0, 1.0, 0.0)  # how far a target may leave the range in a wind-up
-SPEED = _of(2.25, 2.9531, 2.25, 2.25, 2.25, 2.75) / SECOND  # per frame
+HEALTH = _of(200.0, 80.0, 100.0, 125.0, 45.0, 150.0, 30.0, 80.0, 35.0)
+SHIELD = _of(150.0, 80.0, 50.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+ARMOUR = _of(1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)  # reduces hits on hit points only
+ARMOURED = _of(True, True, False, True, False, True, False, False, False)
+LIGHT = _of(False, False, True, False, True, False, False, True, True)
+BIOLOGICAL = _of(False, False, True, True, True, False, True, True, True)
+FLYING = _of(False, False, False, False, False, True, False, False, False)
+LAYER = _of(1, 0, 0, 0, 0, 2, 0, 0, 0)  # only units of one layer collide: Colossi step over others
+DAMAGE = _of(20.0, 10.0, 8.0, 10.0, 6.0, 0.0, 20.0, 12.0, 5.0)  # of one hit
+BONUS = _of(0.0, 4.0, 0.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # added against armoured units
+LIGHT_BONUS = _of(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 15.0, 0.0, 0.0)  # added against light units
+# From one attack to the next; the wind-up, from its start to the hit; standing still after the hit.
+PERIOD = SECOND * _of(2.2, 1.44, 1.2, 1.5, 0.8608, 0.0, 0.833, 0.83, 0.696)
+DAMAGE_POINT = SECOND * _of(0.0832, 0.167, 0.0, 0.0, 0.05, 0.0, 0.0, 0.208, 0.167)
+BACKSWING = SECOND * _of(0.5, 0.5, 0.5, 0.0, 0.75, 0.0, 0.5, 0.5, 0.5)
+RANGE = _of(6.0, 6.0, 0.1, 6.0, 5.0, 4.0, 0.25, 5.0, 0.1)  # edge to edge
+SLACK = _of(0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0)  # a target may leave by it in a wind-up
+SPEED = _of(2.25, 2.9531, 2.25, 2.25, 2.25, 2.75, 2.5, 2.25, 2.9531) / SECOND  # per frame
 ACCELERATION = 2.3125 / SECOND**2  # of the Medivac; all other units reach full speed at once
-RADIUS = _of(1.0, 0.625, 0.5, 0.5625, 0.375, 0.75)
-SEPARATION = _of(0.75, 0.625, 0.375, 0.5, 0.375, 0.75)  # radius in collisions
-HITS_AIR = _of(False, True, False, False, True, False)  # all that attack hit the ground
-HAS_MISSILE = _of(False, True, False, True, False, False)
-MISSILE_SPEED = 15.0 / SECOND  # per frame; a guess
+RADIUS = _of(1.0, 0.625, 0.5, 0.5625, 0.375, 0.75, 0.375, 0.625, 0.375)
+SEPARATION = _of(0.75, 0.625, 0.375, 0.5, 0.375, 0.75, 0.375, 0.5, 0.375)  # radius in collisions
+HITS_AIR = _of(False, True, False, False, True, False, False, True, False)  # all hit the ground
+HAS_MISSILE = _of(False, True, False, True, False, False, False, True, False)
+# Per frame. A guess for Stalkers and Marauders, the game's number for Hydralisks.
+MISSILE_SPEED = _of(0.0, 15.0, 0.0, 15.0, 0.0, 0.0, 0.0, 40.0, 0.0) / SECOND
+LIFE_RATE = _of(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2734, 0.2734, 0.2734) / SECOND  # points per frame
 
 DELAY = SECOND * np.array([-0.0625, 0.125])  # frames added to a period, uniform
 ACQUISITION = 5.0  # edge to edge: enemies look for targets within this or their weapon's range
@@ -93,7 +104,8 @@ SECOND_HIT, SECOND_SLACK = 0.28 * SECOND, 1.0  # Zealot: frames after the first 
 BEAM_HIT = 0.375 * SECOND  # Colossus: from the shot to the two hits on its target
 BEAM_POINTS, BEAM_STEP, BEAM_HALF = 11, 0.25, 1.25  # each of its two sweeps: half its length last
 BEAM_TICK, BEAM_DELAY, BEAM_WIDTH = 0.0312 * SECOND, 0.25 * SECOND, 0.15  # see sweep()
-COOLDOWN_SCALE = _of(24.0, 35.0, 22.0, 25.0, 15.0, 200.0)  # frames; SMAC divides cooldowns by it
+BURST = 2.2  # Baneling: from its centre to the edges of the units that it hits when it dies
+COOLDOWN_SCALE = _of(24.0, 35.0, 22.0, 25.0, 15.0, 200.0, 1.0, 10.0, 11.0)  # frames; SMAC's divisor
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,7 @@ class Family:
     extra: int  # how many units of the special type at most
     special: int  # type; -1: none
     reward_scale: float  # rewards are divided by it
+    weights: tuple[float, ...] = ()  # how likely a unit is of each type; (): teams equally likely
 
     @property
     def n_actions(self) -> int:
@@ -129,14 +142,15 @@ class Family:
     def teams(self, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
         """All teams of these sizes, each as the number of units of each of `types`.
 
-        A team has base units in any mixture and 0 to `extra` special ones. ValueError if there is
-        no team of one of the sizes, or if `sizes` is empty."""
+        A team has base units in any mixture, 0 to `extra` special ones, and 3 to 8 units in all.
+        ValueError if there is no team of one of the sizes, or if `sizes` is empty."""
         common = [t for t in self.types if t != self.special]
         found = []
         for n, k in product(self.base, range(self.extra + 1)):
             for first in range(n + 1):
                 count = {common[0]: first, common[1]: n - first, self.special: k}
-                found.append(tuple(count[t] for t in self.types))
+                if 3 <= n + k <= SIDE:
+                    found.append(tuple(count[t] for t in self.types))
         possible = sorted({sum(team) for team in found})
         for size in sizes:
             if size not in possible:
@@ -146,13 +160,38 @@ class Family:
             raise ValueError("At least one team size is needed.")
         return [team for team in found if sum(team) in sizes]
 
+    def shares(self, teams: list[tuple[int, ...]]) -> np.ndarray:
+        """(K,) float64: in which share of battles each of K teams is drawn. With `weights`, sizes
+        are equally likely; each unit's type is drawn by itself, until the team is one of `teams`.
+        """
+        if not self.weights:
+            return np.full(len(teams), 1 / len(teams))
+        share, size = np.ones(len(teams)), np.array([sum(team) for team in teams])
+        for k, team in enumerate(teams):
+            for number, weight in zip(team, self.weights):
+                share[k] *= weight**number / math.factorial(number)
+        for n in set(size.tolist()):
+            share[size == n] /= share[size == n].sum()
+        return share / share.sum()
+
 
 # reward_scale = (sum of hit points and shields + 10 per unit + 200) / 20 for one team of eight: 7
-# Stalkers and a Zealot; 2 Colossi, 5 Stalkers, a Zealot; 5 Marines, a Marauder, 2 Medivacs.
+# Stalkers and a Zealot; 2 Colossi, 5 Stalkers, a Zealot; 5 Marines, a Marauder, 2 Medivacs; in
+# SMACv2's families (the last three, with its weights) 1 special unit, 4 of the type with more hit
+# points, and 3 others. SMACv2 has no team of Medivacs or Banelings alone: their base is at least 1.
 FAMILIES = {
     "sz": Family("sz", (ZEALOT, STALKER), range(3, 9), 0, -1, 77.5),
     "csz": Family("csz", (COLOSSUS, ZEALOT, STALKER), range(3, 7), 2, COLOSSUS, 96.5),
     "mmm": Family("mmm", (MARINE, MARAUDER, MEDIVAC), range(3, 7), 2, MEDIVAC, 46.5),
+    "terran": Family(
+        "terran", (MARINE, MARAUDER, MEDIVAC), range(1, 9), 8, MEDIVAC, 53.25, (0.45, 0.45, 0.1)
+    ),
+    "protoss": Family(
+        "protoss", (COLOSSUS, ZEALOT, STALKER), range(9), 8, COLOSSUS, 86.0, (0.1, 0.45, 0.45)
+    ),
+    "zerg": Family(
+        "zerg", (BANELING, ZERGLING, HYDRALISK), range(1, 9), 8, BANELING, 36.75, (0.1, 0.45, 0.45)
+    ),
 }
 
 IDLE, GO, ENGAGE = range(3)  # orders: none, to a point, onto a unit (attack or heal)
@@ -225,6 +264,7 @@ class Rules(NamedTuple):
     limit: int  # steps of an episode at most
     reward_scale: float
     once: bool
+    bursts: bool  # whether there may be Banelings
 
 
 class Snapshot(NamedTuple):
@@ -434,6 +474,7 @@ def command_enemies(units, battle, enemy_ai):
 def hurt(you, by_slot, by_type):
     """Apply one hit to `you`: shields first; armour reduces what gets through, to .5 at least."""
     amount = DAMAGE[by_type] + BONUS[by_type] * ARMOURED[you.type]
+    amount += LIGHT_BONUS[by_type] * LIGHT[you.type]
     you.calm, you.attacker = 0.0, by_slot
     through = amount - you.shield
     you.shield = max(you.shield - amount, 0.0)
@@ -454,6 +495,8 @@ def fire(units, i, j, late):
         me.beam_x, me.beam_y = you.x, you.y
         me.beam_dx, me.beam_dy = -(you.y - me.y) / far, (you.x - me.x) / far
         sweep(units, i, late)
+    elif me.type == BANELING:
+        me.health = 0.0  # it dies, and so bursts, at the end of the frame
     else:
         hurt(you, i, me.type)
         if me.type == ZEALOT:
@@ -464,7 +507,7 @@ def fire(units, i, j, late):
 def fly(units, i, frames):
     """Move unit i's missile towards its target; it is lost if the target dies before it arrives."""
     me = units[i]
-    you, reach = units[me.missile_at], MISSILE_SPEED * frames
+    you, reach = units[me.missile_at], MISSILE_SPEED[me.type] * frames
     dx, dy = you.x - me.missile_x, you.y - me.missile_y
     far = math.sqrt(dx * dx + dy * dy)
     if not you.alive:
@@ -652,16 +695,44 @@ def push_apart(units):
 
 
 @njit(cache=True, nogil=True)
+def bury(me):
+    me.alive, me.order, me.target, me.second_at = False, IDLE, NOBODY, NOBODY
+    me.health, me.shield, me.winding = 0.0, 0.0, NEVER
+
+
+@njit(cache=True, nogil=True)
+def burst_banelings(units):
+    """Banelings without hit points die and hit all enemies on the ground whose edge is within BURST
+    of their centre; enemy Banelings that this kills burst in turn, in the same frame."""
+    again = True
+    while again:
+        again = False
+        for i in range(SLOTS):
+            me = units[i]
+            if me.type != BANELING or not me.alive or me.health > 0.0:
+                continue
+            bury(me)
+            again = True
+            foes = SIDE if i < SIDE else 0  # first slot of the other side
+            for j in range(foes, foes + SIDE):
+                you = units[j]
+                near = you.alive and distance(me, you) - RADIUS[you.type] <= BURST
+                if near and not FLYING[you.type]:
+                    hurt(you, i, BANELING)
+
+
+@njit(cache=True, nogil=True)
 def regenerate_and_bury(units):
-    """6. Units without hit points die; shields and Medivacs' energy regenerate."""
+    """6. Units without hit points die; Zerg's hit points, shields and Medivacs' energy grow."""
     for i in range(SLOTS):
         me = units[i]
         if not me.alive:
             continue
         if me.health <= 0.0:
-            me.alive, me.order, me.target, me.second_at = False, IDLE, NOBODY, NOBODY
-            me.health, me.shield, me.winding = 0.0, 0.0, NEVER
+            bury(me)
             continue
+        if LIFE_RATE[me.type] > 0.0:
+            me.health = min(me.health + LIFE_RATE[me.type], HEALTH[me.type])
         me.calm += 1.0
         if me.calm > SHIELD_DELAY:
             me.shield = min(me.shield + SHIELD_RATE, SHIELD[me.type])
@@ -676,6 +747,8 @@ def frame(units, battle, rules):
     use_weapons(units, battle, rules.weapon_delay)
     move(units)
     push_apart(units)
+    if rules.bursts:
+        burst_banelings(units)
     regenerate_and_bury(units)
 
 
@@ -688,11 +761,23 @@ class Setup(NamedTuple):
     seed: int
     first_battle: int
     teams: np.ndarray  # (K, T) int8: of K teams the number of units of each of `types`
+    shares: np.ndarray  # (K,) float64: how likely the first, first two, ... are; (0,): all equally
     types: np.ndarray  # (T,) int8, in the order of teams, one-hot columns and enemies' slots
     allies: np.ndarray  # (T,) int8: indices in `types`, in the order of allies' slots
-    place: np.ndarray  # (6,) int8: index in `types` of each type, NOBODY if it is not there
+    place: np.ndarray  # (9,) int8: index in `types` of each type, NOBODY if it is not there
     n_actions: int
     has_shields: bool
+
+
+@njit(cache=True, nogil=True)
+def draw_team(battle, setup):
+    """The index in setup.teams of the team of a new episode."""
+    number, team = uniform(battle), 0
+    if len(setup.shares) == 0:
+        return int(number * len(setup.teams))
+    while number >= setup.shares[team]:
+        team += 1
+    return team
 
 
 @njit(cache=True, nogil=True)
@@ -701,7 +786,7 @@ def begin(units, battle, number, setup):
     battle.random = stream(setup.seed, setup.first_battle + number, battle.episode)
     battle.episode += 1
     battle.time, battle.reward = 0, 0.0
-    battle.team = int(uniform(battle) * len(setup.teams))
+    battle.team = draw_team(battle, setup)
     team, angle = setup.teams[battle.team], 2 * math.pi * uniform(battle)
     for i in range(SLOTS):
         clear(units[i])
@@ -979,14 +1064,25 @@ def make_setup(family: Family, teams: list[tuple[int, ...]], seed: int, first: i
     place[list(family.types)] = range(len(family.types))
     types = np.array(family.types, np.int8)
     order = np.argsort(types).astype(np.int8)
-    teams = np.array(teams, np.int8).reshape(len(teams), -1)
-    return Setup(seed, first, teams, types, order, place, family.n_actions, family.has_shields)
+    shares = np.cumsum(family.shares(teams)) if family.weights else np.zeros(0)
+    shares[-1:] = 1.0  # whatever the sum's rounding
+    return Setup(
+        seed=seed,
+        first_battle=first,
+        teams=np.array(teams, np.int8).reshape(len(teams), -1),
+        shares=shares,
+        types=types,
+        allies=order,
+        place=place,
+        n_actions=family.n_actions,
+        has_shields=family.has_shields,
+    )
 
 
 class Combat:
     """num_battles simulated battles of one scenario. ValueError for arguments that are not allowed.
 
-    scenario           sz, csz or mmm
+    scenario           a name in FAMILIES
     team_sizes         each episode draws one of all teams of these sizes, for both sides
     first_battle       number of the first battle; seed and number determine a battle's draws
     threads            how many threads share the battles; only the speed depends on it
@@ -1034,7 +1130,15 @@ class Combat:
         self.setup = make_setup(self.family, self.teams, seed, first_battle)
         ai = get_args(EnemyAI).index(enemy_ai)
         scale = self.family.reward_scale
-        self.rules = Rules(ai, weapon_delay, clip_regeneration, episode_limit, scale, once)
+        self.rules = Rules(
+            enemy_ai=ai,
+            weapon_delay=weapon_delay,
+            clip_regeneration=clip_regeneration,
+            limit=episode_limit,
+            reward_scale=scale,
+            once=once,
+            bursts=BANELING in self.family.types,
+        )
         self.units = np.zeros((num_battles, SLOTS), UNIT)
         self.battles = np.zeros(num_battles, BATTLE)
         self.snapshot, self._snap = new_snapshots(num_battles)

@@ -11,7 +11,7 @@ and available actions from a Snapshot that is read from the game. An episode fol
 al., 2021): kill all units, create the teams by debug commands, send the enemy once to where the
 agents stand; then each step sends raw unit commands and plays 8 frames.
 
-The game is not part of this project and was not available when this was written: docs/battles.md
+The game is not part of this project and was not available when this was written: docs/starcraft.md
 says how to install it, what was tested without it, and what has never run. A game is reached
 through a controller: an object with nine methods (create_game, join_game, game_info, data, debug,
 actions, step, observe, close) and a version. `StarCraft` controls the real game;
@@ -51,6 +51,7 @@ from envs.smac.combat import (
     NOBODY,
     SIDE,
     STOP,
+    ZERGLING,
     Combat,
     Family,
     Scenario,
@@ -74,7 +75,7 @@ HOMES = {
     "Windows": "C:/Program Files (x86)/StarCraft II",
 }
 INSTALL = "pip install --no-deps -r requirements-sc2.txt"
-ELSE = "(docs/battles.md; without the game: --backend sim)"
+ELSE = "(docs/starcraft.md; without the game: --backend sim)"
 
 
 class BattleError(RuntimeError):
@@ -119,7 +120,7 @@ def messages() -> SimpleNamespace:
         name = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
         raise BattleError(
             f"s2clientprotocol needs the environment variable {name}=python, set before Python "
-            "starts, with protobuf 4 or newer (docs/battles.md)."
+            "starts, with protobuf 4 or newer (docs/starcraft.md)."
         ) from None
     return SimpleNamespace(common=common_pb2, debug=debug_pb2, raw=raw_pb2, api=sc2api_pb2)
 
@@ -143,7 +144,7 @@ def find_map(home: Path, name: str) -> Path:
     if not found:
         raise BattleError(
             f"There is no {name}.SC2Map in {folder}: put the files of SMAC_Maps there, which REFIL "
-            "has at github.com/shariqiqbal2810/REFIL, src/envs/starcraft2/maps (docs/battles.md)."
+            "has at github.com/shariqiqbal2810/REFIL, src/envs/starcraft2/maps (docs/starcraft.md)."
         )
     return found[0]
 
@@ -157,7 +158,7 @@ def import_pysc2() -> Any:
     except ImportError as error:
         raise BattleError(
             f"pysc2 cannot be imported ({error}): {INSTALL}; `smac` on PyPI is something else "
-            "and not needed (docs/battles.md)."
+            "and not needed (docs/starcraft.md)."
         ) from None
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # pysc2 reads its default options from absl's flags
@@ -249,6 +250,8 @@ def unit_ids(data: Any, family: Family, map_name: str) -> tuple[dict[int, int], 
     ids: dict[str, int] = {}
     for unit in sorted(data.units, key=lambda unit: unit.unit_id):
         ids.setdefault(plain(unit.name), unit.unit_id)
+    if "colosusrl" in ids:  # REFIL's and SMAC's maps spell it so
+        ids.setdefault("colossusrl", ids["colosusrl"])
     names = [NAMES[kind] for kind in family.types]
     missing = [f"{name}_RL" for name in names if plain(f"{name}_RL") not in ids]
     missing += [name for name in names if plain(name) not in ids]
@@ -269,6 +272,7 @@ class Game:
         self.episodes, self.slots, self.tags = 0, {}, {}  # {tag: slot} and {slot: tag} of units
         api, common = self.pb.api, self.pb.common
         race = common.Terran if MEDIVAC in family.types else common.Protoss
+        race = common.Zerg if ZERGLING in family.types else race
         path = f"{map_path.parent.name}/{map_path.name}"
         create = api.RequestCreateGame(
             local_map=api.LocalMap(map_path=path, map_data=map_data),
@@ -593,7 +597,7 @@ class RealBattles(Combat):
         if self.failures[b] >= FAILURES:
             raise BattleError(
                 f"StarCraft II (battle {b}) failed {FAILURES} times in a row, the last time with: "
-                f"{failure} (docs/battles.md)."
+                f"{failure} (docs/starcraft.md)."
             ) from None
         warnings.warn(f"StarCraft II (battle {b}) is started again: {failure}.", stacklevel=2)
 

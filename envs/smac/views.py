@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from envs.smac.combat import (
+    BANELING,
     BEAM_HALF,
     COLOSSUS,
     ENGAGE,
     FIRST_TARGET,
     HEALTH,
+    HYDRALISK,
     MAP,
     MARAUDER,
     MARINE,
@@ -26,6 +28,7 @@ from envs.smac.combat import (
     SIDE,
     STALKER,
     ZEALOT,
+    ZERGLING,
     Snapshot,
 )
 
@@ -43,11 +46,16 @@ CORNERS = {  # of the polygon that shows a unit
     MARAUDER: 6,
     MARINE: 20,
     MEDIVAC: 20,
+    BANELING: 8,
+    HYDRALISK: 5,
+    ZERGLING: 3,
 }
 TURN = {  # angle of the first corner, radians; 0 for others
     COLOSSUS: 0.0,
     STALKER: -math.pi / 2,
     ZEALOT: math.pi / 4,
+    HYDRALISK: -math.pi / 2,
+    ZERGLING: math.pi / 2,
 }
 Point = tuple[float, float]  # pixels
 
@@ -57,7 +65,8 @@ def draw(
 ) -> np.ndarray:
     """A picture (size, size, 3) uint8 of battle b of a Snapshot: allies blue, enemies red; Stalkers
     triangles, Zealots squares, Colossi diamonds, Marines discs, Marauders hexagons, Medivacs discs
-    with a cross; bars for hit points (green) and shields (blue); crosses where units died.
+    with a cross, Zerglings triangles on a corner, Hydralisks pentagons, Banelings octagons; bars
+    for hit points (green) and shields (blue); crosses where units died.
 
     units (A+E,) UNIT: the simulator's units; attacks, missiles and beams are drawn, too.
     actions (A,): the agents' actions; dotted lines show their targets."""

@@ -819,6 +819,7 @@ def test_a_reward_that_is_not_finite(module, poison, monkeypatch, capfd):
 
 WRONG = {  # with words that the sentence has to contain
     "--team-sizes 2": "3 to 8 2",
+    "--scenario zerg --team-sizes 4 9": "zerg 3 to 8 9",
     "--team-sizes 3 --eval-team-sizes 9": "9",
     "--team-sizes --eval-team-sizes 9": "9",
     "--team-sizes": "--team-sizes empty",
@@ -864,6 +865,8 @@ def test_help_says_what_is_the_worlds():
     hints = {field.name: field.type for field in dataclasses.fields(refil.Args)}
     for kind in combat.EnemyAI.__args__:
         assert repr(kind) in hints["enemy_ai"]
+    for name in (*combat.FAMILIES, "resource"):
+        assert repr(name) in hints["scenario"]
 
 
 @EACH

@@ -46,6 +46,7 @@ REPRODUCIBLE = [
     ("battles", "sz", (3, 4, 5)),
     ("battles", "mmm", (8,)),
     ("battles", "csz", (6,)),
+    ("battles", "zerg", (4, 8)),
     ("collection", (2, 3)),
 ]
 MELTING_POT = [

@@ -21,7 +21,7 @@ from runs import index, script
 
 from envs.smac import episodes as combat_episodes
 from envs.smac import game as smac
-from envs.smac.combat import FIRST_TARGET, SIDE, SLOTS, Combat, Snapshot, begin
+from envs.smac.combat import FAMILIES, FIRST_TARGET, SIDE, SLOTS, Combat, Snapshot, begin
 from envs.smac.game import FAILURES, BattleError, RealBattles, draw, make_battles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,10 +86,11 @@ def real(scenario="sz", sizes=(3,), num_battles=1, game=None, **options) -> Real
 
 @spoken
 @pytest.mark.parametrize("once", [False, True])
-@pytest.mark.parametrize("scenario", ["sz", "csz", "mmm"])
+@pytest.mark.parametrize("scenario", FAMILIES)
 def test_equals_the_simulator_step_by_step(scenario, once):
     """Bit by bit. Of the dead the game says nothing, so they stay where they were last seen."""
-    options = dict(episode_limit=70, once=once, first_battle=5)
+    limit = 45 if scenario == "protoss" else 70  # so that some battles reach it
+    options = dict(episode_limit=limit, once=once, first_battle=5)
     mine = real(scenario, SIZES, 3, lambda: SimulatedGame(1935 + len(scenario)), **options)
     sim = Combat(scenario, SIZES, 3, seed=3, weapon_delay=False, **options)
     rng, episodes, losses = np.random.default_rng(0), [], 0
@@ -111,7 +112,7 @@ def test_equals_the_simulator_step_by_step(scenario, once):
         again = mine.observe(mine.snapshot)
         assert all(torch.equal(x, y) for x, y in zip(again, step.obs))
     assert len(episodes) > 5 and losses > 30
-    assert {e.length == 70 for e in episodes} == {True, False}
+    assert {e.length == limit for e in episodes} == {True, False}
     mine.close()
 
 
@@ -126,7 +127,7 @@ def check(mine: Snapshot, theirs: Snapshot) -> None:
 
 
 @spoken
-@pytest.mark.parametrize("scenario", ["sz", "csz", "mmm"])
+@pytest.mark.parametrize("scenario", FAMILIES)
 def test_a_win_pays_what_the_simulator_pays(scenario):
     """Units that fight win some battles, and lose some."""
     mine, found = real(scenario, (3,), 24, once=True), []
@@ -135,7 +136,9 @@ def test_a_win_pays_what_the_simulator_pays(scenario):
         found.append(combat_episodes.play(battles, combat_episodes.focus))
     assert found[0] == found[1]
     wins = [e for e in found[0] if e.won]
-    assert 1 < len(wins) < 20 and all(e.reward > 6 and e.allies and not e.enemies for e in wins)
+    assert 1 < len(wins) < 20 and all(e.reward > 6 and e.allies for e in wins)
+    medics = scenario == "terran"  # Medivacs may be left
+    assert all(e.enemies == 0 or medics for e in wins)
     mine.close()
 
 
@@ -358,7 +361,7 @@ def test_maps_without_passive_units_and_small_maps():
     with pytest.raises(BattleError, match="is 24 x 24: 32 x 32") as error:
         real(game=lambda: SimulatedGame(size=24)).reset()
     assert sentence(str(error.value))
-    assert sorted(IDS.values()) == [4, 48, 51, 54, 73, 74]
+    assert sorted(IDS.values()) == [4, 9, 48, 51, 54, 73, 74, 105, 107]
 
 
 def test_make_battles():
