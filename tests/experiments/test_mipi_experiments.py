@@ -8,12 +8,14 @@ import io
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_up import command, experiment
+from made_up import ROOT, command, experiment
 from PIL import Image
+from runs import some_long
 from toolbox import sharpen
 
 from envs.smac import resource_collection
@@ -250,6 +252,39 @@ def test_controls_of_mipi_on_ppo(tmp_path):
         assert args.seed == 11 and args.scenario == "sz"
         changes.append([x for x in names if getattr(args, x) != getattr(usual, x)])
     assert changes == [["own"], ["marginal"], ["penalise"], ["penalise"], list(names[3:])]
+
+
+STUDIES = {  # {study: what trains the same}
+    "mipi_ppo_sz": "ppo --tasks sz --total-timesteps 2000000",
+    "mipi_ppo_csz": "ppo --tasks csz --total-timesteps 2000000",
+    "mipi_ppo_controls_sz": "ppo-controls --tasks sz --total-timesteps 2000000",
+    "mipi_table3": "table3 d3 --total-timesteps 3000000",
+}
+
+
+@pytest.mark.parametrize("name", some_long(STUDIES, "mipi_table3"))
+def test_studies_are_what_train_trains(name, tmp_path):
+    """The same names and arguments; the largest alpha of Table 3 has its name in claims.toml."""
+    words = (*STUDIES[name].split(), "--seeds", 11, "--dir", tmp_path, "--dry-run")
+    code, text, stderr = command("mipi", "train", *words)
+    assert code == 0, stderr
+    trained = {}
+    for line in text.splitlines():
+        path, *argv = shlex.split(line)[1:]
+        at = argv.index("--run-dir")
+        run = argv[at + 1].rsplit("/", 1)[-1]
+        script = runs_module.load_script(Path(path).stem)
+        trained[run] = path, runs_module.script_args(script, argv[:at] + argv[at + 2 :])
+    launch, file = experiment("launch"), ROOT / f"experiments/studies/{name}.toml"
+    options = launch.Launch(study=file, seeds=(11,))
+    highest = {task: f"mipi-alpha-{alphas[-1]}" for task, alphas in study.ALPHAS.items()}
+    found = {}
+    for job in launch.jobs_of(launch.read_study_file(file), options):
+        task = job.run.name.split("-")[0]
+        run = job.run.name.replace("high_alpha", highest[task])
+        script = runs_module.load_script(Path(job.script).stem)
+        found[run] = job.script, runs_module.script_args(script, job.argv())
+    assert found == trained
 
 
 def test_rows_are_named_by_the_flags_in_which_runs_differ():
