@@ -103,12 +103,15 @@ ALPHAS_D3 = {"sz": "0.01", "csz": "0.015", "mmm": "0.05"}
 # many nats of entropy as of mutual information, so the grid for entropy lacks the largest alpha.
 PPO_ALPHAS = {"sz": ("0.01", "0.03", "0.1", "0.3"), "csz": ("0.03", "0.1"), "mmm": ("0.03", "0.1")}
 PPO_ENTROPIES = {"sz": ("0.01", "0.03", "0.1"), "csz": ("0.03",), "mmm": ("0.03",)}
-PPO_CONTROLS = {  # variants of MIPI on PPO with its default alpha; the last one: of MAPPO
+ALL_SIZES = "--team-sizes 3 4 5 6 7 8"  # nothing is unseen: what a learner could win
+PPO_CONTROLS = {  # variants of MIPI on PPO with its default alpha, and of MAPPO
     "mappo-mi-enemies": f"{MIPI_MAPPO} --own self+enemies",
     "mappo-mi-real": f"{MIPI_MAPPO} --marginal real",
     "mappo-mi-loss": f"{MIPI_MAPPO} --penalise loss",
     "mappo-mi-return": f"{MIPI_MAPPO} --penalise return",
     "mappo-drop-0.5": f"{MIPI_MAPPO} --alpha 0 --drop-teammates 0.5",
+    "mappo-3-8": f"{MAPPO} {ALL_SIZES}",
+    "mappo-mi-3-8": f"{MIPI_MAPPO} {ALL_SIZES}",
 }
 Table = Literal["table1", "table2", "table3", "d3", "collection", "ppo", "ppo-controls"]
 Task = Literal["sz", "csz", "mmm"]
@@ -127,7 +130,8 @@ class Train:
     d3: MIPI, also with the alpha that appendix D.3 mentions;
     collection: the methods of table1 in Resource Collection;
     ppo: MAPPO (alpha 0), and MIPI on PPO with grids of alphas for mutual information and entropy;
-    ppo-controls: MIPI on PPO with other marginals and ablations, MAPPO with teammates dropped.
+    ppo-controls: MIPI on PPO with other marginals and ablations, MAPPO with teammates dropped, and
+    both trained with teams of 3 to 8.
 
     A run has ten evaluations, as the tables average the last five. With as many environment steps,
     MAPPO takes far fewer gradient steps, and fewer minutes, than the others.
@@ -295,11 +299,13 @@ class Tables:
     column of training sizes it is also the mean over these sizes. Runs that differ only in the seed
     make one row: the mean over seeds and, in brackets, each seed's figure. The paper's win rates
     (mean and deviation of five seeds, in StarCraft II) are shown beside ours; rows without runs are
-    printed as not run. Scripted policies come from the runs' final evaluations. More tables show
-    what training logged during the same evaluations: how much policies depend on their team (mi:
-    in imagined teams, kl: in the real one). Differences in length are noted. Minutes are wall-clock
-    minutes of collecting and learning until the last evaluation; MAPPO needs far fewer of them for
-    as many steps. Writes OUT.md, OUT.csv (every evaluation) and OUT.png (curves).
+    printed as not run. Runs trained with larger teams, too, have the columns of the others: how
+    much more they win there is the others' regret. Scripted policies come from the runs' final
+    evaluations. More tables show what training logged during the same evaluations: how much
+    policies depend on their team (mi: in imagined teams, kl: in the real one). Differences in
+    length are noted. Minutes are wall-clock minutes of collecting and learning until the last
+    evaluation; MAPPO needs far fewer of them for as many steps. Writes OUT.md, OUT.csv (every
+    evaluation) and OUT.png (curves).
     """
 
     runs: Runs  # run directories and packed studies to read
@@ -411,6 +417,23 @@ def read_evaluations(run: Run, study: Tables) -> Evaluated:
         learning=[as_mipi_logs(line) for line in run.log] if args["script"] in PPO else run.log,
         scripts={name: row for name, row in policies.items() if not name.endswith(" sampled")},
     )
+
+
+def in_same_columns(runs: list[Evaluated]) -> list[Evaluated]:
+    """The runs, of which those that trained in more of the same sizes get the columns of those that
+    trained in the fewest: a run trained with 3 to 8 also has the columns 3-5, 6, 7 and 8."""
+    by_training = sorted(runs, key=lambda run: -len(next(iter(run.columns.values()))))
+    narrowest = {run.task: run.columns for run in by_training}
+
+    def sizes(columns: dict[str, tuple[int, ...]]) -> list[int]:
+        return sorted(itertools.chain.from_iterable(columns.values()))
+
+    return [
+        dataclasses.replace(run, columns=narrowest[run.task])
+        if sizes(run.columns) == sizes(narrowest[run.task])
+        else run
+        for run in runs
+    ]
 
 
 def as_mipi_logs(line: dict[str, float]) -> dict[str, float]:
@@ -575,6 +598,7 @@ def tables(study: Tables) -> None:
     """Read all runs, then write OUT.md, OUT.csv and OUT.png."""
     check_out(study.out)
     runs = [read_evaluations(run, study) for run in read_runs(study.runs, study.only)]
+    runs = in_same_columns(runs)
     measures = {("return",) if run.task == "resource" else ("win", "return") for run in runs}
     if len(measures) != 1:
         raise UsageError("Battles and Resource Collection do not go into one table.")
@@ -901,8 +925,9 @@ class Frontier:
     alpha. A point is a run (mean of its last evaluations during training, greedy episodes); a line
     joins the means of a method by alpha. Vertical axis: share of battles won, mean over unseen
     sizes. Horizontal axes: return and share won in trained sizes, then `kl self` and `out` of the
-    subcommand dependence on the same episodes for all runs. All runs must have one scenario. Writes
-    OUT.md (means over seeds), OUT.csv (every run) and OUT.png.
+    subcommand dependence on the same episodes for all runs. All runs must have one scenario.
+    Regret: how much more the same method wins in the unseen sizes if trained with teams of 3 to 8.
+    Writes OUT.md (means over seeds), OUT.csv (every run) and OUT.png.
     """
 
     runs: Runs  # run directories
@@ -938,7 +963,8 @@ def frontier_rows(study: Frontier) -> list[dict[str, Any]]:
     """A row per run, sorted by method ("arm", its name without alpha), alpha and seed."""
     runs = {run.where: run for run in read_runs(study.runs)}
     options = Tables(runs=(), last=study.last)
-    found = group([read_evaluations(run, options) for run in runs.values()])
+    evaluated = [read_evaluations(run, options) for run in runs.values()]
+    found = group(in_same_columns(evaluated))
     if len(found) > 1 or "resource" in found:
         raise UsageError("These are not battles of one scenario.")
     rows = []
@@ -964,12 +990,22 @@ def mean_of_arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return means
 
 
+def regret(row: dict[str, Any], means: list[dict[str, Any]]) -> str:
+    """How much more the same arm wins in the unseen sizes if it trains with them, too; empty
+    without such a run."""
+    for other in means:
+        if other["alpha"] == row["alpha"] and other["arm"] == f"{row['arm']} {ALL_SIZES}":
+            return f"{other[UP] - row[UP]:+.3f}"
+    return ""
+
+
 def draw_frontier(rows: list[dict[str, Any]], means: list[dict[str, Any]]) -> Any:
     """A panel per horizontal axis. Lines of MAPPO with a regulariser start at MAPPO (alpha 0)."""
     figure, axes = plt.subplots(1, len(ACROSS), figsize=(13, 3.4), sharey=True)
     for k, arm in enumerate(dict.fromkeys(row["arm"] for row in means)):
         points = [row for row in rows if row["arm"] == arm]
-        begins = [row for row in means if row["arm"] == "MAPPO" and " + " in arm]
+        is_term = " + " in arm and ALL_SIZES not in arm
+        begins = [row for row in means if row["arm"] == "MAPPO" and is_term]
         line = begins + [row for row in means if row["arm"] == arm]
         for axis, name in zip(axes, ACROSS, strict=True):
             style = {"color": f"C{k % 10}", "alpha": 0.5}
@@ -993,7 +1029,7 @@ def frontier(study: Frontier) -> None:
     for row in means:
         cells = {name: f"{row[name]:.3f}" for name in (UP, *ACROSS)}
         head = {"arm": row["arm"], "alpha": f"{row['alpha']:g}", "seeds": str(row["seeds"])}
-        table.append(head | cells)
+        table.append(head | cells | {"regret": regret(row, means)})
     finish(study.out, markdown_table(table), rows, draw_frontier(rows, means))
 
 

@@ -238,20 +238,61 @@ def test_runs_of_the_tables(tmp_path):
 
 
 def test_controls_of_mipi_on_ppo(tmp_path):
-    """Each is alpha .03 with one flag more, or MAPPO with teammates dropped."""
+    """Each is alpha .03 with one flag more, or MAPPO with teammates dropped or larger teams."""
     words = ("ppo-controls", "--tasks", "sz", "--seeds", 11, "--dir", tmp_path, "--dry-run")
     code, text, stderr = command("mipi", "train", *words)
     assert code == 0, stderr
     usual = runs_module.script_args(mipi_mappo, ["--preset", "cpu"])
-    names = ("own", "marginal", "penalise", "alpha", "drop_teammates")
+    names = ("own", "marginal", "penalise", "alpha", "drop_teammates", "team_sizes")
     changes = []
     for line in text.splitlines():
         path, *argv = shlex.split(line)[1:]
-        assert mipi_mappo.__file__.endswith(path)
-        args = runs_module.script_args(mipi_mappo, argv)
+        script = runs_module.load_script(Path(path).stem)
+        args = runs_module.script_args(script, argv)
         assert args.seed == 11 and args.scenario == "sz"
-        changes.append([x for x in names if getattr(args, x) != getattr(usual, x)])
-    assert changes == [["own"], ["marginal"], ["penalise"], ["penalise"], list(names[3:])]
+        own = [x for x in names if getattr(args, x, getattr(usual, x)) != getattr(usual, x)]
+        changes.append([script.__name__.split(".")[-1], *own])
+    terms = [["own"], ["marginal"], ["penalise"], ["penalise"], ["alpha", "drop_teammates"]]
+    terms = [["mipi_mappo_smac", *x] for x in terms]
+    wide = [["mappo_smac", "team_sizes"], ["mipi_mappo_smac", "team_sizes"]]
+    assert changes == terms + wide and args.team_sizes == (3, 4, 5, 6, 7, 8)
+
+
+def test_regret_is_read_in_the_same_columns():
+    """Of runs that train with all sizes, whatever the order; other sizes stay as they are."""
+    usual = {"3-5": (3, 4, 5), "6": (6,), "7": (7,), "8": (8,)}
+    columns = {
+        "usual": usual,
+        "wide": {"3-8": (3, 4, 5, 6, 7, 8)},
+        "other": {"3-6": (3, 4, 5, 6), "8": (8,)},
+    }
+    runs = []
+    for name in ("wide", "usual", "other"):
+        flags = {} if name == "usual" else {"team_sizes": next(iter(columns[name].values()))}
+        run = study.Evaluated(
+            name=name,
+            where=name,
+            task="sz",
+            method="MAPPO + MI, alpha 0.03",
+            flags=flags,
+            known=frozenset({"team_sizes"}),
+            seed=1,
+            steps=1,
+            minutes=0.0,
+            columns=columns[name],
+            evaluations=[],
+            learning=[],
+            scripts={},
+        )
+        runs.append(run)
+    found = {run.name: run.columns for run in study.in_same_columns(runs)}
+    assert found == {"usual": usual, "wide": usual, "other": columns["other"]}
+    (names,) = study.group(study.in_same_columns(runs)).values()
+    assert f"MAPPO + MI, alpha 0.03 {study.ALL_SIZES}" in names
+    arms = ("MAPPO", 0.0, 0.3), (f"MAPPO {study.ALL_SIZES}", 0.0, 0.55), ("MAPPO + MI", 0.03, 0.4)
+    arms += (f"MAPPO + MI {study.ALL_SIZES}", 0.1, 0.5), ("MAPPO + MI", 0.1, 0.6)
+    means = [{"arm": arm, "alpha": alpha, study.UP: x} for arm, alpha, x in arms]
+    assert [study.regret(row, means) for row in means] == ["+0.250", "", "", "", "-0.100"]
 
 
 STUDIES = {  # {study: what trains the same}
