@@ -5,6 +5,7 @@
     python experiments/mipi.py tables docs/data/study_sz.csv --only "sz-mipi-s?" "sz-refil-s?"
     python experiments/mipi.py dependence runs/sz-mipi-s1 runs/sz-refil-s1
     python experiments/mipi.py frontier runs/sz-ma* --states runs/sz-mappo-s11    MIPI on PPO
+    python experiments/mipi.py teammates runs/sz-mappo-s1 --teammates focus runs/sz-mappo-s2
     python experiments/mipi.py matrix-game --payoffs coordinated    Fig. 2 (d)
     python experiments/mipi.py imitation                            Resource Collection from labels
 
@@ -40,7 +41,9 @@ import tyro
 from annotated_types import Interval, MinLen
 from torch import Tensor, nn
 
-from envs.smac import worlds
+from envs.smac import episodes, worlds
+from envs.smac.combat import SIDE
+from envs.smac.episodes import Policy
 from envs.smac.matrix_game import (
     OBJECTIVES,
     PAYOFFS,
@@ -62,7 +65,7 @@ from envs.smac.resource_collection import (
     summarise,
 )
 from envs.smac.resource_collection import table as resource_table
-from envs.statistics import accelerated_interval, markdown_table
+from envs.statistics import accelerated_interval, markdown_table, with_interval
 from experiments.runs import (
     Job,
     Run,
@@ -1033,6 +1036,120 @@ def frontier(study: Frontier) -> None:
     finish(study.out, markdown_table(table), rows, draw_frontier(rows, means))
 
 
+# --- Teammates that nobody has trained with -------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Teammates:
+    """What runs win beside other teammates: another seed, another method, or a script.
+
+    In every battle half of the team (rounded down), drawn for each battle, is played by the
+    teammate and the rest by the run. Actions are greedy. "itself" is the run alone; the last lines
+    are the teammates alone, to tell a strong teammate from one that fits. All play in the same
+    battles, by the rules that the first run has trained with. Cells: share of battles won with a
+    95 % Wilson interval; mean return.
+    """
+
+    runs: Runs  # run directories
+    teammates: tuple[str, ...] = ("focus",)  # scripts' names or run directories
+    team_sizes: Annotated[tuple[Positive, ...], MinLen(1)] = (3, 4, 5, 6, 7, 8)  # to play with
+    episodes: Positive = 160  # battles per team size
+    seed: Seed = 1  # seed of battles and of the halves
+
+
+class Beside:
+    """A policy for battles that begin together: `mate` plays half of each team, `own` the rest."""
+
+    def __init__(self, own: Policy, mate: Policy, seed: int):
+        self.policies = own, mate
+        self.rng = torch.Generator().manual_seed(seed)
+        self.of_mate = torch.empty(0)  # (B, 8) bool
+
+    def __call__(self, battles: Any) -> Tensor:
+        """Actions (B, 8) int64. Both policies see what all agents did."""
+        if not battles.time.any():  # new battles
+            types = np.asarray(battles.snapshot.type)[:, :SIDE]
+            filled = torch.from_numpy(types >= 0)
+            noise = torch.rand(filled.shape, generator=self.rng).masked_fill(~filled, 2.0)
+            rank = noise.argsort(-1).argsort(-1)  # empty slots come last
+            self.of_mate = rank < filled.sum(-1, keepdim=True) // 2
+        own, mate = self.policies
+        actions = own(battles)
+        actions = torch.where(self.of_mate, mate(battles), actions)
+        for policy in self.policies:
+            if hasattr(policy, "last_actions"):
+                policy.last_actions = actions
+        return actions
+
+
+def check_battles(runs: list[Run]) -> None:
+    """Raise UsageError unless all are runs in battles of one scenario."""
+    for run in runs:
+        if run.args["script"] not in (*SCRIPTS, *BASELINES, *PPO):
+            raise UsageError(f"{run.where} is a run of {run.args['script']}.py: it has no battles.")
+    scenarios = {run.args["scenario"] for run in runs}
+    if len(scenarios) > 1 or "resource" in scenarios:
+        raise UsageError("These are not runs in battles of one scenario.")
+
+
+def player_of(name: str, seed: int) -> Policy:
+    """A script by its name, else the greedy policy of a run directory."""
+    scripts = episodes.scripted_policies(seed)
+    if name in scripts:
+        return scripts[name]
+    return load_script(Run(Path(name)).args["script"]).load_player(name)
+
+
+def new_battles(run: Run, size: int, number: int, seed: int) -> Any:
+    """Battles in the simulator by the rules of a run. UsageError where there is no such team."""
+    script = load_script(run.args["script"])
+    args = harness.saved_args(str(run.path), script.Args, whole=False)
+    args = dataclasses.replace(args, backend="sim", game_version="")
+    return script.make_envs(args, sizes=(size,), num_envs=number, seed=seed)
+
+
+def score(ended: list[Any]) -> str:
+    """A cell: the share of episodes won with its interval; the mean return."""
+    row = episodes.summarise(ended)
+    return f"{with_interval(row, 'win', digits=3)}; {row['return']:.2f}"
+
+
+def teammates(study: Teammates) -> None:
+    """Print a table: a line per run and per teammate, a column per teammate."""
+    runs = read_runs(study.runs)
+    scripts = episodes.scripted_policies(study.seed)
+    mates = {Path(name).name: name for name in study.teammates}
+    names = {run.name for run in runs}
+    if len(mates) < len(study.teammates) or len(names) < len(runs):
+        raise UsageError("Two runs or two teammates have the same name.")
+    learned = [Run(Path(name)) for name in study.teammates if name not in scripts]
+    check_battles(runs + learned)
+
+    def played(name: str, mate: str = "") -> str:
+        ended = []
+        for size in study.team_sizes:
+            policy = player_of(name, study.seed)
+            if mate:
+                policy = Beside(policy, player_of(mate, study.seed), study.seed)
+            battles = new_battles(runs[0], size, study.episodes, study.seed)
+            ended += episodes.play(battles, policy)
+        return score(ended)
+
+    rows = []
+    for run in runs:
+        where = str(run.path)
+        beside = {title: played(where, mate) for title, mate in mates.items()}
+        rows.append({"run": run.name, "itself": played(where)} | beside)
+    own = {run.path.resolve() for run in runs}
+    for title, mate in mates.items():
+        if Path(mate).resolve() not in own:
+            row = dict.fromkeys(("run", "itself", *mates), "")
+            row["run"] = title
+            row["itself"] = played(mate)
+            rows.append(row)
+    print(markdown_table(rows), end="")
+
+
 # --- The matrix game ------------------------------------------------------------------------------
 
 GAME_ALPHAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
@@ -1314,6 +1431,7 @@ COMMANDS = {
     "tables": tables,
     "dependence": dependence,
     "frontier": frontier,
+    "teammates": teammates,
     "matrix-game": matrix_game,
     "imitation": imitation,
 }

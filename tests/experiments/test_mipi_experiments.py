@@ -702,3 +702,90 @@ def test_frontier(runs, tmp_path):
     ):
         code, _, stderr = command("mipi", "frontier", *words, "--out", tmp_path / "g")
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
+
+
+# --- Teammates ------------------------------------------------------------------------------------
+
+
+def printed(*words):
+    """{first cell: cells} of a table that a subcommand prints."""
+    code, text, stderr = command("mipi", *words)
+    assert code == 0, stderr
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in text.splitlines()]
+    return {row[0]: dict(zip(lines[0], row)) for row in lines[2:]}
+
+
+class Says:
+    """A policy that acts by one action where that is available, and keeps what all did."""
+
+    def __init__(self, action):
+        self.action, self.last_actions, self.seen = action, None, []
+
+    def __call__(self, battles):
+        self.seen.append(self.last_actions)
+        can = battles.obs.avail[..., self.action]
+        return torch.where(can, self.action, battles.obs.avail.int().argmax(-1))
+
+
+def test_half_of_each_team_is_the_teammates():
+    """Rounded down, drawn for each battle, the same all along, never an empty slot; both policies
+    are told what everybody did."""
+    own, mate = Says(2), Says(3)
+    policy = study.Beside(own, mate, 5)
+    battles = study.worlds.make_worlds("sim", "sz", (3, 4, 5), num_battles=40, seed=1)
+    drawn = []
+    for _ in range(2):
+        battles.reset()
+        for step in range(3):
+            avail = battles.obs.avail.clone()
+            actions = policy(battles)
+            if step == 0:
+                drawn.append(policy.of_mate.clone())
+            assert torch.equal(policy.of_mate, drawn[-1])
+            walks = avail[..., 2] & avail[..., 3]
+            assert walks.any()
+            wanted = torch.where(policy.of_mate, 3, 2)
+            assert torch.equal(actions[walks], wanted[walks])
+            assert own.last_actions is actions and mate.last_actions is actions
+            battles.step(actions)
+        there = torch.from_numpy(np.asarray(battles.snapshot.type)[:, :8] >= 0)
+        assert not (drawn[-1] & ~there).any()
+        assert torch.equal(drawn[-1].sum(1), there.sum(1) // 2)
+    assert not torch.equal(*drawn)
+    of_five = drawn[0][there.sum(1) == 5]
+    assert of_five.float().mean(0)[:5].min() > 0
+
+
+def test_teammates(runs, monkeypatch):
+    """A run beside itself is itself, beside a script it earns something else; the script's own
+    figures are those of its battles."""
+    make_worlds = study.worlds.make_worlds
+    longer = functools.partial(make_worlds, "sim", "sz", num_battles=24, seed=1, episode_limit=60)
+
+    def new_battles(run, size, number, seed):
+        assert (number, seed) == (24, 1)
+        args = runs_module.Run(runs / "sz-mappo-s1").args
+        assert first(run, size, number, seed).rules.limit == args["max_episode_steps"]
+        return longer(team_sizes=(size,))
+
+    first = study.new_battles
+    monkeypatch.setattr(study, "new_battles", new_battles)
+    names = [runs / name for name in ("sz-mappo-s1", "sz-mipi-s1", "sz-collaq-s1")]
+    quick = ("--team-sizes", 3, 6, "--episodes", 24)
+    rows = printed("teammates", *names, "--teammates", "focus", names[1], *quick)
+    assert list(rows) == [*(path.name for path in names), "focus"]
+    assert rows["sz-mipi-s1"]["sz-mipi-s1"] == rows["sz-mipi-s1"]["itself"]
+    assert all(row["focus"] != row["itself"] for row in rows.values())
+    assert len({row["sz-mipi-s1"] for row in rows.values()}) == 4
+    ended = []
+    for size in (3, 6):
+        ended += study.episodes.play(longer(team_sizes=(size,)), study.episodes.focus)
+    assert rows["focus"]["itself"] == study.score(ended)
+    for words, sentence in (
+        ((names[0], "--teammates", runs / "nothing"), "is no run directory"),
+        ((runs / "nothing",), "is no run directory"),
+        ((names[0], "--team-sizes"), "--team-sizes"),
+        ((names[0], "--teammates", names[1], names[1]), "have the same name"),
+    ):
+        code, _, stderr = command("mipi", "teammates", *words)
+        assert code == 2 and sentence in stderr, (words, stderr)
