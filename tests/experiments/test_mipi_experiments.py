@@ -704,7 +704,7 @@ def test_frontier(runs, tmp_path):
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
 
 
-# --- Teammates ------------------------------------------------------------------------------------
+# --- Teammates and mixes --------------------------------------------------------------------------
 
 
 def printed(*words):
@@ -789,3 +789,39 @@ def test_teammates(runs, monkeypatch):
     ):
         code, _, stderr = command("mipi", "teammates", *words)
         assert code == 2 and sentence in stderr, (words, stderr)
+
+
+def test_new_mixes(runs, tmp_path, monkeypatch):
+    """Of the sizes that were trained with, and none that a battle of the scenario has."""
+    for task, sizes in (("csz", (3, 4, 5)), ("mmm", (4, 7))):
+        family = study.worlds.family_of(task)
+        met, new = set(family.teams(sizes)), study.new_mixes(family, sizes)
+        special = family.types.index(family.special)
+        assert new and len(set(new)) == len(new) and not met & set(new)
+        assert {sum(team) for team in new} == set(sizes)
+        assert all(sum(team) > team[special] for team in new)
+        # all mixes: those met, these, and those of special units only
+        every = [n * (n + 1) // 2 + n for n in sizes]
+        assert len(met) + len(new) == sum(every)
+    code, _, stderr = command("mipi", "mixes", runs / "sz-mappo-s1")
+    assert code == 2 and "Battles of sz have all mixes" in stderr
+    with contextlib.redirect_stdout(io.StringIO()):
+        words = f"{TINY.replace('sz', 'csz')} {ON_POLICY} --run-dir {tmp_path / 'csz'}"
+        assert mappo.main(words.split()) == 0
+    teams, play = [], study.episodes.play
+
+    def watched(battles, policy):
+        ended = play(battles, policy)
+        teams.append({episode.team for episode in ended})
+        return ended
+
+    monkeypatch.setattr(study.episodes, "play", watched)
+    rows = printed("mixes", tmp_path / "csz", "--episodes", 8)
+    assert list(rows) == ["csz"] + [
+        f"{x} (script)" for x in ("random", "nearest", "focus", "retreat")
+    ]
+    family = study.worlds.family_of("csz")
+    new = set(study.new_mixes(family, (3, 4)))
+    for n, played in enumerate(teams):  # met with 3 and 4, new with 3 and 4
+        assert played <= (new if n % 4 > 1 else set(family.teams((3, 4))))
+        assert {sum(team) for team in played} == {3 + n % 2}
