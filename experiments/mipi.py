@@ -5,6 +5,8 @@
     python experiments/mipi.py tables docs/data/study_sz.csv --only "sz-mipi-s?" "sz-refil-s?"
     python experiments/mipi.py dependence runs/sz-mipi-s1 runs/sz-refil-s1
     python experiments/mipi.py frontier runs/sz-ma* --states runs/sz-mappo-s11    MIPI on PPO
+    python experiments/mipi.py teammates runs/sz-mappo-s1 --teammates focus runs/sz-mappo-s2
+    python experiments/mipi.py mixes runs/csz-ma*                   mixes of types never met
     python experiments/mipi.py matrix-game --payoffs coordinated    Fig. 2 (d)
     python experiments/mipi.py imitation                            Resource Collection from labels
 
@@ -40,7 +42,9 @@ import tyro
 from annotated_types import Interval, MinLen
 from torch import Tensor, nn
 
-from envs.smac import worlds
+from envs.smac import episodes, worlds
+from envs.smac.combat import SIDE, Family, make_setup
+from envs.smac.episodes import Policy
 from envs.smac.matrix_game import (
     OBJECTIVES,
     PAYOFFS,
@@ -62,7 +66,7 @@ from envs.smac.resource_collection import (
     summarise,
 )
 from envs.smac.resource_collection import table as resource_table
-from envs.statistics import accelerated_interval, markdown_table
+from envs.statistics import accelerated_interval, markdown_table, with_interval
 from experiments.runs import (
     Job,
     Run,
@@ -103,12 +107,15 @@ ALPHAS_D3 = {"sz": "0.01", "csz": "0.015", "mmm": "0.05"}
 # many nats of entropy as of mutual information, so the grid for entropy lacks the largest alpha.
 PPO_ALPHAS = {"sz": ("0.01", "0.03", "0.1", "0.3"), "csz": ("0.03", "0.1"), "mmm": ("0.03", "0.1")}
 PPO_ENTROPIES = {"sz": ("0.01", "0.03", "0.1"), "csz": ("0.03",), "mmm": ("0.03",)}
-PPO_CONTROLS = {  # variants of MIPI on PPO with its default alpha; the last one: of MAPPO
+ALL_SIZES = "--team-sizes 3 4 5 6 7 8"  # nothing is unseen: what a learner could win
+PPO_CONTROLS = {  # variants of MIPI on PPO with its default alpha, and of MAPPO
     "mappo-mi-enemies": f"{MIPI_MAPPO} --own self+enemies",
     "mappo-mi-real": f"{MIPI_MAPPO} --marginal real",
     "mappo-mi-loss": f"{MIPI_MAPPO} --penalise loss",
     "mappo-mi-return": f"{MIPI_MAPPO} --penalise return",
     "mappo-drop-0.5": f"{MIPI_MAPPO} --alpha 0 --drop-teammates 0.5",
+    "mappo-3-8": f"{MAPPO} {ALL_SIZES}",
+    "mappo-mi-3-8": f"{MIPI_MAPPO} {ALL_SIZES}",
 }
 Table = Literal["table1", "table2", "table3", "d3", "collection", "ppo", "ppo-controls"]
 Task = Literal["sz", "csz", "mmm"]
@@ -127,7 +134,8 @@ class Train:
     d3: MIPI, also with the alpha that appendix D.3 mentions;
     collection: the methods of table1 in Resource Collection;
     ppo: MAPPO (alpha 0), and MIPI on PPO with grids of alphas for mutual information and entropy;
-    ppo-controls: MIPI on PPO with other marginals and ablations, MAPPO with teammates dropped.
+    ppo-controls: MIPI on PPO with other marginals and ablations, MAPPO with teammates dropped, and
+    both trained with teams of 3 to 8.
 
     A run has ten evaluations, as the tables average the last five. With as many environment steps,
     MAPPO takes far fewer gradient steps, and fewer minutes, than the others.
@@ -295,11 +303,13 @@ class Tables:
     column of training sizes it is also the mean over these sizes. Runs that differ only in the seed
     make one row: the mean over seeds and, in brackets, each seed's figure. The paper's win rates
     (mean and deviation of five seeds, in StarCraft II) are shown beside ours; rows without runs are
-    printed as not run. Scripted policies come from the runs' final evaluations. More tables show
-    what training logged during the same evaluations: how much policies depend on their team (mi:
-    in imagined teams, kl: in the real one). Differences in length are noted. Minutes are wall-clock
-    minutes of collecting and learning until the last evaluation; MAPPO needs far fewer of them for
-    as many steps. Writes OUT.md, OUT.csv (every evaluation) and OUT.png (curves).
+    printed as not run. Runs trained with larger teams, too, have the columns of the others: how
+    much more they win there is the others' regret. Scripted policies come from the runs' final
+    evaluations. More tables show what training logged during the same evaluations: how much
+    policies depend on their team (mi: in imagined teams, kl: in the real one). Differences in
+    length are noted. Minutes are wall-clock minutes of collecting and learning until the last
+    evaluation; MAPPO needs far fewer of them for as many steps. Writes OUT.md, OUT.csv (every
+    evaluation) and OUT.png (curves).
     """
 
     runs: Runs  # run directories and packed studies to read
@@ -411,6 +421,23 @@ def read_evaluations(run: Run, study: Tables) -> Evaluated:
         learning=[as_mipi_logs(line) for line in run.log] if args["script"] in PPO else run.log,
         scripts={name: row for name, row in policies.items() if not name.endswith(" sampled")},
     )
+
+
+def in_same_columns(runs: list[Evaluated]) -> list[Evaluated]:
+    """The runs, of which those that trained in more of the same sizes get the columns of those that
+    trained in the fewest: a run trained with 3 to 8 also has the columns 3-5, 6, 7 and 8."""
+    by_training = sorted(runs, key=lambda run: -len(next(iter(run.columns.values()))))
+    narrowest = {run.task: run.columns for run in by_training}
+
+    def sizes(columns: dict[str, tuple[int, ...]]) -> list[int]:
+        return sorted(itertools.chain.from_iterable(columns.values()))
+
+    return [
+        dataclasses.replace(run, columns=narrowest[run.task])
+        if sizes(run.columns) == sizes(narrowest[run.task])
+        else run
+        for run in runs
+    ]
 
 
 def as_mipi_logs(line: dict[str, float]) -> dict[str, float]:
@@ -575,6 +602,7 @@ def tables(study: Tables) -> None:
     """Read all runs, then write OUT.md, OUT.csv and OUT.png."""
     check_out(study.out)
     runs = [read_evaluations(run, study) for run in read_runs(study.runs, study.only)]
+    runs = in_same_columns(runs)
     measures = {("return",) if run.task == "resource" else ("win", "return") for run in runs}
     if len(measures) != 1:
         raise UsageError("Battles and Resource Collection do not go into one table.")
@@ -901,8 +929,9 @@ class Frontier:
     alpha. A point is a run (mean of its last evaluations during training, greedy episodes); a line
     joins the means of a method by alpha. Vertical axis: share of battles won, mean over unseen
     sizes. Horizontal axes: return and share won in trained sizes, then `kl self` and `out` of the
-    subcommand dependence on the same episodes for all runs. All runs must have one scenario. Writes
-    OUT.md (means over seeds), OUT.csv (every run) and OUT.png.
+    subcommand dependence on the same episodes for all runs. All runs must have one scenario.
+    Regret: how much more the same method wins in the unseen sizes if trained with teams of 3 to 8.
+    Writes OUT.md (means over seeds), OUT.csv (every run) and OUT.png.
     """
 
     runs: Runs  # run directories
@@ -938,7 +967,8 @@ def frontier_rows(study: Frontier) -> list[dict[str, Any]]:
     """A row per run, sorted by method ("arm", its name without alpha), alpha and seed."""
     runs = {run.where: run for run in read_runs(study.runs)}
     options = Tables(runs=(), last=study.last)
-    found = group([read_evaluations(run, options) for run in runs.values()])
+    evaluated = [read_evaluations(run, options) for run in runs.values()]
+    found = group(in_same_columns(evaluated))
     if len(found) > 1 or "resource" in found:
         raise UsageError("These are not battles of one scenario.")
     rows = []
@@ -964,12 +994,22 @@ def mean_of_arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return means
 
 
+def regret(row: dict[str, Any], means: list[dict[str, Any]]) -> str:
+    """How much more the same arm wins in the unseen sizes if it trains with them, too; empty
+    without such a run."""
+    for other in means:
+        if other["alpha"] == row["alpha"] and other["arm"] == f"{row['arm']} {ALL_SIZES}":
+            return f"{other[UP] - row[UP]:+.3f}"
+    return ""
+
+
 def draw_frontier(rows: list[dict[str, Any]], means: list[dict[str, Any]]) -> Any:
     """A panel per horizontal axis. Lines of MAPPO with a regulariser start at MAPPO (alpha 0)."""
     figure, axes = plt.subplots(1, len(ACROSS), figsize=(13, 3.4), sharey=True)
     for k, arm in enumerate(dict.fromkeys(row["arm"] for row in means)):
         points = [row for row in rows if row["arm"] == arm]
-        begins = [row for row in means if row["arm"] == "MAPPO" and " + " in arm]
+        is_term = " + " in arm and ALL_SIZES not in arm
+        begins = [row for row in means if row["arm"] == "MAPPO" and is_term]
         line = begins + [row for row in means if row["arm"] == arm]
         for axis, name in zip(axes, ACROSS, strict=True):
             style = {"color": f"C{k % 10}", "alpha": 0.5}
@@ -993,8 +1033,178 @@ def frontier(study: Frontier) -> None:
     for row in means:
         cells = {name: f"{row[name]:.3f}" for name in (UP, *ACROSS)}
         head = {"arm": row["arm"], "alpha": f"{row['alpha']:g}", "seeds": str(row["seeds"])}
-        table.append(head | cells)
+        table.append(head | cells | {"regret": regret(row, means)})
     finish(study.out, markdown_table(table), rows, draw_frontier(rows, means))
+
+
+# --- Teammates and mixes that nobody has trained with ---------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Teammates:
+    """What runs win beside other teammates: another seed, another method, or a script.
+
+    In every battle half of the team (rounded down), drawn for each battle, is played by the
+    teammate and the rest by the run. Actions are greedy. "itself" is the run alone; the last lines
+    are the teammates alone, to tell a strong teammate from one that fits. All play in the same
+    battles, by the rules that the first run has trained with. Cells: share of battles won with a
+    95 % Wilson interval; mean return.
+    """
+
+    runs: Runs  # run directories
+    teammates: tuple[str, ...] = ("focus",)  # scripts' names or run directories
+    team_sizes: Annotated[tuple[Positive, ...], MinLen(1)] = (3, 4, 5, 6, 7, 8)  # to play with
+    episodes: Positive = 160  # battles per team size
+    seed: Seed = 1  # seed of battles and of the halves
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixes:
+    """What runs win with mixes of unit types that no battle of the scenario has.
+
+    Teams have the sizes that a run has trained with, so that only the mix is new: of 3 to 5 units
+    in CSZ and MMM one or two are no Colossi or Medivacs. Both sides have the same team. SZ's
+    battles have all mixes, so nothing is new there. "met" are mixes of training in the same sizes.
+    Scripts play the same battles, as new mixes can be harder or easier. Actions are greedy. Cells:
+    share of battles won with a 95 % Wilson interval; mean return.
+    """
+
+    runs: Runs  # run directories
+    episodes: Positive = 160  # battles per team size
+    seed: Seed = 1  # seed of battles
+
+
+class Beside:
+    """A policy for battles that begin together: `mate` plays half of each team, `own` the rest."""
+
+    def __init__(self, own: Policy, mate: Policy, seed: int):
+        self.policies = own, mate
+        self.rng = torch.Generator().manual_seed(seed)
+        self.of_mate = torch.empty(0)  # (B, 8) bool
+
+    def __call__(self, battles: Any) -> Tensor:
+        """Actions (B, 8) int64. Both policies see what all agents did."""
+        if not battles.time.any():  # new battles
+            types = np.asarray(battles.snapshot.type)[:, :SIDE]
+            filled = torch.from_numpy(types >= 0)
+            noise = torch.rand(filled.shape, generator=self.rng).masked_fill(~filled, 2.0)
+            rank = noise.argsort(-1).argsort(-1)  # empty slots come last
+            self.of_mate = rank < filled.sum(-1, keepdim=True) // 2
+        own, mate = self.policies
+        actions = own(battles)
+        actions = torch.where(self.of_mate, mate(battles), actions)
+        for policy in self.policies:
+            if hasattr(policy, "last_actions"):
+                policy.last_actions = actions
+        return actions
+
+
+def check_battles(runs: list[Run]) -> None:
+    """Raise UsageError unless all are runs in battles of one scenario."""
+    for run in runs:
+        if run.args["script"] not in (*SCRIPTS, *BASELINES, *PPO):
+            raise UsageError(f"{run.where} is a run of {run.args['script']}.py: it has no battles.")
+    scenarios = {run.args["scenario"] for run in runs}
+    if len(scenarios) > 1 or "resource" in scenarios:
+        raise UsageError("These are not runs in battles of one scenario.")
+
+
+def player_of(name: str, seed: int) -> Policy:
+    """A script by its name, else the greedy policy of a run directory."""
+    scripts = episodes.scripted_policies(seed)
+    if name in scripts:
+        return scripts[name]
+    return load_script(Run(Path(name)).args["script"]).load_player(name)
+
+
+def new_battles(run: Run, size: int, number: int, seed: int) -> Any:
+    """Battles in the simulator by the rules of a run. UsageError where there is no such team."""
+    script = load_script(run.args["script"])
+    args = harness.saved_args(str(run.path), script.Args, whole=False)
+    args = dataclasses.replace(args, backend="sim", game_version="")
+    return script.make_envs(args, sizes=(size,), num_envs=number, seed=seed)
+
+
+def score(ended: list[Any]) -> str:
+    """A cell: the share of episodes won with its interval; the mean return."""
+    row = episodes.summarise(ended)
+    return f"{with_interval(row, 'win', digits=3)}; {row['return']:.2f}"
+
+
+def teammates(study: Teammates) -> None:
+    """Print a table: a line per run and per teammate, a column per teammate."""
+    runs = read_runs(study.runs)
+    scripts = episodes.scripted_policies(study.seed)
+    mates = {Path(name).name: name for name in study.teammates}
+    names = {run.name for run in runs}
+    if len(mates) < len(study.teammates) or len(names) < len(runs):
+        raise UsageError("Two runs or two teammates have the same name.")
+    learned = [Run(Path(name)) for name in study.teammates if name not in scripts]
+    check_battles(runs + learned)
+
+    def played(name: str, mate: str = "") -> str:
+        ended = []
+        for size in study.team_sizes:
+            policy = player_of(name, study.seed)
+            if mate:
+                policy = Beside(policy, player_of(mate, study.seed), study.seed)
+            battles = new_battles(runs[0], size, study.episodes, study.seed)
+            ended += episodes.play(battles, policy)
+        return score(ended)
+
+    rows = []
+    for run in runs:
+        where = str(run.path)
+        beside = {title: played(where, mate) for title, mate in mates.items()}
+        rows.append({"run": run.name, "itself": played(where)} | beside)
+    own = {run.path.resolve() for run in runs}
+    for title, mate in mates.items():
+        if Path(mate).resolve() not in own:
+            row = dict.fromkeys(("run", "itself", *mates), "")
+            row["run"] = title
+            row["itself"] = played(mate)
+            rows.append(row)
+    print(markdown_table(rows), end="")
+
+
+def new_mixes(family: Family, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Teams of these sizes with at least one unit that is not special, without the family's own."""
+    if family.special < 0:
+        return []
+    wider = dataclasses.replace(family, base=range(1, max(sizes) + 1), extra=max(sizes))
+    met = family.teams(sizes)
+    return [team for team in wider.teams(sizes) if team not in met]
+
+
+def mixes(study: Mixes) -> None:
+    """Print a table: a line per run and per script of the first run's battles."""
+    runs = read_runs(study.runs)
+    check_battles(runs)
+    sizes = {tuple(run.args["team_sizes"]) for run in runs}
+    if len(sizes) > 1:
+        raise UsageError("These runs have trained with different team sizes.")
+    (sizes,) = sizes
+    teams = new_mixes(worlds.family_of(runs[0].args["scenario"]), sizes)
+    if not teams:
+        raise UsageError(f"Battles of {runs[0].args['scenario']} have all mixes of these sizes.")
+
+    def played(name: str, is_new: bool) -> str:
+        ended = []
+        for size in sizes:
+            battles = new_battles(runs[0], size, study.episodes, study.seed)
+            if is_new:
+                battles.teams = [team for team in teams if sum(team) == size]
+                battles.setup = make_setup(battles.family, battles.teams, study.seed, 0)
+            ended += episodes.play(battles, player_of(name, study.seed))
+        return score(ended)
+
+    named = {run.name: str(run.path) for run in runs}
+    named |= {f"{name} (script)": name for name in episodes.scripted_policies(study.seed)}
+    rows = [
+        {"run": title, "met": played(name, False), "new": played(name, True)}
+        for title, name in named.items()
+    ]
+    print(markdown_table(rows), end="")
 
 
 # --- The matrix game ------------------------------------------------------------------------------
@@ -1278,6 +1488,8 @@ COMMANDS = {
     "tables": tables,
     "dependence": dependence,
     "frontier": frontier,
+    "teammates": teammates,
+    "mixes": mixes,
     "matrix-game": matrix_game,
     "imitation": imitation,
 }

@@ -167,6 +167,8 @@ def as_words(flags: dict[str, Any]) -> list[str]:
     for name, x in flags.items():
         if isinstance(x, bool):
             words.append(as_flag(name if x else f"no_{name}"))
+        elif isinstance(x, (list, tuple)):
+            words.append(" ".join([as_flag(name), *map(str, x)]))
         else:
             words.append(f"{as_flag(name)} {x}")
     return words

@@ -1,6 +1,7 @@
 """experiments/launch.py, with real processes that are really killed. What they train is a script
 that counts: it locks its directory, saves, is stopped and goes on as the real ones do."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -395,6 +396,7 @@ def test_without_ray(study, launched, monkeypatch):
 
 STUDIES = sorted(path.stem for path in (ROOT / "experiments/studies").glob("*.toml"))
 MANY = [f"claims_{world}" for world in ("resource", "treasure", "sz", "csz", "pacman", "chicken")]
+MANY += ["mipi_table3", "mipi_ppo_sz", "mipi_ppo_controls_sz"]
 
 
 @pytest.mark.parametrize("name", some_long(STUDIES, *MANY))
@@ -405,6 +407,24 @@ def test_studies_are_ones_that_scripts_take(name):
     assert len({job.run for job in jobs}) == len(jobs)
     for job in jobs:
         runs.script_args(runs.load_script(Path(job.script).stem), job.argv())
+
+
+def test_studies_that_name_the_same_run_mean_the_same():
+    """Of all studies; else the second one would be refused."""
+    named = {}
+    for name in STUDIES:
+        options = launch.Launch(study=ROOT / f"experiments/studies/{name}.toml")
+        found = launch.read_study_file(options.study)
+        for job in launch.jobs_of(found, dataclasses.replace(options, seeds=found.seeds[:1])):
+            named.setdefault(job.run, []).append(job)
+    shared = [jobs for jobs in named.values() if len(jobs) > 1]
+    assert shared
+    for first, *others in shared:
+        args = [
+            runs.script_args(runs.load_script(Path(job.script).stem), job.argv())
+            for job in (first, *others)
+        ]
+        assert all(x == args[0] for x in args), first.run.name
 
 
 def test_runs_of_a_study_are_read_without_their_logs(study, launched):

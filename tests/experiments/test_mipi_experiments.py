@@ -8,12 +8,14 @@ import io
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_up import command, experiment
+from made_up import ROOT, command, experiment
 from PIL import Image
+from runs import some_long
 from toolbox import sharpen
 
 from envs.smac import resource_collection
@@ -236,20 +238,94 @@ def test_runs_of_the_tables(tmp_path):
 
 
 def test_controls_of_mipi_on_ppo(tmp_path):
-    """Each is alpha .03 with one flag more, or MAPPO with teammates dropped."""
+    """Each is alpha .03 with one flag more, or MAPPO with teammates dropped or larger teams."""
     words = ("ppo-controls", "--tasks", "sz", "--seeds", 11, "--dir", tmp_path, "--dry-run")
     code, text, stderr = command("mipi", "train", *words)
     assert code == 0, stderr
     usual = runs_module.script_args(mipi_mappo, ["--preset", "cpu"])
-    names = ("own", "marginal", "penalise", "alpha", "drop_teammates")
+    names = ("own", "marginal", "penalise", "alpha", "drop_teammates", "team_sizes")
     changes = []
     for line in text.splitlines():
         path, *argv = shlex.split(line)[1:]
-        assert mipi_mappo.__file__.endswith(path)
-        args = runs_module.script_args(mipi_mappo, argv)
+        script = runs_module.load_script(Path(path).stem)
+        args = runs_module.script_args(script, argv)
         assert args.seed == 11 and args.scenario == "sz"
-        changes.append([x for x in names if getattr(args, x) != getattr(usual, x)])
-    assert changes == [["own"], ["marginal"], ["penalise"], ["penalise"], list(names[3:])]
+        own = [x for x in names if getattr(args, x, getattr(usual, x)) != getattr(usual, x)]
+        changes.append([script.__name__.split(".")[-1], *own])
+    terms = [["own"], ["marginal"], ["penalise"], ["penalise"], ["alpha", "drop_teammates"]]
+    terms = [["mipi_mappo_smac", *x] for x in terms]
+    wide = [["mappo_smac", "team_sizes"], ["mipi_mappo_smac", "team_sizes"]]
+    assert changes == terms + wide and args.team_sizes == (3, 4, 5, 6, 7, 8)
+
+
+def test_regret_is_read_in_the_same_columns():
+    """Of runs that train with all sizes, whatever the order; other sizes stay as they are."""
+    usual = {"3-5": (3, 4, 5), "6": (6,), "7": (7,), "8": (8,)}
+    columns = {
+        "usual": usual,
+        "wide": {"3-8": (3, 4, 5, 6, 7, 8)},
+        "other": {"3-6": (3, 4, 5, 6), "8": (8,)},
+    }
+    runs = []
+    for name in ("wide", "usual", "other"):
+        flags = {} if name == "usual" else {"team_sizes": next(iter(columns[name].values()))}
+        run = study.Evaluated(
+            name=name,
+            where=name,
+            task="sz",
+            method="MAPPO + MI, alpha 0.03",
+            flags=flags,
+            known=frozenset({"team_sizes"}),
+            seed=1,
+            steps=1,
+            minutes=0.0,
+            columns=columns[name],
+            evaluations=[],
+            learning=[],
+            scripts={},
+        )
+        runs.append(run)
+    found = {run.name: run.columns for run in study.in_same_columns(runs)}
+    assert found == {"usual": usual, "wide": usual, "other": columns["other"]}
+    (names,) = study.group(study.in_same_columns(runs)).values()
+    assert f"MAPPO + MI, alpha 0.03 {study.ALL_SIZES}" in names
+    arms = ("MAPPO", 0.0, 0.3), (f"MAPPO {study.ALL_SIZES}", 0.0, 0.55), ("MAPPO + MI", 0.03, 0.4)
+    arms += (f"MAPPO + MI {study.ALL_SIZES}", 0.1, 0.5), ("MAPPO + MI", 0.1, 0.6)
+    means = [{"arm": arm, "alpha": alpha, study.UP: x} for arm, alpha, x in arms]
+    assert [study.regret(row, means) for row in means] == ["+0.250", "", "", "", "-0.100"]
+
+
+STUDIES = {  # {study: what trains the same}
+    "mipi_ppo_sz": "ppo --tasks sz --total-timesteps 2000000",
+    "mipi_ppo_csz": "ppo --tasks csz --total-timesteps 2000000",
+    "mipi_ppo_controls_sz": "ppo-controls --tasks sz --total-timesteps 2000000",
+    "mipi_table3": "table3 d3 --total-timesteps 3000000",
+}
+
+
+@pytest.mark.parametrize("name", some_long(STUDIES, "mipi_table3"))
+def test_studies_are_what_train_trains(name, tmp_path):
+    """The same names and arguments; the largest alpha of Table 3 has its name in claims.toml."""
+    words = (*STUDIES[name].split(), "--seeds", 11, "--dir", tmp_path, "--dry-run")
+    code, text, stderr = command("mipi", "train", *words)
+    assert code == 0, stderr
+    trained = {}
+    for line in text.splitlines():
+        path, *argv = shlex.split(line)[1:]
+        at = argv.index("--run-dir")
+        run = argv[at + 1].rsplit("/", 1)[-1]
+        script = runs_module.load_script(Path(path).stem)
+        trained[run] = path, runs_module.script_args(script, argv[:at] + argv[at + 2 :])
+    launch, file = experiment("launch"), ROOT / f"experiments/studies/{name}.toml"
+    options = launch.Launch(study=file, seeds=(11,))
+    highest = {task: f"mipi-alpha-{alphas[-1]}" for task, alphas in study.ALPHAS.items()}
+    found = {}
+    for job in launch.jobs_of(launch.read_study_file(file), options):
+        task = job.run.name.split("-")[0]
+        run = job.run.name.replace("high_alpha", highest[task])
+        script = runs_module.load_script(Path(job.script).stem)
+        found[run] = job.script, runs_module.script_args(script, job.argv())
+    assert found == trained
 
 
 def test_rows_are_named_by_the_flags_in_which_runs_differ():
@@ -626,3 +702,126 @@ def test_frontier(runs, tmp_path):
     ):
         code, _, stderr = command("mipi", "frontier", *words, "--out", tmp_path / "g")
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
+
+
+# --- Teammates and mixes --------------------------------------------------------------------------
+
+
+def printed(*words):
+    """{first cell: cells} of a table that a subcommand prints."""
+    code, text, stderr = command("mipi", *words)
+    assert code == 0, stderr
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in text.splitlines()]
+    return {row[0]: dict(zip(lines[0], row)) for row in lines[2:]}
+
+
+class Says:
+    """A policy that acts by one action where that is available, and keeps what all did."""
+
+    def __init__(self, action):
+        self.action, self.last_actions, self.seen = action, None, []
+
+    def __call__(self, battles):
+        self.seen.append(self.last_actions)
+        can = battles.obs.avail[..., self.action]
+        return torch.where(can, self.action, battles.obs.avail.int().argmax(-1))
+
+
+def test_half_of_each_team_is_the_teammates():
+    """Rounded down, drawn for each battle, the same all along, never an empty slot; both policies
+    are told what everybody did."""
+    own, mate = Says(2), Says(3)
+    policy = study.Beside(own, mate, 5)
+    battles = study.worlds.make_worlds("sim", "sz", (3, 4, 5), num_battles=40, seed=1)
+    drawn = []
+    for _ in range(2):
+        battles.reset()
+        for step in range(3):
+            avail = battles.obs.avail.clone()
+            actions = policy(battles)
+            if step == 0:
+                drawn.append(policy.of_mate.clone())
+            assert torch.equal(policy.of_mate, drawn[-1])
+            walks = avail[..., 2] & avail[..., 3]
+            assert walks.any()
+            wanted = torch.where(policy.of_mate, 3, 2)
+            assert torch.equal(actions[walks], wanted[walks])
+            assert own.last_actions is actions and mate.last_actions is actions
+            battles.step(actions)
+        there = torch.from_numpy(np.asarray(battles.snapshot.type)[:, :8] >= 0)
+        assert not (drawn[-1] & ~there).any()
+        assert torch.equal(drawn[-1].sum(1), there.sum(1) // 2)
+    assert not torch.equal(*drawn)
+    of_five = drawn[0][there.sum(1) == 5]
+    assert of_five.float().mean(0)[:5].min() > 0
+
+
+def test_teammates(runs, monkeypatch):
+    """A run beside itself is itself, beside a script it earns something else; the script's own
+    figures are those of its battles."""
+    make_worlds = study.worlds.make_worlds
+    longer = functools.partial(make_worlds, "sim", "sz", num_battles=24, seed=1, episode_limit=60)
+
+    def new_battles(run, size, number, seed):
+        assert (number, seed) == (24, 1)
+        args = runs_module.Run(runs / "sz-mappo-s1").args
+        assert first(run, size, number, seed).rules.limit == args["max_episode_steps"]
+        return longer(team_sizes=(size,))
+
+    first = study.new_battles
+    monkeypatch.setattr(study, "new_battles", new_battles)
+    names = [runs / name for name in ("sz-mappo-s1", "sz-mipi-s1", "sz-collaq-s1")]
+    quick = ("--team-sizes", 3, 6, "--episodes", 24)
+    rows = printed("teammates", *names, "--teammates", "focus", names[1], *quick)
+    assert list(rows) == [*(path.name for path in names), "focus"]
+    assert rows["sz-mipi-s1"]["sz-mipi-s1"] == rows["sz-mipi-s1"]["itself"]
+    assert all(row["focus"] != row["itself"] for row in rows.values())
+    assert len({row["sz-mipi-s1"] for row in rows.values()}) == 4
+    ended = []
+    for size in (3, 6):
+        ended += study.episodes.play(longer(team_sizes=(size,)), study.episodes.focus)
+    assert rows["focus"]["itself"] == study.score(ended)
+    for words, sentence in (
+        ((names[0], "--teammates", runs / "nothing"), "is no run directory"),
+        ((runs / "nothing",), "is no run directory"),
+        ((names[0], "--team-sizes"), "--team-sizes"),
+        ((names[0], "--teammates", names[1], names[1]), "have the same name"),
+    ):
+        code, _, stderr = command("mipi", "teammates", *words)
+        assert code == 2 and sentence in stderr, (words, stderr)
+
+
+def test_new_mixes(runs, tmp_path, monkeypatch):
+    """Of the sizes that were trained with, and none that a battle of the scenario has."""
+    for task, sizes in (("csz", (3, 4, 5)), ("mmm", (4, 7))):
+        family = study.worlds.family_of(task)
+        met, new = set(family.teams(sizes)), study.new_mixes(family, sizes)
+        special = family.types.index(family.special)
+        assert new and len(set(new)) == len(new) and not met & set(new)
+        assert {sum(team) for team in new} == set(sizes)
+        assert all(sum(team) > team[special] for team in new)
+        # all mixes: those met, these, and those of special units only
+        every = [n * (n + 1) // 2 + n for n in sizes]
+        assert len(met) + len(new) == sum(every)
+    code, _, stderr = command("mipi", "mixes", runs / "sz-mappo-s1")
+    assert code == 2 and "Battles of sz have all mixes" in stderr
+    with contextlib.redirect_stdout(io.StringIO()):
+        words = f"{TINY.replace('sz', 'csz')} {ON_POLICY} --run-dir {tmp_path / 'csz'}"
+        assert mappo.main(words.split()) == 0
+    teams, play = [], study.episodes.play
+
+    def watched(battles, policy):
+        ended = play(battles, policy)
+        teams.append({episode.team for episode in ended})
+        return ended
+
+    monkeypatch.setattr(study.episodes, "play", watched)
+    rows = printed("mixes", tmp_path / "csz", "--episodes", 8)
+    assert list(rows) == ["csz"] + [
+        f"{x} (script)" for x in ("random", "nearest", "focus", "retreat")
+    ]
+    family = study.worlds.family_of("csz")
+    new = set(study.new_mixes(family, (3, 4)))
+    for n, played in enumerate(teams):  # met with 3 and 4, new with 3 and 4
+        assert played <= (new if n % 4 > 1 else set(family.teams((3, 4))))
+        assert {sum(team) for team in played} == {3 + n % 2}
