@@ -271,9 +271,21 @@ def read_episodes(
     return returns, lengths
 
 
-def read_runs(paths: Iterable[Path], only: tuple[str, ...] = ()) -> list[Run]:
+def name_of(run: Run) -> Any:
+    return run.name
+
+
+def name_in_world(run: Run) -> Any:
+    """A run's name and world: studies of several worlds may use the same names."""
+    return run.name, *(run.args.get(flag) for flag in ("substrate", "task", "scenario"))
+
+
+def read_runs(
+    paths: Iterable[Path], only: tuple[str, ...] = (), same: Callable[[Run], Any] = name_of
+) -> list[Run]:
     """The runs in directories and packed studies. With `only`, those whose names match one of these
-    shell patterns, in the order of the patterns. UsageError if a pattern matches none."""
+    shell patterns, in the order of the patterns. UsageError if a pattern matches none, or if `same`
+    gives the same for two runs: a run that two sources hold would count as two seeds."""
     runs: list[Run] = []
     for path in paths:
         if path.suffix == ".log" and path.with_suffix("").is_dir():
@@ -289,7 +301,12 @@ def read_runs(paths: Iterable[Path], only: tuple[str, ...] = ()) -> list[Run]:
         if not found:
             raise UsageError(f"--only {pattern}: no run has such a name.")
         chosen += [run for run in found if run not in chosen]
-    return chosen if only else runs
+    runs = chosen if only else runs
+    known: dict[Any, Run] = {}
+    for run in runs:
+        if (other := known.setdefault(same(run), run)) is not run:
+            raise UsageError(f"Two runs have one name: {other.where} and {run.where}.")
+    return runs
 
 
 def without_seed(name: str) -> str:
@@ -455,7 +472,7 @@ class Show:
 def show(study: Show) -> None:
     """Print a table of runs: script, seed, environment steps, evaluations, commit."""
     rows = []
-    for run in read_runs(study.runs, study.only):
+    for run in read_runs(study.runs, study.only, same=lambda run: run.where):
         episodes = sum(len(x.returns) for x in run.evaluations)
         row = {"run": run.name, "script": run.args["script"], "seed": run.args["seed"]}
         row |= {"steps": f"{run.summary['timesteps'] or run.steps:,}"}
