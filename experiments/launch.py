@@ -210,7 +210,8 @@ class Launcher(Trainer):
             self.slots.put(environment)
         record.minutes = (time.monotonic() - clock) / 60
         record.timesteps = last_line(job.run).get("timesteps", 0)
-        if record.starts:
+        known = read_records(self.root).get(job.run.name, record)
+        if record.starts or (record.code == FINISHED and known.code != FINISHED):
             save_record(self.root, job.run.name, record)
         with self.lock:
             self.records[job.run.name] = record
@@ -221,7 +222,7 @@ class Launcher(Trainer):
         failures = 0
         while True:
             if not self.wait_for_writer(job):
-                return STOPPED
+                return FINISHED if job.is_finished() else STOPPED
             if job.is_finished():
                 return FINISHED
             record.starts += 1
@@ -275,8 +276,9 @@ def save_record(root: Path, name: str, record: Record) -> None:
         known = read_records(root)
         if before := known.get(name):
             starts, minutes = before.starts + record.starts, before.minutes + record.minutes
-            began = before.began
-            record = dataclasses.replace(record, starts=starts, minutes=minutes, began=began)
+            host = record.host if record.starts else before.host  # it was finished elsewhere
+            sums = {"starts": starts, "minutes": minutes}
+            record = dataclasses.replace(record, **sums, began=before.began, host=host)
         known[name] = dataclasses.replace(record, minutes=round(record.minutes, 2))
         text = json.dumps({key: vars(x) for key, x in sorted(known.items())}, indent=1)
         part = root / "study.json.part"
@@ -345,12 +347,15 @@ def train_here(jobs: list[Job], root: Path, launch: Launch) -> None:
 
 
 def report(jobs: list[Job], root: Path, records: dict[str, Record]) -> None:
-    """Print a table of how each run ended; study.json adds the figures of earlier starts."""
+    """Print a table of how each run ended now; study.json adds the figures of earlier starts."""
     names = {FINISHED: "finished", STOPPED: "stopped", None: "not begun"}
-    records = records | read_records(root)
+    known = read_records(root)
     rows = []
     for job in jobs:
-        record = records.get(job.run.name, Record("", host="", began=""))
+        now = records.get(job.run.name, Record("", host="", began=""))
+        record = known.get(job.run.name, now)
+        if now.code is not None:
+            record = dataclasses.replace(record, code=now.code)
         rows.append(
             {
                 "run": job.run.name,
@@ -414,11 +419,12 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
                 try:
                     records[job.run.name] = ray.get(task)
                     codes[job.run] = records[job.run.name].code
-                except ray.exceptions.TaskCancelledError:
-                    pass
                 except ray.exceptions.RayError as error:
-                    print(f"{job.run.name}: {type(error).__name__}", flush=True)
-                    codes[job.run] = FAILED
+                    if not isinstance(error, ray.exceptions.TaskCancelledError):
+                        print(f"{job.run.name}: {type(error).__name__}", flush=True)
+                        codes[job.run] = FAILED
+                    lost = Record(job.text(), host="", began="", code=codes[job.run])
+                    records[job.run.name] = lost
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -192,6 +192,21 @@ def test_what_fails_is_reported_at_the_end(study, launched, attempts):
     assert "a-s1 ended with code 1: see" in output.splitlines()[-1]
 
 
+def test_what_was_finished_by_hand_is_finished(study, launched):
+    """Whatever study.json has kept of the launcher's own attempts."""
+    file = study(seeds=[1], timesteps=2, a="--fail")
+    assert launched(file, "--attempts", 1)[0] == 2 and records(file)["a-s1"]["code"] == 1
+    known = records(file)["a-s1"] | {"host": "elsewhere"}
+    (file.parent / "my runs/study.json").write_text(json.dumps({"a-s1": known}))
+    run = ["--resume", str(file.parent / "my runs/a-s1"), "--total-timesteps", "2"]
+    subprocess.run([sys.executable, str(file.parent / "counter.py"), *run], check=True)
+    for _ in range(2):
+        code, output = launched(file)
+        assert code == 0 and "| a-s1 | finished | 2 " in output
+    found = records(file)["a-s1"]
+    assert (found["code"], found["starts"], found["host"]) == (0, 1, "elsewhere")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_launcher_stops_its_runs_saved(study, launched, number):
