@@ -57,6 +57,7 @@ from experiments.runs import (
     StoppedError,
     Trainer,
     beside,
+    check_all,
     check_codes,
     run_command,
     train_all,
@@ -395,6 +396,7 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
         raise UsageError("--engine ray needs requirements-ray.txt.") from None
     from experiments import launch as module  # workers import this module; they lack __main__
 
+    check_all(jobs)
     options = {"num_cpus": jobs[0].processes, "num_gpus": launch.gpu}
     options["max_retries"] = launch.attempts - 1
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -38,6 +38,7 @@ from experiments.runs import (
     Run,
     Runs,
     beside,
+    check_all,
     check_out,
     finish,
     load_script,
@@ -187,8 +188,10 @@ def train(study: Train) -> None:
             first += of_task(figure, task)
             then += adaptations(task) if figure == "fig4" else []
         first += of_resource(figure)
-    for commands, timesteps in (first, study.total_timesteps), (then, study.adapt_timesteps):
-        train_all(jobs_of(commands, study, timesteps), study.jobs, study.dry_run)
+    later = jobs_of(then, study, study.adapt_timesteps)
+    check_all(later)  # before hours of training
+    train_all(jobs_of(first, study, study.total_timesteps), study.jobs, study.dry_run)
+    train_all(later, study.jobs, study.dry_run)
 
 
 # --- Trained agents -------------------------------------------------------------------------------

@@ -515,6 +515,24 @@ class Job:
         torchrun = ["torchrun", "--nproc-per-node", str(self.processes)]
         return shlex.join([*(torchrun if self.processes > 1 else ["python"]), *self.command()])
 
+    def check_flags(self) -> None:
+        """Raise UsageError unless this is a script that trains and takes these flags. With --adapt
+        they are read alone: the run that is adapted may not exist yet."""
+        name = Path(self.script).stem
+        known = Path(self.script) in (Path(f"{name}.py"), Path(f"baselines/{name}.py"))
+        script = load_script(name) if known else None
+        if not hasattr(script, "Args"):
+            raise UsageError(f"{self.run.name}: {self.script} is no script that trains.")
+        try:
+            if "--adapt" in self.flags:
+                harness.read_flags(script.Args, self.argv())
+            else:
+                script_args(script, self.argv())
+        except UsageError as error:
+            raise UsageError(f"{self.run.name}: {error}") from None
+        except SystemExit:  # tyro, which has said why
+            raise UsageError(f"{self.run.name}: {self.script} refuses its flags.") from None
+
     def is_finished(self) -> bool:
         """Whether the run has ended and has enough steps. UsageError as from check_same()."""
         if not any((self.run / name).exists() for name in ("checkpoints.json", "summary.json")):
@@ -594,12 +612,20 @@ class Trainer:
         return STOPPED if self.stopped and code != FINISHED else code
 
 
+def check_all(jobs: list[Job]) -> list[bool]:
+    """Which jobs have finished. UsageError, before training starts, for flags that a script refuses
+    and for run directories that hold another run."""
+    for job in jobs:
+        job.check_flags()
+    return [job.is_finished() for job in jobs]
+
+
 def train_all(
     jobs: list[Job], at_once: int = 1, dry_run: bool = False, trainer: Trainer | None = None
 ) -> None:
     """Train the jobs that have not finished, `at_once` at a time; dry_run only prints commands.
     After all have run: UsageError if some failed, StoppedError if some were stopped."""
-    finished = [job.is_finished() for job in jobs]  # finds mismatched runs before training starts
+    finished = check_all(jobs)
     if dry_run:
         for job, done in zip(jobs, finished, strict=True):
             print(f"{job.run}: finished already" if done else job.text())

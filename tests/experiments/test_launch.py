@@ -60,7 +60,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from experiments import launch, runs
 launch.ROOT = runs.ROOT = Path({folder!r})
-runs.Job.check_same = lambda *found: None
+runs.Job.check_same = runs.Job.check_flags = lambda *found: None
 launch.LOOK_EVERY = 0.2
 sys.exit(launch.main(sys.argv[1:]))
 """
@@ -92,7 +92,8 @@ def start(file, *words, **environment):
 @pytest.fixture
 def launched(monkeypatch, capsys):
     """launched(file, *words, **environment): exit code and output, in this process."""
-    monkeypatch.setattr(runs.Job, "check_same", lambda *found: None)
+    for name in ("check_same", "check_flags"):
+        monkeypatch.setattr(runs.Job, name, lambda *found: None)
     monkeypatch.setattr(launch, "LOOK_EVERY", 0.2)
     for name in [name for name in os.environ if name.startswith("SLURM")]:
         monkeypatch.delenv(name)
@@ -420,6 +421,28 @@ def test_studies_are_ones_that_scripts_take(name):
     assert len({job.run for job in jobs}) == len(jobs)
     for job in jobs:
         runs.script_args(runs.load_script(Path(job.script).stem), job.argv())
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    "last, sentence",
+    [
+        ("mra_maddpg_particle.py --polyak 3", "--polyak 3.0: input should be less than"),
+        ("mra_maddpg_particle.py --no-such 3", "mra_maddpg_particle.py refuses its flags."),
+        ("mra_maddpg_particle.py --adapt x --polyak 3", "--polyak 3.0: input should be less than"),
+        ("mra_maddpg_particle.py --batch-size 99 --buffer-size 9", "--batch-size exceeds"),
+        ("harness.py", "harness.py is no script that trains."),
+        ("experiments/compare.py", "experiments/compare.py is no script that trains."),
+    ],
+)
+def test_all_flags_are_checked_first(tmp_path, capsys, monkeypatch, last, sentence, flags):
+    monkeypatch.setattr(runs.Trainer, "try_once", lambda *_: pytest.fail("something has started"))
+    lines = [f'dir = "{tmp_path}/runs"', "seeds = [1]", "timesteps = 9", "[runs]"]
+    lines += ['first = "mra_maddpg_particle.py"', f'last = "{last}"']
+    (tmp_path / "study.toml").write_text("\n".join(lines))
+    assert launch.main([str(tmp_path / "study.toml"), *flags]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.splitlines()[-1].startswith(f"error: last-s1: {sentence}")
 
 
 def test_runs_of_a_study_are_read_without_their_logs(study, launched):
