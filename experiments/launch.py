@@ -457,6 +457,7 @@ def launch(options: Launch) -> None:
     if options.dry_run:
         train_all(jobs, dry_run=True)
         return
+    read_records(ROOT / study.dir)  # a damaged study.json is told before the first run has trained
     engine = train_on_ray if options.engine == "ray" else train_here
     try:
         engine(jobs, ROOT / study.dir, options)

@@ -208,6 +208,16 @@ def test_what_was_finished_by_hand_is_finished(study, launched):
     assert (found["code"], found["starts"], found["host"]) == (0, 1, "elsewhere")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"a-s1": {"wish": 1}}', '{"a-s1": null}'])
+def test_a_damaged_study_json_is_found_first(study, launched, text):
+    file = study(seeds=[1], a="--pause 0")
+    (file.parent / "my runs").mkdir()
+    (file.parent / "my runs/study.json").write_text(text)
+    code, output = launched(file)
+    assert code == 2 and output == f"error: {file.parent}/my runs/study.json is damaged.\n"
+    assert not calls(file, "a-s1")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_launcher_stops_its_runs_saved(study, launched, number):
