@@ -18,7 +18,8 @@ A study is a TOML file:
 {seed} in a command becomes the run's seed. Paths are relative to the repository. All runs of the
 first seed come first, so a study that is stopped early has all its runs for fewer seeds. A finished
 run is kept. A run with a checkpoint is resumed, and a run that fails is started again. If another
-process trains a run, the launcher waits for it. The same command resumes a stopped study.
+process trains a run, the launcher does all others first, then waits for it. The same command
+resumes a stopped study.
 """
 
 from __future__ import annotations
@@ -179,12 +180,12 @@ class Record:
     began: str  # UTC
     starts: int = 0
     code: int | None = None  # exit code of the last attempt
-    minutes: float = 0.0  # wall time of all attempts, with waiting for other processes
+    minutes: float = 0.0  # wall time of all attempts
     timesteps: int = 0  # environment steps in the last line of the log
 
 
 class Launcher(Trainer):
-    """Trains jobs: starts failed runs again, waits for runs that another process trains, and gives
+    """Trains jobs: starts failed runs again, puts off runs that another process trains, and gives
     each job a slot (a GPU). Scripts start in the repository: a study's paths are relative to it."""
 
     def __init__(self, root: Path, attempts: int, slots: list[dict[str, str]]):
@@ -196,10 +197,18 @@ class Launcher(Trainer):
         for slot in slots:
             self.slots.put(slot)
         self.running: dict[Path, Job] = {}
+        self.put_off: set[Path] = set()
         self.records: dict[str, Record] = {}
 
-    def train(self, job: Job) -> int:
-        """Train one run and return the exit code of its last attempt."""
+    def train(self, job: Job) -> int | None:
+        """Train one run and return the exit code of its last attempt; None, after a short pause, if
+        another process trains it."""
+        if is_locked(job.run) and not self.stopped:
+            if job.run not in self.put_off:
+                self.tell(f"{job.run.name} is being trained by another process: waiting for it")
+            self.put_off.add(job.run)
+            time.sleep(LOOK_EVERY / 4)
+            return None
         environment, clock = self.slots.get(), time.monotonic()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = Record(command=job.text(), host=platform.node(), began=now)
@@ -218,33 +227,27 @@ class Launcher(Trainer):
             self.records[job.run.name] = record
         return record.code
 
-    def try_often(self, job: Job, record: Record, environment: dict[str, str]) -> int:
-        """Start a run until it ends or fails too often. Returns its code; record counts starts."""
+    def try_often(self, job: Job, record: Record, environment: dict[str, str]) -> int | None:
+        """Start a run until it ends or fails too often. Returns its code, None if another process
+        took it first; record counts starts."""
         failures = 0
-        while True:
-            if not self.wait_for_writer(job):
-                return FINISHED if job.is_finished() else STOPPED
-            if job.is_finished():
-                return FINISHED
+        while not job.is_finished():
+            if self.stopped:
+                return STOPPED
             record.starts += 1
             code = self.try_once(job, environment)
             if code in (FINISHED, STOPPED):
                 return code
-            if is_locked(job.run) or job.is_finished():
-                continue  # not a failure: another process took the run first
+            if is_locked(job.run):
+                return None
+            if job.is_finished():
+                break
             failures += 1
             if code == WRONG_USAGE or failures == self.attempts:
                 return code
             log = beside(job.run, ".log")
             self.tell(f"{job.run.name} ended with code {code}, once more: see {log}")
-
-    def wait_for_writer(self, job: Job) -> bool:
-        """Wait while another process trains the run. False if the launcher is stopped meanwhile."""
-        if is_locked(job.run):
-            self.tell(f"{job.run.name} is being trained by another process: waiting for it")
-        while is_locked(job.run) and not self.stopped:
-            time.sleep(LOOK_EVERY / 4)
-        return not self.stopped
+        return FINISHED
 
 
 def last_line(run: Path) -> dict[str, Any]:
@@ -377,7 +380,8 @@ def train_one(job: Job, root: Path, attempts: int) -> Record:
     """Train one run in a Ray task. ray.cancel() raises KeyboardInterrupt here: the run saves."""
     launcher = Launcher(root, attempts, [{}])
     try:
-        launcher.train(job)
+        while launcher.train(job) is None:
+            pass  # it has paused
     except KeyboardInterrupt:
         launcher.stop(signal.SIGTERM, None)
         for child in launcher.children:

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import queue
 import re
 import shlex
 import signal
@@ -590,8 +591,8 @@ class Trainer:
             self.children.append(child)
             return child
 
-    def train(self, job: Job) -> int:
-        """Train one run unless it has finished, and return its exit code."""
+    def train(self, job: Job) -> int | None:
+        """Train one run unless it has finished, and return its exit code; None puts it off."""
         if job.is_finished():
             self.tell(f"{job.run}: finished already")
             return FINISHED
@@ -623,23 +624,43 @@ def check_all(jobs: list[Job]) -> list[bool]:
 def train_all(
     jobs: list[Job], at_once: int = 1, dry_run: bool = False, trainer: Trainer | None = None
 ) -> None:
-    """Train the jobs that have not finished, `at_once` at a time; dry_run only prints commands.
-    After all have run: UsageError if some failed, StoppedError if some were stopped."""
+    """Train the jobs that have not finished, `at_once` at a time; dry_run only prints commands. A
+    job that the trainer puts off has its next turn when all others have had theirs. After all have
+    run: UsageError if some failed, StoppedError if some were stopped."""
     finished = check_all(jobs)
     if dry_run:
         for job, done in zip(jobs, finished, strict=True):
             print(f"{job.run}: finished already" if done else job.text())
         return
     trainer = trainer or Trainer()
+    codes: dict[Path, int] = {}
+    left: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        left.put(job)
+
+    def work() -> None:
+        while True:
+            try:
+                job = left.get_nowait()
+            except queue.Empty:
+                return
+            code = trainer.train(job)
+            if code is None:
+                left.put(job)
+            else:
+                codes[job.run] = code
+
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = [signal.signal(number, trainer.stop) for number in numbers]
     try:
         with ThreadPoolExecutor(at_once) as pool:
-            codes = list(pool.map(trainer.train, jobs))
+            workers = [pool.submit(work) for _ in range(at_once)]
+        for worker in workers:
+            worker.result()
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-    check_codes(jobs, codes)
+    check_codes(jobs, [codes[job.run] for job in jobs])
 
 
 def check_codes(jobs: list[Job], codes: list[int]) -> None:

@@ -255,6 +255,23 @@ def test_an_orphan_is_waited_for(study, launched):
     assert len(calls(file, "a-s1")) == 1
 
 
+def test_what_another_process_trains_holds_up_nothing(study, launched):
+    """The one job at a time does not wait for a-s1 before it has done the others."""
+    file = study(seeds=[1, 2], a="--pause 0", b="--pause 0")
+    first = file.parent / "my runs/a-s1"
+    first.mkdir(parents=True)
+    others = [str(first.parent / name / "summary.json") for name in ("b-s1", "a-s2", "b-s2")]
+    holder = "import fcntl, os, sys, time; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, 2); "
+    holder += "print(flush=True)\nwhile not all(map(os.path.exists, sys.argv[2:])): time.sleep(0.1)"
+    command = [sys.executable, "-c", holder, str(first / "lock"), *others]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        code, output = launched(file)
+        assert other.poll() == 0
+    assert code == 0 and output.count("a-s1 is being trained by another process: waiting") == 1
+    assert "| a-s1 | finished | 5 |" in output and len(calls(file, "a-s1")) == 1
+
+
 @pytest.mark.long
 def test_a_killed_orphan_is_gone_on_with(study, launched):
     file = study(seeds=[1], timesteps=2000, a="--pause 0.05")
