@@ -73,6 +73,28 @@ SCRIPT = "bidist_mappo_meltingpot"
 Several = Annotated[int, Interval(ge=2)]
 
 
+# --- What is read ---------------------------------------------------------------------------------
+
+
+def read_in_substrates(paths: tuple[Path, ...]) -> list[Run]:
+    """The runs in directories and packed studies. UsageError for runs in other worlds."""
+    runs = read_runs(paths)
+    for run in runs:
+        if "substrate" not in run.args:
+            raise UsageError(f"{run.where} is of {run.args['script']}.py, which has no substrate.")
+    return runs
+
+
+def seats_in(substrate: str) -> int:
+    """The number of agents in a substrate of Melting Pot or in the toy; UsageError for others."""
+    from envs.meltingpot.worlds import get_spec
+
+    try:
+        return 2 if substrate == "toy" else get_spec(substrate).num_agents
+    except (ValueError, ModuleNotFoundError) as error:
+        raise UsageError(str(error)) from None
+
+
 # --- Variants: Figs. 6, 8, C.1 and C.2 ------------------------------------------------------------
 
 SELF_PLAY = "self-play"  # row of the evaluation that is used if there are no scenarios
@@ -165,6 +187,8 @@ def jobs_of(study: Variants) -> list[Job]:
         raise UsageError(f"{name_of(study)} trains no variant {min(unknown)}: there are {have}.")
     if not study.seeds:
         raise UsageError("--seeds names none.")
+    if ":" not in study.substrate:
+        seats_in(study.substrate)  # raises if there is no such substrate
     root = (study.runs_dir or Path("runs") / name_of(study)).resolve()
     chosen = [key for key in variants if key in (study.only or variants)]
     jobs = []
@@ -499,6 +523,8 @@ def jobs_of_table(study: Table1) -> list[Job]:
         raise UsageError(f"--only {min(unknown)}: there are {', '.join(METHODS)}.")
     if not study.seeds or not study.substrates:
         raise UsageError("--seeds and --substrates must name one or more.")
+    for substrate in study.substrates:
+        seats_in(substrate)  # raises if there is no such substrate
     jobs = []
     for seed, substrate in itertools.product(study.seeds, study.substrates):
         for method, (script, flags) in METHODS.items():
@@ -543,7 +569,7 @@ class CrossPlay:
 def cross_play(study: CrossPlay) -> None:
     """Play each pair of runs, one in the focal seats and one in the background; write the files."""
     check_out(study.out)
-    runs = read_runs(study.runs)
+    runs = read_in_substrates(study.runs)
     substrates = {run.args["substrate"] for run in runs}
     if len(substrates) > 1 or len(runs) < 2:
         raise UsageError("cross-play needs two runs or more, all on one substrate.")
@@ -554,6 +580,9 @@ def cross_play(study: CrossPlay) -> None:
     worlds = min(study.num_envs, study.episodes)
     try:
         with load_script(SCRIPT).make_envs(args, worlds, study.seed) as envs:
+            if study.num_focal >= (seats := envs.spec.num_agents) > 1:
+                sentence = f"--num-focal {study.num_focal} of {seats} seats leaves none"
+                raise UsageError(f"{sentence} to a co-player.")
             for focal, background in itertools.product(runs, runs):
                 rows.append(play_pair(focal, background, envs, study, rng))
                 row = rows[-1]
@@ -636,9 +665,7 @@ class Curves:
 
 def theta_shares(args: dict[str, Any]) -> tuple[float, float]:
     """The expected share of agents that play theta, and of worlds in which all agents do."""
-    from envs.meltingpot.worlds import get_spec
-
-    agents = 2 if args["substrate"] == "toy" else get_spec(args["substrate"]).num_agents
+    agents = seats_in(args["substrate"])
     q = args.get("history_share", 0.0)  # PP, RPM
     if args["script"] == SCRIPT:
         script = load_script(SCRIPT)
@@ -653,13 +680,17 @@ def theta_shares(args: dict[str, Any]) -> tuple[float, float]:
 def curves(study: Curves) -> None:
     """Read the curves of all runs, then write OUT.png, OUT.csv and OUT.md."""
     check_out(study.out)
-    runs = read_runs(study.runs)
+    runs = read_in_substrates(study.runs)
     rows = []
     for run in runs:
+        if ":" in run.args["substrate"]:
+            raise UsageError(f"{run.where} is in a world of your own, whose seats are not known.")
         theta, everybody = theta_shares(run.args)
         points = compare.read_curves(run, (study.scalar,), study.every)[study.scalar]
-        if not points:
+        if not any(study.scalar in scalars for scalars in run.log):
             raise UsageError(f"--scalar {study.scalar}: {run.where} has none of that name.")
+        if not points:
+            raise UsageError(f"--every {study.every} is more than {run.where} has trained.")
         for end, value in points:
             row = {"run": run.name, "timesteps": end, "theta_samples": round(theta * end)}
             row |= {"all_theta_samples": round(everybody * end), "value": value}
@@ -713,6 +744,9 @@ class Loaded(NamedTuple):
     def play(self, state: Any) -> tuple[Any, Any]:
         """One rollout of the training population, and the state after it."""
         wanted = inspect.signature(self.script.collect).parameters
+        if "memory" in wanted:
+            name = self.script.__name__.rpartition(".")[2]
+            raise UsageError(f"{name}.py acts with past actors, too, and cannot be played here.")
         rngs = {name: rng for name, rng in self.rngs.items() if name in wanted}
         return self.script.collect(self.args, self.envs, self.agent, state, **rngs)
 
@@ -958,7 +992,7 @@ def fig7(study: Fig7) -> None:
 class Fig5:
     """Fig. 5: t-SNE of the joint action distributions that a training population plays."""
 
-    runs: Runs  # runs of any method, all in one substrate
+    runs: Runs  # runs of any method but PP and RPM, all in one substrate
     samples: Several = 500  # samples to draw from each run
     rollouts: Positive = 4  # rollouts to draw them from; BiDist draws new agents v for each
     num_envs: Positive = 16  # parallel worlds of a rollout
@@ -1095,7 +1129,7 @@ def text_of_samples(samples: list[Sample], world: str) -> str:
 def fig5(study: Fig5) -> None:
     """Sample all runs, then write their t-SNE and a table of their spread."""
     check_out(study.out)
-    runs = read_runs(study.runs)
+    runs = read_in_substrates(study.runs)
     worlds = {run.args["substrate"] for run in runs}
     if len(worlds) > 1:
         raise UsageError("fig5 compares runs on one substrate, and these are on several.")

@@ -59,7 +59,16 @@ from experiments.criteria import (
     read_points,
     read_tables,
 )
-from experiments.runs import ROOT, Run, plt, read_runs, run_command, save_figure, write_rows
+from experiments.runs import (
+    ROOT,
+    Run,
+    name_in_world,
+    plt,
+    read_runs,
+    run_command,
+    save_figure,
+    write_rows,
+)
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
@@ -692,7 +701,7 @@ def claims(study: Study) -> None:
         write_studies(study.studies, [*itertools.chain(*cases.values())])
         return
     paths = study.runs or sorted(study.data.glob("study_*.csv"))
-    runs = read_runs(paths) if paths else []
+    runs = read_runs(paths, same=name_in_world) if paths else []
     outcomes = [judge(cases[name], runs, study.data) for name in study.commands or cases]
     missing = [missing_runs(x, runs, tables["slower"]) for x in outcomes]
     if study.commands:

@@ -18,7 +18,8 @@ A study is a TOML file:
 {seed} in a command becomes the run's seed. Paths are relative to the repository. All runs of the
 first seed come first, so a study that is stopped early has all its runs for fewer seeds. A finished
 run is kept. A run with a checkpoint is resumed, and a run that fails is started again. If another
-process trains a run, the launcher waits for it. The same command resumes a stopped study.
+process trains a run, the launcher does all others first, then waits for it. The same command
+resumes a stopped study.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from experiments.runs import (
     StoppedError,
     Trainer,
     beside,
+    check_all,
     check_codes,
     run_command,
     train_all,
@@ -178,12 +180,12 @@ class Record:
     began: str  # UTC
     starts: int = 0
     code: int | None = None  # exit code of the last attempt
-    minutes: float = 0.0  # wall time of all attempts, with waiting for other processes
+    minutes: float = 0.0  # wall time of all attempts
     timesteps: int = 0  # environment steps in the last line of the log
 
 
 class Launcher(Trainer):
-    """Trains jobs: starts failed runs again, waits for runs that another process trains, and gives
+    """Trains jobs: starts failed runs again, puts off runs that another process trains, and gives
     each job a slot (a GPU). Scripts start in the repository: a study's paths are relative to it."""
 
     def __init__(self, root: Path, attempts: int, slots: list[dict[str, str]]):
@@ -195,10 +197,18 @@ class Launcher(Trainer):
         for slot in slots:
             self.slots.put(slot)
         self.running: dict[Path, Job] = {}
+        self.put_off: set[Path] = set()
         self.records: dict[str, Record] = {}
 
-    def train(self, job: Job) -> int:
-        """Train one run and return the exit code of its last attempt."""
+    def train(self, job: Job) -> int | None:
+        """Train one run and return the exit code of its last attempt; None, after a short pause, if
+        another process trains it."""
+        if is_locked(job.run) and not self.stopped:
+            if job.run not in self.put_off:
+                self.tell(f"{job.run.name} is being trained by another process: waiting for it")
+            self.put_off.add(job.run)
+            time.sleep(LOOK_EVERY / 4)
+            return None
         environment, clock = self.slots.get(), time.monotonic()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = Record(command=job.text(), host=platform.node(), began=now)
@@ -210,39 +220,34 @@ class Launcher(Trainer):
             self.slots.put(environment)
         record.minutes = (time.monotonic() - clock) / 60
         record.timesteps = last_line(job.run).get("timesteps", 0)
-        if record.starts:
+        known = read_records(self.root).get(job.run.name, record)
+        if record.starts or (record.code == FINISHED and known.code != FINISHED):
             save_record(self.root, job.run.name, record)
         with self.lock:
             self.records[job.run.name] = record
         return record.code
 
-    def try_often(self, job: Job, record: Record, environment: dict[str, str]) -> int:
-        """Start a run until it ends or fails too often. Returns its code; record counts starts."""
+    def try_often(self, job: Job, record: Record, environment: dict[str, str]) -> int | None:
+        """Start a run until it ends or fails too often. Returns its code, None if another process
+        took it first; record counts starts."""
         failures = 0
-        while True:
-            if not self.wait_for_writer(job):
+        while not job.is_finished():
+            if self.stopped:
                 return STOPPED
-            if job.is_finished():
-                return FINISHED
             record.starts += 1
             code = self.try_once(job, environment)
             if code in (FINISHED, STOPPED):
                 return code
-            if is_locked(job.run) or job.is_finished():
-                continue  # not a failure: another process took the run first
+            if is_locked(job.run):
+                return None
+            if job.is_finished():
+                break
             failures += 1
             if code == WRONG_USAGE or failures == self.attempts:
                 return code
             log = beside(job.run, ".log")
             self.tell(f"{job.run.name} ended with code {code}, once more: see {log}")
-
-    def wait_for_writer(self, job: Job) -> bool:
-        """Wait while another process trains the run. False if the launcher is stopped meanwhile."""
-        if is_locked(job.run):
-            self.tell(f"{job.run.name} is being trained by another process: waiting for it")
-        while is_locked(job.run) and not self.stopped:
-            time.sleep(LOOK_EVERY / 4)
-        return not self.stopped
+        return FINISHED
 
 
 def last_line(run: Path) -> dict[str, Any]:
@@ -275,8 +280,9 @@ def save_record(root: Path, name: str, record: Record) -> None:
         known = read_records(root)
         if before := known.get(name):
             starts, minutes = before.starts + record.starts, before.minutes + record.minutes
-            began = before.began
-            record = dataclasses.replace(record, starts=starts, minutes=minutes, began=began)
+            host = record.host if record.starts else before.host  # it was finished elsewhere
+            sums = {"starts": starts, "minutes": minutes}
+            record = dataclasses.replace(record, **sums, began=before.began, host=host)
         known[name] = dataclasses.replace(record, minutes=round(record.minutes, 2))
         text = json.dumps({key: vars(x) for key, x in sorted(known.items())}, indent=1)
         part = root / "study.json.part"
@@ -345,12 +351,15 @@ def train_here(jobs: list[Job], root: Path, launch: Launch) -> None:
 
 
 def report(jobs: list[Job], root: Path, records: dict[str, Record]) -> None:
-    """Print a table of how each run ended; study.json adds the figures of earlier starts."""
+    """Print a table of how each run ended now; study.json adds the figures of earlier starts."""
     names = {FINISHED: "finished", STOPPED: "stopped", None: "not begun"}
-    records = records | read_records(root)
+    known = read_records(root)
     rows = []
     for job in jobs:
-        record = records.get(job.run.name, Record("", host="", began=""))
+        now = records.get(job.run.name, Record("", host="", began=""))
+        record = known.get(job.run.name, now)
+        if now.code is not None:
+            record = dataclasses.replace(record, code=now.code)
         rows.append(
             {
                 "run": job.run.name,
@@ -371,7 +380,8 @@ def train_one(job: Job, root: Path, attempts: int) -> Record:
     """Train one run in a Ray task. ray.cancel() raises KeyboardInterrupt here: the run saves."""
     launcher = Launcher(root, attempts, [{}])
     try:
-        launcher.train(job)
+        while launcher.train(job) is None:
+            pass  # it has paused
     except KeyboardInterrupt:
         launcher.stop(signal.SIGTERM, None)
         for child in launcher.children:
@@ -390,6 +400,7 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
         raise UsageError("--engine ray needs requirements-ray.txt.") from None
     from experiments import launch as module  # workers import this module; they lack __main__
 
+    check_all(jobs)
     options = {"num_cpus": jobs[0].processes, "num_gpus": launch.gpu}
     options["max_retries"] = launch.attempts - 1
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -414,11 +425,12 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
                 try:
                     records[job.run.name] = ray.get(task)
                     codes[job.run] = records[job.run.name].code
-                except ray.exceptions.TaskCancelledError:
-                    pass
                 except ray.exceptions.RayError as error:
-                    print(f"{job.run.name}: {type(error).__name__}", flush=True)
-                    codes[job.run] = FAILED
+                    if not isinstance(error, ray.exceptions.TaskCancelledError):
+                        print(f"{job.run.name}: {type(error).__name__}", flush=True)
+                        codes[job.run] = FAILED
+                    lost = Record(job.text(), host="", began="", code=codes[job.run])
+                    records[job.run.name] = lost
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
@@ -449,6 +461,7 @@ def launch(options: Launch) -> None:
     if options.dry_run:
         train_all(jobs, dry_run=True)
         return
+    read_records(ROOT / study.dir)  # a damaged study.json is told before the first run has trained
     engine = train_on_ray if options.engine == "ray" else train_here
     try:
         engine(jobs, ROOT / study.dir, options)

@@ -76,6 +76,7 @@ from experiments.runs import (
     finish,
     free_flags,
     load_script,
+    name_in_world,
     plt,
     read_runs,
     run_subcommand,
@@ -601,8 +602,8 @@ def draw_tables(found: dict[str, dict[str, list[Evaluated]]], measures: tuple[st
 def tables(study: Tables) -> None:
     """Read all runs, then write OUT.md, OUT.csv and OUT.png."""
     check_out(study.out)
-    runs = [read_evaluations(run, study) for run in read_runs(study.runs, study.only)]
-    runs = in_same_columns(runs)
+    chosen = read_runs(study.runs, study.only, same=name_in_world)
+    runs = in_same_columns([read_evaluations(run, study) for run in chosen])
     measures = {("return",) if run.task == "resource" else ("win", "return") for run in runs}
     if len(measures) != 1:
         raise UsageError("Battles and Resource Collection do not go into one table.")

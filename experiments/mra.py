@@ -35,12 +35,13 @@ from torch import Tensor
 from envs.particle.episodes import Player, play
 from envs.particle.worlds import TASKS, ParticleWorld, unpack
 from envs.particle.worlds import wanted as paying_leader
-from envs.statistics import markdown_table, seed_difference
+from envs.statistics import Difference, markdown_table, seed_difference
 from experiments.runs import (
     Job,
     Run,
     Runs,
     beside,
+    check_all,
     check_out,
     finish,
     load_script,
@@ -210,8 +211,10 @@ def train(study: Train) -> None:
             first += of_task(figure, task)
             then += adaptations(task) if figure == "fig4" else []
         first += of_resource(figure)
-    for commands, timesteps in (first, study.total_timesteps), (then, study.adapt_timesteps):
-        train_all(jobs_of(commands, study, timesteps), study.jobs, study.dry_run)
+    later = jobs_of(then, study, study.adapt_timesteps)
+    check_all(later)  # before hours of training
+    train_all(jobs_of(first, study, study.total_timesteps), study.jobs, study.dry_run)
+    train_all(later, study.jobs, study.dry_run)
 
 
 # --- Trained agents -------------------------------------------------------------------------------
@@ -568,7 +571,7 @@ def ladder_table(rows: list[dict[str, Any]]) -> str:
         for name in (name for name in seeds[0] if name not in ("form", "run")):
             x = np.array([row[name] for row in seeds])
             small = name.startswith(("inf", "xi", "priors", "gap"))
-            line[name] = "" if np.isnan(x).all() else f"{x.mean():.{3 if small else 2}f}"
+            line[name] = "" if np.isnan(x.mean()) else f"{x.mean():.{3 if small else 2}f}"
         each = ", ".join(f"{row['return']:.2f}" for row in seeds)
         lines.append(line | {"return": f"{line['return']} ({each})"})
     return markdown_table(lines)
@@ -584,10 +587,16 @@ def ladder_differences(rows: list[dict[str, Any]], against: tuple[str, ...]) -> 
         for name, title in ("return", "trained"), ("unseen", "unseen"):
             ours, theirs = (np.array([row[name] for row in forms[x]]) for x in (form, other))
             found = seed_difference(ours, theirs)
-            line[title] = f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
-            line[f"p, {title}"] = f"{found.p:.2g}"
+            line[title] = difference_text(found)
+            line[f"p, {title}"] = "–" if math.isnan(found.p) else f"{found.p:.2g}"
         lines.append(line)
     return markdown_table(lines)
+
+
+def difference_text(found: Difference) -> str:
+    """A difference with its interval if there are seeds enough for one; "–" if it is unknown."""
+    interval = "" if math.isnan(found.low) else f" [{found.low:+.2f}, {found.high:+.2f}]"
+    return "–" if math.isnan(found.mean) else f"{found.mean:+.2f}{interval}"
 
 
 def ladder(study: Ladder) -> None:

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import queue
 import re
 import shlex
 import signal
@@ -273,9 +274,21 @@ def read_episodes(
     return returns, lengths
 
 
-def read_runs(paths: Iterable[Path], only: tuple[str, ...] = ()) -> list[Run]:
+def name_of(run: Run) -> Any:
+    return run.name
+
+
+def name_in_world(run: Run) -> Any:
+    """A run's name and world: studies of several worlds may use the same names."""
+    return run.name, *(run.args.get(flag) for flag in ("substrate", "task", "scenario"))
+
+
+def read_runs(
+    paths: Iterable[Path], only: tuple[str, ...] = (), same: Callable[[Run], Any] = name_of
+) -> list[Run]:
     """The runs in directories and packed studies. With `only`, those whose names match one of these
-    shell patterns, in the order of the patterns. UsageError if a pattern matches none."""
+    shell patterns, in the order of the patterns. UsageError if a pattern matches none, or if `same`
+    gives the same for two runs: a run that two sources hold would count as two seeds."""
     runs: list[Run] = []
     for path in paths:
         if path.suffix == ".log" and path.with_suffix("").is_dir():
@@ -291,7 +304,12 @@ def read_runs(paths: Iterable[Path], only: tuple[str, ...] = ()) -> list[Run]:
         if not found:
             raise UsageError(f"--only {pattern}: no run has such a name.")
         chosen += [run for run in found if run not in chosen]
-    return chosen if only else runs
+    runs = chosen if only else runs
+    known: dict[Any, Run] = {}
+    for run in runs:
+        if (other := known.setdefault(same(run), run)) is not run:
+            raise UsageError(f"Two runs have one name: {other.where} and {run.where}.")
+    return runs
 
 
 def without_seed(name: str) -> str:
@@ -457,7 +475,7 @@ class Show:
 def show(study: Show) -> None:
     """Print a table of runs: script, seed, environment steps, evaluations, commit."""
     rows = []
-    for run in read_runs(study.runs, study.only):
+    for run in read_runs(study.runs, study.only, same=lambda run: run.where):
         episodes = sum(len(x.returns) for x in run.evaluations)
         row = {"run": run.name, "script": run.args["script"], "seed": run.args["seed"]}
         row |= {"steps": f"{run.summary['timesteps'] or run.steps:,}"}
@@ -499,6 +517,24 @@ class Job:
         """The whole command line, to be typed in the repository."""
         torchrun = ["torchrun", "--nproc-per-node", str(self.processes)]
         return shlex.join([*(torchrun if self.processes > 1 else ["python"]), *self.command()])
+
+    def check_flags(self) -> None:
+        """Raise UsageError unless this is a script that trains and takes these flags. With --adapt
+        they are read alone: the run that is adapted may not exist yet."""
+        name = Path(self.script).stem
+        known = Path(self.script) in (Path(f"{name}.py"), Path(f"baselines/{name}.py"))
+        script = load_script(name) if known else None
+        if not hasattr(script, "Args"):
+            raise UsageError(f"{self.run.name}: {self.script} is no script that trains.")
+        try:
+            if "--adapt" in self.flags:
+                harness.read_flags(script.Args, self.argv())
+            else:
+                script_args(script, self.argv())
+        except UsageError as error:
+            raise UsageError(f"{self.run.name}: {error}") from None
+        except SystemExit:  # tyro, which has said why
+            raise UsageError(f"{self.run.name}: {self.script} refuses its flags.") from None
 
     def is_finished(self) -> bool:
         """Whether the run has ended and has enough steps. UsageError as from check_same()."""
@@ -557,8 +593,8 @@ class Trainer:
             self.children.append(child)
             return child
 
-    def train(self, job: Job) -> int:
-        """Train one run unless it has finished, and return its exit code."""
+    def train(self, job: Job) -> int | None:
+        """Train one run unless it has finished, and return its exit code; None puts it off."""
         if job.is_finished():
             self.tell(f"{job.run}: finished already")
             return FINISHED
@@ -579,26 +615,54 @@ class Trainer:
         return STOPPED if self.stopped and code != FINISHED else code
 
 
+def check_all(jobs: list[Job]) -> list[bool]:
+    """Which jobs have finished. UsageError, before training starts, for flags that a script refuses
+    and for run directories that hold another run."""
+    for job in jobs:
+        job.check_flags()
+    return [job.is_finished() for job in jobs]
+
+
 def train_all(
     jobs: list[Job], at_once: int = 1, dry_run: bool = False, trainer: Trainer | None = None
 ) -> None:
-    """Train the jobs that have not finished, `at_once` at a time; dry_run only prints commands.
-    After all have run: UsageError if some failed, StoppedError if some were stopped."""
-    finished = [job.is_finished() for job in jobs]  # finds mismatched runs before training starts
+    """Train the jobs that have not finished, `at_once` at a time; dry_run only prints commands. A
+    job that the trainer puts off has its next turn when all others have had theirs. After all have
+    run: UsageError if some failed, StoppedError if some were stopped."""
+    finished = check_all(jobs)
     if dry_run:
         for job, done in zip(jobs, finished, strict=True):
             print(f"{job.run}: finished already" if done else job.text())
         return
     trainer = trainer or Trainer()
+    codes: dict[Path, int] = {}
+    left: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        left.put(job)
+
+    def work() -> None:
+        while True:
+            try:
+                job = left.get_nowait()
+            except queue.Empty:
+                return
+            code = trainer.train(job)
+            if code is None:
+                left.put(job)
+            else:
+                codes[job.run] = code
+
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = [signal.signal(number, trainer.stop) for number in numbers]
     try:
         with ThreadPoolExecutor(at_once) as pool:
-            codes = list(pool.map(trainer.train, jobs))
+            workers = [pool.submit(work) for _ in range(at_once)]
+        for worker in workers:
+            worker.result()
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-    check_codes(jobs, codes)
+    check_codes(jobs, [codes[job.run] for job in jobs])
 
 
 def check_codes(jobs: list[Job], codes: list[int]) -> None:

@@ -138,6 +138,14 @@ def test_errors_of_distributions(trained, tmp_path, capsys):
     assert "nowhere is no run directory." in capsys.readouterr().err
 
 
+def test_past_actors_are_not_drawn(tmp_path, capsys):
+    assert script("baselines.pp_meltingpot").main(tiny("", tmp_path / "pp-s1", 1)) == 0
+    capsys.readouterr()
+    assert bidist.main(["fig5", str(tmp_path / "pp-s1"), "--out", str(tmp_path / "x")]) == 2
+    sentence = "pp_meltingpot.py acts with past actors, too, and cannot be played here."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
 # Options ----------------------------------------------------------------------------------------
 
 WRONG = [

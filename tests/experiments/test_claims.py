@@ -404,6 +404,17 @@ def test_what_would_decide(judge, tmp_path):
     assert f"about {wanted} seeds an arm" in claims.what_decides(outcome, [])
 
 
+def test_studies_of_two_worlds_may_use_the_same_names(tmp_path):
+    """In one world a name is one run, which in two studies would be two pilots."""
+    own = [("x-s1", *line[1:]) for line in lines_of("a", 1, {"12": 1.0})]
+    other = [(*line[:5], '"treasure"' if line[4] == "task" else line[5]) for line in own]
+    paths = [write_study(tmp_path / f"{i}.csv", x) for i, x in enumerate((own, other, own))]
+    words = ("--criteria", toml(tmp_path / "c.toml"), "--data", tmp_path)
+    assert command("claims", *paths[:2], *words)[0] == 0
+    code, _, stderr = command("claims", *paths, *words)
+    assert (code, stderr.count("\n")) == (2, 1) and "Two runs have one name: x-s1 in" in stderr
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 

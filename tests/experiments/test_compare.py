@@ -116,6 +116,19 @@ def test_a_run_that_has_not_ended_has_no_row(two, tmp_path):
     assert code == 0 and "| toy-s1 |" in printed and "begun" not in printed
 
 
+@pytest.mark.parametrize("name", ["compare", "runs pack", "mipi tables"])
+def test_a_run_in_two_sources_is_no_two_seeds(two, tmp_path, name):
+    """A directory and a study with the run, and two studies with it."""
+    for study in ("one.csv", "two.csv"):
+        command("runs", "pack", tmp_path / study, two[0])
+    module, *words = name.split()
+    words += [tmp_path / "out.csv"] if "pack" in words else ["--out", tmp_path / "out"]
+    for first in (two[0], tmp_path / "one.csv"):
+        code, _, stderr = command(module, *words, first, tmp_path / "two.csv")
+        assert code == 2 and stderr.startswith("error: Two runs have one name: ")
+        assert f" and toy-s1 in {tmp_path}/two.csv." in stderr and stderr.count("\n") == 1
+
+
 def test_what_is_no_run_is_one_sentence(two, tmp_path):
     """No traceback for what is not there, or damaged."""
     (tmp_path / "empty").mkdir()

@@ -61,7 +61,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from experiments import launch, runs
 launch.ROOT = runs.ROOT = Path({folder!r})
-runs.Job.check_same = lambda *found: None
+runs.Job.check_same = runs.Job.check_flags = lambda *found: None
 launch.LOOK_EVERY = 0.2
 sys.exit(launch.main(sys.argv[1:]))
 """
@@ -93,7 +93,8 @@ def start(file, *words, **environment):
 @pytest.fixture
 def launched(monkeypatch, capsys):
     """launched(file, *words, **environment): exit code and output, in this process."""
-    monkeypatch.setattr(runs.Job, "check_same", lambda *found: None)
+    for name in ("check_same", "check_flags"):
+        monkeypatch.setattr(runs.Job, name, lambda *found: None)
     monkeypatch.setattr(launch, "LOOK_EVERY", 0.2)
     for name in [name for name in os.environ if name.startswith("SLURM")]:
         monkeypatch.delenv(name)
@@ -193,6 +194,31 @@ def test_what_fails_is_reported_at_the_end(study, launched, attempts):
     assert "a-s1 ended with code 1: see" in output.splitlines()[-1]
 
 
+def test_what_was_finished_by_hand_is_finished(study, launched):
+    """Whatever study.json has kept of the launcher's own attempts."""
+    file = study(seeds=[1], timesteps=2, a="--fail")
+    assert launched(file, "--attempts", 1)[0] == 2 and records(file)["a-s1"]["code"] == 1
+    known = records(file)["a-s1"] | {"host": "elsewhere"}
+    (file.parent / "my runs/study.json").write_text(json.dumps({"a-s1": known}))
+    run = ["--resume", str(file.parent / "my runs/a-s1"), "--total-timesteps", "2"]
+    subprocess.run([sys.executable, str(file.parent / "counter.py"), *run], check=True)
+    for _ in range(2):
+        code, output = launched(file)
+        assert code == 0 and "| a-s1 | finished | 2 " in output
+    found = records(file)["a-s1"]
+    assert (found["code"], found["starts"], found["host"]) == (0, 1, "elsewhere")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a-s1": {"wish": 1}}', '{"a-s1": null}'])
+def test_a_damaged_study_json_is_found_first(study, launched, text):
+    file = study(seeds=[1], a="--pause 0")
+    (file.parent / "my runs").mkdir()
+    (file.parent / "my runs/study.json").write_text(text)
+    code, output = launched(file)
+    assert code == 2 and output == f"error: {file.parent}/my runs/study.json is damaged.\n"
+    assert not calls(file, "a-s1")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_launcher_stops_its_runs_saved(study, launched, number):
@@ -228,6 +254,23 @@ def test_an_orphan_is_waited_for(study, launched):
     code, output = launched(file)
     assert code == 0 and "a-s1 is being trained by another process: waiting" in output
     assert len(calls(file, "a-s1")) == 1
+
+
+def test_what_another_process_trains_holds_up_nothing(study, launched):
+    """The one job at a time does not wait for a-s1 before it has done the others."""
+    file = study(seeds=[1, 2], a="--pause 0", b="--pause 0")
+    first = file.parent / "my runs/a-s1"
+    first.mkdir(parents=True)
+    others = [str(first.parent / name / "summary.json") for name in ("b-s1", "a-s2", "b-s2")]
+    holder = "import fcntl, os, sys, time; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, 2); "
+    holder += "print(flush=True)\nwhile not all(map(os.path.exists, sys.argv[2:])): time.sleep(0.1)"
+    command = [sys.executable, "-c", holder, str(first / "lock"), *others]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        code, output = launched(file)
+        assert other.poll() == 0
+    assert code == 0 and output.count("a-s1 is being trained by another process: waiting") == 1
+    assert "| a-s1 | finished | 5 |" in output and len(calls(file, "a-s1")) == 1
 
 
 @pytest.mark.long
@@ -425,6 +468,28 @@ def test_studies_that_name_the_same_run_mean_the_same():
             for job in (first, *others)
         ]
         assert all(x == args[0] for x in args), first.run.name
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    "last, sentence",
+    [
+        ("mra_maddpg_particle.py --polyak 3", "--polyak 3.0: input should be less than"),
+        ("mra_maddpg_particle.py --no-such 3", "mra_maddpg_particle.py refuses its flags."),
+        ("mra_maddpg_particle.py --adapt x --polyak 3", "--polyak 3.0: input should be less than"),
+        ("mra_maddpg_particle.py --batch-size 99 --buffer-size 9", "--batch-size exceeds"),
+        ("harness.py", "harness.py is no script that trains."),
+        ("experiments/compare.py", "experiments/compare.py is no script that trains."),
+    ],
+)
+def test_all_flags_are_checked_first(tmp_path, capsys, monkeypatch, last, sentence, flags):
+    monkeypatch.setattr(runs.Trainer, "try_once", lambda *_: pytest.fail("something has started"))
+    lines = [f'dir = "{tmp_path}/runs"', "seeds = [1]", "timesteps = 9", "[runs]"]
+    lines += ['first = "mra_maddpg_particle.py"', f'last = "{last}"']
+    (tmp_path / "study.toml").write_text("\n".join(lines))
+    assert launch.main([str(tmp_path / "study.toml"), *flags]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.splitlines()[-1].startswith(f"error: last-s1: {sentence}")
 
 
 def test_runs_of_a_study_are_read_without_their_logs(study, launched):

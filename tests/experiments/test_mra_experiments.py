@@ -265,6 +265,8 @@ def test_ladder(tmp_path):
     # seeds -7.5, -8.5 and -13.5, -13: all four ways to draw a mean of each
     line = next(line for line in text.splitlines() if "ours - uni" in line)
     assert "| +5.25 [+4.50, +6.00] | 0.33 | +5.50 [+4.00, +7.00] | 0.33 |" in line
+    code, text, _ = command("mra", "ladder", *runs[::2], "--against", "uni", "--out", out)
+    assert code == 0 and "| ours - uni | +6.00 | – | +6.00 | – |" in text, "of one seed each"
 
 
 @pytest.mark.parametrize(

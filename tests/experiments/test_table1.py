@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from made_up import experiment, is_png, rows
+from made_up import experiment, fake_run, is_png, rows
 from runs import change_newest
 
 bidist = experiment("bidist")
@@ -34,6 +34,10 @@ def test_the_tables_runs(tmp_path, monkeypatch, capsys):
         (["--only", "reinforce"], "--only reinforce: there are bidist, "),
         (["--seeds"], "--seeds"),
         (["--extra", "--k-d", "3"], "--k-d"),  # not all scripts have it
+        (
+            ["--substrates", "coinz"],
+            "error: Unknown substrate 'coinz': did you mean coins or coop_mining?\n",
+        ),
     ],
 )
 def test_what_no_table_has(argv, sentence, tmp_path, monkeypatch, capsys):
@@ -99,6 +103,43 @@ def test_curves_over_thetas_samples(trained, tmp_path):
             assert theta / steps == pytest.approx(v.float().mean().item(), abs=0.02)
             assert everybody / steps == pytest.approx(v.all(1).float().mean().item(), abs=0.02)
     assert is_png(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--scalar win", "--scalar win: {} has none of that name."),
+        ("--scalar entropy --every 999", "--every 999 is more than {} has trained."),
+    ],
+)
+def test_what_has_no_curve(trained, tmp_path, capsys, flags, sentence):
+    argv = ["curves", str(trained[0]), "--out", str(tmp_path / "x"), *flags.split()]
+    assert bidist.main(argv) == 2
+    assert capsys.readouterr().err == f"error: {sentence.format(trained[0])}\n"
+
+
+def test_a_world_of_ones_own_has_no_curves(tmp_path, capsys):
+    run = str(fake_run(tmp_path / "own-s1", substrate="my_world:MyWorld"))
+    assert bidist.main(["curves", run, "--out", str(tmp_path / "x")]) == 2
+    sentence = f"{run} is in a world of your own, whose seats are not known."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize("command", ["curves", "cross-play", "fig5"])
+def test_runs_of_other_papers(tmp_path, capsys, command):
+    run = tmp_path / "other-s1"
+    run.mkdir()
+    (run / "args.json").write_text('{"script": "mra_maddpg_particle", "seed": 1}')
+    assert bidist.main([command, str(run), "--out", str(tmp_path / "x")]) == 2
+    sentence = f"{run} is of mra_maddpg_particle.py, which has no substrate."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_focal_seats_leave_one(trained, tmp_path, capsys):
+    argv = ["cross-play", *map(str, trained), "--num-focal", "2", "--out", str(tmp_path / "x")]
+    assert bidist.main(argv) == 2
+    sentence = "--num-focal 2 of 2 seats leaves none to a co-player."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
 def test_one_run_or_two_worlds_are_no_cross_play(trained, capsys):

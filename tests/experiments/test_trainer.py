@@ -39,7 +39,8 @@ def jobs(tmp_path, monkeypatch):
     """jobs(timesteps, name=flags, ...), with a script that only notes how it was called."""
     (tmp_path / "script.py").write_text(SCRIPT)
     monkeypatch.setattr(runs, "ROOT", tmp_path)
-    monkeypatch.setattr(runs.Job, "check_same", lambda *found: None)
+    for name in ("check_same", "check_flags"):
+        monkeypatch.setattr(runs.Job, name, lambda *found: None)
 
     def make(timesteps, **commands):
         return [
