@@ -11,8 +11,10 @@ populations apart; it reads numbers of agents only, so it also serves unseen pop
     I(g; a|o)  >= E log pi'(a | o, g) / p(a | o),  p(a | o) = E_z pi'(a | o, phi(o, z))     Eq. (11)
     L(psi, xi) = E_z~p_psi(z|m) [- log p_xi(m | o, phi(o, z))]                              Eq. (13)
 
-L(zeta) moves the critic; dJ the actor, with Reptile's step (Sec. 4.4); I(g; a|o) moves phi; L(psi,
-xi) moves the latent prior psi and the population classifier xi. The targets Q' and pi' follow.
+L(zeta) moves the critic; dJ the actor and, as Eq. (10), phi, with Reptile's step (Sec. 4.4); L(psi,
+xi) the population classifier xi. phi and the latent prior psi learn by I(g; a|o) and L(psi, xi), as
+in Eqs. (5), (7). The targets Q' and pi' follow. In Algorithm 4 as printed dJ moves the actor alone,
+I(g; a|o) phi alone, L(psi, xi) psi and xi alone: --phi-gradient mi --no-psi-information.
 
     python mra_maddpg_particle.py --task resource --populations 6 9 12 --preset cpu
     python mra_maddpg_particle.py --adapt runs/RUN --population 24            or 2,8 for two types
@@ -91,6 +93,8 @@ from envs.particle.worlds import Game, Observation, ParticleWorld, constant
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
+PhiGradient = Literal["actor", "mi", "both", "both+actor"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
@@ -120,8 +124,8 @@ class Args(RunArgs):
     reptile_step: Share = 1.0  # alpha, share of the K inner steps that Reptile keeps
     share_parameters: bool = True  # one parameter set per type of agent, not one per agent
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): sampled, or exact
-    phi_gradient: Literal["actor", "mi", "both", "both+actor"] = "mi"  # Eq. 10; 11; 11+13; 10+11+13
-    psi_information: bool = False  # psi also maximises the information of Eq. (11), as in Eq. (5)
+    phi_gradient: PhiGradient = "both+actor"  # phi by Eq. (10); (11); (11), (13); or all three
+    psi_information: bool = True  # psi by Eqs. (11) and (13); off: by (13) alone
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
     target: Literal["polyak", "hard"] = "hard"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
@@ -170,9 +174,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     """Flag combinations to refuse, each as (whether args has it, error message)."""
     populations = args.populations + args.eval_populations
     one_size = not args.share_parameters
-    several, learned = len(args.populations) > 1, args.latent_prior == "learned"
-    alike = "both" in args.phi_gradient and not (several and args.latent_size > 1)
-    unlearned = args.psi_information and not (several and learned and args.latent_size > 1)
     too_few = args.latent_prior == "told" and args.latent_size < len(args.populations)
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
@@ -181,8 +182,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (not args.populations, "--populations is empty"),
         (one_size and len(populations) > 1, "Several populations need --share-parameters"),
         (too_few, "--latent-prior told needs more z"),
-        (alike, "--phi-gradient both needs several populations and several z"),
-        (unlearned, "--psi-information needs several populations, z and --latent-prior learned"),
     ]
 
 
@@ -533,8 +532,9 @@ class Agent(Parts):
         actor = {"params": self.actor.parameters()}
         self.actor_optimiser = adam([actor, attention])
         self.critic_optimiser = adam(self.critic.parameters())
-        self.learns_prior = number > 1 and args.latent_prior == "learned"
-        self.classifies = self.learns_prior or "both" in args.phi_gradient
+        several = number > 1 and args.latent_size > 1  # else z can tell nothing about m
+        self.learns_prior = several and args.latent_prior == "learned"
+        self.classifies = self.learns_prior or (several and "both" in args.phi_gradient)
         latent_nets = nn.ModuleList()
         if self.learns_prior:
             self.latent_prior = LatentPrior(len(game.population), args.latent_size).to(device)
@@ -825,7 +825,7 @@ def actor_loss(
 def information_update(
     args: Args, agent: Agent, buffer: ReplayBuffer, view: View, label: int
 ) -> Tensor:
-    """One step of phi that raises the bound on I(g; a|o) and, with --phi-gradient both, lowers the
+    """One step of phi that raises the bound on I(g; a|o) and, unless --phi-gradient mi, lowers the
     classifier's loss. label: index of the population. Returns the bound before the step, ()."""
     log_prior = agent.log_prior(buffer.game).detach()
     readers = [agent.actor, agent.target_actor]
@@ -834,7 +834,7 @@ def information_update(
     with frozen(*readers):  # gradients reach phi through them
         information = mean(graph_information(agent, view, log_prior), view.alive)
         loss = -information
-        if "both" in args.phi_gradient:
+        if agent.classifies and "both" in args.phi_gradient:
             loss = loss + population_loss(agent, view, log_prior, label)
         descend(loss, agent.attention, agent.actor_optimiser, args.max_grad_norm)
     return information.detach()

@@ -73,6 +73,7 @@ TARGETS = {  # what Fig. 4 adapts to: (population, flags)
     "resource": (),
 }
 REPTILE = "--latent-size 1 --phi-gradient actor"
+ALGORITHM_4 = "--phi-gradient mi --no-psi-information"
 Figure = Literal["fig2", "fig3", "fig4", "fig5", "fig7", "fig8"]
 Task = Literal["treasure", "resource", "pacman"]
 
@@ -87,7 +88,7 @@ class Train:
 
     fig2: MRA, Reptile (alpha 1 as in MRA, and .1: "proper"), the single-game baseline, and MADDPG
     with weights per agent and shared ones, in one game of each world;
-    fig3: MRA, uni-MRA, EPC and RL2 in all training games;
+    fig3: MRA, uni-MRA, EPC, RL2 and MRA by Algorithm 4 as printed, in all training games;
     fig4: fig3's MRA, EPC and RL2 adapted to treasure 6 without shaping, treasure 48 and pacman 2,8;
     and MADDPG and MAAC trained there from scratch;
     fig5: fig3's MRA, EPC and RL2 in resource, evaluated in populations that they never met;
@@ -144,7 +145,8 @@ def of_task(figure: str, task: str) -> list[Command]:
             Command(f"{task}-maddpg-shared", MADDPG, f"{one} --share-parameters"),
         ]
     if figure == "fig3":
-        return [*of_all_games(task), several(task, "uni", "--latent-prior uniform")]
+        uni = several(task, "uni", "--latent-prior uniform")
+        return [*of_all_games(task), uni, several(task, "algorithm-4", ALGORITHM_4)]
     return of_all_games(task) if figure == "fig4" else []
 
 

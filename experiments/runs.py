@@ -54,7 +54,10 @@ ROOT = Path(__file__).resolve().parents[1]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, packed studies
 POINTS = 100  # a packed curve has at most so many points
 # By script: values of flags that older runs lack, where they did not do what is the default now.
-FORMER = {"bidist_mappo_meltingpot": {"clip_centre": "printed"}}
+FORMER = {
+    "bidist_mappo_meltingpot": {"clip_centre": "printed"},
+    "mra_maddpg_particle": {"phi_gradient": "mi", "psi_information": False},
+}
 
 
 # --- Command lines --------------------------------------------------------------------------------

@@ -205,8 +205,9 @@ def test_runs_of_the_figures(tmp_path):
     code, text, stderr = command("mra", "train", *figures, *words)
     assert code == 0, stderr
     lines = [shlex.split(line) for line in text.splitlines()]
-    # in each world six of fig. 2, uni, EPC, RL2, five for each target; three of fig. 7, one of 8
-    assert len(lines) == len(set(map(tuple, lines))) == 2 * (3 * (6 + 3) + 3 * 5 + 3 + 1)
+    # in each world six of fig. 2, uni, Algorithm 4, EPC, RL2, five for each target; three of fig.
+    # 7, one of 8
+    assert len(lines) == len(set(map(tuple, lines))) == 2 * (3 * (6 + 4) + 3 * 5 + 3 + 1)
     for words in lines:
         path, *argv = words[1:]
         assert argv[1].startswith(str(tmp_path / "my runs"))

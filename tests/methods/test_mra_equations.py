@@ -981,21 +981,21 @@ PLAIN = [{"critic"}, {"actor"}] * 2
 OMEGA = [{"critic"}, {"actor", "attention"}] * 2
 PHI = [{"attention"}]
 LATENT = [{"latent_prior", "population_classifier"}]
+XI = [{"population_classifier"}]
+ALGORITHM_4 = "--phi-gradient mi --no-psi-information"
 ROUTES = {  # flags, wanted
-    "MRA": ("", [*PLAIN, *PHI, *LATENT]),
-    "gumbel actor": ("--actor-gradient gumbel", [*PLAIN, *PHI, *LATENT]),
+    "MRA": ("", [*OMEGA, *PHI, *LATENT]),
+    "gumbel actor": ("--actor-gradient gumbel", [*OMEGA, *PHI, *LATENT]),
+    "uni-MRA": ("--latent-prior uniform", [*OMEGA, *PHI, *XI]),
+    "z by hand": ("--latent-prior told", [*OMEGA, *PHI, *XI]),
+    "one latent": ("--latent-size 1", OMEGA),
+    "plain": ("--plain", [*OMEGA, *PHI, *LATENT]),
+    "told, V linear": ("--tell-population all --value-layers 1", [*OMEGA, *PHI, *LATENT]),
     "Eq. (10)": ("--phi-gradient actor", [*OMEGA, *LATENT]),
-    "uni-MRA": ("--latent-prior uniform", [*PLAIN, *PHI]),
-    "one latent": ("--latent-size 1 --latent-prior uniform", PLAIN),
-    "plain": ("--plain", [*PLAIN, *PHI, *LATENT]),
-    "phi by both": ("--phi-gradient both", [*PLAIN, *PHI, *LATENT]),
-    "phi by both and Eq. (10)": ("--phi-gradient both+actor", [*OMEGA, *PHI, *LATENT]),
-    "phi by both, z by hand": (
-        "--phi-gradient both --latent-prior told",
-        [*PLAIN, *PHI, {"population_classifier"}],
-    ),
-    "psi by both": ("--psi-information", [*PLAIN, *PHI, *LATENT]),
-    "told, V linear": ("--tell-population all --value-layers 1", [*PLAIN, *PHI, *LATENT]),
+    "both": ("--phi-gradient both", [*PLAIN, *PHI, *LATENT]),
+    "Algorithm 4": (ALGORITHM_4, [*PLAIN, *PHI, *LATENT]),
+    "Algorithm 4, uniform": (f"{ALGORITHM_4} --latent-prior uniform", [*PLAIN, *PHI]),
+    "Algorithm 4, one latent": (f"{ALGORITHM_4} --latent-size 1", PLAIN),
 }
 
 
@@ -1015,7 +1015,7 @@ def test_each_loss_reaches_the_networks_that_it_moves(task, name, monkeypatch):
 def test_routes_of_other_representations(how, monkeypatch):
     flags = f"--inner-steps 2 --representation {how}"
     s = setting("resource", "3", "5", flags=flags, double=False)
-    assert [reached for reached, _ in routes(s, monkeypatch)] == [*PLAIN, *PHI, *LATENT]
+    assert [reached for reached, _ in routes(s, monkeypatch)] == [*OMEGA, *PHI, *LATENT]
 
 
 @pytest.mark.parametrize("form", ["gumbel", "expectation"])
@@ -1029,8 +1029,8 @@ def test_routes_of_the_parent(form, monkeypatch):
     ("flags", "moved"),
     [
         ("", {"actor", "critic", "attention", "latent_prior", "population_classifier"}),
-        ("--latent-prior uniform", {"actor", "critic", "attention"}),
-        ("--latent-prior uniform --latent-size 1", {"actor", "critic"}),
+        ("--latent-prior uniform", {"actor", "critic", "attention", "population_classifier"}),
+        (f"{ALGORITHM_4} --latent-size 1", {"actor", "critic"}),
         ("--phi-gradient actor --latent-prior uniform", {"actor", "critic", "attention"}),
         ("--reptile-step 0", {"critic", "attention", "latent_prior", "population_classifier"}),
     ],
@@ -1078,7 +1078,7 @@ def test_phi_by_both_ascends_eq_11_and_descends_eq_13(how, monkeypatch):
 def test_psi_by_both_ascends_eq_11(monkeypatch):
     """Its slope is that of Eq. (13) minus that of Eq. (11), both with phi given."""
     slopes = {}
-    for flags in ("", "--psi-information"):
+    for flags in ("--no-psi-information", "--psi-information"):
         s = setting("resource", "3", "5", flags=f"{small_latents('option')} {flags}")
         for collector, _ in itertools.product(s.collectors, range(3)):
             mra.collect(to_single(s.agent), collector, **s.rngs)
@@ -1101,7 +1101,7 @@ def test_psi_by_both_ascends_eq_11(monkeypatch):
     torch.stack(terms).mean().backward()
     own = gradients_of(s.agent.latent_prior)
     for name, slope in slopes["--psi-information"].items():
-        assert np.abs(slope - (slopes[""][name] - own[name])).max() < 1e-9
+        assert np.abs(slope - (slopes["--no-psi-information"][name] - own[name])).max() < 1e-9
     assert max(np.abs(x).max() for x in own.values()) > 1e-4
 
 
@@ -1543,9 +1543,10 @@ def test_prior_of_populations_never_met(task, own, unseen):
 
 def test_uniform_prior():
     """With --latent-prior uniform, and where there is one population."""
-    for s in (setting("pacman", "2,1", "2,2", flags="--latent-prior uniform"), setting()):
+    several = setting("pacman", "2,1", "2,2", flags="--latent-prior uniform")
+    for s, classifies in ((several, True), (setting(), False)):
         assert not hasattr(s.agent, "latent_prior") and not s.agent.learns_prior
-        assert not hasattr(s.agent, "population_classifier")
+        assert hasattr(s.agent, "population_classifier") == classifies
         ours = numbers(s.agent.log_prior(s.game))
         assert ours.shape == (3, 6)
         assert np.abs(ours + np.log(6)).max() < 1e-6
