@@ -945,6 +945,8 @@ def train(args: Args) -> int:
             run.say(f"{bots} bots will play in {', '.join(scenarios)}")
         run.judge = functools.partial(evaluate, args, agent, memory, others)
         if args.eval_only:
+            if "past" in args.background and not memory.actors:
+                raise UsageError(f"--background past: {args.eval_only} holds no past actors.")
             return run.evaluate_only()
 
         rng, method_rng = new_generators(args.seed, run.rank)

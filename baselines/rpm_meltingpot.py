@@ -123,12 +123,14 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     alone = not args.history_share
     few = args.rank_width is None and args.per_rank < WARM_UP
+    narrow = args.rank_width is not None and args.rank_width < 1e-9  # a rank could be infinite
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (args.use_history and alone, "--use-history has no samples with --history-share 0"),
         # Until psi is known, all actors are in one rank, which must be able to hold them all.
         (few, f"--per-rank below {WARM_UP} needs --rank-width"),
+        (narrow, "--rank-width must be at least 1e-9"),
     ]
 
 
@@ -978,6 +980,8 @@ def train(args: Args) -> int:
             run.say(f"{bots} bots will play in {', '.join(scenarios)}")
         run.judge = functools.partial(evaluate, args, agent, memory, others)
         if args.eval_only:
+            if "past" in args.background and not memory.actors:
+                raise UsageError(f"--background past: {args.eval_only} holds no past actors.")
             return run.evaluate_only()
 
         rng, method_rng = new_generators(args.seed, run.rank)

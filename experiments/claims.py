@@ -53,6 +53,7 @@ from experiments.criteria import (
     Table,
     fill,
     is_of,
+    look_up,
     names_of,
     read_arm,
     read_claims,
@@ -405,7 +406,7 @@ def commands_of(outcome: Outcome, missing: list[Missing], tables: dict[str, Any]
         if source := re.search(r"--adapt runs/(\w+)-(\w+)-s", x.command):
             world, arm = source.groups()
             names = names_of(tables, world, x.name)
-            command = fill(tables["arms"][arm], names, x.name)
+            command = fill(look_up(tables, "arms", arm, x.name), names, x.name)
             lines.append(loop(command, f"{world}-{arm}", x.seeds, names["timesteps"]))
     lines += [loop(x.command, x.name, x.seeds, x.timesteps) for x in missing]
     for x in missing:
@@ -700,6 +701,8 @@ def claims(study: Study) -> None:
     if study.studies:
         write_studies(study.studies, [*itertools.chain(*cases.values())])
         return
+    if not study.data.is_dir():
+        raise UsageError(f"--data {study.data} is no directory.")
     paths = study.runs or sorted(study.data.glob("study_*.csv"))
     runs = read_runs(paths, same=name_in_world) if paths else []
     outcomes = [judge(cases[name], runs, study.data) for name in study.commands or cases]

@@ -11,9 +11,7 @@ import functools
 import json
 import math
 import re
-import shlex
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -26,7 +24,18 @@ import numpy as np
 import pydantic
 from pydantic import Field
 
-from experiments.runs import ROOT, Run, free_flags, load_script, script_args, without_seed
+from experiments.runs import (
+    ROOT,
+    Run,
+    first_fault,
+    free_flags,
+    load_script,
+    load_training_script,
+    read_toml,
+    script_args,
+    split_words,
+    without_seed,
+)
 from experiments.scenario_table import mean, read_cells
 
 CRITERIA = ROOT / "experiments/claims.toml"
@@ -46,8 +55,8 @@ class Final(Strict):
     """Measure figures of rows of the final evaluation."""
 
     kind: Literal["final"]
-    rows: str  # names of the rows, separated by spaces
-    figure: str  # a figure of the rows, or a signed sum: "a + b", "- a"
+    rows: str = Field(min_length=1)  # names of the rows, separated by spaces
+    figure: str = Field(min_length=1)  # a figure of the rows, or a signed sum: "a + b", "- a"
     zero: str = ""  # player whose rows hold random play, the zero of margin_of = "gain"
 
 
@@ -55,7 +64,7 @@ class Curve(Strict):
     """Measure scalars of the log: the mean of the last points, or of a part of training."""
 
     kind: Literal["curve"]
-    scalar: str  # a scalar or a signed sum; {row} stands for each of rows
+    scalar: str = Field(min_length=1)  # a scalar or a signed sum; {row} stands for each of rows
     rows: str = ""
     last: int | None = Field(default=None, ge=1)  # number of last points; None: all in `part`
     part: tuple[float, float] = (0.0, 1.0)  # begin and end, as shares of the run's steps
@@ -68,7 +77,7 @@ class Scenarios(Strict):
     """Measure the focal return in Melting Pot's scenarios with bots."""
 
     kind: Literal["scenarios"]
-    rows: str  # names of the scenarios, separated by spaces
+    rows: str = Field(min_length=1)  # names of the scenarios, separated by spaces
     figure: Literal["return", "return_per_1000"]
     bots: Literal["scripted", "official"]
     zero: Literal[""] = ""
@@ -155,23 +164,61 @@ class Claim(Strict):
         return seed in self.seeds and abs(steps / self.timesteps - 1) <= SLACK
 
 
+# --- The file of criteria -------------------------------------------------------------------------
+
+Name = Annotated[str, Field(pattern=r"^\w+$")]  # runs are called WORLD-ARM-sSEED
+
+
+class Paper(Strict):
+    """A paper's own runs."""
+
+    seeds: int = Field(ge=1)
+    steps: int = Field(ge=0)  # environment steps of a run; 0: not stated
+
+
+class World(pydantic.BaseModel, extra="allow"):
+    """The values of names in braces."""
+
+    __pydantic_extra__: dict[str, str | int | float]
+    run: str | None = None  # the world whose runs these are, and whose names hold here, too
+    timesteps: int | None = Field(default=None, ge=1)
+
+
+class Measured(pydantic.BaseModel):
+    """An entry that names a measure."""
+
+    measure: str
+
+
+class Entry(Measured):
+    """What a claim's entry names of other tables; Claim checks the entry as a whole."""
+
+    worlds: list[str] = Field(min_length=1)
+    first: list[str]
+    others: list[str] = []
+    bar: Measured | None = None
+
+
+class CriteriaFile(Strict):
+    """The tables of claims.toml. Measures and the rest of a claim are checked by Claim."""
+
+    papers: dict[str, Paper] = {}
+    worlds: dict[Name, World] = {}
+    arms: dict[Name, Annotated[str, Field(min_length=1)]] = {}
+    measures: dict[str, dict[str, Any]] = {}
+    claims: dict[Annotated[str, Field(pattern=r"^[BMI]\d+(-\w+)?$")], Entry]
+    slower: dict[str, Annotated[float, Field(gt=0)]] = {}  # {script: factor on a world's hours}
+    defaults: dict[str, Any] = {}  # criteria that chose defaults of flags; not read here
+
+
 def read_tables(path: Path = CRITERIA) -> dict[str, Any]:
-    """The tables of claims.toml, missing ones as {}. UsageError if the file cannot be read."""
+    """The tables of claims.toml, missing ones as {}. UsageError if the file is damaged."""
+    tables = read_toml(path)
     try:
-        tables = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is no TOML: {str(error).lower()}.") from None
-    return {
-        "papers": {},
-        "worlds": {},
-        "arms": {},
-        "measures": {},
-        "claims": {},
-        "slower": {},
-        **tables,
-    }
+        CriteriaFile.model_validate(tables, strict=True)
+    except pydantic.ValidationError as error:
+        raise UsageError(f"{path}: {first_fault(error)}.") from None
+    return {name: {} for name in CriteriaFile.model_fields} | tables
 
 
 def look_up(tables: dict[str, Any], table: str, name: str, where: str) -> Any:
@@ -184,23 +231,37 @@ def names_of(tables: dict[str, Any], world: str, where: str) -> dict[str, Any]:
     """{name: value} for names in braces: a world's, and those of the world whose runs it uses."""
     own = look_up(tables, "worlds", world, where)
     run = own.get("run", world)
-    names = {**look_up(tables, "worlds", run, where), **own, "run": run}
-    return {**names, "every": names.get("timesteps", 0) // 10}  # for --eval-every
+    shared = look_up(tables, "worlds", run, where)
+    if "run" in own and "run" in shared:
+        sentence = f"{world} has the runs of {run}, which has those of {shared['run']}"
+        raise UsageError(f"claims.toml: {where}: {sentence}.")
+    names = {**shared, **own, "run": run}
+    if "timesteps" not in names:
+        raise UsageError(f"claims.toml: {where}: the world has no timesteps.")
+    return {**names, "every": names["timesteps"] // 10}  # for --eval-every
+
+
+def in_braces(text: str) -> list[str]:
+    """The names in braces, except {row} and {seed}, which are filled in later."""
+    return [name for name in re.findall(r"\{(\w+)\}", text) if name not in ("row", "seed")]
 
 
 def fill(x: Any, names: dict[str, Any], where: str) -> Any:
-    """x with each {name} in its strings replaced, except {row}, {seed}; UsageError if unknown."""
+    """x with each name in braces (see in_braces) replaced by its value. UsageError if there is no
+    such name, or if its value has names in braces, too."""
     if isinstance(x, dict):
         return {fill(k, names, where): fill(y, names, where) for k, y in x.items()}
     if isinstance(x, list):
         return [fill(y, names, where) for y in x]
     if not isinstance(x, str):
         return x
-    for name in re.findall(r"\{([a-z_]+)\}", x):
-        if name in names:
-            x = x.replace(f"{{{name}}}", str(names[name]))
-        elif name not in ("row", "seed"):
+    for name in in_braces(x):
+        if name not in names:
             raise UsageError(f"claims.toml: {where}: the world has no {name}.")
+        value = str(names[name])
+        if in_braces(value):
+            raise UsageError(f"claims.toml: {where}: {name} = {value}, which names another value.")
+        x = x.replace(f"{{{name}}}", value)
     return " ".join(x.split())
 
 
@@ -209,13 +270,13 @@ def read_case(tables: dict[str, Any], name: str, world: str) -> Claim:
     where = f"{name} in {world}"
     names = names_of(tables, world, where)
     raw = dict(tables["claims"][name])
-    arms = (*raw.get("first", ()), *raw.get("others", ()))
+    arms = (*raw["first"], *raw.get("others", ()))
     raw["arms"] = {arm: look_up(tables, "arms", arm, where) for arm in arms}
-    raw["measure"] = look_up(tables, "measures", raw.get("measure", ""), where)
+    raw["measure"] = look_up(tables, "measures", raw["measure"], where)
     if "bar" in raw:
-        measure = look_up(tables, "measures", raw["bar"].get("measure", ""), where)
+        measure = look_up(tables, "measures", raw["bar"]["measure"], where)
         raw["bar"] = {**raw["bar"], "measure": measure}
-    paper = look_up(tables, "papers", PAPERS.get(name[0], name[0]), where)
+    paper = look_up(tables, "papers", PAPERS[name[0]], where)
     own = {"id": name, "world": world}
     own |= {"paper_steps": paper["steps"], "paper_seeds": paper["seeds"]}
     for key in ("run", "timesteps", "paper_steps", "hours"):
@@ -224,20 +285,14 @@ def read_case(tables: dict[str, Any], name: str, world: str) -> Claim:
     try:
         return Claim.model_validate({**fill(raw, names, where), **own})
     except pydantic.ValidationError as error:
-        wrong = error.errors()[0]
-        place = ".".join(map(str, wrong["loc"])) or "the entry"
-        text = wrong["msg"].removeprefix("Value error, ").lower()
-        raise UsageError(f"claims.toml: {where}: {place}: {text}.") from None
+        raise UsageError(f"claims.toml: {where}: {first_fault(error)}.") from None
 
 
 def read_claims(tables: dict[str, Any]) -> dict[str, tuple[Claim, ...]]:
     """{name: its criteria, one for each of its worlds} for all claims in claims.toml."""
     claims = {}
     for name, claim in tables["claims"].items():
-        worlds = claim.get("worlds")
-        if not isinstance(worlds, list) or not worlds:
-            raise UsageError(f"claims.toml: {name}: worlds is missing.")
-        claims[name] = tuple(read_case(tables, name, world) for world in worlds)
+        claims[name] = tuple(read_case(tables, name, world) for world in claim["worlds"])
     return claims
 
 
@@ -255,10 +310,10 @@ class Arm(NamedTuple):
 def read_arm(command: str) -> Arm:
     """Parse an arm's command line; UsageError or SystemExit for flags that its script refuses. With
     --adapt only the flags in the command count: the others come from the adapted run."""
-    file, *flags = shlex.split(command)
+    file, *flags = split_words(command, "claims.toml") or [""]
     if file.startswith("experiments/") or not (ROOT / file).exists():
         return Arm(file, None)
-    module = load_script(Path(file).stem)
+    module = load_training_script(file)
     adapts = "--adapt" in flags
     args = harness.read_flags(module.Args, flags) if adapts else script_args(module, flags)
     wanted = json.loads(json.dumps(dataclasses.asdict(args)))
@@ -284,6 +339,8 @@ def is_of(run: Run, command: str) -> bool:
     defaults = load_script(run.args["script"]).Args
     if any(run.args.get(name, x) != x for name, x in GONE.items()):
         return False
+    if not isinstance(run.args.get("seed"), int):
+        raise UsageError(f"{run.where} is damaged: it has no seed.")
     for name, x in wanted.items():
         found = run.args.get(name, getattr(defaults, name, None))
         found = list(found) if isinstance(found, tuple) else found
@@ -382,17 +439,24 @@ def read_points(
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV, or of the only table of a Markdown file, as {column: cell}."""
+    """The lines of a CSV, or of the only table of a Markdown file, as {column: cell}. ValueError if
+    there are none."""
     if path.suffix == ".csv":
         with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+            table = list(csv.DictReader(file))
+    else:
+        lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        table = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+    if not table:
+        raise ValueError(f"{path} has no lines.")
+    return table
 
 
 def table_points(case: Claim, arm: str, measure: Table, data: Path) -> list[Point]:
     """A point per seed and file, the mean of its lines; steps are 0 in all but the first file."""
+    if arm not in measure.labels:
+        raise UsageError(f"claims.toml: {case.id}: the measure's labels have no {arm}.")
     points = []
     for name in measure.files:
         if not (data / name).exists():
@@ -400,7 +464,7 @@ def table_points(case: Claim, arm: str, measure: Table, data: Path) -> list[Poin
         steps = case.timesteps if name == measure.files[0] else 0
         try:
             by_seed = read_column(data / name, measure, measure.labels[arm])
-        except (KeyError, TypeError, ValueError):
+        except (OSError, KeyError, TypeError, ValueError, csv.Error):
             raise UsageError(f"{data / name} is no table of `{measure.command}`.") from None
         for seed, x in by_seed.items():
             points.append(Point(f"{name} s{seed}", seed, steps, {"": float(np.mean(x))}, math.nan))
@@ -408,7 +472,7 @@ def table_points(case: Claim, arm: str, measure: Table, data: Path) -> list[Poin
 
 
 def read_column(path: Path, measure: Table, label: str) -> dict[int, list[float]]:
-    """{seed: values of the measured column} in an arm's lines of a table."""
+    """{seed: finite values of the measured column} in an arm's lines of a table."""
     wanted = {**measure.where, measure.key: label}
     lines = read_table(path)
     lines = [x for x in lines if all(without_seed(x[k]) == y for k, y in wanted.items())]
@@ -417,6 +481,8 @@ def read_column(path: Path, measure: Table, label: str) -> dict[int, list[float]
         lines = [x for x in lines if float(x[measure.last]) == end]
     by_seed: dict[int, list[float]] = {}
     for line in lines:
-        seed = int(re.search(r"\d+$", line[measure.seed])[0])
-        by_seed.setdefault(seed, []).append(float(line[measure.value]))
+        seed, value = int(re.search(r"\d+$", line[measure.seed])[0]), float(line[measure.value])
+        if not math.isfinite(value):
+            raise ValueError(f"{path} has {value}.")
+        by_seed.setdefault(seed, []).append(value)
     return by_seed

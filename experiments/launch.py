@@ -32,13 +32,11 @@ import json
 import os
 import platform
 import queue
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,7 +58,10 @@ from experiments.runs import (
     beside,
     check_all,
     check_codes,
+    first_fault,
+    read_toml,
     run_command,
+    split_words,
     train_all,
 )
 
@@ -104,15 +105,9 @@ class Study(pydantic.BaseModel):
 def read_study_file(path: Path) -> Study:
     """The study in a TOML file. UsageError if the file cannot be read or is not a study."""
     try:
-        return Study.model_validate(tomllib.loads(path.read_text()))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML: {error}.") from None
+        return Study.model_validate(read_toml(path))
     except pydantic.ValidationError as error:
-        wrong = error.errors()[0]
-        where = ".".join(str(x) for x in wrong["loc"])
-        raise UsageError(f"{path}: {where}: {wrong['msg'].lower()}.") from None
+        raise UsageError(f"{path}: {first_fault(error)}.") from None
 
 
 def jobs_of(study: Study, launch: Launch) -> list[Job]:
@@ -121,21 +116,24 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
         have = ", ".join(study.runs)
         raise UsageError(f"--only {unknown[0]} is not in {launch.study}, which has {have}.")
     root = ROOT / study.dir
+    shared = split_words(study.flags, f"{launch.study}: flags")
+    shared += split_words(launch.extra, "--extra")
     jobs = []
     for seed in dict.fromkeys(launch.seeds or study.seeds):
         for name, command in study.runs.items():
             if launch.only and name not in launch.only:
                 continue
-            script, *flags = shlex.split(command.replace("{seed}", str(seed))) or [""]
+            where = f"{launch.study}: {name}"
+            script, *flags = split_words(command.replace("{seed}", str(seed)), where) or [""]
             if not script:
-                raise UsageError(f"{launch.study}: {name}: names no script.")
+                raise UsageError(f"{where}: names no script.")
             if not (ROOT / script).is_file():
-                raise UsageError(f"{launch.study}: {name}: there is no {script}.")
+                raise UsageError(f"{where}: there is no {script}.")
             jobs.append(
                 Job(
                     run=root / f"{name}-s{seed}",
                     script=script,
-                    flags=(*flags, *shlex.split(study.flags), *shlex.split(launch.extra)),
+                    flags=(*flags, *shared),
                     seed=seed,
                     timesteps=study.timesteps,
                     processes=study.processes,
@@ -147,8 +145,10 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
 def index_of(launch: Launch, count: int) -> int | None:
     """The number of the only run to train, or None for all. UsageError if there is no such run."""
     index = launch.index
-    if index is None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        index = int(os.environ["SLURM_ARRAY_TASK_ID"])
+    if index is None and (task := os.environ.get("SLURM_ARRAY_TASK_ID")):
+        if not task.isdecimal():
+            raise UsageError(f"SLURM_ARRAY_TASK_ID is {task}, which is no number of a run.")
+        index = int(task)
     if index is not None and not 0 <= index < count:
         raise UsageError(f"--index {index}: the study has runs 0 to {count - 1}.")
     return index

@@ -81,6 +81,7 @@ from experiments.runs import (
     read_runs,
     run_subcommand,
     script_args,
+    split_words,
     train_all,
 )
 
@@ -203,14 +204,15 @@ def train(study: Train) -> None:
     if study.only:
         names = {name for pattern in study.only for name in fnmatch.filter(runs, pattern)}
         runs = {name: command for name, command in runs.items() if name in names}
+    more = split_words(study.flags, "--flags")
     jobs = []
     for seed, (name, command) in itertools.product(study.seeds, runs.items()):
-        script, *flags = shlex.split(f"{command} {shared} {study.flags}")
+        script, *flags = shlex.split(f"{command} {shared}")
         jobs.append(
             Job(
                 run=study.dir.resolve() / f"{name}-s{seed}",
                 script=script,
-                flags=tuple(flags),
+                flags=(*flags, *more),
                 seed=seed,
                 timesteps=study.total_timesteps,
             )

@@ -49,6 +49,7 @@ from experiments.runs import (
     read_runs,
     run_subcommand,
     save_figure,
+    split_words,
     train_all,
     without_seed,
     write_rows,
@@ -186,8 +187,9 @@ def jobs_of(commands: list[Command], study: Train, timesteps: int) -> list[Job]:
     """The runs of all commands, seed by seed. A command that several figures share is run once."""
     jobs = []
     root = study.dir.resolve()
+    more = split_words(study.flags, "--flags")
     for seed, command in itertools.product(study.seeds, dict.fromkeys(commands)):
-        flags = shlex.split(f"{command.flags} {study.flags}")
+        flags = [*shlex.split(command.flags), *more]
         if command.adapts:
             flags = ["--adapt", str(root / f"{command.adapts}-s{seed}"), *flags]
         if not command.adapts or command.script == EPC:  # others take the adapted run's preset

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tomllib
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -113,6 +114,34 @@ def check_bounds(study: Any) -> None:
         raise UsageError(f"{flag} {wrong['input']}: {wrong['msg'].lower()}.") from None
 
 
+def split_words(text: str, where: str) -> list[str]:
+    """The words of a command line. UsageError, which begins with `where`, for an open quotation."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: {text}: {str(error).lower()}.") from None
+
+
+# --- TOML files -----------------------------------------------------------------------------------
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a TOML file. UsageError if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no TOML: {str(error).lower()}.") from None
+
+
+def first_fault(error: pydantic.ValidationError) -> str:
+    """Text: where the first fault is and what it is, as "seeds.0: field required"."""
+    wrong = error.errors()[0]
+    place = ".".join(map(str, wrong["loc"])) or "the entry"
+    return f"{place}: {wrong['msg'].removeprefix('Value error, ').lower()}"
+
+
 # --- Scripts --------------------------------------------------------------------------------------
 
 
@@ -128,6 +157,16 @@ def script_file(script: str) -> str:
 def load_script(script: str) -> Any:
     """Import a script by its name without ".py"."""
     return importlib.import_module(script_file(script).removesuffix(".py").replace("/", "."))
+
+
+def load_training_script(file: str) -> Any:
+    """Import a script by its path in the repository. UsageError unless it is one that trains."""
+    name = Path(file).stem
+    known = Path(file) in (Path(f"{name}.py"), Path(f"baselines/{name}.py"))
+    script = load_script(name) if known else None
+    if not hasattr(script, "Args"):
+        raise UsageError(f"{file} is no script that trains.")
+    return script
 
 
 def script_args(script: Any, flags: list[str]) -> Any:
@@ -191,6 +230,20 @@ class Evaluation(NamedTuple):
     lengths: np.ndarray  # (E,) environment steps
 
 
+class Row(pydantic.BaseModel, extra="allow"):
+    """A row of a final evaluation: its figures by name."""
+
+    __pydantic_extra__: dict[str, float]
+    episodes: int
+
+
+class Summary(pydantic.BaseModel):
+    """What is read of a run's summary.json."""
+
+    timesteps: int  # environment steps of training
+    eval: dict[str, Row]  # the final evaluation
+
+
 class Run:
     """A run directory. Each file is read on first use. UsageError if it is no run directory."""
 
@@ -235,9 +288,11 @@ class Run:
         if not path.exists():
             return {"timesteps": 0, "eval": {}}
         try:
-            return json.loads(path.read_text())
-        except ValueError:
+            summary = json.loads(path.read_text())
+            Summary.model_validate(summary, strict=True)
+        except (OSError, ValueError):
             raise UsageError(f"{path} is damaged.") from None
+        return summary
 
     @functools.cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -524,12 +579,8 @@ class Job:
     def check_flags(self) -> None:
         """Raise UsageError unless this is a script that trains and takes these flags. With --adapt
         they are read alone: the run that is adapted may not exist yet."""
-        name = Path(self.script).stem
-        known = Path(self.script) in (Path(f"{name}.py"), Path(f"baselines/{name}.py"))
-        script = load_script(name) if known else None
-        if not hasattr(script, "Args"):
-            raise UsageError(f"{self.run.name}: {self.script} is no script that trains.")
         try:
+            script = load_training_script(self.script)
             if "--adapt" in self.flags:
                 harness.read_flags(script.Args, self.argv())
             else:

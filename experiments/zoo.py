@@ -42,6 +42,7 @@ from experiments.runs import (
     load_script,
     run_subcommand,
     script_file,
+    split_words,
 )
 
 ZOO = ROOT / "zoo"
@@ -196,13 +197,20 @@ class Cards:
 
 
 def read_entries(zoo: Path) -> list[Run]:
-    """All entries of a folder, by name."""
-    return [Run(path.parent) for path in sorted(zoo.glob("*/checkpoints.json"))]
+    """All entries of a folder, by name; UsageError if there are none."""
+    entries = [Run(path) for path in sorted({path.parent for path in zoo.glob("*/*.json")})]
+    if not entries:
+        raise UsageError(f"{zoo} has no entries.")
+    return entries
 
 
 def index_of(entry: Run) -> dict[str, Any]:
-    """The entry's item in checkpoints.json: file name, steps and sha256 of its weights."""
-    return harness.read_index(entry.path)[0]
+    """The entry's item in checkpoints.json: file name, steps and sha256 of its weights. UsageError
+    if the item or the weights are not there."""
+    index = harness.read_index(entry.path)
+    if not index or not (entry.path / str(index[0]["name"])).is_file():
+        raise UsageError(f"{entry.path} has no checkpoints.json that names its weights.")
+    return index[0]
 
 
 def command_of(entry: Run) -> str:
@@ -255,6 +263,14 @@ def figures_of(results: dict[str, dict[str, float]]) -> Iterator[Figure]:
                 yield Figure(row, name, x[name], low, high, x["episodes"])
 
 
+def card_figures(entry: Run) -> list[Figure]:
+    """The figures on an entry's card; UsageError if there are none."""
+    figures = list(figures_of(entry.summary["eval"]))
+    if not figures:
+        raise UsageError(f"{entry.path} has no final evaluation.")
+    return figures
+
+
 HEAD = """# The zoo
 
 Weights of runs behind this repository's tables, and of short runs where a method has none. How to
@@ -267,6 +283,8 @@ made from their files by `python experiments/zoo.py cards`.
 def card(entry: Run) -> str:
     """An entry's section of README.md: its origin, its command and its final evaluation."""
     args, index = entry.args, index_of(entry)
+    if missing := {"seed", "commit", "packages", "resolved", "note"} - args.keys():
+        raise UsageError(f"{entry.path}/args.json has no {min(missing)}: `zoo.py add` writes it.")
     size = (entry.path / index["name"]).stat().st_size
     where = f"commit {args['commit']}, torch {args['packages']['torch']}"
     about = f"{index['timesteps']:,} steps, seed {args['seed']}, {where}, {size / 1000:,.0f} kB, "
@@ -281,7 +299,7 @@ def table_of(entry: Run) -> list[dict[str, Any]]:
     """Table lines of the final evaluation: one for each row that has figures with intervals."""
     results = entry.summary["eval"]
     rows: dict[str, dict[str, Any]] = {}
-    for figure in figures_of(results):
+    for figure in card_figures(entry):
         row = rows.setdefault(figure.row, {"": figure.row})
         row[figure.name] = figure.text()
     return [row | {"episodes": results[name]["episodes"]} for name, row in rows.items()]
@@ -304,12 +322,12 @@ def wrapped(text: str, indent: str = "", goes_on: str = "") -> list[str]:
 def cards_of(zoo: Path) -> str:
     """The text of README.md for a folder of entries."""
     entries, rows = read_entries(zoo), []
+    sections = "\n".join(card(entry) for entry in entries)
     for entry in entries:
-        first = next(figures_of(entry.summary["eval"]))
+        first = card_figures(entry)[0]
         row = {"entry": f"[{entry.name}](#{entry.name})", "script": entry.args["script"]}
         row |= {"steps": f"{entry.summary['timesteps']:,}", "commit": entry.args["commit"]}
         rows.append(row | {"first figure": f"{first.row}: {first.name} {first.text()}"})
-    sections = "\n".join(card(entry) for entry in entries)
     return HEAD + markdown_table(rows) + "\n" + sections
 
 
@@ -319,8 +337,6 @@ def write_cards(zoo: Path) -> None:
 
 def cards(study: Cards) -> None:
     """Write README.md of a folder of entries; UsageError if there are none."""
-    if not read_entries(study.zoo):
-        raise UsageError(f"{study.zoo} has no entries.")
     write_cards(study.zoo)
 
 
@@ -363,11 +379,13 @@ def evaluate_again(entry: Run, episodes: int, flags: str) -> dict[str, dict[str,
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, str(ROOT / script_file(entry.args["script"]))]
-        command += ["--eval-only", str(entry.path), "--run-dir", str(out), *shlex.split(flags)]
+        command += ["--eval-only", str(entry.path), "--run-dir", str(out)]
+        command += split_words(flags, "--flags")
         command += ["--final-episodes", str(episodes)] if episodes else []
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise UsageError(f"{entry.path}: {harness.first_line(ValueError(done.stderr))}.")
+            *_, last = done.stderr.splitlines() or [f"code {done.returncode}"]
+            raise UsageError(f"{entry.path}: {last.removeprefix('error: ').rstrip('.')}.")
         return Run(out).summary["eval"]
 
 
@@ -376,14 +394,17 @@ def again(study: Again) -> None:
     entries = read_entries(study.zoo)
     if unknown := set(study.names) - {entry.name for entry in entries}:
         raise UsageError(f"{study.zoo} has no {min(unknown)}.")
+    old_figures = {}
+    for entry in entries:
+        if not study.names or entry.name in study.names:
+            index_of(entry)
+            old_figures[entry] = card_figures(entry)
     found: list[str] = []
     print("| entry | row | figure | card | today | |\n|---|---|---|---|---|---|", flush=True)
-    for entry in entries:
-        if study.names and entry.name not in study.names:
-            continue
+    for entry, figures in old_figures.items():
         results = evaluate_again(entry, study.episodes, study.flags)
         new = {(x.row, x.name): x for x in figures_of(results)}
-        for old in figures_of(entry.summary["eval"]):
+        for old in figures:
             now = new.get((old.row, old.name))
             found.append(verdict(old, now) if now else "gone")
             today = now.text() if now else ""

@@ -480,7 +480,16 @@ def test_commands_are_what_is_missing(tmp_path):
         ({"measure": '"wins"'}, "[measures] has no wins"),
         ({"measure": '"both"', "margin_of": '"gain"'}, "needs a zero"),
         ({"worlds": '["tiny"]'}, "[worlds] has no tiny"),
-        ({"worlds": None}, "worlds is missing"),
+        ({"worlds": None}, "claims.M1.worlds: field required"),
+        ({"worlds": "[]"}, "claims.M1.worlds: list should have at least 1 item"),
+        ({"worlds": "[3]"}, "claims.M1.worlds.0: input should be a valid string"),
+        ({"first": None}, "claims.M1.first: field required"),
+        ({"first": '"ab"'}, "claims.M1.first: input should be a valid list"),
+        ({"others": '[["b"]]'}, "claims.M1.others.0: input should be a valid string"),
+        ({"measure": None}, "claims.M1.measure: field required"),
+        ({"measure": '["returns"]'}, "claims.M1.measure: input should be a valid string"),
+        ({"bar": "3"}, "claims.M1.bar: input should be a valid dictionary"),
+        ({"bar": '{ arms = ["a"], at_least = 1 }'}, "claims.M1.bar.measure: field required"),
         ({"rule": None}, "rule: field required"),
         ({"wish": '"more"'}, "wish: extra inputs are not permitted"),
         ({"says": '"First in {place}"'}, "the world has no place"),
@@ -503,9 +512,67 @@ def test_bad_criteria_end_in_a_sentence(tmp_path, changes, sentence):
     assert not (tmp_path / "out").exists()
 
 
+IN_TABLES = {
+    "no text": ("mra = {", b"\xff{", "is no TOML: 'utf-8' codec can't decode"),
+    "no TOML": ("mra = {", "mra {", "is no TOML: expected '=' after a key"),
+    "no claims": ("[claims.M1]", "[slower]", "c.toml: claims: field required."),
+    "a wrong name": ("[claims.M1]", "[claims.X1]", "claims.X1.[key]: string should match"),
+    "no number": ("[claims.M1]", "[claims.M]", "claims.M.[key]: string should match"),
+    "an unknown table": ("[arms]", "[arm]", "arm: extra inputs are not permitted"),
+    "a paper's typo": ("steps = 1_6", "step = 1_6", "papers.mra.steps: field required"),
+    "another paper": ("mra = {", "mipi = {", "M1 in small: [papers] has no mra"),
+    "steps in words": ("1000, hours = 2.0 }\nl", '"9" }\nl', "worlds.small.timesteps: input"),
+    "a list": ('"12"', '["12"]', "worlds.small.game.str: input should be a valid string"),
+    "no steps": (", timesteps = 1000, hours = 2.0 }\nl", "}\nl", "the world has no timesteps."),
+    "an arm's list": ('a = "', 'd = 3\na = "', "arms.d: input should be a valid string"),
+    "a space": ("large =", '"la rge" =', "worlds.la rge.[key]: string should match"),
+    "no such world": ("small = {", 'small = { run = "x",', "M1 in small: [worlds] has no x"),
+    "a loop": (
+        "small = {",
+        'large = { run = "small" }\nsmall = { run = "large",',
+        "M1 in small: small has the runs of large, which has those of small.",
+    ),
+    "itself": ("small = {", 'small = { run = "small",', "which has those of small."),
+    "nested": ('"12"', '"{task}"', "M1 in small: game = {task}, which names another value."),
+    "capitals": ("{game}", "{Game}", "M1 in small: the world has no Game."),
+    "a quotation": ("{game}", "'{game}", "no closing quotation."),
+    "no script": ('a = "mra_maddpg_particle.py', 'a = "harness.py', "harness.py is no script"),
+    "a wrong factor": ("[arms]", '[slower]\nx = "2"\n[arms]', "slower.x: input should be a"),
+}
+
+
+@pytest.mark.parametrize("name", IN_TABLES)
+def test_damaged_tables_end_in_a_sentence(tmp_path, name):
+    """Whatever they lack, and whichever world refers to itself."""
+    old, new, sentence = IN_TABLES[name]
+    text = toml(tmp_path / "c.toml").read_bytes()
+    new = new if isinstance(new, bytes) else new.encode()
+    if name == "a loop":
+        text = re.sub(rb"^large = .*\n", b"", text, flags=re.MULTILINE)
+    assert old.encode() in text
+    (tmp_path / "c.toml").write_bytes(text.replace(old.encode(), new))
+    path = study(tmp_path / "x.csv", a=AHEAD, b=BEHIND)
+    words = ("--criteria", tmp_path / "c.toml", "--data", tmp_path, "--out", tmp_path / "out")
+    code, _, stderr = command("claims", path, *words)
+    assert (code, stderr.count("\n")) == (2, 1) and sentence in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapted_arm_that_is_not_there(tmp_path):
+    """Its runs are not among the claim's, but among the commands."""
+    path = toml(tmp_path / "c.toml")
+    text = path.read_text()
+    adapts = 'a = "mra_maddpg_particle.py --adapt runs/small-nobody-s{seed} --population 3"'
+    path.write_text(re.sub("^a = .*", adapts, text, flags=re.MULTILINE))
+    words = ("--criteria", path, "--data", tmp_path, "--commands", "M1")
+    code, _, stderr = command("claims", *words)
+    assert (code, stderr) == (2, "error: claims.toml: small-a: [arms] has no nobody.\n")
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [
+        (["--data", "nowhere"], "--data nowhere is no directory."),
         (["--commands", "M9"], "--commands M9: there are M1."),
         (["nothing.csv"], "nothing.csv cannot be read"),
         (["--criteria", "none.toml"], "none.toml cannot be read"),
@@ -549,6 +616,55 @@ def test_tables_of_commands(tmp_path):
     )
     found = criteria.read_column(tmp_path / "x.csv", measure, "a")
     assert found == {11: [1.0], 12: [2.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("x.csv", ""),
+        ("x.csv", "arm,seed,value\n"),
+        ("x.csv", "arm,seed\na,11\n"),
+        ("x.csv", "arm,seed,value\na,11\n"),
+        ("x.csv", "arm,seed,value\na,last,1\n"),
+        ("x.csv", "arm,seed,value\na,11,nan\n"),
+        ("x.csv", "arm,seed,value\na,11,\xff\n"),
+        ("x.csv", None),
+        ("x.md", "No table.\n"),
+        ("x.md", "| arm | seed | value |\n|---|---|---|\n| a | 11 |\n"),
+    ],
+)
+def test_damaged_tables_of_commands_end_in_a_sentence(tmp_path, name, text):
+    if text is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+    found = measured_by_table(tmp_path, name, labels='{ a = "a", b = "b" }')
+    sentence = f"{tmp_path}/{name} is no table of `experiments/mipi.py matrix-game`."
+    assert found == (2, f"error: {sentence}\n")
+
+
+def test_an_arm_without_a_label_ends_in_a_sentence(tmp_path):
+    (tmp_path / "x.csv").write_text("arm,seed,value\na,11,1\n")
+    found = measured_by_table(tmp_path, "x.csv", labels='{ a = "a" }')
+    assert found == (2, "error: claims.toml: M1: the measure's labels have no b.\n")
+
+
+def measured_by_table(folder, name, labels):
+    """What the command says of a claim that reads a table: code and error."""
+    measure = f'kind = "table", files = ["{name}"], value = "value", key = "arm", seed = "seed"'
+    measure += f', labels = {labels}, command = "experiments/mipi.py matrix-game"'
+    path = toml(folder / "c.toml", measure='"table"')
+    text = path.read_text().replace("[measures]", f"[measures]\ntable = {{ {measure} }}")
+    path.write_text(text)
+    code, _, stderr = command("claims", "--criteria", path, "--data", folder)
+    return code, stderr
+
+
+def test_a_run_without_a_seed_ends_in_a_sentence(tmp_path):
+    lines = [x for x in lines_of("a", 11, {"12": 1.0}) if x[4] != "seed"]
+    path = write_study(tmp_path / "x.csv", lines)
+    code, _, stderr = command("claims", path, "--criteria", toml(tmp_path / "c.toml"))
+    assert code == 2 and stderr.endswith("x.csv is damaged: it has no seed.\n")
 
 
 def test_a_flag_that_has_gone_still_tells_runs_apart():

@@ -1,6 +1,7 @@
 """Curves and final figures side by side, of directories and of studies."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -137,11 +138,19 @@ def test_what_is_no_run_is_one_sentence(two, tmp_path):
     study = tmp_path / "study.csv"
     command("runs", "pack", study, *two)
     (tmp_path / "torn.csv").write_text(study.read_text().replace(",320,", ",32x,", 1))
+    text = (two[0] / "summary.json").read_text()
+    summaries = {"torn": text[:-9], "bare": "{}", "list": "[1]"}
+    summaries |= {"steps": '{"timesteps": "9", "eval": {}}', "rows": text.replace(": {", ": [{")}
+    summaries["figure"] = re.sub(r'"return": [-\d.]+', '"return": "x"', text)
+    for name, damaged in summaries.items():
+        shutil.copytree(two[0], tmp_path / name)
+        (tmp_path / name / "summary.json").write_text(damaged)
     for source, sentence in (
         ("nowhere", "nowhere is no run directory."),
         (tmp_path / "empty", f"{tmp_path}/empty is no run directory."),
         (tmp_path / "bad", f"{tmp_path}/bad/metrics.jsonl is damaged."),
         (tmp_path / "torn.csv", f"{tmp_path}/torn.csv is damaged."),
+        *((tmp_path / x, f"{tmp_path}/{x}/summary.json is damaged.") for x in summaries),
     ):
         code, _, stderr = command("compare", source, "--out", tmp_path / "x")
         assert (code, stderr) == (2, f"error: {sentence}\n")

@@ -319,6 +319,11 @@ def test_one_of_an_array(study, launched):
     assert {x.name for x in (file.parent / "my runs").iterdir() if x.is_dir()} == {"b-s1", "a-s2"}
     code, output = launched(file, "--index", 4)
     assert code == 2 and output == "error: --index 4: the study has runs 0 to 3.\n"
+    code, output = launched(file, SLURM_ARRAY_TASK_ID="two")
+    sentence = "SLURM_ARRAY_TASK_ID is two, which is no number of a run."
+    assert code == 2 and output == f"error: {sentence}\n"
+    code, output = launched(file, "--extra", "'")
+    assert code == 2 and output == "error: --extra: ': no closing quotation.\n"
 
 
 @pytest.mark.long
@@ -360,6 +365,8 @@ def test_without_scontrol(monkeypatch, capsys):
         ('dir = "x"\nseeds = [1]\ntimesteps = 1\nx = 1\n[runs]\na = "counter.py"', "x: extra"),
         ('dir = "x"\nseeds = [1]\ntimesteps = 1\n[runs]\na = "no.py"', "a: there is no no.py."),
         ('dir = "x"\nseeds = [1]\ntimesteps = 1\n[runs]\na = ""', "a: names no script."),
+        ('dir = "x"\nseeds = [1]\ntimesteps = 1\n[runs]\na = "x.py \'"', "a: x.py ': no closing"),
+        ('dir = "x"\nseeds = [1]\ntimesteps = 1\nflags = "\'"\n[runs]\na = "x.py"', "flags: ': no"),
         (None, "cannot be read: No such file"),
     ],
 )

@@ -404,6 +404,61 @@ def test_bench_zoo(no_trial, monkeypatch, tmp_path, capsys):
         assert re.search(r"0 outside, [1-9]\d* gone", printed)
 
 
+def without_figures(entry):
+    found = json.loads((entry / "summary.json").read_text())
+    (entry / "summary.json").write_text(json.dumps(found | {"eval": {}}))
+
+
+def without_note(entry):
+    found = json.loads((entry / "args.json").read_text())
+    (entry / "args.json").write_text(json.dumps({k: x for k, x in found.items() if k != "note"}))
+
+
+NO_INDEX = "zoo/x has no checkpoints.json that names its weights."
+DAMAGED = {
+    "no entry": (lambda x: shutil.rmtree(x), "zoo has no entries."),
+    "no index": (lambda x: (x / "checkpoints.json").unlink(), NO_INDEX),
+    "empty index": (lambda x: (x / "checkpoints.json").write_text("[]"), NO_INDEX),
+    "torn index": (lambda x: (x / "checkpoints.json").write_text("[{"), NO_INDEX),
+    "no item": (lambda x: (x / "checkpoints.json").write_text('[{"name": 1}]'), NO_INDEX),
+    "no weights": (lambda x: next(x.glob("*.pt")).unlink(), NO_INDEX),
+    "no arguments": (lambda x: (x / "args.json").unlink(), "zoo/x is no run directory."),
+    "no figures": (without_figures, "zoo/x has no final evaluation."),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_no_entry_is_told_first(name, no_trial, capsys):
+    """By both commands that read all entries, before anything is printed or written."""
+    damage, sentence = DAMAGED[name]
+    damage(made("baselines.maddpg_particle"))
+    Path("zoo").mkdir(exist_ok=True)
+    before = files_of(Path("zoo"))
+    for argv in (["zoo", "--zoo", "zoo"], ["cards", "zoo"]):
+        capsys.readouterr()
+        assert (experiment("bench") if argv[0] == "zoo" else zoo).main(argv) == 2
+        assert capsys.readouterr() == ("", f"error: {sentence}\n")
+    assert files_of(Path("zoo")) == before
+
+
+def test_a_card_needs_what_add_writes(no_trial, capsys):
+    without_note(made("baselines.maddpg_particle"))
+    capsys.readouterr()
+    assert zoo.main(["cards", "zoo"]) == 2
+    assert "zoo/x/args.json has no note: `zoo.py add` writes" in only_error(capsys.readouterr().err)
+
+
+def test_what_a_script_refuses_is_its_last_line(monkeypatch):
+    """Not a warning before it."""
+    text = "a warning\nerror: --amp is not for this device.\n"
+    done = subprocess.CompletedProcess([], 2, stderr=text)
+    monkeypatch.setattr(zoo.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(harness.UsageError, match=f"^{ENTRIES[0].path}: --amp is not for this dev"):
+        zoo.evaluate_again(ENTRIES[0], 1, "")
+    with pytest.raises(harness.UsageError, match="--flags: ': no closing quotation"):
+        zoo.evaluate_again(ENTRIES[0], 1, "'")
+
+
 @pytest.mark.long
 def test_bench_zoo_plays():
     """In a process of its own: all figures are equal."""

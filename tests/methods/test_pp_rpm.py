@@ -453,6 +453,9 @@ WRONG = {
     "--redraw episode": "",  # tyro's own words in RPM
     "--per-rank 19": "--per-rank --rank-width",
     "--rank-width 0": "--rank-width",
+    "--rank-width inf": "--rank-width",
+    "--rank-width nan": "--rank-width",
+    "--rank-width 1e-320": "--rank-width must be at least 1e-9",
     "--resume {run} --history-share 0.5": "--history-share 0.6",
     "--eval-only {run} --final-episodes 1 --background nobody": "nobody",
 }
@@ -519,6 +522,20 @@ def test_before_the_first_iteration_there_is_no_past(capfd):
     evaluation = pp.Evaluation(s.args, "eval", 0, ROOT)
     found = pp.evaluate(s.args, s.agent, pp.new_memory(s.args), {}, evaluation)
     assert "v past" not in found and "v random" in found
+
+
+@NAMES
+def test_a_past_that_is_not_there_is_refused(name, plain, tmp_path, capfd):
+    """Evaluation alone is asked for its row; what a run finds on its way has none."""
+    script = SCRIPTS[name]
+    assert script.main(tiny(name, "run", 2)) == 0
+    change_newest("run", lambda state: state["memory"].update(actors=[]))
+    line = ["--eval-only", "run", "--final-episodes", "1", "--background"]
+    capfd.readouterr()
+    assert script.main([*line, "random", "past"]) == 2
+    sentence = "error: --background past: run holds no past actors."
+    assert only_error(capfd.readouterr().err).startswith(sentence)
+    assert script.main([*line, "random"]) == 0
 
 
 def test_worlds_take_past_players_in_turn():
