@@ -131,7 +131,7 @@ def too_few(case: Claim, arm: str, points: list[Point]) -> str:
     if missing := {*case.seeds[: len(points)]} - {x.seed for x in points}:
         return f"{arm}: seed {min(missing)} is left out"
     if len(points) < case.least_seeds:
-        return f"{arm}: {len(points)} seeds of {case.least_seeds}"
+        return f"{arm}: {len(points)} of {case.least_seeds} seeds"
     return ""
 
 
@@ -456,7 +456,7 @@ def write_studies(folder: Path, cases: list[Claim]) -> None:
 
 # --- The page -------------------------------------------------------------------------------------
 
-HOURS = "those that runs have taken on two shared cores (`experiments/claims.toml`)."
+HOURS = "those that runs have taken on two shared cores of an AMD EPYC (`experiments/claims.toml`)."
 HEAD = """# The papers' claims
 
     python experiments/claims.py --out docs                # writes this page, and its data

@@ -291,7 +291,7 @@ def test_margins_are_shares_of_the_others_figures(judge, tmp_path, kind, margin)
 
 def test_too_few_seeds_decide_nothing(judge, tmp_path):
     outcome = judge(study(tmp_path / "x.csv", a=seeds(5.0, 5.5), b=BEHIND))
-    assert outcome.verdict == "undecided" and outcome.parts[0].why == "a: 2 seeds of 3"
+    assert outcome.verdict == "undecided" and outcome.parts[0].why == "a: 2 of 3 seeds"
     outcome = judge(study(tmp_path / "y.csv", a=AHEAD))
     assert outcome.verdict == "undecided" and outcome.parts[0].why == "b has not run"
 
