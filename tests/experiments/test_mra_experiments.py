@@ -238,7 +238,8 @@ def write_ladder_run(folder, name, returns, unseen, bests):
     for population, drawn, best in zip(args["populations"], returns, bests):
         evals |= {population: drawn, f"{population} best z=2,0": best}
         evals |= {f"{population} blind": -14.0, f"{population} knows population": -7.0}
-    results = {row: {"return_follower": x, "return_leader": 0.0} for row, x in evals.items()}
+    row = {"return_leader": 0.0, "episodes": 10}
+    results = {name: row | {"return_follower": x} for name, x in evals.items()}
     summary = {"timesteps": 100, "eval": results}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder

@@ -108,10 +108,10 @@ def test_a_signal_stops_what_is_trained(tmp_path, number):
     same command goes on with it. From another directory, with a space in --dir."""
     folder = tmp_path / "my runs"
     flags = ["--preset", "paper", "--dir"]
-    command = [sys.executable, str(ROOT / "experiments/mra.py"), "train", "fig5", *flags]
+    command = [sys.executable, str(ROOT / "experiments/mra.py"), "train", "fig7", *flags]
     command += [str(folder), "--seeds", "1", f"--flags={TINY}", "--total-timesteps"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    run = folder / "resource-mra-s1"
+    run = folder / "resource-3-option-s1"  # the first of three
     with subprocess.Popen([*command, "100000000"], cwd=tmp_path, **options) as process:
         try:
             log = run / "metrics.jsonl"
@@ -124,7 +124,7 @@ def test_a_signal_stops_what_is_trained(tmp_path, number):
                     os.kill(pid, signal.SIGKILL)
             process.kill()
         output = process.stdout.read()
-    assert "1 of 1 runs were stopped; the same command goes on." in output
+    assert "3 of 3 runs were stopped; the same command goes on." in output
     assert not (run / "summary.json").exists()
     (newest, *_) = json.loads((run / "checkpoints.json").read_text())
     steps = newest["timesteps"]

@@ -267,7 +267,7 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
             fixed | {"mask_fictitious", "copy_every", "clip_centre"},
         ]
     for number, group in enumerate(groups):
-        argv = ["--run-dir", f"run{number}", "--total-timesteps", "66", "--final-episodes", "1"]
+        argv = ["--run-dir", f"run{number}", "--total-timesteps", "132", "--final-episodes", "1"]
         for field in sorted(group):
             words, _ = typed[field]
             flag = field.replace("_", "-")
