@@ -6,7 +6,8 @@ its divergence from the marginal. If m_i is the mean of pi_i over the rest of th
 divergence is the mutual information of the agent's actions and s*, given s+.
 
     J        = E sum_t gamma^t (r - alpha sum_i log pi_i(u|s) / m_i(u|s+))              (3), (8)
-    Q_tot    = sum_i w_i Q_i + V,  w softmax over agents                              (14), (15)
+    Q_tot    = sum_i w_i Q_i + V,  w softmax over agents              --mixer linear  (14), (15)
+    Q_tot    = w_final . (sum_i Q_i w_i + b) + V,  w_i, w_final softmax    --mixer two-layer
     y        = r + gamma E_pi (Q_tot' - alpha sum_i log pi_i / m_i),  L = E (Q_tot - y)^2   (16)
     y_t      = r_t + gamma (E_pi ((1 - l) Q_tot' - alpha sum_i ..) + l y_t+1)   --returns lambda
     m_i      = E_s* pi_i(u|s+, s*):  maximum likelihood on imagined teams s*          (12), (17)
@@ -122,6 +123,7 @@ class Args(RunArgs):
     recurrent: bool = True  # agents remember with a GRU; without: a linear layer, no memory
     own_beside: bool = False  # adds the agent's own embedding, projected, to attention's output
     rnn_size: Positive = 64  # R, units of the GRU, or of the linear layer in its place
+    mixer: Literal["linear", "two-layer"] = "linear"  # two-layer: REFIL's flexible one, no ELU
     mixing_size: Positive = 32  # E, units of the mixer and outputs of each hypernetwork
     # Base algorithm
     optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam has torch's default betas and eps
@@ -603,11 +605,12 @@ class Mixed(NamedTuple):
 
 
 class Mixer(nn.Module):
-    """Q_tot of chosen utilities; w, V come from hypernetworks, which see all units."""
+    """Q_tot of chosen utilities; w, V, w_final, b come from hypernetworks, which see all units."""
 
     def __init__(self, inputs: int, args: Args):
         super().__init__()
-        G, H, E = 2, args.hidden_size, args.mixing_size
+        self.linear = args.mixer == "linear"
+        G, H, E = 2 if self.linear else 4, args.hidden_size, args.mixing_size
         self.embed = nn.Linear(inputs, G * H)
         self.attention = Attention(G, H, args.heads)
         self.project = uniform_parameter(H, G, H, H)
@@ -639,7 +642,10 @@ class Mixer(nn.Module):
             share = filled.sum(-1, keepdim=True) / SIDE  # (M, 1)
             rest = rest @ weight[1:] + share * bias[1:, None]  # (G - 1, M, E)
             utilities = torch.stack(q.present()).movedim(0, 1)  # (M, V, A)
-            totals, w = self.mix_linear(utilities, w, features)
+            if self.linear:
+                totals, w = self.mix_linear(utilities, w, features)
+            else:
+                totals, w = self.mix_layers(utilities, w, w_final=rest[1], b=rest[2])
             v = rest[0].mean(-1, keepdim=True)  # (M, 1)
             totals = (totals + v).T  # (1 or 2, M)
         return Mixed(w, *totals)
@@ -659,6 +665,18 @@ class Mixer(nn.Module):
             weights = score[:, 1:].flatten(1).softmax(-1)  # (M, 16)
             totals.append((weights * q[:, 1:].flatten(1)).sum(-1))
         return torch.stack(totals, dim=1), w[:, : gone.shape[-1]]
+
+    def mix_layers(self, q: Tensor, w: Tensor, w_final: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """w_final . (sum_i Q_i w_i + b): (M, 1) or, if V = 3, (M, 2), the second of the utilities
+        in groups. Also Eq. (15)'s w (M, A). q (M, V, A), w (M, V, A, E), w_final and b (M, E)."""
+        w_final = w_final.softmax(-1)
+        # Eq. (15)
+        w = (w.softmax(-1) * w_final[:, None, None]).sum(-1)  # (M, V, A)
+        totals = [(w[:, 0] * q[:, 0]).sum(-1)]
+        if q.shape[1] > 1:
+            totals.append((w[:, 1:] * q[:, 1:]).sum((1, 2)))
+        shift = (w_final * b).sum(-1, keepdim=True)  # (M, 1)
+        return torch.stack(totals, dim=1) + shift, w[:, 0]
 
 
 # [shared: optimiser] begin

@@ -219,8 +219,9 @@ def numpy_hyper(p, g, heads, entities, empty, mask):
     return found
 
 
-def numpy_mix(p, heads, linear, q, entities, empty, gone, groups=None):
-    """Q_tot of q (8,), or of (2, 8) with groups (16,): own group, other group."""
+def numpy_mix(p, heads, linear, q, entities, empty, gone, groups=None, elu=True):
+    """Q_tot of q (8,), or of (2, 8) with groups (16,): own group, other group. elu: whether the
+    mixer that is not linear has its ELU."""
     full = empty[:8, None] | empty[None]
     masks = [full]
     if groups is not None:
@@ -235,7 +236,8 @@ def numpy_mix(p, heads, linear, q, entities, empty, gone, groups=None):
         return softmax(score) @ q + v
     final, b = hyper(2, mask=full).mean(0), hyper(3, mask=full).mean(0)
     x = q @ softmax(w) + b
-    return np.where(x > 0, x, np.expm1(np.minimum(x, 0))) @ softmax(final) + v
+    x = np.where(x > 0, x, np.expm1(np.minimum(x, 0))) if elu else x
+    return x @ softmax(final) + v
 
 
 # --- Flags ----------------------------------------------------------------------------------------

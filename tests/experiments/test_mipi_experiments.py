@@ -237,6 +237,23 @@ def test_runs_of_the_tables(tmp_path):
     assert code == 2 and "--only sz-nobody" in stderr
 
 
+OPEN = {  # flags with an open quotation: what the shell's rules say of them
+    '--lr "1': '--lr "1: no closing quotation.',
+    '"--lr 1': '"--lr 1: no closing quotation.',
+    "--lr 1'": "--lr 1': no closing quotation.",
+    "--lr 1\\": "--lr 1\\: no escaped character.",
+}
+
+
+@pytest.mark.parametrize(("flags", "sentence"), OPEN.items())
+def test_flags_with_an_open_quotation_are_refused(flags, sentence, tmp_path):
+    """In one sentence, before anything is trained or written."""
+    words = ("table1", "--dir", tmp_path / "runs", f"--flags={flags}")
+    code, text, stderr = command("mipi", "train", *words)
+    assert (code, text, stderr) == (2, "", f"error: --flags: {sentence}\n")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_controls_of_mipi_on_ppo(tmp_path):
     """Each is alpha .03 with one flag more, or MAPPO with teammates dropped or larger teams."""
     words = ("ppo-controls", "--tasks", "sz", "--seeds", 11, "--dir", tmp_path, "--dry-run")

@@ -223,6 +223,17 @@ def test_runs_of_the_figures(tmp_path):
     assert not (tmp_path / "my runs").exists()
 
 
+@pytest.mark.parametrize("flags", ['--lr "1', '"--lr 1', "--lr 1'"])
+@pytest.mark.parametrize("figure", ["fig2", "fig4"])
+def test_flags_with_an_open_quotation_are_refused(figure, flags, tmp_path):
+    """In one sentence, before anything is trained or written."""
+    words = (figure, "--dir", tmp_path / "runs", f"--flags={flags}")
+    code, text, stderr = command("mra", "train", *words)
+    assert (code, text) == (2, "")
+    assert stderr == f"error: --flags: {flags}: no closing quotation.\n"
+    assert not (tmp_path / "runs").exists()
+
+
 def write_ladder_run(folder, name, returns, unseen, bests):
     """A run in rooms that has finished: arguments, a log of ten lines, final returns."""
     folder = folder / name
