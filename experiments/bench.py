@@ -22,6 +22,7 @@ on the machine meanwhile. `SUBCOMMAND --help` has the options and explains each 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -39,6 +40,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
@@ -50,6 +52,7 @@ import torch
 import tyro
 from annotated_types import Interval, MinLen
 
+from envs.meltingpot import tile_kernels
 from envs.meltingpot.scenarios import (
     PAPER,
     RANDOM,
@@ -60,6 +63,7 @@ from envs.meltingpot.scenarios import (
     play_scenarios,
     short,
 )
+from envs.meltingpot.tile_tensors import TileTables
 from envs.meltingpot.tiles import Observation, Palette, WorldError
 from envs.meltingpot.worlds import Engine, get_spec, import_meltingpot, quiet
 from envs.particle import episodes as particle_episodes
@@ -112,16 +116,23 @@ class MeltingPot:
 
     Worlds: environment steps per second of one process. Our engine reader (tile ids) and the
     official wrapper (pixels) take turns with the same actions; "bare" is the ratio for a reader
-    that only advances the engine and draws the images; resets: ours, then official. Training: MAPPO
-    or BiDist in one process with tile ids and with --plain (pixels), in seconds for worlds, acting
-    and learning. Memory: the images of a rollout as tile ids and as pixels.
+    that only advances the engine and draws the images; resets: ours, then official. Training: a
+    script in one process with tile ids and with --plain (pixels), in seconds for worlds, acting and
+    learning; PP and RPM act beside as many past actors as a rollout can have. Profile: where the
+    time of an iteration with tile ids goes; of it nothing is measured on a GPU. Memory: the images
+    of a rollout as tile ids and as pixels.
     """
 
     # substrates to measure
     substrates: Annotated[tuple[str, ...], tyro.conf.Positional] = PAPER
     # tables to print
-    parts: tuple[Literal["worlds", "training", "memory"], ...] = ("worlds", "training", "memory")
-    script: Literal["mappo", "bidist"] = "mappo"  # script of the training table
+    parts: tuple[Literal["worlds", "training", "profile", "memory"], ...] = (
+        "worlds",
+        "training",
+        "memory",
+    )
+    # script of training and profile
+    script: Literal["mappo", "bidist", "randnet", "opre", "pp", "rpm"] = "mappo"
     rounds: Positive = 7  # timed turns of each world; in training, iterations with tile ids
     steps: Positive = 300  # environment steps per turn
     num_envs: Positive = 16  # parallel worlds in training; 16 x 200 steps are the paper's batch
@@ -257,12 +268,23 @@ class Timed:
 
 def training_args(bench: MeltingPot, name: str, kind: str) -> tuple[Any, Any]:
     """The script's module and its Args; kind: "ids" (tile ids) or "plain" (pixels)."""
-    distils = bench.script == "bidist"
-    script = load_script("bidist_mappo_meltingpot" if distils else "mappo_meltingpot")
+    method = "bidist_mappo" if bench.script == "bidist" else bench.script
+    script = load_script(f"{method}_meltingpot")
     flags = ["--substrate", name, "--num-envs", str(bench.num_envs), "--device", bench.device]
     flags += ["--num-workers", str(bench.num_workers), "--worker-timeout", "120"]
     flags += ["--plain"] * (kind == "plain") + ["--amp"] * bench.amp
     return script, script_args(script, [*flags, *bench.flags.split()])
+
+
+def full_memory(script: Any, args: Any, agent: Any) -> list[Any]:
+    """[memory] of PP and RPM with the past actors of a rollout, else []."""
+    if not hasattr(script, "new_memory"):
+        return []
+    memory = script.new_memory(args)
+    has_ranks = hasattr(script, "remember")  # RPM's
+    for _ in range(args.policies_per_rollout):
+        memory.append(agent.actor, *[0.0] * has_ranks)
+    return [memory]
 
 
 def training_seconds(script: Any, args: Any, bench: MeltingPot, rounds: int) -> dict[str, float]:
@@ -271,16 +293,20 @@ def training_seconds(script: Any, args: Any, bench: MeltingPot, rounds: int) -> 
     torch.set_num_threads(bench.num_threads)
     wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
     parts: dict[str, list[float]] = {"worlds": [], "acting": [], "learning": []}
-    rngs = [torch.Generator().manual_seed(k) for k in range(1 + distils)]
+    rngs = [torch.Generator().manual_seed(k) for k in range(2)]  # the second is the method's
     if distils:
         rounds = max(rounds, 2 * args.k_d)  # one distillation of each kind
     with script.make_envs(args, args.num_envs, 1) as worlds:
         agent = script.Agent(args, worlds, torch.device(bench.device))
+        memory = full_memory(script, args, agent)
+        drawn = rngs if distils or memory else rngs[:1]
         state, envs = script.new_state(agent, args.num_envs), Timed(worlds, wait)
         worlds.reset()
         for number in range(rounds + 1):
             envs.seconds, began = 0.0, time.perf_counter()
-            batch, state = script.collect(args, envs, agent, state, *rngs)
+            if hasattr(script, "draw_psi"):  # RandNet
+                agent.psi = script.draw_psi(args, rngs[1])
+            batch, state = script.collect(args, envs, agent, *memory, state, *drawn)
             wait()
             collected = time.perf_counter()
             batch, state = script.prepare(args, agent, batch, state)
@@ -295,6 +321,59 @@ def training_seconds(script: Any, args: Any, bench: MeltingPot, rounds: int) -> 
                 parts["learning"].append(time.perf_counter() - collected)
     centre = statistics.mean if distils else statistics.median  # a median would miss distillation
     return {part: centre(values) for part, values in parts.items()}
+
+
+class Stopwatch:
+    """Seconds inside wrapped functions, by the path of wrapped functions that are running."""
+
+    def __init__(self) -> None:
+        self.seconds: collections.Counter[str] = collections.Counter()
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.running: list[str] = []
+
+    def wrap(self, owner: Any, attribute: str, name: str) -> Any:
+        """A context in which calls of owner.attribute are timed; "{net}" in name: of argument 2."""
+        function = getattr(owner, attribute)
+
+        def timed(*given: Any, **named: Any) -> Any:
+            own = name.format(net=type(given[1]).__name__ if len(given) > 1 else "")
+            self.running.append(own)
+            path, began = " > ".join(self.running), time.perf_counter()
+            try:
+                return function(*given, **named)
+            finally:
+                self.seconds[path] += time.perf_counter() - began
+                self.calls[path] += 1
+                self.running.pop()
+
+        return mock.patch.object(owner, attribute, timed)
+
+
+def bench_profile(bench: MeltingPot) -> None:
+    """Print the share of each part of an iteration above .5 %; "a > b" is b within a."""
+    table_head("substrate", "part", "seconds per iteration", "share")
+    for name in bench.substrates:
+        script, args = training_args(bench, name, "ids")
+        training_seconds(script, args, bench, 1)  # warms up
+        watch = Stopwatch()
+        places = [(script, part, part) for part in ("collect", "prepare", "update", "distill")]
+        places += [(Timed, "step", "worlds"), (script, "act", "acting")]
+        places += [(script, "descend", "backward and Adam, {net}")]
+        places += [(script.Actor, "forward", "Actor"), (script.Critic, "forward", "Critic")]
+        places += [(TileTables, "from_tables", "tables")]
+        places += [(tile_kernels, "find_pairs", "different windows")]
+        places += [(tile_kernels, f"_sum_tiles{x}", "conv2") for x in ("", "_backward")]
+        places += [(tile_kernels, f"_multiply{x}", "linear") for x in ("", "_backward")]
+        with contextlib.ExitStack() as patches:
+            for place in places:
+                if hasattr(*place[:2]):
+                    patches.enter_context(watch.wrap(*place))
+            training_seconds(script, args, bench, bench.rounds)
+        whole = sum(x for path, x in watch.seconds.items() if ">" not in path)
+        for path, seconds in sorted(watch.seconds.items()):
+            if seconds > 0.005 * whole:
+                cells = f"{seconds / watch.calls['collect']:.3f}", f"{seconds / whole:.1%}"
+                table_line(name, path, *cells)
 
 
 def bench_memory(bench: MeltingPot) -> None:
@@ -322,7 +401,12 @@ def meltingpot(bench: MeltingPot) -> None:
     """Print the tables that MeltingPot describes."""
     gpu = f", {torch.cuda.get_device_name()}" if bench.device == "cuda" else ""
     print(f"{processor()}{gpu}, torch {torch.__version__}, {bench}\n")
-    tables = {"worlds": bench_worlds, "training": bench_training, "memory": bench_memory}
+    tables = {
+        "worlds": bench_worlds,
+        "training": bench_training,
+        "profile": bench_profile,
+        "memory": bench_memory,
+    }
     for name in bench.parts:
         tables[name](bench)
         print()
@@ -1303,7 +1387,8 @@ class Trainings:
     """The speed of every script's training on a device.
 
     Environment steps per second of collecting and learning (no evaluations, no checkpoints) after
-    the first tenth of a run, and the share of time for collecting. One process and one thread.
+    the first tenth of a run, and the share of time for collecting. One process and one thread. A
+    run has at least two iterations, of which the first is not timed.
     """
 
     scripts: tuple[str, ...] = ()  # names of scripts to train, without .py; none: all
@@ -1334,6 +1419,13 @@ SPEEDS = {  # {script: (flags, environment steps)}
 }
 
 
+def iteration_steps(script: str, flags: str) -> int:
+    """The most environment steps that an iteration of a script takes."""
+    args = script_args(load_script(script), flags.split())
+    lengths = ("rollout_steps", "window_steps", "max_episode_steps")
+    return args.num_envs * next(getattr(args, x) for x in lengths if hasattr(args, x))
+
+
 def logged_training(script: str, flags: str, steps: int) -> list[dict[str, float]]:
     """Train in a subprocess; return the log, a line per tenth of the run. RunError if it fails."""
     flags += f" --total-timesteps {steps} --log-every {math.ceil(steps / 10)}"
@@ -1357,7 +1449,8 @@ def trainings(bench: Trainings) -> None:
         flags, steps = SPEEDS[script]
         given = f"{flags} {bench.flags}".strip()
         every = f"{given} --device {bench.device}"
-        lines = logged_training(script, every, math.ceil(steps * bench.length))[1:]
+        steps = max(math.ceil(steps * bench.length), 2 * iteration_steps(script, every))
+        lines = logged_training(script, every, steps)[1:]
         collecting = sum(line.get("collect_s", math.nan) for line in lines)
         learning = sum(line.get("learn_s", math.nan) for line in lines)
         rate = statistics.median(line["sps"] for line in lines)

@@ -76,7 +76,7 @@ def test_bad_input_is_one_sentence(flags, sentence):
     assert code == 2 and re.fullmatch("error: " + sentence, line), line
 
 
-@pytest.mark.parametrize("script", ["mappo", "bidist"])
+@pytest.mark.parametrize("script", ["mappo", "bidist", "randnet", "opre", "pp", "rpm"])
 def test_training_of_melting_pot(script):
     """Worlds, acting and learning add up to the speed of an iteration, with ids and without."""
     words = ["toy", "--parts", "training", "--rounds", 1, "--num-envs", 2]
@@ -92,6 +92,40 @@ def test_training_of_melting_pot(script):
         seconds = sum(float(x.split()[0]) for x in row[3:6])
         steps = float(row[2].replace(",", ""))
         assert abs(40 / steps - seconds) < 0.02 + 0.02 * seconds
+
+
+@pytest.mark.parametrize("script", ["pp", "rpm"])
+def test_past_actors_act_in_benchmarks(script, monkeypatch):
+    """From the first iteration on as many as a rollout can have, though no episode has ended."""
+    bench = experiment("bench")
+    flags = "--rollout-steps 20 --minibatches 2 --epochs 1"
+    pot = bench.MeltingPot(script=script, num_envs=2, flags=flags)
+    module, args = bench.training_args(pot, "toy", "ids")
+    recruit, drawn = module.recruit, []
+
+    def watched(*given):
+        drawn.append(len(given[-1]))
+        return recruit(*given)
+
+    monkeypatch.setattr(module, "recruit", watched)
+    bench.training_seconds(module, args, pot, rounds=1)
+    assert set(drawn) == {args.policies_per_rollout}
+
+
+def test_profile_of_melting_pot(capsys):
+    """Parts are within what contains them, and the outermost are the whole."""
+    bench = experiment("bench")
+    flags = "--rollout-steps 20 --minibatches 2 --epochs 1 --k-d 1"
+    pot = bench.MeltingPot(("toy",), script="bidist", rounds=2, num_envs=2, flags=flags)
+    bench.bench_profile(pot)
+    rows = [x.strip("| ").split(" | ") for x in capsys.readouterr().out.splitlines()[2:]]
+    share = {path: float(percent.rstrip("%")) for _, path, _, percent in rows}
+    assert {"collect > worlds", "collect > acting > Actor > tables", "distill"} <= share.keys()
+    assert {"update > Critic", "update > backward and Adam, Critic"} <= share.keys()
+    assert abs(sum(x for path, x in share.items() if ">" not in path) - 100) < 2
+    for path, x in share.items():
+        inner = sum(y for p, y in share.items() if p.rpartition(" > ")[0] == path)
+        assert inner <= x + 0.5, path
 
 
 def crowded(game, worlds):
@@ -274,6 +308,7 @@ def test_bench_of_trainings_knows_every_script():
     for script, (flags, steps) in bench.SPEEDS.items():
         args = bench.script_args(bench.load_script(script), flags.split())
         assert steps > 10 * args.num_envs
+        assert 0 < bench.iteration_steps(script, flags) < steps / 2
 
 
 def test_bench_of_all(monkeypatch, capsys):
