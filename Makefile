@@ -24,7 +24,7 @@ DOCS_READY := .venv-docs/ready
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sc2 train test test-long test-slow test-gpu lint docs clean
+.PHONY: help setup setup-sc2 setup-ray train test test-long test-slow test-gpu lint docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -34,6 +34,9 @@ setup: $(READY)  ## make .venv with everything in it (0.5 GB to download, 3 GB w
 
 setup-sc2: $(READY)  ## packages for --backend sc2 and its tests (docs/starcraft.md has the game)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-sc2.txt
+
+setup-ray: $(READY)  ## Ray, for launch.py --engine ray and its test: 80 MB to download (docs/studies.md)
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-ray.txt
 
 train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, videos
 	$(PY) bidist_mappo_meltingpot.py --substrate coins --preset cpu --total-timesteps 72000 --final-episodes 5 \

@@ -1296,7 +1296,8 @@ class Ranks:
     Each script trains in three ways with as many worlds and the same batches: one process with two
     threads, one process with one thread, and two processes under torchrun with one thread and half
     the worlds each. Figures are environment steps per second of collecting and learning after the
-    first tenth of a run, medians over rounds in which the ways take turns.
+    first tenth of a run, medians over rounds in which the ways take turns. Each run is also told as
+    it ends, on standard error.
     """
 
     # scripts to train
@@ -1360,9 +1361,14 @@ def ranks(bench: Ranks) -> None:
     table_head("script", "worlds", *WAYS, "two processes over the faster one")
     for script in bench.scripts:
         rates = {way: [] for way in WAYS}
-        for _ in range(bench.rounds):
+        for number in range(1, bench.rounds + 1):
             for way, (processes, threads) in WAYS.items():
+                began = time.perf_counter()
                 rates[way].append(training_rate(bench, script, processes, threads))
+                what = f"{script}, {way}, round {number} of {bench.rounds}"
+                speed, seconds = rates[way][-1], time.perf_counter() - began
+                told = f"{what}: {speed:,.0f} steps/s ({seconds:.0f} s with its start)"
+                print(told, file=sys.stderr, flush=True)
         two_threads, one_thread, two = map(statistics.median, rates.values())
         cells = [f"{x:,.0f}" for x in (two_threads, one_thread, two)]
         ratio = two / max(two_threads, one_thread)

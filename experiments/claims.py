@@ -73,7 +73,7 @@ from experiments.runs import (
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
-ADAPTED = re.compile(r"--adapt runs/(\w+)-")  # group 1: the world whose runs are adapted
+ADAPTED = re.compile(r"--adapt runs/(\w+)-(\w+)-s")  # the world and the arm that are adapted
 PAPERS = {
     "B": ("BiDist, AAMAS 2025", "unseen co-players"),
     "M": ("MRA, TMLR", "unseen population sizes"),
@@ -403,11 +403,11 @@ def commands_of(outcome: Outcome, missing: list[Missing], tables: dict[str, Any]
     """Shell lines for what a claim needs: runs to adapt, then runs, packed studies, tables."""
     lines = [f"# {outcome.cases[0].id}: {outcome.cases[0].says}"]
     for x in missing:
-        if source := re.search(r"--adapt runs/(\w+)-(\w+)-s", x.command):
+        if source := ADAPTED.search(x.command):
             world, arm = source.groups()
-            names = names_of(tables, world, x.name)
-            command = fill(look_up(tables, "arms", arm, x.name), names, x.name)
-            lines.append(loop(command, f"{world}-{arm}", x.seeds, names["timesteps"]))
+            length = names_of(tables, world, x.name)["timesteps"]
+            command = command_of(tables, world, arm, x.name)
+            lines.append(loop(command, f"{world}-{arm}", x.seeds, length))
     lines += [loop(x.command, x.name, x.seeds, x.timesteps) for x in missing]
     for x in missing:
         world, tens = x.name.split("-")[0], x.seeds[0] // 10
@@ -416,19 +416,31 @@ def commands_of(outcome: Outcome, missing: list[Missing], tables: dict[str, Any]
     return [*dict.fromkeys(lines), *(f"python {x}" for x in missing_tables(outcome))]
 
 
-def studies_of(cases: list[Claim]) -> dict[str, str]:
-    """{file name: text of a study for launch.py with all runs that claims need in a world}."""
+def command_of(tables: dict[str, Any], world: str, arm: str, where: str) -> str:
+    """The command of an arm in a world."""
+    return fill(look_up(tables, "arms", arm, where), names_of(tables, world, where), where)
+
+
+def studies_of(cases: list[Claim], tables: dict[str, Any]) -> dict[str, str]:
+    """{file name: text of a study for launch.py with all runs that claims need in a world, and
+    those there that runs in other worlds adapt}."""
     worlds: dict[str, list[Claim]] = {}
+    adapted: dict[str, dict[str, str]] = {}  # {world: {run's name: command}}
     for case in cases:
         worlds.setdefault(case.run, []).append(case)
+        for command in case.arms.values():
+            for world, arm in ADAPTED.findall(command):
+                own = adapted.setdefault(world, {})
+                own[f"{world}-{arm}"] = command_of(tables, world, arm, case.id)
     files = {}
     for world, its in worlds.items():
         runs = {f"{world}-{arm}": case.arms[arm] for case in its for arm in case.arms}
+        runs |= adapted.get(world, {})
         if all(command.startswith("experiments/") for command in runs.values()):
             continue
         seeds = max((case.seeds[: case.least_seeds] for case in its), key=len)
         claims = ", ".join(dict.fromkeys(case.id for case in its))
-        sources = sorted({x for command in runs.values() for x in ADAPTED.findall(command)})
+        sources = sorted({x for command in runs.values() for x, _ in ADAPTED.findall(command)})
         after = f" After claims_{', claims_'.join(sources)}, whose runs some adapt." * bool(sources)
         lines = [
             "# Written by `python experiments/claims.py --studies experiments/studies`.",
@@ -444,11 +456,11 @@ def studies_of(cases: list[Claim]) -> dict[str, str]:
     return files
 
 
-def write_studies(folder: Path, cases: list[Claim]) -> None:
+def write_studies(folder: Path, cases: list[Claim], tables: dict[str, Any]) -> None:
     """Write studies_of() into a folder; UsageError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in studies_of(cases).items():
+        for name, text in studies_of(cases, tables).items():
             (folder / name).write_text(text)
     except OSError as error:
         raise UsageError(f"--studies {folder} cannot be written: {error.strerror}.") from None
@@ -699,7 +711,7 @@ def claims(study: Study) -> None:
     if unknown := [x for x in study.commands if x not in cases]:
         raise UsageError(f"--commands {unknown[0]}: there are {', '.join(cases)}.")
     if study.studies:
-        write_studies(study.studies, [*itertools.chain(*cases.values())])
+        write_studies(study.studies, [*itertools.chain(*cases.values())], tables)
         return
     if not study.data.is_dir():
         raise UsageError(f"--data {study.data} is no directory.")

@@ -24,6 +24,7 @@ resumes a stopped study.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import datetime
 import fcntl
@@ -375,18 +376,31 @@ def report(jobs: list[Job], root: Path, records: dict[str, Record]) -> None:
 
 # --- Ray ------------------------------------------------------------------------------------------
 
+RAY_HERE = {  # settings of the Ray that starts here where RAY_ADDRESS names none
+    "RAY_USAGE_STATS_ENABLED": "0",  # it tells nobody that it is used
+    "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "100000000",  # else .3 of all; records are small
+    "RAY_worker_niceness": "0",  # else 15: beside other work runs would all but stand still
+}
+
 
 def train_one(job: Job, root: Path, attempts: int) -> Record:
-    """Train one run in a Ray task. ray.cancel() raises KeyboardInterrupt here: the run saves."""
+    """Train one run in a Ray task. ray.cancel() raises KeyboardInterrupt here, between two steps of
+    Python: so a thread waits for the script, and this one, which sleeps shortly, lets it save."""
     launcher = Launcher(root, attempts, [{}])
-    try:
+
+    def work() -> None:
         while launcher.train(job) is None:
             pass  # it has paused
-    except KeyboardInterrupt:
-        launcher.stop(signal.SIGTERM, None)
-        for child in launcher.children:
-            child.wait()
-        raise
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # leaving it waits for the thread
+        training = pool.submit(work)
+        try:
+            while not training.done():
+                time.sleep(LOOK_EVERY / 4)
+        except KeyboardInterrupt:
+            launcher.stop(signal.SIGTERM, None)
+            raise
+    training.result()
     return launcher.records[job.run.name]
 
 
@@ -394,6 +408,8 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
     """Train jobs as Ray tasks, on this machine or on the cluster at RAY_ADDRESS, whose machines
     need this repository under this path. If a worker dies, Ray starts its task again; the new task
     waits until the script that the worker had started has ended, then resumes the run."""
+    for name, x in RAY_HERE.items():
+        os.environ.setdefault(name, x)
     try:
         import ray
     except ModuleNotFoundError:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA, STAND_IN = torch.device("cuda:0"), torch.device("meta")
@@ -89,8 +89,15 @@ class Elsewhere(torch.Tensor):
         return compute(func, args, kwargs or {}, None)
 
 
-def held_by(x: Any) -> Any:
-    return x.held if isinstance(x, Elsewhere) else x
+def held_by(x: Any, tensors: list[torch.Tensor]) -> Any:
+    """An argument without the pretence; its tensors are appended to the list. (torch's own tree_map
+    takes longer than the operations of a tiny run.)"""
+    if isinstance(x, torch.Tensor):
+        tensors.append(x)
+        return x.held if isinstance(x, Elsewhere) else x
+    if type(x) in (list, tuple):
+        return type(x)([held_by(part, tensors) for part in x])
+    return x
 
 
 def device_of(x: Any) -> torch.device | None:
@@ -105,15 +112,15 @@ def is_there(device: torch.device | None) -> bool:
 def compute(func: Any, args: Any, kwargs: dict[str, Any], gpu: PretendedGpu | None) -> Any:
     """An operation, as the device would do it."""
     name = func.overloadpacket.__name__
-    flat, _ = tree_flatten((args, kwargs))
-    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    plain_args = held_by(tuple(args), tensors)
+    plain = {key: held_by(x, tensors) for key, x in kwargs.items()}
     there = [x for x in tensors if isinstance(x, Elsewhere)]
     to = device_of(kwargs.get("device"))
     if any(x.is_meta and not isinstance(x, Elsewhere) for x in tensors):
         raise RuntimeError(f"{name}: a tensor without data")
     if there:
         check(name, args, tensors, there)
-    plain_args, plain = tree_map(held_by, (args, kwargs))
     if to is not None:
         plain["device"] = torch.device("cpu")
     plain.pop("pin_memory", None)
@@ -128,7 +135,10 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], gpu: PretendedGpu | No
         return found
     if name == "_to_copy" and not there and found is args[0]:
         found = found.clone()
-    wrapped = tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, found)
+    if isinstance(found, torch.Tensor):
+        wrapped = Elsewhere(found)
+    else:
+        wrapped = tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, found)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
 
 

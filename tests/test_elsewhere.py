@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MRA = "mra_maddpg_particle"
 MADDPG, MAAC, RL2, EPC = (f"baselines.{name}_particle" for name in ("maddpg", "maac", "rl2", "epc"))
 REFIL = "baselines.refil_smac"
-QUICK = {MAPPO}
+# Evaluations of few steps: 5 of 20, and with two z of six.
+SHORT = dict.fromkeys((MADDPG, MAAC), ("--max-episode-steps", 5))
+SHORT[MRA] = (*SHORT[MADDPG], "--latent-size", 2)
 QUICK_COUNTS = {REFIL}
 
 
@@ -242,20 +244,18 @@ def test_no_script_is_missing():
     assert names - {"harness"} == set(SCRIPTS) == set(WAITS) == set(HOW)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in SCRIPTS],
-)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_trains_there_and_here(name, tmp_path, monkeypatch):
     """Trains, evaluates, saves; a CPU resumes it. The first steps are those of a CPU, but for
     rounding (in Melting Pot a CPU has kernels of its own)."""
     script = importlib.import_module(name)
     worlds._constant.cache_clear()
+    short = SHORT.get(name, ())
     with monkeypatch.context() as patch, pretended_gpu(patch) as gpu:
-        assert script.main(command(name, tmp_path / "there", "--device", "cuda")) == 0
+        assert script.main(command(name, tmp_path / "there", "--device", "cuda", *short)) == 0
     print(f"{name}: {gpu.waits.total()} waits {dict(gpu.waits)}, {dict(gpu.places)}")
     assert gpu.waits.total() > 0
-    assert script.main(command(name, tmp_path / "here", "--device", "cpu")) == 0
+    assert script.main(command(name, tmp_path / "here", "--device", "cpu", *short)) == 0
     for one, other in zip(weights(tmp_path / "there"), weights(tmp_path / "here"), strict=True):
         assert one.shape == other.shape and (one - other).abs().mean() < 1e-3
     assert script.main(longer(tmp_path / "there")) == 0

@@ -148,7 +148,8 @@ def test_requirements_are_in_the_lock():
     lock = pins("requirements-lock.txt")
     wanted = all_pins()
     assert {name: lock.get(name) for name in wanted} == wanted
-    assert not set(pins("requirements-bots.txt")) & set(lock)
+    for extra in ("bots", "ray"):
+        assert not set(pins(f"requirements-{extra}.txt")) & set(lock)
 
 
 def imports(file, everywhere):
@@ -206,6 +207,14 @@ def test_lock_pins_versions_not_builds(name):
     assert not re.search(r"://|file:|(^|\s)/\w+/\w+|\.org|\.com", (ROOT / name).read_text())
 
 
+def wants(name):
+    """What an installed package requires here, without its extras."""
+    for line in importlib.metadata.requires(name) or []:
+        wanted = Requirement(line)
+        if not wanted.marker or wanted.marker.evaluate({"extra": ""}):
+            yield wanted
+
+
 def test_lock_is_complete():
     """Following what every installed package asks for never leaves the lock."""
     lock = pins("requirements-lock.txt")
@@ -216,15 +225,33 @@ def test_lock_is_complete():
             continue
         done.add(name)
         assert name in lock, f"{name} is needed, but not in requirements-lock.txt"
-        for line in importlib.metadata.requires(name) or []:
-            wanted = Requirement(line)
-            if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
-                continue
+        for wanted in wants(name):
             if name == "torch" and re.match(r"nvidia|cuda|triton", wanted.name):
                 continue  # a build's own, pinned by torch
             assert wanted.specifier.contains(lock[canonicalize_name(wanted.name)], prereleases=True)
             todo.append(canonicalize_name(wanted.name))
     assert done == set(lock), f"in the lock, but needed by nothing: {set(lock) - done}"
+
+
+def test_ray_needs_nothing_else():
+    """`make setup-ray` follows no dependencies: all are among its pins or in the lock."""
+    pytest.importorskip("ray")
+    own = pins("requirements-ray.txt")
+    have = pins("requirements-lock.txt") | own
+    for name, version in own.items():
+        assert importlib.metadata.version(name) == version
+        for wanted in wants(name):
+            assert wanted.specifier.contains(have[canonicalize_name(wanted.name)])
+
+
+def test_ci_has_what_optional_tests_need(project):
+    """A package that CI lacks is a test that never runs."""
+    run = (ROOT / ".ci/run").read_text()
+    for extra in ("sc2", "ray"):
+        assert f"setup-{extra}" in run
+        (project / f"requirements-{extra}.txt").write_text("# nothing\n")
+        done = make(project, "-n", f"setup-{extra}")
+        assert f"--no-deps -r requirements-{extra}.txt" in done.stdout, done.stderr
 
 
 # What to install --------------------------------------------------------------------------------

@@ -265,8 +265,11 @@ def test_bench_of_ranks(monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "training_rate", rate)
     bench.ranks(bench.Ranks(scripts=("mappo_smac",), rounds=3))
-    cells = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    captured = capsys.readouterr()
+    cells = captured.out.splitlines()[-1].strip("| ").split(" | ")
     assert cells == ["mappo_smac", "256", "204", "105", "366", "1.79"]
+    told = captured.err.splitlines()
+    assert len(told) == 9 and told[5].startswith("mappo_smac, two processes, round 2 of 3: 366 st")
     assert asked == [("mappo_smac", *way) for way in ((1, 2), (1, 1), (2, 1))] * 3
 
 

@@ -698,6 +698,9 @@ def test_studies_are_what_the_command_writes(tmp_path):
         if commands:
             study = tomllib.loads(written[f"claims_{case.run}.toml"])
             assert commands <= set(study["runs"].values())
+            for world, arm in re.findall(r"--adapt runs/(\w+)-(\w+)-s", " ".join(commands)):
+                runs = tomllib.loads(written[f"claims_{world}.toml"])["runs"]
+                assert f"{world}-{arm}" in runs, "nothing trains what is adapted"
             assert study["timesteps"] == case.timesteps
             assert study["seeds"][: case.least_seeds] == list(case.seeds[: case.least_seeds])
             for arm, line in case.arms.items():

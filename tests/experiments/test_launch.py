@@ -1,9 +1,12 @@
 """experiments/launch.py, with real processes that are really killed. What they train is a script
 that counts: it locks its directory, saves, is stopped and goes on as the real ones do."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from made_up import ROOT, experiment
+from made_up import ROOT, command, experiment
 from runs import some_long
 
 launch, runs = experiment("launch"), experiment("runs")
@@ -348,6 +351,47 @@ def test_slurm_starts_a_stopped_run_again(study, launched):
     assert [x["words"][0] for x in calls(file, "a-s1")] == ["--run-dir", "--resume"]
 
 
+@pytest.mark.long
+def test_the_documented_array(study):
+    """The command of docs/studies.md, word for word but for the study and its number of runs, given
+    to a stand-in for sbatch. The first task's time is up midway: it is saved, asks to be queued
+    again, and goes on behind the others."""
+    page = (ROOT / "docs/studies.md").read_text()
+    (command,) = re.findall(r"^    (sbatch .*\\\n +--wrap .*)$", page, re.M)
+    folder = study(a="").parent
+    file = study(seeds=[1], timesteps=30, a="--pause 0.1", b="--pause 0", c="--pause 0")
+    for asked, ours in (("0-24", "0-2"), ("STUDY.toml", file.name)):
+        assert asked in command
+        command = command.replace(asked, ours)
+    (folder / "experiments").mkdir()
+    (folder / "launcher.py").rename(folder / "experiments/launch.py")
+    stand_in = Path(__file__).with_name("stand_in_slurm.py")
+    python, bin_ = sys.executable, folder / "bin"
+    tools = {bin_ / name: f"{python} {stand_in} {name}" for name in ("sbatch", "scontrol")}
+    tools[folder / ".venv/bin/python"] = python
+    for tool, what in tools.items():
+        tool.parent.mkdir(parents=True, exist_ok=True)
+        tool.write_text(f'#!/bin/sh\nexec {what} "$@"\n')
+        tool.chmod(0o755)
+    books = folder / "books"
+    books.mkdir()
+    clean = {name: x for name, x in os.environ.items() if not name.startswith("SLURM")}
+    clean |= {"PATH": f"{bin_}:{os.environ['PATH']}", "BOOKS": str(books)}
+    clean["TIME_IS_UP_AT"] = str(folder / "my runs/a-s1/checkpoints.json")
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=clean, capture_output=True, text=True, timeout=280
+    )
+    printed = {x.name: x.read_text() for x in books.glob("*.out")}
+    assert done.returncode == 0, (done.stderr, printed)
+    ended = [(x["job"], x["code"], x["again"]) for x in json.loads((books / "ended").read_text())]
+    assert ended == [(101, 75, True), (102, 0, False), (103, 0, False), (101, 0, False)], printed
+    assert [x["words"][0] for x in calls(file, "a-s1")] == ["--run-dir", "--resume"]
+    for run in ("a-s1", "b-s1", "c-s1"):
+        log = (folder / "my runs" / run / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(x)["timesteps"] for x in log] == [*range(1, 31)]
+    assert [len(calls(file, x)) for x in ("b-s1", "c-s1")] == [1, 1]
+
+
 def test_without_scontrol(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("SLURM_JOB_ID", "123")
@@ -400,11 +444,10 @@ def test_bars_show_what_is_trained(tmp_path):
     assert not bars.bars
 
 
-@pytest.mark.long
-def test_a_worker_of_ray_is_killed(tmp_path):
-    """Ray starts its task again, which waits for the run that the dead worker's process still
-    trains. With a real script, as tasks import the real launcher. Skipped without
-    requirements-ray.txt."""
+@pytest.fixture
+def on_ray(tmp_path):
+    """A real script on Ray, as tasks import the real launcher: the run, a context with the launcher
+    while the run trains. Skipped without requirements-ray.txt."""
     pytest.importorskip("ray")
     flags = "--task resource --populations 3 --num-envs 2 --batch-size 8 --update-every 20 "
     flags += "--inner-steps 1 --hidden-size 8 --key-size 4 --latent-size 2 --log-every 40 "
@@ -415,15 +458,52 @@ def test_a_worker_of_ray_is_killed(tmp_path):
     run = tmp_path / "runs" / "a-s1"
     command = [sys.executable, str(ROOT / "experiments/launch.py"), str(file), "--engine", "ray"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, **options) as process:
-        wait_for(lambda: (run / "metrics.jsonl").exists(), 120)
-        (trainer,) = (int(x) for x in os.listdir("/proc") if x.isdigit() and trains(int(x), run))
-        os.kill(parent_of(trainer), signal.SIGKILL)
-        output, _ = process.communicate(timeout=240)
+    clean = {name: x for name, x in os.environ.items() if not name.startswith(("RAY", "SLURM"))}
+
+    @contextlib.contextmanager
+    def launched():
+        with subprocess.Popen(command, env=clean, **options) as process:
+            try:
+                wait_for(lambda: (run / "metrics.jsonl").exists() or process.poll(), 240)
+                yield process
+            finally:
+                process.kill()  # where something has failed; Ray's processes end with it
+
+    return run, launched
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_worker_of_ray_is_killed(on_ray):
+    """Ray starts its task again, which waits for the run that the dead worker's process still
+    trains."""
+    run, launched = on_ray
+    with launched() as process:
+        os.kill(parent_of(trainer_of(run)), signal.SIGKILL)
+        output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "waiting for it" in output and "| a-s1 | finished | 6,000 |" in output
     log = [json.loads(line)["timesteps"] for line in (run / "metrics.jsonl").open()]
     assert log == sorted(log), "two have trained it"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_launcher_on_ray_stops_its_runs_saved(on_ray):
+    run, launched = on_ray
+    with launched() as process:
+        trainer = trainer_of(run)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "| a-s1 | stopped |" in output and not is_alive(trainer)
+    assert json.loads((run / "checkpoints.json").read_text())
+    assert not (run / "summary.json").exists()
+
+
+def trainer_of(run):
+    (trainer,) = (int(x) for x in os.listdir("/proc") if x.isdigit() and trains(x, run))
+    return trainer
 
 
 def trains(pid, run):
@@ -446,7 +526,8 @@ def test_without_ray(study, launched, monkeypatch):
 
 STUDIES = sorted(path.stem for path in (ROOT / "experiments/studies").glob("*.toml"))
 MANY = [f"claims_{world}" for world in ("resource", "treasure", "sz", "csz", "pacman", "chicken")]
-MANY += ["mipi_table3", "mipi_ppo_sz", "mipi_ppo_controls_sz"]
+MANY += ["mipi_table1", "mipi_table3", "mipi_ppo_sz", "mipi_ppo_controls_sz"]
+MANY += ["mra_fig2", "mra_fig3", "bidist_pure"]
 
 
 @pytest.mark.parametrize("name", some_long(STUDIES, *MANY))
@@ -475,6 +556,39 @@ def test_studies_that_name_the_same_run_mean_the_same():
             for job in (first, *others)
         ]
         assert all(x == args[0] for x in args), first.run.name
+
+
+FIGURES = {  # {study: what trains the same, under other names}
+    "mra_fig2": ["mra train fig2 --total-timesteps 160000"],
+    "mra_fig3": ["mra train fig3 --total-timesteps 160000"],
+    "bidist_pure": [f"bidist {figure}" for figure in ("fig6", "fig8", "c1", "c2")],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FIGURES)
+def test_studies_of_figures_are_what_their_commands_train(name):
+    """As a set. RPM, which Fig. 8 only shows, is a run of the study alone."""
+    wanted, found = {}, {}
+    for words in FIGURES[name]:
+        tool, *words = words.split()
+        bots = ["--extra", "--bots", "official"] if tool == "bidist" else []
+        code, text, stderr = command(tool, *words, "--seeds", "21", "--dry-run", *bots)
+        assert code == 0, stderr
+        for line in text.splitlines():
+            path, *argv = shlex.split(line)[1:]
+            wanted[str(args_of(path, argv))] = line
+    file = ROOT / f"experiments/studies/{name}.toml"
+    options = launch.Launch(study=file, seeds=(21,))
+    for job in launch.jobs_of(launch.read_study_file(file), options):
+        if "rpm" not in job.script:
+            found[str(args_of(job.script, job.argv()))] = job.run.name
+    assert set(found) == set(wanted)
+
+
+def args_of(path, argv):
+    args = runs.script_args(runs.load_script(Path(path).stem), argv)
+    return path, dataclasses.replace(args, run_dir=None)
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])
