@@ -46,9 +46,9 @@ REPRODUCIBLE = [
     ("battles", "sz", (3, 4, 5)),
     ("battles", "mmm", (8,)),
     ("battles", "csz", (6,)),
-    ("battles", "zerg", (4, 8)),
+    ("battles", "zerg", (5, 8)),
     ("collection", (2, 3)),
-]
+]  # max_cycles_test asks for the steps of the median agent: more than half of a team must play
 MELTING_POT = [
     *(pytest.param("meltingpot", name, marks=needs_melting_pot) for name in ("coins", CHICKEN)),
     pytest.param("meltingpot", "hidden_agenda", marks=[needs_melting_pot, pytest.mark.long]),
