@@ -48,7 +48,8 @@ def started_script() -> Path | None:
     """The script of this project that Python was started with, or None."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
     is_ours = ROOT in path.parents and path.suffix == ".py" and path.name != "__main__.py"
-    return path if is_ours else None
+    # Packages in .venv have scripts, too: Ray's workers need the SIGINT that Python gave them.
+    return path if is_ours and "site-packages" not in path.parts else None
 
 
 if started_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -452,16 +452,17 @@ def on_ray(tmp_path):
     flags = "--task resource --populations 3 --num-envs 2 --batch-size 8 --update-every 20 "
     flags += "--inner-steps 1 --hidden-size 8 --key-size 4 --latent-size 2 --log-every 40 "
     flags += "--eval-every 0 --final-episodes 2 --no-compile"
-    lines = [f'dir = "{tmp_path}/runs"', "seeds = [1]", "timesteps = 6000", f'flags = "{flags}"']
+    lines = [f'dir = "{tmp_path}/runs"', "seeds = [1]", f'flags = "{flags}"']
     file = tmp_path / "study.toml"
-    file.write_text("\n".join([*lines, "[runs]", 'a = "mra_maddpg_particle.py"']))
     run = tmp_path / "runs" / "a-s1"
     command = [sys.executable, str(ROOT / "experiments/launch.py"), str(file), "--engine", "ray"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     clean = {name: x for name, x in os.environ.items() if not name.startswith(("RAY", "SLURM"))}
 
     @contextlib.contextmanager
-    def launched():
+    def launched(timesteps):
+        study = [*lines, f"timesteps = {timesteps}", "[runs]", 'a = "mra_maddpg_particle.py"']
+        file.write_text("\n".join(study))
         with subprocess.Popen(command, env=clean, **options) as process:
             try:
                 wait_for(lambda: (run / "metrics.jsonl").exists() or process.poll(), 240)
@@ -478,7 +479,7 @@ def test_a_worker_of_ray_is_killed(on_ray):
     """Ray starts its task again, which waits for the run that the dead worker's process still
     trains."""
     run, launched = on_ray
-    with launched() as process:
+    with launched(6_000) as process:
         os.kill(parent_of(trainer_of(run)), signal.SIGKILL)
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -491,7 +492,7 @@ def test_a_worker_of_ray_is_killed(on_ray):
 @pytest.mark.timeout(600)
 def test_a_launcher_on_ray_stops_its_runs_saved(on_ray):
     run, launched = on_ray
-    with launched() as process:
+    with launched(100_000_000) as process:
         trainer = trainer_of(run)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=120)
