@@ -464,21 +464,21 @@ def remember(
 # [shared: attention] end
 # [shared: heads] begin
 
-KEY_GAIN = 16.0  # scales a pointer's initial keys: units then differ about as much as with tags
-
 
 class Tagged(NamedTuple):
     """Units sorted by tag, which is the order of the actions that attack or heal them."""
 
     units: Tensor  # (M, 1, U - 6, H): embeddings; 0 where no unit has the tag
-    seen: Tensor  # (M, V, A, U - 6): 1 where agent i sees the unit in the view, else 0
+    choices: Tensor  # (M, V, A, U - 6): 1 where agent i may choose it and sees it in the view
 
 
 def by_tag(units: Tensor, features: Features, mask: Tensor) -> Tagged:
     """Embeddings units (M, S, H), sorted by tag; mask (M, V, A, S) is True for hidden units."""
     num_targets = features.avail_actions.shape[-1] - FIRST_TARGET
     tags = features.entities[:, None, :, :num_targets]  # (M, 1, S, U - 6): one-hot; 0: no target
-    return Tagged(tags.mT @ units[:, None].to(tags.dtype), (~mask).to(tags.dtype) @ tags)
+    seen = (~mask).to(tags.dtype) @ tags  # (M, V, A, U - 6)
+    choices = seen * features.avail_actions[:, None, :, FIRST_TARGET:]
+    return Tagged(tags.mT @ units[:, None].to(tags.dtype), choices)
 
 
 class TagHead(nn.Linear):
@@ -490,20 +490,24 @@ class TagHead(nn.Linear):
 
 class PointerHead(nn.Module):
     """Outputs (..., A, U), one per action, from the memory (..., A, R) and the embeddings of
-    targets. All targets that are hidden from the agent get the same output."""
+    targets. A target's output is what any attack is worth, and how much better this one suits the
+    agent than those that it may choose from do on average; 0 better if it is hidden. Without that
+    average Q_i learns first that strong targets are worth more: early in battles more is to come.
+    """
 
     def __init__(self, R: int, H: int):
         super().__init__()
         self.own = nn.Linear(R, FIRST_TARGET + 1)  # the last: an attack, whoever the target is
         self.query = nn.Linear(R, H)
         self.key = nn.Linear(H, H)
-        self.key.weight.data *= KEY_GAIN
 
     def forward(self, x: Tensor, tagged: Tagged) -> Tensor:
         own, key = self.own(x), self.key(tagged.units)
         # <W_q x_i, W_k e_j> / sqrt(H): how well target j suits agent i
         score = self.query(x) @ key.mT / math.sqrt(key.shape[-1])  # (..., A, U - 6)
-        targets = own[..., FIRST_TARGET:] + score * tagged.seen
+        number = tagged.choices.sum(-1, keepdim=True).clamp(min=1)
+        mean = (score * tagged.choices).sum(-1, keepdim=True) / number
+        targets = own[..., FIRST_TARGET:] + (score - mean) * tagged.choices
         return torch.cat((own[..., :FIRST_TARGET], targets), dim=-1)
 
 
@@ -524,11 +528,11 @@ def others(unseen: Tensor) -> Tensor:
 
 
 def split_views(tagged: Tagged | None) -> Views:
-    """A Tagged per view: units (M, U - 6, H), seen (M, A, U - 6); None without pointers."""
+    """A Tagged per view: units (M, U - 6, H), choices (M, A, U - 6); None without pointers."""
     if tagged is None:
         return Views(None)
     units = tagged.units[:, 0]
-    return Views(*[Tagged(units, seen) for seen in tagged.seen.unbind(1)])
+    return Views(*[Tagged(units, choices) for choices in tagged.choices.unbind(1)])
 
 
 class Utility(nn.Module):
@@ -1049,8 +1053,8 @@ class LivingAgents(NamedTuple):
     team_memory: Tensor  # (n, R): in an imagined team s*, without gradient
     own_memory: Tensor | None  # (n, R)
     units: Tensor | None = None  # (n, U - 6, H): this and the next two, with pointers
-    seen: Tensor | None = None  # (n, U - 6)
-    team_seen: Tensor | None = None  # (n, U - 6): in an imagined team
+    choices: Tensor | None = None  # (n, U - 6)
+    team_choices: Tensor | None = None  # (n, U - 6): in an imagined team
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LivingAgents:
         """Apply function to each tensor that is present."""
@@ -1085,8 +1089,8 @@ def find_living(trunks: Trunks, batch: Batch, rows: tuple[Tensor, Tensor]) -> Li
     if tagged is not None:
         everybody = everybody._replace(
             units=tagged.units[:, None].expand(-1, A, -1, -1),
-            seen=tagged.seen,
-            team_seen=(trunks.tagged.own_group or tagged).seen,
+            choices=tagged.choices,
+            team_choices=(trunks.tagged.own_group or tagged).choices,
         )
     return everybody.map(lambda x: x[batch.now][rows])
 
@@ -1160,13 +1164,13 @@ def critic_loss(
 
 def log_policies(agent: Agent, living: LivingAgents, imagined: bool = False) -> Tensor:
     """log pi (n, U) of living agents in real or, if `imagined`, in imagined teams."""
-    memory, seen = living.memory, living.seen
+    memory, choices = living.memory, living.choices
     if imagined:
-        memory, seen = living.team_memory, living.team_seen
+        memory, choices = living.team_memory, living.team_choices
     q, avail = living.q, living.avail_actions
     if living.units is None:
         return agent.log_policy(q, memory, avail)
-    tagged = Tagged(living.units, seen[:, None])  # an axis for one agent
+    tagged = Tagged(living.units, choices[:, None])  # an axis for one agent
     return agent.log_policy(q[:, None], memory[:, None], avail[:, None], tagged)[:, 0]
 
 
