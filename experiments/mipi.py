@@ -177,7 +177,7 @@ def methods_of(table: str, task: str) -> dict[str, str]:
         alphas, methods = (ALPHAS_D3[task],), {"mipi": METHODS["mipi"]}
     else:
         alphas, methods = ALPHAS[task], {name: METHODS[name] for name in ("mipi", "value")}
-        methods["mipi-alpha-inf"] = f"{MIPI} --observe-self-only"
+        methods["mipi-alpha-inf"] = f"{MIPI} --observe-self-only --target-head tags"
     return methods | {f"mipi-alpha-{x}": f"{MIPI} --alpha {x}" for x in alphas}
 
 

@@ -52,7 +52,7 @@ NAVIGATION = {
     "Claims and results": "docs/CLAIMS docs/results_bidist docs/results_mra docs/results_mipi",
     "Methods": "docs/bidist docs/mra docs/mra_ladder docs/mipi docs/mipi_mappo",
     "Baselines": """docs/baselines_meltingpot docs/baselines_particle docs/baselines_rl2
-        docs/baselines_smac""",
+        docs/baselines_smac docs/value_learners""",
     "Scripts and their benchmarks": "scripts/index",
     "Worlds": """docs/meltingpot docs/scenarios docs/particle docs/battles docs/starcraft
         docs/resource_collection docs/own_world""",
