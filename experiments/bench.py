@@ -1419,9 +1419,9 @@ SPEEDS = {  # {script: (flags, environment steps)}
     "epc_particle": ("--task resource", 20_000),
     "mappo_smac": (IN_BATTLES, 80_000),
     "mipi_mappo_smac": (IN_BATTLES, 80_000),
-    "refil_smac": (IN_BATTLES, 20_000),
-    "collaq_smac": (IN_BATTLES, 20_000),
-    "mipi_refil_smac": (IN_BATTLES, 20_000),
+    "refil_smac": (IN_BATTLES, 60_000),
+    "collaq_smac": (IN_BATTLES, 60_000),
+    "mipi_refil_smac": (IN_BATTLES, 60_000),
 }
 
 

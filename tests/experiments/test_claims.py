@@ -103,8 +103,16 @@ def numbers(found):
     return map(str, range(int(found[1]), int(found[2]) + 1))
 
 
-def as_printed(command: str) -> str:
-    """An arm's command line, of MRA by Algorithm 4, by which the packed runs were made."""
+FORMER = """--num-envs 32 --target-head tags --returns one-step --recurrent --no-own-beside
+    --optimiser rmsprop --final-share 1 --batch-size 8 --buffer-size 512 --replay-window 0
+    --updates-per-iteration 16 --epsilon-steps 100000"""
+
+
+def as_packed(command: str) -> str:
+    """An arm's command line as packed runs had it: MRA by Algorithm 4, value learners of battles
+    with the former preset."""
+    if "--preset cpu" in command and "--scenario" in command and "resource" not in command:
+        return " ".join(f"{command} {FORMER}".split())
     if not command.startswith("mra_maddpg_particle.py") or "--adapt" in command:
         return command
     phi = "" if "--phi-gradient" in command else "--phi-gradient mi"
@@ -117,7 +125,7 @@ def test_what_is_measured_is_in_runs():
     for case in all_cases():
         if case.id in ("B1", "B4", "I5"):
             continue
-        arms = {arm: as_printed(command) for arm, command in case.arms.items()}
+        arms = {arm: as_packed(command) for arm, command in case.arms.items()}
         case = case.model_copy(update={"arms": arms})
         points = [
             x
@@ -682,7 +690,7 @@ def test_a_flag_that_has_gone_still_tells_runs_apart():
     found = {x.name: x for x in runs_module.read_study(ROOT / "docs/data/study_pacman.csv")}
     ours, theirs = found["pacman-mra-s1"], found["pacman-floor-s1"]
     command = "mra_maddpg_particle.py --task pacman --populations 4,2 6,3 8,4 "
-    command = as_printed(command + "--eval-populations 2,8 --preset cpu")
+    command = as_packed(command + "--eval-populations 2,8 --preset cpu")
     assert criteria.is_of(ours, command) and not criteria.is_of(theirs, command)
 
 

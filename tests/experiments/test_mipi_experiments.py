@@ -27,7 +27,7 @@ mipi_mappo = runs_module.load_script("mipi_mappo_smac")
 TINY = "--scenario sz --preset cpu --hidden-size 8 --heads 2 --num-envs 4 --max-episode-steps 4 "
 TINY += "--team-sizes 3 4 --eval-team-sizes 6 --eval-every 32 --eval-episodes 4 --final-episodes 4 "
 TINY += "--total-timesteps 96 --log-every 32 --save-every 0 "
-OFF_POLICY = "--mixing-size 5 --batch-size 4 --updates-per-iteration 1"
+OFF_POLICY = "--mixing-size 5 --batch-size 4 --updates-per-iteration 1 --target-head tags"
 ON_POLICY = "--window-steps 4 --minibatches 2"
 
 RANDOM = ("/return", "/win")
