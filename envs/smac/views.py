@@ -101,7 +101,7 @@ def find_window(snap: Snapshot, b: int) -> float:
     out = 0.0
     for x in (snap.x[b], snap.y[b]):
         from_middle = np.abs(np.asarray(x, float) - MAP / 2)
-        out = max(out, *(from_middle[alive] + 1.5))
+        out = max(out, *(from_middle[alive] + 1.5), 0.0)  # 0: all may have died at once
     return max(WINDOW, min(2 * out, MAP))
 
 

@@ -279,6 +279,17 @@ def test_shots_are_drawn():
     assert near((60, 160, 60)) > 20
 
 
+def test_a_picture_of_the_dead_alone():
+    """The last of both sides may die in one step: crosses are left, nothing is coloured."""
+    c = Combat("sz", (3,), 1, seed=4)
+    c.reset()
+    empty = draw(c.snapshot._replace(type=torch.full_like(c.snapshot.type, combat.NOBODY)), 0)
+    c.snapshot.alive[:] = False
+    image = draw(c.snapshot, 0)
+    changed = image[(image != empty).any(-1)].astype(int)
+    assert len(changed) > 50 and (np.ptp(changed, axis=-1) < 30).all()
+
+
 def test_film(tmp_path):
     c = Combat("mmm", (4,), 2, seed=1)
     film(c, focus, tmp_path / "a" / "film.mp4")
