@@ -27,7 +27,7 @@ mipi_mappo = runs_module.load_script("mipi_mappo_smac")
 TINY = "--scenario sz --preset cpu --hidden-size 8 --heads 2 --num-envs 4 --max-episode-steps 4 "
 TINY += "--team-sizes 3 4 --eval-team-sizes 6 --eval-every 32 --eval-episodes 4 --final-episodes 4 "
 TINY += "--total-timesteps 96 --log-every 32 --save-every 0 "
-OFF_POLICY = "--mixing-size 5 --batch-size 4 --updates-per-iteration 1 --target-head tags"
+OFF_POLICY = "--mixing-size 5 --batch-size 4 --updates-per-iteration 1"
 ON_POLICY = "--window-steps 4 --minibatches 2"
 
 RANDOM = ("/return", "/win")
@@ -43,7 +43,7 @@ def runs(tmp_path_factory):
     for name, module, flags in (
         ("sz-mipi-s1", mipi, ""),
         ("sz-mipi-s2", mipi, "--seed 2"),
-        ("sz-inf-s1", mipi, "--observe-self-only"),
+        ("sz-inf-s1", mipi, "--observe-self-only --target-head tags"),
         ("sz-same-s1", mipi, "--alpha .03"),
         ("sz-warm-s1", mipi, "--regularizer entropy --alpha .5 --learning-rate 5e-4"),
         ("sz-value-s1", mipi, "--regularizer none"),
@@ -222,7 +222,8 @@ def test_runs_of_the_tables(tmp_path):
         (module,) = (x for x in modules if x.__file__.endswith(path))
         args = runs_module.script_args(module, argv)
         assert args.eval_every * 10 == args.total_timesteps == 500_000 and args.preset == "cpu"
-        assert args.num_envs == module.PRESETS["cpu"]["num_envs"]
+        preset = module.PRESETS["cpu"] | module.PRESETS.get(f"cpu scenario {args.scenario}", {})
+        assert args.num_envs == preset["num_envs"]
         plain = json.loads(json.dumps(vars(args))) | {"script": module.__name__.split(".")[-1]}
         found.append((args.scenario, study.row_name(plain), args.seed))
     assert sorted(found) == sorted((*pair, seed) for pair in wanted for seed in (1, 2))
@@ -316,8 +317,8 @@ STUDIES = {  # {study: what trains the same}
     "mipi_ppo_sz": "ppo --tasks sz --total-timesteps 2000000",
     "mipi_ppo_csz": "ppo --tasks csz --total-timesteps 2000000",
     "mipi_ppo_controls_sz": "ppo-controls --tasks sz --total-timesteps 2000000",
-    "mipi_table1": "table1 --total-timesteps 3000000",
-    "mipi_table3": "table3 d3 --total-timesteps 3000000",
+    "mipi_table1": "table1 --total-timesteps 1000000",
+    "mipi_table3": "table3 d3 --total-timesteps 1000000",
     "mipi_fig4": "collection --total-timesteps 1000000",
 }
 
@@ -514,9 +515,10 @@ def test_what_team_dependence_measures(runs, monkeypatch):
 
     def policy(view, groups=None):
         with torch.no_grad():
-            q, x, *_ = opened.agent.utility(view, groups)
+            q, x, _, tagged = opened.agent.utility(view, groups)
             seen = 0 if groups is None else 1
-            return opened.agent.log_policy(q[seen], x[seen], view.avail_actions).exp().numpy()
+            reads = q[seen], x[seen], view.avail_actions, tagged[seen]
+            return opened.agent.log_policy(*reads).exp().numpy()
 
     alone = view._replace(unseen=view.unseen.clone())
     for i in range(A):
@@ -797,7 +799,7 @@ def test_teammates(runs, monkeypatch):
     assert list(rows) == [*(path.name for path in names), "focus"]
     assert rows["sz-mipi-s1"]["sz-mipi-s1"] == rows["sz-mipi-s1"]["itself"]
     assert all(row["focus"] != row["itself"] for row in rows.values())
-    assert len({row["sz-mipi-s1"] for row in rows.values()}) == 4
+    assert len({row["focus"] for row in rows.values()}) == 4
     ended = []
     for size in (3, 6):
         ended += study.episodes.play(longer(team_sizes=(size,)), study.episodes.focus)
