@@ -750,7 +750,8 @@ class ParticleWorld:
     task            one of TASKS
     population      number of agents; for pacman (Pac-Men, ghosts), for rooms (followers, 3), for
                     delivery (collectors, 2)
-    compiled        use torch.compile() for the step; if that fails, the same functions run eagerly
+    compiled        use torch.compile() for steps and for new episodes; if that fails, the same
+                    functions run eagerly
     first_world     number of the first world; seed and number determine a world's draws
     horizon         steps of an episode
     options         shaping, collision_penalty, nearest, integration: see Game
@@ -781,12 +782,14 @@ class ParticleWorld:
         self.seed(seed)
         what = f"the world ({self.game.task}, {_name(self.game.population)})"
         self._advance = functools.partial(advance, self.game, horizon)
+        self._restart = functools.partial(restart, self.game)
         if compiled:
             # Inductor unrolls sums over fewer than 8 items, such as the landmarks in observation():
             # it would then compute every landmark again for each place.
             few = self.game.num_landmarks < 8 and TASKS[task].observe is observation
             options = {"unroll_reductions_threshold": 1} if few else {}
             self._advance = Compiled(self._advance, what, options=options)
+            self._restart = Compiled(self._restart, f"new episodes of {what}", options=options)
 
     @property
     def num_agents(self) -> int:
@@ -815,8 +818,8 @@ class ParticleWorld:
         """Begin new episodes in all worlds."""
         empty = TASKS[self.game.task].observe(self.game, unpack(self.game, self.bodies))
         everywhere = torch.ones_like(self.clocks.key, dtype=torch.bool)
-        all_of_them = self.game, self.bodies, self.clocks, everywhere, empty
-        self.bodies, self.clocks, self.seen = restart(*all_of_them)
+        begun = self._restart(self.bodies, self.clocks, everywhere, empty)
+        self.bodies, self.clocks, self.seen = begun
         return self.obs
 
     @torch.no_grad()
@@ -834,9 +837,8 @@ class ParticleWorld:
         obs, ended = final, over | late
         # On a GPU the question whether any has ended would wait for it: restart() always runs.
         if self.device.type != "cpu" or ended[:B].any():
-            self.bodies, self.clocks, obs = restart(
-                self.game, self.bodies, self.clocks, ended, final
-            )
+            begun = self._restart(self.bodies, self.clocks, ended, final)
+            self.bodies, self.clocks, obs = begun
         self.seen = obs
         results = reward, over, late, alive
         results = results if padded == B else [x[:B] for x in results]
