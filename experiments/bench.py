@@ -1429,7 +1429,11 @@ def iteration_steps(script: str, flags: str) -> int:
     """The most environment steps that an iteration of a script takes."""
     args = script_args(load_script(script), flags.split())
     lengths = ("rollout_steps", "window_steps", "max_episode_steps")
-    return args.num_envs * next(getattr(args, x) for x in lengths if hasattr(args, x))
+    steps = args.num_envs * next(getattr(args, x) for x in lengths if hasattr(args, x))
+    if hasattr(args, "trial_games"):  # RL2: as many orders of games as populations
+        orders = len(args.populations)
+        return steps * (args.trial_games or orders) * orders
+    return steps
 
 
 def logged_training(script: str, flags: str, steps: int) -> list[dict[str, float]]:
