@@ -30,6 +30,7 @@ import dataclasses
 import inspect
 import math
 import os
+import select
 import signal
 import sys
 import types
@@ -239,7 +240,23 @@ def show_help(path: Path) -> None:
                 if is_args:
                     return
     if inspect.isclass(vars(script).get("Args")):
-        tyro.cli(script.Args, args=["--help"])
+        try:
+            tyro.cli(script.Args, args=["--help"])
+        except BrokenPipeError:
+            if not reader_has_gone():
+                raise
+            sys.exit(FAILED)
+
+
+def reader_has_gone() -> bool:
+    """Whether nobody reads stdout any more, as in `--help | head`. If so, it becomes /dev/null:
+    Python would write what is left when it exits, and print a traceback."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)  # 0: only whether the other end is closed
+    gone = bool(pipe.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 if {"-h", "--help"} & set(sys.argv[1:]) and (path := started_script()):
@@ -278,6 +295,10 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
         return int(leaving.code or FINISHED)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        if not reader_has_gone():
+            raise
+        return FAILED
     except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
         if not is_about_memory(error):
             raise

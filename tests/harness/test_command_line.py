@@ -1,12 +1,13 @@
 """Flags, presets, what a resumed run inherits, and what is refused in one sentence."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import index, only_error
+from runs import ROOT, index, only_error
 
 from tests.harness.tools import PULLS, flags, learner, resume, run
 
@@ -198,6 +199,17 @@ def test_help_needs_no_torch():
     for words in ("--total-timesteps", "pulls of all worlds", "fixes all that is drawn", "--seed"):
         assert words in text
     assert "--use-replay, --no-use-replay" in text and "learn from earlier pulls, too" in text
+
+
+@pytest.mark.parametrize("path", ["mipi_refil_smac.py", "experiments/claims.py"])
+def test_a_reader_of_help_that_leaves(path):
+    """`--help | head -1` ends without a traceback."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    line = [sys.executable, str(ROOT / path), "--help"]
+    done = subprocess.run(line, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_help_in_process(capfd):
