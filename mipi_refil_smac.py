@@ -111,7 +111,7 @@ class Args(RunArgs):
     ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
     actor_loss_times_w: bool = False  # multiply Eq. (18) by w_i: the gradient of E_pi Q_tot
     detach_actor_trunk: bool = False  # Eq. (18) does not train layers shared with utilities
-    policy: Literal["head", "greedy"] = "head"  # greedy: the action with the largest utility
+    policy: Literal["head", "exact", "greedy"] = "head"  # exact: Eq. (13); greedy: max utility
     imagine: bool = True  # imagined groups, for Eq. (17) and REFIL's loss; not in resource
     imagine_weight: Share = 0.5  # lambda, weight of REFIL's loss of imagined groups
     target_head: Literal["tags", "pointer"] = "tags"  # tells targets apart by tag or by features
@@ -222,6 +222,14 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (
             greedy and args.actor_loss_times_w,
             "--policy greedy has no Eq. (18): no --actor-loss-times-w",
+        ),
+        (
+            args.policy == "exact" and (args.actor_loss_times_w or args.alpha_i_over_w),
+            "--policy exact has no Eq. (18): no --actor-loss-times-w, no --alpha-i-over-w",
+        ),
+        (
+            args.policy == "exact" and regularizes and alpha_i == 0 != args.alpha,
+            "--policy exact with --alpha-i 0 is greedy: its logarithm is not finite",
         ),
         (
             args.observe_self_only and args.regularizer != "mi",
@@ -593,14 +601,16 @@ class Marginal(nn.Module):
         self.gru = memory(args.rnn_size, args.rnn_size)
         self.head = nn.Linear(args.rnn_size, actions)
 
-    def forward(self, features: Features) -> Tensor:
-        """The input of the head (M, A, R)."""
+    def forward(
+        self, features: Features, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The input of the head (M, A, R); the hidden state (1, B A, R) after it."""
         A = features.unseen.shape[1]
         x = F.relu(self.embed(features.entities[:, :A])) @ self.value  # (M, A, H)
         with torch.autocast(x.device.type, enabled=False):
             x = F.relu(apply_both(self.project, self.gru_input, x[:, None]))
-            x, _ = remember(self.gru, x, features.played, None)  # (M, 1, A, R)
-        return x[:, 0]
+            x, hidden = remember(self.gru, x, features.played, hidden)  # (M, 1, A, R)
+        return x[:, 0], hidden
 
 
 class Mixed(NamedTuple):
@@ -745,19 +755,31 @@ class Agent(Parts):
         self.ba_iterations = args.ba_iterations or (1 if args.scenario == "resource" else 4)
         # Whether a marginal is needed; if not, it is neither trained nor read.
         self.informed = args.regularizer == "mi" and self.alpha + self.alpha_i > 0
+        exact = args.policy == "exact"
+        self.reads_marginal = self.informed and exact  # to act
+        # With alpha = 0, Eq. (13) is greedy.
+        self.greedy = args.policy == "greedy" or (exact and self.alpha_i == 0)
 
     def critic(self) -> nn.ModuleList:
         """The networks that the critic's loss trains."""
         return nn.ModuleList((self.utility, self.mixer))
 
     def log_policy(
-        self, q: Tensor, memory: Tensor, avail: Tensor, tagged: Tagged | None = None
+        self,
+        q: Tensor,
+        memory: Tensor,
+        avail: Tensor,
+        tagged: Tagged | None = None,
+        log_m: Tensor | float = 0.0,
     ) -> Tensor:
-        """log pi (..., U) from memory (..., R); greedy policies read utilities q (..., U) instead.
-        A pointer reads memory (..., A, R) and `tagged`."""
-        if self.args.policy == "greedy":
+        """log pi (..., U) from memory (..., R); a pointer reads memory (..., A, R) and `tagged`.
+        Other policies read utilities q (..., U) instead, exact ones also log m (..., U)."""
+        if self.greedy:
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
+        if self.args.policy == "exact":
+            # Eq. (13): pi ~ m exp(Q / alpha)
+            return log_probabilities(log_m + q / self.alpha_i, avail)
         with torch.autocast(memory.device.type, enabled=False):
             return log_probabilities(self.policy(memory, tagged), avail)
 
@@ -824,6 +846,7 @@ class Player:
         """rng: generator of random actions (epsilon); draws from pi use agent.rng."""
         self.agent, self.epsilon, self.rng = agent, epsilon, rng
         self.hidden: Tensor | None = None  # (1, B A, R)
+        self.own_hidden: Tensor | None = None  # (1, B A, R), of the marginal
         self.last_actions: Tensor | None = None  # (B, 8) int64; -1 at the start
 
     @torch.no_grad()
@@ -831,13 +854,17 @@ class Player:
         """Actions (B, 8) int64; keeps the hidden state for the next call."""
         obs = battles.obs
         if not battles.time.any():  # a new episode
-            self.hidden = None
+            self.hidden = self.own_hidden = None
             self.last_actions = torch.full(obs.avail.shape[:2], -1, device=obs.avail.device)
         played = torch.ones(1, len(obs.avail), dtype=torch.bool)
         features = encode(obs, self.last_actions, played, self.agent.device)
         q, memory, self.hidden, tagged = self.agent.utility(features, hidden=self.hidden)
-        views = q.full_view, memory.full_view, features.avail_actions, tagged.full_view
-        log_pi = self.agent.log_policy(*views).cpu()
+        avail, own_memory = features.avail_actions, None
+        if self.agent.reads_marginal:
+            own_memory, self.own_hidden = self.agent.marginal(features, self.own_hidden)
+        log_m = self.agent.log_marginal(own_memory, avail)
+        views = q.full_view, memory.full_view, avail, tagged.full_view
+        log_pi = self.agent.log_policy(*views, log_m).cpu()
         if self.rng:  # draw: the largest of log pi + Gumbel noise
             log_pi -= torch.empty_like(log_pi).exponential_(generator=self.agent.rng).log()
         actions = log_pi.argmax(-1)
@@ -1052,8 +1079,9 @@ class LivingAgents(NamedTuple):
     own_state: Tensor  # (n, D)
     avail_actions: Tensor  # (n, U) bool
     q: Tensor  # (n, U): utilities, without gradient
+    team_q: Tensor  # (n, U): in an imagined team s*, without gradient
     memory: Tensor  # (n, R)
-    team_memory: Tensor  # (n, R): in an imagined team s*, without gradient
+    team_memory: Tensor  # (n, R): in an imagined team, without gradient
     own_memory: Tensor | None  # (n, R)
     units: Tensor | None = None  # (n, U - 6, H): this and the next two, with pointers
     choices: Tensor | None = None  # (n, U - 6)
@@ -1068,7 +1096,7 @@ def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunk
     """Run the utilities in all views and, if needed, the marginal's network; groups (M, S)."""
     with agent.autocast():
         q, memory, _, tagged = agent.utility(features, groups)
-        own_memory = agent.marginal(features) if agent.informed else None
+        own_memory = agent.marginal(features)[0] if agent.informed else None
     return Trunks(q, memory, tagged, own_memory)
 
 
@@ -1078,15 +1106,17 @@ def find_living(trunks: Trunks, batch: Batch, rows: tuple[Tensor, Tensor]) -> Li
     features = batch.features
     A = features.unseen.shape[1]
     tagged = trunks.tagged.full_view
-    imagined = trunks.memory.own_group  # s*: the units in the agent's group
-    if imagined is None:
-        imagined = trunks.memory.full_view
+    # s*: the units in the agent's group
+    team_q, team_memory = trunks.q.own_group, trunks.memory.own_group
+    if team_memory is None:
+        team_q, team_memory = trunks.q.full_view, trunks.memory.full_view
     everybody = LivingAgents(  # (M, A, ...)
         own_state=features.entities[:, :A],
         avail_actions=features.avail_actions,
         q=trunks.q.full_view.detach(),
+        team_q=team_q.detach(),
         memory=trunks.memory.full_view,
-        team_memory=imagined.detach(),
+        team_memory=team_memory.detach(),
         own_memory=trunks.own_memory,
     )
     if tagged is not None:
@@ -1127,14 +1157,14 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
     features, later = batch.features, batch.later
     avail = features.avail_actions
     q, memory, tagged = trunks.q.full_view, trunks.memory.full_view, trunks.tagged.full_view
-    log_pi = agent.log_policy(q, memory, avail, tagged)[later]
-    log_m = agent.log_marginal(trunks.own_memory, avail)[later]  # (K, A, U)
+    log_m = agent.log_marginal(trunks.own_memory, avail)  # (M, A, U)
+    log_pi = agent.log_policy(q, memory, avail, tagged, log_m)[later]  # (K, A, U)
     with agent.autocast():
         next_q, *_ = agent.target_utility(features)
         # The mixer is linear: the expectation of Q_tot is Q_tot of expectations.
         expected = Views((log_pi.exp() * next_q.full_view[later]).sum(-1))
         q_total = agent.target_mixer(expected, features.at(later)).q_total
-    cost = divergence(log_pi, log_m)  # (K, A)
+    cost = divergence(log_pi, log_m[later])  # (K, A)
     if args.returns == "lambda":
         # The cost at the end of a step is not in y_t+1, so it is subtracted from the reward.
         paid = args.gamma * agent.alpha * cost.sum(-1) * ~batch.terminated
@@ -1167,10 +1197,13 @@ def critic_loss(
 
 def log_policies(agent: Agent, living: LivingAgents, imagined: bool = False) -> Tensor:
     """log pi (n, U) of living agents in real or, if `imagined`, in imagined teams."""
-    memory, choices = living.memory, living.choices
+    q, memory, choices = living.q, living.memory, living.choices
     if imagined:
-        memory, choices = living.team_memory, living.team_choices
-    q, avail = living.q, living.avail_actions
+        q, memory, choices = living.team_q, living.team_memory, living.team_choices
+    avail = living.avail_actions
+    if agent.args.policy == "exact":
+        log_m = agent.log_marginal(living.own_memory, avail)
+        return agent.log_policy(q, memory, avail, log_m=log_m)
     if living.units is None:
         return agent.log_policy(q, memory, avail)
     tagged = Tagged(living.units, choices[:, None])  # an axis for one agent
@@ -1229,15 +1262,17 @@ def learn(
     w = w[rows].clamp(min=1e-6)  # (n,); a softmax can underflow to 0
     if measures:
         scalars |= measure(agent, living, w)
-    if args.policy == "greedy":
-        scalars["grad_norm"] = step_together(args, agent, loss)
-        return scalars
+    has_head = args.policy == "head"
     fixed = living.map(lambda x: x.detach())  # no gradient reaches the trunks
     for _ in range(agent.ba_iterations - 1):
         learn_marginal(args, agent, fixed)
-        actor = actor_loss(args, agent, fixed, w)
-        descend(actor, agent.policy, agent.policy_optimiser, args.max_grad_norm)
+        if has_head:
+            actor = actor_loss(args, agent, fixed, w)
+            descend(actor, agent.policy, agent.policy_optimiser, args.max_grad_norm)
     scalars |= learn_marginal(args, agent, living)
+    if not has_head:
+        scalars["grad_norm"] = step_together(args, agent, loss)
+        return scalars
     actor = actor_loss(args, agent, living, w)
     scalars["policy_loss"] = actor
     scalars["grad_norm"] = step_together(args, agent, loss + actor)

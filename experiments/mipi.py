@@ -777,9 +777,11 @@ def says(
         return log_pi.argmax(-1), log_pi
     avail = features.avail_actions
     q, *rest = agent.utility(features, groups)
-    if hasattr(agent, "policy") and agent.args.policy == "head":
+    if hasattr(agent, "policy") and agent.args.policy != "greedy":
         memory, _, tagged = (getattr(x, view, None) for x in rest)
-        log_pi = agent.log_policy(getattr(q, view), memory, avail, tagged)
+        own_memory = agent.marginal(features)[0] if agent.reads_marginal else None
+        log_m = agent.log_marginal(own_memory, avail)
+        log_pi = agent.log_policy(getattr(q, view), memory, avail, tagged, log_m)
         return log_pi.argmax(-1), log_pi
     return getattr(q, view).masked_fill(~avail, opened.script.MASKED).argmax(-1), None
 

@@ -500,6 +500,26 @@ def test_team_dependence(runs, tmp_path):
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr
 
 
+def test_an_exact_policy_is_read_with_its_marginal():
+    args = mipi.Args(policy="exact", alpha=0.5, hidden_size=8, heads=2)
+    battles = mipi.make_envs(args, (3, 4), 6, seed=1)
+    agent = mipi.Agent(args, battles.family, mipi.CPU)
+    for k, net in enumerate((agent.utility, agent.marginal)):
+        sharpen(net, 2.0, k)
+    battles.reset()
+    none, played = torch.full((6, 8), -1), torch.ones(1, 6, dtype=torch.bool)
+    features = mipi.encode(battles.obs, none, played, mipi.CPU)
+    groups = mipi.draw_groups(features, torch.Generator().manual_seed(1))
+    avail, opened = features.avail_actions, study.Opened(mipi, agent, None)
+    log_m = agent.log_marginal(agent.marginal(features)[0], avail)
+    q, *_ = agent.utility(features, groups)
+    for seen, view in ((None, q.full_view), (groups, q.own_group)):
+        _, log_pi = study.says(opened, features, seen)
+        weights = (log_m + view / 0.5).exp() * avail
+        assert torch.allclose(log_pi.exp(), weights / weights.sum(-1, keepdim=True), atol=1e-5)
+    assert not torch.allclose(log_pi, mipi.log_probabilities(view / 0.5, avail), atol=1e-2)
+
+
 def test_what_team_dependence_measures(runs, monkeypatch):
     """By loops: sharp agents, whose actions do change; teammates' features matter to nobody when
     they are not seen, enemies' do."""

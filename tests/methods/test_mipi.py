@@ -4,6 +4,7 @@ resuming, flags. The theory: test_mipi_theory.py; what is the parent's: test_ref
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -83,8 +84,9 @@ def forward(s):
     avail = features.avail_actions
     views = zip(*(x.present() for x in (trunks.q, trunks.memory)))
     tagged = trunks.tagged.present() or [None] * len(trunks.q)
-    log_pi = [s.agent.log_policy(q, x, avail, where) for (q, x), where in zip(views, tagged)]
-    return trunks, torch.stack(log_pi), s.agent.log_marginal(trunks.own_memory, avail)
+    log_m = s.agent.log_marginal(trunks.own_memory, avail)
+    found = [s.agent.log_policy(q, x, avail, where, log_m) for (q, x), where in zip(views, tagged)]
+    return trunks, torch.stack(found), log_m
 
 
 # --- Policies -------------------------------------------------------------------------------------
@@ -118,14 +120,14 @@ def test_the_marginal_sees_its_own_unit_only(flags):
     A = features.unseen.shape[1]
     for i in range(A):
         now = features._replace(entities=x)
-        logits = s.agent.marginal.head(s.agent.marginal(now))
+        logits = s.agent.marginal.head(s.agent.marginal(now)[0])
         (gradient,) = torch.autograd.grad(logits[:, i].square().sum(), x)
         others = [j for j in range(2 * A) if j != i]
         assert (gradient[:, others] == 0).all() and (gradient[:, i] != 0).any()
         changed = features.entities.clone()
         changed[:, others] = 5.0
         other = features._replace(entities=changed)
-        again = s.agent.marginal.head(s.agent.marginal(other))
+        again = s.agent.marginal.head(s.agent.marginal(other)[0])
         assert torch.equal(again[:, i], logits[:, i])
         _, memory, *_ = s.agent.utility(now)
         (gradient,) = torch.autograd.grad(memory.full_view[:, i].square().sum(), x)
@@ -144,7 +146,7 @@ def test_attention_to_one_entity_is_its_value():
     marginal.load_state_dict(weights)
     alone = features._replace(unseen=mipi.others(features.unseen) | features.unseen)
     memory = utility(alone)[1].full_view
-    own = marginal(features)
+    own, _ = marginal(features)
     there = features.avail_actions[..., 0].logical_not()  # (M, A): the dead see nobody
     assert there.any() and torch.allclose(memory[there], own[there], atol=1e-12)
     query, key_value = torch.autograd.grad(
@@ -210,7 +212,8 @@ def all_slots(features, m):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(
-    "how", ["", "--no-imagine", "--mixer two-layer", "--mixer two-layer --no-imagine"]
+    "how",
+    ["", "--no-imagine", "--mixer two-layer", "--mixer two-layer --no-imagine", "--policy exact"],
 )
 def test_critic_is_that_of_numpy(how):
     """Eqs. (15), (16): policies, marginals and utilities as given; the rest by loops."""
@@ -301,6 +304,72 @@ def test_policy_and_marginal_losses_are_those_of_numpy(how):
         p = np.exp(pi[m, i][may])
         cost.append((p * (0.6 * (pi[m, i][may] - after) - q[m, i][may])).sum())
     assert np.isclose(scalars["policy_loss"].item(), np.mean(cost), rtol=1e-9)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("flags", ["", "--regularizer entropy", "--target-head pointer"])
+def test_the_exact_policy_solves_eq_18(flags):
+    """It is Eq. (13)'s, by loops, in real and in imagined teams; Eq. (18) has no gradient there."""
+    s = setting(f"--policy exact --alpha .2 --alpha-i .6 {flags}", double=True)
+    trunks, log_pi, log_m = forward(s)
+    features, now = s.batch.features, s.batch.now
+    avail = features.avail_actions
+    entropy = "entropy" in flags
+    assert entropy == bool((log_m == 0).all())
+    for found, q in zip(log_pi.detach().numpy(), trunks.q):
+        for m, i in (~avail[..., 0]).nonzero().tolist():
+            may = avail[m, i].numpy()
+            score = log_m[m, i].detach().numpy()[may] + q[m, i].detach().numpy()[may] / 0.6
+            assert np.allclose(np.exp(found[m, i][may]), softmax(score), atol=1e-10)
+            assert (np.exp(found[m, i][~may]) == 0).all()
+    logits = log_pi[0].detach().requires_grad_()
+    mine, q = mipi.log_probabilities(logits, avail), trunks.q.full_view
+    loss = mipi.policy_loss(mine, log_m, q, 0.6)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient.abs().max() < 1e-10
+    alive = ~avail[now][..., 0]
+    living = mipi.find_living(trunks, s.batch, alive.nonzero(as_tuple=True))
+    for view, imagined in ((0, False), (1, True)):
+        found = mipi.log_policies(s.agent, living, imagined)
+        assert torch.allclose(found, log_pi[view][now][alive], atol=1e-10)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("memory", ["--recurrent", "--no-recurrent"])
+def test_an_exact_policy_acts_as_it_learns(memory):
+    """The player remembers what the marginal's network has seen, too."""
+    s = setting(f"--policy exact --alpha 2 {memory}", rounds=0)
+    sharpen(s.agent.marginal, 3.0, 9)
+    mipi.collect(s.battles, mipi.Player(s.agent), s.buffer)
+    s.batch = s.buffer.sample(s.rng, s.args.num_envs)
+    s.groups = None
+    _, (log_pi,), log_m = forward(s)
+    alive = ~s.batch.features.avail_actions[s.batch.now][..., 0]
+    greedy = log_pi.argmax(-1)[s.batch.now]
+    assert torch.equal(greedy[alive], s.batch.actions[alive])
+    of_q = (log_pi - log_m).argmax(-1)[s.batch.now]
+    assert (of_q != greedy)[alive].any()  # the marginal matters
+
+
+@pytest.mark.parametrize("flags", ["--regularizer none", "--alpha 0", "--observe-self-only"])
+def test_an_exact_policy_without_alpha_is_greedy(flags):
+    s = setting(f"--policy exact {flags}")
+    trunks, log_pi, _ = forward(s)
+    best = trunks.q.full_view.masked_fill(~s.batch.features.avail_actions, -np.inf).argmax(-1)
+    assert torch.equal(log_pi[0].argmax(-1), best) and (log_pi[0].amax(-1) == 0).all()
+    scalars = mipi.learn(s.args, s.agent, s.batch, s.groups)
+    assert all(x.isfinite() for x in scalars.values()) and "marginal_loss" not in scalars
+
+
+def test_an_exact_policy_trains_no_head():
+    """Only the marginal makes M steps."""
+    s = setting("--policy exact --ba-iterations 3")
+    before = copy.deepcopy(s.agent.policy.state_dict())
+    scalars = mipi.learn(s.args, s.agent, s.batch, s.groups)
+    assert "policy_loss" not in scalars and {"mi", "marginal_loss"} <= scalars.keys()
+    assert differences(before, s.agent.policy.state_dict()) == []
+    steps = s.agent.marginal_optimiser.state_dict()["state"]
+    assert steps[0]["step"] == 1 and max(x["step"] for x in steps.values()) == 3
 
 
 @pytest.mark.numeric
@@ -420,6 +489,7 @@ def test_mutual_information_is_exact_where_it_can_be_counted():
         own_state=own_state,
         avail_actions=avail,
         q=torch.zeros(n, U),
+        team_q=torch.zeros(n, U),
         memory=log(np.concatenate((np.zeros((n, 1)), real), -1)),
         team_memory=log(pi.reshape(n, U)),
         own_memory=log(np.repeat(mean[:, 0], teams, 0)),
@@ -731,6 +801,9 @@ WRONG = {
     "--policy greedy": "--policy greedy --regularizer none",
     "--regularizer none --policy greedy --actor-loss-times-w": "--policy --actor-loss-times-w",
     "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
+    "--policy exact --actor-loss-times-w": "--policy exact --actor-loss-times-w",
+    "--policy exact --alpha-i-over-w": "--policy exact --alpha-i-over-w",
+    "--policy exact --alpha-i 0": "--policy exact --alpha-i 0",
     "--observe-self-only --alpha-i .1": "--alpha-i regulariser",
     "--observe-self-only --alpha .1": "--alpha regulariser",
     "--observe-self-only --regularizer entropy": "--observe-self-only --regularizer",
