@@ -15,9 +15,11 @@ from envs.statistics import (
     mean_interval,
     mean_or_iqm,
     mean_ranks,
+    percentiles,
     rank_difference,
     ranks,
     ratio_interval,
+    resampled_centres,
     seed_difference,
     seed_level,
     share_interval,
@@ -107,6 +109,19 @@ def test_difference_of_seeds():
     assert seed_difference(x + 10, y[:3]).p == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("seeds", "centre", "errs"), [(3, np.mean, 5), (5, mean_or_iqm, 16)])
+def test_few_seeds_decide_too_easily(seeds, centre, errs):
+    """What docs/CLAIMS.md says: of two equal arms an interval leaves 0 out one time in `errs`."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(600):
+        x, y = rng.normal(size=(2, seeds))
+        ours, theirs = (resampled_centres(z, 1000, rng, centre) for z in (x, y))
+        low, high = percentiles(ours - theirs)
+        hits += not low <= 0 <= high
+    deviation = np.sqrt(600 * (1 - 1 / errs) / errs)
+    assert abs(hits - 600 / errs) < 4 * deviation
+
+
 def test_one_seed_has_no_spread():
     found = seed_difference(np.array([3.0]), np.array([1.0, 2.0]))
     assert found.mean == 1.5 and np.isnan([found.low, found.high, found.p]).all()
@@ -132,6 +147,18 @@ def test_level_of_seeds():
     signed = np.array([np.dot(s, x) / 4 for s in itertools.product((1, -1), repeat=4)])
     assert found.p == pytest.approx(2 * np.mean(signed >= x.mean() - 1e-12))
     assert np.isnan(seed_level(x[:1]).p)
+    many = np.linspace(-0.5, 0.9, 25)  # 2^25 signs are too many; a t-test is near their test
+    assert seed_level(many).p == pytest.approx(scipy.stats.ttest_1samp(many, 0).pvalue, rel=0.2)
+    assert 0 < seed_level(many + 100).p < 1e-4
+
+
+def test_drawn_deals_give_no_p_of_0():
+    """Three worlds of 252 deals each are drawn; the deal that happened counts as one of them. It
+    alone puts a before c and b behind d in all worlds."""
+    rng = np.random.default_rng(2)
+    levels = {"a": 10, "c": 9, "d": 1, "b": 0}
+    worlds = [{x: y + 0.1 * rng.random((5, 2)) for x, y in levels.items()} for _ in range(3)]
+    assert 0 < rank_difference(worlds, "a", "b", resamples=10).p < 1e-4
 
 
 def by_enumeration(worlds, first, other):
