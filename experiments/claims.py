@@ -249,10 +249,12 @@ def compare_ranks(
     cases: tuple[Claim, ...], points: list[dict[str, list[Point]]], why: dict[str, str], pilot: bool
 ) -> list[Part]:
     """Comparisons of the first arm's mean rank with each other arm's. All worlds count; ranked are
-    the arms that have points in all of them and nothing in `why`."""
+    the arms that have points in all of them and nothing in `why`. A rank depends on who is ranked,
+    so nothing is decided before all arms are."""
     case, (first,) = cases[0], cases[0].first
     ran = [arm for arm in case.arms if all(own[arm] for own in points) and not why[arm]]
     worlds = [{arm: cells_of(own[arm]) for arm in ran} for own in points]
+    missing = next((x for x in why.values() if x), "")
     parts = []
     for other in case.others:
         both = {first, other} <= {*ran}
@@ -265,7 +267,7 @@ def compare_ranks(
             margin=case.margin,
             mine=[own[first] for own in points],
             theirs=[own[other] for own in points],
-            why=why[first] or why[other],
+            why=why[first] or why[other] or (missing and f"ranks need all arms; {missing}"),
             note=count_first(worlds, first) if both else "",
             pilot=pilot,
         )
