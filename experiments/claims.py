@@ -29,6 +29,7 @@ from typing import Annotated, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
 from harness import UsageError
+from harness import write as write_file
 
 import numpy as np
 import tyro
@@ -463,7 +464,7 @@ def write_studies(folder: Path, cases: list[Claim], tables: dict[str, Any]) -> N
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in studies_of(cases, tables).items():
-            (folder / name).write_text(text)
+            write_file(folder / name, text.encode())
     except OSError as error:
         raise UsageError(f"--studies {folder} cannot be written: {error.strerror}.") from None
 
@@ -481,14 +482,20 @@ Criteria were written before the runs that decide them (`experiments/claims.toml
 what had been seen by then). A run counts if flags, seed and length are the claim's; pilots are
 shown, not counted. An effect is the first arm's centre less the other's, over seeds: the
 interquartile mean from five seeds on, else the mean; where rows or scenarios are counted the
-difference of mean ranks. Intervals: 95 % bootstraps over seeds, which are drawn as clusters and for
-each arm by itself. p: exact permutation test of means, two-sided, of which three seeds against
-three cannot get below .1 (of more than 200,000 ways to deal seeds as many are drawn). A comparison
-holds if its interval lies above the margin, does not if it lies below, else it is undecided; so it
-is with too few seeds, a gap among them, or arms that have not learned. A claim holds if all of its
-comparisons do, and does not if one does not; where means would say something else, that is told. A
-verdict is about the budget beside it (the text of BiDist states no steps: of the 10,000,000 of its
-script).
+difference of mean ranks, when all arms have run. Intervals: 95 % bootstraps over seeds, which are
+drawn as clusters and for each arm by itself. p: permutation test of means, two-sided, exact up to
+200,000 ways to deal the seeds (ranks: 2,000,000), else by as many draws; three seeds against three
+cannot get below .1. A comparison holds if its interval lies above the margin, does not if it lies
+below, else it is undecided; so it is with too few seeds, a gap among them, or arms that have not
+learned. A claim holds if all of its comparisons do, and does not if one does not; where means would
+say something else, that is told. A verdict is about the budget beside it (the text of BiDist states
+no steps: of the 10,000,000 of its script).
+
+**Few seeds decide too easily.** Of two arms that are equal (normal figures; a test in
+`tests/experiments/test_statistics.py` counts them) such an interval leaves 0 out one time in five
+with three seeds an arm, one in sixteen with five, not one in twenty. And of several comparisons at
+their margin one fails more easily than a single one. So look at p and at the number of comparisons,
+too.
 
 ![effects with intervals and margins, by claim](data/claims.png)
 """
@@ -696,7 +703,7 @@ def write(out: Path, text: str, outcomes: list[Outcome]) -> None:
     folder = out / "data/claims"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (out / "CLAIMS.md").write_text(text)
+        write_file(out / "CLAIMS.md", text.encode())
         for outcome in outcomes:
             if rows := rows_of(outcome):
                 write_rows(folder / f"{outcome.cases[0].id}.csv", rows)
