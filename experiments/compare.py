@@ -120,6 +120,11 @@ def results_of(run: Run, rows: tuple[str, ...]) -> dict[str, dict[str, float]]:
     return {name: results[name] for name in rows or results if name in results}
 
 
+def row_in_all(name: str) -> str:
+    """The name of a row for all seeds: in MRA's "best z=1" each seed has a best z of its own."""
+    return re.sub(r"best z=.*", "best z", name)
+
+
 def columns_of(row: dict[str, float]) -> dict[str, str]:
     """{figure: column title} for the figures of an evaluation row that have an interval."""
     if "return_per_1000" in row:
@@ -128,12 +133,13 @@ def columns_of(row: dict[str, float]) -> dict[str, str]:
 
 
 def final_table(runs: list[Run], rows: tuple[str, ...]) -> str:
-    """Final evaluations as a Markdown table, a line per run and co-player (particle worlds: per
-    run, population and player)."""
-    lines = []
+    """Final evaluations as Markdown tables, one for each kind of world, a line per run and
+    co-player (particle worlds: per run, population and player)."""
+    tables: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
         for name, row in results_of(run, rows).items():
             titles = columns_of(row)
+            lines = tables.setdefault(tuple(titles.values()), [])
             if not lines:
                 first = "co-player" if titles is MELTINGPOT else "population, player"
                 lines.append(f"| run | {first} | {' | '.join(titles.values())} | episodes |")
@@ -141,7 +147,7 @@ def final_table(runs: list[Run], rows: tuple[str, ...]) -> str:
             digits = 1 if titles is MELTINGPOT else 2
             cells = (with_interval(row, figure, digits) for figure in titles)
             lines.append(f"| {run.name} | {name} | {' | '.join(cells)} | {row['episodes']} |")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join("\n".join(lines) for lines in tables.values()) + "\n"
 
 
 def seeds_table(runs: list[Run], rows: tuple[str, ...]) -> str:
@@ -150,9 +156,8 @@ def seeds_table(runs: list[Run], rows: tuple[str, ...]) -> str:
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for name, row in results_of(run, rows).items():
-            name = re.sub(r"best z=.*", "best z", name)  # the best z may differ between seeds
             for figure, title in columns_of(row).items():
-                found[name][f"{without_seed(run.name)}, {title}"].append(row[figure])
+                found[row_in_all(name)][f"{without_seed(run.name)}, {title}"].append(row[figure])
     columns = list(dict.fromkeys(c for row in found.values() for c in row))
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in found.items():
@@ -172,7 +177,7 @@ def difference_table(runs: list[Run], rows: tuple[str, ...], against: str) -> st
     for run in runs:
         for name, row in results_of(run, rows).items():
             for figure, title in columns_of(row).items():
-                found[name, title][without_seed(run.name)].append(row[figure])
+                found[row_in_all(name), title][without_seed(run.name)].append(row[figure])
     lines = [["run", "row", "figure", f"difference from {against}", "p", "seeds"]]
     for (name, title), groups in found.items():
         parent = np.array(groups.pop(against, []))

@@ -43,7 +43,7 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
-from harness import FAILED, FINISHED, STOPPED, WRONG_USAGE, UsageError
+from harness import FAILED, FINISHED, STOPPED, WRONG_USAGE, UsageError, check, write, writing
 
 import pydantic
 import tyro
@@ -57,6 +57,7 @@ from experiments.runs import (
     StoppedError,
     Trainer,
     beside,
+    catch_signals,
     check_all,
     check_codes,
     first_fault,
@@ -119,6 +120,8 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
     root = ROOT / study.dir
     shared = split_words(study.flags, f"{launch.study}: flags")
     shared += split_words(launch.extra, "--extra")
+    if (launch.gpus or launch.gpu) and "--device" not in shared:
+        shared += ["--device", "cuda"]  # else a run whose GPU is not there trains on the CPU
     jobs = []
     for seed in dict.fromkeys(launch.seeds or study.seeds):
         for name, command in study.runs.items():
@@ -130,6 +133,7 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
                 raise UsageError(f"{where}: names no script.")
             if not (ROOT / script).is_file():
                 raise UsageError(f"{where}: there is no {script}.")
+            check_words([*flags, *shared], where)
             jobs.append(
                 Job(
                     run=root / f"{name}-s{seed}",
@@ -141,6 +145,17 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
                 )
             )
     return jobs
+
+
+def check_words(words: list[str], where: str) -> None:
+    """Raise UsageError for a flag that the study itself gives to each run."""
+    ours = {"--run-dir": "dir", "--seed": "seeds", "--total-timesteps": "timesteps"}
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag in ours:
+            raise UsageError(f"{where}: {flag} is the study's {ours[flag]}.")
+        if flag in ("--resume", "--eval-only"):
+            raise UsageError(f"{where}: {flag} is not for a study, which names runs to train.")
 
 
 def index_of(launch: Launch, count: int) -> int | None:
@@ -161,7 +176,7 @@ def index_of(launch: Launch, count: int) -> int | None:
 def is_locked(run: Path) -> bool:
     """Whether some process holds the lock of a run's directory, that is, trains the run."""
     try:
-        with (run / "lock").open("a") as file:
+        with (run / "lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -221,11 +236,11 @@ class Launcher(Trainer):
             self.slots.put(environment)
         record.minutes = (time.monotonic() - clock) / 60
         record.timesteps = last_line(job.run).get("timesteps", 0)
+        with self.lock:
+            self.records[job.run.name] = record
         known = read_records(self.root).get(job.run.name, record)
         if record.starts or (record.code == FINISHED and known.code != FINISHED):
             save_record(self.root, job.run.name, record)
-        with self.lock:
-            self.records[job.run.name] = record
         return record.code
 
     def try_often(self, job: Job, record: Record, environment: dict[str, str]) -> int | None:
@@ -276,7 +291,9 @@ def read_records(root: Path) -> dict[str, Record]:
 def save_record(root: Path, name: str, record: Record) -> None:
     """Write a run's record into study.json and add up starts and minutes with its earlier record.
     A lock keeps several launchers from overwriting each other's records."""
-    with (root / "study.lock").open("a") as lock:
+    with writing(root / "study.lock"):
+        lock = (root / "study.lock").open("a")
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = read_records(root)
         if before := known.get(name):
@@ -286,9 +303,7 @@ def save_record(root: Path, name: str, record: Record) -> None:
             record = dataclasses.replace(record, **sums, began=before.began, host=host)
         known[name] = dataclasses.replace(record, minutes=round(record.minutes, 2))
         text = json.dumps({key: vars(x) for key, x in sorted(known.items())}, indent=1)
-        part = root / "study.json.part"
-        part.write_text(text + "\n")
-        part.replace(root / "study.json")
+        write(root / "study.json", f"{text}\n".encode())
 
 
 class Bars(threading.Thread):
@@ -324,21 +339,40 @@ class Bars(threading.Thread):
             bar.close()
 
 
-def slots_of(launch: Launch) -> list[dict[str, str]]:
-    """The environment variables of each of --jobs slots. UsageError if there are too few GPUs."""
-    jobs = launch.jobs or max(1, launch.gpus)
+def slots_of(launch: Launch, processes: int) -> list[dict[str, str]]:
+    """The environment variables of each of --jobs slots. A slot has a GPU for each of a run's
+    processes. UsageError if there are too few GPUs."""
     if not launch.gpus:
-        return [{} for _ in range(jobs)]
-    known = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = known.split(",") if known else [str(x) for x in range(launch.gpus)]
+        return [{} for _ in range(launch.jobs or 1)]
+    known = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(x) for x in range(launch.gpus)]
+    if known is not None:  # "" hides all
+        gpus = [x for x in known.split(",") if x]
     if len(gpus) < launch.gpus:
         raise UsageError(f"--gpus {launch.gpus}: CUDA_VISIBLE_DEVICES names {len(gpus)}.")
-    return [{"CUDA_VISIBLE_DEVICES": gpus[i % launch.gpus]} for i in range(jobs)]
+    sets = launch.gpus // processes
+    if not sets:
+        raise UsageError(f"--gpus {launch.gpus}: a run of this study has {processes} processes.")
+    slots = []
+    for i in range(launch.jobs or sets):
+        first = i % sets * processes
+        slots.append({"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + processes])})
+    return slots
+
+
+def wrong_engine(launch: Launch) -> list[tuple[Any, str]]:
+    """(whether it is wrong, message) for options that the other engine has."""
+    ray = launch.engine == "ray"
+    return [
+        (launch.gpu and not ray, "--gpu is for --engine ray; --gpus gives GPUs to runs here"),
+        (launch.gpus and ray, "--gpus is for this machine; --gpu is a run's share with Ray"),
+        (launch.jobs and ray, "--jobs is for this machine; Ray runs as many as it has CPUs for"),
+    ]
 
 
 def train_here(jobs: list[Job], root: Path, launch: Launch) -> None:
     """Train jobs with processes of this machine, then print how the runs ended."""
-    slots = slots_of(launch)
+    slots = slots_of(launch, jobs[0].processes)
     launcher = Launcher(root, launch.attempts, slots)
     bars = Bars(launcher)
     if sys.stderr.isatty():
@@ -424,8 +458,7 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
     ray.init(address=os.environ.get("RAY_ADDRESS"), runtime_env=environment)
     train = ray.remote(module.train_one).options(**options)
     stopped = threading.Event()
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]
+    restore_signals = catch_signals(lambda *_: stopped.set())
     tasks = {train.remote(job, root, launch.attempts): job for job in jobs}
     records: dict[str, Record] = {}
     codes = {job.run: STOPPED for job in jobs}
@@ -448,8 +481,7 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
                     lost = Record(job.text(), host="", began="", code=codes[job.run])
                     records[job.run.name] = lost
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        restore_signals()
         ray.shutdown()
         report(jobs, root, records)
     check_codes(jobs, list(codes.values()))
@@ -460,7 +492,12 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
 
 def requeue() -> None:
     """Ask SLURM to queue this job again (does nothing outside SLURM)."""
-    if job := os.environ.get("SLURM_JOB_ID"):
+    job = os.environ.get("SLURM_JOB_ID")
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array and (task := os.environ.get("SLURM_ARRAY_TASK_ID")):
+        # One task of every array has the array's own number, under which all would be requeued.
+        job = f"{array}_{task}"
+    if job:
         try:
             subprocess.run(["scontrol", "requeue", job], check=False)
         except OSError as error:
@@ -470,6 +507,7 @@ def requeue() -> None:
 def launch(options: Launch) -> None:
     """Train a study's runs. StoppedError (75) if any was stopped, UsageError (2) if any failed."""
     study = read_study_file(options.study)
+    check(wrong_engine(options))
     jobs = jobs_of(study, options)
     index = index_of(options, len(jobs))
     if index is not None:

@@ -248,7 +248,9 @@ class Run:
     """A run directory. Each file is read on first use. UsageError if it is no run directory."""
 
     def __init__(self, path: Path):
-        self.path, self.name, self.where = path, path.resolve().name, str(path)
+        # A link has its own name, by which seeds can be grouped; "." has that of its directory.
+        name = path.name if path.name not in ("", "..") else path.resolve().name
+        self.path, self.name, self.where = path, name, str(path)
         if not any((path / name).is_file() for name in ("args.json", "metrics.jsonl")):
             raise UsageError(f"{path} is no run directory.")
 
@@ -515,10 +517,11 @@ def pack(study: Pack) -> None:
     runs = read_runs(study.runs, study.only)
     lines = [line for run in runs for line in pack_lines(run, study.curves)]
     check_out(study.out)
-    with study.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(lines)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(lines)
+    harness.write(study.out, text.getvalue().encode())  # at once: it may be one of those read
     print(f"{study.out}: {len(runs)} runs, {study.out.stat().st_size / 1000:,.0f} kB")
 
 
@@ -603,12 +606,23 @@ class Job:
         with --resume (length, evaluation, logging, machine) are not compared."""
         script = load_script(Path(self.script).stem)
         wanted = {"script": Path(self.script).stem}
-        if "--adapt" not in self.flags:  # --adapt copies arguments of a run that may not exist yet
-            wanted |= json.loads(json.dumps(dataclasses.asdict(script_args(script, self.argv()))))
+        if "--adapt" in self.flags:  # the other arguments come from a run that may not exist yet
+            args = dataclasses.asdict(harness.read_flags(script.Args, self.argv()))
+            given = {word.partition("=")[0] for word in self.argv()}
+            args = {k: x for k, x in args.items() if {as_flag(k), as_flag(f"no_{k}")} & given}
+            args["adapt"] = Path(args["adapt"]).name
+            found = found | {"adapt": Path(found.get("adapt") or "").name}
+        else:
+            args = dataclasses.asdict(script_args(script, self.argv()))
+        wanted |= json.loads(json.dumps(args))
         for name, x in wanted.items():
             theirs = found.get(name, getattr(script.Args, name, None))  # older runs lack new flags
             if name not in free_flags(script) and theirs != x:
                 raise UsageError(f"{self.run} holds another run: its {name} is {theirs}, not {x}.")
+
+
+# torchrun kills processes that are still saving so many seconds after SIGTERM; its default is 30.
+PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
 
 
 class Trainer:
@@ -638,7 +652,7 @@ class Trainer:
         torchrun = [*torchrun, "--standalone"] if job.processes > 1 else []
         command = [sys.executable, *torchrun, str(ROOT / script), *argv]
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        options |= {"cwd": self.folder, "env": os.environ | (environment or {})}
+        options |= {"cwd": self.folder, "env": os.environ | PATIENCE | (environment or {})}
         with self.lock:
             if self.stopped:
                 return None
@@ -700,23 +714,40 @@ def train_all(
                 job = left.get_nowait()
             except queue.Empty:
                 return
-            code = trainer.train(job)
+            try:
+                code = trainer.train(job)
+            except RunError as error:  # of this run alone, as from a full disk
+                trainer.tell(f"{job.run.name}: {error}")
+                code = error.code
             if code is None:
                 left.put(job)
             else:
                 codes[job.run] = code
 
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    before = [signal.signal(number, trainer.stop) for number in numbers]
+    restore_signals = catch_signals(trainer.stop)
     try:
         with ThreadPoolExecutor(at_once) as pool:
             workers = [pool.submit(work) for _ in range(at_once)]
         for worker in workers:
             worker.result()
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        restore_signals()
     check_codes(jobs, [codes[job.run] for job in jobs])
+
+
+def catch_signals(handler: Callable[[int, Any], None]) -> Callable[[], None]:
+    """Let SIGTERM, SIGHUP and Ctrl-C call a handler, but those that are ignored, as under nohup.
+    Returns a function that undoes it."""
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, handler)
+
+    def undo() -> None:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+    return undo
 
 
 def check_codes(jobs: list[Job], codes: list[int]) -> None:
@@ -753,24 +784,22 @@ def check_out(out: Path) -> None:
 
 def finish(out: Path, text: str, rows: list[dict[str, Any]], figure: Any = None) -> None:
     """Write OUT.md (text), OUT.csv (rows) and, with a figure, OUT.png; print the text."""
-    try:
-        beside(out, ".md").write_text(text)
-        write_rows(beside(out, ".csv"), rows)
-        if figure is not None:
-            save_figure(figure, beside(out, ".png"))
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}.") from None
+    harness.write(beside(out, ".md"), text.encode())
+    write_rows(beside(out, ".csv"), rows)
+    if figure is not None:
+        save_figure(figure, beside(out, ".png"))
     print(text)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], digits: int = 6) -> None:
     """Write a CSV with so many digits of each float; NaN becomes an empty cell."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys() if rows else ())
-        writer.writeheader()
-        for row in rows:
-            plain = {k: f"{x:.{digits}g}" if isinstance(x, float) else x for k, x in row.items()}
-            writer.writerow({k: "" if x == "nan" else x for k, x in plain.items()})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys() if rows else ())
+    writer.writeheader()
+    for row in rows:
+        plain = {k: f"{x:.{digits}g}" if isinstance(x, float) else x for k, x in row.items()}
+        writer.writerow({k: "" if x == "nan" else x for k, x in plain.items()})
+    harness.write(path, text.getvalue().encode())
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -779,7 +808,9 @@ def save_figure(figure: Any, path: Path) -> None:
     figure.savefig(box, dpi=90)
     plt.close(figure)
     image = Image.open(box).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    image.save(path, optimize=True)
+    small = io.BytesIO()
+    image.save(small, "png", optimize=True)
+    harness.write(path, small.getvalue())
 
 
 def main(argv: list[str] | None = None) -> int:

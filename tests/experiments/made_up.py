@@ -41,7 +41,8 @@ def is_png(path):
 
 def fake_run(path, name="bidist_mappo_meltingpot", seed=1, substrate="coins", **flags):
     """A run directory that has only its arguments."""
-    args = importlib.import_module(name).Args(seed=seed, substrate=substrate, **flags)
+    flags |= {"substrate": substrate} if substrate else {}
+    args = importlib.import_module(name).Args(seed=seed, **flags)
     path.mkdir(parents=True)
     script = {"script": name.rpartition(".")[2]}
     (path / "args.json").write_text(json.dumps(dataclasses.asdict(args) | script))

@@ -5,8 +5,9 @@
 
 sbatch takes the options that docs/studies.md prints and refuses others. As SLURM does, it writes
 --wrap into a script, starts that with sh in the folder of the submission, gives each task a job's
-number of its own, signals the script alone (B:), and queues again what asked for it. Unlike SLURM
-it waits for all, and the first task's time is up when the file at $TIME_IS_UP_AT is there.
+number, the first one the array's own, signals the script alone (B:), and queues again what asked
+for it: under the array's number that is all of it. Unlike SLURM it waits for all, and the first
+task's time is up when the file at $TIME_IS_UP_AT is there.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def sbatch(argv):
     while queue:
         index = queue.pop(0)
         starts[index] = starts.get(index, -1) + 1
-        job = FIRST + 1 + index
+        job = FIRST + index
         slurm = {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": FIRST, "SLURM_ARRAY_TASK_ID": index}
         slurm["SLURM_RESTART_COUNT"] = starts[index]
         environment = os.environ | {key: str(x) for key, x in slurm.items()}
@@ -61,18 +62,19 @@ def sbatch(argv):
                     time.sleep(0.05)
                 process.send_signal(signal.Signals[f"SIG{name}"])
             code = process.wait()
-        again = asked.requeue and job in read("requeued")
-        ended = [*read("ended"), {"job": job, "code": code, "again": again}]
+        wanted = read("requeued") if asked.requeue else []
+        again = range(first, last + 1) if str(FIRST) in wanted else []
+        again = again or [x for x in range(first, last + 1) if f"{FIRST}_{x}" in wanted]
+        ended = [*read("ended"), {"job": job, "code": code, "again": index in again}]
         (BOOKS / "ended").write_text(json.dumps(ended))
-        if again:
-            (BOOKS / "requeued").write_text(json.dumps([]))
-            queue.append(index)
+        (BOOKS / "requeued").write_text(json.dumps([]))
+        queue += [x for x in again if x not in queue]
 
 
 def scontrol(argv):
     what, job = argv
     assert what == "requeue"
-    (BOOKS / "requeued").write_text(json.dumps([*read("requeued"), int(job)]))
+    (BOOKS / "requeued").write_text(json.dumps([*read("requeued"), job]))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Curves and final figures side by side, of directories and of studies."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from made_up import ROOT, command, experiment, is_png, rows
+from made_up import ROOT, command, experiment, fake_run, is_png, rows
 from runs import BIDIST, STEPS, script, tiny
 
 
@@ -65,6 +68,59 @@ def test_differences_from_a_parent(two, tmp_path):
     assert "[" not in one[3] and one[4] == "" and one[5] == "1 v 2"
     code, _, err = command("compare", *argv, "--against", "nobody")
     assert code == 2 and "--against nobody: no run is called so" in err
+
+
+def test_the_best_z_of_each_seed_is_one_row(tmp_path):
+    """Else a difference would be of the seeds whose best z it is: chosen by their outcome."""
+    for name, best in (("mra", [5.0, 1.0, 6.0]), ("uni", [7.0, 6.0, 6.0])):
+        for s, x in enumerate(best):
+            path = fake_run(tmp_path / f"{name}-s{s}", "mra_maddpg_particle", s, substrate=None)
+            row = {"return": x, "return_low": x, "return_high": x, "episodes": 9}
+            summary = {"timesteps": 9, "eval": {f"6 best z={s % 2}": row}}
+            (path / "summary.json").write_text(json.dumps(summary))
+    runs = sorted(tmp_path.glob("*-s?"))
+    code, printed, _ = command("compare", *runs, "--against", "uni", "--out", tmp_path / "x")
+    (line,) = (x for x in printed.splitlines() if "3 v 3" in x)
+    assert code == 0 and [x.strip() for x in line.split("|")][2:4] == ["6 best z", "return"]
+    assert "-2.33 [" in line
+
+
+def test_worlds_of_different_kinds_have_a_table_each(two, tmp_path):
+    path = fake_run(tmp_path / "mra-s1", "mra_maddpg_particle", 1, substrate=None)
+    row = {"return": 1.0, "return_low": 0.0, "return_high": 2.0, "episodes": 9}
+    (path / "summary.json").write_text(json.dumps({"timesteps": 9, "eval": {"6": row}}))
+    code, printed, _ = command("compare", two[0], path, "--out", tmp_path / "x")
+    assert code == 0
+    for table in printed.strip().split("\n\n"):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert printed.count("| run |") == 2
+
+
+def test_a_link_has_its_own_name(two, tmp_path):
+    for name, path in zip(("mine-s1", "its-s1"), two, strict=True):
+        (tmp_path / name).symlink_to(path)
+    links = [tmp_path / "mine-s1", tmp_path / "its-s1"]
+    code, printed, _ = command("compare", *links, "--against", "its", "--out", tmp_path / "x")
+    assert code == 0 and "| mine-s1 |" in printed and "difference from its" in printed
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux and unshare")
+def test_a_study_on_a_full_disk_stays(two, tmp_path):
+    """Packed in place where there is no room for it: one sentence, and the study is as it was."""
+    study = tmp_path / "disk/study.csv"
+    study.parent.mkdir()
+    command("runs", "pack", tmp_path / "study.csv", two[0])
+    shell = """mount -t tmpfs -o size=32k none disk || exit 77; cp study.csv disk; "$@"
+        code=$?; cmp study.csv disk/study.csv && ls disk; exit $code"""
+    line = ["unshare", "-rm", "sh", "-c", shell, "sh", sys.executable, "-m", "experiments.runs"]
+    line += ["pack", str(study), str(study), str(two[1]), "--curves", *["*"] * 3]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
+    done = subprocess.run(line, **options)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("may not mount a file system here")
+    assert done.returncode == 1 and done.stdout == "study.csv\n"
+    assert done.stderr == f"error: {study} cannot be written: No space left on device.\n"
 
 
 def test_a_study_says_what_its_runs_say(two, tmp_path):

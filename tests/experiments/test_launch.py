@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,8 @@ while steps < total:
         os.kill(os.getpid(), signal.SIGKILL)
     if "--fail" in words:
         raise SystemExit(1)
+    if "--fill" in words:
+        (run / "large").write_bytes(bytes(10**6))
 (run / "summary.json").write_text(json.dumps({"timesteps": steps, "eval": {}}))
 """
 LAUNCHER = """
@@ -240,6 +243,22 @@ def test_a_stopped_launcher_stops_its_runs_saved(study, launched, number):
     assert [x["words"][0] for x in calls(file, "a-s2")] == ["--run-dir", "--resume"]
 
 
+@pytest.mark.long
+def test_nohup(study, launched):
+    """A launcher that ignores SIGHUP when it starts, as under nohup, outlives its terminal."""
+    file = study(seeds=[1], timesteps=40, a="--pause 0.05")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start(file)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        wait_for(lambda: calls(file, "a-s1"))
+        process.send_signal(signal.SIGHUP)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "| a-s1 | finished |" in output
+
+
 def is_alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -305,14 +324,49 @@ def test_two_launchers_share_a_study(study, launched):
 
 def test_gpus_are_dealt_out(study, launched):
     file = study(seeds=[1, 2, 3], a="--pause 0.05", b="--pause 0.05")
-    assert launched(file, "--jobs", 4, "--gpus", 2, CUDA_VISIBLE_DEVICES="")[0] == 0
+    assert launched(file, "--jobs", 4, "--gpus", 2)[0] == 0
     (first,), (second,) = calls(file, "a-s1"), calls(file, "b-s1")
     assert {first["gpu"], second["gpu"]} == {"0", "1"}
+    assert first["words"][-6:-4] == ["--device", "cuda"]  # not in silence on the CPU
     file = study(seeds=[4], a="")
     assert launched(file, "--gpus", 1, CUDA_VISIBLE_DEVICES="5,7")[0] == 0
     assert calls(file, "a-s4")[0]["gpu"] == "5"
     code, output = launched(file, "--gpus", 3, CUDA_VISIBLE_DEVICES="5,7")
     assert code == 2 and output == "error: --gpus 3: CUDA_VISIBLE_DEVICES names 2.\n"
+    code, output = launched(file, "--gpus", 1, CUDA_VISIBLE_DEVICES="")
+    assert code == 2 and output == "error: --gpus 1: CUDA_VISIBLE_DEVICES names 0.\n"
+
+
+def test_each_process_of_a_run_has_a_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def sets(gpus, jobs, processes):
+        options = launch.Launch(Path("study.toml"), gpus=gpus, jobs=jobs)
+        return [x["CUDA_VISIBLE_DEVICES"] for x in launch.slots_of(options, processes)]
+
+    assert sets(gpus=5, jobs=0, processes=2) == ["0,1", "2,3"]
+    assert sets(gpus=4, jobs=3, processes=2) == ["0,1", "2,3", "0,1"]
+    with pytest.raises(launch.UsageError, match="--gpus 1: a run of this study has 2 processes"):
+        sets(gpus=1, jobs=0, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--gpu", 1), "--gpu is for --engine ray; --gpus gives GPUs to runs here."),
+        (("--engine", "ray", "--gpus", 2), "--gpus is for this machine; --gpu is a run's share"),
+        (("--engine", "ray", "--jobs", 2), "--jobs is for this machine; Ray runs as many"),
+        (("--extra=--seed 3",), "--seed is the study's seeds."),
+        (("--extra=--run-dir=x",), "--run-dir is the study's dir."),
+        (("--extra=--total_timesteps 3",), "--total_timesteps is the study's timesteps."),
+        (("--extra=--eval-only x",), "--eval-only is not for a study, which names runs to train."),
+    ],
+)
+def test_options_that_would_do_nothing(study, launched, words, sentence):
+    file = study(a="")
+    code, output = launched(file, *words)
+    assert code == 2 and sentence.replace("_", "-") in output.replace("_", "-")
+    assert not calls(file, "a-s1")
 
 
 def test_one_of_an_array(study, launched):
@@ -338,16 +392,16 @@ def test_slurm_starts_a_stopped_run_again(study, launched):
     tool.parent.mkdir()
     tool.write_text(f'#!/bin/sh\necho "$@" >> {tool.parent}/asked\n')
     tool.chmod(0o755)
-    slurm = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "123"}
+    slurm = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "99", "SLURM_JOB_ID": "99"}
     slurm["PATH"] = f"{tool.parent}:{os.environ['PATH']}"
     with start(file, **slurm) as process:
         wait_for(lambda: calls(file, "a-s1"))
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
-    assert (tool.parent / "asked").read_text() == "requeue 123\n"
+    assert (tool.parent / "asked").read_text() == "requeue 99_0\n"
     assert launched(file, **slurm)[0] == 0
-    assert (tool.parent / "asked").read_text() == "requeue 123\n"
+    assert (tool.parent / "asked").read_text() == "requeue 99_0\n"
     assert [x["words"][0] for x in calls(file, "a-s1")] == ["--run-dir", "--resume"]
 
 
@@ -384,7 +438,7 @@ def test_the_documented_array(study):
     printed = {x.name: x.read_text() for x in books.glob("*.out")}
     assert done.returncode == 0, (done.stderr, printed)
     ended = [(x["job"], x["code"], x["again"]) for x in json.loads((books / "ended").read_text())]
-    assert ended == [(101, 75, True), (102, 0, False), (103, 0, False), (101, 0, False)], printed
+    assert ended == [(100, 75, True), (101, 0, False), (102, 0, False), (100, 0, False)], printed
     assert [x["words"][0] for x in calls(file, "a-s1")] == ["--run-dir", "--resume"]
     for run in ("a-s1", "b-s1", "c-s1"):
         log = (folder / "my runs" / run / "metrics.jsonl").read_text().splitlines()
@@ -392,9 +446,28 @@ def test_the_documented_array(study):
     assert [len(calls(file, x)) for x in ("b-s1", "c-s1")] == [1, 1]
 
 
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux and unshare")
+def test_a_full_disk(study):
+    """A run that fills the disk has failed, in a sentence; the others have their turns, too."""
+    file = study(seeds=[1, 2], timesteps=3, big="--fill", small="")
+    (file.parent / "my runs").mkdir()
+    shell = 'mount -t tmpfs -o size=256k none "my runs" || exit 77; "$@"; code=$?; ls "my runs"'
+    line = ["unshare", "-rm", "sh", "-c", f"{shell}; exit $code", "sh"]
+    line += [sys.executable, "launcher.py", str(file), "--attempts", "1"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=file.parent)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("may not mount a file system here")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "| big-s1 | failed with code 1 |" in done.stdout
+    assert "big-s2 ended with code" in done.stderr and "small-s2" in done.stdout.split()
+    assert "not begun" not in done.stdout and ".part" not in done.stdout
+
+
 def test_without_scontrol(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     launch.requeue()
     assert capsys.readouterr().out.startswith("scontrol cannot be started, queue job 123 again:")
 

@@ -56,6 +56,29 @@ def calls(job):
     return [json.loads(line) for line in (job.run / "calls").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("flags", "found", "sentence"),
+    [
+        ("runs/mra-s1 --population 48", {}, None),
+        ("runs/other-s1 --population 48", {}, "its adapt is mra-s1, not other-s1."),
+        ("runs/mra-s1 --population 6", {}, "its population is 48, not 6."),
+        ("runs/mra-s1 --population 48", {"seed": 5}, "its seed is 5, not 1."),
+        ("runs/mra-s1 --population 48 --no-shaping", {}, "its shaping is True, not False."),
+    ],
+)
+def test_an_adaptation_of_another_run_is_refused(tmp_path, flags, found, sentence):
+    """What the command says must be so; what it leaves open comes from the adapted run."""
+    words = ("--adapt", *flags.split())
+    job = runs.Job(tmp_path / "run", "mra_maddpg_particle.py", words, 1, 30_000)
+    own = {"script": "mra_maddpg_particle", "adapt": "elsewhere/mra-s1", "population": "48"}
+    own |= {"seed": 1, "task": "pacman", "shaping": True} | found
+    if sentence is None:
+        job.check_same(own)
+    else:
+        with pytest.raises(runs.UsageError, match=f"{job.run} holds another run: {sentence}"):
+            job.check_same(own)
+
+
 def test_a_study_starts_resumes_and_keeps(jobs, capsys):
     """New runs start, one that was stopped (75) goes on, a finished one is kept, one that is too
     short goes on; a failing one is named with its log."""
