@@ -626,6 +626,9 @@ def papers_table(outcomes: list[Outcome]) -> str:
         row = {"method": method, "generalises to": what}
         for verdict in (HOLDS, FAILS, OPEN):
             row[verdict] = in_short([name for name, x in names.items() if x == verdict])
+        decided = [x for x in outcomes if names.get(x.cases[0].id, OPEN) != OPEN]
+        cases = tuple(case for x in decided for case in x.cases)
+        row["decided with, of the paper's steps"] = budget_text(cases) if cases else ""
         rows.append(row)
     return markdown_table(rows)
 
