@@ -144,6 +144,11 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     first = every * args.rollout_steps * args.num_envs * process_count()
     flag = f"--copy-every {args.copy_every}" if args.copy_every else f"--k-d {args.k_d}"
     too_rare = f"{flag} needs {first:,} steps, and the run has {args.total_timesteps:,}"
+    # Flags of phases have no use with --copy-every; older runs that have them are still read.
+    new = not args.resume and not args.eval_only
+    phases = ("forward_lr", "forward_epochs", "reverse_lr", "reverse_epochs", "noise_std")
+    idle = [x for x in (*phases, "forward", "reverse") if getattr(args, x) != getattr(Args, x)]
+    names = " ".join(f"--{x.replace('_', '-')}" for x in idle)
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
@@ -153,6 +158,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
         (learns and first > args.total_timesteps and not args.eval_only, too_rare),
         (args.copy_every and replaced, "--copy-every leaves no distillation for --reverse-mode"),
+        (args.copy_every and idle and new, f"--copy-every leaves no distillation for {names}"),
         (args.copy_every and narrow, "--copy-every needs --distilled-width 1"),
         (args.all_fictitious and args.p is not None, "--p has no use with --all-fictitious"),
         (replaced and not args.reverse, "--no-reverse excludes --reverse-mode"),
@@ -978,7 +984,8 @@ def evaluate(
     """Play full episodes without learning: self-play, then beside each co-player of --background,
     then beside the bots of each scenario of --eval-scenarios. Returns {name of the row: figures},
     as envs.meltingpot.episodes.summarise() computes them."""
-    args = dataclasses.replace(args, max_episode_steps=0)
+    if ":" not in args.substrate:  # a world of your own may have no end but this one
+        args = dataclasses.replace(args, max_episode_steps=0)
     rng = evaluation.rng
 
     def player(net: Actor, envs: Any) -> NetPlayer:

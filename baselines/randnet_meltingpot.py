@@ -10,7 +10,7 @@ not to rely on colours and textures. A loss L_FM makes h, its layers before the 
 
     python baselines/randnet_meltingpot.py                                   the papers' settings
     python baselines/randnet_meltingpot.py --resume runs/RUN --total-timesteps 2000000
-    python baselines/randnet_meltingpot.py --eval-only runs/RUN --randnet-test mc
+    python baselines/randnet_meltingpot.py --eval-only runs/RUN --randnet-test mc --run-dir runs/MC
     torchrun --nproc-per-node 2 baselines/randnet_meltingpot.py              16 worlds per process
 
 Letters: T steps, B worlds, N agents, A actions, F features, H W tiles of a view (H' W' of the
@@ -787,7 +787,8 @@ def evaluate(
     """Play full episodes without learning: self-play, then beside each co-player of --background,
     then beside the bots of each scenario of --eval-scenarios. Returns {name of the row: figures},
     as envs.meltingpot.episodes.summarise() computes them."""
-    args = dataclasses.replace(args, max_episode_steps=0)
+    if ":" not in args.substrate:  # a world of your own may have no end but this one
+        args = dataclasses.replace(args, max_episode_steps=0)
     rng = evaluation.rng
     ours = playing_actor(args, agent.actor, rng)
 

@@ -919,7 +919,8 @@ def evaluate(
     """Play full episodes without learning: self-play, then beside each co-player of --background,
     then beside the bots of each scenario of --eval-scenarios. Returns {name of the row: figures},
     as envs.meltingpot.episodes.summarise() computes them."""
-    args = dataclasses.replace(args, max_episode_steps=0)
+    if ":" not in args.substrate:  # a world of your own may have no end but this one
+        args = dataclasses.replace(args, max_episode_steps=0)
     rng = evaluation.rng
 
     def player(net: Actor, envs: Any) -> NetPlayer:

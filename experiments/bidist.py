@@ -23,13 +23,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -46,7 +47,7 @@ from annotated_types import Interval
 import experiments.compare as compare
 import experiments.scenario_table as tables
 from envs.meltingpot.episodes import play_pairs
-from envs.meltingpot.scenarios import PAPER
+from envs.meltingpot.scenarios import PAPER, find_scenarios
 from envs.meltingpot.tiles import WorldError
 from envs.statistics import draw_rows, markdown_table, mean_interval
 from experiments.runs import (
@@ -104,7 +105,7 @@ SELF_PLAY = "self-play"  # row of the evaluation that is used if there are no sc
 class Variants:
     """Options that Figs. 6, 8, C.1 and C.2 have in common."""
 
-    runs: tuple[Path, ...] = ()  # runs to compare; default: train what the figure needs
+    runs: tuple[Path, ...] | None = None  # runs to compare; default: train what the figure needs
     substrate: str = "pure_coordination_in_the_matrix__repeated"  # substrate to train in
     total_timesteps: Positive = 10_000_000  # environment steps of each run
     seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of each variant
@@ -201,20 +202,22 @@ def jobs_of(study: Variants) -> list[Job]:
             seed=seed,
             timesteps=study.total_timesteps,
         )
-        check_extra(job, own)
+        check_extra(job, study.extra, own, "the figure's")
         jobs.append(job)
     return jobs
 
 
-def check_extra(job: Job, own: dict[str, Any]) -> None:
-    """Raise UsageError for flags after --extra that the script refuses or that the figure sets."""
-    script = load_script(SCRIPT)
-    args = script_args(script, list(job.flags))
-    names = ("seed", "total_timesteps", "run_dir", "resume", "eval_only")
-    own = own | {name: getattr(script.Args, name) for name in names}
-    for name, x in own.items():
-        if getattr(args, name) != x:
-            raise UsageError(f"{as_flag(name)} is the figure's own: not after --extra.")
+RESERVED = ("seed", "total_timesteps", "run_dir", "resume", "eval_only")  # each job has its own
+
+
+def check_extra(job: Job, extra: tuple[str, ...], own: Iterable[str], whose: str) -> Any:
+    """The job's Args. UsageError for flags after --extra that its script refuses, and for those
+    that the study itself sets (own) or every job has, whatever their values."""
+    given = {word.partition("=")[0].replace("_", "-") for word in extra}
+    for name in (*own, *RESERVED):
+        if {as_flag(name), as_flag(f"no_{name}")} & given:
+            raise UsageError(f"{as_flag(name)} is {whose} own: not after --extra.")
+    return script_args(load_script(Path(job.script).stem), job.argv())
 
 
 class Score(NamedTuple):
@@ -442,13 +445,15 @@ def text_of_variants(rows: list[dict], notes: list[str], study: Variants) -> str
 
 def compare_variants(study: Variants) -> None:
     """Train the runs if none are given, then write a set of files for each kind of bots."""
+    if study.runs == ():  # as of a pattern that matches nothing: no reason to train for days
+        raise UsageError("--runs names none.")
     if study.runs and study.extra:
         raise UsageError("--extra is for runs to train, and --runs names finished ones.")
     out = study.out or Path(name_of(study))
-    paths = list(study.runs)
+    paths = list(study.runs or ())
     if not study.dry_run:
         check_out(out)
-    if not paths:
+    if study.runs is None:
         jobs = jobs_of(study)
         train_all(jobs, study.jobs, study.dry_run)
         paths = [job.run for job in jobs]
@@ -495,7 +500,7 @@ def c2(study: C2) -> None:
 # --- Table 1 and cross-play -----------------------------------------------------------------------
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> script, flags
-    "bidist": (SCRIPT, {}),
+    "bidist": (SCRIPT, {"clip_centre": "old"}),
     "bidist-printed": (SCRIPT, {"clip_centre": "printed"}),  # the letter of Eq. (9)
     **{name: (f"{name}_meltingpot", {}) for name in ("mappo", "randnet", "opre", "pp", "rpm")},
 }
@@ -523,10 +528,11 @@ def jobs_of_table(study: Table1) -> list[Job]:
         raise UsageError(f"--only {min(unknown)}: there are {', '.join(METHODS)}.")
     if not study.seeds or not study.substrates:
         raise UsageError("--seeds and --substrates must name one or more.")
-    for substrate in study.substrates:
+    seeds, substrates = dict.fromkeys(study.seeds), dict.fromkeys(study.substrates)
+    for substrate in substrates:
         seats_in(substrate)  # raises if there is no such substrate
     jobs = []
-    for seed, substrate in itertools.product(study.seeds, study.substrates):
+    for seed, substrate in itertools.product(seeds, substrates):
         for method, (script, flags) in METHODS.items():
             if study.only and method not in study.only:
                 continue
@@ -538,9 +544,24 @@ def jobs_of_table(study: Table1) -> list[Job]:
                 seed=seed,
                 timesteps=study.total_timesteps,
             )
-            script_args(load_script(script), job.argv())  # raises if the script refuses the flags
+            args = check_extra(job, study.extra, {"substrate": substrate} | flags, "the table's")
+            check_evaluated(job, args)
             jobs.append(job)
     return jobs
+
+
+def check_evaluated(job: Job, args: Any) -> None:
+    """UsageError if the run would end without what the table is made of, found before training."""
+    if not args.final_episodes:
+        raise UsageError(f"{job.run.name}: --final-episodes 0 leaves nothing for the table.")
+    try:
+        names, _ = find_scenarios(args)
+    except WorldError as error:
+        raise UsageError(f"{job.run.name}: {error}") from None
+    if not names:
+        raise UsageError(
+            f"{job.run.name} would be evaluated in no scenario, and the table is of those."
+        )
 
 
 def table1(study: Table1) -> None:
@@ -575,6 +596,9 @@ def cross_play(study: CrossPlay) -> None:
         raise UsageError("cross-play needs two runs or more, all on one substrate.")
     args = script_args(load_script(SCRIPT), ["--substrate", *substrates])
     args = dataclasses.replace(args, num_workers=study.num_workers)
+    limits = {run.args.get("max_episode_steps", 0) for run in runs}
+    if ":" in args.substrate and 0 not in limits:  # worlds of your own may have no other end
+        args = dataclasses.replace(args, max_episode_steps=max(limits))
     rng = np.random.default_rng(study.seed)
     rows = []
     worlds = min(study.num_envs, study.episodes)
@@ -623,7 +647,7 @@ def play_pair(
 
 def text_of_cross_play(rows: list[dict[str, Any]]) -> str:
     """OUT.md: a table with a line per focal run and a column per background run; then each method's
-    mean over pairs of different runs, with its interval over seeds."""
+    mean over pairs of different runs, with its interval over seeds or, below five, each run's."""
     names = list(dict.fromkeys(row["background"] for row in rows))
     found = {(row["focal"], row["background"]): row for row in rows}
     lines = []
@@ -640,12 +664,15 @@ def text_of_cross_play(rows: list[dict[str, Any]]) -> str:
             if row["focal_method"] == method and row["focal"] != row["background"]:
                 of_runs[row["focal"]].append(row["return_per_1000"])
         x = np.array([np.mean(values) for values in of_runs.values()])
-        text = f"{x.mean():.1f}"
-        if len(x) > 1:
+        text, each = f"{x.mean():.1f}", ""
+        if len(x) >= tables.SEEDS:
             low, high = mean_interval(x, draw_rows(len(x)))
             text += f" [{low:.1f}, {high:.1f}]"
-        means.append({"method": method, "beside all other runs": text, "seeds": len(x)})
-    note = "In brackets: self-play. Intervals are over seeds.\n"
+        else:
+            each = "; ".join(f"{run}: {y:.1f}" for run, y in zip(of_runs, x))
+        line = {"method": method, "beside all other runs": text, "seeds": len(x)}
+        means.append(line | {"each run": each})
+    note = f"In brackets: self-play. Intervals are over seeds, from {tables.SEEDS} on.\n"
     return "\n".join([markdown_table(lines), markdown_table(means), note])
 
 
@@ -741,12 +768,19 @@ class Loaded(NamedTuple):
     agent: Any
     rngs: dict[str, torch.Generator]  # by name: "rng" of the script, "method_rng" of its method
 
+    def check(self) -> None:
+        """UsageError if the script refuses these arguments: with few worlds, a rollout may have
+        fewer chunks than minibatches. Nothing is trained, so any number of steps will do."""
+        harness.check(self.script.validate(dataclasses.replace(self.args, eval_only="this run")))
+
     def play(self, state: Any) -> tuple[Any, Any]:
         """One rollout of the training population, and the state after it."""
         wanted = inspect.signature(self.script.collect).parameters
         if "memory" in wanted:
             name = self.script.__name__.rpartition(".")[2]
             raise UsageError(f"{name}.py acts with past actors, too, and cannot be played here.")
+        if hasattr(self.script, "draw_psi"):  # RandNet: it is drawn for each rollout in train()
+            self.agent.psi = self.script.draw_psi(self.args, self.rngs["method_rng"])
         rngs = {name: rng for name, rng in self.rngs.items() if name in wanted}
         return self.script.collect(self.args, self.envs, self.agent, state, **rngs)
 
@@ -827,6 +861,7 @@ def reverse_phases(study: Fig7) -> Phases:
     if run.args["script"] != SCRIPT:
         raise UsageError(f"{study.run} is not a run of {SCRIPT}.py, and has no phi.")
     with loaded(run, study.num_envs, study.seed) as found:
+        found.check()
         batch, state = found.last_of(study.warm_up + 1)
         script, agent = found.script, found.agent
         options = {"forward": True, "reverse": True}
@@ -834,8 +869,6 @@ def reverse_phases(study: Fig7) -> Phases:
             if getattr(study, name) is not None:
                 options[name] = getattr(study, name)
         args = dataclasses.replace(found.args, **options)
-        # With few worlds, a rollout may have fewer chunks than minibatches: validate() refuses it.
-        harness.check(script.validate(args))
 
         def distill(phase_args: Any, phase: str) -> dict[str, Any]:
             rng = torch.Generator().manual_seed(study.seed)
@@ -1029,7 +1062,10 @@ def sample_population(run: Run, study: Fig5) -> Sample:
                 probs = torch.where(batch.trained[..., None], batch.theta, batch.phi).exp()
                 fictitious.append((~batch.trained).sum(-1).flatten())
             else:
-                probs = found.policy(found.agent.actor, batch, batch.actor_hidden)
+                actor = found.agent.actor
+                if hasattr(found.agent, "psi"):  # RandNet acts on views that psi has changed
+                    actor = functools.partial(actor, psi=found.agent.psi)
+                probs = found.policy(actor, batch, batch.actor_hidden)
                 fictitious.append(torch.zeros(probs.shape[:2], dtype=torch.int64).flatten())
             acting.append(probs.flatten(2).flatten(0, 1))
     points, count = torch.cat(acting).double().numpy(), torch.cat(fictitious).numpy()
@@ -1164,11 +1200,12 @@ class Shift:
 
 def read_rows(run: Run) -> list[dict[str, Any]]:
     """The CSV's rows, one per logged figure; phase and when ("before", "after") are "" outside
-    phases. UsageError if the run logged no KL."""
+    phases. UsageError if the run is of another script (OPRE's `kl` is of other policies) or logged
+    no KL."""
+    if run.args["script"] != SCRIPT:
+        raise UsageError(f"{run.where} is not a run of {SCRIPT}.py, and has no phi.")
     if not any("kl" in scalars for scalars in run.log):
-        raise UsageError(
-            f"{run.where} logs no KL: it is not a run of {SCRIPT}.py, or has not begun."
-        )
+        raise UsageError(f"{run.where} logs no KL: it has not begun.")
     rows = []
     for scalars in run.log:
         place = dict(run=run.name, timesteps=scalars["timesteps"])
@@ -1294,9 +1331,9 @@ def reverse_run(run: Run, study: Reverse) -> list[dict[str, Any]]:
         raise UsageError(f"{run.where} is not a run of {SCRIPT}.py, and has no phi.")
     rows = []
     with loaded(run, study.num_envs, study.seed) as found:
+        found.check()
         batch, state = found.last_of(study.warm_up + 1)
     script, args, agent = found.script, found.args, found.agent
-    harness.check(script.validate(args))
     lagged = agent.distilled
     near = copy.deepcopy(lagged)
     starts = {"initial": agent.new_distilled(study.seed + 2**31), "lagged": lagged, "near": near}

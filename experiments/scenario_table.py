@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
+import harness
 from harness import Count, Positive, Seed, UsageError
 
 import numpy as np
@@ -134,12 +136,30 @@ def read_all(study: Study) -> list[Cell]:
         method = without_seed(run.name) if by_name else method_of(run.args)
         own = read_cells(run, method, study.timesteps)
         if not own:
-            script = script_file(run.args["script"])
-            command = f"python {script} --eval-only {run.path} --eval-scenarios all"
             sentence = "has no evaluation beside scenarios yet"
-            raise UsageError(f"{run.where} {sentence}: {command} makes it.")
+            raise UsageError(f"{run.where} {sentence}: {advice(run)}.")
         cells += own
     return cells
+
+
+def advice(run: Run) -> str:
+    """How a run without an evaluation beside scenarios gets one, as part of a sentence."""
+    if run.path.is_file():
+        return "pack it again from runs that have one"
+    words = ["python", script_file(run.args["script"]), "--eval-only", str(run.path)]
+    words += ["--eval-scenarios", "all"]
+    if has_weights_only(run.path):
+        words += ["--run-dir", f"runs/{run.name}"]  # an entry of the zoo stays as it is
+        return f"{shlex.join(words)} makes one there"
+    return f"{shlex.join(words)} makes it"
+
+
+def has_weights_only(run_dir: Path) -> bool:
+    """Whether the run's newest checkpoint cannot be trained on, as in zoo/."""
+    if not (run_dir / "checkpoints.json").exists():
+        return False
+    saved, _ = harness.load_checkpoint(str(run_dir), quiet=True)
+    return bool(saved.get("weights_only"))
 
 
 # --- Figures --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from envs.meltingpot.tiles import (
+    CAPACITY,
     SPRITE,
     EpisodeCounter,
     Observation,
@@ -29,29 +30,47 @@ from envs.meltingpot.tiles import (
 
 
 def find_world(name: str) -> Any:
-    """Import `name`, "module:attribute", also from the working directory; ValueError: not found."""
+    """Import `name`, "module:attribute", also from the working directory; ValueError: not found, or
+    nothing that makes a world."""
     module, _, attribute = name.partition(":")
+    if not module or module.startswith("."):
+        raise ValueError(f"--substrate {name}: '{module}' is no name of a module.")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise ValueError(f"--substrate {name}: there is no module {error.name}.") from None
     except AttributeError:
         raise ValueError(f"--substrate {name}: {module} has no {attribute}.") from None
     finally:
         sys.path.remove(here)
+    if not callable(found):
+        raise ValueError(f"--substrate {name}: {attribute} is no class and no function.")
+    return found
 
 
 def grid_of(name: str, space: Any) -> tuple[tuple[int, int], int]:
     """(H, W) and number of kinds P of a Box or MultiDiscrete; ValueError: no grid of integers."""
     shape, dtype = getattr(space, "shape", None), getattr(space, "dtype", None)
-    if shape is None or len(shape) != 2 or not np.issubdtype(dtype, np.integer):
+    is_grid = shape is not None and len(shape) == 2 and 0 not in shape
+    if not is_grid or not np.issubdtype(dtype, np.integer):
         raise ValueError(f"--substrate {name}: {space} is no grid of integers (H, W).")
     if hasattr(space, "low") and space.low.min() < 0:
         raise ValueError(f"--substrate {name}: {space} has kinds below 0.")
     highest = space.nvec.max() - 1 if hasattr(space, "nvec") else space.high.max()
-    return (int(shape[0]), int(shape[1])), int(highest) + 1
+    kinds = int(highest) + 1
+    if kinds > CAPACITY:
+        raise ValueError(f"--substrate {name}: {kinds:,} kinds are more than {CAPACITY:,}.")
+    return (int(shape[0]), int(shape[1])), kinds
+
+
+def actions_of(name: str, space: Any) -> range:
+    """The actions of a Discrete, also of one that does not start at 0; ValueError: no Discrete."""
+    count, start = getattr(space, "n", None), getattr(space, "start", None)
+    if count is None or start is None:
+        raise ValueError(f"--substrate {name}: the action space {space} is no Discrete.")
+    return range(int(start), int(start) + int(count))
 
 
 def new_colours(count: int) -> np.ndarray:
@@ -79,14 +98,19 @@ class OwnWorlds:
         self.name, self.num_envs, self.seed = name, num_envs, seed
         self.first_world, self.max_episode_steps = first_world, max_episode_steps
         self.worlds = [make() for _ in range(num_envs)]
-        self.agents = list(self.worlds[0].possible_agents)
-        self.spec, kinds = self.plan()
+        self.agents = list(getattr(self.worlds[0], "possible_agents", ()))
+        if not self.agents:
+            raise ValueError(f"--substrate {name}: its possible_agents name no player.")
+        self.spec, self.kinds = self.plan()
         self.palette = Palette.private()
-        colours = np.asarray(getattr(make, "colours", new_colours(kinds)), np.uint8)
-        if colours.shape != (kinds, 3) or colours[0].any():
+        kinds = max(self.kinds)
+        colours = np.asarray(getattr(self.worlds[0], "colours", new_colours(kinds)))
+        right = colours.shape == (kinds, 3) and not colours[0].any()
+        if not right or colours.min() < 0 or colours.max() > 255:
             text = f"colours must be {kinds} rows of red, green, blue, the first one black"
             raise ValueError(f"--substrate {name}: {text}.")
-        self.palette.load(colours[:, None, None].repeat(SPRITE, 1).repeat(SPRITE, 2))
+        sprites = colours.astype(np.uint8)[:, None, None].repeat(SPRITE, 1).repeat(SPRITE, 2)
+        self.palette.load(sprites)
         players = len(self.agents)
         self.counter = EpisodeCounter(num_envs, players)
         self.time = np.zeros(num_envs, np.int64)  # steps since each episode's start
@@ -95,24 +119,25 @@ class OwnWorlds:
         self.global_views = np.zeros((num_envs, *self.spec.world_grid), np.uint16)
         self.obs: Observation | None = None  # the latest observation
 
-    def plan(self) -> tuple[Spec, int]:
-        """The Spec, from the first world, and the number of kinds P; ValueError: players differ."""
+    def plan(self) -> tuple[Spec, list[int]]:
+        """The Spec, from the first world, and the number of kinds in each player's view and, last,
+        in the state, if there is one. ValueError: unsuitable spaces."""
         world, name = self.worlds[0], self.name
         spaces = [grid_of(name, world.observation_space(agent)) for agent in self.agents]
-        counts = {int(world.action_space(agent).n) for agent in self.agents}
-        if len({grid for grid, _ in spaces}) > 1 or len(counts) > 1:
+        choices = {actions_of(name, world.action_space(agent)) for agent in self.agents}
+        if len({grid for grid, _ in spaces}) > 1 or len(choices) > 1:
             text = "all players must have views of one size and the same actions"
             raise ValueError(f"--substrate {name}: {text}.")
-        grid, kinds = spaces[0][0], max(kinds for _, kinds in spaces)
+        grid, kinds = spaces[0][0], [kinds for _, kinds in spaces]
         world_grid = (len(self.agents) * grid[0], grid[1])  # the players' views, one below another
         if hasattr(world, "state_space"):
             world_grid, more = grid_of(name, world.state_space)
-            kinds = max(kinds, more)
+            kinds.append(more)
         spec = Spec(
             substrate=name,
             roles=("default",) * len(self.agents),
             is_focal=(True,) * len(self.agents),
-            actions=tuple({"action": k} for k in range(counts.pop())),
+            actions=tuple({"action": action} for action in choices.pop()),
             grid=grid,
             world_grid=world_grid,
             features=(),
@@ -150,13 +175,14 @@ class OwnWorlds:
 
     def step(self, actions: np.ndarray) -> Step:
         """Step every world with actions (B, N) int; where an episode ends, the next begins.
-        WorldError if an episode ends for some players only."""
+        WorldError if an episode ends for some players only, or if a world breaks its spaces."""
         shape = actions.shape
         reward, pick_ups = np.zeros(shape), np.zeros(shape, np.int64)
         terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
         for b, world in enumerate(self.worlds):
-            chosen = dict(zip(self.agents, actions[b].tolist()))
-            views, rewards, ends, cuts, infos = world.step(chosen)
+            chosen = [self.spec.actions[k]["action"] for k in actions[b]]
+            views, rewards, ends, cuts, infos = world.step(dict(zip(self.agents, chosen)))
+            self._complete(rewards=rewards, terminations=ends, truncations=cuts, infos=infos)
             self.time[b] += 1
             ended = [bool(ends[agent] or cuts[agent]) for agent in self.agents]
             if any(ended) and not all(ended):
@@ -194,11 +220,33 @@ class OwnWorlds:
         self.episode[b] += 1
         self._look(b, views)
 
+    def _complete(self, **answers: dict[str, Any]) -> None:
+        """WorldError if one of the named answers of a world has no entry for a player."""
+        for what, of_players in answers.items():
+            for agent in self.agents:
+                if agent not in of_players:
+                    raise WorldError(f"{self.name}: there is nothing for {agent} in its {what}.")
+
+    def _checked(self, what: str, view: Any, grid: tuple[int, int], kinds: int) -> np.ndarray:
+        """The view; WorldError if it is not in its space: the networks' tables check no id."""
+        view = np.asarray(view)
+        if view.shape != grid:
+            text = f"{what} has shape {view.shape}, and its space {grid}"
+            raise WorldError(f"{self.name}: {text}.")
+        for kind in (view.min(), view.max()):
+            if not 0 <= kind < kinds:
+                text = f"{what} holds kind {kind}, and its space has 0 to {kinds - 1}"
+                raise WorldError(f"{self.name}: {text}.")
+        return view
+
     def _look(self, b: int, views: dict[str, np.ndarray]) -> None:
+        self._complete(observations=views)
         for player, agent in enumerate(self.agents):
-            self.views[b, player] = views[agent]
+            view, kinds = views[agent], self.kinds[player]
+            self.views[b, player] = self._checked("a view", view, self.spec.grid, kinds)
         if hasattr(self.worlds[b], "state_space"):
-            self.global_views[b] = self.worlds[b].state()
+            state, grid = self.worlds[b].state(), self.spec.world_grid
+            self.global_views[b] = self._checked("a state", state, grid, self.kinds[-1])
         else:
             self.global_views[b] = self.views[b].reshape(self.spec.world_grid)
 

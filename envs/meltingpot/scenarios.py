@@ -26,6 +26,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -477,12 +478,14 @@ def scenario_rows(
     envs.meltingpot.episodes.summarise()}, and write CSVs to evaluation.run_dir / "evaluation".
 
     args: of a script, with substrate, seed, num_envs, num_workers, worker_timeout, eval_ids,
-    eval_scenarios and bots. evaluation: harness.Evaluation; a run_dir of None writes no files.
-    num_ids: number of agent ids. NoWorldError as find_scenarios(); WorldError: cannot write.
+    eval_scenarios, eval_only, run_dir and bots. evaluation: harness.Evaluation; a run_dir of None
+    writes no files. num_ids: number of agent ids. NoWorldError as find_scenarios(), and if the run
+    has better files already; WorldError: cannot write.
     """
     names, bots = find_scenarios(args)
     if not names:
         return {}
+    check_kept(args, evaluation, names, bots)
     evaluation.expect(evaluation.episodes * len(names))
     played = play_scenarios(
         names,
@@ -515,18 +518,47 @@ def scenario_rows(
     return {row: summarise(results) for row, results in played.items()}
 
 
+def check_kept(args: Any, evaluation: Any, names: Sequence[str], bots: Kind) -> None:
+    """NoWorldError if --eval-only without --run-dir would replace better files of the run."""
+    # Tables read these files as the run's final evaluation. A look at the run, as with fewer
+    # episodes or by another policy, must not take its place, and is refused before it is played.
+    run_dir = evaluation.run_dir
+    if not args.eval_only or args.run_dir or not run_dir:
+        return
+    described = run_dir / "args.json"
+    own = json.loads(described.read_text()) if described.exists() else {}
+    other = [x for x in ("eval_ids", "randnet_test") if x in own and own[x] != getattr(args, x)]
+    for name in names:
+        file = file_of(evaluation.kind, evaluation.timesteps, short(name), bots)
+        path = run_dir / "evaluation" / file
+        if not path.exists():
+            continue
+        reasons = [f"--{x.replace('_', '-')} {own[x]}" for x in other]
+        episodes = len(path.read_text().splitlines()) - 1
+        if episodes > evaluation.episodes:
+            reasons.append(f"{episodes} episodes")
+        if reasons:
+            text = f"{path} has {' and '.join(reasons)} and stays as it is"
+            raise NoWorldError(f"{text}: name another directory by --run-dir.")
+
+
 COLUMNS = ("scenario", "bots", "seed", "timesteps", "episode", *Result._fields)
+
+
+def file_of(kind: str, timesteps: int, scenario: str, bots: str) -> str:
+    """The name of a scenario's file, as "final-1000000-SC0-scripted.csv"."""
+    return f"{kind}-{timesteps}-{scenario}-{bots}.csv"
 
 
 def save_results(
     folder: Path, kind: str, substrate: str, seed: int, timesteps: int, results: dict
 ) -> None:
-    """Write a CSV per scenario, a line per episode: folder/final-1000000-SC0-scripted.csv."""
+    """Write a CSV per scenario, a line per episode, named by file_of()."""
     folder.mkdir(parents=True, exist_ok=True)
     for row, episodes in results.items():
         scenario, _, bots = row.partition(" ")
         about = (f"{substrate}_{scenario.removeprefix('SC')}", bots, seed, timesteps)
-        part = folder / f".{kind}-{timesteps}-{scenario}-{bots}.csv"
+        part = folder / f".{file_of(kind, timesteps, scenario, bots)}"
         with part.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from made_up import experiment, is_png, rows
+from made_up import experiment, fake_run, is_png, rows
 from runs import BIDIST, script, tiny
 
 bidist, runs = experiment("bidist"), experiment("runs")
@@ -126,6 +126,25 @@ def test_samples_are_of_who_acted(trained):
         bidist.sample_population(runs.Run(trained[0]), study)
 
 
+def test_samples_of_randnet_see_what_it_saw(tmp_path):
+    """The points are the policies that acted in the rollout, on the views that psi changed."""
+    name = "baselines.randnet_meltingpot"
+    assert script(name).main(tiny(name, tmp_path / "run", 1, "--clean-share", "0")) == 0
+    run = runs.Run(tmp_path / "run")
+    study = bidist.Fig5((run.path,), samples=40, rollouts=1, num_envs=2, warm_up=0)
+    points = bidist.sample_population(run, study).points.reshape(40, 2, 3)
+    with bidist.loaded(run, 2, study.seed) as found:
+        batch, _ = found.last_of(1)
+        assert found.agent.psi is not None
+        clean = found.policy(found.agent.actor, batch, batch.actor_hidden)
+    order = np.random.default_rng(study.seed).permutation(40)
+    actions = batch.actions.flatten(0, 1).numpy()[order]
+    acted = np.take_along_axis(points, actions[..., None], -1)[..., 0]
+    log_probs = batch.log_probs.flatten(0, 1).double().numpy()[order]
+    assert np.allclose(acted, np.exp(log_probs), atol=1e-6)
+    assert not np.allclose(points, clean.flatten(0, 1).numpy()[order], atol=1e-6)
+
+
 def test_errors_of_distributions(trained, tmp_path, capsys):
     other = shutil.copytree(trained[0], tmp_path / "other-s1")
     args = json.loads((other / "args.json").read_text())
@@ -199,6 +218,15 @@ def test_minibatches_without_a_chunk(tmp_path, capsys):
     assert line == "error: --minibatches exceeds the 2 chunks of a rollout."
 
 
+def test_a_short_run_in_few_worlds(tmp_path):
+    """Its one iteration is fewer steps than a rollout of the 16 worlds that play it here."""
+    assert script(BIDIST).main(tiny(BIDIST, tmp_path / "run", 1)) == 0
+    out = ["--warm-up", "0", "--out", str(tmp_path / "x")]
+    assert bidist.main(["fig7", str(tmp_path / "run"), *out]) == 0
+    few = ["--rates", "1e-3", "--epochs", "1"]
+    assert bidist.main(["reverse", str(tmp_path / "run"), *few, *out]) == 0
+
+
 # Distillation over training ---------------------------------------------------------------------
 
 
@@ -232,7 +260,19 @@ def test_shift_is_what_was_logged(trained, tmp_path, capsys):
     assert count == len(found)
     assert is_png(tmp_path / "x.png")
     assert bidist.main(["shift", str(trained[2])]) == 2
-    assert "logs no KL: it is not a run of bidist_mappo_meltingpot.py" in capsys.readouterr().err
+    assert "is not a run of bidist_mappo_meltingpot.py, and has no phi" in capsys.readouterr().err
+
+
+def test_the_kl_of_other_methods_is_no_distillation(tmp_path, capsys):
+    """OPRE logs `kl`, of its posterior and its prior, and none of the other scalars."""
+    run = fake_run(tmp_path / "opre-s1", "baselines.opre_meltingpot")
+    (run / "metrics.jsonl").write_text('{"timesteps": 40, "kl": 0.1}\n')
+    assert bidist.main(["shift", str(run), "--out", str(tmp_path / "x")]) == 2
+    sentence = f"{run} is not a run of {BIDIST}.py, and has no phi."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+    new = fake_run(tmp_path / "new-s1")
+    assert bidist.main(["shift", str(new), "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == f"error: {new} logs no KL: it has not begun.\n"
 
 
 def test_errors_of_shift_are_one_sentence(trained, tmp_path, capsys):

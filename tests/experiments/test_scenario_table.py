@@ -335,6 +335,24 @@ def test_wrong_options_are_one_sentence(tmp_path, capsys, flags, sentence):
     assert line == f"error: {sentence.format(tmp=tmp_path)}"
 
 
+def test_advice_that_works(tmp_path, capsys):
+    """An entry of the zoo stays as it is; a packed study names no run to evaluate."""
+    run = fake_run(tmp_path / "a-s1", MAPPO)
+    study = tmp_path / "study.csv"
+    assert runs.main(["pack", str(study), str(run)]) == 0
+    assert make(tmp_path / "x", study) == 2
+    begin = "has no evaluation beside scenarios yet"
+    sentence = f"a-s1 in {study} {begin}: pack it again from runs that have one."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+    entry = ROOT / "zoo/coins-mappo-s1"
+    bare = tmp_path / "coins-mappo-s1"
+    shutil.copytree(entry, bare, ignore=lambda *_: ["evaluation"])
+    assert make(tmp_path / "x", bare) == 2
+    command = f"python baselines/mappo_meltingpot.py --eval-only {bare} --eval-scenarios all"
+    sentence = f"{bare} {begin}: {command} --run-dir runs/{bare.name} makes one there."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
 def test_parent_is_found_in_baselines(tmp_path, capsys):
     run = fake_run(tmp_path / "a-s1", MAPPO)
     assert make(tmp_path / "x", run) == 2

@@ -26,6 +26,13 @@ def test_the_tables_runs(tmp_path, monkeypatch, capsys):
     assert scripts == own | {"bidist_mappo_meltingpot.py"}
     assert bidist.main([*argv, "--only", "mappo", "pp", "--substrates", "coins"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 * 2
+    twice = ["--substrates", "coins", "coins", "--seeds", "3", "3", "--only", "mappo", "--dry-run"]
+    assert bidist.main(["table1", *twice]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+OWN = "is the table's own: not after --extra."
+NOWHERE = "would be evaluated in no scenario"
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,16 @@ def test_the_tables_runs(tmp_path, monkeypatch, capsys):
         (["--only", "reinforce"], "--only reinforce: there are bidist, "),
         (["--seeds"], "--seeds"),
         (["--extra", "--k-d", "3"], "--k-d"),  # not all scripts have it
+        (["--only", "bidist-printed", "--extra", "--clip-centre", "old"], f"--clip-centre {OWN}"),
+        (["--only", "bidist", "--extra", "--clip-centre=printed"], f"--clip-centre {OWN}"),
+        (["--extra", "--substrate", "toy"], f"--substrate {OWN}"),
+        (["--extra", "--run-dir", "x"], f"--run-dir {OWN}"),
+        (["--extra", "--run_dir=x"], f"--run-dir {OWN}"),
+        (["--extra", "--seed", "1"], f"--seed {OWN}"),
+        (["--extra", "--total-timesteps", "10000000"], f"--total-timesteps {OWN}"),
+        (["--substrates", "toy"], f"toy-bidist-s1 {NOWHERE}"),
+        (["--substrates", "coins", "--extra", "--eval-scenarios", "none"], NOWHERE),
+        (["--extra", "--final-episodes", "0"], "--final-episodes 0 leaves nothing for the table."),
         (
             ["--substrates", "coinz"],
             "error: Unknown substrate 'coinz': did you mean coins or coop_mining?\n",
@@ -62,7 +79,25 @@ def test_cross_play(trained, tmp_path, capsys):
     mappo = [float(r["return_per_1000"]) for r in others if r["focal_method"] == method]
     assert len(mappo) == 2 and f"| {method} | {np.mean(mappo):.1f} | 1 |" in text
     theirs = [float(r["return_per_1000"]) for r in others if r["focal_method"] != method]
-    assert f"{np.mean(theirs):.1f} [" in text and "| 2 |" in text
+    assert f"| {np.mean(theirs):.1f} | 2 | {trained[0].name}: " in text  # two seeds, one by one
+
+
+def test_intervals_of_cross_play():
+    """From five seeds on, over seeds; fewer are listed with each run's own mean."""
+    value = {f"a-s{seed}": 10.0 * seed for seed in range(1, 6)} | {"b-s1": 7.0, "b-s2": 9.0}
+    table = [
+        {
+            "focal": focal,
+            "focal_method": focal[0],
+            "background": background,
+            "return_per_1000": x if focal != background else 1000.0,
+        }
+        for focal, x in value.items()
+        for background in value
+    ]
+    text = bidist.text_of_cross_play(table)
+    assert "| a | 30.0 [" in text and "| 5 |  |" in text
+    assert "| b | 8.0 | 2 | b-s1: 7.0; b-s2: 9.0 |" in text
 
 
 def test_who_plays_the_focal_seat(trained, tmp_path):

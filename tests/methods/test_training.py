@@ -182,7 +182,11 @@ EFFECTS = {
     "mask_fictitious": (["--mask-fictitious"], changed("actor"), None),
     "clip_centre": (["--clip-centre", "printed", "--p", "0.9"], changed("actor"), None),
     "advantages_per_population": (["--advantages-per-population"], changed("actor"), None),
-    "copy_every": (["--copy-every", "1"], changed("distilled"), None),
+    "copy_every": (
+        ["--copy-every", "1", "--forward-epochs", "5", "--reverse-epochs", "5"],
+        changed("distilled"),
+        None,
+    ),
     "k_d": (["--k-d", "2"], changed("distilled"), None),
     "distilled_width": (
         ["--distilled-width", "0.5"],

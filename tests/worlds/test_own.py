@@ -1,5 +1,7 @@
 """Worlds of one's own: the page's code runs as it stands there, and is what training sees."""
 
+import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,9 +13,16 @@ from runs import tiny
 
 import bidist_mappo_meltingpot as bidist
 from baselines import mappo_meltingpot as mappo
+from baselines import opre_meltingpot as opre
+from baselines import pp_meltingpot as pp
+from baselines import randnet_meltingpot as randnet
+from baselines import rpm_meltingpot as rpm
 from envs.meltingpot.own import OwnWorlds
+from envs.meltingpot.tiles import WorldError
+from experiments import bidist as figures
 
 PAGE = Path(bidist.__file__).parent / "docs/own_world.md"
+ALL = (bidist, mappo, randnet, opre, pp, rpm)
 
 
 @pytest.fixture
@@ -26,6 +35,15 @@ def my_world(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_world", raising=False)
     yield tmp_path
     sys.modules.pop("my_world", None)
+
+
+def add(folder, name, *lines):
+    """Append to my_world.py the class NAME, a kind of Berries with these lines."""
+    text = "\n".join(
+        ("from gymnasium.spaces import MultiBinary", f"class {name}(Berries):", *lines)
+    )
+    with (folder / "my_world.py").open("a") as file:
+        file.write(f"\n\n{text}\n")
 
 
 def lines_of(path):
@@ -109,7 +127,61 @@ def test_an_optional_limit_and_a_global_view(my_world):
         assert [bool(x.truncated[0]) for x in steps] == ([False] * 6 + [True]) * 2
 
 
+def test_a_world_without_an_end_is_evaluated_up_to_the_limit(my_world):
+    """Every script's evaluation would wait for the end of an episode for ever."""
+    step = ["    def step(self, actions):", "        self.time = 0"]
+    add(my_world, "Endless", *step, "        return super().step(actions)")
+    for script in ALL:
+        argv = tiny(script.__name__, script.__name__, 1, "--substrate", "my_world:Endless")
+        argv += ["--final-episodes", "2", "--max-episode-steps", "10"]
+        assert script.main(argv) == 0
+        summary = json.loads(Path(script.__name__, "summary.json").read_text())
+        assert summary["eval"]["self-play"]["length"] == 10
+    pair = [mappo.__name__, opre.__name__, "--episodes", "2", "--out", "cross"]
+    assert figures.main(["cross-play", *pair]) == 0
+    with Path("cross.csv").open(newline="") as file:
+        assert [row["length"] for row in csv.DictReader(file)] == ["10"] * 4
+
+
+def test_actions_that_do_not_start_at_0(my_world):
+    """The world gets what is in its space; the scripts still count from 0."""
+    add(
+        my_world,
+        "Late",
+        "    def action_space(self, agent):",
+        "        return Discrete(3, start=2)",
+        "",
+        "    def step(self, actions):",
+        "        self.seen = actions",
+        "        return super().step(actions)",
+    )
+    with OwnWorlds("my_world:Late", 1) as envs:
+        envs.reset()
+        envs.step(np.array([[0, 2]]))
+        assert envs.worlds[0].seen == {"a": 2, "b": 4}
+        assert envs.spec.actions == ({"action": 2}, {"action": 3}, {"action": 4})
+
+
+def test_colours_of_an_instance(my_world):
+    """Also of a function that makes the world."""
+    with (my_world / "my_world.py").open("a") as file:
+        file.write("\n\ndef painted():\n    world = Berries()\n")
+        file.write("    world.colours = [(0, 0, 0), (1, 2, 3), (4, 5, 6), (7, 8, 9)]\n")
+        file.write("    return world\n")
+    with OwnWorlds("my_world:painted", 1) as envs:
+        assert envs.images(np.array([[3]], np.uint16))[0, 0].tolist() == [7, 8, 9]
+
+
 WRONG = {
+    ".a:Berries": "--substrate .a:Berries: '.a' is no name of a module.",
+    ":Berries": "--substrate :Berries: '' is no name of a module.",
+    "os:path": "--substrate os:path: path is no class and no function.",
+    "os:getcwd": "its possible_agents name no player",
+    "my_world:Empty": "its possible_agents name no player",
+    "my_world:Steered": "the action space Box(0.0, 1.0, (2,), float32) is no Discrete",
+    "my_world:Switches": "the action space MultiBinary(3) is no Discrete",
+    "my_world:Many": "2,147,483,648 kinds are more than 65,536",
+    "my_world:Bright": "colours must be 4 rows",
     "my_world:Nobody": "my_world has no Nobody",
     "nowhere:Berries": "there is no module nowhere",
     "my_world:Flat": "is no grid of integers",
@@ -121,6 +193,21 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_world_is_one_sentence(name, my_world, capsys):
+    add(my_world, "Empty", "    possible_agents = []")
+    add(my_world, "Steered", "    def action_space(self, agent):", "        return Box(0, 1, (2,))")
+    add(
+        my_world,
+        "Switches",
+        "    def action_space(self, agent):",
+        "        return MultiBinary(3)",
+    )
+    add(
+        my_world,
+        "Many",
+        "    def observation_space(self, agent):",
+        "        return Box(0, 2**31 - 1, (5, 5), np.int32)",
+    )
+    add(my_world, "Bright", "    colours = [(0, 0, 0)] + 3 * [(0, 0, 256)]")
     with (my_world / "my_world.py").open("a") as file:
         file.write(
             "\n\nclass Flat(Berries):\n"
@@ -149,3 +236,52 @@ def test_players_that_leave_end_the_run_in_one_sentence(my_world, capsys):
         )
     assert bidist.main(tiny(bidist.__name__, "run", 1, "--substrate", "my_world:Leaves")) == 1
     assert "an episode must end for all players at once" in capsys.readouterr().err
+
+
+# What a world of the class NAME gives on reset() or step(), with what is wrong with it.
+BROKEN = {
+    "view['a'][0, 0] = 4": "a view holds kind 4, and its space has 0 to 3.",
+    "view['b'][4, 4] = -1": "a view holds kind -1, and its space has 0 to 3.",
+    "view['a'] = view['a'][0]": "a view has shape (5,), and its space (5, 5).",
+    "view['b'] = view['b'][:4]": "a view has shape (4, 5), and its space (5, 5).",
+    "del view['b']": "there is nothing for b in its observations.",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_views_outside_their_space(what, my_world):
+    """Unchecked, such ids read past the end of the networks' tables."""
+    lines = ["    def look(self):", "        view = super().look()", f"        {what}"]
+    add(my_world, "Broken", *lines, "        return view")
+    with OwnWorlds("my_world:Broken", 1) as envs, pytest.raises(WorldError) as error:
+        envs.reset()
+    assert str(error.value) == f"my_world:Broken: {BROKEN[what]}"
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ("np.full((2, 3), 7)", "a state holds kind 7, and its space has 0 to 6."),
+        ("np.full((1, 3), 6)", "a state has shape (1, 3), and its space (2, 3)."),
+    ],
+)
+def test_a_state_outside_its_space(state, sentence, my_world):
+    space = "    state_space = Box(0, 6, (2, 3), np.int8)"
+    colours = "    colours = [(k, k, k) for k in range(7)]"
+    add(my_world, "Seen", space, colours, "    def state(self):", f"        return {state}")
+    with OwnWorlds("my_world:Seen", 1) as envs, pytest.raises(WorldError) as error:
+        envs.reset()
+    assert str(error.value) == f"my_world:Seen: {sentence}"
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_answers_without_a_player(number, my_world):
+    """They end the run in one sentence, whichever of the dictionaries lacks one."""
+    answer = ["    def step(self, actions):", "        answer = super().step(actions)"]
+    add(my_world, "Short", *answer, f"        del answer[{number}]['b']", "        return answer")
+    names = ("observations", "rewards", "terminations", "truncations", "infos")
+    with OwnWorlds("my_world:Short", 1) as envs:
+        envs.reset()
+        with pytest.raises(WorldError) as error:
+            envs.step(np.zeros((1, 2), int))
+    assert str(error.value) == f"my_world:Short: there is nothing for b in its {names[number]}."

@@ -18,6 +18,8 @@ import sys
 import types
 from pathlib import Path
 
+import harness
+
 import numpy as np
 import pytest
 import scipy.sparse.csgraph
@@ -32,15 +34,17 @@ from envs.meltingpot.scenarios import (
     Plan,
     ScenarioEngine,
     Scenarios,
+    check_kept,
     choose_bots,
     choose_scenarios,
     get_plan,
     play_scenarios,
     save_results,
     scenario_names,
+    scenario_rows,
     unscripted,
 )
-from envs.meltingpot.tiles import Palette, ids_to_images
+from envs.meltingpot.tiles import NoWorldError, Palette, ids_to_images
 from envs.meltingpot.toy import TileGame
 from envs.meltingpot.worlds import MeltingPot, get_spec, import_meltingpot
 
@@ -687,6 +691,36 @@ def test_results_are_written_whole(tmp_path):
         ("4", "100", "0"),
         ("4", "100", "1"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"final_episodes": 1}, "2 episodes"),
+        ({"randnet_test": "mc"}, "--randnet-test clean"),
+        ({"eval_ids": "slot", "final_episodes": 1}, "--eval-ids random and 2 episodes"),
+    ],
+)
+def test_a_look_at_a_run_keeps_its_final_evaluation(flags, reason, tmp_path):
+    """--eval-only in the run's own directory; refused before anything is played."""
+    args = script("baselines.randnet_meltingpot").Args(substrate=COINS, final_episodes=2)
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    results = {"SC3 scripted": [Result(1.5, 2.0, 3.0, 4.0, 5), Result(0.0, 1.0, 0.0, 2.0, 7)]}
+    save_results(tmp_path / "evaluation", "final", COINS, 1, 100, results)
+    path = tmp_path / "evaluation/final-100-SC3-scripted.csv"
+    options = {"eval_only": str(tmp_path), "eval_scenarios": "SC3", "bots": "scripted"}
+    again = dataclasses.replace(args, **options)
+    look = dataclasses.replace(again, **flags)
+    evaluation = harness.Evaluation(look, "final", 100, tmp_path)
+    sentence = f"{path} has {reason} and stays as it is: name another directory by --run-dir."
+    with pytest.raises(NoWorldError) as error:
+        scenario_rows(look, evaluation, None, num_ids=2)
+    assert str(error.value) == sentence
+    # The same evaluation again, one elsewhere and one after other steps are free to be written.
+    check_kept(again, harness.Evaluation(again, "final", 100, tmp_path), ["coins_3"], "scripted")
+    elsewhere = dataclasses.replace(look, run_dir="elsewhere")
+    check_kept(elsewhere, evaluation, ["coins_3"], "scripted")
+    check_kept(look, harness.Evaluation(look, "final", 200, tmp_path), ["coins_3"], "scripted")
 
 
 @contextlib.contextmanager
