@@ -716,6 +716,8 @@ def train_all(
                 return
             try:
                 code = trainer.train(job)
+            except UsageError:
+                raise
             except RunError as error:  # of this run alone, as from a full disk
                 trainer.tell(f"{job.run.name}: {error}")
                 code = error.code
@@ -784,10 +786,14 @@ def check_out(out: Path) -> None:
 
 def finish(out: Path, text: str, rows: list[dict[str, Any]], figure: Any = None) -> None:
     """Write OUT.md (text), OUT.csv (rows) and, with a figure, OUT.png; print the text."""
-    harness.write(beside(out, ".md"), text.encode())
-    write_rows(beside(out, ".csv"), rows)
-    if figure is not None:
-        save_figure(figure, beside(out, ".png"))
+    try:
+        harness.write(beside(out, ".md"), text.encode())
+        write_rows(beside(out, ".csv"), rows)
+        if figure is not None:
+            save_figure(figure, beside(out, ".png"))
+    except RunError as error:
+        _, _, reason = str(error).partition("cannot be written: ")
+        raise UsageError(f"--out {out} cannot be written: {reason}") from None
     print(text)
 
 
