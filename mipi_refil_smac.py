@@ -16,7 +16,7 @@ divergence is the mutual information of the agent's actions and s*, given s+.
 (12) and (13) alternate --ba-iterations times per step of the critic (Blahut-Arimoto algorithm).
 (16), with REFIL's loss of imagined groups, trains utilities and mixer. (17) trains the marginal's
 network. (18) trains the policy's head and, unless --detach-actor-trunk, the layers that the policy
-shares with the utilities.
+shares with the utilities; --policy exact has no head and plays the maximum of (13) itself.
 
     python mipi_refil_smac.py --scenario sz --team-sizes 3 4 5 --eval-team-sizes 6 7 8
     python mipi_refil_smac.py --scenario mmm --preset cpu                    for CPUs
@@ -199,10 +199,12 @@ LINE = ("return", "win", "td_loss", "sps")  # scalars of lines printed where the
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(whether it is wrong, message) for combinations of flags that would not do what they say."""
-    greedy = args.policy == "greedy"
+    greedy, exact = args.policy == "greedy", args.policy == "exact"
     imagines = args.imagine and args.scenario != "resource"
     regularizes = args.regularizer != "none" and not args.observe_self_only
     alpha_i = args.alpha if args.alpha_i is None else args.alpha_i
+    is_free = args.alpha == alpha_i == 0  # None: a default, which is not 0
+    informed = regularizes and args.regularizer == "mi" and not is_free
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
@@ -224,12 +226,16 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--policy greedy has no Eq. (18): no --actor-loss-times-w",
         ),
         (
-            args.policy == "exact" and (args.actor_loss_times_w or args.alpha_i_over_w),
+            exact and (args.actor_loss_times_w or args.alpha_i_over_w),
             "--policy exact has no Eq. (18): no --actor-loss-times-w, no --alpha-i-over-w",
         ),
         (
-            args.policy == "exact" and regularizes and alpha_i == 0 != args.alpha,
+            exact and regularizes and alpha_i == 0 != args.alpha,
             "--policy exact with --alpha-i 0 is greedy: its logarithm is not finite",
+        ),
+        (
+            exact and not informed and args.ba_iterations,
+            "--policy exact without a marginal has nothing to alternate: no --ba-iterations",
         ),
         (
             args.observe_self_only and args.regularizer != "mi",
@@ -778,8 +784,11 @@ class Agent(Parts):
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
         if self.args.policy == "exact":
-            # Eq. (13): pi ~ m exp(Q / alpha)
-            return log_probabilities(log_m + q / self.alpha_i, avail)
+            # Eq. (13): pi ~ m exp(Q / alpha), the same for Q minus its largest value. So a tiny
+            # alpha puts no available action but the best near or below MASKED.
+            best = q.masked_fill(~avail, MASKED).amax(-1, keepdim=True)
+            score = ((q - best) / self.alpha_i).clamp(min=MASKED)
+            return log_probabilities(log_m + score, avail)
         with torch.autocast(memory.device.type, enabled=False):
             return log_probabilities(self.policy(memory, tagged), avail)
 

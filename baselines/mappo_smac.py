@@ -541,7 +541,7 @@ def n_step_returns(steps: Played, next_values: Tensor, gamma: float, n: int) -> 
     """n-step returns G (T, B), shorter before `ends`; next_values (T, B): V' after each step."""
     goes_on = ~steps.terminated
     later = next_values  # G^(0)_t+1 = V'(s_t+1)
-    for _ in range(n):
+    for _ in range(min(n, len(next_values))):  # no return has more than T rewards
         # G^(n)_t = R_t + gamma G^(n-1)_t+1
         returns = steps.rewards + gamma * later * goes_on
         later = F.pad(returns[1:], (0, 0, 0, 1))

@@ -144,8 +144,8 @@ class Train:
     """
 
     tables: Annotated[tuple[Table, ...], tyro.conf.Positional]  # tables to train for
-    tasks: tuple[Task, ...] = ("sz", "csz", "mmm")  # scenarios of the battles
-    seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of each method
+    tasks: Annotated[tuple[Task, ...], MinLen(1)] = ("sz", "csz", "mmm")  # scenarios of the battles
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (1, 2, 3)  # seeds of each method
     total_timesteps: Positive = 500_000  # environment steps of each run
     preset: Literal["cpu", "paper"] = "cpu"  # the scripts' --preset
     eval_episodes: Positive = 160  # episodes per team size in each of the ten evaluations
@@ -206,7 +206,7 @@ def train(study: Train) -> None:
         runs = {name: command for name, command in runs.items() if name in names}
     more = split_words(study.flags, "--flags")
     jobs = []
-    for seed, (name, command) in itertools.product(study.seeds, runs.items()):
+    for seed, (name, command) in itertools.product(dict.fromkeys(study.seeds), runs.items()):
         script, *flags = shlex.split(f"{command} {shared}")
         jobs.append(
             Job(
@@ -291,7 +291,6 @@ TABLE_3 = {  # with the alphas of appendix D.3, for which the paper has curves o
     },
 }
 TABLES = {"Table 1": TABLE_1, "Table 2": TABLE_2, "Table 3": TABLE_3}
-DEFAULT_ALPHA = {"sz": 0.03, "csz": 0.03, "mmm": 0.1, "resource": 0.05}
 BASELINES = {"collaq_smac": "CollaQ", "mappo_smac": "MAPPO"}  # {script: row}
 PPO = ("mappo_smac", "mipi_mappo_smac")
 # Flags that row_name() reads, and flags that differ within a row: they are never listed beside it.
@@ -358,6 +357,12 @@ class Evaluated:
         return float(np.mean(values or [np.nan]))
 
 
+def default_alpha(args: dict[str, Any]) -> float:
+    """The alpha of a run of mipi_refil_smac.py without --alpha."""
+    collecting = 0.005 if args.get("rescale") else 0.05  # rescaled rewards are a tenth
+    return {"mmm": 0.1, "resource": collecting}.get(args["scenario"], 0.03)
+
+
 def row_name(args: dict[str, Any]) -> str:
     """The name of a run's row in the paper's tables, or a name in that form."""
     if args["script"] == "refil_smac":
@@ -367,11 +372,11 @@ def row_name(args: dict[str, Any]) -> str:
     if args["script"] in PPO:
         term = {"mi": "MI", "entropy": "entropy"}[args["regularizer"]]
         return f"MAPPO + {term}, alpha {args['alpha']:g}" if args["alpha"] else "MAPPO"
-    alpha, task = args["alpha"], args["scenario"]
+    alpha = args["alpha"]
     name = {"none": "Value", "entropy": "Entropy", "mi": "MIPI"}[args["regularizer"]]
     if args.get("observe_self_only"):
         return "alpha inf"
-    if alpha is None or float(alpha) == DEFAULT_ALPHA[task]:
+    if alpha is None or float(alpha) == default_alpha(args):
         return name
     return f"alpha {float(alpha):g}" if name == "MIPI" else f"{name}, alpha {float(alpha):g}"
 
@@ -530,7 +535,7 @@ def win_tables(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
                 if runs:
                     row = row_of(task, method, runs, "win", last)
                 if method == "MIPI":
-                    row["method"] = f"MIPI, alpha {DEFAULT_ALPHA[task]:g}"
+                    row["method"] = f"MIPI, alpha {default_alpha({'scenario': task}):g}"
                 names = ("paper 3-5", "paper 6", "paper 7", "paper 8")
                 rows.append(row | dict(zip(names, theirs.split(), strict=True)))
         if rows:
@@ -737,7 +742,7 @@ def open_states(states: Run) -> Any:
     if states.args["script"] in PPO:
         return Battles(script, args, agent)
     source, folder = harness.load_checkpoint(str(states.path), with_replays=True)
-    args = dataclasses.replace(args, device="cpu")
+    args = dataclasses.replace(args, device="cpu", replay_window=0)  # whole episodes
     battles = script.make_envs(args, args.team_sizes, 1, args.seed)
     buffer = script.ReplayBuffer(args, battles, torch.device("cpu"))
     path = folder / f"replay-{source['timesteps']}.pt"
@@ -777,7 +782,7 @@ def says(
         return log_pi.argmax(-1), log_pi
     avail = features.avail_actions
     q, *rest = agent.utility(features, groups)
-    if hasattr(agent, "policy") and agent.args.policy != "greedy":
+    if hasattr(agent, "policy") and not agent.greedy:
         memory, _, tagged = (getattr(x, view, None) for x in rest)
         own_memory = agent.marginal(features)[0] if agent.reads_marginal else None
         log_m = agent.log_marginal(own_memory, avail)
@@ -861,7 +866,8 @@ def divergence_from_marginal(
 
 @torch.no_grad()
 def measure(opened: Opened, study: Dependence) -> dict[str, np.ndarray]:
-    """{name of MEASURES: mean of each episode (B,)}; see Dependence."""
+    """{name of MEASURES: mean of each episode (B,)}, without those that no episode has; see
+    Dependence."""
     rng = torch.Generator().manual_seed(study.seed)
     batch = opened.buffer.sample(rng, study.episodes)
     features = batch.features
@@ -905,7 +911,7 @@ def measure(opened: Opened, study: Dependence) -> dict[str, np.ndarray]:
         for own in OWN:
             nats = divergence_from_marginal(opened, features, log_pi, study, own)
             found[f"kl {own}"] = per_episode(nats, judged)
-    return found
+    return {name: x for name, x in found.items() if len(x)}  # teams of one have nobody to hide
 
 
 MEASURES = ("mates", "groups", "nats", "out", "swap", *(f"kl {own}" for own in OWN))
@@ -938,6 +944,7 @@ class Frontier:
     sizes. Horizontal axes: return and share won in trained sizes, then `kl self` and `out` of the
     subcommand dependence on the same episodes for all runs. All runs must have one scenario.
     Regret: how much more the same method wins in the unseen sizes if trained with teams of 3 to 8.
+    Runs are those of mappo_smac.py and mipi_mappo_smac.py; the episodes may be any run's.
     Writes OUT.md (means over seeds), OUT.csv (every run) and OUT.png.
     """
 
@@ -971,8 +978,13 @@ def frontier_row(run: Run, evaluated: Evaluated, study: Frontier) -> dict[str, f
 
 
 def frontier_rows(study: Frontier) -> list[dict[str, Any]]:
-    """A row per run, sorted by method ("arm", its name without alpha), alpha and seed."""
+    """A row per run, sorted by method ("arm", its name without alpha), alpha and seed. UsageError
+    unless all are of MAPPO or MIPI on PPO, whose names have their alpha."""
     runs = {run.where: run for run in read_runs(study.runs)}
+    for run in runs.values():
+        script = run.args["script"]
+        if script not in PPO:
+            raise UsageError(f"{run.where} is a run of {script}.py, not of {' or '.join(PPO)}.")
     options = Tables(runs=(), last=study.last)
     evaluated = [read_evaluations(run, options) for run in runs.values()]
     found = group(in_same_columns(evaluated))
@@ -1005,7 +1017,8 @@ def regret(row: dict[str, Any], means: list[dict[str, Any]]) -> str:
     """How much more the same arm wins in the unseen sizes if it trains with them, too; empty
     without such a run."""
     for other in means:
-        if other["alpha"] == row["alpha"] and other["arm"] == f"{row['arm']} {ALL_SIZES}":
+        parts = other["arm"].split(f" {ALL_SIZES}")  # two if it trains with all sizes
+        if other["alpha"] == row["alpha"] and len(parts) == 2 and "".join(parts) == row["arm"]:
             return f"{other[UP] - row[UP]:+.3f}"
     return ""
 

@@ -72,6 +72,11 @@ PLAYS = {
     "mappo_smac": ("agent.actor",),
     "mipi_mappo_smac": ("agent.actor",),
 }
+MIPI_PLAYS = {  # of mipi_refil_smac.py, by --policy: greedy agents read utilities alone
+    "head": PLAYS["mipi_refil_smac"],
+    "exact": ("agent.utility", "agent.marginal"),
+    "greedy": ("agent.utility",),
+}
 # Flags that a card's command always names: worlds, and what had another default at its commit.
 SHOWN = ("seed", "substrate", "task", "scenario", "clip_centre")
 PACKAGES = ("torch", "numpy", "dm-meltingpot", "dmlab2d")  # an entry records their versions
@@ -82,7 +87,10 @@ PACKAGES = ("torch", "numpy", "dm-meltingpot", "dmlab2d")  # an entry records th
 
 def played_parts(args: dict[str, Any], script: str, without: tuple[str, ...]) -> tuple[str, ...]:
     """Patterns (see PLAYS) of the parts that an entry keeps of a run, without some networks."""
-    kept = [name for name in PLAYS[script] if name.removeprefix("agent.") not in without]
+    parts = PLAYS[script]
+    if script == "mipi_refil_smac":
+        parts = MIPI_PLAYS[args.get("policy", "head")]
+    kept = [name for name in parts if name.removeprefix("agent.") not in without]
     if script == "mra_maddpg_particle" and args["adapt"]:
         kept.append("own.collectors")  # after --adapt, the population's latents are in here
     return tuple(kept)

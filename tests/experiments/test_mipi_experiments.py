@@ -6,8 +6,10 @@ import contextlib
 import functools
 import io
 import json
+import re
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ mipi_mappo = runs_module.load_script("mipi_mappo_smac")
 TINY = "--scenario sz --preset cpu --hidden-size 8 --heads 2 --num-envs 4 --max-episode-steps 4 "
 TINY += "--team-sizes 3 4 --eval-team-sizes 6 --eval-every 32 --eval-episodes 4 --final-episodes 4 "
 TINY += "--total-timesteps 96 --log-every 32 --save-every 0 "
+QUICK = f"{TINY} --total-timesteps 32 --eval-every 0 --final-episodes 0"
 OFF_POLICY = "--mixing-size 5 --batch-size 4 --updates-per-iteration 1"
 ON_POLICY = "--window-steps 4 --minibatches 2"
 
@@ -201,6 +204,24 @@ def test_refused(runs, tmp_path):
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
 
 
+SCENARIOS = ("sz", "csz", "mmm", "terran", "protoss", "zerg", "resource", "resource --rescale")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_rows_of_the_default_alpha(scenario):
+    """It is the script's, in every world; a run that names it is in the same row, no other is."""
+    words = f"--scenario {scenario} --hidden-size 8 --heads 2"
+    args = runs_module.script_args(mipi, words.split())
+    family = study.worlds.family_of(args.scenario)
+    alpha = mipi.Agent(args, family, mipi.CPU).alpha
+    told = vars(args) | {"script": "mipi_refil_smac"}
+    assert study.default_alpha(told) == alpha
+    for given, name in ((None, "MIPI"), (alpha, "MIPI"), (0.07, "alpha 0.07")):
+        assert study.row_name(told | {"alpha": given}) == name
+    warm = {"regularizer": "entropy", "alpha": 0.07}
+    assert study.row_name(told | warm) == "Entropy, alpha 0.07"
+
+
 @pytest.mark.long
 def test_runs_of_the_tables(tmp_path):
     """--dry-run names a command for every row of the tables that is one of these methods."""
@@ -253,6 +274,17 @@ def test_flags_with_an_open_quotation_are_refused(flags, sentence, tmp_path):
     code, text, stderr = command("mipi", "train", *words)
     assert (code, text, stderr) == (2, "", f"error: --flags: {sentence}\n")
     assert not (tmp_path / "runs").exists()
+
+
+def test_seeds_and_tasks_of_training(tmp_path):
+    """At least one of each; what is named twice is trained once."""
+    words = ("table2", "--dir", tmp_path / "runs", "--dry-run")
+    for flags, name in ((("--seeds",), "--seeds"), (("--tasks",), "--tasks")):
+        code, text, stderr = command("mipi", "train", *words, *flags)
+        assert (code, text) == (2, "") and name in stderr
+    once = command("mipi", "train", *words, "--seeds", 2, 1, "--tasks", "sz")
+    twice = command("mipi", "train", *words, "--seeds", 2, 1, 2, "--tasks", "sz", "sz")
+    assert once == twice and once[0] == 0 and len(once[1].splitlines()) == 6
 
 
 def test_controls_of_mipi_on_ppo(tmp_path):
@@ -309,8 +341,14 @@ def test_regret_is_read_in_the_same_columns():
     assert f"MAPPO + MI, alpha 0.03 {study.ALL_SIZES}" in names
     arms = ("MAPPO", 0.0, 0.3), (f"MAPPO {study.ALL_SIZES}", 0.0, 0.55), ("MAPPO + MI", 0.03, 0.4)
     arms += (f"MAPPO + MI {study.ALL_SIZES}", 0.1, 0.5), ("MAPPO + MI", 0.1, 0.6)
+    arms += ("MAPPO --recurrent", 0.0, 0.25), ("MAPPO --gamma 0.9 --epochs 2", 0.0, 0.1)
+    arms += ((f"MAPPO {study.ALL_SIZES} --recurrent", 0.0, 0.5),)
+    arms += ((f"MAPPO --gamma 0.9 {study.ALL_SIZES} --epochs 2", 0.0, 0.7),)
     means = [{"arm": arm, "alpha": alpha, study.UP: x} for arm, alpha, x in arms]
-    assert [study.regret(row, means) for row in means] == ["+0.250", "", "", "", "-0.100"]
+    assert [study.regret(row, means) for row in means] == [
+        *("+0.250", "", "", "", "-0.100"),
+        *("+0.250", "+0.600", "", ""),
+    ]
 
 
 STUDIES = {  # {study: what trains the same}
@@ -453,6 +491,27 @@ def test_the_network_learns_resource_collection_from_labels():
     assert rows["3 taught"] > 3 * max(rows["3 random"], 3)
 
 
+@pytest.mark.parametrize("module", [mipi, refil, collaq], ids=lambda module: module.__name__)
+def test_flags_of_the_preset_are_those_of_the_docs(module):
+    """docs/resource_collection.md: what changes in Resource Collection, and what battles have."""
+    text = (ROOT / "docs/resource_collection.md").read_text()
+    text = text.split("these flags of the preset for battles")[1]
+    changed, kept = text.split("The preset for battles has these, too")
+    kept = kept.split("Measured beside")[0]
+    first_cells = (
+        "\n".join(line.split("|")[1] for line in part.splitlines() if line.startswith("| `"))
+        for part in (changed, kept)
+    )
+    changed, kept = (" ".join(re.findall("`([^`]+)`", cells)).split() for cells in first_cells)
+    names = {x.removeprefix("--").removeprefix("no-") for x in changed if x.startswith("--")}
+    own = module.PRESETS["cpu scenario resource"].keys() | {"mixer"}  # MIPI's needs no change
+    assert {name.replace("-", "_") for name in names} == own
+    for scenario, flags in (("resource", changed), ("resource", kept), ("sz", kept)):
+        words = ["--preset", "cpu", "--scenario", scenario]
+        usual = runs_module.script_args(module, words)
+        assert runs_module.script_args(module, [*words, *flags]) == usual
+
+
 # --- Dependence on the team -----------------------------------------------------------------------
 
 
@@ -498,6 +557,51 @@ def test_team_dependence(runs, tmp_path):
     ):
         code, _, stderr = command("mipi", "dependence", *words)
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr
+
+
+@pytest.mark.parametrize("module", [mipi, refil], ids=lambda module: module.__name__)
+def test_whole_episodes_are_read(module, tmp_path):
+    """From the first step on, also of runs that learn from windows of them."""
+    words = f"{QUICK} {OFF_POLICY} --replay-window 2 --run-dir {tmp_path / 'x'}"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert module.main(words.split()) == 0
+    buffer = study.open_states(runs_module.Run(tmp_path / "x"))
+    batch = buffer.sample(torch.Generator().manual_seed(1), 1000)
+    steps = batch.features.played.sum(0) - 1
+    ends = buffer.fixed["length"][: buffer.size]
+    assert sorted(steps.tolist()) == sorted(ends.tolist()) and min(ends) > 2
+
+
+def test_a_team_of_one(tmp_path):
+    """It has no teammate to hide, so these cells are empty."""
+    words = QUICK.replace("sz", "resource")
+    words += f" {OFF_POLICY} --team-sizes 1 --eval-team-sizes 1 --run-dir {tmp_path / 'x'}"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert mipi.main(words.split()) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        (row,) = dependence(tmp_path / "x", "--draws", 2, "--fit", 2).values()
+    assert row["out"] == row["swap"] == "" and row["mates"].startswith("0.000")
+    assert "nan" not in " ".join(row.values())
+
+
+@pytest.mark.parametrize("flags", ["--policy exact", "--policy exact --alpha 0", "--policy greedy"])
+def test_a_greedy_policy_says_no_probabilities(flags):
+    """It has no nats, which --policy exact has only with an alpha."""
+    flags += "" if "--alpha" in flags else " --regularizer none"
+    args = runs_module.script_args(mipi, f"{flags} --hidden-size 8 --heads 2".split())
+    battles = mipi.make_envs(args, (3, 4), 6, seed=1)
+    agent = mipi.Agent(args, battles.family, mipi.CPU)
+    sharpen(agent.utility, 2.0, 1)
+    battles.reset()
+    none, played = torch.full((6, 8), -1), torch.ones(1, 6, dtype=torch.bool)
+    features = mipi.encode(battles.obs, none, played, mipi.CPU)
+    opened = study.Opened(mipi, agent, None)
+    action, log_pi = study.says(opened, features)
+    q = agent.utility(features)[0].full_view.masked_fill(~features.avail_actions, -np.inf)
+    assert log_pi is None and torch.equal(action, q.argmax(-1))
+    p = study.policy_of(opened, features)
+    assert torch.equal(p.argmax(-1), action) and (p.amax(-1) == 1).all()
 
 
 def test_an_exact_policy_is_read_with_its_marginal():
@@ -741,6 +845,7 @@ def test_frontier(runs, tmp_path):
     for words, sentence in (
         ((paths[0], "--last", 1, "--states", runs / "nothing"), "is no run directory"),
         ((runs / "sz-collaq-s1", "--last", 1, "--states", paths[0]), "collaq_smac.py, not of"),
+        ((runs / "sz-mipi-s1", "--last", 1, "--states", paths[0]), "refil_smac.py, not of mappo"),
         ((paths[0], "--last", 50, "--states", paths[0]), "fewer than --last 50"),
     ):
         code, _, stderr = command("mipi", "frontier", *words, "--out", tmp_path / "g")

@@ -201,6 +201,24 @@ def test_an_entry_plays_as_its_run(name, no_trial, worlds_of, monkeypatch):
     assert (found[0] == found[1]).all()
 
 
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ("--policy head", {"utility", "policy"}),
+        ("--policy exact", {"utility", "marginal"}),
+        ("--policy greedy --regularizer none", {"utility"}),
+    ],
+)
+def test_an_entry_keeps_what_its_policy_reads(flags, kept, no_trial):
+    """The head, the marginal or neither; with these it plays as its run, bit for bit."""
+    entry, module = made("mipi_refil_smac", flags.split()), script("mipi_refil_smac")
+    saved, _ = harness.load_checkpoint(str(entry))
+    assert {name for name, part in saved["agent"].items() if part} == kept
+    assert module.main(["--eval-only", "zoo/x", "--run-dir", "again"]) == 0
+    run, again = (json.loads(Path(x, "summary.json").read_text()) for x in ("x", "again"))
+    assert again["eval"] == run["eval"]
+
+
 def test_what_is_left_out_cannot_be_used(no_trial):
     """A network without weights is an error, not a random one."""
     made(MAPPO)

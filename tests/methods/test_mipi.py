@@ -351,6 +351,26 @@ def test_an_exact_policy_acts_as_it_learns(memory):
     assert (of_q != greedy)[alive].any()  # the marginal matters
 
 
+@pytest.mark.numeric
+def test_an_exact_policy_with_a_tiny_alpha():
+    """Only actions that are available have a probability: Eq. (13)'s by NumPy."""
+    s = setting("--policy exact")
+    trunks, _, log_m = forward(s)
+    avail = s.batch.features.avail_actions
+    q = trunks.q.full_view
+    q = q - q.max() - 1.0  # all below 0: over a tiny alpha, below what masks
+    for alpha in (1e-2, 1e-10, 1e-30, 1e-40):
+        s.agent.alpha_i = alpha
+        found = s.agent.log_policy(q, None, avail, log_m=log_m)
+        assert found.isfinite().all()
+        for m, i in (~avail[..., 0]).nonzero().tolist():
+            may = avail[m, i].numpy()
+            score, value = (x[m, i].detach().double().numpy()[may] for x in (log_m, q))
+            score = score + (value - value.max()) / alpha
+            p = found[m, i].exp().detach().numpy()
+            assert np.allclose(p[may], softmax(score), atol=1e-4) and (p[~may] == 0).all()
+
+
 @pytest.mark.parametrize("flags", ["--regularizer none", "--alpha 0", "--observe-self-only"])
 def test_an_exact_policy_without_alpha_is_greedy(flags):
     s = setting(f"--policy exact {flags}")
@@ -804,6 +824,10 @@ WRONG = {
     "--policy exact --actor-loss-times-w": "--policy exact --actor-loss-times-w",
     "--policy exact --alpha-i-over-w": "--policy exact --alpha-i-over-w",
     "--policy exact --alpha-i 0": "--policy exact --alpha-i 0",
+    "--policy exact --regularizer none --ba-iterations 2": "--policy exact --ba-iterations",
+    "--policy exact --regularizer entropy --ba-iterations 2": "--policy exact --ba-iterations",
+    "--policy exact --alpha 0 --ba-iterations 2": "--policy exact --ba-iterations",
+    "--policy exact --observe-self-only --ba-iterations 2": "--policy exact --ba-iterations",
     "--observe-self-only --alpha-i .1": "--alpha-i regulariser",
     "--observe-self-only --alpha .1": "--alpha regulariser",
     "--observe-self-only --regularizer entropy": "--observe-self-only --regularizer",
