@@ -167,16 +167,20 @@ RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change wi
 # --adapt keeps these flags of the adapted run: its networks need them, or adapting ignores them.
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "hidden_size")
 FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step", "tell_population")
-FIXED += ("value_layers", "own_beside")
+FIXED += ("value_layers", "own_beside", "psi_information")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Flag combinations to refuse, each as (whether args has it, error message)."""
+    usual = PRESETS[args.preset].get("polyak", Args.polyak)
+    begins = not (args.resume or args.eval_only)
+    idle = begins and args.target == "hard" and args.polyak != usual
     populations = args.populations + args.eval_populations
     one_size = not args.share_parameters
     too_few = args.latent_prior == "told" and args.latent_size < len(args.populations)
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
+        (idle, "--polyak needs --target polyak"),
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
@@ -196,7 +200,10 @@ def read(argv: list[str]) -> Args:
         raise UsageError(f"{source} has parameters per agent, which fit no other population.")
     new = {field.name: getattr(given, field.name) for field in dataclasses.fields(RunArgs)}
     new |= {"population": "", "eval_populations": (), "phi_gradient": "actor"}
-    default = dataclasses.replace(own, **new | PRESETS[given.preset])
+    typed = any(word.partition("=")[0] == "--preset" for word in argv)
+    preset = {name: getattr(Args, name) for name in PRESETS["cpu"]} | PRESETS[given.preset]
+    new |= preset if typed else {"preset": own.preset}
+    default = dataclasses.replace(own, **new)
     args = read_flags(Args, argv, default)
     for name in FIXED:
         if getattr(args, name) != (value := getattr(default, name)):
@@ -487,8 +494,7 @@ class LatentPrior(nn.Module):
         """log p(z|m) (types, Z); population: numbers of agents of each type."""
         weight = self.net[0].weight
         counts = constant(population, weight.dtype, weight.device) / 10
-        logits = self.net(counts).unflatten(0, (self.types, -1))
-        return logits.log_softmax(-1)
+        return self.net(counts).unflatten(0, (self.types, -1)).log_softmax(-1)
 
 
 # [shared: sample] begin
@@ -921,11 +927,11 @@ def update(
 
 @torch.no_grad()
 def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) -> dict[str, Tensor]:
-    """Scalars for the log that show whether the latent works: the bound on I(g; a|o), p(z|m), and
-    the classifier's accuracy with phi's graphs and with a uniform one."""
+    """Scalars for the log that show whether the latent works: the bound on I(g; a|o), p(z|m), and,
+    in populations that it knows, the classifier's accuracy with phi's graphs and a uniform one."""
     scalars, priors = {}, []
-    for label, collector in enumerate(collectors):
-        name, game = collector.name, collector.game
+    for collector in collectors:
+        name, game, known = collector.name, collector.game, agent.args.populations
         if not collector.buffer.size:
             continue
         view = collector.buffer.sample(agent, rng, 256).view
@@ -934,7 +940,8 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
         scalars[f"information/{name}"] = mean(information, view.alive)
         p = log_prior.exp()  # (N, Z)
         priors.append(p.mean(0))
-        if agent.classifies:
+        if agent.classifies and name in known:
+            label = known.index(name)
             g = agent.attention.all(view)
             guess = agent.population_classifier(view, g).argmax(-1)  # (Z, M, N)
             right = (p.T[:, None] * (guess == label)).sum(0)  # (M, N)
@@ -946,8 +953,7 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
                 for z, x in enumerate(row):
                     scalars[f"prior/{name}/{kind}/{z}"] = x
     if len(priors) > 1:
-        pairs = itertools.combinations(priors, 2)
-        distances = [(p - q).abs().sum() / 2 for p, q in pairs]
+        distances = [(p - q).abs().sum() / 2 for p, q in itertools.combinations(priors, 2)]
         scalars["prior_distance"] = torch.stack(distances).mean()
     check_finite(**scalars)
     return scalars
@@ -1015,9 +1021,8 @@ def evaluate(
         if args.adapt and population in own:
             z = own[population].z[0]  # drawn once, when adapting began
         players = {"": net_player(agent, z, player_seed)}
-        same = {}  # all agents of a type have the same z
-        if Z > 1:
-            same |= {f"z={k}": (k,) * len(counts) for k in range(Z)}
+        # All agents of a type have the same z.
+        same = {f"z={k}": (k,) * len(counts) for k in range(Z) if Z > 1}
         filmed = ("", *same)
         if evaluation.final and Z > 1:
             best = best_latents(args, agent, evaluation, population, seeds[1:3])
@@ -1046,9 +1051,12 @@ def load_agent(path: str) -> tuple[Args, Agent]:
 
 def load_player(path: str, seed: int = 1) -> Player:
     """The policy of a run or checkpoint as a player for envs.particle.episodes. It plays in every
-    population."""
-    _, agent = load_agent(path)
-    return net_player(agent, None, seed)
+    population; in one that it was adapted to, with the latents of that adaptation."""
+    (args, agent), (saved, _) = load_agent(path), load_checkpoint(path, quiet=True)
+    own = saved["ranks"][0]["collectors"] if args.adapt else {}
+    players = {read_population(m): net_player(agent, x["z"][0], seed) for m, x in own.items()}
+    drawing = net_player(agent, None, seed)
+    return lambda worlds: players.get(worlds.game.population, drawing)(worlds)
 
 
 # --- 9. Train -------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ from harness import (
     own_generator,
     process_rank,
     read_args,
+    read_flags,
     restore,
     saved_args,
     send,
@@ -162,12 +163,15 @@ PRESETS = {
 }
 LINE = ("stage", "return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
-# --adapt: flags that must be as in the adapted run, because its agents are copied.
+# --adapt takes these flags from the adapted run: its agents are copied. It takes no others.
 FIXED = ("task", "hidden_size", "value_layers", "own_beside", "key_size")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Flag combinations to refuse, each as (whether args has it, error message)."""
+    usual = PRESETS[args.preset].get("polyak", Args.polyak)
+    begins = not (args.resume or args.eval_only)
+    idle = begins and args.target == "hard" and args.polyak != usual
     names = args.populations
     length = args.total_timesteps // max(len(names), 1)  # of a stage
     return [
@@ -176,7 +180,25 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.parents > args.sets, "--parents exceeds --sets"),
         (length < args.num_envs, "--total-timesteps: some stage has no step of its --num-envs"),
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
+        (idle, "--polyak needs --target polyak"),
     ]
+
+
+def read(argv: list[str]) -> Args:
+    """Read the command line on top of what --preset, --resume or --eval-only stand for; with
+    --adapt FIXED flags are the adapted run's. UsageError for flags that must not differ."""
+    given = read_flags(Args, argv)
+    if not given.adapt or given.resume or given.eval_only:
+        return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
+    source, own = given.adapt, saved_args(given.adapt, Args, whole=True)
+    default = Args(preset=given.preset, **PRESETS[given.preset])
+    default = dataclasses.replace(default, **{name: getattr(own, name) for name in FIXED})
+    args = read_flags(Args, argv, default)
+    for name in FIXED:
+        if getattr(args, name) != (value := getattr(default, name)):
+            raise UsageError(f"{as_flag(name)} is {value} where {source} is adapted.")
+    check(validate(args))
+    return args
 
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
@@ -486,9 +508,11 @@ def crossover(
     parents: list[tuple[Agent, ...]], population: tuple[int, ...], rng: np.random.Generator
 ) -> list[Source]:
     """Return the agents from which a child is copied. Each role takes equal numbers of agents from
-    its parents, and one more from the first if its number is odd."""
+    its parents, and one more from the first if its number is odd. A parent that comes twice counts
+    as one: agents are copied twice only if it has too few."""
     sources = []
     for role, given in enumerate(parents):
+        given = given[:1] if given[0] is given[-1] else given
         shares = np.array_split(range(population[role]), len(given))
         for parent, share in zip(given, shares):
             old = parent.game.population
@@ -717,13 +741,8 @@ class Evolution:
 
 
 def adapt(args: Args, evolution: Evolution) -> None:
-    """Begin all sets as copies of the adapted run's best agents; UsageError if these do not fit."""
-    saved_args(args.adapt, Args, whole=True)
-    theirs, agent = load_agent(args.adapt)
-    for name in FIXED:
-        value = getattr(theirs, name)
-        wrong = getattr(args, name) != value
-        check([(wrong, f"{as_flag(name)} is {value} in {args.adapt} and stays so")])
+    """Begin all sets as copies of the adapted run's best agents."""
+    _, agent = load_agent(args.adapt)
     game = evolution.agents[0].game
     same = resized(args, agent, game)
     evolution.begin([[(same, i) for i in range(game.num_agents)]] * args.sets)
@@ -978,9 +997,7 @@ def train(args: Args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    return call(
-        lambda: train(read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS))
-    )
+    return call(lambda: train(read(argv)))
 
 
 if __name__ == "__main__":

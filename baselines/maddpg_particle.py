@@ -145,8 +145,12 @@ RESUMABLE = ("plain", "compile")  # flags that may change with --resume
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Flag combinations to refuse, each as (whether args has it, error message)."""
+    usual = PRESETS[args.preset].get("polyak", Args.polyak)
+    begins = not (args.resume or args.eval_only)
+    idle = begins and args.target == "hard" and args.polyak != usual
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
+        (idle, "--polyak needs --target polyak"),
     ]
 
 

@@ -170,8 +170,12 @@ def read(argv: list[str]) -> Args:
     source, own = given.adapt, saved_args(given.adapt, Args, whole=True)
     new = {field.name: getattr(given, field.name) for field in dataclasses.fields(RunArgs)}
     new |= {"population": "", "eval_populations": ()}
-    preset = {name: x for name, x in PRESETS[given.preset].items() if name not in FIXED}
-    default = dataclasses.replace(own, **new | preset)
+    if any(word.partition("=")[0] == "--preset" for word in argv):
+        preset = {name: getattr(Args, name) for name in PRESETS["cpu"]} | PRESETS[given.preset]
+        new |= {name: x for name, x in preset.items() if name not in FIXED}
+    else:
+        new["preset"] = own.preset
+    default = dataclasses.replace(own, **new)
     args = read_flags(Args, argv, default)
     for name in FIXED:
         if getattr(args, name) != (value := getattr(default, name)):

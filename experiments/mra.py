@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
-from harness import Count, Positive, Seed, Share, UsageError
+from harness import Count, Positive, Seed, Share, UsageError, as_flag, check
 
 import numpy as np
 import torch
@@ -184,11 +184,12 @@ def adaptations(task: str) -> list[Command]:
 
 
 def jobs_of(commands: list[Command], study: Train, timesteps: int) -> list[Job]:
-    """The runs of all commands, seed by seed. A command that several figures share is run once."""
+    """The runs of all commands, seed by seed. A command that several figures share, or a seed that
+    is named twice, is run once."""
     jobs = []
     root = study.dir.resolve()
     more = split_words(study.flags, "--flags")
-    for seed, command in itertools.product(study.seeds, dict.fromkeys(commands)):
+    for seed, command in itertools.product(dict.fromkeys(study.seeds), dict.fromkeys(commands)):
         flags = [*shlex.split(command.flags), *more]
         if command.adapts:
             flags = ["--adapt", str(root / f"{command.adapts}-s{seed}"), *flags]
@@ -207,7 +208,15 @@ def jobs_of(commands: list[Command], study: Train, timesteps: int) -> list[Job]:
 
 
 def train(study: Train) -> None:
-    """Train all runs of the figures, seed by seed, then the adaptations of those runs."""
+    """Train all runs of the figures, seed by seed, then the adaptations of those runs. UsageError
+    if there are none."""
+    check(
+        [
+            (not study.figures, "Name at least one figure, as fig2"),
+            (not study.tasks, "--tasks is empty"),
+            (not study.seeds, "--seeds is empty"),
+        ]
+    )
     first: list[Command] = []
     then: list[Command] = []
     for figure in study.figures:
@@ -478,6 +487,8 @@ def figures(study: Figures) -> None:
     for trained in runs:
         if not hasattr(trained.args, "latent_size"):
             raise UsageError(f"{trained.run.where} is a run without latents.")
+        if trained.args.adapt:
+            raise UsageError(f"{trained.run.where} is an adapted run: it was not trained anew.")
         if trained.args.task != runs[0].args.task:
             sentence = f"is a run of {trained.args.task}, the first is not"
             raise UsageError(f"{trained.run.where} {sentence}.")
@@ -612,6 +623,10 @@ def ladder(study: Ladder) -> None:
             raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {MRA}.")
         if not run.summary["eval"]:
             raise UsageError(f"{run.where} has no final evaluation.")
+        if run.args.get("adapt"):
+            raise UsageError(f"{run.where} is an adapted run: it was not trained anew.")
+        if missing := [p for p in run.args["populations"] if p not in run.summary["eval"]]:
+            raise UsageError(f"{run.where} has no final evaluation in {missing[0]}.")
         for name in ("task", "populations", "eval_populations"):
             if run.args[name] != runs[0].args[name]:
                 raise UsageError(f"{run.where} and {runs[0].where} differ in --{name}.")
@@ -619,6 +634,8 @@ def ladder(study: Ladder) -> None:
     for form in study.against:
         if form not in by_form(rows):
             raise UsageError(f"--against {form}: no run is called so, -s1, -s2, ... aside.")
+    if study.against and len(by_form(rows)) == 1:
+        raise UsageError(f"--against {study.against[0]}: these runs have no other form.")
     text = ladder_table(rows)
     if study.against:
         text += "\n" + ladder_differences(rows, study.against)
@@ -664,7 +681,7 @@ def attention_rows(trained: Trained, study: Attention, population: str) -> list[
 
 
 def attention(study: Attention) -> None:
-    """Write OUT.csv and OUT.md. UsageError if a run is not of MRA in rooms."""
+    """Write OUT.csv and OUT.md. UsageError if a run is not of MRA in rooms or no z is shown."""
     check_out(study.out)
     rows = []
     for run in read_runs(study.runs):
@@ -673,6 +690,8 @@ def attention(study: Attention) -> None:
         trained = load(run)
         for population in trained.populations:
             rows += attention_rows(trained, study, population)
+    if not rows:
+        raise UsageError(f"--least {study.least}: no z has so large a p(z|m).")
     shown = [{k: f"{x:.2f}" if isinstance(x, float) else x for k, x in r.items()} for r in rows]
     finish(study.out, markdown_table(shown), rows)
 
@@ -686,9 +705,10 @@ class CrossPlay:
 
     Runs whose names differ only in -s1, -s2, ... are seeds of one method. Pac-Men of every run play
     against ghosts of every run. All pairs play the same --episodes episodes. Latents are drawn from
-    p(z|m); EPC's agents are copied or left out to fit the population. Writes OUT.csv (a row per
-    pair of runs) and OUT.md: mean returns per agent over pairs of runs, the lowest and highest
-    pair, and, as in the paper, returns divided by the table's largest (if all are positive).
+    p(z|m), but adapted agents keep theirs; EPC's agents are copied or left out to fit the
+    population. Writes OUT.csv (a row per pair of runs) and OUT.md: mean returns per agent over
+    pairs of runs, the lowest and highest pair, and, as in the paper, returns divided by the table's
+    largest (if all are positive).
     """
 
     runs: Runs  # pacman runs of mra_maddpg_particle.py, or of maddpg, rl2 or epc in baselines/
@@ -696,6 +716,9 @@ class CrossPlay:
     episodes: Annotated[int, Interval(ge=2)] = 200  # episodes of each pair of runs
     seed: Seed = 1  # seed of worlds, latents and actions
     out: Path = Path("cross_play")  # common beginning of the names of the .csv and .md files
+
+
+WORLD = ("shaping", "max_episode_steps", "collision_penalty")  # flags that make another world
 
 
 def together(pac_men: Player, ghosts: Player) -> Player:
@@ -744,6 +767,10 @@ def cross_play(study: CrossPlay) -> None:
     for x in trained:
         if x.args.task != "pacman":
             raise UsageError(f"{x.run.where} is a run of {x.args.task}, not of pacman.")
+        for name in WORLD:
+            if getattr(x.args, name) != getattr(trained[0].args, name):
+                other = f"and {trained[0].run.where} differ in {as_flag(name)}"
+                raise UsageError(f"{x.run.where} {other}: these are two worlds.")
         for_one = not getattr(x.args, "share_parameters", True)  # scripts without the flag fit all
         if for_one and x.populations != (study.population,):
             only = f"has parameters per agent, for {x.populations[0]} only"

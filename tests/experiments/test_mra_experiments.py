@@ -24,7 +24,8 @@ TINY += "--save-every 0 --latent-size 3 --eval-every 120"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs in resource of several and of one population, two in pacman, one of MADDPG and EPC."""
+    """Runs in resource of several and of one population, one that adapts, two in pacman, one of
+    MADDPG and EPC."""
     folder = tmp_path_factory.mktemp("runs")
     flags = {
         "several-s1": "--task resource --populations 3 4",
@@ -36,6 +37,9 @@ def runs(tmp_path_factory):
     for name, own in flags.items():
         argv = f"{TINY} {own} --run-dir {folder / name}".split()
         assert script.main(argv) == 0
+    argv = f"--adapt {folder / 'several-s1'} --population 4 --total-timesteps 40 --final-episodes 4"
+    argv += " --eval-episodes 2 --eval-every 0"
+    assert script.main(f"{argv} --run-dir {folder / 'adapted-s1'}".split()) == 0
     argv = TINY.replace("--latent-size 3", "--share-parameters").split()
     argv += f"--task pacman --population 3,2 --run-dir {folder / 'parent-s1'}".split()
     assert parent.main(argv) == 0
@@ -84,6 +88,7 @@ def test_ways_begin_alike_and_depend_on_the_run(runs):
         (["{runs}/single-s1"], "None of these runs has several populations"),
         (["{runs}/parent-s1"], "without latents"),
         (["{runs}/several-s1", "{runs}/chase-s1"], "is a run of pacman"),
+        (["{runs}/several-s1", "{runs}/adapted-s1"], "adapted-s1 is an adapted run"),
         (["{runs}/several-s1", "--population", "x"], "A population is"),
         (["{runs}/several-s1", "--agent", "9"], "has fewer"),
         (["{runs}/several-s1", "--edge", "2"], "--edge 2"),
@@ -168,8 +173,14 @@ def test_cross_play_of_rl2(tmp_path):
 
 
 def test_cross_play_refuses(runs, tmp_path):
+    worlds = {"sparse": "--no-shaping", "short": "--max-episode-steps 5"}
+    for name, flag in worlds.items():
+        argv = f"{TINY} --task pacman --populations 2,1 --total-timesteps 4 --final-episodes 0"
+        assert script.main(f"{argv} {flag} --run-dir {tmp_path / name}".split()) == 0
     for words, sentence in (
         ([runs / "several-s1"], "is a run of resource"),
+        ([runs / "chase-s1", tmp_path / "sparse", "--population", "3,2"], "differ in --shaping"),
+        ([tmp_path / "short", runs / "epc-s1", "--population", "3,2"], "differ in --max-episode"),
         ([runs / "chase-s1", "--population", "4"], "A population of pacman"),
         ([runs / "chase-s1", "--episodes", "1"], "--episodes 1"),
     ):
@@ -198,13 +209,27 @@ def test_tables_by_seed(runs, tmp_path):
     assert f"| single-s2 | 4 | {cell} | 4 |" in (tmp_path / "c.md").read_text()
 
 
+def train_source(run_dir):
+    """A tiny run in the world and by the method that its name says."""
+    task, method, _ = run_dir.name.split("-")
+    module = {"mra": script, "epc": epc}.get(method) or runs_module.load_script("rl2_particle")
+    small = {"treasure": "2 3", "pacman": "2,1 3,2"}[task]
+    flags = "--sets 2 --tournament-episodes 2" if method == "epc" else "--latent-size 3"
+    flags = TINY.replace("--latent-size 3", flags)
+    if method == "rl2":
+        flags = "--num-envs 4 --rnn-size 6 --hidden-size 8 --total-timesteps 4 --epochs 1"
+    flags += f" --task {task} --populations {small} --eval-every 0 --final-episodes 0"
+    assert module.main([*flags.split(), "--run-dir", str(run_dir)]) == 0
+
+
 def test_runs_of_the_figures(tmp_path):
-    """--dry-run names a command for every run, which the scripts take."""
+    """--dry-run names a command for every run, which the scripts take; and they take those of the
+    second stage when the first is there. EPC's go on with its agents."""
     words = ["--seeds", "1", "2", "--dir", tmp_path / "my runs", "--dry-run"]
     figures = ["fig2", "fig3", "fig4", "fig5", "fig7", "fig8"]
     code, text, stderr = command("mra", "train", *figures, *words)
     assert code == 0, stderr
-    lines = [shlex.split(line) for line in text.splitlines()]
+    lines, later = [shlex.split(line) for line in text.splitlines()], []
     # in each world six of fig. 2, uni, Algorithm 4, EPC, RL2, five for each target; three of fig.
     # 7, one of 8
     assert len(lines) == len(set(map(tuple, lines))) == 2 * (3 * (6 + 4) + 3 * 5 + 3 + 1)
@@ -215,12 +240,43 @@ def test_runs_of_the_figures(tmp_path):
             source = argv[argv.index("--adapt") + 1]
             method = Path(path).stem.partition("_")[0]
             assert source.endswith(f"-{method}-s{argv[argv.index('--seed') + 1]}")
+            later.append((path, argv, Path(source)))
             continue
         module = runs_module.load_script(Path(path).stem)
         args = runs_module.script_args(module, argv)
         assert args.total_timesteps in (240_000, 120_000) and args.preset == "cpu"
-    assert sum("--adapt" in words for words in lines) == 2 * 3 * 3
+    assert len(later) == 2 * 3 * 3
     assert not (tmp_path / "my runs").exists()
+    for path, argv, source in later[:9]:  # of seed 1
+        if not source.exists():
+            train_source(source)
+        module = runs_module.load_script(Path(path).stem)
+        args = module.read(argv)
+        assert args.task == source.name.partition("-")[0] and args.total_timesteps == 120_000
+        if module is epc:
+            short = "--total-timesteps 8 --num-envs 2 --batch-size 4 --update-every 4 --no-compile"
+            short += " --inner-steps 1 --buffer-size 100 --tournament-episodes 2 --final-episodes 0"
+            assert epc.main([*argv, *short.split()]) == 0
+            assert epc.load_agent(args.run_dir)[0].populations == args.populations
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "at least one figure"),
+        (("fig2", "--seeds"), "--seeds is empty"),
+        (("fig2", "--tasks"), "--tasks is empty"),
+    ],
+)
+def test_nothing_to_train_is_refused(words, sentence):
+    code, text, stderr = command("mra", "train", *words, "--dry-run")
+    assert (code, text, stderr.count("\n")) == (2, "", 1) and sentence in stderr
+
+
+def test_a_seed_that_is_named_twice_is_trained_once(tmp_path):
+    words = ("train", "fig7", "--dir", tmp_path, "--dry-run", "--seeds")
+    once = command("mra", *words, 1, 2)
+    assert command("mra", *words, 1, 2, 1) == once and once[1].count("\n") == 2 * 3
 
 
 @pytest.mark.parametrize("flags", ['--lr "1', '"--lr 1', "--lr 1'"])
@@ -289,11 +345,16 @@ def test_ladder(tmp_path):
         (("runs/several-s1", "runs/chase-s1"), "differ in --task"),
         (("runs/several-s1", "runs/single-s1"), "differ in --populations"),
         (("runs/several-s1", "--against", "other"), "--against other"),
+        (("runs/several-s1", "--against", "several"), "--against several"),
+        (("runs/adapted-s1",), "adapted-s1 is an adapted run"),
+        (("made/short-s1",), "no final evaluation in 6,3"),
     ],
 )
 def test_ladder_refuses(words, sentence, runs, tmp_path):
     """One sentence, and nothing is written."""
-    words = [str(runs / x.removeprefix("runs/")) if x.startswith("runs/") else x for x in words]
+    (tmp_path / "made").mkdir()
+    write_ladder_run(tmp_path / "made", "short-s1", (-7.0,), -9.0, (-6.0,))  # of two populations
+    words = [x.replace("runs/", f"{runs}/").replace("made/", f"{tmp_path}/made/") for x in words]
     code, _, stderr = command("mra", "ladder", *words, "--out", tmp_path / "l")
     assert (code, stderr.count("\n")) == (2, 1), stderr
     assert sentence in stderr
@@ -324,5 +385,8 @@ def test_attention(runs, tmp_path):
         wanted, rel=1e-4
     )
     assert max(wanted) - min(wanted) > 0.01, "a graph that attends to all alike tests nothing"
+    words = (run, "--least", 1, "--episodes", 3, "--out", tmp_path / "b")
+    code, _, stderr = command("mra", "attention", *words)
+    assert (code, stderr.count("\n")) == (2, 1) and "--least 1.0: no z" in stderr
     code, _, stderr = command("mra", "attention", runs / "several-s1", "--out", tmp_path / "b")
     assert (code, stderr.count("\n")) == (2, 1) and "in rooms" in stderr

@@ -223,6 +223,24 @@ def test_crossover(task, old, new, shares):
                 assert max(counts.values(), default=0) <= -(-number // roles[role])
 
 
+@pytest.mark.parametrize("task, old, new", [case[:3] for case in GROWTH])
+def test_crossover_of_one_set_with_itself(task, old, new):
+    """No agent is left out or copied twice for want of others: a child of (1,1), 6 -> 9, has all
+    six, and three of them twice."""
+    args = args_of(task, old, new)
+    parent = SimpleNamespace(game=epc.make_envs(args, old, 1, 1).game)
+    have, wanted = epc.read_population(old), epc.read_population(new)
+    for seed in range(20):
+        sources = epc.crossover([(parent, parent)] * len(have), wanted, seeded(seed))
+        assert all(who is parent for who, _ in sources)
+        counts = collections.Counter(i for _, i in sources)
+        for role, (few, many) in enumerate(zip(have, wanted)):
+            first, before = sum(have[:role]), sum(wanted[:role])
+            own = {i for _, i in sources[before : before + many]}
+            assert own <= set(range(first, first + few)) and len(own) == min(few, many)
+            assert max(counts[i] for i in own) - min(counts[i] for i in own) <= 1
+
+
 @pytest.mark.parametrize("task, old, new", [("resource", "2", "5"), ("pacman", "3,2", "4,3")])
 def test_copies_are_copies(task, old, new):
     """Each agent of a child has all networks of one of its parents', in memory of its own; no
@@ -282,11 +300,11 @@ def test_twins_part_by_what_they_draw():
     child = epc.copy_agents(sources, epc.Agent(args, game, CPU))
     for name in epc.NETWORKS:
         for p in getattr(child, name).parameters():
-            assert torch.equal(p[:2], p[2:])
+            assert torch.equal(p[::2], p[1::2])
     worlds = epc.make_envs(args, "4", 50, 1)
     worlds.reset()
     actions = epc.net_player(child, 1)(worlds)
-    assert (actions[:, :2] != actions[:, 2:]).any()
+    assert (actions[:, ::2] != actions[:, 1::2]).any()
 
 
 # --- Families, fitness, ranks ---------------------------------------------------------------------
@@ -850,6 +868,25 @@ def test_adapting(population, source):
         assert differences(sets, newest("cut")["agent"]["sets"]) == []
 
 
+@pytest.mark.parametrize("task, games", [("pacman", "2,1 2,2 2,3"), ("resource", "2 3 4")])
+def test_adapting_takes_what_copies_need_from_the_source(task, games):
+    """The world and the networks' sizes, in every world; other flags are the command line's."""
+    *known, new = games.split()
+    run(EPC, "source", 40, "--task", task, "--populations", *known, "--gamma", 0.5)
+    few = ["--adapt", "source", "--populations", new, "--sets", 1, "--parents", 1]
+    args = parse(epc, few)
+    own = {"adapt": "source", "populations": (new,), "sets": 1, "parents": 1}
+    needed = {"task": task, "hidden_size": 8, "key_size": 4}
+    assert args == dataclasses.replace(epc.Args(), **own, **needed)
+    fast = dataclasses.replace(args, preset="cpu", **epc.PRESETS["cpu"])
+    assert parse(epc, [*few, "--preset", "cpu", "--task", task, "--key-size", 4]) == fast
+    rest = "--num-envs 4 --batch-size 8 --update-every 4 --final-episodes 0 --run-dir run"
+    rest += " --total-timesteps 8 --tournament-episodes 2 --num-threads 1"
+    assert epc.main([str(x) for x in (*few, *rest.split())]) == 0
+    assert set(newest("run")["agent"]["best"]) == {new}
+    assert epc.main(resuming("run", 12)) == 0 and epc.load_agent("run")[0].task == task
+
+
 # --- Learning -------------------------------------------------------------------------------------
 
 
@@ -882,14 +919,17 @@ WRONG = {  # command line: words that the one sentence has to contain
     "--tournament-episodes 0": "--tournament-episodes 0",
     "--total-timesteps 47": "--total-timesteps stage --num-envs",
     "--batch-size 1025 --buffer-size 1024": "--batch-size --buffer-size",
+    "--target hard --polyak .5": "--polyak --target",
     "--adapt nowhere --populations 4": "nowhere checkpoint",
     "--adapt {0}/other --populations 4": "maddpg_particle epc_particle",
-    "--adapt {0}/run --populations 4 --key-size 4": "--hidden-size 8",
-    "--adapt {0}/run --populations 4 --hidden-size 8": "--key-size 4",
+    "--adapt {0}/run --populations 4 --key-size 16": "--key-size 4",
+    "--adapt {0}/run --populations 4 --hidden-size 64": "--hidden-size 8",
     "--adapt {0}/run --task resource": "--task treasure",
-    "--adapt {0}/run --hidden-size 8 --key-size 4 --value-layers 1": "--value-layers 2",
-    "--adapt {0}/run --hidden-size 8 --key-size 4 --no-own-beside": "--own-beside True",
-    "--adapt {0}/run --hidden-size 8 --key-size 4 --run-dir {0}/run": "holds a run already",
+    "--adapt {0}/run --value-layers 1": "--value-layers 2",
+    "--adapt {0}/run --no-own-beside": "--own-beside True",
+    "--adapt {0}/run --populations 4,2": "treasure 4,2",
+    "--adapt {0}/run --sets 2 --parents 3": "--parents --sets",
+    "--adapt {0}/run --run-dir {0}/run": "holds a run already",
     "--resume {0}/run --adapt {0}/run": "--adapt stays so",
     "--resume {0}/run --populations 2 3": "--populations ('2', '4')",
     "--resume {0}/run --sets 3": "--sets 2",

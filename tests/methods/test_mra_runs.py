@@ -391,6 +391,7 @@ WRONG = {  # in both scripts, with words that the sentence has to contain
     "--task pacman --{populations} 4,0": "4,0",
     "--task pacman --{populations} 4,2,1": "4,2,1",
     "--batch-size 1025 --buffer-size 1024": "--batch-size --buffer-size",
+    "--target hard --polyak .5": "--polyak --target",
     "--resume {own} --gamma .5": "--gamma 0.95",
     "--resume {own} --task resource": "--task treasure",
     "--resume {other}": "is a run of not of",
@@ -442,6 +443,8 @@ WRONG_IN_MRA = {
     "--adapt {runs}/mra --population 4 --tell-population all": "--tell-population nobody",
     "--adapt {runs}/mra --population 4 --value-layers 1": "--value-layers 2",
     "--adapt {runs}/mra --population 4 --no-own-beside": "--own-beside True",
+    "--adapt {runs}/mra --population 4 --no-psi-information": "--psi-information True",
+    "--adapt {runs}/mra --population 4 --polyak .5": "--polyak --target",
     "--value-layers 3": "--value-layers 3",
     "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told z",
     "--task rooms --populations 3": "rooms 3",
@@ -512,6 +515,8 @@ def test_presets(name, monkeypatch):
     assert fast.compile and fast.num_envs > plain.num_envs and fast.learning_rate == 1e-3
     for argv in (["--num-envs", 7, "--preset", "cpu"], ["--preset", "cpu", "--num-envs", 7]):
         assert given(name, argv, monkeypatch) == dataclasses.replace(fast, num_envs=7)
+    copied = given(name, ["--preset", "cpu", "--target", "hard"], monkeypatch)
+    assert copied == dataclasses.replace(fast, target="hard"), "the preset's --polyak is not typed"
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -1280,6 +1285,51 @@ def test_adaptation_keeps_its_latents(adapted, runs, monkeypatch):
     assert (other[0]["z"] != other[0]["z"][:1]).any()
 
 
+def test_an_adapted_run_plays_as_it_is_evaluated(adapted, monkeypatch):
+    """load_player() keeps the latents of the run's population, in all episodes; in others it draws
+    them for each."""
+    module, path = script(MRA), str(adapted / "run")
+    args, agent = module.load_agent(path)
+    saved = collectors(newest(path))[0]
+    collector = module.Collector(args, "4", torch.device("cpu"))
+    collector.load_state_dict(saved)
+    args = dataclasses.replace(args, eval_episodes=30)
+    evaluation = harness.Evaluation(args, "eval", 120, None)
+    wanted = module.evaluate(args, agent, {"4": collector}, evaluation)["4"]["return"]
+    again = harness.Evaluation(args, "eval", 120, None)
+    world_seed, player_seed, *_ = again.rng.integers(2**31, size=6).tolist()
+    player, seen, view = module.load_player(path, player_seed), [], module.Agent.view
+
+    def watched(self, game, obs, z):
+        seen.append(z)
+        return view(self, game, obs, z)
+
+    monkeypatch.setattr(module.Agent, "view", watched)
+    worlds = module.make_envs(args, "4", 30, world_seed)
+    assert play(worlds, player).mean() == pytest.approx(wanted, rel=1e-5)
+    play(worlds, player)
+    assert len(seen) == 40 and all((z == saved["z"][0]).all() for z in seen)
+    seen.clear()
+    play(module.make_envs(args, "6", 30, world_seed), player)
+    assert (seen[0] != seen[0][:1]).any(), "another population"
+
+
+def test_the_classifier_in_an_adaptation(adapted, runs):
+    """Its accuracy is that of finding the population, the second of 3 and 5; there is none in a
+    population that it does not know."""
+
+    def guesses_the_second(state):
+        state["agent"]["population_classifier"]["out.bias"][:, 1] += 100.0
+
+    assert not [k for m in metrics(adapted / "run") for k in m if k.startswith("xi_")]
+    doctored(runs / "mra", "source", guesses_the_second)
+    for population, right in (("3", 0.0), ("5", 1.0)):
+        argv = adapting("source", f"to-{population}", 40, "--population", population)
+        assert script(MRA).main([*argv, "--log-every", "40"]) == 0
+        (m,) = metrics(f"to-{population}")
+        assert m[f"xi_accuracy/{population}"] == m[f"xi_accuracy_uniform_g/{population}"] == right
+
+
 def test_adaptation_draws_from_the_sources_psi(runs):
     """One z for each agent, by its type."""
     doctored(runs / "mra", "one", prefers(4))
@@ -1313,6 +1363,20 @@ def test_flags_of_the_source_hold(runs, monkeypatch):
     expected = {"learning_rate": 0.5, "max_grad_norm": 7.0, "inner_steps": 3, "seed": 9}
     expected |= {"scale_rewards": False, "target": "polyak"}
     assert {k: x for k, x in changed.items() if x != args[k]} == expected
+
+
+def test_presets_of_adaptations(monkeypatch):
+    """Without --preset it is the source's, as are its flags; with it flags are the preset's."""
+    run(MRA, "source", 4, "--preset", "cpu", "--no-compile", "--buffer-size", 2000)
+    few, module = ["--adapt", "source", "--population", 4], script(MRA)
+    args = given(MRA, few, monkeypatch)
+    assert (args.preset, args.num_envs, args.learning_rate) == ("cpu", 4, 1e-3)
+    assert args.target == "polyak" and not args.compile
+    usual = {name: getattr(module.Args, name) for name in module.PRESETS["cpu"]}
+    for preset, flags in (("cpu", module.PRESETS["cpu"]), ("paper", usual)):
+        typed = given(MRA, [*few, f"--preset={preset}", "--num-envs", 7], monkeypatch)
+        flags = flags | {"preset": preset, "num_envs": 7}
+        assert typed == dataclasses.replace(args, **flags)
 
 
 def test_shaping_of_an_adaptation(runs, monkeypatch):

@@ -944,6 +944,20 @@ def test_flags_of_the_source_hold():
     assert changed == preset | {"preset", "epochs", "trial_games"}
 
 
+def test_presets_of_adaptations():
+    """Without --preset it is the source's, as are its flags; with it flags are the preset's."""
+    run(RL2, "source", 4, "--preset", "cpu", "--no-compile", "--gamma", 0.5)
+    few = ["--adapt", "source", "--population", "4"]
+    args = rl2.read(few)
+    assert (args.preset, args.gamma, args.learning_rate) == ("cpu", 0.5, 2e-3)
+    fast = dict(rl2.PRESETS["cpu"])
+    usual = {name: getattr(rl2.Args, name) for name in fast}
+    for preset, flags in (("cpu", fast), ("paper", usual)):
+        flags = flags | {"preset": preset, "rnn_size": 6, "gae_lambda": 0.7}
+        typed = rl2.read([*few, f"--preset={preset}", "--gae-lambda", "0.7"])
+        assert typed == dataclasses.replace(args, **flags)
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 WRONG = {  # command line: words that the one sentence has to contain
