@@ -386,6 +386,13 @@ def test_verdicts(new, expected):
     assert zoo.verdict(old, zoo.Figure("row", "win", *new)) == expected
 
 
+@pytest.mark.parametrize(("x", "expected"), [(3.0000001, "within"), (3.001, "outside")])
+def test_rounding_is_within(x, expected):
+    """Where all episodes are alike, so that the standard error is 0."""
+    old = zoo.Figure("row", "return", 3.0, 3.0, 3.0, 16)
+    assert zoo.verdict(old, zoo.Figure("row", "return", x, x, x, 16)) == expected
+
+
 def test_bench_zoo(no_trial, monkeypatch, tmp_path, capsys):
     """A line for each figure; code 1 if one is not the card's, or if today's evaluation lacks it
     and no flags may have left it out; a name that is not there, code 2."""
