@@ -35,6 +35,7 @@ except BlockingIOError:
 with (run / "calls").open("a") as file:
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
     about = {"words": words, "pid": os.getpid(), "gpu": gpu, "cwd": os.getcwd()}
+    about["patience"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     file.write(json.dumps(about) + "\\n")
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
@@ -348,6 +349,21 @@ def test_each_process_of_a_run_has_a_gpu(monkeypatch):
     assert sets(gpus=4, jobs=3, processes=2) == ["0,1", "2,3", "0,1"]
     with pytest.raises(launch.UsageError, match="--gpus 1: a run of this study has 2 processes"):
         sets(gpus=1, jobs=0, processes=2)
+
+
+def test_torchrun_waits_until_runs_have_saved(study, launched, monkeypatch):
+    """By default it kills what is still busy 30 seconds after SIGTERM."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    def seconds():
+        return LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2).shutdown_timeout
+
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert seconds() == 30
+    file = study(seeds=[1], a="")
+    assert launched(file)[0] == 0
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", calls(file, "a-s1")[0]["patience"])
+    assert seconds() == 3600
 
 
 @pytest.mark.parametrize(
