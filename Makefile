@@ -35,7 +35,7 @@ setup: $(READY)  ## make .venv with everything in it (0.5 GB to download, 3 GB w
 setup-sc2: $(READY)  ## packages for --backend sc2 and its tests (docs/starcraft.md has the game)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-sc2.txt
 
-setup-ray: $(READY)  ## Ray, for launch.py --engine ray and its test: 80 MB to download (docs/studies.md)
+setup-ray: $(READY)  ## Ray, for launch.py --engine ray and its test: 80 MB to download (docs/ray.md)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r requirements-ray.txt
 
 train: $(READY)  ## a short run of BiDist on a real substrate: a bar, a table, videos

@@ -56,7 +56,7 @@ NAVIGATION = {
     "Scripts and their benchmarks": "scripts/index",
     "Worlds": """docs/meltingpot docs/scenarios docs/particle docs/battles docs/starcraft
         docs/resource_collection docs/own_world""",
-    "On many machines": "docs/studies docs/torchrun docs/gpu",
+    "On many machines": "docs/studies docs/slurm docs/ray docs/torchrun docs/gpu",
     "Project": "CONTRIBUTING CHANGELOG data",
 }
 # {family: {script: page on how its paper was read}}.

@@ -29,6 +29,7 @@ FOREIGN = {
     *("--mask-empty-slots", "--mi-samples", "--latent-gradient", "--parallel-populations"),
     "--prior-floor",
     *("--help", "--no-deps", "--nproc-per-node", "--logdir", "--x", "--no-x"),
+    *("--array", "--signal", "--requeue", "--time", "--gres"),  # SLURM's
 }
 
 

@@ -3,7 +3,7 @@
     python stand_in_slurm.py sbatch --array=0-2 --requeue --signal=B:TERM@120 --wrap "exec ..."
     python stand_in_slurm.py scontrol requeue 101
 
-sbatch takes the options that docs/studies.md prints and refuses others. As SLURM does, it writes
+sbatch takes the options that docs/slurm.md prints and refuses others. As SLURM does, it writes
 --wrap into a script, starts that with sh in the folder of the submission, gives each task a job's
 number, the first one the array's own, signals the script alone (B:), and queues again what asked
 for it: under the array's number that is all of it. Unlike SLURM it waits for all, and the first

@@ -423,10 +423,10 @@ def test_slurm_starts_a_stopped_run_again(study, launched):
 
 @pytest.mark.long
 def test_the_documented_array(study):
-    """The command of docs/studies.md, word for word but for the study and its number of runs, given
+    """The command of docs/slurm.md, word for word but for the study and its number of runs, given
     to a stand-in for sbatch. The first task's time is up midway: it is saved, asks to be queued
     again, and goes on behind the others."""
-    page = (ROOT / "docs/studies.md").read_text()
+    page = (ROOT / "docs/slurm.md").read_text()
     (command,) = re.findall(r"^    (sbatch .*\\\n +--wrap .*)$", page, re.M)
     folder = study(a="").parent
     file = study(seeds=[1], timesteps=30, a="--pause 0.1", b="--pause 0", c="--pause 0")
