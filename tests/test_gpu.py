@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 
 import harness
 
@@ -105,6 +106,14 @@ def test_half_and_resumed_is_the_whole(name, device, runs, tmp_path):
     """But for the order of sums on a GPU. (To the last bit on a CPU: each script's own tests.)"""
     steps = states(runs(name, device))[0]["timesteps"]
     half, whole = tmp_path / "half", tmp_path / "whole"
+    if (
+        name == "baselines.epc_particle"
+    ):  # with more steps all stages are longer, not the last alone
+        train(name, *command(name, whole, "--device", device, "--save-every", 1))
+        shutil.copytree(whole, half)
+        train(name, "--resume", half / index(half)[1]["name"], "--device", device)
+        assert_near(weights(half), weights(whole))
+        return
     train(name, *command(name, half, "--device", device))
     train(name, *longer(half, device))
     train(name, *command(name, whole, "--device", device, "--total-timesteps", 2 * steps))
