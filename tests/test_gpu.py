@@ -106,9 +106,8 @@ def test_half_and_resumed_is_the_whole(name, device, runs, tmp_path):
     """But for the order of sums on a GPU. (To the last bit on a CPU: each script's own tests.)"""
     steps = states(runs(name, device))[0]["timesteps"]
     half, whole = tmp_path / "half", tmp_path / "whole"
-    if (
-        name == "baselines.epc_particle"
-    ):  # with more steps all stages are longer, not the last alone
+    # With more steps all of EPC's stages are longer: half of it is its older checkpoint.
+    if name == "baselines.epc_particle":
         train(name, *command(name, whole, "--device", device, "--save-every", 1))
         shutil.copytree(whole, half)
         train(name, "--resume", half / index(half)[1]["name"], "--device", device)
