@@ -244,6 +244,16 @@ class Summary(pydantic.BaseModel):
     eval: dict[str, Row]  # the final evaluation
 
 
+def as_today(args: dict[str, Any]) -> dict[str, Any]:
+    """A run's arguments with FORMER ones where it lacks them. Once --no-forward and --no-reverse
+    were flags of their own."""
+    args = FORMER.get(args.get("script"), {}) | args
+    for name in ("forward", "reverse"):
+        if f"no_{name}" in args:
+            args[name] = not args.pop(f"no_{name}")
+    return args
+
+
 class Run:
     """A run directory. Each file is read on first use. UsageError if it is no run directory."""
 
@@ -263,7 +273,7 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             sentence = "is no run directory: it has no args.json with a script."
             raise UsageError(f"{self.where} {sentence}") from None
-        return FORMER.get(args["script"], {}) | args
+        return as_today(args)
 
     @functools.cached_property
     def log(self) -> list[dict[str, float]]:
@@ -432,7 +442,7 @@ def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
             results.setdefault(row, {})[figure] = float(value)
         elif kind == "episode":
             episodes[int(line["timesteps"]), *row.split(), figure].append(float(value))
-    run.args = FORMER.get(run.args.get("script"), {}) | run.args
+    run.args = as_today(run.args)
     run.log.sort(key=lambda scalars: scalars["timesteps"])
     for row in results.values():
         row["episodes"] = int(row["episodes"])

@@ -166,6 +166,21 @@ def test_a_run_that_is_older_than_a_flag_keeps_its_method(two, tmp_path):
     assert all("--clip-centre printed" in runs.method_of(run.args) for run in older)
 
 
+def test_a_run_of_the_former_switches_is_its_ablation(two, tmp_path):
+    """--no-reverse was a flag of its own; as in study_chicken.csv, from which fig8 takes BiDist."""
+    runs = experiment("runs")
+    shutil.copytree(two[0], tmp_path / "older-s1")
+    path = tmp_path / "older-s1/args.json"
+    args = json.loads(path.read_text())
+    assert args.pop("forward") is args.pop("reverse") is True
+    path.write_text(json.dumps(args | {"no_forward": False, "no_reverse": True}))
+    found = runs.Run(path.parent).args
+    assert found["forward"] is True and found["reverse"] is False and "no_reverse" not in found
+    assert " --no-reverse " in runs.method_of(found)
+    (packed, *_) = runs.read_study(ROOT / "docs/data/study_chicken.csv")
+    assert packed.args["forward"] is packed.args["reverse"] is True
+
+
 def test_a_run_that_has_not_ended_has_no_row(two, tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/metrics.jsonl").write_text('{"timesteps": 40, "entropy": 1.0}\n{"times')
