@@ -993,7 +993,10 @@ class Run:
         write(self.dir / "args.json", describe_run(self.args, about))
 
     def resume(self) -> None:
-        """Restore this process's objects and replays; UsageError for another number of ranks."""
+        """Restore this process's objects and replays; UsageError for another number of ranks, or if
+        they read different checkpoints, as on a file system that shows them late."""
+        if len(steps := set(gather(self.timesteps))) > 1:
+            raise UsageError(f"Processes read checkpoints of different steps: {sorted(steps)}.")
         if (ranks := len(self.saved["ranks"])) != self.size:
             raise UsageError(f"{ranks} processes began this run; {self.size} cannot go on.")
         self.restore_own(self.own)
@@ -1038,10 +1041,11 @@ class Run:
 
     def goes_on(self) -> bool:
         """Whether all processes do another iteration; if not, a checkpoint is saved."""
+        stops = self.stopped  # a signal from here on counts the next time, in all processes
         if self.size > 1:
-            stopped = torch.tensor(int(self.stopped), device=self.device)
-            self.stopped = bool(sum_over_processes(stopped))
-        if self.stopped or self.timesteps >= self.args.total_timesteps:
+            stops = bool(sum_over_processes(torch.tensor(int(stops), device=self.device)))
+        self.stopped |= stops
+        if stops or self.timesteps >= self.args.total_timesteps:
             self.save()
             return False
         self.before, self.mark = self.timesteps, time.monotonic()
@@ -1090,7 +1094,8 @@ class Run:
         return f"replay-{timesteps}{rank}.pt"
 
     def save(self) -> None:
-        """Save a checkpoint unless this step has one; RunError if a number is not finite."""
+        """Save a checkpoint unless this step has one; RunError if a number is not finite. All
+        processes wait until it is written: who leaves or resumes before would end or miss it."""
         if self.timesteps == self.saved_at:
             return
         parts = pack(self.parts)
@@ -1111,6 +1116,7 @@ class Run:
             state |= {"before": self.before}
             state |= {"wall_s": time.monotonic() - self.began}
             self.save_state(state, [entry for replay in replays for entry in replay])
+        gather(None)
         self.saved_at = self.timesteps
 
     def save_replay(self, filled: dict[str, dict[str, Tensor]]) -> dict[str, str]:

@@ -137,6 +137,65 @@ def test_the_first_process_is_asked(tmp_path):
     assert in_two(ask, tmp_path) == ["said by 0"] * 2
 
 
+def as_torchrun_does(rank, argv):
+    """The learner's exit code, in one of two processes; where the run is when it leaves."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    code = learner.main([str(x) for x in argv])
+    return code, index("run")[0]["timesteps"]
+
+
+@pytest.mark.parametrize("struck", [{1}, {0, 1}])
+def test_a_signal_while_they_ask_each_other_is_not_lost(struck, tmp_path, monkeypatch):
+    """It comes after a process has told the others that it goes on, before it hears from them."""
+
+    def found(rank):
+        goes_on, plain = harness.Run.goes_on, harness.sum_over_processes
+
+        def asked(x):
+            summed = plain(x)
+            signal.raise_signal(signal.SIGTERM)
+            return summed
+
+        def when_asked(run):
+            is_hit = rank in struck and run.timesteps == 24
+            with monkeypatch.context() as patch:
+                patch.setattr(harness, "sum_over_processes", asked if is_hit else plain)
+                return goes_on(run)
+
+        monkeypatch.setattr(harness.Run, "goes_on", when_asked)
+        return as_torchrun_does(rank, flags("run", 12))
+
+    assert in_two(found, tmp_path) == [(75, 32)] * 2
+
+
+def test_nobody_leaves_before_a_checkpoint_is_written(tmp_path, monkeypatch):
+    def found(rank):
+        save_state = harness.Run.save_state
+
+        def slow(run, *rest):
+            time.sleep(1)
+            save_state(run, *rest)
+
+        monkeypatch.setattr(harness.Run, "save_state", slow)
+        return as_torchrun_does(rank, flags("run", 4, "--save-every", 0))
+
+    assert in_two(found, tmp_path) == [(0, 16)] * 2
+
+
+def test_processes_that_read_different_checkpoints(tmp_path, monkeypatch, capfd):
+    """As on a file system of a cluster that shows one of them an older index."""
+
+    def found(rank):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+        codes = [learner.main([str(x) for x in flags("run", 4, "--save-every", 8)])]
+        newest = "run/checkpoint-16.pt" if rank else "run/checkpoint-8.pt"
+        codes.append(learner.main(["--resume", newest, "--total-timesteps", "64"]))
+        return codes
+
+    assert in_two(found, tmp_path) == [[0, 2]] * 2
+    assert "Processes read checkpoints of different steps: [8, 16]." in capfd.readouterr().err
+
+
 def test_shares_of_what_counts_over_all():
     args = learner.Args(num_envs=6, buffer_size=9)
     share = harness.Run.own_share(SimpleNamespace(size=3), args, "num_envs", "buffer_size")
