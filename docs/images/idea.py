@@ -41,4 +41,4 @@ for number, (title, sides) in enumerate(PANELS.items()):
             spine.set_color("#d0d5db")
     axes[2 * number].set_title(title, fontsize=11, loc="left")
 figure.tight_layout(w_pad=0.6)
-figure.savefig(Path(__file__).with_suffix(".png"))
+figure.savefig(Path(__file__).with_suffix(".png"), bbox_inches="tight", pad_inches=0.08)
