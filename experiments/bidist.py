@@ -767,6 +767,7 @@ class Loaded(NamedTuple):
     envs: Any
     agent: Any
     rngs: dict[str, torch.Generator]  # by name: "rng" of the script, "method_rng" of its method
+    memory: Any  # of PP and RPM: past actors; else None
 
     def check(self) -> None:
         """UsageError if the script refuses these arguments: with few worlds, a rollout may have
@@ -776,13 +777,28 @@ class Loaded(NamedTuple):
     def play(self, state: Any) -> tuple[Any, Any]:
         """One rollout of the training population, and the state after it."""
         wanted = inspect.signature(self.script.collect).parameters
-        if "memory" in wanted:
-            name = self.script.__name__.rpartition(".")[2]
-            raise UsageError(f"{name}.py acts with past actors, too, and cannot be played here.")
+        past = [] if self.memory is None else [self.memory]
         if hasattr(self.script, "draw_psi"):  # RandNet: it is drawn for each rollout in train()
             self.agent.psi = self.script.draw_psi(self.args, self.rngs["method_rng"])
         rngs = {name: rng for name, rng in self.rngs.items() if name in wanted}
-        return self.script.collect(self.args, self.envs, self.agent, state, **rngs)
+        return self.script.collect(self.args, self.envs, self.agent, *past, state, **rngs)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[list[torch.Tensor]]:
+        """Context with a list that gets, for each step of PP and RPM, the log-probabilities
+        (B, N, A) of the policies that act, theta's or a past actor's."""
+        steps, act_past = [], getattr(self.script, "act_past", None)
+
+        def noted(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            acting, hidden = act_past(*args)
+            steps.append(acting)
+            return acting, hidden
+
+        with contextlib.ExitStack() as stack:
+            if act_past:
+                stack.callback(setattr, self.script, "act_past", act_past)
+                self.script.act_past = noted
+            yield steps
 
     def last_of(self, rollouts: int) -> tuple[Any, Any]:
         """Play several rollouts from a new state; return the last one and the state after it."""
@@ -813,8 +829,14 @@ def loaded(run: Run, num_envs: int, seed: int) -> Iterator[Loaded]:
             harness.restore(agent, saved["agent"], str(run.path))
             seeds = {"rng": seed, "method_rng": seed + 1}
             rngs = {name: torch.Generator().manual_seed(x) for name, x in seeds.items()}
+            memory = None
+            if hasattr(script, "new_memory"):
+                memory = script.new_memory(args)
+                if "memory" not in saved:  # weights only
+                    raise UsageError(f"{run.path} holds no past actors.")
+                harness.restore(memory, saved["memory"], str(run.path))
             envs.reset()
-            yield Loaded(script, args, envs, agent, rngs)
+            yield Loaded(script, args, envs, agent, rngs, memory)
     except WorldError as error:
         raise UsageError(str(error)) from None
 
@@ -1025,7 +1047,7 @@ def fig7(study: Fig7) -> None:
 class Fig5:
     """Fig. 5: t-SNE of the joint action distributions that a training population plays."""
 
-    runs: Runs  # runs of any method but PP and RPM, all in one substrate
+    runs: Runs  # runs of any method, all in one substrate
     samples: Several = 500  # samples to draw from each run
     rollouts: Positive = 4  # rollouts to draw them from; BiDist draws new agents v for each
     num_envs: Positive = 16  # parallel worlds of a rollout
@@ -1044,7 +1066,7 @@ class Sample(NamedTuple):
     seed: int
     timesteps: int  # environment steps of training
     points: np.ndarray  # (S, N A) action probabilities of all agents, concatenated
-    fictitious: np.ndarray  # (S,) number of agents that act with phi
+    fictitious: np.ndarray  # (S,) number of agents that act with phi or a past actor
     agents: int  # N
 
 
@@ -1055,12 +1077,16 @@ def sample_population(run: Run, study: Fig5) -> Sample:
     with loaded(run, study.num_envs, study.seed) as found:
         state = found.script.new_state(found.agent, study.num_envs)
         for number in range(study.warm_up + study.rollouts):
-            batch, state = found.play(state)
+            with found.listening() as acted:
+                batch, state = found.play(state)
             if number < study.warm_up:
                 continue
             if hasattr(batch, "trained"):  # BiDist: theta or phi, as drawn
                 probs = torch.where(batch.trained[..., None], batch.theta, batch.phi).exp()
                 fictitious.append((~batch.trained).sum(-1).flatten())
+            elif acted:  # PP, RPM: theta or a past actor
+                probs = torch.stack(acted).exp()
+                fictitious.append((~batch.current).sum(-1).flatten())
             else:
                 actor = found.agent.actor
                 if hasattr(found.agent, "psi"):  # RandNet acts on views that psi has changed
@@ -1129,7 +1155,7 @@ def draw_samples(samples: list[Sample], places: list[np.ndarray], title: str) ->
     marks = [plt.Line2D([], [], color=f"C{i}", marker="o", lw=0) for i in range(len(methods))]
     if any(s.fictitious.any() for s in samples):
         marks.append(plt.Line2D([], [], color="grey", marker="x", lw=0))
-    labels = [*methods, "with fictitious agents"]
+    labels = [*methods, "with fictitious agents or past actors"]
     figure.legend(marks, labels, loc="lower center", ncols=min(3, len(marks)), fontsize=8)
     figure.suptitle(f"{title}\nareas and distances mean nothing; spread: see the table", fontsize=9)
     figure.tight_layout(rect=(0, 0.04 + 0.05 * -(-len(marks) // 3), 1, 1))
@@ -1157,7 +1183,8 @@ def text_of_samples(samples: list[Sample], world: str) -> str:
         "for all agents side by side. Mean distance: Euclidean, over all pairs of a run's samples; "
         "mean total variation: between the same agent's policies in two samples, from 0 to 1. Both "
         "are in probability space, and both grow with how much a policy depends on what it sees, "
-        "not only with the number of policies. Distances in the t-SNE itself mean nothing.\n\n"
+        "not only with the number of policies. Distances in the t-SNE itself mean nothing. "
+        "Fictitious: agents that phi or, in PP and RPM, a past actor plays.\n\n"
     )
     return text + markdown_table(lines)
 

@@ -157,12 +157,29 @@ def test_errors_of_distributions(trained, tmp_path, capsys):
     assert "nowhere is no run directory." in capsys.readouterr().err
 
 
-def test_past_actors_are_not_drawn(tmp_path, capsys):
-    assert script("baselines.pp_meltingpot").main(tiny("", tmp_path / "pp-s1", 1)) == 0
-    capsys.readouterr()
-    assert bidist.main(["fig5", str(tmp_path / "pp-s1"), "--out", str(tmp_path / "x")]) == 2
-    sentence = "pp_meltingpot.py acts with past actors, too, and cannot be played here."
-    assert capsys.readouterr().err == f"error: {sentence}\n"
+@pytest.mark.parametrize("name", ["pp_meltingpot", "rpm_meltingpot"])
+def test_samples_of_past_actors(tmp_path, name):
+    """The points are the policies that acted, a past actor's where one played; the loaded actors
+    are those of the run."""
+    more = ("--history-share", "0.5", "--actor-lr", "0.01", "--max-episode-steps", "4")
+    assert script(f"baselines.{name}").main(tiny("", tmp_path / "run-s1", 3, *more)) == 0
+    run = runs.Run(tmp_path / "run-s1")
+    study = bidist.Fig5((run.path,), samples=40, rollouts=1, num_envs=2, warm_up=0)
+    sample = bidist.sample_population(run, study)
+    with bidist.loaded(run, 2, study.seed) as found:
+        batch, _ = found.last_of(1)
+        assert found.memory.actors
+        theta = found.policy(found.agent.actor, batch, batch.actor_hidden).flatten(0, 1).numpy()
+    order = np.random.default_rng(study.seed).permutation(40)
+    points, theta = sample.points.reshape(40, 2, 3), theta[order]
+    actions = batch.actions.flatten(0, 1).numpy()[order]
+    acted = np.take_along_axis(points, actions[..., None], -1)[..., 0]
+    log_probs = batch.log_probs.flatten(0, 1).double().numpy()[order]
+    assert np.allclose(acted, np.exp(log_probs), atol=1e-6)
+    current = batch.current.flatten(0, 1).numpy()[order]
+    assert (sample.fictitious == (~current).sum(-1)).all() and 0 < current.mean() < 1
+    assert np.allclose(points[current], theta[current], atol=1e-6)
+    assert not np.allclose(points[~current], theta[~current], atol=1e-3)
 
 
 # Options ----------------------------------------------------------------------------------------
