@@ -182,6 +182,21 @@ def test_samples_of_past_actors(tmp_path, name):
     assert not np.allclose(points[~current], theta[~current], atol=1e-3)
 
 
+def test_without_past_actors_nothing_is_played(tmp_path, capsys, monkeypatch):
+    """As entries of the zoo, which hold weights only."""
+    assert script("baselines.pp_meltingpot").main(tiny("", tmp_path / "pp-s1", 1)) == 0
+    load = bidist.harness.load_checkpoint
+
+    def weights_only(path, **options):
+        saved, where = load(path, **options)
+        return {name: x for name, x in saved.items() if name != "memory"}, where
+
+    monkeypatch.setattr(bidist.harness, "load_checkpoint", weights_only)
+    capsys.readouterr()
+    assert bidist.main(["fig5", str(tmp_path / "pp-s1"), "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'pp-s1'} holds no past actors.\n"
+
+
 # Options ----------------------------------------------------------------------------------------
 
 WRONG = [
