@@ -6,7 +6,7 @@ episode, each agent gets the current policy theta or, with probability p, a past
 drawn, then an actor of that rank, so that theta plays with weak and strong actors equally often.
 RPM is a baseline of BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1).
 
-    kappa = floor(R / psi)     rank of theta;  R: mean return of the agents that theta played
+    kappa = floor(R / psi)     rank of theta;  R: return per 1,000 steps of agents that theta played
     Psi[kappa] <- Psi[kappa] + theta
     who_i = theta with 1 - p, else uniform from Psi[kappa'], kappa' uniform from the ranks of Psi
     J(theta) = E_{i: who_i = theta} min(r A_i, clip(r, 1 -+ eps) A_i),  r = pi_theta / pi_theta_old
@@ -89,7 +89,7 @@ class Args(RunArgs):
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
     history_share: Share = 0.3  # p, probability that an agent acts with a past policy
-    rank_width: Above | None = None  # psi, rank width; default: (max - min) / 5 of first 20 returns
+    rank_width: Above | None = None  # psi, of returns per 1,000 steps; default: 6 to 11 ranks
     per_rank: Positive = 20  # past actors that are kept per rank, a uniform sample of all
     policies_per_rollout: Positive = 4  # past actors drawn for each rollout
     use_history: bool = False  # samples of past policies train theta, too
@@ -122,14 +122,11 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     alone = not args.history_share
-    few = args.rank_width is None and args.per_rank < WARM_UP
     narrow = args.rank_width is not None and args.rank_width < 1e-9  # a rank could be infinite
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (args.use_history and alone, "--use-history has no samples with --history-share 0"),
-        # Until psi is known, all actors are in one rank, which must be able to hold them all.
-        (few, f"--per-rank below {WARM_UP} needs --rank-width"),
         (narrow, "--rank-width must be at least 1e-9"),
     ]
 
@@ -381,7 +378,7 @@ class Agent(Parts):
 # --- 5. The paper ---------------------------------------------------------------------------------
 
 CURRENT = -1  # in `players`: theta acts
-WARM_UP = 20  # number of first returns that set the default of psi
+MOST_WIDTHS = 10  # number of ranks' widths that may span all returns, where psi is the default
 Weights = dict[str, Tensor]  # the state_dict of an actor, on the CPU
 
 
@@ -397,44 +394,49 @@ def weights_of(actor: Actor) -> Weights:
 class Memory:
     """Psi, past actors by rank, equal in all processes and saved in checkpoints."""
 
-    width: float | None  # psi; None: not yet known
+    width: float | None  # psi; None: by the range of the returns met so far
     per_rank: int  # largest number of actors in a rank
     rng: torch.Generator
     actors: list[Weights] = dataclasses.field(default_factory=list)
-    returns: list[float] = dataclasses.field(default_factory=list)  # mean return of each actor
-    met: list[float] = dataclasses.field(default_factory=list)  # mean returns of all actors so far
+    returns: list[float] = dataclasses.field(default_factory=list)  # R of each actor
+    keys: list[float] = dataclasses.field(default_factory=list)  # a random number of each actor
+    met: list[float] = dataclasses.field(default_factory=list)  # R of all actors so far
+
+    def psi(self) -> float:
+        """The width of a rank, in returns per 1,000 steps."""
+        if self.width is not None:
+            return self.width
+        # paper is silent: psi; here the smallest power of 2 of which MOST_WIDTHS span all returns
+        # met so far. As it grows, ranks merge in pairs; none is ever split.
+        spread = max(self.met) - min(self.met)
+        return 2.0 ** math.ceil(math.log2(max(spread, 1e-9) / MOST_WIDTHS))
 
     def rank(self, mean_return: float) -> int:
-        """The rank kappa of a mean return; 0 until psi is known."""
-        if self.width is None:
-            return 0
-        return math.floor(mean_return / self.width)
+        """The rank kappa of a return."""
+        return math.floor(mean_return / self.psi())
 
     def ranks(self) -> dict[int, list[int]]:
-        """{rank: indices of its actors in self.actors}."""
+        """{rank: indices of its actors in self.actors, the oldest first}."""
         ranks = collections.defaultdict(list)
         for place, mean_return in enumerate(self.returns):
             ranks[self.rank(mean_return)].append(place)
         return ranks
 
     def append(self, actor: Actor, mean_return: float) -> None:
-        """Reservoir sampling: add an actor; if the rank is full, for an old one, or not at all."""
+        """Add an actor; a rank that has become too large loses one, or several if ranks merged."""
         self.met.append(mean_return)
-        rank = self.rank(mean_return)
-        places = self.ranks()[rank]
-        if len(places) < self.per_rank:
-            self.actors.append(weights_of(actor))
-            self.returns.append(mean_return)
-        else:
-            # paper and code differ: the paper keeps all, here each with chance per_rank / peers
-            peers = sum(self.rank(x) == rank for x in self.met)
-            choice = int(torch.randint(peers, (), generator=self.rng))
-            if choice < self.per_rank:
-                self.actors[places[choice]] = weights_of(actor)
-                self.returns[places[choice]] = mean_return
-        # paper is silent: psi; here a fifth of the range of the first returns, 1 if it is 0
-        if self.width is None and len(self.met) == WARM_UP:
-            self.width = (max(self.met) - min(self.met)) / 5 or 1.0
+        self.actors.append(weights_of(actor))
+        self.returns.append(mean_return)
+        self.keys.append(float(torch.rand((), generator=self.rng)))
+        # paper and code differ: the paper keeps all. Here a rank keeps the actors with the smallest
+        # keys: a uniform sample of all that ever had this rank, also after ranks have merged.
+        kept = []
+        for places in self.ranks().values():
+            kept += sorted(places, key=self.keys.__getitem__)[: self.per_rank]
+        kept.sort()
+        self.actors = [self.actors[place] for place in kept]
+        self.returns = [self.returns[place] for place in kept]
+        self.keys = [self.keys[place] for place in kept]
 
     def draw(self, count: int, rng: torch.Generator) -> list[Weights]:
         """Draw `count` actors, each from a uniformly drawn rank; an actor may be drawn twice."""
@@ -453,7 +455,7 @@ def new_memory(args: Args) -> Memory:
 
 
 def remember(memory: Memory, actor: Actor, batch: Batch) -> None:
-    """Append an actor with the mean return of the agents that it played, over all processes."""
+    """Append an actor with R of the episodes that ended in a rollout, over all processes."""
     check_finite(rewards=batch.rewards)
     device = batch.rewards.device
     returns = torch.tensor(batch.returns, dtype=torch.float64, device=device)
@@ -580,7 +582,7 @@ class Batch:
     actor_hidden: Tensor  # (C, B, N, S), hidden states of theta before each chunk
     finals: list[tuple[int, int, Views]]  # t, b, final critic view (1, 1, ...) of each truncation
     episodes: list[Episode]  # those that ended in this rollout
-    returns: list[float]  # returns in them, of each agent that theta played
+    returns: list[float]  # per 1,000 steps in them, of each agent that theta played
     critic_hidden: Tensor | None = None  # (C, B, N, S); prepare() fills this field and those below
     values: Tensor | None = None  # (T, B, N) float32, before the update, normalised
     targets: Tensor | None = None  # (T, B, N) float32, GAE returns, normalised
@@ -654,7 +656,10 @@ def collect(
         episodes += step.episodes
         for episode in step.episodes:
             ours = state.players[episode.world] == CURRENT
-            returns += episode.returns[ours.cpu().numpy()].tolist()
+            # paper and code differ: there R is the whole return. In chicken and coins episodes end
+            # at random, after 1,000 steps or 3,000, and their length would decide the rank.
+            rates = 1000 * episode.returns / episode.length
+            returns += rates[ours.cpu().numpy()].tolist()
         ended = terminated | truncated
         state = dataclasses.replace(
             state,

@@ -147,20 +147,24 @@ def test_key_is_the_floor():
         assert found == [memory.returns[place] for place in places]
 
 
-def test_default_width_is_a_fifth_of_the_first_returns_spread():
-    values = [*np.random.default_rng(0).uniform(-1, 4, 20).tolist(), 100.0]
-    memory = rpm.Memory(None, 20, generator())
-    for k, value in enumerate(values):
-        assert (memory.width is None) == (k < 20)
-        assert memory.width is not None or len(memory.ranks()) <= 1
+def test_default_width_follows_the_range_of_returns():
+    """It is a power of 2 of which 6 to 10 span all returns; ranks merge, none is split."""
+    memory, together = rpm.Memory(None, 20, generator()), set()
+    for k in range(200):
+        value = 0.1 * (k % 2 - 0.5) * k * (k < 100) + 5.0 * (k >= 100)
         memory.append(Numbered(k), value)
-    width = (max(values[:20]) - min(values[:20])) / 5
-    assert memory.width == pytest.approx(width)
-    assert set(memory.ranks()) == set(np.floor(np.array(values) / width).astype(int))
+        psi, spread = memory.psi(), max(memory.met) - min(memory.met)
+        assert np.log2(psi) % 1 == 0 and len(memory.ranks()) <= 11
+        assert spread <= 10 * psi and (k == 0 or spread > 5 * psi)
+        ranks = [memory.rank(value) for value in memory.met]
+        pairs = {(i, j) for i in range(k + 1) for j in range(i) if ranks[i] == ranks[j]}
+        assert together <= pairs, "a rank was split"
+        together = pairs
+    assert psi == 1.0 and len(set(memory.met)) > 50
     flat = rpm.Memory(None, 20, generator())
-    for k in range(20):
+    for k in range(30):
         flat.append(Numbered(k), 2.0)
-    assert flat.width == 1.0
+    assert len(flat.ranks()) == 1 and len(flat.actors) == 20
 
 
 def test_a_rank_keeps_a_uniform_sample():
@@ -174,6 +178,20 @@ def test_a_rank_keeps_a_uniform_sample():
                 memory.append(Numbered(100 + k), 1.5)
         kept[[k for k in numbers(memory.actors) if k < 100]] += 1
     assert kept.sum() == 3 * runs and close_to(kept, runs, 3 / 9)
+
+
+def test_merged_ranks_keep_a_uniform_sample():
+    """Ranks of 2, 9 and 9 actors, 2 kept in each; with the last return they become one rank."""
+    runs, kept = 1500, np.zeros(20)
+    for seed in range(runs):
+        memory = rpm.Memory(None, 2, generator(seed))
+        for k, value in enumerate([0.3] * 2 + [0.7] * 9 + [1.2] * 9):
+            memory.append(Numbered(k), value)
+        assert sorted(map(len, memory.ranks().values())) == [2, 2, 2]
+        memory.append(Numbered(20), 30.0)
+        assert sorted(map(len, memory.ranks().values())) == [1, 2]
+        kept[[k for k in numbers(memory.actors) if k < 20]] += 1
+    assert close_to(kept, runs, 2 / 20)
 
 
 def test_rpm_draws_ranks_uniformly_then_actors():
@@ -269,16 +287,18 @@ def test_past_policies_act(script, flag, value, monkeypatch):
 
 
 def test_returns_are_those_of_current_agents():
-    """R: only of agents that theta played in the episode."""
+    """R: only of agents that theta played in the episode, per 1,000 steps."""
     s = crowd(rpm)
     s.envs.counter.clear()
     batch = collect(s)
-    expected, returns = [], np.zeros((4, 2))
+    expected, returns, lengths = [], np.zeros((4, 2)), np.zeros(4)
     for t in range(20):
         returns += batch.rewards[t].numpy()
+        lengths += 1
         for b in torch.nonzero(batch.terminated[t])[:, 0].tolist():
-            expected += returns[b][batch.current[t, b].numpy()].tolist()
-            returns[b] = 0
+            rates = 1000 * returns[b] / lengths[b]
+            expected += rates[batch.current[t, b].numpy()].tolist()
+            returns[b] = lengths[b] = 0
     assert batch.returns == pytest.approx(expected) and 0 < len(expected) < 2 * len(batch.episodes)
     before = len(s.memory.met)
     rpm.remember(s.memory, s.agent.actor, batch)
@@ -367,7 +387,7 @@ def test_diff_is_the_method(child, parent):
 CUTS = [
     (PP, "--memory 4 --policies-per-rollout 3 --use-history"),
     pytest.param(PP, "--redraw episode --max-episode-steps 7", marks=pytest.mark.long),
-    (RPM, "--rank-width 0.3"),
+    (RPM, "--rank-width 10"),
 ]
 
 
@@ -406,8 +426,8 @@ FLAGS = [
     (PP, "--redraw episode", actor_of, None),
     (PP, "--use-history", actor_of, None),
     (PP, "--background past --final-episodes 2", rows, ["self-play", "v past"]),
-    (RPM, "--rank-width 0.01", logged("memory/ranks"), None),
-    (RPM, "--per-rank 1 --rank-width 100", logged("memory/actors"), [1, 1, 1, 1]),
+    (RPM, "--rank-width 1", logged("memory/ranks"), None),
+    (RPM, "--per-rank 1 --rank-width 10000", logged("memory/actors"), [1, 1, 1, 1]),
     (RPM, "--history-share 0.9", logged("memory/share"), None),
     (RPM, "--use-history", actor_of, None),
     (RPM, "--policies-per-rollout 1", actor_of, None),
@@ -451,7 +471,7 @@ WRONG = {
     "--use-history --history-share 0": "--use-history --history-share",
     "--memory 3": "--policies-per-rollout --memory 3",
     "--redraw episode": "",  # tyro's own words in RPM
-    "--per-rank 19": "--per-rank --rank-width",
+    "--per-rank 0": "--per-rank",
     "--rank-width 0": "--rank-width",
     "--rank-width inf": "--rank-width",
     "--rank-width nan": "--rank-width",
@@ -594,7 +614,7 @@ def test_two_processes(name, cut, tmp_path):
         "harness.Run.advance = noted\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    flags = ("--history-share", 0.7, *(("--rank-width", 0.3) if name == RPM else ("--memory", 4)))
+    flags = ("--history-share", 0.7, *(("--rank-width", 10) if name == RPM else ("--memory", 4)))
     launches = [tiny(name, "whole", 12, *flags)]
     launches += [tiny(name, "cut", 6, *flags), resume("cut", 12)] * cut
     for argv in launches:
