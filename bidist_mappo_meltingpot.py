@@ -129,40 +129,47 @@ class Args(RunArgs):
     bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
 
+def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
+    """Yield (whether there are any, error message) of flags that another leaves without effect. A
+    phase that is off may have its rate and epochs: studies give them to all their arms."""
+    forward, reverse = ("forward_lr", "forward_epochs"), ("reverse_lr", "reverse_epochs")
+    phases = ("k_d", "forward", *forward, "reverse", *reverse, "reverse_mode", "noise_std")
+    rows = [
+        (args.copy_every, "--copy-every", (*phases, "distilled_width")),
+        (not args.reverse, "--no-reverse", ("reverse_mode",)),
+        (args.all_fictitious, "--all-fictitious", ("p", "v_redraw")),
+        (args.mask_fictitious, "--mask-fictitious", ("weight_cap", "advantages_per_population")),
+    ]
+    for applies, flag, names in rows:
+        given = [name for name in names if getattr(args, name) != getattr(Args, name)]
+        listed = " ".join(f"--{name.replace('_', '-')}" for name in given)
+        yield bool(applies and given), f"{flag} leaves no use for {listed}"
+
+
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
-    masked = args.mask_fictitious
     old = args.clip_centre == "old"
     capped = args.weight_cap is not None
     apart = args.advantages_per_population
-    replaced = args.reverse_mode != "kl"
-    narrow = args.distilled_width != 1
     learns = args.forward or args.reverse or args.copy_every  # phi
     # Steps until the first distillation or copy; phases at odd multiples of k_d are forward.
     every = args.copy_every or args.k_d * (1 if args.forward else 2)
     first = every * args.rollout_steps * args.num_envs * process_count()
     flag = f"--copy-every {args.copy_every}" if args.copy_every else f"--k-d {args.k_d}"
     too_rare = f"{flag} needs {first:,} steps, and the run has {args.total_timesteps:,}"
-    # Flags of phases have no use with --copy-every; older runs that have them are still read.
-    new = not args.resume and not args.eval_only
-    phases = ("forward_lr", "forward_epochs", "reverse_lr", "reverse_epochs", "noise_std")
-    idle = [x for x in (*phases, "forward", "reverse") if getattr(args, x) != getattr(Args, x)]
-    names = " ".join(f"--{x.replace('_', '-')}" for x in idle)
-    return [
+    wrong = [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
-        (masked and args.all_fictitious, "--mask-fictitious leaves no samples"),
+        (args.mask_fictitious and args.all_fictitious, "--mask-fictitious leaves no samples"),
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
         # With capped w, E_phi[w grad log pi_theta] is not 0: a constant added to A adds a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
         (learns and first > args.total_timesteps and not args.eval_only, too_rare),
-        (args.copy_every and replaced, "--copy-every leaves no distillation for --reverse-mode"),
-        (args.copy_every and idle and new, f"--copy-every leaves no distillation for {names}"),
-        (args.copy_every and narrow, "--copy-every needs --distilled-width 1"),
-        (args.all_fictitious and args.p is not None, "--p has no use with --all-fictitious"),
-        (replaced and not args.reverse, "--no-reverse excludes --reverse-mode"),
     ]
+    if args.resume or args.eval_only:  # a run that was begun with idle flags goes on
+        return wrong
+    return [*wrong, *without_effect(args)]
 
 
 LINE = ("episode/return", "entropy", "kl", "sps")  # scalars to print where there is no terminal
@@ -960,7 +967,15 @@ def load_player(path: str, envs: Any, seed: int = 0, network: str = "actor") -> 
     with make_envs(args, 1, 1) as trained_in:
         agent = Agent(args, trained_in, torch.device("cpu"))
     restore(agent.parts()[network], saved["agent"][network], path)
+    if network == "distilled":
+        check_kept(agent, path)
     return NetPlayer(agent.parts()[network], Sprites(envs, agent.device), seed)
+
+
+def check_kept(agent: Agent, source: str) -> None:
+    """UsageError if phi, restored from `source`, was left out of it (experiments/zoo.py)."""
+    if any(weight.is_meta for weight in agent.distilled.parameters()):
+        raise UsageError(f"{source} holds no distilled policy.")
 
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
@@ -1033,6 +1048,8 @@ def train(args: Args) -> int:
             run.say(f"{bots} bots will play in {', '.join(scenarios)}")
         run.judge = functools.partial(evaluate, args, agent, others)
         if args.eval_only:
+            if "distilled" in args.background:
+                check_kept(agent, args.eval_only)
             return run.evaluate_only()
 
         rng, method_rng = new_generators(args.seed, run.rank)

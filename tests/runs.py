@@ -42,7 +42,7 @@ def tiny(name, run_dir, iterations, *flags):
     """The command line of a run of a few iterations, with distillation in each of BiDist's."""
     argv = ["--substrate", "toy", "--num-envs", 2, "--rollout-steps", 20, "--minibatches", 2]
     argv += ["--epochs", 1, "--final-episodes", 0, "--total-timesteps", iterations * STEPS]
-    if name == BIDIST:
+    if name == BIDIST and "--copy-every" not in flags:
         argv += ["--k-d", 1, "--forward-epochs", 1, "--reverse-epochs", 1]
     return [str(x) for x in (*argv, "--run-dir", run_dir, *flags)]
 

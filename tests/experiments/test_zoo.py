@@ -234,7 +234,7 @@ def test_what_is_left_out_cannot_be_used(no_trial):
             agent.critic.out(torch.zeros(1, 64))
 
 
-def test_networks_can_be_left_out(no_trial):
+def test_networks_can_be_left_out(no_trial, capsys):
     """--without distilled: smaller, and without the rows beside it."""
     name = "bidist_mappo_meltingpot"
     entry = made(name, more=["--without", "distilled", "--note", "A note."])
@@ -243,6 +243,14 @@ def test_networks_can_be_left_out(no_trial):
     assert script(name).main(["--eval-only", "zoo/x", "--run-dir", "again"]) == 0
     again = json.loads(Path("again/summary.json").read_text())["eval"]
     assert list(again) == list(rows)  # other episodes: distilled players draw their seeds, too
+    capsys.readouterr()
+    line = ["--eval-only", "zoo/x", "--run-dir", "third", "--background", "random", "distilled"]
+    assert script(name).main(line) == 2
+    assert "zoo/x holds no distilled policy." in only_error(capsys.readouterr().err)
+    with script(name).make_envs(script(name).parse(["--substrate", "toy"]), 1, 0) as envs:
+        script(name).load_player("zoo/x", envs)
+        with pytest.raises(harness.UsageError, match="zoo/x holds no distilled"):
+            script(name).load_player("zoo/x", envs, network="distilled")
     small = (entry / zoo.index_of(zoo.Run(entry))["name"]).stat().st_size
     shutil.rmtree(entry)
     assert zoo.main(["add", "x", "zoo/x"]) == 0

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from runs import BIDIST, exact, metrics, tiny
 from toolbox import bidist, collect, setting, sharpen, softmax, update
 
 pytestmark = pytest.mark.numeric
@@ -151,7 +152,7 @@ def test_importance_weights():
 @pytest.mark.parametrize("every", [1, 2])
 def test_copy_every_makes_phi_a_copy_of_theta(every):
     """A control: phi plays as theta of at most N - 1 iterations ago, and is not distilled."""
-    s = setting("--copy-every", str(every), "--k-d", "1")
+    s = setting("--copy-every", str(every))
     batch = collect(s)
     assert torch.equal(batch.theta, batch.phi)
     update(s, batch)
@@ -163,3 +164,23 @@ def test_copy_every_makes_phi_a_copy_of_theta(every):
     s.state = dataclasses.replace(s.state, distilled_hidden=s.state.actor_hidden)
     batch = collect(s)
     assert torch.equal(batch.theta, batch.phi)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_run_with_copy_every_copies_after_the_update(every, tmp_path):
+    """phi plays as theta, or as theta an update ago: KL(theta, phi) is 0 in iterations 1 and 2, 4,
+    6 with N = 2, in all with N = 1; at the end phi is the theta that has been saved with it."""
+    run_dir = tmp_path / "run"
+    assert bidist.main(tiny(BIDIST, run_dir, 4, "--copy-every", every)) == 0
+    apart = [m["kl"] > 0 for m in metrics(run_dir)]
+    assert apart == ([False] * 4 if every == 1 else [False, True, False, True])
+    saved = exact(run_dir)
+    nets = saved["agent"]
+    assert all(torch.equal(x, nets["distilled"][name]) for name, x in nets["actor"].items())
+    state = saved["ranks"][0]["state"]
+    assert torch.equal(state["actor_hidden"], state["distilled_hidden"])
+    shorter = tmp_path / "shorter"
+    assert bidist.main(tiny(BIDIST, shorter, 3, "--copy-every", every)) == 0
+    nets = exact(shorter)["agent"]
+    same = all(torch.equal(x, nets["distilled"][name]) for name, x in nets["actor"].items())
+    assert same == (every == 1), "N = 2: the third update is not copied"

@@ -122,6 +122,9 @@ WRONG_IN_BIDIST = {
     "--copy-every 1 --noise-std 0.5": "--copy-every --noise-std",
     "--copy-every 1 --forward-epochs 9": "--copy-every --forward-epochs",
     "--all-fictitious --p 0.3": "--all-fictitious --p",
+    "--all-fictitious --v-redraw episode": "--all-fictitious --v-redraw",
+    "--copy-every 2 --k-d 3": "--copy-every --k-d",
+    "--mask-fictitious --advantages-per-population --weight-cap 2": "--weight-cap",
     "--no-reverse --reverse-mode noise": "--no-reverse --reverse-mode",
     "--resume {runs}/{name} --k-d 3": "--k-d 1",
     "--resume {runs}/{name} --no-forward": "--forward",
@@ -254,6 +257,7 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
         "minibatches": (["2"], 2),
         "k_d": (["1"], 1),
         "clip_centre": (["printed"], "printed"),
+        "reverse_mode": (["noise"], "noise"),
         "weight_cap": (["1"], 1.0),
         "eval_scenarios": (["none"], "none"),
         "bots": (["scripted"], "scripted"),
@@ -262,12 +266,14 @@ def test_every_flag_arrives_in_args_json(name, tmp_path):
     typed = {x.name: special.get(x.name) or another(kinds[x.name], x.default) for x in own}
     # What goes together, run by run.
     fixed = {"substrate", "minibatches", "num_envs", "rollout_steps", "chunk_length", "k_d"}
-    alone = {"all_fictitious", "mask_fictitious", "reverse", "copy_every", "clip_centre"}
+    alone = {"all_fictitious", "mask_fictitious", "copy_every", "clip_centre"}
+    alone |= {"forward", "reverse", "reverse_mode", "noise_std"}
     groups = [set(typed) - alone]
     if name == BIDIST:
         groups += [
             fixed | {"all_fictitious", "reverse"},
-            fixed | {"mask_fictitious", "copy_every", "clip_centre"},
+            fixed - {"k_d"} | {"mask_fictitious", "copy_every", "clip_centre"},
+            fixed | {"forward", "reverse_mode", "noise_std"},
         ]
     for number, group in enumerate(groups):
         argv = ["--run-dir", f"run{number}", "--total-timesteps", "132", "--final-episodes", "1"]

@@ -88,7 +88,7 @@ VARIANTS = {
     "plain, mask": "--plain --mask-fictitious --max-episode-steps 7 --v-redraw episode",
     "narrow, k_d": "--distilled-width 0.5 --k-d 2",
     "evaluated": "--eval-every 40 --eval-episodes 2",
-    "copied": "--copy-every 2 --forward-epochs 5 --reverse-epochs 5",
+    "copied": "--copy-every 2",
     "amp": "--amp",
 }
 

@@ -182,23 +182,19 @@ EFFECTS = {
     "mask_fictitious": (["--mask-fictitious"], changed("actor"), None),
     "clip_centre": (["--clip-centre", "printed", "--p", "0.9"], changed("actor"), None),
     "advantages_per_population": (["--advantages-per-population"], changed("actor"), None),
-    "copy_every": (
-        ["--copy-every", "1", "--forward-epochs", "5", "--reverse-epochs", "5"],
-        changed("distilled"),
-        None,
-    ),
+    "copy_every": (["--copy-every", "1"], changed("distilled"), None),
     "k_d": (["--k-d", "2"], changed("distilled"), None),
     "distilled_width": (
         ["--distilled-width", "0.5"],
         lambda s, d: s["agent"]["distilled"]["gru.weight_hh_l0"].shape[1],
         (128, 64),
     ),
-    "plain": (["--plain"], last("learn_s"), None),
     "amp": (["--amp"], changed("critic"), None),
 }
 # Measured elsewhere, or on a machine that has what they need.
 ELSEWHERE = {
     "weight_cap": "test_clip_centre.py",
+    "plain": "test_plain_flag_gives_the_same",
     "substrate": "test_one_iteration_on_the_papers_substrates",
     "num_workers": "test_flags_of_the_real_worlds",
     "worker_timeout": "test_flags_of_the_real_worlds",
