@@ -125,7 +125,7 @@ class Fig6(Variants):
 
 @dataclasses.dataclass(frozen=True)
 class Fig8(Variants):
-    """Fig. 8: BiDist, v = 0, without reverse distillation, without any; RPM: see table1."""
+    """Fig. 8: BiDist, v = 0, without reverse distillation, without any, and RPM."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ class C2(Variants):
     """Fig. C.2: distillation intervals."""
 
 
-FIGURES: dict[type, dict[str, dict[str, Any] | None]] = {  # {variant: flags}; None: not trained
+FIGURES: dict[type, dict[str, dict[str, Any]]] = {  # {figure: {variant: its flags}}
     Fig6: {
         mode: {"reverse_mode": mode, "forward": True, "reverse": True}
         for mode in ("kl", "entropy", "random", "noise")
@@ -148,7 +148,7 @@ FIGURES: dict[type, dict[str, dict[str, Any] | None]] = {  # {variant: flags}; N
         "v0": {"all_fictitious": True, "forward": True, "reverse": True},
         "no-reverse": {"all_fictitious": False, "forward": True, "reverse": False},
         "no-distillation": {"all_fictitious": False, "forward": False, "reverse": False},
-        "RPM": None,
+        "RPM": {},
     },
     C1: {f"width-{x:g}": {"distilled_width": x} for x in (1.0, 0.7, 0.5, 0.3, 0.1)},
     C2: {f"kd-{x}": {"k_d": x} for x in (1, 3, 5, 10, 20, 40)},
@@ -168,21 +168,21 @@ def name_of(study: Variants) -> str:
     return type(study).__name__.lower()
 
 
-def trainable(study: Variants) -> dict[str, dict[str, Any]]:
-    """{variant: flags} for the variants that the figure trains."""
-    return {key: flags for key, flags in FIGURES[type(study)].items() if flags is not None}
+def script_of(variant: str) -> str:
+    """The script that trains a variant."""
+    return "rpm_meltingpot" if variant == "RPM" else SCRIPT
 
 
-def flags_of(variant: dict[str, Any]) -> list[str]:
-    """A variant's flags as words of a command line, without those that are the defaults."""
-    script = load_script(SCRIPT)
-    flags = {name: x for name, x in variant.items() if x != getattr(script.Args, name)}
+def flags_of(script: str, given: dict[str, Any]) -> list[str]:
+    """Flags of a script as words of a command line, without those that are the defaults."""
+    defaults = load_script(script).Args
+    flags = {name: x for name, x in given.items() if x != getattr(defaults, name)}
     return [word for pair in as_words(flags) for word in pair.split()]
 
 
 def jobs_of(study: Variants) -> list[Job]:
     """All runs to train, seed by seed; UsageError for unknown variants, no seeds or wrong flags."""
-    variants = trainable(study)
+    variants = FIGURES[type(study)]
     if unknown := set(study.only) - set(variants):
         have = ", ".join(variants)
         raise UsageError(f"{name_of(study)} trains no variant {min(unknown)}: there are {have}.")
@@ -194,11 +194,11 @@ def jobs_of(study: Variants) -> list[Job]:
     chosen = [key for key in variants if key in (study.only or variants)]
     jobs = []
     for seed, key in itertools.product(dict.fromkeys(study.seeds), chosen):
-        own = {"substrate": study.substrate} | variants[key]
+        own, script = {"substrate": study.substrate} | variants[key], script_of(key)
         job = Job(
             run=root / f"{key}-s{seed}",
-            script=script_file(SCRIPT),
-            flags=(*flags_of(own), *study.extra),
+            script=script_file(script),
+            flags=(*flags_of(script, own), *study.extra),
             seed=seed,
             timesteps=study.total_timesteps,
         )
@@ -237,8 +237,10 @@ class Score(NamedTuple):
 
 def variant_of(args: dict[str, Any], study: Variants, where: str) -> str:
     """The figure's variant that a run's arguments make; UsageError if there is none."""
-    for key, flags in trainable(study).items():
-        if args["script"] == SCRIPT and all(args.get(name) == x for name, x in flags.items()):
+    for key, flags in FIGURES[type(study)].items():
+        if args["script"] == script_of(key) and all(
+            args.get(name) == x for name, x in flags.items()
+        ):
             return key
     raise UsageError(f"{where} is {method_of(args)}, no variant of {name_of(study)}.")
 
@@ -321,10 +323,11 @@ def notes_on(runs: list[Run], scores: list[Score], study: Variants) -> list[str]
     if len(set(steps.values())) > 1:
         each = "; ".join(f"{run}: {n:,}" for run, n in steps.items())
         notes.append(f"the runs were not trained for the same number of steps ({each}).")
-    compared = {name for flags in trainable(study).values() for name in flags}
+    compared = {name for flags in FIGURES[type(study)].values() for name in flags}
+    known = set.intersection(*({*run.args} for run in runs)) - compared  # flags of all scripts
     others = set()
     for run in runs:
-        flags = training_flags({k: x for k, x in run.args.items() if k not in compared})
+        flags = training_flags({k: x for k, x in run.args.items() if k in known})
         others.add(tuple(sorted((k, str(x)) for k, x in flags.items())))
     if len(others) > 1:
         first, second = list(others)[:2]
@@ -345,9 +348,8 @@ def draw_bars(axis: Any, rows: list[dict], variants: list[str]) -> None:
     for x, variant in enumerate(variants):
         own = [row for row in rows if row["variant"] == variant]
         if not own:
-            text = "see table1" if variant == "RPM" else "not run"
             where = {"transform": axis.get_xaxis_transform(), "rotation": 90, "fontsize": 8}
-            axis.text(x, 0.05, text, ha="center", va="bottom", color="grey", **where)
+            axis.text(x, 0.05, "not run", ha="center", va="bottom", color="grey", **where)
             continue
         bar, *dots = own
         axis.bar(x, bar["mean"], 0.75, color=f"C{x}", alpha=0.45)
@@ -430,8 +432,8 @@ def text_of_variants(rows: list[dict], notes: list[str], study: Variants) -> str
             label = LABELS.get(variant, variant)
             own = [r for r in rows if (r["row"], r["bots"], r["variant"]) == (row, bots, variant)]
             if not own:
-                reason = "not run here: see table1" if variant == "RPM" else "not run"
-                lines.append(dict(zip(("variant", "run", "steps", what), (label, "", "", reason))))
+                cells = (label, "", "", "not run")
+                lines.append(dict(zip(("variant", "run", "steps", what), cells)))
                 continue
             shown = [r for r in own if not r["run"] or len(own) - 1 < tables.SEEDS]
             for r in shown:

@@ -658,7 +658,7 @@ FIGURES = {  # {study: what trains the same, under other names}
 @pytest.mark.long
 @pytest.mark.parametrize("name", FIGURES)
 def test_studies_of_figures_are_what_their_commands_train(name):
-    """As a set. RPM, which Fig. 8 only shows, is a run of the study alone."""
+    """As a set."""
     wanted, found = {}, {}
     for words in FIGURES[name]:
         tool, *words = words.split()
@@ -671,8 +671,7 @@ def test_studies_of_figures_are_what_their_commands_train(name):
     file = ROOT / f"experiments/studies/{name}.toml"
     options = launch.Launch(study=file, seeds=(21,))
     for job in launch.jobs_of(launch.read_study_file(file), options):
-        if "rpm" not in job.script:
-            found[str(args_of(job.script, job.argv()))] = job.run.name
+        found[str(args_of(job.script, job.argv()))] = job.run.name
     assert set(found) == set(wanted)
 
 

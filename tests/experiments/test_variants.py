@@ -262,20 +262,22 @@ def test_commands_make_their_variants(tmp_path, name, kind):
     """What a command line means to the script is what the figure takes for the variant."""
     study = kind(substrate="toy", seeds=(1,), runs_dir=tmp_path)
     jobs = bidist.jobs_of(study)
-    assert len(jobs) == {"fig6": 4, "fig8": 4, "c1": 5, "c2": 6}[name]
+    assert len(jobs) == {"fig6": 4, "fig8": 5, "c1": 5, "c2": 6}[name]
     for job in jobs:
-        args = dataclasses.asdict(script(BIDIST).parse(job.command()[1:]))
-        variant = bidist.variant_of(args | {"script": BIDIST}, study, "")
+        name = Path(job.script).stem
+        args = dataclasses.asdict(runs.load_script(name).parse(job.command()[1:]))
+        variant = bidist.variant_of(args | {"script": name}, study, "")
         assert job.run.name == f"{variant}-s1"
         assert args["run_dir"] == str(job.run) and args["total_timesteps"] == 10_000_000
 
 
 def test_bars_beside_scenarios(tmp_path, capsys):
-    """Five runs of one variant: an interval over runs, too; RPM is in table1; kinds apart."""
+    """Five runs of one variant: an interval over runs, too; RPM is a variant; kinds apart."""
     rng, paths, returns = np.random.default_rng(0), [], {}
     for seed in range(1, 6):
         paths.append(fake_run(tmp_path / f"full-s{seed}", seed=seed))
     paths.append(fake_run(tmp_path / "v0-s1", all_fictitious=True, team_reward=True))
+    paths.append(fake_run(tmp_path / "rpm-s1", "baselines.rpm_meltingpot"))
     for run in paths:
         for scenario, bots in itertools.product(("SC0", "SC1"), ("scripted", "official")):
             x = rng.normal(size=20) * 3 + 10
@@ -284,11 +286,11 @@ def test_bars_beside_scenarios(tmp_path, capsys):
     argv = ["fig8", "--quantity", "return", "--out", str(tmp_path / "x"), "--runs"]
     assert bidist.main([*argv, *map(str, paths)]) == 0
     text = capsys.readouterr().out
-    assert text.count("| RPM |  |  | not run here: see table1 |") == 4
+    assert text.count("| RPM | rpm-s1 |") == 4 and text.count("| +F, -R |  |  | not run |") == 4
     assert "Note: the runs differ in more than what is compared here: --team-reward." in text
     for bots in ("scripted", "official"):
         found = {(r["row"], r["variant"], r["run"]): r for r in rows(tmp_path / f"x-{bots}.csv")}
-        assert len(found) == 2 * (6 + 2) and {r["bots"] for r in found.values()} == {bots}
+        assert len(found) == 2 * (6 + 2 + 2) and {r["bots"] for r in found.values()} == {bots}
         for scenario in ("SC0", "SC1"):
             own = [returns[f"full-s{seed}", scenario, bots] for seed in range(1, 6)]
             bar = found[scenario, "full", ""]
