@@ -354,6 +354,7 @@ class MixtureCritic(nn.Module):
     def __init__(self, args: Args, spec: Spec):
         super().__init__()
         outputs = args.num_options if args.critic_form == "options" else 1
+        # papers and code differ: their c sees the agent's own history; here the world, as MAPPO's
         self.values = Critic(spec, args.plain)  # c
         self.values.out = orthogonal(OptionHead(64, outputs), 1.0)
         self.posterior = Critic(spec, args.plain)  # paper is silent: q has the critic's layers

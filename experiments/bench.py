@@ -118,7 +118,7 @@ class MeltingPot:
     official wrapper (pixels) take turns with the same actions; "bare" is the ratio for a reader
     that only advances the engine and draws the images; resets: ours, then official. Training: a
     script in one process with tile ids and with --plain (pixels), in seconds for worlds, acting and
-    learning; PP and RPM act beside as many past actors as a rollout can have. Profile: where the
+    learning; PP and RPM begin with the past actors of one rollout. Profile: where the
     time of an iteration with tile ids goes; of it nothing is measured on a GPU. Memory: the images
     of a rollout as tile ids and as pixels.
     """
