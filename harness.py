@@ -670,7 +670,9 @@ def restore(x: Any, saved: Any, source: str) -> None:
                 x[name] = saved[name].to(device) if device is not None else saved[name]
             else:
                 restore(x[name], saved[name], source)
-    except (KeyError, ValueError, RuntimeError, AttributeError, TypeError):
+    except KeyError as error:  # of a script as it was before it had this part
+        raise UsageError(f"{source} does not fit: it has no part '{error.args[0]}'.") from None
+    except (ValueError, RuntimeError, AttributeError, TypeError):
         raise UsageError(f"{source} does not fit: its networks have other shapes.") from None
 
 

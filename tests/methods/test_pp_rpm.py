@@ -544,6 +544,15 @@ def test_before_the_first_iteration_there_is_no_past(capfd):
     assert "v past" not in found and "v random" in found
 
 
+def test_a_memory_of_former_ranks_is_refused(plain, tmp_path, capfd):
+    """RPM's checkpoints of before 5191459 have no keys, and a length in place of a rank."""
+    assert rpm.main(tiny(RPM, "run", 2)) == 0
+    change_newest("run", lambda state: state["memory"].pop("keys"))
+    capfd.readouterr()
+    assert rpm.main(resume("run", 3)) == 2
+    assert "run does not fit: it has no part 'keys'." in only_error(capfd.readouterr().err)
+
+
 @NAMES
 def test_a_past_that_is_not_there_is_refused(name, plain, tmp_path, capfd):
     """Evaluation alone is asked for its row; what a run finds on its way has none."""
