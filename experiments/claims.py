@@ -23,6 +23,8 @@ import math
 import re
 import shlex
 import sys
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -75,12 +77,22 @@ from experiments.runs import (
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
 ADAPTED = re.compile(r"--adapt runs/(\w+)-(\w+)-s")  # the world and the arm that are adapted
-PAPERS = {
-    "B": ("BiDist, AAMAS 2025", "unseen co-players"),
-    "M": ("MRA, TMLR", "unseen population sizes"),
-    "I": ("MIPI, NeurIPS 2023", "unseen team compositions"),
-}
 MOST_SEEDS = 30  # per arm; an effect that needs more seeds is too near its margin to decide
+
+
+class Paper(NamedTuple):
+    """What tables say of a paper."""
+
+    method: str
+    what: str  # what the method generalises to
+    stated: bool  # whether the text states environment steps; else shares are of our default
+
+
+PAPERS = {
+    "B": Paper("BiDist, AAMAS 2025", "unseen co-players", stated=False),
+    "M": Paper("MRA, TMLR", "unseen population sizes", stated=True),
+    "I": Paper("MIPI, NeurIPS 2023", "unseen team compositions", stated=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,23 +138,24 @@ def pilots(case: Claim, found: dict[str, list[Point]]) -> dict[str, list[Point]]
 
 
 def too_few(case: Claim, arm: str, points: list[Point]) -> str:
-    """Why an arm has too few seeds for a verdict; "" if it has enough."""
+    """Why an arm has too few seeds in a world for a verdict; "" if it has enough."""
     if not points:
-        return f"{arm} has not run"
+        return f"{arm} has not run in {case.run}"
     if missing := {*case.seeds[: len(points)]} - {x.seed for x in points}:
-        return f"{arm}: seed {min(missing)} is left out"
+        return f"{arm}: seed {min(missing)} is left out in {case.run}"
     if len(points) < case.least_seeds:
-        return f"{arm}: {len(points)} of {case.least_seeds} seeds"
+        return f"{arm}: {len(points)} of {case.least_seeds} seeds in {case.run}"
     return ""
 
 
 def below_bar(case: Claim, arm: str, points: list[Point]) -> str:
     """The reason if an arm's mean over all seeds is below the claim's bar, else ""."""
     if not points:
-        return f"{arm}: whether it has learned is not known"
-    level = float(np.mean(values(points)))
-    if level < case.bar.at_least:
-        return f"{arm} has not learned: {level:.3g}, the bar is {case.bar.at_least:.3g}"
+        return f"{arm}: whether it has learned in {case.run} is not known"
+    level, bar = float(np.mean(values(points))), case.bar.at_least
+    if level < bar:
+        gap = f"{bar - level:.1g} below the bar of {bar:.3g}"
+        return f"{arm} has not learned in {case.run}: {level:.3g}, {gap}"
     return ""
 
 
@@ -181,6 +194,14 @@ class Part(NamedTuple):
         if self.why or self.pilot or other == self.verdict:
             return ""
         return f"by means {other}: {effect_text(self.plain)}"
+
+    @property
+    def beside_bar(self) -> str:
+        """Text: what the interval would say of arms of which one has not learned; "" if nothing."""
+        alone = verdict_of(self.found, self.margin)
+        if "has not learned" not in self.why or alone == OPEN:
+            return ""
+        return f"by its interval alone {self.case.world} {alone}"
 
     @property
     def title(self) -> str:
@@ -299,6 +320,23 @@ class Outcome(NamedTuple):
     pilots: list[Part]  # comparisons of pilots
     verdict: str
 
+    @property
+    def deciding(self) -> list[Part]:
+        """The comparisons that the verdict rests on: those that fail, or else all."""
+        return [x for x in self.parts if x.verdict == FAILS] or self.parts
+
+    @property
+    def worlds(self) -> tuple[Claim, ...]:
+        """The claim in the worlds of `deciding`; where ranks decide, in all of its worlds."""
+        own = [x.case for x in self.deciding]
+        return tuple(x for x in self.cases if x in own or x.compare == "rank")
+
+    @property
+    def verdict_by_means(self) -> str:
+        """The verdict by means over seeds instead of interquartile means."""
+        found = [OPEN if x.why else verdict_of(x.plain, x.margin) for x in self.parts]
+        return verdict_of_claim(found)
+
 
 def judge(cases: tuple[Claim, ...], runs: list[Run], data: Path) -> Outcome:
     """Compare the arms of a claim by counted points and by pilots, and reach its verdict."""
@@ -338,11 +376,21 @@ class Missing(NamedTuple):
     command: str  # script and flags
     seeds: tuple[int, ...]
     timesteps: int  # environment steps of each run
-    hours: float  # core hours of all these runs together
+    hours: float  # core hours of each run
+
+    @property
+    def own_bots(self) -> bool:
+        """Whether Melting Pot's own bots play, which need tensorflow and a download."""
+        return "--bots official" in self.command
+
+
+def hours_of(command: str, timesteps: int, hours: float, slower: dict[str, float]) -> float:
+    """Core hours of a run. hours: of its world, per million steps; slower: {script: factor}."""
+    return timesteps / 1e6 * hours * slower.get(read_arm(command).script, 1.0)
 
 
 def missing_runs(outcome: Outcome, runs: list[Run], slower: dict[str, float]) -> list[Missing]:
-    """The runs that a claim still needs, each once. slower: {script: factor on a world's hours}."""
+    """The runs that a claim still needs, each once, without those that they adapt."""
     found = {}
     for case, arm in itertools.product(outcome.cases, outcome.cases[0].arms):
         command = case.arms[arm]
@@ -353,10 +401,39 @@ def missing_runs(outcome: Outcome, runs: list[Run], slower: dict[str, float]) ->
         }
         seeds = tuple(x for x in case.seeds[: case.least_seeds] if x not in have)
         if seeds and not command.startswith("experiments/"):
-            name = f"{case.run}-{arm}"
-            hours = case.timesteps / 1e6 * case.hours * slower.get(read_arm(command).script, 1.0)
-            found[name] = Missing(name, command, seeds, case.timesteps, hours * len(seeds))
+            name, steps = f"{case.run}-{arm}", case.timesteps
+            hours = hours_of(command, steps, case.hours, slower)
+            found[name] = Missing(name, command, seeds, steps, hours)
     return [*found.values()]
+
+
+def sources_of(missing: list[Missing], tables: dict[str, Any]) -> list[Missing]:
+    """The runs that these adapt, each once: also those that are in studies, which hold no weights
+    that could be adapted."""
+    found = []
+    for x in missing:
+        if source := ADAPTED.search(x.command):
+            world, arm = source.groups()
+            names = names_of(tables, world, x.name)
+            command, steps = command_of(tables, world, arm, x.name), names["timesteps"]
+            hours = hours_of(command, steps, names["hours"], tables["slower"])
+            found.append(Missing(f"{world}-{arm}", command, x.seeds, steps, hours))
+    return each_once(found)
+
+
+def each_once(missing: Iterable[Missing]) -> list[Missing]:
+    """These runs, those of one name together."""
+    found: dict[str, Missing] = {}
+    for x in missing:
+        seeds = {*x.seeds, *(found[x.name].seeds if x.name in found else ())}
+        found[x.name] = x._replace(seeds=tuple(sorted(seeds)))
+    return [*found.values()]
+
+
+def total_of(missing: Iterable[Missing]) -> tuple[int, float]:
+    """Number of runs and core hours of all these."""
+    own = [*missing]
+    return sum(len(x.seeds) for x in own), sum(x.hours * len(x.seeds) for x in own)
 
 
 def missing_tables(outcome: Outcome) -> list[str]:
@@ -385,7 +462,7 @@ def what_decides(outcome: Outcome, missing: list[Missing]) -> str:
     scripts = {shlex.split(x.command)[0] for x in missing}
     if missing:
         adapts = any("--adapt" in x.command for x in missing)
-        texts.append("these runs, and those that they adapt" if adapts else "these runs")
+        texts.append("these runs, the adapted ones among them" if adapts else "these runs")
     if to_come := sorted(Path(x).name for x in scripts if not (ROOT / x).exists()):
         texts.append(f"{', '.join(to_come)} (to come)")
     texts += [f"`python {x.split(' --')[0]}`" for x in missing_tables(outcome)]
@@ -405,18 +482,25 @@ def loop(command: str, name: str, seeds: tuple[int, ...], timesteps: int) -> str
 def commands_of(outcome: Outcome, missing: list[Missing], tables: dict[str, Any]) -> list[str]:
     """Shell lines for what a claim needs: runs to adapt, then runs, packed studies, tables."""
     lines = [f"# {outcome.cases[0].id}: {outcome.cases[0].says}"]
+    every = [*sources_of(missing, tables), *missing]
+    lines += [loop(x.command, x.name, x.seeds, x.timesteps) for x in every]
+    by_world: dict[str, list[Missing]] = {}
     for x in missing:
-        if source := ADAPTED.search(x.command):
-            world, arm = source.groups()
-            length = names_of(tables, world, x.name)["timesteps"]
-            command = command_of(tables, world, arm, x.name)
-            lines.append(loop(command, f"{world}-{arm}", x.seeds, length))
-    lines += [loop(x.command, x.name, x.seeds, x.timesteps) for x in missing]
-    for x in missing:
-        world, tens = x.name.split("-")[0], x.seeds[0] // 10
-        study = f"docs/data/study_{world}_claims.csv"
-        lines.append(f"python experiments/runs.py pack {study} runs/{world}-*-s{tens}?")
-    return [*dict.fromkeys(lines), *(f"python {x}" for x in missing_tables(outcome))]
+        by_world.setdefault(x.name.split("-")[0], []).append(x)
+    for world, own in by_world.items():
+        # Only these: a run that another study of this world holds would be there twice.
+        words = " ".join(f"runs/{x.name}-s{seeds_in_shell(x.seeds)}" for x in own)
+        lines.append(f"python experiments/runs.py pack docs/data/study_{world}_claims.csv {words}")
+    return [*lines, *(f"python {x}" for x in missing_tables(outcome))]
+
+
+def seeds_in_shell(seeds: tuple[int, ...]) -> str:
+    """Seeds as a shell expands them: "21", "{21,23}" or "{21..25}"."""
+    if len(seeds) == 1:
+        return str(seeds[0])
+    if len(seeds) > 2 and seeds == (*range(seeds[0], seeds[-1] + 1),):
+        return f"{{{seeds[0]}..{seeds[-1]}}}"
+    return f"{{{','.join(map(str, seeds))}}}"
 
 
 def command_of(tables: dict[str, Any], world: str, arm: str, where: str) -> str:
@@ -472,6 +556,12 @@ def write_studies(folder: Path, cases: list[Claim], tables: dict[str, Any]) -> N
 # --- The page -------------------------------------------------------------------------------------
 
 HOURS = "those that runs have taken on two shared cores of an AMD EPYC (`experiments/claims.toml`)."
+CORES = "two shared cores"
+OWN_BOTS = f"{CORES}, with Melting Pot's own bots, which are not here ([why](scenarios.md))"
+BARS = """The bars of I1 to I3 and I6 are what the script focus won with 3 to 5 agents in a sample
+of battles. Another one ([battles.md](battles.md), 6,144 a family, +-.012) has .430 in SZ, .370 in
+CSZ and .243 in MMM. A miss within that tells little of whether an arm has learned.
+"""
 HEAD = """# The papers' claims
 
     python experiments/claims.py --out docs                # writes this page, and its data
@@ -488,8 +578,8 @@ drawn as clusters and for each arm by itself. p: permutation test of means, two-
 cannot get below .1. A comparison holds if its interval lies above the margin, does not if it lies
 below, else it is undecided; so it is with too few seeds, a gap among them, or arms that have not
 learned. A claim holds if all of its comparisons do, and does not if one does not; where means would
-say something else, that is told. A verdict is about the budget beside it (the text of BiDist states
-no steps: of the 10,000,000 of its script).
+say something else, that is told. A verdict is about the budget beside it, that of the comparisons
+which decide. The text of BiDist states no steps: shares are of our script's default, 10,000,000.
 
 **Few seeds decide too easily.** Of two arms that are equal (normal figures; a test in
 `tests/experiments/test_statistics.py` counts them) such an interval leaves 0 out one time in five
@@ -525,10 +615,12 @@ def margin_text(case: Claim) -> str:
 
 
 def budget_text(cases: tuple[Claim, ...]) -> str:
-    """The steps in per cent of the paper's, a range if worlds differ, or "not stated"."""
+    """The steps in per cent of the paper's (or of our default, which it says), a range if worlds
+    differ, or "not stated"."""
     shares = sorted(100 * x.timesteps / x.paper_steps for x in cases if x.paper_steps)
     ends = dict.fromkeys(f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in shares[:1] + shares[-1:])
-    return f"{' to '.join(ends)} %" if shares else "not stated"
+    whose = "" if PAPERS[cases[0].id[0]].stated else " of our default"
+    return f"{' to '.join(ends)} %{whose}" if shares else "not stated"
 
 
 def summary_row(outcome: Outcome) -> dict[str, str]:
@@ -536,11 +628,12 @@ def summary_row(outcome: Outcome) -> dict[str, str]:
     names = {HOLDS: "hold", FAILS: "do not", OPEN: "undecided"}
     found = [f"{name}: {verdicts.count(x)}" for x, name in names.items() if x in verdicts]
     text = ", ".join(found)
-    if why := next(
-        (part.why or part.by_means for part in outcome.parts if part.why or part.by_means), ""
-    ):
-        text += f" ({why})"
-    groups = [(*x.mine, *(x.theirs if x.other else ())) for x in outcome.parts]
+    reasons = [part.why or part.by_means for part in outcome.parts]
+    alone = [part.beside_bar for part in outcome.parts]
+    first_ones = [next(filter(None, some), "") for some in (reasons, alone)]
+    if said := "; ".join(filter(None, first_ones)):
+        text += f" ({said})"
+    groups = [(*x.mine, *(x.theirs if x.other else ())) for x in outcome.deciding]
     seeds = min(len(points) for worlds in groups for points in worlds)
     return {
         "": case.id,
@@ -548,7 +641,7 @@ def summary_row(outcome: Outcome) -> dict[str, str]:
         "verdict": outcome.verdict,
         "comparisons": text,
         "seeds an arm": f"{seeds} of {case.least_seeds} (paper: {case.paper_seeds})",
-        "steps, of the paper's": budget_text(outcome.cases),
+        "steps, of the paper's": budget_text(outcome.worlds),
     }
 
 
@@ -573,7 +666,7 @@ def effect_row(part: Part) -> dict[str, str]:
     if part.pilot:
         steps = max(x.steps for own in part.mine for x in own)
         what = f"pilot{f', {steps:,} steps' if steps else ''}: not counted"
-    texts = [x for x in (part.note, what, part.by_means) if x]
+    texts = [x for x in (part.note, what, part.by_means, part.beside_bar) if x]
     return {
         "": part.case.id,
         "compared": part.title,
@@ -587,11 +680,12 @@ def effect_row(part: Part) -> dict[str, str]:
 
 
 def needed_row(outcome: Outcome, missing: list[Missing], text: str) -> dict[str, str]:
-    runs = sum(len(x.seeds) for x in missing)
+    runs, hours = total_of(missing)
     return {
         "": outcome.cases[0].id,
         "runs": f"{runs:,}" if runs else "",
-        "core hours": hours_text(sum(x.hours for x in missing)) if runs else "",
+        "core hours": hours_text(hours) if runs else "",
+        "on": OWN_BOTS if any(x.own_bots for x in missing) else CORES,
         "what would decide it": text,
     }
 
@@ -605,51 +699,74 @@ def table(rows: list[dict[str, str]]) -> str:
     return markdown_table([{k: x.replace("|", "&#124;") for k, x in row.items()} for row in rows])
 
 
-def in_short(names: list[str]) -> str:
-    """Names of claims with ranges: B1, B2, B3, B5 -> "B1 to B3, B5"."""
-    numbers = [int(name[1:]) for name in names]
+def in_short(names: list[str], notes: dict[str, str] | None = None) -> str:
+    """Names of claims with ranges: B1, B2, B3, B5 -> "B1 to B3, B5"; a name in `notes` stands by
+    itself, with its note in brackets."""
+    notes = notes or {}
     # Within a range, number minus place in the list is constant.
-    runs = itertools.groupby(enumerate(names), key=lambda x: numbers[x[0]] - x[0])
+    keys = [(int(name[1:]) - place, notes.get(name)) for place, name in enumerate(names)]
     found = []
-    for _, run in runs:
+    for (_, note), run in itertools.groupby(enumerate(names), key=lambda x: keys[x[0]]):
         some = [name for _, name in run]
-        found += [f"{some[0]} to {some[-1]}"] if len(some) > 2 else some
+        if note:
+            found += [f"{name} ({note})" for name in some]
+        else:
+            found += [f"{some[0]} to {some[-1]}"] if len(some) > 2 else some
     return ", ".join(found)
 
 
 def papers_table(outcomes: list[Outcome]) -> str:
-    """A table, also in README.md: each paper's verdicts on its claims, without proxies."""
+    """A table, also in README.md: each paper's verdicts on its claims, without proxies, and what
+    means over seeds would say where that is something else."""
     rows = []
-    for letter, (method, what) in PAPERS.items():
-        verdicts = {x.cases[0].id: x.verdict for x in outcomes if x.cases[0].id[0] == letter}
-        names = {x: y for x, y in verdicts.items() if "-" not in x}
-        row = {"method": method, "generalises to": what}
+    for letter, paper in PAPERS.items():
+        own = {x.cases[0].id: x for x in outcomes if x.cases[0].id[0] == letter}
+        own = {name: x for name, x in own.items() if "-" not in name}
+        other = {name: x for name, x in own.items() if x.verdict_by_means != x.verdict}
+        notes = {name: f"{x.verdict_by_means} by means" for name, x in other.items()}
+        row = {"method": paper.method, "generalises to": paper.what}
         for verdict in (HOLDS, FAILS, OPEN):
-            row[verdict] = in_short([name for name, x in names.items() if x == verdict])
-        decided = [x for x in outcomes if names.get(x.cases[0].id, OPEN) != OPEN]
-        cases = tuple(case for x in decided for case in x.cases)
-        row["decided with, of the paper's steps"] = budget_text(cases) if cases else ""
+            row[verdict] = in_short([x for x in own if own[x].verdict == verdict], notes)
+        decided = [case for x in own.values() if x.verdict != OPEN for case in x.worlds]
+        budget = budget_text((*decided,)) if decided else ""
+        none = " (the paper states none)" if decided and not paper.stated else ""
+        row["decided with, of the paper's steps"] = budget + none
         rows.append(row)
     return markdown_table(rows)
 
 
-def page(outcomes: list[Outcome], missing: list[list[Missing]]) -> str:
-    """The text of docs/CLAIMS.md."""
+def page(outcomes: list[Outcome], missing: list[list[Missing]], tables: dict[str, Any]) -> str:
+    """The text of docs/CLAIMS.md. missing: what each claim still needs; tables: the criteria."""
     text = [HEAD, "## Verdicts\n", papers_table(outcomes)]
     text += [table([summary_row(x) for x in outcomes])]
-    text += ["## Criteria\n", table([criterion_row(x) for x in outcomes])]
+    text += ["## Criteria\n"]
+    if any("focus" in case.rule for x in outcomes for case in x.cases):
+        text += [BARS]
+    text += [table([criterion_row(x) for x in outcomes])]
     parts = [x for outcome in outcomes for x in (*outcome.parts, *outcome.pilots)]
     effects = [effect_row(x) for x in parts if any(x.mine) or any(x.theirs)]
     if effects:
         text += ["## Effects\n", "Seeds of several worlds: world by world.\n", table(effects)]
-    both = zip(outcomes, missing, strict=True)
-    needed = [needed_row(x, own, what) for x, own in both if (what := what_decides(x, own))]
+    needed, runs = [], []
+    for outcome, own in zip(outcomes, missing, strict=True):
+        if what := what_decides(outcome, own):
+            own = each_once([*own, *sources_of(own, tables)])
+            needed.append(needed_row(outcome, own, what))
+            runs += own
     if needed:
-        each = {x.name: x for own in missing for x in own}.values()
-        runs, hours = sum(len(x.seeds) for x in each), sum(x.hours for x in each)
-        total = f"All together {runs:,} runs and {hours_text(hours)} core hours, shared ones once."
-        text += ["## What would decide\n", f"{total} Hours are\n{HOURS}\n", table(needed)]
+        text += ["## What would decide\n", what_all_needs(each_once(runs)), table(needed)]
     return "\n".join(text)
+
+
+def what_all_needs(missing: list[Missing]) -> str:
+    """A paragraph: number and hours of all runs that undecided claims need."""
+    runs, hours = total_of(missing)
+    bots, long = total_of(x for x in missing if x.own_bots)
+    text = f"What is undecided needs {runs:,} runs and {hours_text(hours)} core hours, each run "
+    text += "once, those that others adapt among them."
+    if bots:
+        text += f" {bots:,} of them, {hours_text(long)} hours, are with Melting Pot's own bots."
+    return textwrap.fill(f"{text} Hours are {HOURS}", 100) + "\n"
 
 
 def draw(outcomes: list[Outcome]) -> Any:
@@ -735,7 +852,7 @@ def claims(study: Study) -> None:
         for outcome, own in zip(outcomes, missing, strict=True):
             print("\n".join(commands_of(outcome, own, tables)))
         return
-    text = page(outcomes, missing)
+    text = page(outcomes, missing, tables)
     if study.out:
         write(study.out, text, outcomes)
     print(text)

@@ -4,8 +4,9 @@
 
 A run is a directory that a script wrote. A packed study is a CSV file, small enough for a
 repository, with what tables need of many runs: arguments, final evaluations, scenario episodes and
-curves of at most 100 points. `pack` makes one. compare.py, scenario_table.py, claims.py, `mipi.py
-tables` and `bidist.py fig6` read no checkpoints: they accept run directories and packed studies.
+curves of at most 100 points. `pack` makes one, or adds runs to one that is there: runs in it that
+are not named stay, as their directories may be gone. compare.py, scenario_table.py, claims.py,
+`mipi.py tables` and `bidist.py fig6` read no checkpoints: they accept run directories and studies.
 """
 
 from __future__ import annotations
@@ -521,18 +522,55 @@ class Pack:
 
 
 def pack(study: Pack) -> None:
-    """Make a study of run directories."""
+    """Make a study of run directories, or add them to a study that is there: its runs stay, in
+    their order, but for those of the same names. If OUT itself is among the runs, --only chooses
+    those of its runs that stay."""
     if study.out.suffix != ".csv":
         raise UsageError(f"{study.out} is no .csv.")
     runs = read_runs(study.runs, study.only)
-    lines = [line for run in runs for line in pack_lines(run, study.curves)]
+    is_read = any(path.resolve() == study.out.resolve() for path in study.runs)
+    before = [] if is_read or not study.out.exists() else read_study(study.out)
+    check_replaced(study.out, before, runs)
+    packed = packed_lines(study.out) if before else {}
+    packed |= {run.name: pack_lines(run, study.curves) for run in runs}
     check_out(study.out)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(lines)
+    for lines in packed.values():
+        writer.writerows(lines)
     harness.write(study.out, text.getvalue().encode())  # at once: it may be one of those read
-    print(f"{study.out}: {len(runs)} runs, {study.out.stat().st_size / 1000:,.0f} kB")
+    others = f", {len(packed) - len(runs)} of them from before" if len(packed) > len(runs) else ""
+    size = study.out.stat().st_size / 1000
+    print(f"{study.out}: {len(packed)} runs{others}, {size:,.0f} kB")
+
+
+def packed_lines(path: Path) -> dict[str, list[tuple]]:
+    """{run: its lines} of a study, as they are."""
+    found: dict[str, list[tuple]] = defaultdict(list)
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            found[line["run"]].append(tuple(line[name] for name in COLUMNS))
+    return dict(found)
+
+
+def check_replaced(out: Path, before: list[Run], runs: list[Run]) -> None:
+    """UsageError if a run would replace one of its name that the study OUT had before, and that has
+    another script, world or seed, or more steps."""
+
+    def identity(run: Run) -> tuple:
+        return run.args["script"], run.args.get("seed"), name_in_world(run)
+
+    known = {run.name: run for run in before}
+    for run in runs:
+        if (old := known.get(run.name)) is None:
+            continue
+        if identity(run) != identity(old):
+            raise UsageError(f"{out} has another run called {run.name}: name another file.")
+        steps, had = run.summary["timesteps"], old.summary["timesteps"]
+        if steps < had:
+            lost = f"{run.where} has finished {steps:,} steps, and {had:,} in {out}"
+            raise UsageError(f"{lost}: leave it out, or name another file.")
 
 
 @dataclasses.dataclass(frozen=True)

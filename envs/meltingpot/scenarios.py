@@ -479,13 +479,13 @@ def scenario_rows(
 
     args: of a script, with substrate, seed, num_envs, num_workers, worker_timeout, eval_ids,
     eval_scenarios, eval_only, run_dir and bots. evaluation: harness.Evaluation; a run_dir of None
-    writes no files. num_ids: number of agent ids. NoWorldError as find_scenarios(), and if the run
-    has better files already; WorldError: cannot write.
+    writes no files. num_ids: number of agent ids. NoWorldError as find_scenarios(), and as
+    find_kept(); WorldError: cannot write.
     """
     names, bots = find_scenarios(args)
     if not names:
         return {}
-    check_kept(args, evaluation, names, bots)
+    kept = find_kept(args, evaluation, names, bots)
     evaluation.expect(evaluation.episodes * len(names))
     played = play_scenarios(
         names,
@@ -504,6 +504,9 @@ def scenario_rows(
     )
     if evaluation.run_dir:
         folder = evaluation.run_dir / "evaluation"
+        new = {row: results for row, results in played.items() if row not in kept}
+        if kept:
+            print(f"{folder} keeps what it has of {', '.join(kept)}: for a copy name a --run-dir.")
         try:
             save_results(
                 folder,
@@ -511,23 +514,26 @@ def scenario_rows(
                 args.substrate,
                 seed=args.seed,
                 timesteps=evaluation.timesteps,
-                results=played,
+                results=new,
             )
         except OSError as error:
             raise WorldError(f"{folder} cannot be written: {error.strerror or error}.") from None
     return {row: summarise(results) for row, results in played.items()}
 
 
-def check_kept(args: Any, evaluation: Any, names: Sequence[str], bots: Kind) -> None:
-    """NoWorldError if --eval-only without --run-dir would replace better files of the run."""
-    # Tables read these files as the run's final evaluation. A look at the run, as with fewer
-    # episodes or by another policy, must not take its place, and is refused before it is played.
+def find_kept(args: Any, evaluation: Any, names: Sequence[str], bots: Kind) -> list[str]:
+    """The rows whose files --eval-only without --run-dir must not replace, as the run has finished.
+    NoWorldError, before anything is played, if it would replace better files."""
+    # Tables read these files as the run's final evaluation, of which summary.json has the figures:
+    # a later look must not take its place. With fewer episodes or by another policy it is refused.
     run_dir = evaluation.run_dir
     if not args.eval_only or args.run_dir or not run_dir:
-        return
+        return []
+    finished = (run_dir / "summary.json").exists()
     described = run_dir / "args.json"
     own = json.loads(described.read_text()) if described.exists() else {}
     other = [x for x in ("eval_ids", "randnet_test") if x in own and own[x] != getattr(args, x)]
+    kept = []
     for name in names:
         file = file_of(evaluation.kind, evaluation.timesteps, short(name), bots)
         path = run_dir / "evaluation" / file
@@ -540,6 +546,9 @@ def check_kept(args: Any, evaluation: Any, names: Sequence[str], bots: Kind) -> 
         if reasons:
             text = f"{path} has {' and '.join(reasons)} and stays as it is"
             raise NoWorldError(f"{text}: name another directory by --run-dir.")
+        if finished:
+            kept.append(f"{short(name)} {bots}")
+    return kept
 
 
 COLUMNS = ("scenario", "bots", "seed", "timesteps", "episode", *Result._fields)

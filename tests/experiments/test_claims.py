@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -299,15 +300,16 @@ def test_margins_are_shares_of_the_others_figures(judge, tmp_path, kind, margin)
 
 def test_too_few_seeds_decide_nothing(judge, tmp_path):
     outcome = judge(study(tmp_path / "x.csv", a=seeds(5.0, 5.5), b=BEHIND))
-    assert outcome.verdict == "undecided" and outcome.parts[0].why == "a: 2 of 3 seeds"
+    assert outcome.verdict == "undecided" and outcome.parts[0].why == "a: 2 of 3 seeds in small"
     outcome = judge(study(tmp_path / "y.csv", a=AHEAD))
-    assert outcome.verdict == "undecided" and outcome.parts[0].why == "b has not run"
+    assert outcome.verdict == "undecided" and outcome.parts[0].why == "b has not run in small"
 
 
 def test_no_seed_is_left_out(judge, tmp_path):
     """Neither by a gap, nor by its outcome: the mean of five sees the fifth in the interval."""
     outcome = judge(study(tmp_path / "x.csv", a={11: 5.0, 13: 5.5, 14: 6.0}, b=BEHIND))
-    assert outcome.verdict == "undecided" and outcome.parts[0].why == "a: seed 12 is left out"
+    assert outcome.verdict == "undecided"
+    assert outcome.parts[0].why == "a: seed 12 is left out in small"
     path = study(tmp_path / "y.csv", a=seeds(5.0, 5.5, 6.0, -20.0), b=BEHIND)
     assert len(judge(path).parts[0].mine[0]) == 4 and judge(path).verdict == "undecided"
 
@@ -326,9 +328,15 @@ def test_what_has_not_learned_decides_nothing(judge, tmp_path):
     bar = '{ arms = ["a"], measure = "returns", at_least = %s }'
     outcome = judge(path, bar=bar % 3.6)
     assert outcome.verdict == "undecided"
-    assert outcome.parts[0].why == "a has not learned: 3.5, the bar is 3.6"
+    sentence = "a has not learned in small: 3.5, 0.1 below the bar of 3.6"
+    assert outcome.parts[0].why == sentence
     below = judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND), bar=bar % 7)
     assert below.verdict == "undecided" and below.parts[0].found.low > 1
+    said = "by its interval alone small holds"
+    assert below.parts[0].beside_bar == said and said in claims.effect_row(below.parts[0])["what"]
+    assert said in claims.summary_row(below)["comparisons"]
+    near = judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND), bar=bar % 7, margin=3.0)
+    assert "has not learned" in near.parts[0].why and not near.parts[0].beside_bar
     assert judge(study(tmp_path / "z.csv", a=AHEAD, b=BEHIND), bar=bar % 5).verdict == "holds"
 
 
@@ -339,7 +347,8 @@ def test_other_seeds_lengths_and_flags_do_not_count(judge, tmp_path):
     assert judge(write_study(tmp_path / "x.csv", lines + own)).verdict == "holds"
     longer = [x for s, y in AHEAD.items() for x in lines_of("a", s, {"12": y}, steps=1060)]
     outcome = judge(write_study(tmp_path / "y.csv", lines + longer))
-    assert outcome.parts[0].why == "a has not run" and not outcome.pilots  # no length in common
+    assert outcome.parts[0].why == "a has not run in small"
+    assert not outcome.pilots  # no length in common
     seen = [x for s in (1, 2) for arm in "ab" for x in lines_of(arm, s, {"12": s + 3.0})]
     outcome = judge(write_study(tmp_path / "z.csv", seen))
     (pilot,) = outcome.pilots
@@ -347,7 +356,7 @@ def test_other_seeds_lengths_and_flags_do_not_count(judge, tmp_path):
     assert [x.seed for x in pilot.mine[0]] == [1, 2] and not outcome.parts[0].mine[0]
     changed = [x for s, y in AHEAD.items() for x in lines_of("a", s, {"12": y}, gamma=0.9)]
     outcome = judge(write_study(tmp_path / "w.csv", lines + changed))
-    assert outcome.parts[0].why == "a has not run"
+    assert outcome.parts[0].why == "a has not run in small"
 
 
 def test_a_claim_is_all_of_its_comparisons(judge, tmp_path):
@@ -405,8 +414,8 @@ def test_ranks_over_worlds(judge, tmp_path):
     fewer = [x for x in lines if not x[0].startswith("15-c")]
     outcome = judge(write_study(tmp_path / "y.csv", fewer), margin=0.5, **ranked)
     found = {part.other: part for part in outcome.parts}
-    assert found["c"].why == "c has not run" and found["b"].note.endswith("of 2")
-    assert found["b"].why == "ranks need all arms; c has not run"
+    assert found["c"].why == "c has not run in large" and found["b"].note.endswith("of 2")
+    assert found["b"].why == "ranks need all arms; c has not run in large"
     assert {part.verdict for part in outcome.parts} == {outcome.verdict} == {"undecided"}
 
 
@@ -479,12 +488,121 @@ def test_commands_are_what_is_missing(tmp_path):
     _, line, pack = text.splitlines()
     assert line.startswith("for s in 12 13; do python mra_maddpg_particle.py ")
     assert line.endswith(" --seed $s --total-timesteps 1000 --run-dir runs/small-a-s$s; done")
-    assert pack.endswith("pack docs/data/study_small_claims.csv runs/small-*-s1?")
+    assert pack.endswith("pack docs/data/study_small_claims.csv runs/small-a-s{12,13}")
     flags = shlex.split(line.split("; ")[1].replace("$s", "12"))[3:]
     args = runs_module.script_args(runs_module.load_script("mra_maddpg_particle"), flags)
     assert (args.seed, args.total_timesteps, args.populations) == (12, 1000, ("12",))
     code, text, _ = command("claims", *words)
-    assert code == 0 and "| M1 | 2 | 0.004 | these runs |" in text  # 2 x .001 million x 2 hours
+    assert code == 0
+    assert "| M1 | 2 | 0.004 | two shared cores | these runs |" in text  # 2 x .001 million x 2 h
+
+
+def test_commands_can_be_followed(tmp_path):
+    """What another study of the world holds is not packed again, whether or not it is on disk."""
+    (tmp_path / "docs/data").mkdir(parents=True)
+    study(tmp_path / "docs/data/study_small_claims.csv", a=seeds(5.0))
+    study(tmp_path / "docs/data/study_small_m6.csv", b=BEHIND)
+    words = ("--criteria", toml(tmp_path / "c.toml"), "--data", tmp_path / "docs/data")
+    code, text, _ = command("claims", *words, "--commands", "M1")
+    pack = text.splitlines()[-1]
+    for arm, own in (("a", AHEAD), ("b", BEHIND)):
+        for s, x in own.items():
+            as_directory(tmp_path / f"runs/small-{arm}-s{s}", lines_of(arm, s, {"12": x}))
+    shell = f'printf "%s\\n" {pack}'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    _, script, *flags = done.stdout.split()
+    assert script == "experiments/runs.py"
+    code, _, stderr = command("runs", *(x if x == "pack" else tmp_path / x for x in flags))
+    assert code == 0, stderr
+    code, text, stderr = command("claims", *words)
+    assert code == 0 and "| M1 | The first is ahead of the second | holds |" in text, stderr
+
+
+def as_directory(path, lines):
+    """A run directory with the arguments and figures in lines of a study."""
+    path.mkdir(parents=True)
+    args, results, ended = {}, {}, 0
+    for _, kind, steps, row, figure, value in lines:
+        if kind == "argument":
+            args[figure] = json.loads(value)
+        else:
+            results.setdefault(row, {})[figure], ended = value, steps
+    (path / "args.json").write_text(json.dumps(args))
+    summary = {"timesteps": ended, "eval": results}
+    (path / "summary.json").write_text(json.dumps(summary))
+
+
+def test_seeds_in_a_shell():
+    found = [claims.seeds_in_shell(x) for x in ((21,), (21, 22), (21, 22, 23), (21, 23, 24))]
+    assert found == ["21", "{21,22}", "{21..23}", "{21,23,24}"]
+
+
+def test_budgets_and_seeds_are_of_what_decides(tmp_path):
+    """One world refutes the claim; the other one, with another budget, has not run."""
+    text = toml(tmp_path / "c.toml", worlds='["large", "small"]').read_text()
+    text = re.sub('game = "15", ', 'game = "15", paper_steps = 10_000, ', text)
+    text = re.sub('game = "12", ', 'game = "12", paper_steps = 4_000, ', text)
+    (tmp_path / "c.toml").write_text(text)
+    words = ("--criteria", tmp_path / "c.toml", "--data", tmp_path)
+    path = study(tmp_path / "x.csv", a=BEHIND, b=AHEAD)
+    code, text, stderr = command("claims", path, *words)
+    assert code == 0, stderr
+    row = "does not hold | do not: 1, undecided: 1 (a has not run in large) | 3 of 3 (paper: 4)"
+    assert f"{row} | 25 % |" in text
+    assert "| MRA, TMLR | unseen population sizes |  | M1 |  | 25 % |" in text
+    assert "What would decide" not in text  # it is decided, though runs are missing
+    code, text, _ = command("claims", study(tmp_path / "y.csv", a=AHEAD, b=BEHIND), *words)
+    assert code == 0 and "| 0 of 3 (paper: 4) | 10 to 25 % |" in text
+
+
+def test_what_means_say_stands_in_the_papers_table(judge, tmp_path):
+    path = study(tmp_path / "x.csv", a=seeds(*[5.0] * 14, -40.0), b=seeds(*[2.0] * 15))
+    outcome = judge(path, seeds=[*range(11, 26)])
+    assert (outcome.verdict, outcome.verdict_by_means) == ("holds", "undecided")
+    assert "| M1 (undecided by means) |" in claims.papers_table([outcome])
+    outcome = judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND))
+    assert "| M1 |" in claims.papers_table([outcome])
+
+
+def test_shares_of_steps_that_a_paper_does_not_state():
+    """BiDist's text has none, so its shares are of our default."""
+    (case,) = book()["B2"]
+    assert claims.budget_text((case,)) == "20 % of our default"
+    assert claims.budget_text(book()["M6"]) == "2.5 %"
+    none = dict.fromkeys(case.arms, "has not run")
+    parts = claims.compare_in(case, {arm: [] for arm in case.arms}, none, pilot=False)
+    table = claims.papers_table([claims.Outcome((case,), parts, [], "does not hold")])
+    assert "| 20 % of our default (the paper states none) |" in table
+
+
+def test_what_is_undecided_needs_its_sources_too():
+    """M3 adapts runs of treasure and Pacman, five seeds of three arms each; M5 shares one arm."""
+    tables = criteria.read_tables()
+    found = {}
+    for name in ("M3", "M5"):
+        outcome = claims.Outcome(book()[name], [], [], "undecided")
+        own = claims.missing_runs(outcome, [], tables["slower"])
+        found[name] = (own, claims.sources_of(own, tables))
+    own, sources = found["M3"]
+    named = {f"{world}-{arm}" for world in ("treasure", "pacman") for arm in ("mra", "epc", "rl2")}
+    assert {x.name for x in sources} == named and claims.total_of(sources)[0] == 30
+    assert claims.total_of(own)[0] == 75 and not found["M5"][1]
+    hours = {x.name: x.hours for x in sources}
+    assert hours["treasure-mra"] == pytest.approx(0.16 * 0.6)
+    assert hours["pacman-epc"] == pytest.approx(0.16 * 1.3 * 3)  # sets
+    every = claims.each_once([*own, *sources, *found["M5"][0]])
+    assert claims.total_of(every)[0] == 75 + 30 + 5  # pacman-mra is in both
+    two = [own[0]._replace(name="x", seeds=seeds, hours=1.0) for seeds in ((21, 22), (22, 23))]
+    assert claims.total_of(claims.each_once(two)) == (3, 3.0)
+    text = claims.what_all_needs(every)
+    assert text.startswith("What is undecided needs 110 runs and ") and "own bots" not in text
+
+
+def test_own_bots_are_told(tmp_path):
+    outcome = claims.Outcome(book()["B1"], [], [], "undecided")
+    own = claims.missing_runs(outcome, [], {})
+    assert claims.needed_row(outcome, own, "these runs")["on"] == claims.OWN_BOTS
+    assert "90 of them, " in claims.what_all_needs(own)
 
 
 @pytest.mark.parametrize(
@@ -733,6 +851,10 @@ def test_the_readme_shows_the_verdicts():
         table.append(["".join(line.split()) for line in lines[first : first + 5]])
     page, readme = table
     assert page[2:] == readme[2:] and page[0] == readme[0]
+    holds = [row.split("|")[3] for row in page[2:] if row.split("|")[3]]
+    text = (ROOT / "README.md").read_text()
+    assert holds == ["I4(undecidedbymeans)"]  # else README's "State" says more
+    assert f"Of {sum('-' not in name for name in IDS)} claims one holds" in text
 
 
 def test_claims_in_short():
@@ -740,3 +862,5 @@ def test_claims_in_short():
     assert claims.in_short([]) == ""
     assert claims.in_short(["B2", "B3"]) == "B2, B3"
     assert claims.in_short(["I1", "I2", "I3", "I5", "I6"]) == "I1 to I3, I5, I6"
+    named = claims.in_short(["I1", "I2", "I3", "I4", "I5", "I6"], {"I3": "not so"})
+    assert named == "I1, I2, I3 (not so), I4 to I6"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import HEADER, experiment, fake_evaluation, fake_run, rows
+from made_up import HEADER, command, experiment, fake_evaluation, fake_run, rows
 from runs import BIDIST, MAPPO, ROOT
 
 tables, runs = experiment("scenario_table"), experiment("runs")
@@ -218,6 +218,74 @@ def test_a_study_says_what_its_runs_say(tmp_path):
         "b-s1",
         "a-s2",
     ]
+
+
+def finished(path, seed, steps, **flags):
+    """A run with a log, and a summary after so many steps; 0: without one."""
+    run = fake_run(path, MAPPO, seed=seed, **flags)
+    log = [{"timesteps": at, "entropy": at / 7, "episode/return": 0.1} for at in (10, 20)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+    if steps:
+        summary = {"timesteps": steps, "eval": {"v random": {"return": 1 / 3, "episodes": 9}}}
+        (run / "summary.json").write_text(json.dumps(summary))
+    fake_evaluation(run, "SC0", [float(seed)], timesteps=20)
+    return run
+
+
+def pack(study, *words):
+    return command("runs", "pack", study, *words)
+
+
+def test_packing_into_a_study_keeps_its_runs(tmp_path):
+    """Runs whose directories have gone stay to the byte, with curves that are not asked for now;
+    one that is named again is replaced in its place; OUT among the runs chooses what stays."""
+    a, b, c = (finished(tmp_path / f"x-s{s}", s, 20) for s in (1, 2, 3))
+    study = tmp_path / "study.csv"
+    assert pack(study, a, b, "--curves", "*")[0] == 0
+    lines = study.read_text().splitlines()
+    shutil.rmtree(a)
+    fake_evaluation(b, "SC0", [7.0], timesteps=20)
+    code, said, _ = pack(study, b, c, "--curves", "episode/*")
+    assert code == 0 and said.startswith(f"{study}: 3 runs, 1 of them from before, ")
+    found = study.read_text().splitlines()
+    own = [[x for x in every if x.startswith("x-s1,")] for every in (lines, found)]
+    assert own[0] == own[1] and any(",curve,10,,entropy," in x for x in own[1])
+    assert list(dict.fromkeys(x.partition(",")[0] for x in found[1:])) == ["x-s1", "x-s2", "x-s3"]
+    assert [run.evaluations[0].returns[0] for run in runs.read_study(study)] == [1, 7, 3]
+    assert pack(study, study, "--only", "x-s3")[0] == 0
+    assert [run.name for run in runs.read_study(study)] == ["x-s3"]
+
+
+@pytest.mark.parametrize(
+    "seed, steps, flags, sentence",
+    [
+        (1, 0, {}, "has finished 0 steps, and 20 in {study}: leave it out, or name another file."),
+        (
+            1,
+            10,
+            {},
+            "has finished 10 steps, and 20 in {study}: leave it out, or name another file.",
+        ),
+        (2, 20, {}, "{study} has another run called x-s1: name another file."),
+        (1, 20, {"substrate": "toy"}, "{study} has another run called x-s1: name another file."),
+    ],
+)
+def test_packing_replaces_no_other_run(tmp_path, seed, steps, flags, sentence):
+    study = tmp_path / "study.csv"
+    assert pack(study, finished(tmp_path / "one/x-s1", 1, 20))[0] == 0
+    before = study.read_bytes()
+    code, _, error = pack(study, finished(tmp_path / "two/x-s1", seed, steps, **flags))
+    assert (code, error.count("\n")) == (2, 1) and error.endswith(
+        sentence.format(study=study) + "\n"
+    )
+    assert study.read_bytes() == before
+
+
+def test_packing_into_what_is_no_study(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    code, _, error = pack(tmp_path / "x.csv", finished(tmp_path / "x-s1", 1, 20))
+    assert code == 2 and error.endswith("x.csv is no study: runs.py pack makes one.\n")
+    assert (tmp_path / "x.csv").read_text() == "a,b\n1,2\n"
 
 
 def test_several_substrates(tmp_path):

@@ -26,7 +26,7 @@ import scipy.sparse.csgraph
 import torch
 from runs import BOTH, MAPPO, script, some_long
 
-from envs.meltingpot import bots
+from envs.meltingpot import bots, scenarios
 from envs.meltingpot.episodes import BOT_COLOUR, FOCAL_COLOUR, Result, mark, play_all, random_player
 from envs.meltingpot.scenarios import (
     PAPER,
@@ -34,9 +34,9 @@ from envs.meltingpot.scenarios import (
     Plan,
     ScenarioEngine,
     Scenarios,
-    check_kept,
     choose_bots,
     choose_scenarios,
+    find_kept,
     get_plan,
     play_scenarios,
     save_results,
@@ -717,10 +717,48 @@ def test_a_look_at_a_run_keeps_its_final_evaluation(flags, reason, tmp_path):
         scenario_rows(look, evaluation, None, num_ids=2)
     assert str(error.value) == sentence
     # The same evaluation again, one elsewhere and one after other steps are free to be written.
-    check_kept(again, harness.Evaluation(again, "final", 100, tmp_path), ["coins_3"], "scripted")
+    find_kept(again, harness.Evaluation(again, "final", 100, tmp_path), ["coins_3"], "scripted")
     elsewhere = dataclasses.replace(look, run_dir="elsewhere")
-    check_kept(elsewhere, evaluation, ["coins_3"], "scripted")
-    check_kept(look, harness.Evaluation(look, "final", 200, tmp_path), ["coins_3"], "scripted")
+    find_kept(elsewhere, evaluation, ["coins_3"], "scripted")
+    find_kept(look, harness.Evaluation(look, "final", 200, tmp_path), ["coins_3"], "scripted")
+
+
+def test_a_finished_run_keeps_its_final_evaluation(tmp_path, monkeypatch, capsys):
+    """No later one takes its place, though it has as many episodes of the same policy, or more; it
+    is played and its figures are returned."""
+    args = script(MAPPO).Args(substrate=COINS, final_episodes=2)
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    results = {"SC3 scripted": [Result(1.5, 2.0, 3.0, 4.0, 5), Result(0.0, 1.0, 0.0, 2.0, 7)]}
+    save_results(tmp_path / "evaluation", "final", COINS, 1, 100, results)
+    (path,) = (tmp_path / "evaluation").iterdir()
+    before = path.read_bytes()
+    others = [Result(9.0, 9.0, 9.0, 9.0, 9)] * 2
+
+    def play(names, bots, *_, **__):
+        return {f"SC{name[-1]} {bots}": others for name in names}
+
+    monkeypatch.setattr(scenarios, "play_scenarios", play)
+    look = dataclasses.replace(args, eval_only=str(tmp_path), bots="scripted")
+
+    def rows(**changes):
+        changed = dataclasses.replace(look, **changes)
+        folder = tmp_path / changed.run_dir if changed.run_dir else tmp_path
+        evaluation = harness.Evaluation(changed, "final", 100, folder)
+        return scenario_rows(changed, evaluation, None, num_ids=2)
+
+    (tmp_path / "summary.json").write_text("{}")
+    figures = rows(eval_scenarios="SC3,SC4")
+    assert figures["SC3 scripted"] == figures["SC4 scripted"]
+    assert path.read_bytes() == before and (path.parent / path.name.replace("3", "4")).exists()
+    assert "keeps what it has of SC3 scripted: for a copy" in capsys.readouterr().out
+    with pytest.raises(NoWorldError, match="has 2 episodes and stays as it is"):
+        rows(eval_scenarios="SC3", final_episodes=1)
+    rows(eval_scenarios="SC3", run_dir="copy")
+    assert path.read_bytes() == before != (tmp_path / "copy/evaluation" / path.name).read_bytes()
+    assert capsys.readouterr().out == ""
+    (tmp_path / "summary.json").unlink()  # not finished: free to be written
+    rows(eval_scenarios="SC3")
+    assert path.read_bytes() != before
 
 
 @contextlib.contextmanager
