@@ -80,6 +80,7 @@ from envs.particle.episodes import (
     EpisodeReturns,
     Player,
     RewardScale,
+    first_unclear,
     number_of,
     play,
     play_all,
@@ -175,17 +176,21 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     usual = PRESETS[args.preset].get("polyak", Args.polyak)
     begins = not (args.resume or args.eval_only)
     idle = begins and args.target == "hard" and args.polyak != usual
-    populations = args.populations + args.eval_populations
-    one_size = not args.share_parameters
+    several = len(args.populations + args.eval_populations) > 1
     too_few = args.latent_prior == "told" and args.latent_size < len(args.populations)
+    told = args.latent_prior == "told" or args.tell_population != "nobody"
+    unclear = told and first_unclear((*args.eval_populations, args.population), args.populations)
+    still = args.latent_size == 1 and "actor" not in args.phi_gradient and args.phi_learning_rate
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (idle, "--polyak needs --target polyak"),
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
-        (one_size and len(populations) > 1, "Several populations need --share-parameters"),
+        (several and not args.share_parameters, "Several populations need --share-parameters"),
         (too_few, "--latent-prior told needs more z"),
+        (unclear, f"{unclear} cannot be told its number: two of --populations are next in size"),
+        (begins and still, "--latent-size 1 needs --phi-gradient actor: else phi never learns"),
     ]
 
 
@@ -430,7 +435,6 @@ class RelationGraph(nn.Module):
 class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. None of them reads z.
-
     own_size: how many numbers of o_s it reads. told: number of populations P if it reads m, else 0.
     If it reads m, it has a first layer above o_ij for each m, as a softmax cannot count agents."""
 
@@ -564,8 +568,7 @@ class Agent(Parts):
     def view(self, game: Game, obs: Observation, z: Tensor) -> View:
         """The networks' input for observations of a game and latents z (M, N)."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
-        number = number_of(game, self.args.populations)
-        number = torch.full_like(z, number, dtype=torch.int64)
+        number = torch.full_like(z, number_of(game, self.args.populations), dtype=torch.int64)
         return View(
             own=obs.own.contiguous(),
             others=obs.others.contiguous(),
@@ -849,8 +852,7 @@ def information_update(
 @contextlib.contextmanager
 def frozen(*nets: nn.Module) -> Iterator[None]:
     """Within this context, gradients pass through these networks; their weights get none."""
-    every = nn.ModuleList(nets)
-    every.requires_grad_(False)
+    every = nn.ModuleList(nets).requires_grad_(False)
     yield
     every.requires_grad_(True)
 
@@ -875,8 +877,7 @@ def latent_update(
     nets = nn.ModuleList([agent.population_classifier])
     if agent.learns_prior:
         nets.append(agent.latent_prior)
-    loss = torch.stack(losses).mean()
-    descend(loss, nets, agent.latent_optimiser, args.max_grad_norm)
+    descend(torch.stack(losses).mean(), nets, agent.latent_optimiser, args.max_grad_norm)
     return scalars
 
 
@@ -1021,8 +1022,7 @@ def evaluate(
         if args.adapt and population in own:
             z = own[population].z[0]  # drawn once, when adapting began
         players = {"": net_player(agent, z, player_seed)}
-        # All agents of a type have the same z.
-        same = {f"z={k}": (k,) * len(counts) for k in range(Z) if Z > 1}
+        same = {f"z={k}": (k,) * len(counts) for k in range(Z) if Z > 1}  # of all agents of a type
         filmed = ("", *same)
         if evaluation.final and Z > 1:
             best = best_latents(args, agent, evaluation, population, seeds[1:3])

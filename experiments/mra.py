@@ -148,7 +148,7 @@ def of_task(figure: str, task: str) -> list[Command]:
     if figure == "fig3":
         uni = several(task, "uni", "--latent-prior uniform")
         return [*of_all_games(task), uni, several(task, "algorithm-4", ALGORITHM_4)]
-    return of_all_games(task) if figure == "fig4" else []
+    return of_all_games(task) if figure == "fig4" and TARGETS[task] else []
 
 
 def of_resource(figure: str) -> list[Command]:
@@ -224,6 +224,8 @@ def train(study: Train) -> None:
             first += of_task(figure, task)
             then += adaptations(task) if figure == "fig4" else []
         first += of_resource(figure)
+    names, tasks = " ".join(study.figures), " ".join(study.tasks)
+    check([(not first, f"{names} has no runs in --tasks {tasks}")])
     later = jobs_of(then, study, study.adapt_timesteps)
     check_all(later)  # before hours of training
     train_all(jobs_of(first, study, study.total_timesteps), study.jobs, study.dry_run)

@@ -52,10 +52,33 @@ def population_name(game: Game) -> str:
 
 
 def number_of(game: Game, populations: Sequence[str]) -> int:
-    """Index of the smallest population with at least as many agents as the game, or the largest."""
-    sizes = [sum(read_population(name)) for name in populations]
-    larger = [size for size in sizes if size >= game.num_agents]
-    return sizes.index(min(larger, default=max(sizes)))
+    """Index of the game's own population; of an unseen one that of the smallest population with at
+    least as many agents, or of the largest. Of several of that size it is the first."""
+    known = [read_population(name) for name in populations]
+    if game.population in known:
+        return known.index(game.population)
+    sizes = [sum(population) for population in known]
+    return sizes.index(next_size(game.num_agents, sizes))
+
+
+def next_size(size: int, sizes: Sequence[int]) -> int:
+    """The smallest of the sizes that are not below size, else the largest of all (of none: 0)."""
+    return min((x for x in sizes if x >= size), default=max(sizes, default=0))
+
+
+def first_unclear(unseen: Sequence[str], populations: Sequence[str]) -> str:
+    """The first unseen population whose number_of() is the first of several of the same size; "" if
+    there is none, or if a name is no population, which make_envs() refuses. unseen may have ""."""
+    try:
+        known = [read_population(name) for name in populations]
+        others = {name: read_population(name) for name in unseen if name}
+    except ValueError:
+        return ""
+    sizes = [sum(population) for population in known]
+    for name, population in others.items():
+        if population not in known and sizes.count(next_size(sum(population), sizes)) > 1:
+            return name
+    return ""
 
 
 def random_player(seed: int) -> Player:

@@ -617,7 +617,7 @@ def test_without_ray(study, launched, monkeypatch):
 STUDIES = sorted(path.stem for path in (ROOT / "experiments/studies").glob("*.toml"))
 MANY = [f"claims_{world}" for world in ("resource", "treasure", "sz", "csz", "pacman", "chicken")]
 MANY += ["mipi_table1", "mipi_table3", "mipi_ppo_sz", "mipi_ppo_controls_sz"]
-MANY += ["mra_fig2", "mra_fig3", "bidist_pure"]
+MANY += ["mra_fig2", "mra_fig3", "mra_ladder_signpost", "mra_ladder_resource", "bidist_pure"]
 
 
 @pytest.mark.parametrize("name", some_long(STUDIES, *MANY))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -13,7 +14,7 @@ from made_up import command, experiment, rows
 from PIL import Image
 
 pytestmark = pytest.mark.long  # the runs that its tests read take a quarter of a minute
-mra, runs_module = experiment("mra"), experiment("runs")
+mra, runs_module, criteria = (experiment(name) for name in ("mra", "runs", "criteria"))
 script, parent, epc = (
     runs_module.load_script(f"{name}_particle") for name in ("mra_maddpg", "maddpg", "epc")
 )
@@ -266,11 +267,22 @@ def test_runs_of_the_figures(tmp_path):
         ((), "at least one figure"),
         (("fig2", "--seeds"), "--seeds is empty"),
         (("fig2", "--tasks"), "--tasks is empty"),
+        (("fig4", "--tasks", "resource"), "fig4 has no runs in --tasks resource."),
     ],
 )
 def test_nothing_to_train_is_refused(words, sentence):
     code, text, stderr = command("mra", "train", *words, "--dry-run")
     assert (code, text, stderr.count("\n")) == (2, "", 1) and sentence in stderr
+
+
+def test_fig_4_trains_nothing_that_is_not_adapted(tmp_path):
+    """Nobody adapts in resource, which is among the default --tasks."""
+    code, text, _ = command("mra", "train", "fig4", "--seeds", 1, "--dir", tmp_path, "--dry-run")
+    names = {shlex.split(line)[3].rpartition("/")[2] for line in text.splitlines()}
+    sources = {shlex.split(x)[5].rpartition("/")[2] for x in text.splitlines() if "--adapt" in x}
+    assert code == 0 and len(names) == 2 * 3 + 3 * 5
+    assert not [name for name in names if name.startswith("resource")]
+    assert sources == {f"{t}-{m}-s1" for t in ("treasure", "pacman") for m in ("mra", "epc", "rl2")}
 
 
 def test_a_seed_that_is_named_twice_is_trained_once(tmp_path):
@@ -288,6 +300,44 @@ def test_flags_with_an_open_quotation_are_refused(figure, flags, tmp_path):
     assert (code, text) == (2, "")
     assert stderr == f"error: --flags: {flags}: no closing quotation.\n"
     assert not (tmp_path / "runs").exists()
+
+
+LADDERS = {  # {study: beginning of its runs' names}
+    "mra_ladder_rooms": "rooms-",
+    "mra_ladder_signpost": "signpost-",
+    "mra_ladder_resource": "resource_ladder-",
+}
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_ladders_are_what_the_criterion_says(name):
+    """In each world all arms, with its flags, seeds and populations. --psi-information does not
+    count where no psi learns."""
+    ladder = criteria.read_tables()["defaults"]["mra_ladder"]
+    study = runs_module.read_toml(runs_module.ROOT / f"experiments/studies/{name}.toml")
+    assert study["seeds"] == ladder["seeds"]
+    task = name.removeprefix("mra_ladder_")
+    populations = ladder["populations"].get(task) or mra.TRAINED[task]
+    assert task in ladder["worlds"]
+
+    def parsed(line, *more):
+        args = runs_module.script_args(script, [*shlex.split(line)[1:], *map(str, more)])
+        if args.latent_prior != "learned" or args.latent_size == 1:
+            return dataclasses.replace(args, psi_information=True)
+        return args
+
+    found, wanted = {}, {}
+    for run, line in study["runs"].items():
+        assert run.startswith(LADDERS[name])
+        args = parsed(f"{line} {study['flags']}", "--total-timesteps", study["timesteps"])
+        unseen = args.eval_populations
+        assert unseen and not set(unseen) & set(args.populations)
+        arm = run.removeprefix(LADDERS[name])
+        found[arm] = dataclasses.replace(args, eval_populations=())
+    for arm, flags in ladder["arms"].items():
+        line = f"{ladder['common']} {ladder['schedule']} {flags}"
+        wanted[arm] = parsed(line, "--task", task, "--populations", *populations)
+    assert found == wanted
 
 
 def write_ladder_run(folder, name, returns, unseen, bests):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from particle_tools import MADDPG, MRA, parse, script, sharpen, softmax, weights
 
 from envs.particle import pairs
-from envs.particle.episodes import number_of
+from envs.particle.episodes import first_unclear, number_of
 from envs.particle.worlds import make_game
 
 ROOT = Path(__file__).parents[2]
@@ -983,6 +983,7 @@ PHI = [{"attention"}]
 LATENT = [{"latent_prior", "population_classifier"}]
 XI = [{"population_classifier"}]
 ALGORITHM_4 = "--phi-gradient mi --no-psi-information"
+STILL = "--latent-size 1 --phi-learning-rate 0"  # without the rate the script refuses it
 ROUTES = {  # flags, wanted
     "MRA": ("", [*OMEGA, *PHI, *LATENT]),
     "gumbel actor": ("--actor-gradient gumbel", [*OMEGA, *PHI, *LATENT]),
@@ -995,7 +996,7 @@ ROUTES = {  # flags, wanted
     "both": ("--phi-gradient both", [*PLAIN, *PHI, *LATENT]),
     "Algorithm 4": (ALGORITHM_4, [*PLAIN, *PHI, *LATENT]),
     "Algorithm 4, uniform": (f"{ALGORITHM_4} --latent-prior uniform", [*PLAIN, *PHI]),
-    "Algorithm 4, one latent": (f"{ALGORITHM_4} --latent-size 1", PLAIN),
+    "Algorithm 4, one latent": (f"{ALGORITHM_4} {STILL}", PLAIN),
 }
 
 
@@ -1030,7 +1031,7 @@ def test_routes_of_the_parent(form, monkeypatch):
     [
         ("", {"actor", "critic", "attention", "latent_prior", "population_classifier"}),
         ("--latent-prior uniform", {"actor", "critic", "attention", "population_classifier"}),
-        (f"{ALGORITHM_4} --latent-size 1", {"actor", "critic"}),
+        (f"{ALGORITHM_4} {STILL}", {"actor", "critic"}),
         ("--phi-gradient actor --latent-prior uniform", {"actor", "critic", "attention"}),
         ("--reptile-step 0", {"critic", "attention", "latent_prior", "population_classifier"}),
     ],
@@ -1215,6 +1216,30 @@ def test_told_latents_are_the_populations_numbers():
         assert p.shape == (followers + 3, 6) and (p == torch.eye(6)[number]).all()
         z = mra.draw_latents(s.agent, game, 50, seeded(1))
         assert (z == number).all()
+
+
+@pytest.mark.parametrize("known", [("4,2", "2,4"), ("2,4", "4,2"), ("8,4", "2,4", "4,2")])
+def test_a_population_has_its_own_number_whatever_others_have_its_size(known):
+    """What the latents and the networks are told, in training populations."""
+    flags = f"--latent-prior told --latent-size {len(known)} --tell-population critic"
+    s = setting("pacman", *known, flags=flags)
+    for number, collector in enumerate(s.collectors):
+        game, z = collector.game, torch.zeros(4, 6, dtype=torch.int64)
+        assert number_of(game, known) == number
+        assert (s.agent.log_prior(game).exp().argmax(-1) == number).all()
+        view = s.agent.view(game, collector.worlds.obs, z[:, :1].expand(4, game.num_agents))
+        assert (view.population.argmax(-1) == number).all()
+
+
+def test_which_unseen_populations_have_no_clear_number():
+    known = ("4,2", "2,4", "8,4")
+    for name in ("3,3", "2,2", "5,1"):
+        assert first_unclear((name,), known) == name
+    assert first_unclear(("8,2", "4,2", "", "3,3", "2,2"), known) == "3,3"
+    for unseen in ((), ("8,2",), ("9,9",), ("4,2", "2,4"), ("",), ("x", "3,3")):
+        assert first_unclear(unseen, known) == ""
+    assert first_unclear(("9,9",), known[:2]) == "9,9" and first_unclear(("3,3",), ("4,2",)) == ""
+    assert first_unclear(("3,3",), ()) == first_unclear(("3,3",), ("4,2", "x")) == ""
 
 
 # --- 9. Permutations, and the dead ----------------------------------------------------------------

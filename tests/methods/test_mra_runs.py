@@ -93,6 +93,8 @@ def runs(tmp_path_factory):
     run(MRA, folder / "mra", 2 * VISIT + 20, *flags, "--save-every", VISIT)
     run(MRA, folder / "agents", 40, "--no-share-parameters", "--populations", 3)
     run(MRA, folder / "pacman", 80, "--task", "pacman", "--populations", "2,1", "1,2")
+    told = ["--task", "pacman", "--populations", "4,2", "2,4", "--tell-population", "critic"]
+    run(MRA, folder / "told", 4, *told)
     run(MADDPG, folder / "maddpg", 40)
     (folder / "empty").mkdir()
     (folder / "file").write_text("")
@@ -107,8 +109,8 @@ def lines(name):
 
 
 def test_diff_of_the_two_files_is_the_method():
-    """45 % elsewhere: MRA has the bounds and the forms beyond Algorithm 4 among which a ladder of
-    runs (docs/mra.md) is to choose; those that lose leave."""
+    """45 % elsewhere: MRA keeps each form beyond Algorithm 4 of docs/mra_ladder.md as a flag, also
+    those that lost, so that every row of that page can be run again."""
     parent, child, added, gone = lines(MADDPG), lines(MRA), 0, 0
     for line in difflib.unified_diff(parent, child, n=0, lineterm=""):
         added += line.startswith("+") and not line.startswith("+++")
@@ -447,6 +449,12 @@ WRONG_IN_MRA = {
     "--adapt {runs}/mra --population 4 --polyak .5": "--polyak --target",
     "--value-layers 3": "--value-layers 3",
     "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told z",
+    "--latent-size 1 --phi-gradient mi": "--latent-size 1 --phi-gradient actor phi never learns",
+    "--latent-size 1 --phi-gradient both --populations 3": "--latent-size 1 phi never learns",
+    "--task pacman --populations 4,2 2,4 --eval-populations 8,4 --tell-population critic": "8,4",
+    "--task pacman --populations 4,2 2,4 --eval-populations 4,2 3,3 --latent-prior told": "3,3",
+    "--adapt {runs}/told --population 3,3": "3,3 cannot be told --populations",
+    "--populations --eval-populations 4 --tell-population all": "--populations is empty",
     "--task rooms --populations 3": "rooms 3",
     "--task rooms --populations 3,2": "rooms 3 leader 3,2",
 }
@@ -501,6 +509,31 @@ def given(name, argv, monkeypatch):
         patch.setattr(script(name), "train", lambda args: seen.append(args) or 0)
         assert script(name).main([str(x) for x in argv]) == 0
     return seen[0]
+
+
+ALLOWED = [
+    "--latent-size 1 --phi-gradient mi --phi-learning-rate 0",
+    "--latent-size 1",
+    "--latent-size 1 --phi-gradient actor --reptile-step .1",
+    "--task pacman --populations 4,2 2,4 --tell-population all",
+    "--task pacman --populations 4,2 2,4 --eval-populations 3,3",
+    "--task pacman --populations 4,2 2,4 8,4 --eval-populations 2,8 --latent-prior told",
+]
+
+
+@pytest.mark.parametrize("line", ALLOWED)
+def test_what_is_not_refused(line, monkeypatch):
+    """Near what is: phi stands still by its rate, a population has its own number."""
+    assert given(MRA, line.split(), monkeypatch)
+
+
+def test_an_old_run_whose_phi_stands_still_can_be_looked_at(monkeypatch):
+    """--resume and --eval-only take what --latent-size 1 once trained."""
+    with monkeypatch.context() as patch:
+        patch.setattr(script(MRA), "validate", lambda args: [])
+        run(MRA, "old", 4, "--latent-size", 1, "--phi-gradient", "mi")
+    for flags in ("--resume old", "--eval-only old --final-episodes 1"):
+        assert given(MRA, flags.split(), monkeypatch).phi_gradient == "mi"
 
 
 @pytest.mark.parametrize("name", BOTH)
