@@ -545,7 +545,7 @@ def test_before_the_first_iteration_there_is_no_past(capfd):
 
 
 def test_a_memory_of_former_ranks_is_refused(plain, tmp_path, capfd):
-    """RPM's checkpoints of before 5191459 have no keys, and a length in place of a rank."""
+    """RPM's checkpoints of before 0487f50 have no keys, and a length in place of a rank."""
     assert rpm.main(tiny(RPM, "run", 2)) == 0
     change_newest("run", lambda state: state["memory"].pop("keys"))
     capfd.readouterr()
