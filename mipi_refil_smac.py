@@ -101,7 +101,7 @@ class Args(RunArgs):
     num_envs: Positive = 8  # B, battles played in parallel, per process
     env_threads: Positive = 1  # sim: threads that simulate the battles of a process
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
-    max_episode_steps: Positive = 150  # steps after which time is out; resource: at most 145
+    max_episode_steps: Positive = 150  # time is out after so many, at most 1000; resource: 145
     # Method
     regularizer: Literal["mi", "entropy", "none"] = "mi"  # mi: as in Eq. (3); none: only rewards
     alpha: Amount | None = None  # cost per nat, Eq. (16): .03, mmm .1, resource .05 (rescaled .005)
@@ -110,7 +110,7 @@ class Args(RunArgs):
     observe_self_only: bool = False  # agents see only their own unit, and alpha is 0 (Table 3)
     ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
     actor_loss_times_w: bool = False  # multiply Eq. (18) by w_i: the gradient of E_pi Q_tot
-    detach_actor_trunk: bool = False  # Eq. (18) does not train layers shared with utilities
+    detach_actor_trunk: bool = False  # (18) moves no shared layer; no effect without --policy head
     policy: Literal["head", "exact", "greedy"] = "head"  # exact: Eq. (13); greedy: max utility
     imagine: bool = True  # imagined groups, for Eq. (17) and REFIL's loss; not in resource
     imagine_weight: Share = 0.5  # lambda, weight of REFIL's loss of imagined groups

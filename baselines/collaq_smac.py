@@ -99,7 +99,7 @@ class Args(RunArgs):
     num_envs: Positive = 8  # B, battles played in parallel, per process
     env_threads: Positive = 1  # sim: threads that simulate the battles of a process
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
-    max_episode_steps: Positive = 150  # steps after which time is out; resource: at most 145
+    max_episode_steps: Positive = 150  # time is out after so many, at most 1000; resource: 145
     # Method
     mara_weight: Amount = 1.0  # c, weight of MARA in the loss
     subtract_alone: bool = True  # subtract Q_collab(o_i-) in Q_i; without: Q_alone + Q_collab

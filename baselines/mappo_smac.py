@@ -100,7 +100,7 @@ class Args(RunArgs):
     num_envs: Positive = 10  # B, battles played in parallel, per process
     env_threads: Positive = 1  # sim: threads that simulate the battles of a process
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
-    max_episode_steps: Positive = 150  # steps after which time is out; resource: at most 145
+    max_episode_steps: Positive = 150  # time is out after so many, at most 1000; resource: 145
     # Method
     rollout: Literal["rounds", "windows"] = "rounds"  # rounds: whole battles; windows: T steps
     window_steps: Positive = 32  # T, steps of each battle in a rollout of --rollout windows
@@ -196,6 +196,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
+# [shared: ppo_battles] begin
 
 
 def make_envs(
@@ -233,6 +234,8 @@ def make_envs(
     except (ValueError, BattleError) as error:
         raise UsageError(str(error)) from None
 
+
+# [shared: ppo_battles] end
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 # [shared: features] begin
@@ -359,6 +362,7 @@ def remember(
 
 
 # [shared: attention] end
+# [shared: ppo_trunk] begin
 
 RELU = math.sqrt(2)  # gain of layers before a ReLU
 
@@ -390,6 +394,9 @@ class Trunk(nn.Module):
         # With --amp only the above is bf16, which is too coarse for ratios and values.
         dtype = self.embed.weight.dtype
         return x.to(dtype), agents.to(dtype)
+
+
+# [shared: ppo_trunk] end
 
 
 class Actor(nn.Module):
@@ -431,6 +438,9 @@ class Actor(nn.Module):
         scores = self.query(x) @ self.key(entities).mT / math.sqrt(entities.shape[-1])  # (M, A, S)
         tags = features[..., : self.num_targets]  # (M, S, U - 6), one-hot; 0 of empty slots
         return scores @ tags
+
+
+# [shared: ppo_critic] begin
 
 
 class Critic(nn.Module):
@@ -479,6 +489,9 @@ class ValueNorm(nn.Module):
         return mean / weight, math.sqrt(max(variance, 1e-2))
 
 
+# [shared: ppo_critic] end
+
+
 class Agent(Parts):
     """Actor, critic, the critic's slow copy, value norm, optimisers."""
 
@@ -514,6 +527,7 @@ class Agent(Parts):
 
 
 # --- 5. The method --------------------------------------------------------------------------------
+# [shared: ppo_returns] begin
 
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -549,7 +563,10 @@ def n_step_returns(steps: Played, next_values: Tensor, gamma: float, n: int) -> 
     return returns
 
 
+# [shared: ppo_returns] end
+
 # --- 6. Data --------------------------------------------------------------------------------------
+# [shared: ppo_draws] begin
 
 
 def pick(x: Tensor, actions: Tensor) -> Tensor:
@@ -561,6 +578,9 @@ def sample(log_probs: Tensor, noise: Tensor) -> Tensor:
     """Draw actions (B, A): the largest of log pi (B, A, U) + Gumbel noise. noise (B, A, U) is
     exponentially distributed, so -log noise is Gumbel noise."""
     return (log_probs - noise.log()).argmax(-1)
+
+
+# [shared: ppo_draws] end
 
 
 class Player:
@@ -620,6 +640,9 @@ class Player:
         return actions, log_prob
 
 
+# [shared: ppo_steps] begin
+
+
 class Played(NamedTuple):
     """One step of B battles, or T steps of them: (T, B, ...)."""
 
@@ -648,6 +671,9 @@ def copied(x: Any) -> Any:
 def stacked(times: list[Any]) -> Any:
     """T named tuples of tensors (B, ...), stacked to one of tensors (T, B, ...)."""
     return times[0]._make([torch.stack(x) for x in zip(*times)])
+
+
+# [shared: ppo_steps] end
 
 
 def collect(args: Args, battles: Any, player: Player) -> tuple[Rollout, list[Any]]:
@@ -687,6 +713,9 @@ def collect(args: Args, battles: Any, player: Player) -> tuple[Rollout, list[Any
     return assemble(steps, stacked(seen), finals, player.agent.device), episodes
 
 
+# [shared: ppo_moments] begin
+
+
 def numbered(there: Tensor) -> Tensor:
     """(T, B) int64: index of each True entry of there (T, B), in order of time, then battle."""
     return there.flatten().cumsum(0).view_as(there) - 1
@@ -707,6 +736,9 @@ def assemble(
     obs = Observation(*(torch.cat((x[:, order][played], y)) for x, y in zip(seen, finals)))
     last_actions = torch.cat((steps.last_actions[played], last_actions))
     return Rollout(steps, encode(obs, last_actions, played, device), later)
+
+
+# [shared: ppo_moments] end
 
 
 class Batch(NamedTuple):
@@ -821,6 +853,9 @@ def policy_loss(
     return -objective - entropy_coef * entropy, scalars
 
 
+# [shared: ppo_update] begin
+
+
 def value_loss(agent: Agent, part: Batch) -> Tensor:
     """L_V = mean (V(s) - G)^2."""
     with agent.autocast():
@@ -856,7 +891,10 @@ def update(
     return {name: torch.stack(x).mean() for name, x in found.items()}
 
 
+# [shared: ppo_update] end
+
 # --- 8. Evaluate ----------------------------------------------------------------------------------
+# [shared: ppo_evaluation] begin
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
@@ -901,6 +939,8 @@ def load_player(path: str) -> Policy:
     restore(agent, saved["agent"], path)
     return Player(agent)
 
+
+# [shared: ppo_evaluation] end
 
 # --- 9. Train -------------------------------------------------------------------------------------
 

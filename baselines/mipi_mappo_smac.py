@@ -107,9 +107,9 @@ class Args(RunArgs):
     num_envs: Positive = 10  # B, battles played in parallel, per process
     env_threads: Positive = 1  # sim: threads that simulate the battles of a process
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
-    max_episode_steps: Positive = 150  # steps after which time is out; resource: at most 145
+    max_episode_steps: Positive = 150  # time is out after so many, at most 1000; resource: 145
     # Method
-    alpha: Amount = 0.03  # reward that a nat of divergence costs, Eqs. (8), (16); 0: MAPPO
+    alpha: Amount | None = None  # cost per nat: .03, mmm .1, resource .05 (rescaled .005); 0: MAPPO
     regularizer: Literal["mi", "entropy"] = "mi"  # mi: m is the marginal; entropy: m is uniform
     penalise: Literal["both", "loss", "return"] = "both"  # alpha acts on loss, returns, or both
     marginal: Literal["imagined", "real"] = "imagined"  # m learns from pi in imagined or real teams
@@ -216,12 +216,12 @@ def wrong_terms(args: Args, given: set[str]) -> list[tuple[Any, str]]:
     """Flags of a term that the run does not have; given: names of flags not at their default."""
     of_marginal = {x for x in given if x.startswith("marginal") or x == "own"}
     of_term = of_marginal | given & {"regularizer", "penalise"}
-    informed = args.alpha and args.regularizer == "mi"
+    informed = args.alpha != 0 and args.regularizer == "mi"
     return [
         (args.alpha == 0 and of_term, f"{flags_of(of_term)} needs an --alpha above 0"),
         (of_marginal and not informed, f"{flags_of(of_marginal)} needs --regularizer mi"),
         (
-            args.drop_teammates and args.alpha,
+            args.drop_teammates and args.alpha != 0,
             "--drop-teammates is a control of MAPPO: it needs --alpha 0",
         ),
     ]
@@ -232,6 +232,7 @@ def flags_of(names: set[str]) -> str:
 
 
 # --- 3. Worlds ------------------------------------------------------------------------------------
+# [shared: ppo_battles] begin
 
 
 def make_envs(
@@ -269,6 +270,8 @@ def make_envs(
     except (ValueError, BattleError) as error:
         raise UsageError(str(error)) from None
 
+
+# [shared: ppo_battles] end
 
 # --- 4. Networks ----------------------------------------------------------------------------------
 # [shared: features] begin
@@ -395,6 +398,7 @@ def remember(
 
 
 # [shared: attention] end
+# [shared: ppo_trunk] begin
 
 RELU = math.sqrt(2)  # gain of layers before a ReLU
 
@@ -426,6 +430,9 @@ class Trunk(nn.Module):
         # With --amp only the above is bf16, which is too coarse for ratios and values.
         dtype = self.embed.weight.dtype
         return x.to(dtype), agents.to(dtype)
+
+
+# [shared: ppo_trunk] end
 
 
 class Actor(nn.Module):
@@ -506,6 +513,9 @@ def others(agents: int) -> Tensor:
     return ~torch.eye(agents, dtype=torch.bool)
 
 
+# [shared: ppo_critic] begin
+
+
 class Critic(nn.Module):
     """V(s) of the team, computed from all units; with --value-norm in units of the norm."""
 
@@ -550,6 +560,9 @@ class ValueNorm(nn.Module):
             return 0.0, 1.0
         variance = square / weight - (mean / weight) ** 2
         return mean / weight, math.sqrt(max(variance, 1e-2))
+
+
+# [shared: ppo_critic] end
 
 
 class Agent(Parts):
@@ -600,6 +613,16 @@ class Agent(Parts):
 # --- 5. The method --------------------------------------------------------------------------------
 
 
+def alpha_of(args: Args) -> float:
+    """Reward that a nat of divergence costs, Eqs. (8), (16); default: MIPI's for each world."""
+    collecting = 0.005 if args.rescale else 0.05  # rescaled rewards are a tenth
+    usual = {"mmm": 0.1, "resource": collecting}.get(args.scenario, 0.03)
+    return usual if args.alpha is None else args.alpha
+
+
+# [shared: ppo_returns] begin
+
+
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """PPO's clipped objective, element by element; ratio: pi / pi_old."""
     # min(r A, clip(r, 1 -+ eps) A)
@@ -631,6 +654,9 @@ def n_step_returns(steps: Played, next_values: Tensor, gamma: float, n: int) -> 
         later = F.pad(returns[1:], (0, 0, 0, 1))
         later = torch.where(steps.ends, next_values, later)
     return returns
+
+
+# [shared: ppo_returns] end
 
 
 def divergence(log_pi: Tensor, log_m: Tensor) -> Tensor:
@@ -667,6 +693,7 @@ def imagined_teams(features: Features, groups: Tensor, own: str) -> Features:
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
+# [shared: ppo_draws] begin
 
 
 def pick(x: Tensor, actions: Tensor) -> Tensor:
@@ -678,6 +705,9 @@ def sample(log_probs: Tensor, noise: Tensor) -> Tensor:
     """Draw actions (B, A): the largest of log pi (B, A, U) + Gumbel noise. noise (B, A, U) is
     exponentially distributed, so -log noise is Gumbel noise."""
     return (log_probs - noise.log()).argmax(-1)
+
+
+# [shared: ppo_draws] end
 
 
 class Player:
@@ -751,6 +781,9 @@ class Player:
         return actions, log_prob
 
 
+# [shared: ppo_steps] begin
+
+
 class Played(NamedTuple):
     """One step of B battles, or T steps of them: (T, B, ...)."""
 
@@ -779,6 +812,9 @@ def copied(x: Any) -> Any:
 def stacked(times: list[Any]) -> Any:
     """T named tuples of tensors (B, ...), stacked to one of tensors (T, B, ...)."""
     return times[0]._make([torch.stack(x) for x in zip(*times)])
+
+
+# [shared: ppo_steps] end
 
 
 def collect(args: Args, battles: Any, player: Player) -> tuple[Rollout, list[Any]]:
@@ -818,6 +854,9 @@ def collect(args: Args, battles: Any, player: Player) -> tuple[Rollout, list[Any
     return assemble(steps, stacked(seen), finals, player.agent.device), episodes
 
 
+# [shared: ppo_moments] begin
+
+
 def numbered(there: Tensor) -> Tensor:
     """(T, B) int64: index of each True entry of there (T, B), in order of time, then battle."""
     return there.flatten().cumsum(0).view_as(there) - 1
@@ -838,6 +877,9 @@ def assemble(
     obs = Observation(*(torch.cat((x[:, order][played], y)) for x, y in zip(seen, finals)))
     last_actions = torch.cat((steps.last_actions[played], last_actions))
     return Rollout(steps, encode(obs, last_actions, played, device), later)
+
+
+# [shared: ppo_moments] end
 
 
 class Batch(NamedTuple):
@@ -905,7 +947,7 @@ def prepare(args: Args, agent: Agent, rollout: Rollout, term: Term) -> Batch:
     """The Batch of a rollout, with returns and advantages; updates agent.value_norm."""
     steps, device = rollout.steps, agent.device
     if args.penalise != "loss":
-        steps = charged(steps, term.nats, args.alpha)
+        steps = charged(steps, term.nats, alpha_of(args))
     played = steps.going
     K = len(rollout.later)
     values = later_values = all_values(agent, agent.critic, rollout.features)  # (M,)
@@ -938,7 +980,7 @@ def prepare(args: Args, agent: Agent, rollout: Rollout, term: Term) -> Batch:
         advantages=send(advantages, device),
         targets=send((returns - mean) / std, device),
         log_marginal=term.log_marginal,
-        price=send((args.alpha / sigma).expand(K), device),
+        price=send((alpha_of(args) / sigma).expand(K), device),
     )
 
 
@@ -970,7 +1012,7 @@ def find_term(args: Args, agent: Agent, rollout: Rollout) -> tuple[Term, dict[st
     K = len(rollout.later)
     features = rollout.features.at(torch.arange(K, device=agent.device))
     log_m, scalars = uniform(features.avail_actions), {}
-    if args.alpha == 0:
+    if alpha_of(args) == 0:
         return Term(log_m, torch.zeros(K, device=agent.device)), scalars
     log_pi = agent.say(agent.actor, features)  # (K, A, U)
     if args.regularizer == "mi":
@@ -980,7 +1022,7 @@ def find_term(args: Args, agent: Agent, rollout: Rollout) -> tuple[Term, dict[st
     reward, nats = rollout.steps.rewards[rollout.steps.going].mean(), each.sum(-1)
     scalars["marginal_kl"] = mean_of(each, acts)  # per agent, in its real team
     scalars["reward"] = reward
-    scalars["regularised_reward"] = reward - args.alpha * nats.mean().cpu()
+    scalars["regularised_reward"] = reward - alpha_of(args) * nats.mean().cpu()
     return Term(log_m, nats), scalars
 
 
@@ -1028,13 +1070,16 @@ def policy_loss(
         "clipped": mean_of(((ratio - 1).abs() > args.clip).float(), acts),
     }
     loss = -objective - entropy_coef * entropy
-    if args.alpha and args.penalise != "return":
+    if alpha_of(args) and args.penalise != "return":
         # + alpha / sigma mean_i KL(pi_i || m)
         nats = divergence(log_probs, part.log_marginal)  # (M, A)
         penalty = mean_of(part.price[:, None] * nats, acts)
         scalars["penalty"] = penalty
         loss = loss + penalty
     return loss, scalars
+
+
+# [shared: ppo_update] begin
 
 
 def value_loss(agent: Agent, part: Batch) -> Tensor:
@@ -1072,7 +1117,10 @@ def update(
     return {name: torch.stack(x).mean() for name, x in found.items()}
 
 
+# [shared: ppo_update] end
+
 # --- 8. Evaluate ----------------------------------------------------------------------------------
+# [shared: ppo_evaluation] begin
 
 
 def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict[str, float]]:
@@ -1118,6 +1166,8 @@ def load_player(path: str) -> Policy:
     return Player(agent)
 
 
+# [shared: ppo_evaluation] end
+
 # --- 9. Train -------------------------------------------------------------------------------------
 
 
@@ -1158,6 +1208,7 @@ def train(args: Args) -> int:
                 "log": log,
             },
             amp=agent.amp,
+            alpha=alpha_of(args),
             game_version=getattr(battles, "game_version", None),
         )
         while run.goes_on():

@@ -105,10 +105,9 @@ ALPHAS = {  # of Table 3, without the default, 0 (Value) and infinity (--observe
     "mmm": ("0.05", "0.5"),
 }
 ALPHAS_D3 = {"sz": "0.01", "csz": "0.015", "mmm": "0.05"}
-# Grids for MIPI on PPO: factors of about 3 around the paper's .03. Policies have several times as
-# many nats of entropy as of mutual information, so the grid for entropy lacks the largest alpha.
+# Grid for MIPI on PPO, the same for mutual information and entropy: factors of about 3 around the
+# paper's .03. Where one is chosen (`frontier --choose-on`), no method has more to choose from.
 PPO_ALPHAS = {"sz": ("0.01", "0.03", "0.1", "0.3"), "csz": ("0.03", "0.1"), "mmm": ("0.03", "0.1")}
-PPO_ENTROPIES = {"sz": ("0.01", "0.03", "0.1"), "csz": ("0.03",), "mmm": ("0.03",)}
 ALL_SIZES = "--team-sizes 3 4 5 6 7 8"  # nothing is unseen: what a learner could win
 PPO_CONTROLS = {  # variants of MIPI on PPO with its default alpha, and of MAPPO
     "mappo-mi-enemies": f"{MIPI_MAPPO} --own self+enemies",
@@ -135,7 +134,7 @@ class Train:
     table3: MIPI with each alpha of the paper's table;
     d3: MIPI, also with the alpha that appendix D.3 mentions;
     collection: the methods of table1 in Resource Collection;
-    ppo: MAPPO (alpha 0), and MIPI on PPO with grids of alphas for mutual information and entropy;
+    ppo: MAPPO (alpha 0), MIPI on PPO with a grid of alphas, for mutual information and entropy;
     ppo-controls: MIPI on PPO with other marginals and ablations, MAPPO with teammates dropped, and
     both trained with teams of 3 to 8.
 
@@ -170,7 +169,7 @@ def methods_of(table: str, task: str) -> dict[str, str]:
         methods = {"mappo": MAPPO}
         for x in PPO_ALPHAS[task]:
             methods[f"mappo-mi-{x}"] = f"{MIPI_MAPPO} --alpha {x}"
-        for x in PPO_ENTROPIES[task]:
+        for x in PPO_ALPHAS[task]:
             methods[f"mappo-entropy-{x}"] = f"{MIPI_MAPPO} --regularizer entropy --alpha {x}"
         return methods
     if table == "d3":
@@ -358,7 +357,7 @@ class Evaluated:
 
 
 def default_alpha(args: dict[str, Any]) -> float:
-    """The alpha of a run of mipi_refil_smac.py without --alpha."""
+    """The alpha of a run of mipi_refil_smac.py or mipi_mappo_smac.py without --alpha."""
     collecting = 0.005 if args.get("rescale") else 0.05  # rescaled rewards are a tenth
     return {"mmm": 0.1, "resource": collecting}.get(args["scenario"], 0.03)
 
@@ -371,7 +370,8 @@ def row_name(args: dict[str, Any]) -> str:
         return BASELINES[args["script"]]
     if args["script"] in PPO:
         term = {"mi": "MI", "entropy": "entropy"}[args["regularizer"]]
-        return f"MAPPO + {term}, alpha {args['alpha']:g}" if args["alpha"] else "MAPPO"
+        alpha = default_alpha(args) if args["alpha"] is None else args["alpha"]
+        return f"MAPPO + {term}, alpha {alpha:g}" if alpha else "MAPPO"
     alpha = args["alpha"]
     name = {"none": "Value", "entropy": "Entropy", "mi": "MIPI"}[args["regularizer"]]
     if args.get("observe_self_only"):
@@ -944,6 +944,8 @@ class Frontier:
     sizes. Horizontal axes: return and share won in trained sizes, then `kl self` and `out` of the
     subcommand dependence on the same episodes for all runs. All runs must have one scenario.
     Regret: how much more the same method wins in the unseen sizes if trained with teams of 3 to 8.
+    With --choose-on N, size N is for validation and the other unseen sizes are for the test: a
+    second table has, of each method, the alpha that wins most with N.
     Runs are those of mappo_smac.py and mipi_mappo_smac.py; the episodes may be any run's.
     Writes OUT.md (means over seeds), OUT.csv (every run) and OUT.png.
     """
@@ -951,6 +953,7 @@ class Frontier:
     runs: Runs  # run directories
     states: str  # run whose episodes are read to measure dependence
     out: Path = Path("frontier")  # common beginning of the names of the .md, .csv and .png files
+    choose_on: Positive | None = None  # unseen size on which each method's alpha is chosen
     last: Positive = 5  # number of last evaluations that a figure averages
     episodes: Positive = 64  # episodes to measure dependence on
     fit: Positive = 300  # gradient steps that fit a marginal policy
@@ -962,14 +965,21 @@ ACROSS = ("return, trained", "win, trained", "kl self", "out")
 
 
 def frontier_row(run: Run, evaluated: Evaluated, study: Frontier) -> dict[str, float]:
-    """The coordinates of a run's point, by UP and ACROSS. UsageError without unseen sizes."""
+    """The coordinates of a run's point, by UP and ACROSS, and with --choose-on the share won in
+    that size, which UP then leaves out. UsageError without unseen sizes for them."""
     trained, *unseen = evaluated.columns
+    chosen = [column for column in unseen if column == str(study.choose_on)]
+    unseen = [column for column in unseen if column not in chosen]
+    if study.choose_on and not chosen:
+        raise UsageError(f"{run.where} was not evaluated in the unseen size {study.choose_on}.")
     if not unseen:
-        raise UsageError(f"{run.where} was evaluated in no unseen size.")
+        other = " other" if chosen else ""
+        raise UsageError(f"{run.where} was evaluated in no{other} unseen size.")
     options = Dependence((), episodes=study.episodes, draws=1, fit=study.fit, seed=study.seed)
     found = measure(open_checkpoint(run, Run(Path(study.states))), options)
     wins = [evaluated.final("win", column, study.last) for column in unseen]
     row = {UP: float(np.mean(wins))}
+    row |= {f"win, {size}": evaluated.final("win", size, study.last) for size in chosen}
     for name in ("return", "win"):
         row[f"{name}, trained"] = evaluated.final(name, trained, study.last)
     for name in ("kl self", "out"):
@@ -1008,9 +1018,27 @@ def mean_of_arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found[row["arm"], row["alpha"]].append(row)
     means = []
     for (arm, alpha), runs in found.items():
-        mean = {x: float(np.mean([run[x] for run in runs])) for x in (UP, *ACROSS)}
+        names = [x for x in runs[0] if x in ACROSS or x.startswith("win, ")]
+        mean = {x: float(np.mean([run[x] for run in runs])) for x in names}
         means.append({"arm": arm, "alpha": alpha, "seeds": len(runs)} | mean)
     return means
+
+
+def chosen_alphas(
+    rows: list[dict[str, Any]], means: list[dict[str, Any]], size: int
+) -> list[dict[str, str]]:
+    """A line per arm: the alpha, out of how many, that wins most with `size` (the smaller one if
+    two win as much), and what its runs win in the other unseen sizes, also seed by seed."""
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in means):
+        grid = [row for row in means if row["arm"] == arm]
+        best = max(grid, key=lambda row: row[f"win, {size}"])
+        runs = [row for row in rows if (row["arm"], row["alpha"]) == (arm, best["alpha"])]
+        each = ", ".join(short(row[UP], "win") for row in runs)
+        line = {"arm": arm, "alphas": str(len(grid)), "chosen": f"{best['alpha']:g}"}
+        line |= {f"win, {size}": short(best[f"win, {size}"], "win")}
+        lines.append(line | {UP: f"{short(best[UP], 'win')} ({each})"})
+    return lines
 
 
 def regret(row: dict[str, Any], means: list[dict[str, Any]]) -> str:
@@ -1051,10 +1079,14 @@ def frontier(study: Frontier) -> None:
     means = mean_of_arms(rows)
     table = []
     for row in means:
-        cells = {name: f"{row[name]:.3f}" for name in (UP, *ACROSS)}
         head = {"arm": row["arm"], "alpha": f"{row['alpha']:g}", "seeds": str(row["seeds"])}
+        cells = {name: f"{x:.3f}" for name, x in row.items() if name not in head}
         table.append(head | cells | {"regret": regret(row, means)})
-    finish(study.out, markdown_table(table), rows, draw_frontier(rows, means))
+    text = markdown_table(table)
+    if study.choose_on:
+        title = f"Alphas chosen with teams of {study.choose_on}; {UP}: the other unseen sizes"
+        text += f"\n{title}\n\n{markdown_table(chosen_alphas(rows, means, study.choose_on))}"
+    finish(study.out, text, rows, draw_frontier(rows, means))
 
 
 # --- Teammates and mixes that nobody has trained with ---------------------------------------------

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -245,13 +246,24 @@ def test_ray_needs_nothing_else():
 
 
 def test_ci_has_what_optional_tests_need(project):
-    """A package that CI lacks is a test that never runs."""
+    """A package that CI lacks is a test that never runs: in .ci/run and in the hosted workflow."""
     run = (ROOT / ".ci/run").read_text()
+    hosted = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    jobs = [[step.get("run", "") for step in x["steps"]] for x in hosted["jobs"].values()]
+    (long,) = ("\n".join(job) for job in jobs if "make test-long" in job)
     for extra in ("sc2", "ray"):
-        assert f"setup-{extra}" in run
+        assert f"setup-{extra}" in run and f"setup-{extra}" in long
         (project / f"requirements-{extra}.txt").write_text("# nothing\n")
         done = make(project, "-n", f"setup-{extra}")
         assert f"--no-deps -r requirements-{extra}.txt" in done.stdout, done.stderr
+
+
+def test_docker_copies_nothing_that_clean_removes():
+    """An image gets no other environment, website or cache."""
+    recipe = (ROOT / "Makefile").read_text().partition("\nclean:")[2]
+    removed = recipe.partition("rm -rf ")[2].partition("\n")[0].split()
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert ".venv-docs" in removed and {*removed} <= {*ignored}
 
 
 # What to install --------------------------------------------------------------------------------

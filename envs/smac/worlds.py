@@ -18,6 +18,8 @@ from envs.smac import combat, episodes, game, resource_collection
 from envs.smac.combat import FAMILIES, Family
 from envs.smac.episodes import Policy
 
+LONGEST = 1_000  # most steps of --max-episode-steps: a battle with an agent that flees need not end
+
 
 def family_of(scenario: str, egocentric: bool = False) -> Family | resource_collection.Family:
     """Sizes of a scenario's observations and actions, and its teams; egocentric: resource only."""
@@ -68,8 +70,8 @@ def make_worlds(
 
 
 def wrong_flags(args: Any) -> list[tuple[Any, str]]:
-    """[(whether it is wrong, sentence)] for a script's `args`: team sizes that no team has, and
-    flags that the chosen world would ignore."""
+    """[(whether it is wrong, sentence)] for a script's `args`: team sizes that no team has, flags
+    that the chosen world would ignore, episodes that might never end."""
     collects = args.scenario == "resource"
     in_game = args.backend == "sc2"
     other_rules = args.clip_regeneration or args.enemy_ai != "sticky"
@@ -80,6 +82,7 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
         no_team = str(error).rstrip(".")
     return [
         (no_team, no_team),
+        (args.max_episode_steps > LONGEST, f"--max-episode-steps exceeds {LONGEST}"),
         (
             (getattr(args, "rescale", 0) or getattr(args, "egocentric", 0)) and not collects,
             "--rescale and --egocentric are for --scenario resource",

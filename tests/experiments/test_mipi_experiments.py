@@ -220,6 +220,10 @@ def test_rows_of_the_default_alpha(scenario):
         assert study.row_name(told | {"alpha": given}) == name
     warm = {"regularizer": "entropy", "alpha": 0.07}
     assert study.row_name(told | warm) == "Entropy, alpha 0.07"
+    told = vars(runs_module.script_args(mipi_mappo, words.split())) | {"script": "mipi_mappo_smac"}
+    for given, shown in ((None, alpha), (alpha, alpha), (0.07, 0.07)):
+        assert study.row_name(told | {"alpha": given}) == f"MAPPO + MI, alpha {shown:g}"
+    assert study.row_name(told | {"alpha": 0.0}) == "MAPPO"
 
 
 @pytest.mark.long
@@ -233,10 +237,10 @@ def test_runs_of_the_tables(tmp_path):
     for table in study.TABLES.values():
         for task, rows in table.items():
             wanted |= {(task, name) for name in rows}
-    wanted |= {(task, f"MAPPO + MI, alpha {x}") for task in ("sz",) for x in (0.01, 0.3)}
-    wanted |= {(x, f"MAPPO + MI, alpha {y}") for x in ("sz", "csz", "mmm") for y in (0.03, 0.1)}
-    wanted |= {("sz", f"MAPPO + entropy, alpha {x}") for x in (0.01, 0.1)}
-    wanted |= {(x, "MAPPO + entropy, alpha 0.03") for x in ("sz", "csz", "mmm")}
+    for term in ("MI", "entropy"):  # as many alphas of each
+        wanted |= {("sz", f"MAPPO + {term}, alpha {x}") for x in (0.01, 0.3)}
+        pairs = [(x, y) for x in ("sz", "csz", "mmm") for y in (0.03, 0.1)]
+        wanted |= {(x, f"MAPPO + {term}, alpha {y}") for x, y in pairs}
     found, modules = [], (mipi, refil, collaq, mappo, mipi_mappo)
     for line in text.splitlines():
         path, *argv = shlex.split(line)[1:]
@@ -850,6 +854,54 @@ def test_frontier(runs, tmp_path):
     ):
         code, _, stderr = command("mipi", "frontier", *words, "--out", tmp_path / "g")
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
+
+
+def test_alphas_are_chosen_in_one_size_and_judged_in_others(runs, tmp_path):
+    """By the mean over seeds, in each arm out of its own; the size that chose is not in what is
+    reported, of any arm."""
+    won = {  # {run: share won with 6, with 7}
+        "mappo-s1": (0.7, 0.1),
+        "mi-0.05-s1": (0.4, 0.9),  # best in the test, but not in validation
+        "mi-0.1-s1": (0.3, 0.2),
+        "mi-0.1-s2": (0.8, 0.3),
+    }
+    for name, (six, seven) in won.items():
+        source = "sz-mappo-s1" if name == "mappo-s1" else "sz-mappo-mi-0.1-s1"
+        shutil.copytree(runs / source, tmp_path / name)
+        args = json.loads((tmp_path / name / "args.json").read_text())
+        args |= {"eval_team_sizes": [6, 7], "seed": int(name[-1])}
+        args |= {"alpha": float(name.split("-")[1])} if "mi" in name else {}
+        (tmp_path / name / "args.json").write_text(json.dumps(args))
+        log, lines = tmp_path / name / "metrics.jsonl", []
+        for line in map(json.loads, log.read_text().splitlines()):
+            wins = {"eval/6/win": six, "eval/7/win": seven}
+            lines.append(json.dumps(line | (wins if "eval/6/win" in line else {})))
+        log.write_text("\n".join(lines) + "\n")
+    paths = [tmp_path / name for name in won]
+    words = ("--states", paths[0], "--last", 1, "--fit", 1, "--episodes", 4)
+    words += ("--out", tmp_path / "f")
+    code, text, stderr = command("mipi", "frontier", *paths, *words, "--choose-on", 6)
+    assert code == 0, stderr
+    every, chosen = text.strip().split("\n\nAlphas chosen with teams of 6;")
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in every.splitlines()]
+    rows = [dict(zip(lines[0], row)) for row in lines[2:]]
+    found = [(x["alpha"], x["win, 6"], x["win, unseen"]) for x in rows]
+    assert found == [("0", "0.700", "0.100"), ("0.05", "0.400", "0.900"), ("0.1", "0.550", "0.250")]
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in chosen.splitlines()[2:]]
+    assert lines[0] == ["arm", "alphas", "chosen", "win, 6", "win, unseen"]
+    assert lines[2:] == [
+        ["MAPPO", "1", "0", ".700", ".100 (.100)"],
+        ["MAPPO + MI", "2", "0.1", ".550", ".250 (.200, .300)"],
+    ]
+    plain = command("mipi", "frontier", *paths, *words)[1]
+    assert "Alphas chosen" not in plain and "| 0.650 |" in plain  # .4 and .9
+    for path, size, sentence in (
+        (paths[0], 8, "was not evaluated in the unseen size 8"),
+        (paths[0], 3, "was not evaluated in the unseen size 3"),
+        (runs / "sz-mappo-s1", 6, "was evaluated in no other unseen size"),
+    ):
+        code, _, stderr = command("mipi", "frontier", path, *words, "--choose-on", size)
+        assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (size, stderr)
 
 
 # --- Teammates and mixes --------------------------------------------------------------------------

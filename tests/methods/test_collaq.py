@@ -465,6 +465,7 @@ WRONG = {  # with words that the sentence has to contain
     "--mara-weight -1": "--mara-weight",
     "--mara-weight nan": "--mara-weight",
     "--team-sizes 2": "3 to 8 2",
+    "--max-episode-steps 1001": "--max-episode-steps 1000",
     "--hidden-size 10": "--hidden-size --heads",
     "--batch-size 33 --buffer-size 32": "--batch-size --buffer-size",
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",

@@ -632,6 +632,8 @@ def test_a_reward_that_is_not_finite(poison, monkeypatch, capfd):
 
 WRONG = {  # with words that the sentence has to contain
     "--team-sizes 2": "3 to 8 2",
+    "--max-episode-steps 1000000000000": "--max-episode-steps 1000",
+    "--scenario resource --max-episode-steps 1001": "--max-episode-steps 1000",
     "--hidden-size 10": "--hidden-size --heads",
     "--rollout windows": "--rollout windows --no-recurrent",
     "--rollout windows --no-recurrent --backend sc2": "--rollout windows --backend sim",

@@ -659,9 +659,13 @@ def test_ablations(regularizer):
 # --- The parent -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags", ["", "--no-imagine --scenario mmm", "--scenario resource --no-imagine"]
-)
+REFILS = [  # the last: of windows, lambda-returns, pointers, Adam, no memory, own embedding, bf16
+    *("", "--no-imagine --scenario mmm", "--scenario resource --no-imagine"),
+    "--preset cpu --replay-window 3",
+]
+
+
+@pytest.mark.parametrize("flags", REFILS)
 def test_without_the_method_it_is_refil_with_the_linear_mixer(flags):
     """--regularizer none and the policy read off the utilities: utilities, mixer, targets, their
     optimiser, battles, replay and generator of whole runs, bit for bit."""
@@ -849,6 +853,7 @@ WRONG = {
     "--anneal-from 10": "--anneal-from --final-share",
     "--final-share .5 --anneal-from 10 --total-timesteps 10": "--anneal-from --total-timesteps",
     "--team-sizes 2": "3 to 8 2",
+    "--max-episode-steps 1001": "--max-episode-steps 1000",
     "--alpha -1": "--alpha",
     "--alpha nan": "--alpha",
     "--alpha inf": "--alpha",

@@ -99,7 +99,7 @@ def batch_of(s):
         advantages=torch.randn(K, generator=rng, dtype=torch.float64),
         targets=torch.zeros(K),
         log_marginal=term.log_marginal,
-        price=torch.full((K,), s.args.alpha / 1.7, dtype=torch.float64),
+        price=torch.full((K,), mipi.alpha_of(s.args) / 1.7, dtype=torch.float64),
     )
 
 
@@ -727,6 +727,8 @@ WRONG = {  # with words that the sentence has to contain
     "--regularizer entropy --own self+enemies": "--own --regularizer mi",
     "--preset cpu --regularizer entropy --marginal-epochs 1": "--marginal-epochs --regularizer mi",
     "--drop-teammates .5": "--drop-teammates --alpha 0",
+    "--alpha .1 --drop-teammates .5": "--drop-teammates --alpha 0",
+    "--max-episode-steps 1001": "--max-episode-steps 1000",
     "--alpha -1": "--alpha",
     "--drop-teammates 2 --alpha 0": "--drop-teammates",
     "--rollout windows": "--rollout windows --no-recurrent",
@@ -738,6 +740,41 @@ def test_what_would_do_something_else_than_it_says(line, words):
     with pytest.raises(UsageError) as error:
         read(mipi, line)
     assert [word for word in words.split() if word not in str(error.value)] == []
+
+
+ALPHAS = {  # MIPI's: the paper's of each world, a tenth where rewards are one
+    "": 0.03,
+    "--scenario csz": 0.03,
+    "--scenario mmm": 0.1,
+    "--scenario resource": 0.05,
+    "--scenario resource --preset cpu": 0.005,
+    "--scenario mmm --alpha .03": 0.03,
+}
+
+
+@pytest.mark.parametrize(("flags", "alpha"), ALPHAS.items())
+def test_alpha_of_each_world(flags, alpha):
+    """Of what is charged, of a nat's price, in args.json; the default's results are those of the
+    number itself."""
+    assert mipi.alpha_of(read(mipi, flags)) == alpha
+    s = setting(flags)
+    term, told = mipi.find_term(s.args, s.agent, s.rollout)
+    batch = mipi.prepare(s.args, s.agent, s.rollout, term)
+    assert float(told["regularised_reward"]) == pytest.approx(
+        float(told["reward"]) - alpha * float(term.nats.mean()), rel=1e-4
+    )
+    if not s.args.normalise_advantages:
+        assert torch.allclose(batch.price, torch.tensor(alpha))
+    assert float(mipi.policy_loss(s.args, s.agent, batch, 0.0)[1]["penalty"].detach()) > 0
+
+
+def test_the_default_alpha_is_that_number():
+    """Also of a run whose args.json names it; what it is stands there."""
+    runs = {x: run(f"run{len(x)}", 32, *x.split()) for x in ("", "--alpha .03")}
+    assert differences(*(state["agent"] for state in runs.values())) == []
+    saved = [json.loads(Path(f"run{len(x)}/args.json").read_text()) for x in runs]
+    assert [x["alpha"] for x in saved] == [None, 0.03]
+    assert [x["resolved"]["alpha"] for x in saved] == [0.03, 0.03]
 
 
 def test_presets():

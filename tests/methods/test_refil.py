@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import shutil
 import sys
@@ -826,6 +827,7 @@ WRONG = {  # with words that the sentence has to contain
     "--rescale": "--rescale --scenario resource",
     "--egocentric": "--egocentric --scenario resource",
     "--replay-window -1": "--replay-window",
+    "--max-episode-steps 1001": "--max-episode-steps 1000",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--td-lambda .5": "--td-lambda --returns lambda",
     "--scenario resource --target-head pointer": "--target-head tags",
@@ -853,6 +855,8 @@ def test_a_run_goes_on_in_its_own_backend(module, capfd):
 def test_help_says_what_is_the_worlds():
     """Literals stand in the script, so that --help needs no world."""
     assert refil.Args().max_episode_steps == combat.EPISODE_LIMIT
+    most = read(refil, f"--max-episode-steps {worlds.LONGEST}").max_episode_steps
+    assert f"at most {most}" in inspect.getsource(refil.Args)
     hints = {field.name: field.type for field in dataclasses.fields(refil.Args)}
     for kind in combat.EnemyAI.__args__:
         assert repr(kind) in hints["enemy_ai"]
