@@ -182,7 +182,6 @@ EFFECTS = {
     "mask_fictitious": (["--mask-fictitious"], changed("actor"), None),
     "clip_centre": (["--clip-centre", "printed", "--p", "0.9"], changed("actor"), None),
     "advantages_per_population": (["--advantages-per-population"], changed("actor"), None),
-    "copy_every": (["--copy-every", "1"], changed("distilled"), None),
     "k_d": (["--k-d", "2"], changed("distilled"), None),
     "distilled_width": (
         ["--distilled-width", "0.5"],
@@ -193,7 +192,7 @@ EFFECTS = {
 }
 # Measured elsewhere, or on a machine that has what they need.
 ELSEWHERE = {
-    "weight_cap": "test_clip_centre.py",
+    **dict.fromkeys(("weight_cap", "copy_every"), "test_clip_centre.py"),
     "plain": "test_plain_flag_gives_the_same",
     "substrate": "test_one_iteration_on_the_papers_substrates",
     "num_workers": "test_flags_of_the_real_worlds",
