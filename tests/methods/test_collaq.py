@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import json
 from pathlib import Path
 
 from harness import RunArgs
@@ -20,7 +21,6 @@ import pytest
 import torch
 from battle_tools import (
     EFFECTS,
-    QUICK,
     WeakEnemies,
     as_double,
     changed,
@@ -550,20 +550,24 @@ def test_compiled_networks_learn_the_same():
 # --- Learning -------------------------------------------------------------------------------------
 
 
+LEARNS = "--team-sizes 3 --eval-team-sizes --hidden-size 32 --mixing-size 16 --num-envs 16"
+LEARNS += " --no-recurrent --own-beside --target-head pointer --returns lambda --replay-window 8"
+LEARNS += " --optimiser adam --learning-rate 1e-3 --final-share .1 --gamma .95 --batch-size 32"
+LEARNS += " --buffer-size 2000 --updates-per-iteration 16 --target-every 100 --epsilon-steps 10000"
+LEARNS += " --max-episode-steps 60 --eval-every 0 --final-episodes 400 --total-timesteps 39000"
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_collaq_learns(seed, monkeypatch):
-    """Three against three weak ones, with the linear mixer, 27,000 steps, some two minutes: greedy
-    agents win more than those that only stand and shoot (.67), in the best of the evaluations: at a
-    rate that learns this in minutes a policy may stumble again."""
+    """Three against three weak ones, small networks with what --preset cpu learns by, 39,000 steps,
+    some 75 seconds: greedy agents (.81, .97, .87 at seeds 1, 2, 3) win more at the end than those
+    that only stand and shoot (.67), and than random ones."""
     monkeypatch.setattr(combat, "Combat", WeakEnemies)
     battles = WeakEnemies("sz", (3,), 400, seed=5, once=True, episode_limit=60)
     bar = summarise(play(battles, stand_and_shoot))["win"]
-    flags = f"{QUICK} --mixer linear --total-timesteps 27000 --run-dir run --seed {seed}"
-    flags = flags.replace("--eval-every 0", "--eval-every 3000 --eval-episodes 200")
-    assert collaq.main(flags.split()) == 0
-    logged = metrics("run")
-    assert logged[-1]["final/3 random/win"] < 0.4 < 0.6 < bar < 0.75
-    found = [x["eval/3/win_low"] for x in logged if "eval/3/win_low" in x]
-    assert len(found) == 9 and max(found) > bar
+    assert collaq.main([*LEARNS.split(), "--seed", str(seed), "--run-dir", "run"]) == 0
+    results = json.loads(Path("run/summary.json").read_text())["eval"]
+    assert results["3 random"]["win"] < 0.4 < 0.6 < bar < 0.75
+    assert results["3"]["win_low"] > bar
