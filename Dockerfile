@@ -15,9 +15,9 @@
 # Not run: neither Docker nor Apptainer was at hand.
 FROM python:3.12-slim
 
-# The wheels bring everything else: the engine needs only the C++ runtime, which is in the image.
+# The wheels bring everything else but a compiler, which torch.compile needs (--compile).
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends make \
+    && apt-get install -y --no-install-recommends g++ make \
     && rm -rf /var/lib/apt/lists/*
 
 ARG UID=1000

@@ -589,15 +589,20 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def lock(run_dir: Path) -> Any:
-    """Lock a run directory until the returned file is closed; UsageError if it is locked."""
+    """Lock a run directory until the returned file is closed; UsageError if it stays locked for
+    half a second: a launcher that looks whether it is locked holds the lock for an instant."""
     with writing(run_dir / "lock"):
         file = (run_dir / "lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{run_dir} is being written by another process.") from None
-    except OSError:  # a file system without locks
-        pass
+    for tries_left in reversed(range(6)):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not tries_left:
+                raise UsageError(f"{run_dir} is being written by another process.") from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            break
     return file
 
 

@@ -665,7 +665,7 @@ def fastest(measure: Callable[[int], float], worlds: tuple[int, ...]) -> float:
     for number in worlds:
         try:
             found.append(measure(number))
-        except ModuleNotFoundError:
+        except ImportError:
             return math.nan
         except (RuntimeError, MemoryError) as error:  # probably too many worlds for the memory
             print(f"({number} worlds: {str(error)[:60]})", file=sys.stderr)

@@ -50,6 +50,7 @@ from envs.meltingpot.episodes import play_pairs
 from envs.meltingpot.scenarios import PAPER, find_scenarios
 from envs.meltingpot.tiles import WorldError
 from envs.statistics import draw_rows, markdown_table, mean_interval
+from experiments.plots import plt
 from experiments.runs import (
     Job,
     Run,
@@ -60,7 +61,6 @@ from experiments.runs import (
     finish,
     load_script,
     method_of,
-    plt,
     read_runs,
     run_subcommand,
     script_args,

@@ -63,14 +63,13 @@ from experiments.criteria import (
     read_points,
     read_tables,
 )
+from experiments.plots import plt, save_figure
 from experiments.runs import (
     ROOT,
     Run,
     name_in_world,
-    plt,
     read_runs,
     run_command,
-    save_figure,
     write_rows,
 )
 

@@ -28,7 +28,8 @@ from harness import Positive, UsageError
 import numpy as np
 
 from envs.statistics import aligned_table, seed_difference, with_interval
-from experiments.runs import Run, Runs, check_out, finish, plt, read_runs, run_command, without_seed
+from experiments.plots import plt
+from experiments.runs import Run, Runs, check_out, finish, read_runs, run_command, without_seed
 
 
 @dataclasses.dataclass(frozen=True)

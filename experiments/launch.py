@@ -25,6 +25,7 @@ resumes a stopped study.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -294,7 +295,8 @@ def save_record(root: Path, name: str, record: Record) -> None:
     with writing(root / "study.lock"):
         lock = (root / "study.lock").open("a")
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         known = read_records(root)
         if before := known.get(name):
             starts, minutes = before.starts + record.starts, before.minutes + record.minutes
@@ -514,6 +516,8 @@ def launch(options: Launch) -> None:
         jobs = [jobs[index]]
     if options.dry_run:
         train_all(jobs, dry_run=True)
+        if index is None:
+            print(f"# runs 0 to {len(jobs) - 1}, in this order: --index, --array=0-{len(jobs) - 1}")
         return
     read_records(ROOT / study.dir)  # a damaged study.json is told before the first run has trained
     engine = train_on_ray if options.engine == "ray" else train_here

@@ -67,6 +67,7 @@ from envs.smac.resource_collection import (
 )
 from envs.smac.resource_collection import table as resource_table
 from envs.statistics import accelerated_interval, markdown_table, with_interval
+from experiments.plots import plt
 from experiments.runs import (
     Job,
     Run,
@@ -77,7 +78,6 @@ from experiments.runs import (
     free_flags,
     load_script,
     name_in_world,
-    plt,
     read_runs,
     run_subcommand,
     script_args,

@@ -36,6 +36,7 @@ from envs.particle.episodes import Player, play
 from envs.particle.worlds import TASKS, ParticleWorld, unpack
 from envs.particle.worlds import wanted as paying_leader
 from envs.statistics import Difference, markdown_table, seed_difference
+from experiments.plots import plt, save_figure
 from experiments.runs import (
     Job,
     Run,
@@ -45,10 +46,8 @@ from experiments.runs import (
     check_out,
     finish,
     load_script,
-    plt,
     read_runs,
     run_subcommand,
-    save_figure,
     split_words,
     train_all,
     without_seed,

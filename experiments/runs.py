@@ -41,16 +41,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts,
 import harness
 from harness import FINISHED, STOPPED, RunError, UsageError, as_flag, call
 
-import matplotlib
 import numpy as np
 import pydantic
 import tyro
-from PIL import Image
 
 from envs.statistics import markdown_table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, packed studies
@@ -838,6 +833,8 @@ def finish(out: Path, text: str, rows: list[dict[str, Any]], figure: Any = None)
         harness.write(beside(out, ".md"), text.encode())
         write_rows(beside(out, ".csv"), rows)
         if figure is not None:
+            from experiments.plots import save_figure  # a launcher's machine may lack matplotlib
+
             save_figure(figure, beside(out, ".png"))
     except RunError as error:
         _, _, reason = str(error).partition("cannot be written: ")
@@ -854,17 +851,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]], digits: int = 6) -> None:
         plain = {k: f"{x:.{digits}g}" if isinstance(x, float) else x for k, x in row.items()}
         writer.writerow({k: "" if x == "nan" else x for k, x in plain.items()})
     harness.write(path, text.getvalue().encode())
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Save a PNG with at most 256 colours, a third of the size of a full-colour one."""
-    box = io.BytesIO()
-    figure.savefig(box, dpi=90)
-    plt.close(figure)
-    image = Image.open(box).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small = io.BytesIO()
-    image.save(small, "png", optimize=True)
-    harness.write(path, small.getvalue())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,6 +41,7 @@ import numpy as np
 
 from envs.meltingpot.scenarios import PAPER
 from envs.statistics import clustered_interval
+from experiments.plots import plt
 from experiments.runs import (
     Run,
     Runs,
@@ -48,7 +49,6 @@ from experiments.runs import (
     check_out,
     finish,
     method_of,
-    plt,
     read_runs,
     run_command,
     script_file,

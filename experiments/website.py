@@ -34,13 +34,13 @@ from annotated_types import Interval
 
 from envs.statistics import draw_rows, markdown_table, mean_interval, with_interval
 from experiments.compare import draw, read_curves
+from experiments.plots import save_figure
 from experiments.runs import (
     ROOT,
     Run,
     load_script,
     read_study,
     run_subcommand,
-    save_figure,
     script_file,
     training_flags,
     without_seed,

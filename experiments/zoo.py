@@ -46,7 +46,7 @@ from experiments.runs import (
 )
 
 ZOO = ROOT / "zoo"
-LARGEST, ALL_TOGETHER = 1_000_000, 15_000_000  # most bytes of weights: one entry, all entries
+LARGEST, ALL_TOGETHER = 1_000_000, 15_000_000  # most bytes: an entry's weights, a whole zoo
 # The parts of a checkpoint that evaluation and load_player() read, as shell patterns of their
 # names. "own" is the part that belongs to the first process alone.
 PLAYS = {
@@ -162,6 +162,9 @@ def add(study: Add) -> None:
     if len(data) > LARGEST:
         sentence = f"takes {len(data):,} bytes, more than {LARGEST:,}: name networks --without"
         raise UsageError(f"{study.out} {sentence}.")
+    total = len(data) + sum(path.stat().st_size for path in study.out.parent.glob("*/*"))
+    if total > ALL_TOGETHER:
+        raise UsageError(f"{study.out.parent} would have {total:,} bytes, of {ALL_TOGETHER:,}.")
     packages = {name: run.args["packages"].get(name) for name in PACKAGES}
     args = run.args | no_paths | {"packages": packages, "note": study.note}
     rows = {row: x for row, x in run.summary["eval"].items() if row[2:] not in absent}
@@ -358,8 +361,9 @@ class Again:
     Worlds that can be repeated play the same episodes; Melting Pot cannot, and other processors
     round differently. A new figure is "equal" if all bits are those of the card, "within" if the
     difference is less than four standard errors, else "outside". The standard error comes from the
-    wider of the two 95 % intervals. A card's figure that today's evaluation lacks is "gone". Exit
-    code 1 if a figure is outside, or gone without --flags, which may leave rows out.
+    wider of the two 95 % intervals. A card's figure that today's evaluation lacks is "gone";
+    an entry that its script refuses is "refused". Exit code 1 for those and for figures outside;
+    for gone ones unless there are --flags, which may leave rows out.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # entries in zoo/; default: all
@@ -400,6 +404,9 @@ def evaluate_again(entry: Run, episodes: int, flags: str) -> dict[str, dict[str,
         return Run(out).summary["eval"]
 
 
+VERDICTS = ("equal", "within", "outside", "gone", "refused")
+
+
 def again(study: Again) -> None:
     """Print each figure of the cards beside today's; RunError if one is not there or outside."""
     entries = read_entries(study.zoo)
@@ -413,7 +420,12 @@ def again(study: Again) -> None:
     found: list[str] = []
     print("| entry | row | figure | card | today | |\n|---|---|---|---|---|---|", flush=True)
     for entry, figures in old_figures.items():
-        results = evaluate_again(entry, study.episodes, study.flags)
+        try:
+            results = evaluate_again(entry, study.episodes, study.flags)
+        except UsageError as error:  # of this entry alone
+            print(f"| {entry.name} | | | | {error} | refused |", flush=True)
+            found.append("refused")
+            continue
         new = {(x.row, x.name): x for x in figures_of(results)}
         for old in figures:
             now = new.get((old.row, old.name))
@@ -421,9 +433,10 @@ def again(study: Again) -> None:
             today = now.text() if now else ""
             cells = [entry.name, old.row, old.name, old.text(), today, found[-1]]
             print(f"| {' | '.join(cells)} |", flush=True)
-    counts = {word: found.count(word) for word in ("equal", "within", "outside", "gone")}
+    counts = {word: found.count(word) for word in VERDICTS}
     print("\n" + ", ".join(f"{number} {word}" for word, number in counts.items()))
-    if counts["outside"] or (counts["gone"] and not study.flags):
+    failed = counts["outside"] + counts["refused"]
+    if failed or (counts["gone"] and not study.flags):
         raise harness.RunError("Some of today's figures are not those of the cards.")
 
 

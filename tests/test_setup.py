@@ -190,7 +190,21 @@ def test_scripts_start_with_what_training_needs():
     """Also without tables, figures, wandb and tests; dm-meltingpot comes with its installer."""
     training = {*pins(RUN), "dm-meltingpot"}
     assert packages(SCRIPTS) <= training
+    assert packages(["experiments/launch.py", "experiments/runs.py"]) <= training
     assert packages(["experiments/*.py"]) <= training | {*pins(EXPERIMENTS)}
+
+
+def test_the_launcher_needs_no_figures(tmp_path):
+    """A node with requirements.txt alone, on which what else make setup installs is missing."""
+    missing = [*pins(EXPERIMENTS), "sklearn", "wandb", "pytest"]
+    lines = [f"sys.modules[{name!r}] = None" for name in missing]
+    begin = "\n".join(["import runpy, sys", *lines])
+    study = ROOT / "experiments/studies/mra_gate.toml"
+    words = [str(ROOT / "experiments/launch.py"), str(study), "--dry-run"]
+    code = f"{begin}\nsys.argv = {words}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "mra_maddpg_particle.py" in found.stdout
 
 
 def test_whatever_is_imported_is_named():

@@ -3,6 +3,7 @@ that counts: it locks its directory, saves, is stopped and goes on as the real o
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -139,7 +140,9 @@ def test_the_first_seed_of_everything_comes_first(study, launched):
     file = study(a="--words 'two words'", b="", flags="--pause 0")
     code, output = launched(file, "--dry-run")
     assert code == 0
-    names = [line.split("my runs/")[1].split("'")[0] for line in output.splitlines()]
+    *lines, last = output.splitlines()
+    assert last == "# runs 0 to 3, in this order: --index, --array=0-3"
+    names = [line.split("my runs/")[1].split("'")[0] for line in lines]
     assert names == ["a-s1", "b-s1", "a-s2", "b-s2"]
     assert not (file.parent / "my runs").exists()
     code, output = launched(file, "--extra=--more 1")
@@ -399,6 +402,19 @@ def test_one_of_an_array(study, launched):
     assert code == 2 and output == "error: --extra: ': no closing quotation.\n"
 
 
+def test_a_file_system_without_locks(study, launched, monkeypatch):
+    """As of many clusters: flock fails there. Records are written all the same."""
+
+    def no_locks(*found):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(launch.fcntl, "flock", no_locks)
+    file = study(seeds=[1], a="")
+    code, output = launched(file)
+    assert code == 0, output
+    assert records(file)["a-s1"]["code"] == 0
+
+
 @pytest.mark.long
 def test_slurm_starts_a_stopped_run_again(study, launched):
     """As SLURM does it, with `scontrol` and a queue of our own: TERM before the time is out, the
@@ -615,6 +631,7 @@ def test_without_ray(study, launched, monkeypatch):
 
 
 STUDIES = sorted(path.stem for path in (ROOT / "experiments/studies").glob("*.toml"))
+PAGE = (ROOT / "docs/studies.md").read_text()
 MANY = [f"claims_{world}" for world in ("resource", "treasure", "sz", "csz", "pacman", "chicken")]
 MANY += ["mipi_table1", "mipi_table3", "mipi_ppo_sz", "mipi_ppo_controls_sz"]
 MANY += ["mra_fig2", "mra_fig3", "mra_ladder_signpost", "mra_ladder_resource", "bidist_pure"]
@@ -628,6 +645,14 @@ def test_studies_are_ones_that_scripts_take(name):
     assert len({job.run for job in jobs}) == len(jobs)
     for job in jobs:
         runs.script_args(runs.load_script(Path(job.script).stem), job.argv())
+
+
+def test_the_page_names_studies_that_exist():
+    """In its tables and text, and every study but those for single worlds of a table."""
+    words = set(re.findall(r"`((?:bidist|claims|mra|mipi|mappo|chicken)_[\w*]+)`", PAGE))
+    single = {name for name in STUDIES if name.startswith("claims_")}
+    assert words - {"claims_WORLD"} <= {*STUDIES}
+    assert {*STUDIES} - single <= words
 
 
 def test_studies_that_name_the_same_run_mean_the_same():
@@ -678,6 +703,40 @@ def test_studies_of_figures_are_what_their_commands_train(name):
 def args_of(path, argv):
     args = runs.script_args(runs.load_script(Path(path).stem), argv)
     return path, dataclasses.replace(args, run_dir=None)
+
+
+def test_tables_of_several_worlds_are_the_runs_of_their_claims():
+    """bidist_table1 and mipi_table2 have the commands, names and lengths of the claims' studies."""
+    for name, parts in TABLES.items():
+        (seeds, timesteps), *others = {(x.seeds, x.timesteps) for x in map(read_named, parts)}
+        assert not others
+        study = read_named(name)
+        assert (study.seeds, study.timesteps) == (seeds, timesteps)
+        wanted = {}
+        for part in parts:
+            wanted |= jobs_of(part)
+        found = jobs_of(name)
+        assert found == {run: args for run, args in wanted.items() if run in found}
+        if name == "bidist_table1":
+            assert len(found) == len(wanted) == 5 * 6 * 3
+
+
+TABLES = {
+    "bidist_table1": [
+        f"claims_official_{world}" for world in ("chicken", "coins", "mining", "prisoners", "pure")
+    ],
+    "mipi_table2": ["claims_sz", "claims_csz", "claims_mmm"],
+}
+
+
+def read_named(name):
+    return launch.read_study_file(ROOT / f"experiments/studies/{name}.toml")
+
+
+def jobs_of(name):
+    """{run: arguments} of a study in the repository."""
+    jobs = launch.jobs_of(read_named(name), launch.Launch(study=Path(name)))
+    return {job.run.name: str(args_of(job.script, job.argv())) for job in jobs}
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])

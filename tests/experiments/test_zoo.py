@@ -283,6 +283,11 @@ def test_add_refuses(no_trial, monkeypatch, capsys):
     monkeypatch.setattr(zoo, "LARGEST", 1000)
     assert zoo.main(["add", "x", "zoo/y"]) == 2
     assert "more than 1,000: name networks --without" in only_error(capsys.readouterr().err)
+    monkeypatch.setattr(zoo, "LARGEST", 1_000_000)
+    monkeypatch.setattr(zoo, "ALL_TOGETHER", 1000)
+    assert zoo.main(["add", "x", "zoo/y"]) == 2
+    sentence = only_error(capsys.readouterr().err)
+    assert re.search(r"zoo would have [\d,]+ bytes, of 1,000\.$", sentence.strip())
     assert files_of(Path("zoo")) == before
 
 
@@ -369,6 +374,10 @@ def test_younger_flags_have_their_defaults(no_trial, capfd):
     capfd.readouterr()
     assert module.main(["--eval-only", "zoo/x"]) == 2
     assert "differs in gone" in only_error(capfd.readouterr().err)
+    with pytest.raises(harness.RunError, match="not those of the cards"):
+        zoo.again(zoo.Again(zoo=Path("zoo")))
+    printed = capfd.readouterr().out  # the refusal is a line: other entries would have their turns
+    assert re.search(r"\| x \| \| \| \| .*differs in gone.* \| refused \|\n\n.*1 refused", printed)
 
 
 # --- Evaluating again -----------------------------------------------------------------------------

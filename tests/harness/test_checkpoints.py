@@ -1,5 +1,6 @@
 """What a run leaves when it is killed, damaged, out of disk, resumed, or started twice."""
 
+import fcntl
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -326,6 +328,19 @@ def test_one_writer(tmp_path, capfd):
     steps = [line["timesteps"] for line in metrics("run")]
     assert steps == sorted(set(steps))
     assert run(*resume("run", steps[-1] // PULLS + 1, "--pause", 0)) == 0  # the lock went with it
+
+
+def test_a_look_at_the_lock_fails_no_start(tmp_path):
+    """A launcher that asks whether a run is locked shares its lock for an instant; who keeps it
+    longer writes the run."""
+    with (tmp_path / "lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(harness.UsageError, match="is being written by another process"):
+            harness.lock(tmp_path)
+        release = threading.Timer(0.15, fcntl.flock, (other, fcntl.LOCK_UN))
+        release.start()
+        harness.lock(tmp_path).close()
+        release.join()
 
 
 @pytest.mark.long
