@@ -402,6 +402,32 @@ def test_one_of_an_array(study, launched):
     assert code == 2 and output == "error: --extra: ': no closing quotation.\n"
 
 
+@pytest.mark.long
+def test_runs_of_two_processes(study):
+    """Stopped under torchrun, whose own code tells nothing, then gone on with to the end, then
+    kept. The script is a real one."""
+    file = study(seeds=[1], timesteps=1600, a="--pause 0.05 --save-every 80")
+    file.write_text(file.read_text().replace("[runs]", "processes = 2\n[runs]"))
+    path = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
+    lines = [path, "from tests.harness import learner", "learner.leave(learner.main())"]
+    (file.parent / "counter.py").write_text("\n".join(lines))
+    run = file.parent / "my runs" / "a-s1"
+    with start(file) as process:
+        wait_for((run / "checkpoints.json").exists, seconds=120)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 75
+    saved = json.loads((run / "checkpoints.json").read_text())[0]["timesteps"]
+    assert 8 <= saved < 1600 and not (run / "summary.json").exists()
+    for starts in (2, 2):  # the third launcher has nothing to start
+        with start(file) as process:
+            output, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, output
+        assert "| a-s1 | finished | 1,600 |" in output
+        assert records(file)["a-s1"]["starts"] == starts
+    steps = [json.loads(line)["timesteps"] for line in (run / "metrics.jsonl").open()]
+    assert steps == [*range(8, 1601, 8), 1600]  # at last the final evaluation
+
+
 def test_a_file_system_without_locks(study, launched, monkeypatch):
     """As of many clusters: flock fails there. Records are written all the same."""
 
