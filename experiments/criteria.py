@@ -87,7 +87,8 @@ class Table(Strict):
     """Read a column of a table that another command wrote."""
 
     kind: Literal["table"]
-    files: tuple[str, ...] = Field(min_length=1)  # the first one counts, others hold pilots
+    files: tuple[str, ...] = Field(min_length=1)  # parts of the table, each with other seeds
+    pilots: tuple[str, ...] = ()  # tables of runs that do not count
     value: str  # column to read
     key: str  # column that names the arm of a line
     labels: dict[str, str]  # {arm: its cell in the column `key`}
@@ -454,19 +455,22 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def table_points(case: Claim, arm: str, measure: Table, data: Path) -> list[Point]:
-    """A point per seed and file, the mean of its lines; steps are 0 in all but the first file."""
+    """A point per seed and file, the mean of its lines; steps are 0 in those of pilots. UsageError
+    if two of measure.files have the same seed."""
     if arm not in measure.labels:
         raise UsageError(f"claims.toml: {case.id}: the measure's labels have no {arm}.")
-    points = []
-    for name in measure.files:
+    points: list[Point] = []
+    for name in (*measure.files, *measure.pilots):
         if not (data / name).exists():
             continue
-        steps = case.timesteps if name == measure.files[0] else 0
+        steps = case.timesteps if name in measure.files else 0
         try:
             by_seed = read_column(data / name, measure, measure.labels[arm])
         except (OSError, KeyError, TypeError, ValueError, csv.Error):
             raise UsageError(f"{data / name} is no table of `{measure.command}`.") from None
         for seed, x in by_seed.items():
+            if steps and seed in {point.seed for point in points}:
+                raise UsageError(f"{data / name} has {arm}'s seed {seed} again.")
             points.append(Point(f"{name} s{seed}", seed, steps, {"": float(np.mean(x))}, math.nan))
     return points
 

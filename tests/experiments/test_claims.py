@@ -10,6 +10,9 @@ import shlex
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+
+from harness import UsageError
 
 import numpy as np
 import pytest
@@ -754,6 +757,22 @@ def test_tables_of_commands(tmp_path):
     )
     found = criteria.read_column(tmp_path / "x.csv", measure, "a")
     assert found == {11: [1.0], 12: [2.0, 4.0]}
+    parts = measure.model_copy(update={"files": ("x.csv", "z.csv"), "pilots": ("p.csv", "no.csv")})
+    head = "who,seed,step,kind,value\n"
+    (tmp_path / "z.csv").write_text(head + "a,13,9,greedy,6\n")
+    (tmp_path / "p.csv").write_text(head + "a,11,9,greedy,5\n")
+    case = SimpleNamespace(id="B2", timesteps=100)
+    points = criteria.table_points(case, "a", parts, tmp_path)
+    shown = [(x.run, x.seed, x.steps, x.cells[""]) for x in points]
+    assert shown == [
+        ("x.csv s11", 11, 100, 1.0),
+        ("x.csv s12", 12, 100, 3.0),
+        ("z.csv s13", 13, 100, 6.0),
+        ("p.csv s11", 11, 0, 5.0),
+    ]
+    (tmp_path / "z.csv").write_text(head + "a,12,9,greedy,6\n")
+    with pytest.raises(UsageError, match="has a's seed 12 again"):
+        criteria.table_points(case, "a", parts, tmp_path)
 
 
 @pytest.mark.parametrize(
