@@ -280,12 +280,11 @@ def make_envs(
     sizes: tuple[int, ...],
     num_envs: int,
     seed: int,
-    device: torch.device = CPU,
     first_battle: int = 0,
 ) -> Any:
     """num_envs battles of teams of these sizes. A battle that has ended does not start again.
-    Random numbers of a battle depend on the seed and its number, counted from first_battle. Only
-    Resource Collection runs on `device`. UsageError where there are no such teams or no game.
+    Random numbers of a battle depend on the seed and its number, counted from first_battle. All
+    worlds are on the CPU. UsageError where there are no such teams or no game.
     """
     try:
         return worlds.make_worlds(
@@ -300,7 +299,6 @@ def make_envs(
             enemy_ai=args.enemy_ai,
             threads=args.env_threads,
             game_version=args.game_version,
-            device=device,
             rescale=args.rescale,
             egocentric=args.egocentric,
         )
@@ -349,7 +347,7 @@ def encode(
     episode; played (T, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
     E = slots_in_use(obs.entity_mask[:, SIDE:])
-    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)], device=last_actions.device)
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)])
     num_actions = obs.avail.shape[-1]
     # Column 0 of the one-hot code stands for -1, no last action. It is dropped.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
@@ -864,7 +862,7 @@ class Player:
         obs = battles.obs
         if not battles.time.any():  # a new episode
             self.hidden = self.own_hidden = None
-            self.last_actions = torch.full(obs.avail.shape[:2], -1, device=obs.avail.device)
+            self.last_actions = torch.full(obs.avail.shape[:2], -1)
         played = torch.ones(1, len(obs.avail), dtype=torch.bool)
         features = encode(obs, self.last_actions, played, self.agent.device)
         q, memory, self.hidden, tagged = self.agent.utility(features, hidden=self.hidden)
@@ -878,10 +876,10 @@ class Player:
             log_pi -= torch.empty_like(log_pi).exponential_(generator=self.agent.rng).log()
         actions = log_pi.argmax(-1)
         if self.rng:
-            avail = obs.avail[:, : actions.shape[1]].cpu()
+            avail = obs.avail[:, : actions.shape[1]]
             actions = explore(actions, avail, self.epsilon, self.rng)
-        actions = F.pad(actions, (0, SIDE - actions.shape[1]))  # empty slots get the no-op
-        self.last_actions = actions.to(obs.avail.device)
+        # Empty slots get the no-op.
+        self.last_actions = F.pad(actions, (0, SIDE - actions.shape[1]))
         return self.last_actions
 
 
@@ -1033,8 +1031,8 @@ class ReplayBuffer:
 
 
 def copied(x: Any) -> Any:
-    """A copy, on the CPU, of a named tuple of tensors: worlds overwrite their tensors."""
-    return x._make([tensor.to("cpu", copy=True) for tensor in x])
+    """A copy of a named tuple of tensors: worlds overwrite their tensors."""
+    return x._make([tensor.clone() for tensor in x])
 
 
 def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> list[Any]:
@@ -1050,7 +1048,7 @@ def collect(battles: Any, policy: Policy, buffer: ReplayBuffer) -> list[Any]:
         snapshots.append(copied(step.final))
         episodes += step.episodes
     check_finite(rewards=torch.stack([step.rewards for step in steps]))
-    buffer.add(snapshots, steps, lengths=battles.time.long().cpu())
+    buffer.add(snapshots, steps, lengths=battles.time.long())
     return episodes
 
 
@@ -1334,7 +1332,7 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     policies, in the same battles. Returns {"SIZE" or "SIZE SCRIPT": the row of summarise()}."""
     world = worlds.playing(args.scenario)
     battle_seed, policy_seed = evaluation.rng.integers(2**31, size=2).tolist()
-    new_battles = functools.partial(make_envs, args, seed=battle_seed, device=agent.device)
+    new_battles = functools.partial(make_envs, args, seed=battle_seed)
     number = together = evaluation.episodes
     if args.backend == "sc2":
         together = min(number, args.num_envs)
@@ -1386,7 +1384,6 @@ def train(args: Args) -> int:
             sizes=args.team_sizes,
             num_envs=args.num_envs,
             seed=args.seed,
-            device=run.device,
             first_battle=run.rank * args.num_envs,
         )
         run.close_at_end(contextlib.closing(battles))

@@ -240,14 +240,13 @@ def make_envs(
     sizes: tuple[int, ...],
     num_envs: int,
     seed: int,
-    device: torch.device = CPU,
     once: bool = True,
     first_battle: int = 0,
 ) -> Any:
     """num_envs battles of teams of these sizes. once: a battle that has ended does not start again,
     else a new one begins. Random numbers of a battle depend on the seed and its number, counted
-    from first_battle. Only Resource Collection runs on `device`. UsageError where there are no
-    such teams or no game.
+    from first_battle. All worlds are on the CPU. UsageError where there are no such teams or no
+    game.
     """
     try:
         return worlds.make_worlds(
@@ -262,7 +261,6 @@ def make_envs(
             enemy_ai=args.enemy_ai,
             threads=args.env_threads,
             game_version=args.game_version,
-            device=device,
             once=once,
             rescale=args.rescale,
             egocentric=args.egocentric,
@@ -312,7 +310,7 @@ def encode(
     episode; played (T, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
     E = slots_in_use(obs.entity_mask[:, SIDE:])
-    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)], device=last_actions.device)
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)])
     num_actions = obs.avail.shape[-1]
     # Column 0 of the one-hot code stands for -1, no last action. It is dropped.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
@@ -735,7 +733,7 @@ class Player:
             self.dropped = torch.zeros(B, SIDE, SIDE, dtype=torch.bool)
         if len(self.hidden) != B:
             self.hidden = torch.zeros(B, SIDE, self.agent.args.rnn_size, device=device)
-        begins = battles.time.cpu() == 0
+        begins = battles.time == 0
         self.last_actions[begins] = -1
         self.hidden.masked_fill_(send(begins, device)[:, None, None], 0.0)
         if self.drop and begins.any():
@@ -747,7 +745,7 @@ class Player:
         if not self.drop:
             return obs
         obs_mask = obs.obs_mask.clone()
-        obs_mask[:, :SIDE, :SIDE] |= self.dropped.to(obs_mask.device)
+        obs_mask[:, :SIDE, :SIDE] |= self.dropped
         return obs._replace(obs_mask=obs_mask)
 
     def __call__(self, battles: Any) -> Tensor:
@@ -759,8 +757,8 @@ class Player:
     @torch.no_grad()
     def act(self, battles: Any) -> tuple[Tensor, Tensor]:
         """Actions and log-probabilities (B, 8). The network runs only for battles not yet over."""
-        going = (~battles.over).cpu().nonzero()[:, 0]  # (n,)
-        obs = Observation(*(x.cpu()[going] for x in self.look(battles.obs)))
+        going = (~battles.over).nonzero()[:, 0]  # (n,)
+        obs = Observation(*(x[going] for x in self.look(battles.obs)))
         played = torch.ones(1, len(going), dtype=torch.bool)
         features = encode(obs, self.last_actions[going], played, self.agent.device)
         A, U = features.avail_actions.shape[1:]
@@ -805,8 +803,8 @@ class Rollout(NamedTuple):
 
 
 def copied(x: Any) -> Any:
-    """A copy, on the CPU, of a named tuple of tensors: worlds overwrite their tensors."""
-    return x._make([tensor.to("cpu", copy=True) for tensor in x])
+    """A copy of a named tuple of tensors: worlds overwrite their tensors."""
+    return x._make([tensor.clone() for tensor in x])
 
 
 def stacked(times: list[Any]) -> Any:
@@ -1129,7 +1127,7 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     "SIZE POLICY": the row of summarise()}."""
     world = worlds.playing(args.scenario)
     battle_seed, policy_seed = evaluation.rng.integers(2**31, size=2).tolist()
-    new_battles = functools.partial(make_envs, args, seed=battle_seed, device=agent.device)
+    new_battles = functools.partial(make_envs, args, seed=battle_seed)
     number = together = evaluation.episodes
     if args.backend == "sc2":
         together = min(number, args.num_envs)
@@ -1182,7 +1180,6 @@ def train(args: Args) -> int:
             sizes=args.team_sizes,
             num_envs=args.num_envs,
             seed=args.seed,
-            device=run.device,
             once=args.rollout == "rounds",
             first_battle=run.rank * args.num_envs,
         )

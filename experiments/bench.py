@@ -1083,7 +1083,7 @@ def begin_battles(script: Any, flags: str, bench: Any, rounds: int) -> SimpleNam
     sizes = [str(size) for size in bench.team_sizes]
     device = torch.device(bench.device)
     args = script_args(script, [*flags.split(), "--team-sizes", *sizes, "--device", bench.device])
-    battles = script.make_envs(args, args.team_sizes, args.num_envs, bench.seed, device=device)
+    battles = script.make_envs(args, args.team_sizes, args.num_envs, bench.seed)
     s = SimpleNamespace(args=args, battles=battles)
     s.agent = script.Agent(args, battles.family, device)
     s.buffer = script.ReplayBuffer(args, battles, device)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from envs.smac import combat, episodes, game, resource_collection
@@ -45,7 +44,6 @@ def make_worlds(
     enemy_ai: str = "sticky",
     threads: int = 1,
     game_version: str = "",
-    device: torch.device | str = "cpu",
     once: bool = True,
     rescale: bool = False,
     egocentric: bool = False,
@@ -53,13 +51,13 @@ def make_worlds(
     """num_battles worlds of a scenario, with the numbers first_battle, first_battle + 1, ... A seed
     and a number determine a world's draws. once: a world that has ended stands still until reset().
     An argument that a world does not have is ignored: enemy_ai and threads are for `sim`,
-    game_version for `sc2`; device, rescale and egocentric for Resource Collection, which has at
-    most 145 steps. ValueError for impossible team sizes, BattleError without the game."""
+    game_version for `sc2`; rescale and egocentric for Resource Collection, which has at most 145
+    steps. ValueError for impossible team sizes, BattleError without the game."""
     options = {"team_sizes": team_sizes, "num_battles": num_battles, "seed": seed, "once": once}
     options |= {"first_battle": first_battle}
     if scenario == "resource":
         limit = min(episode_limit, resource_collection.EPISODE_LIMIT)
-        options |= {"episode_limit": limit, "device": device}
+        options |= {"episode_limit": limit}
         options |= {"rescale": rescale, "egocentric": egocentric}
         return resource_collection.ResourceCollection(**options)
     options |= {"scenario": scenario, "episode_limit": episode_limit}
