@@ -6,6 +6,8 @@ import pytest
 import torch
 from runs import BIDIST, MAPPO, script, tiny
 
+from envs.statistics import aligned_table
+
 torch.set_num_threads(1)  # as runs do; on a busy machine two wait for each other
 # A shell's background jobs ignore Ctrl-C, those under nohup a closed terminal, and so would every
 # process that a test starts and stops.
@@ -23,3 +25,15 @@ def trained(tmp_path_factory):
         assert script(name).main(argv) == 0
         paths.append(path)
     return paths
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The waits for a GPU that test_elsewhere.py counted here or in pytest-xdist's workers."""
+    reports = [x for how in ("passed", "failed") for x in terminalreporter.stats.get(how, [])]
+    found = [x for report in reports for x in getattr(report, "user_properties", [])]
+    rows = [counts for name, counts in found if name == "waits"]
+    if rows:
+        terminalreporter.section("waits for a GPU, as counted with a pretended one")
+        lines = [[case, f"{step:.2f}", f"{minibatch:.2f}"] for case, step, minibatch in rows]
+        header = ["script", "a step", "a minibatch"]
+        terminalreporter.write_line(aligned_table([header, *sorted(lines)]))

@@ -351,7 +351,7 @@ def count_waits(case, run_dir, monkeypatch, flags):
     "case",
     [pytest.param(x, marks=[pytest.mark.long] * (x not in QUICK_COUNTS)) for x in HOW],
 )
-def test_waits_are_bounded(case, tmp_path, monkeypatch):
+def test_waits_are_bounded(case, tmp_path, monkeypatch, record_property):
     how, found = HOW[case], {}
     flags = {"base": how.base, "step": how.longer, "minibatch": how.harder}
     for what, more in flags.items():
@@ -362,5 +362,6 @@ def test_waits_are_bounded(case, tmp_path, monkeypatch):
         each[what] = (longer_run.waits.total() - base.waits.total()) / number
         places, fewer = longer_run.places - base.places, base.places - longer_run.places
         print(f"{case}: {each[what]:.2f} waits a {what}, {places}, fewer {fewer}")
+    record_property("waits", [case, *each.values()])  # conftest.py prints them
     for waits, most in zip(each.values(), WAITS[case], strict=True):
         assert 0 <= waits <= most
