@@ -274,6 +274,7 @@ class Counted(NamedTuple):
 
 # A case is a script and flags of its runs.
 COLLECTING = [f"{name} --scenario resource" for name in (*ON_POLICY, *OFF_POLICY)]
+DISTILLING = f"{BIDIST} --forward"
 # In Melting Pot minibatches are so large that networks use tables of tiles: 3 waits each.
 IN_ROUNDS = {"base": "--total-timesteps 16", "steps": 8}
 IN_ROUNDS["longer"] = "--max-episode-steps 16 --total-timesteps 32"
@@ -317,6 +318,7 @@ HOW = {
     EPC: LIKE_MADDPG._replace(base=f"--populations 3 --sets 1 --parents 1 {LIKE_MADDPG.base}"),
 }
 HOW[BIDIST] = HOW[MAPPO]._replace(base=f"{HOW[MAPPO].base} --no-forward --no-reverse")
+HOW[DISTILLING] = HOW[MAPPO]._replace(harder="--forward-epochs 6", minibatches=10)
 HOW |= {case: HOW[case.split()[0]] for case in COLLECTING}
 WAITS = {  # a step of all worlds, a minibatch; as many as were counted, rounded up
     BIDIST: (2, 8),
@@ -333,6 +335,7 @@ WAITS = {  # a step of all worlds, a minibatch; as many as were counted, rounded
     "baselines.mipi_mappo_smac": (2.5, 0.5),
     "mipi_refil_smac": (1.5, 1),  # which agents are alive
 }
+WAITS[DISTILLING] = (2, 8)  # 3 for tables; after each epoch one a chunk, for phi's memories
 WAITS |= {case: WAITS[case.split()[0]] for case in COLLECTING}
 
 
