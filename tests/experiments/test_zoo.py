@@ -374,10 +374,6 @@ def test_younger_flags_have_their_defaults(no_trial, capfd):
     capfd.readouterr()
     assert module.main(["--eval-only", "zoo/x"]) == 2
     assert "differs in gone" in only_error(capfd.readouterr().err)
-    with pytest.raises(harness.RunError, match="not those of the cards"):
-        zoo.again(zoo.Again(zoo=Path("zoo")))
-    printed = capfd.readouterr().out  # the refusal is a line: other entries would have their turns
-    assert re.search(r"\| x \| \| \| \| .*differs in gone.* \| refused \|\n\n.*1 refused", printed)
 
 
 # --- Evaluating again -----------------------------------------------------------------------------
@@ -443,7 +439,19 @@ def test_bench_zoo(no_trial, monkeypatch, tmp_path, capsys):
         printed = capsys.readouterr().out
         lost = line.split(" | ")[3]  # the card's figure
         assert f"| x | {row} | return | {lost} |  | gone |" in printed
-        assert re.search(r"0 outside, [1-9]\d* gone", printed)
+        assert re.search(r"0 outside, [1-9]\d* gone, 0 refused", printed)
+    shutil.copytree(entry, entry.parent / "a")
+
+    def refuse_a(run, *_, **__):
+        if run.name == "a":
+            raise harness.UsageError("a differs in gone.")
+        return found
+
+    monkeypatch.setattr(zoo, "evaluate_again", refuse_a)
+    assert bench.main(["zoo", "--zoo", str(entry.parent), "--flags=--amp"]) == 1
+    printed = capsys.readouterr().out
+    assert "| a | | | | a differs in gone. | refused |" in printed and "1 refused" in printed
+    assert "| x |" in printed  # the next entry has its turn
 
 
 def without_figures(entry):
