@@ -35,7 +35,6 @@ REFIL = "baselines.refil_smac"
 # Evaluations of few steps: 5 of 20, and with two z of six.
 SHORT = dict.fromkeys((MADDPG, MAAC), ("--max-episode-steps", 5))
 SHORT[MRA] = (*SHORT[MADDPG], "--latent-size", 2)
-QUICK_COUNTS = {REFIL, f"{REFIL} --scenario resource"}
 
 
 @pytest.fixture(autouse=True)
@@ -350,10 +349,7 @@ def count_waits(case, run_dir, monkeypatch, flags):
     return gpu
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(x, marks=[pytest.mark.long] * (x not in QUICK_COUNTS)) for x in HOW],
-)
+@pytest.mark.parametrize("case", HOW)
 def test_waits_are_bounded(case, tmp_path, monkeypatch, record_property):
     how, found = HOW[case], {}
     flags = {"base": how.base, "step": how.longer, "minibatch": how.harder}

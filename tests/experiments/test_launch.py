@@ -329,9 +329,9 @@ def test_two_launchers_share_a_study(study, launched):
 def test_gpus_are_dealt_out(study, launched):
     file = study(seeds=[1, 2, 3], a="--pause 0.05", b="--pause 0.05")
     assert launched(file, "--jobs", 4, "--gpus", 2)[0] == 0
-    (first,), (second,) = calls(file, "a-s1"), calls(file, "b-s1")
-    assert {first["gpu"], second["gpu"]} == {"0", "1"}
-    assert first["words"][-6:-4] == ["--device", "cuda"]  # not in silence on the CPU
+    found = [calls(file, f"{name}-s{seed}")[0] for name in "ab" for seed in (1, 2, 3)]
+    assert {call["gpu"] for call in found} == {"0", "1"}  # which run has which is chance
+    assert found[0]["words"][-6:-4] == ["--device", "cuda"]  # not in silence on the CPU
     file = study(seeds=[4], a="")
     assert launched(file, "--gpus", 1, CUDA_VISIBLE_DEVICES="5,7")[0] == 0
     assert calls(file, "a-s4")[0]["gpu"] == "5"
