@@ -300,9 +300,12 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
             raise
         return FAILED
     except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
-        if not is_about_memory(error):
+        if "InvalidCxxCompiler" in str(error):
+            say_error("--compile needs a C++ compiler, and none works here ($CXX, or g++).")
+        elif is_about_memory(error):
+            say_error(f"this does not fit into memory: {first_line(error)}.")
+        else:
             raise
-        say_error(f"this does not fit into memory: {first_line(error)}.")
         return FAILED
 
 

@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import inspect
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -990,6 +992,19 @@ def test_compile(module, monkeypatch):
     utility = "CollaborativeUtility" if module is collaq else "Utility"
     assert sorted(compiled) == sorted(["Mixer", "Mixer", utility, utility])
     assert differences(nets(a), nets(b)) == []
+
+
+@pytest.mark.long
+def test_no_compiler_is_told_in_a_sentence():
+    """On a machine whose compiler does not start; torch asks for it when a network first acts."""
+    command = [sys.executable, refil.__file__, *tiny("run", 32), "--compile"]
+    env = os.environ | {
+        "CXX": "/no/compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path("cache").resolve()),
+    }
+    found = subprocess.run(command, env=env, capture_output=True, text=True)
+    sentence = "--compile needs a C++ compiler, and none works here ($CXX, or g++)."
+    assert found.returncode == 1 and only_error(found.stderr) == f"error: {sentence}"
 
 
 @pytest.mark.slow  # torch's compiler
