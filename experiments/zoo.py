@@ -162,7 +162,8 @@ def add(study: Add) -> None:
     if len(data) > LARGEST:
         sentence = f"takes {len(data):,} bytes, more than {LARGEST:,}: name networks --without"
         raise UsageError(f"{study.out} {sentence}.")
-    total = len(data) + sum(path.stat().st_size for path in study.out.parent.glob("*/*"))
+    files = [path for path in study.out.parent.rglob("*") if path.is_file()]
+    total = len(data) + sum(path.stat().st_size for path in files)
     if total > ALL_TOGETHER:
         raise UsageError(f"{study.out.parent} would have {total:,} bytes, of {ALL_TOGETHER:,}.")
     packages = {name: run.args["packages"].get(name) for name in PACKAGES}

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -330,17 +329,15 @@ def test_one_writer(tmp_path, capfd):
     assert run(*resume("run", steps[-1] // PULLS + 1, "--pause", 0)) == 0  # the lock went with it
 
 
-def test_a_look_at_the_lock_fails_no_start(tmp_path):
+def test_a_look_at_the_lock_fails_no_start(tmp_path, monkeypatch):
     """A launcher that asks whether a run is locked shares its lock for an instant; who keeps it
     longer writes the run."""
     with (tmp_path / "lock").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
         with pytest.raises(harness.UsageError, match="is being written by another process"):
             harness.lock(tmp_path)
-        release = threading.Timer(0.15, fcntl.flock, (other, fcntl.LOCK_UN))
-        release.start()
+        monkeypatch.setattr(harness.time, "sleep", lambda _: fcntl.flock(other, fcntl.LOCK_UN))
         harness.lock(tmp_path).close()
-        release.join()
 
 
 @pytest.mark.long

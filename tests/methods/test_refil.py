@@ -997,7 +997,7 @@ def test_compile(module, monkeypatch):
 @pytest.mark.long
 def test_no_compiler_is_told_in_a_sentence():
     """On a machine whose compiler does not start; torch asks for it when a network first acts."""
-    command = [sys.executable, refil.__file__, *tiny("run", 32), "--compile"]
+    command = [sys.executable, refil.__file__, *tiny("run", 32, "--compile", "--device", "cpu")]
     env = os.environ | {
         "CXX": "/no/compiler",
         "TORCHINDUCTOR_CACHE_DIR": str(Path("cache").resolve()),
