@@ -358,6 +358,7 @@ def test_regret_is_read_in_the_same_columns():
 STUDIES = {  # {study: what trains the same}
     "mipi_ppo_sz": "ppo --tasks sz --total-timesteps 2000000",
     "mipi_ppo_csz": "ppo --tasks csz --total-timesteps 2000000",
+    "mipi_ppo_mmm": "ppo --tasks mmm --total-timesteps 2000000",
     "mipi_ppo_controls_sz": "ppo-controls --tasks sz --total-timesteps 2000000",
     "mipi_table1": "table1 --total-timesteps 1000000",
     "mipi_table3": "table3 d3 --total-timesteps 1000000",
