@@ -412,8 +412,8 @@ def test_advice_that_works(tmp_path, capsys):
     begin = "has no evaluation beside scenarios yet"
     sentence = f"a-s1 in {study} {begin}: pack it again from runs that have one."
     assert capsys.readouterr().err == f"error: {sentence}\n"
-    entry = ROOT / "zoo/coins-mappo-s1"
-    bare = tmp_path / "coins-mappo-s1"
+    entry = ROOT / "zoo/coins-mappo-s21"
+    bare = tmp_path / "coins-mappo-s21"
     shutil.copytree(entry, bare, ignore=lambda *_: ["evaluation"])
     assert make(tmp_path / "x", bare) == 2
     command = f"python baselines/mappo_meltingpot.py --eval-only {bare} --eval-scenarios all"
