@@ -121,8 +121,6 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
     root = ROOT / study.dir
     shared = split_words(study.flags, f"{launch.study}: flags")
     shared += split_words(launch.extra, "--extra")
-    if (launch.gpus or launch.gpu) and "--device" not in shared:
-        shared += ["--device", "cuda"]  # else a run whose GPU is not there trains on the CPU
     jobs = []
     for seed in dict.fromkeys(launch.seeds or study.seeds):
         for name, command in study.runs.items():
@@ -134,12 +132,16 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
                 raise UsageError(f"{where}: names no script.")
             if not (ROOT / script).is_file():
                 raise UsageError(f"{where}: there is no {script}.")
-            check_words([*flags, *shared], where)
+            flags += shared
+            check_words(flags, where)
+            names_device = any(word.partition("=")[0] == "--device" for word in flags)
+            if (launch.gpus or launch.gpu) and not names_device:
+                flags += ["--device", "cuda"]  # a run whose GPU is not there fails, and says so
             jobs.append(
                 Job(
                     run=root / f"{name}-s{seed}",
                     script=script,
-                    flags=(*flags, *shared),
+                    flags=tuple(flags),
                     seed=seed,
                     timesteps=study.timesteps,
                     processes=study.processes,
@@ -444,6 +446,9 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
     """Train jobs as Ray tasks, on this machine or on the cluster at RAY_ADDRESS, whose machines
     need this repository under this path. If a worker dies, Ray starts its task again; the new task
     waits until the script that the worker had started has ended, then resumes the run."""
+    processes = jobs[0].processes
+    if processes > 1 and 0 < launch.gpu < processes:
+        raise UsageError(f"--gpu {launch.gpu:g}: a run of this study has {processes} processes.")
     for name, x in RAY_HERE.items():
         os.environ.setdefault(name, x)
     try:
@@ -453,7 +458,7 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
     from experiments import launch as module  # workers import this module; they lack __main__
 
     check_all(jobs)
-    options = {"num_cpus": jobs[0].processes, "num_gpus": launch.gpu}
+    options = {"num_cpus": processes, "num_gpus": launch.gpu}
     options["max_retries"] = launch.attempts - 1
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}

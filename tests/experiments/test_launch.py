@@ -341,6 +341,25 @@ def test_gpus_are_dealt_out(study, launched):
     assert code == 2 and output == "error: --gpus 1: CUDA_VISIBLE_DEVICES names 0.\n"
 
 
+@pytest.mark.parametrize("given", ["--device cpu", "--device=cpu"])
+def test_a_runs_own_device_stays(study, launched, given):
+    file = study(seeds=[1], a=given, b="")
+    assert launched(file, "--gpus", 1)[0] == 0
+    assert "cuda" not in calls(file, "a-s1")[0]["words"]
+    assert "cuda" in calls(file, "b-s1")[0]["words"]
+    file = study(seeds=[2], a="")
+    assert launched(file, "--gpus", 1, f"--extra={given}")[0] == 0
+    assert "cuda" not in calls(file, "a-s2")[0]["words"]
+
+
+def test_ray_gives_each_process_a_gpu(study, launched):
+    """Refused before Ray is looked for."""
+    file = study(a="")
+    file.write_text(f"processes = 2\n{file.read_text()}")
+    code, output = launched(file, "--engine", "ray", "--gpu", 0.5)
+    assert code == 2 and output == "error: --gpu 0.5: a run of this study has 2 processes.\n"
+
+
 def test_each_process_of_a_run_has_a_gpu(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
