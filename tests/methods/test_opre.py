@@ -369,17 +369,3 @@ def test_every_flag_changes_what_it_names():
     assert {x for x, _ in s.agent.critic.posterior.named_children()}.isdisjoint({"cnn"})
     s = setting("--num-options", "3", script=opre)
     assert s.agent.actor.out.out_features == 3 * 3
-
-
-@pytest.mark.long
-def test_two_processes(tmp_path, monkeypatch):
-    """Two iterations, and one and one; each process has worlds of its own, networks are common."""
-    from test_reproducible import launch
-
-    monkeypatch.chdir(tmp_path)
-    path = script(OPRE).__file__
-    for argv in (tiny(OPRE, "whole", 4), tiny(OPRE, "cut", 2), resume("cut", 4)):
-        done = launch(path, *argv)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert differences(exact("whole"), exact("cut")) == []
-    assert [m["timesteps"] for m in metrics("cut")] == [80, 160]

@@ -16,9 +16,8 @@ import test_meltingpot_flags as flags_of_all
 import torch
 import torch.nn.functional as F
 from runs import MAPPO as PARENT
-from runs import command, differences, exact, metrics, only_error, resume, script, tiny
+from runs import differences, exact, metrics, only_error, resume, script, tiny
 from test_networks import FORMS, choose, convolutions_on_pixels, random_views
-from test_reproducible import launch
 from test_training import shared_blocks
 from toolbox import MAPPO, ROOT, collect, load_script, mappo, prepare, setting, sharpen, update
 
@@ -306,16 +305,6 @@ def test_six_are_three_and_three(flags):
     assert differences({"psi": before["psi"]}, {"psi": after["psi"]}), "redrawn"
 
 
-@pytest.mark.long
-def test_two_processes_have_one_psi():
-    argv = (command(NAME)[-1], *tiny(NAME, "run", 4, "--clean-share", 0.5))
-    done = launch(*argv)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = exact("run")["ranks"]
-    apart = differences(first, second)
-    assert "/rng" in apart and [x for x in apart if x.startswith(("/psi", "/method_rng"))] == []
-
-
 def test_players_and_background():
     """load_player() in either mode; a run beside another one; an evaluation by draws."""
     assert script(NAME).main(tiny(NAME, "run", 2)) == 0
@@ -344,6 +333,7 @@ WRONG = {
     "--feature-matching -1": "--feature-matching",
     "--feature-matching inf": "--feature-matching",
     "--clean-share 1 --randnet-test mc": "--clean-share --randnet-test",
+    "--clean-share 1 --feature-matching 50": "--clean-share --feature-matching",
     "--clean-share 1 --randnet-fan channels": "--clean-share --randnet-fan",
     "--rollout-steps 25": "--rollout-steps --chunk-length",
     "--minibatches 321": "--minibatches 320",

@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import test_ranks as ranks
 import torch
+from all_scripts import MELTINGPOT
 from runs import (
     BIDIST,
     BOTH,
@@ -108,6 +110,32 @@ def test_six_are_three_and_three_mappo(flags):
     check_cut(MAPPO, flags.split())
 
 
+@pytest.mark.parametrize("name", MELTINGPOT)
+def test_a_line_tells_of_all_iterations_since_the_last(name):
+    """--log-every two iterations: means of what their two lines have, over all of their episodes;
+    both of BiDist's phases. So, too, in a run that is cut between two lines."""
+    few = ("--max-episode-steps", 7)
+    assert script(name).main(tiny(name, "each", 4, *few)) == 0
+    assert script(name).main(tiny(name, "two", 4, *few, "--log-every", 2 * STEPS)) == 0
+    each, two = (
+        [line for line in metrics(run) if "reward_per_1000/all" in line] for run in ("each", "two")
+    )
+    assert len(each) == 4 and len(two) == 2
+    for pair, line in zip((each[:2], each[2:]), two):
+        assert line.keys() == pair[0].keys() | pair[1].keys()
+        assert name != BIDIST or {"forward/kl_before", "reverse/kl_before"} <= line.keys()
+        for key in line.keys() - {"timesteps", "memory/actors", "memory/ranks"}:
+            parts = [each_line[key] for each_line in pair if key in each_line]
+            if key.startswith("episode/"):  # the iterations differ in their numbers of episodes
+                assert min(parts) <= line[key] <= max(parts), key
+            else:
+                mean = sum(parts) / len(parts)
+                assert line[key] == pytest.approx(mean, rel=1e-5, abs=1e-6), key
+    assert script(name).main(tiny(name, "cut", 3, *few, "--log-every", 2 * STEPS)) == 0
+    assert script(name).main(resume("cut", 4)) == 0
+    assert metrics("cut") == metrics("two")
+
+
 def check_cut(name, flags):
     assert script(name).main(tiny(name, "whole", 6, *flags)) == 0
     assert script(name).main(tiny(name, "cut", 3, *flags)) == 0
@@ -151,6 +179,39 @@ def test_evaluation_alone_repeats(name, capfd):
 
 
 # Two processes ----------------------------------------------------------------------------------
+
+FLAGS = {
+    "baselines.randnet_meltingpot": "--clean-share 0.5",
+    "baselines.pp_meltingpot": "--history-share 0.7 --memory 4",
+    "baselines.rpm_meltingpot": "--history-share 0.7 --rank-width 10",
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MELTINGPOT)
+def test_two_processes(name):
+    """Every script: weights, moments and memories of past actors are the same in both, which draw
+    their own actions in their own worlds. Six iterations are three, after which one process is told
+    to stop, and three."""
+    flags = FLAGS.get(name, "").split()
+    whole, cut = (tiny(name, run_dir, 12, *flags) for run_dir in ("whole", "cut"))
+    ranks.launch([(name, whole, 0), (name, cut, 6 * STEPS), (name, ["--resume", "cut"], 0)])
+    for number, iterations in enumerate((6, 3, 3)):
+        ours, theirs = (ranks.notes(number, rank) for rank in (0, 1))
+        ranks.check_alike(ours, theirs)
+        assert ours["iterations"] == iterations
+    assert differences(exact("whole"), exact("cut")) == []
+    assert metrics("whole") == metrics("cut")
+    assert exact("whole")["timesteps"] == 12 * STEPS
+
+    assert ("memory" in ours["parts"]) == ("history" in FLAGS.get(name, ""))
+
+    # Who plays, and v, are each process's own; psi is one for both.
+    apart = {x.split("/")[1] for x in differences(*exact("whole")["ranks"])}
+    assert {"rng", "envs", "state"} <= apart
+    own = {BIDIST, "baselines.pp_meltingpot", "baselines.rpm_meltingpot"}
+    assert ("method_rng" in apart) == (name in own) and "psi" not in apart
+
 
 # Runs a script as the command line does, and notes what Adam does with gradients in this process:
 # hashes of the local gradients, of those used, and of the weights after each step; the first
@@ -206,22 +267,15 @@ def notes(rank):
 
 
 @pytest.mark.long
-def test_two_processes(tmp_path):
-    """Six iterations, and three and three. No gradient is clipped here, so that what is used can
+def test_two_processes_step_alike(tmp_path):
+    """Every step of BiDist's six iterations. No gradient is clipped here, so that what is used can
     be held against what each process had."""
     (tmp_path / "watch.py").write_text(WATCH)
-    watched = ("watch.py", ".", command(BIDIST)[-1])
     flags = ("--max-grad-norm", 1e9)
-    six, three = (tiny(BIDIST, d, 2 * n, *flags) for d, n in (("whole", 6), ("cut", 3)))
-    for argv in ([*watched, *six], [command(BIDIST)[-1], *three]):
-        done = launch(*argv)
-        assert done.returncode == 0, done.stderr[-3000:]
-    done = launch(command(BIDIST)[-1], *resume("cut", 12))
+    done = launch("watch.py", ".", command(BIDIST)[-1], *tiny(BIDIST, "whole", 12, *flags))
     assert done.returncode == 0, done.stderr[-3000:]
 
-    assert differences(exact("whole"), exact("cut")) == []
-    assert metrics("whole") == metrics("cut") and len(metrics("cut")) == 6
-    assert [m["timesteps"] for m in metrics("cut")] == [2 * STEPS * n for n in range(1, 7)]
+    assert [m["timesteps"] for m in metrics("whole")] == [2 * STEPS * n for n in range(1, 7)]
     first, second = exact("whole")["ranks"]
     apart = differences(first, second)
     for parts in (["/rng"], ["/method_rng"], ["/envs/colour"], ["/state", "actor"]):
@@ -244,7 +298,7 @@ def test_two_processes(tmp_path):
     assert len(list((tmp_path / "whole").glob("events.*"))) == 1
     kinds = {path.name.split("-")[0].split(".")[0] for path in (tmp_path / "whole").iterdir()}
     assert kinds == {"args", "metrics", "checkpoint", "checkpoints", "events", "lock", "summary"}
-    expected = {"alone", "whole", "cut", "watch.py"}
+    expected = {"alone", "whole", "watch.py"}
     assert {x.name for x in tmp_path.iterdir() if not x.name.startswith("rank-")} == expected
 
 
