@@ -95,6 +95,7 @@ class Table(Strict):
     seed: str  # column with the seed, or with a name that ends in the seed
     where: dict[str, str] = {}  # {column: cell} that a line must have
     last: str = ""  # use only lines with the largest cell in this column
+    apart: tuple[str, ...] = ()  # columns of runs: lines in which all of them are one do not count
     command: str  # command that writes the table
     zero: Literal[""] = ""
 
@@ -483,10 +484,12 @@ def read_column(path: Path, measure: Table, label: str) -> dict[int, list[float]
     if measure.last:
         end = max((float(x[measure.last]) for x in lines), default=0)
         lines = [x for x in lines if float(x[measure.last]) == end]
+    if measure.apart:
+        lines = [x for x in lines if len({x[name] for name in measure.apart}) > 1]
     by_seed: dict[int, list[float]] = {}
     for line in lines:
         seed, value = int(re.search(r"\d+$", line[measure.seed])[0]), float(line[measure.value])
         if not math.isfinite(value):
             raise ValueError(f"{path} has {value}.")
         by_seed.setdefault(seed, []).append(value)
-    return by_seed
+    return dict(sorted(by_seed.items()))

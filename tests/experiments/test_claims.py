@@ -775,6 +775,20 @@ def test_tables_of_commands(tmp_path):
         criteria.table_points(case, "a", parts, tmp_path)
 
 
+def test_a_run_is_no_opponent_of_itself(tmp_path):
+    """M5, all four comparisons: what a run earns against itself, here 100, is in no mean."""
+    runs = [f"pacman-{arm}-s{seed}" for arm in ("mra", "single") for seed in (21, 22)]
+    lines = ["pac_men,ghosts,pac_men_run,ghosts_run,pac_man,ghost"]
+    for a, b in itertools.product(runs, runs):
+        value = 100 if a == b else 5
+        lines.append(f"{a[:-4]},{b[:-4]},{a},{b},{value},{value}")
+    (tmp_path / "cross_play_claims.csv").write_text("\n".join(lines) + "\n")
+    for case in book()["M5"]:
+        for arm in case.arms:
+            points = criteria.table_points(case, arm, case.measure, tmp_path)
+            assert [(x.seed, x.value) for x in points] == [(21, 5), (22, 5)]
+
+
 @pytest.mark.parametrize(
     "name, text",
     [
