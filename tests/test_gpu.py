@@ -25,7 +25,6 @@ DEVICE = os.environ.get("UNSEEN_TEST_DEVICE", "cuda")
 THERE = DEVICE == "cpu" or torch.cuda.is_available()
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not THERE, reason="no CUDA device")]
 SMALL = (MAPPO, "baselines.maddpg_particle")
-COMPILED = ("mra_maddpg_particle", "mipi_refil_smac")  # the others compile the same
 CASES = [pytest.param(name, DEVICE, marks=GPU, id=f"{name}-{DEVICE}") for name in SCRIPTS]
 CASES += [pytest.param(name, "cpu", id=f"{name}-in make test") for name in SMALL]
 every_script = pytest.mark.parametrize(("name", "device"), CASES)
@@ -153,7 +152,7 @@ def test_flags_for_gpus(name, device, tmp_path):
     """--tf32, and --amp and --compile where there are such flags."""
     fields = {field.name for field in dataclasses.fields(importlib.import_module(name).Args)}
     flags = ["--tf32", *["--amp"] * ("amp" in fields)]
-    if name in COMPILED and device != "cpu":
+    if "compile" in fields and device != "cpu":
         flags.append("--compile")
     assert "amp" in fields or name not in MELTINGPOT
     train(name, *command(name, tmp_path / "run", "--device", device, *flags))
