@@ -3,8 +3,9 @@
 # docker run --rm --init --gpus all -v "$PWD/runs:/unseen/runs" unseen \
 #     python bidist_mappo_meltingpot.py --device cuda
 #
-# On a cluster without Docker:
-#   apptainer build unseen.sif docker-daemon://unseen:latest
+# On a cluster without Docker: the first line where Docker is, the others on the cluster.
+#   docker save unseen -o unseen.tar
+#   apptainer build unseen.sif docker-archive://unseen.tar
 #   apptainer exec --nv --pwd /unseen --bind "$PWD/runs:/unseen/runs" unseen.sif \
 #       python bidist_mappo_meltingpot.py --device cuda
 #
@@ -12,7 +13,7 @@
 #   --build-arg PIP_EXTRA_INDEX_URL=ADDRESS        (of the CPU build, from PyTorch's own selector)
 # A mounted runs/ has to be writable for the user: --build-arg UID="$(id -u)".
 #
-# Not run: neither Docker nor Apptainer was at hand.
+# Not run yet, neither with Docker nor with Apptainer (docs/studies.md).
 FROM python:3.12-slim
 
 # The wheels bring everything else but a compiler, which torch.compile needs (--compile).
