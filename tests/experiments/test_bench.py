@@ -1,7 +1,9 @@
 """Benchmarks: their tables, with the numbers that can be known. Speed is not judged."""
 
 import functools
+import importlib.util
 import re
+import sys
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -212,9 +214,29 @@ def test_peers_are_measured_or_named_as_missing():
     rows = [[x.strip() for x in x.strip("|").split("|")] for x in printed.splitlines() if "|" in x]
     table = {row[0]: row[1:] for row in rows}
     assert table["torch"] == [version("torch")] and table["mpe2"] == [version("mpe2")]
-    assert float(table["coins"][1].replace(",", "")) > 0
+    if table["dm-meltingpot"] != ["not installed"]:
+        assert float(table["coins"][1].replace(",", "")) > 0
     for name, column, row in (("vmas", 1, "3"), ("jaxmarl", 2, "3"), ("smaclite", 2, "2")):
         assert (table[name] == ["not installed"]) == (table[row][column][:3] == "not"), name
+
+
+def test_peers_without_melting_pot(monkeypatch):
+    """A sentence in place of its table; the other tables are still made."""
+    bench, find, made = experiment("bench"), importlib.util.find_spec, []
+    monkeypatch.delitem(sys.modules, "meltingpot", raising=False)
+    missing = ("meltingpot", "dmlab2d")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in missing else find(name, *rest),
+    )
+    for name in ("particle", "combat"):
+        monkeypatch.setattr(bench, name, lambda options, name=name: made.append(name))
+    code, printed, stderr = command("bench", "peers")
+    assert (code, stderr, made) == (0, "", ["particle", "combat"])
+    sentences = [line for line in printed.splitlines() if "meltingpot is not installed" in line]
+    assert len(sentences) == 1 and sentences[0].startswith("Not run")
+    assert "| substrate" not in printed
 
 
 def test_bench_of_mra(capsys):
