@@ -569,16 +569,19 @@ HEAD = """# The papers' claims
 
 Criteria were written before the runs that decide them (`experiments/claims.toml`, with its date and
 what had been seen by then). A run counts if flags, seed and length are the claim's; pilots are
-shown, not counted. An effect is the first arm's centre less the other's, over seeds: the
-interquartile mean from five seeds on, else the mean; where rows or scenarios are counted the
-difference of mean ranks, when all arms have run. Intervals: 95 % bootstraps over seeds, which are
-drawn as clusters and for each arm by itself. p: permutation test of means, two-sided, exact up to
-200,000 ways to deal the seeds (ranks: 2,000,000), else by as many draws; three seeds against three
-cannot get below .1. A comparison holds if its interval lies above the margin, does not if it lies
-below, else it is undecided; so it is with too few seeds, a gap among them, or arms that have not
-learned. A claim holds if all of its comparisons do, and does not if one does not; where means would
-say something else, that is told. A verdict is about the budget beside it, that of the comparisons
-which decide. The text of BiDist states no steps: shares are of our script's default, 10,000,000.
+shown, not counted. Three claims read tables that other commands make (they are in
+`experiments/claims.toml`, too): M5's table says flags and length of its runs, and both are checked;
+of I4 seeds and length are, of B2 seeds alone. An effect is the first arm's centre less the other's,
+over seeds: the interquartile mean from five seeds on, else the mean; where rows or scenarios are
+counted the difference of mean ranks, when all arms have run. Intervals: 95 % bootstraps over seeds,
+which are drawn as clusters and for each arm by itself. p: permutation test of means, two-sided,
+exact up to 200,000 ways to deal the seeds (ranks: 2,000,000), else by as many draws; three seeds
+against three cannot get below .1. A comparison holds if its interval lies above the margin, does
+not if it lies below, else it is undecided; so it is with too few seeds, a gap among them, or arms
+that have not learned. A claim holds if all of its comparisons do, and does not if one does not;
+where means would say something else, that is told. A verdict is about the budget beside it, that of
+the comparisons which decide. The text of BiDist states no steps: shares are of our script's
+default, 10,000,000.
 
 **Few seeds decide too easily.** Of two arms that are equal (normal figures; a test in
 `tests/experiments/test_statistics.py` counts them) such an interval leaves 0 out one time in five
@@ -664,7 +667,10 @@ def effect_row(part: Part) -> dict[str, str]:
     what = part.why or part.verdict
     if part.pilot:
         steps = max(x.steps for own in part.mine for x in own)
-        what = f"pilot{f', {steps:,} steps' if steps else ''}: not counted"
+        measure = part.case.measure
+        form = measure.of_pilots if isinstance(measure, Table) else ""
+        words = ["pilot", *filter(None, (form, f"{steps:,} steps" if steps else ""))]
+        what = f"{', '.join(words)}: not counted"
     texts = [x for x in (part.note, what, part.by_means, part.beside_bar) if x]
     return {
         "": part.case.id,

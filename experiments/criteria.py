@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from pydantic import Field
 from experiments.runs import (
     ROOT,
     Run,
+    as_words,
     first_fault,
     free_flags,
     load_script,
@@ -34,6 +36,7 @@ from experiments.runs import (
     read_toml,
     script_args,
     split_words,
+    training_flags,
     without_seed,
 )
 from experiments.scenario_table import mean, read_cells
@@ -96,6 +99,9 @@ class Table(Strict):
     where: dict[str, str] = {}  # {column: cell} that a line must have
     last: str = ""  # use only lines with the largest cell in this column
     apart: tuple[str, ...] = ()  # columns of runs: lines in which all of them are one do not count
+    length: tuple[str, ...] = ()  # columns with the steps of a line's runs
+    flags: dict[str, str] = {}  # {column of flags_text(): whose they must be; "": the line's arm}
+    of_pilots: str = ""  # in what the runs of `pilots` differ from the arms
     command: str  # command that writes the table
     zero: Literal[""] = ""
 
@@ -155,6 +161,11 @@ class Claim(Strict):
                 "bar names an arm that is not compared",
             ),
             (self.margin_of == "gain" and not self.measure.zero, "margin_of gain needs a zero"),
+            (
+                isinstance(self.measure, Table)
+                and not {*self.measure.flags.values()} <= {"", *self.arms},
+                "the measure's flags name an arm that is not compared",
+            ),
         ]
         for is_wrong, sentence in wrong:
             if is_wrong:
@@ -327,6 +338,14 @@ def read_arm(command: str) -> Arm:
     return Arm(file, wanted)
 
 
+def flags_text(args: dict[str, Any]) -> str:
+    """A run's script and flags, for tables: those that affect training and are not the script's
+    defaults. args: the run's arguments and, as "script", its script."""
+    flags = training_flags(args)
+    flags.pop("preset", None)  # its values are among the others
+    return " ".join([args["script"], *as_words(flags)])
+
+
 def source_of(adapt: str) -> str:
     """The name of an adapted run without its seed, from its path."""
     return without_seed(Path(adapt).name.replace("{seed}", "0"))
@@ -457,27 +476,33 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def table_points(case: Claim, arm: str, measure: Table, data: Path) -> list[Point]:
     """A point per seed and file, the mean of its lines; steps are 0 in those of pilots. UsageError
-    if two of measure.files have the same seed."""
+    if two of measure.files have the same seed, or if one has a run with other flags."""
     if arm not in measure.labels:
         raise UsageError(f"claims.toml: {case.id}: the measure's labels have no {arm}.")
     points: list[Point] = []
     for name in (*measure.files, *measure.pilots):
         if not (data / name).exists():
             continue
-        steps = case.timesteps if name in measure.files else 0
+        may_count = name in measure.files
         try:
-            by_seed = read_column(data / name, measure, measure.labels[arm])
+            by_seed = lines_by_seed(data / name, measure, measure.labels[arm])
+            found = {seed: mean_of(lines, measure.value) for seed, lines in by_seed.items()}
+            steps = {seed: steps_of(case, measure, lines) for seed, lines in by_seed.items()}
+            other = other_flags(case, arm, measure, by_seed) if may_count else ""
         except (OSError, KeyError, TypeError, ValueError, csv.Error):
             raise UsageError(f"{data / name} is no table of `{measure.command}`.") from None
-        for seed, x in by_seed.items():
-            if steps and seed in {point.seed for point in points}:
+        if other:
+            raise UsageError(f"{data / name} has a run with other flags than {case.id}'s: {other}.")
+        for seed, x in found.items():
+            if may_count and seed in {point.seed for point in points}:
                 raise UsageError(f"{data / name} has {arm}'s seed {seed} again.")
-            points.append(Point(f"{name} s{seed}", seed, steps, {"": float(np.mean(x))}, math.nan))
+            length = steps[seed] if may_count else 0
+            points.append(Point(f"{name} s{seed}", seed, length, {"": x}, math.nan))
     return points
 
 
-def read_column(path: Path, measure: Table, label: str) -> dict[int, list[float]]:
-    """{seed: finite values of the measured column} in an arm's lines of a table."""
+def lines_by_seed(path: Path, measure: Table, label: str) -> dict[int, list[dict[str, str]]]:
+    """{seed: an arm's lines of a table}."""
     wanted = {**measure.where, measure.key: label}
     lines = read_table(path)
     lines = [x for x in lines if all(without_seed(x[k]) == y for k, y in wanted.items())]
@@ -486,10 +511,37 @@ def read_column(path: Path, measure: Table, label: str) -> dict[int, list[float]
         lines = [x for x in lines if float(x[measure.last]) == end]
     if measure.apart:
         lines = [x for x in lines if len({x[name] for name in measure.apart}) > 1]
-    by_seed: dict[int, list[float]] = {}
+    by_seed: dict[int, list[dict[str, str]]] = {}
     for line in lines:
-        seed, value = int(re.search(r"\d+$", line[measure.seed])[0]), float(line[measure.value])
-        if not math.isfinite(value):
-            raise ValueError(f"{path} has {value}.")
-        by_seed.setdefault(seed, []).append(value)
+        seed = int(re.search(r"\d+$", line[measure.seed])[0])
+        by_seed.setdefault(seed, []).append(line)
     return dict(sorted(by_seed.items()))
+
+
+def mean_of(lines: list[dict[str, str]], column: str) -> float:
+    """The mean of a column; ValueError unless all of it is finite."""
+    found = [float(line[column]) for line in lines]
+    if not np.isfinite(found).all():
+        raise ValueError(f"{column} is not finite.")
+    return float(np.mean(found))
+
+
+def steps_of(case: Claim, measure: Table, lines: list[dict[str, str]]) -> int:
+    """The steps of these lines' runs: those of the first run without the claim's length, else the
+    claim's, as where the table does not say."""
+    found = [int(line[name]) for line in lines for name in measure.length if name in line]
+    return next((x for x in found if abs(x / case.timesteps - 1) > SLACK), case.timesteps)
+
+
+def other_flags(
+    case: Claim, arm: str, measure: Table, by_seed: dict[int, list[dict[str, str]]]
+) -> str:
+    """The first flags in these lines that are not those of the arm whose they must be; "" if there
+    are none."""
+    for column, whose in measure.flags.items():
+        script, wanted = read_arm(case.arms[whose or arm])
+        text = flags_text(wanted | {"script": Path(script).stem})
+        for line in itertools.chain(*by_seed.values()):
+            if line[column] != text:
+                return line[column]
+    return ""

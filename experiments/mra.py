@@ -36,6 +36,7 @@ from envs.particle.episodes import Player, play
 from envs.particle.worlds import TASKS, ParticleWorld, unpack
 from envs.particle.worlds import wanted as paying_leader
 from envs.statistics import Difference, markdown_table, seed_difference
+from experiments.criteria import flags_text
 from experiments.plots import plt, save_figure
 from experiments.runs import (
     Job,
@@ -707,9 +708,9 @@ class CrossPlay:
     Runs whose names differ only in -s1, -s2, ... are seeds of one method. Pac-Men of every run play
     against ghosts of every run. All pairs play the same --episodes episodes. Latents are drawn from
     p(z|m), but adapted agents keep theirs; EPC's agents are copied or left out to fit the
-    population. Writes OUT.csv (a row per pair of runs) and OUT.md: mean returns per agent over
-    pairs of runs, the lowest and highest pair, and, as in the paper, returns divided by the table's
-    largest (if all are positive).
+    population. Writes OUT.csv (a row per pair of runs, with the steps and flags of both) and
+    OUT.md: mean returns per agent over pairs of runs, the lowest and highest pair, and, as in the
+    paper, returns divided by the table's largest (if all are positive).
     """
 
     runs: Runs  # pacman runs of mra_maddpg_particle.py, or of maddpg, rl2 or epc in baselines/
@@ -781,7 +782,12 @@ def cross_play(study: CrossPlay) -> None:
         pac_man, ghost = play_pair(a, b, study)
         names = {"pac_men": without_seed(a.name), "ghosts": without_seed(b.name)}
         runs = {"pac_men_run": a.name, "ghosts_run": b.name}
-        rows.append(names | runs | {"pac_man": float(pac_man), "ghost": float(ghost)})
+        returns = {"pac_man": float(pac_man), "ghost": float(ghost)}
+        about: dict[str, Any] = {}
+        for side, x in (("pac_men", a), ("ghosts", b)):
+            about[f"{side}_steps"] = x.run.summary["timesteps"]
+            about[f"{side}_flags"] = flags_text(x.run.args)
+        rows.append(names | runs | returns | about)
     text = f"{study.episodes} episodes per pair of runs, population {study.population}\n\n"
     finish(study.out, text + tables(rows), rows)
 

@@ -755,8 +755,9 @@ def test_tables_of_commands(tmp_path):
         last="step",
         command="experiments/mipi.py matrix-game",
     )
-    found = criteria.read_column(tmp_path / "x.csv", measure, "a")
-    assert found == {11: [1.0], 12: [2.0, 4.0]}
+    lines = criteria.lines_by_seed(tmp_path / "x.csv", measure, "a")
+    found = {seed: [line["value"] for line in own] for seed, own in lines.items()}
+    assert found == {11: ["1"], 12: ["2", "4"]}
     parts = measure.model_copy(update={"files": ("x.csv", "z.csv"), "pilots": ("p.csv", "no.csv")})
     head = "who,seed,step,kind,value\n"
     (tmp_path / "z.csv").write_text(head + "a,13,9,greedy,6\n")
@@ -778,15 +779,72 @@ def test_tables_of_commands(tmp_path):
 def test_a_run_is_no_opponent_of_itself(tmp_path):
     """M5, all four comparisons: what a run earns against itself, here 100, is in no mean."""
     runs = [f"pacman-{arm}-s{seed}" for arm in ("mra", "single") for seed in (21, 22)]
-    lines = ["pac_men,ghosts,pac_men_run,ghosts_run,pac_man,ghost"]
-    for a, b in itertools.product(runs, runs):
-        value = 100 if a == b else 5
-        lines.append(f"{a[:-4]},{b[:-4]},{a},{b},{value},{value}")
-    (tmp_path / "cross_play_claims.csv").write_text("\n".join(lines) + "\n")
+    returns = {(a, b): 100 if a == b else 5 for a, b in itertools.product(runs, runs)}
+    write_cross_play(tmp_path, returns)
     for case in book()["M5"]:
         for arm in case.arms:
             points = criteria.table_points(case, arm, case.measure, tmp_path)
             assert [(x.seed, x.value) for x in points] == [(21, 5), (22, 5)]
+
+
+def write_cross_play(folder, returns, steps=160_000, flags=None):
+    """M5's table; returns: {(Pac-Men's run, ghosts' run): return of both}. steps: of the first run;
+    flags: {run: its flags}, by default its arm's."""
+    lines = []
+    for (a, b), value in returns.items():
+        line = {"pac_men": a[:-4], "ghosts": b[:-4], "pac_men_run": a, "ghosts_run": b}
+        line |= {"pac_man": value, "ghost": value}
+        for side, run in (("pac_men", a), ("ghosts", b)):
+            line[f"{side}_steps"] = steps if run == next(iter(returns))[0] else 160_000
+            line[f"{side}_flags"] = (flags or {}).get(run) or flags_of(run.split("-")[1])
+        lines.append(line)
+    runs_module.write_rows(folder / "cross_play_claims.csv", lines)
+
+
+def flags_of(arm, *more):
+    """M5's arm, with more flags, as tables of commands have it."""
+    file, *words = book()["M5"][0].arms[arm].split()
+    script = Path(file).stem
+    args = runs_module.script_args(runs_module.load_script(script), [*words, *more])
+    saved = json.loads(json.dumps(dataclasses.asdict(args)))
+    return criteria.flags_text(saved | {"script": script})
+
+
+def test_a_table_says_length_and_flags_of_its_runs(tmp_path):
+    """M5: by a run that is shorter, be it an opponent, a point is a pilot's; one with other flags
+    is refused."""
+    both = ("pacman-mra-s21", "pacman-single-s21")
+    returns = dict.fromkeys(itertools.permutations(both), 5)
+    arms = [(case, arm) for case in book()["M5"] for arm in case.arms]
+    for steps in (160_000, 150_000):
+        write_cross_play(tmp_path, returns, steps)
+        found = [criteria.table_points(case, arm, case.measure, tmp_path) for case, arm in arms]
+        assert [x.steps for points in found for x in points] == [steps] * 4
+        assert [case.counts(21, steps) for case, _ in arms] == [steps == 160_000] * 8
+    for run in both:
+        write_cross_play(tmp_path, returns, flags={run: "other"})
+        code, _, stderr = command("claims", "--data", tmp_path, "--commands", "M5")
+        sentence = "cross_play_claims.csv has a run with other flags than M5's: other.\n"
+        assert code == 2 and stderr.endswith(sentence)
+    write_cross_play(tmp_path, returns)
+    assert command("claims", "--data", tmp_path, "--commands", "M5")[0] == 0
+
+
+def test_flags_in_tables_are_those_that_affect_training():
+    mra = flags_of("mra")
+    assert flags_of("mra", "--seed", "3", "--eval-every", "0") == mra
+    words = "--phi-gradient mi --no-psi-information"
+    assert flags_of("mra", *words.split()).replace(f" {words}", "") == mra
+    assert len({mra, flags_of("mra", "--preset", "paper"), flags_of("single")}) == 3
+
+
+def test_pilots_of_tables_say_what_they_are():
+    """Those of M5 are of Algorithm 4, as docs/results_mra.md says."""
+    page = (ROOT / "docs/CLAIMS.md").read_text()
+    for name, form in (("M5", "Algorithm 4"), ("B2", "printed clip"), ("I4", "")):
+        shown = [x for x in page.splitlines() if x.startswith(f"| {name} ") and "| pilot" in x]
+        ending = f"| pilot, {form}: not counted |" if form else "| pilot: not counted |"
+        assert shown and all(x.endswith(ending) for x in shown)
 
 
 @pytest.mark.parametrize(

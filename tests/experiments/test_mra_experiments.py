@@ -132,6 +132,12 @@ def test_cross_play(runs, tmp_path):
     )
     assert float(row["pac_man"]) == pytest.approx(float(total[:, :3].mean()), rel=1e-5)
     assert float(row["ghost"]) == pytest.approx(float(total[:, 3:].mean()), rel=1e-5)
+    # Length and flags of both, as claims.py compares them with an arm's command line.
+    assert (row["pac_men_steps"], row["ghosts_steps"]) == ("240", "240")
+    line = f"mra_maddpg_particle.py --task pacman --populations 2,1 3,2 {TINY}"
+    wanted = criteria.read_arm(line).wanted | {"script": "mra_maddpg_particle"}
+    assert row["pac_men_flags"] == criteria.flags_text(wanted)
+    assert row["ghosts_flags"].startswith("maddpg_particle --task pacman --population 3,2 ")
 
 
 @pytest.mark.parametrize("population", ["3,2", "2,4"])
