@@ -583,6 +583,12 @@ where means would say something else, that is told. A verdict is about the budge
 the comparisons which decide. The text of BiDist states no steps: shares are of our script's
 default, 10,000,000.
 
+**Two methods are judged in our forms.** M's arm `mra` is the script's default, the form that [the
+ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11) and (13), psi by (11) and (13). That is
+not Algorithm 4 as printed (`--phi-gradient mi --no-psi-information`); the arms `uni` and `single`
+learn by these losses, too. B's arm `bidist` has the clip of Eq. (9) centred at the old policy, not
+the letter of Eq. (9) (`--clip-centre printed`; [bidist.md](bidist.md)).
+
 **Few seeds decide too easily.** Of two arms that are equal (normal figures; a test in
 `tests/experiments/test_statistics.py` counts them) such an interval leaves 0 out one time in five
 with three seeds an arm, one in sixteen with five, not one in twenty. And of several comparisons at
