@@ -48,6 +48,7 @@ from harness import (
     call,
     check_finite,
     descend,
+    gather,
     has_bf16,
     leave,
     load_checkpoint,
@@ -66,7 +67,7 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from envs.meltingpot.episodes import Player, background_rows, count_episodes, table
+from envs.meltingpot.episodes import EpisodeLog, Player, background_rows, table
 from envs.meltingpot.scenarios import find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables, ids_on
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
@@ -137,6 +138,7 @@ def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
     rows = [
         (args.copy_every, "--copy-every", (*phases, "distilled_width")),
         (not args.reverse, "--no-reverse", ("reverse_mode",)),
+        (args.reverse_mode != "noise", f"--reverse-mode {args.reverse_mode}", ("noise_std",)),
         (args.all_fictitious, "--all-fictitious", ("p", "v_redraw")),
         (args.mask_fictitious, "--mask-fictitious", ("weight_cap", "advantages_per_population")),
     ]
@@ -155,7 +157,9 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     learns = args.forward or args.reverse or args.copy_every  # phi
     # Steps until the first distillation or copy; phases at odd multiples of k_d are forward.
     every = args.copy_every or args.k_d * (1 if args.forward else 2)
-    first = every * args.rollout_steps * args.num_envs * process_count()
+    steps = args.rollout_steps * args.num_envs * process_count()  # of an iteration
+    iterations = -(-args.total_timesteps // steps)  # a run ends its last one
+    first = every * steps
     flag = f"--copy-every {args.copy_every}" if args.copy_every else f"--k-d {args.k_d}"
     too_rare = f"{flag} needs {first:,} steps, and the run has {args.total_timesteps:,}"
     wrong = [
@@ -165,7 +169,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
         # With capped w, E_phi[w grad log pi_theta] is not 0: a constant added to A adds a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
-        (learns and first > args.total_timesteps and not args.eval_only, too_rare),
+        (learns and every > iterations and not args.eval_only, too_rare),
     ]
     if args.resume or args.eval_only:  # a run that was begun with idle flags goes on
         return wrong
@@ -737,7 +741,7 @@ def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Ten
         groups = [trained, ~trained]
     normalised = advantages
     for group in groups:
-        _, mean, square = moments(advantages[group]).float()  # NaN if the group is empty: not used
+        _, mean, square = moments(advantages[group])  # NaN if the group is empty: not used
         std = (square - mean**2).clamp(min=0).sqrt()
         normalised = torch.where(group, (advantages - mean) / (std + 1e-5), normalised)
     return normalised
@@ -1019,14 +1023,14 @@ def evaluate(
 # --- 9. Train -------------------------------------------------------------------------------------
 
 
-def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
-    """The scalars that an iteration logs."""
+def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the log has means of."""
     figures = scalars | importance_weights(batch) | compare(batch.theta, batch.phi)
     for name, who in (("trained", batch.trained), ("fictitious", ~batch.trained)):
         if who.any():
             figures[f"reward_per_1000/{name}"] = 1000 * batch.rewards[who].mean()
     figures["reward_per_1000/all"] = 1000 * batch.rewards.mean()
-    return figures | count_episodes(batch.episodes)
+    return figures
 
 
 def new_generators(seed: int, rank: int) -> list[torch.Generator]:
@@ -1056,7 +1060,8 @@ def train(args: Args) -> int:
         state = new_state(agent, args.num_envs)
         if not args.resume:
             envs.reset()
-        own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state}
+        log = EpisodeLog(gather)
+        own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state, "log": log}
         run.begin(
             args.substrate,
             parts={"agent": agent},
@@ -1084,10 +1089,12 @@ def train(args: Args) -> int:
                 before, after = found[f"{phase}/kl_before"], found[f"{phase}/kl_after"]
                 run.say(f"{phase} distillation: KL {before:.3g} -> {after:.3g}")
             own["state"] = state
+            log.episodes += batch.episodes
+            run.note(report(batch, scalars))
             run.lap("learn_s")
             run.advance(args.rollout_steps * args.num_envs * run.size)
             if run.is_due(args.log_every):
-                run.log(report(batch, scalars))
+                run.log(log.means())
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

@@ -45,6 +45,7 @@ from harness import (
     call,
     check_finite,
     descend,
+    gather,
     has_bf16,
     leave,
     load_checkpoint,
@@ -60,7 +61,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from envs.meltingpot.episodes import Player, background_rows, count_episodes, table
+from envs.meltingpot.episodes import EpisodeLog, Player, background_rows, table
 from envs.meltingpot.scenarios import find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables, ids_on
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
@@ -577,7 +578,7 @@ def prepare(
     # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(returns))
     mean, std = agent.value_norm.mean_std()
-    _, centre, square = moments(advantages).float()
+    _, centre, square = moments(advantages)
     deviation = (square - centre**2).clamp(min=0).sqrt()
     batch = dataclasses.replace(
         batch,
@@ -848,14 +849,14 @@ def evaluate(
 # --- 9. Train -------------------------------------------------------------------------------------
 
 
-def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
-    """The scalars that an iteration logs."""
+def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the log has means of."""
     figures = scalars | {"reward_per_1000/all": 1000 * batch.rewards.mean()}
     weight = (batch.old_log_probs - batch.log_probs).exp()  # w, before the update
     figures["weight_max"] = weight.max()
     square = (weight**2).mean()
     figures["effective_samples"] = weight.mean() ** 2 / square  # share of the samples
-    return figures | count_episodes(batch.episodes)
+    return figures
 
 
 def new_generator(seed: int, rank: int) -> torch.Generator:
@@ -883,7 +884,8 @@ def train(args: Args) -> int:
         state = new_state(agent, args.num_envs)
         if not args.resume:
             envs.reset()
-        own = {"rng": rng, "envs": envs, "state": state}
+        log = EpisodeLog(gather)
+        own = {"rng": rng, "envs": envs, "state": state, "log": log}
         run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots, amp=agent.amp)
         if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
             state = new_state(agent, args.num_envs)
@@ -894,10 +896,12 @@ def train(args: Args) -> int:
             batch, state = prepare(args, agent, batch, state)
             scalars = update(args, agent, batch, rng)
             own["state"] = state
+            log.episodes += batch.episodes
+            run.note(report(batch, scalars))
             run.lap("learn_s")
             run.advance(args.rollout_steps * args.num_envs * run.size)
             if run.is_due(args.log_every):
-                run.log(report(batch, scalars))
+                run.log(log.means())
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

@@ -50,6 +50,7 @@ from harness import (
     call,
     check_finite,
     descend,
+    gather,
     has_bf16,
     leave,
     load_checkpoint,
@@ -65,7 +66,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from envs.meltingpot.episodes import Player, background_rows, count_episodes, in_turn, table
+from envs.meltingpot.episodes import EpisodeLog, Player, background_rows, in_turn, table
 from envs.meltingpot.scenarios import find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables, ids_on
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
@@ -123,6 +124,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (args.use_history and alone, "--use-history has no samples with --history-share 0"),
+        (args.redraw == "episode" and alone, "--history-share 0 leaves no use for --redraw"),
         (few, f"--policies-per-rollout exceeds --memory {args.memory}"),
     ]
 
@@ -645,7 +647,7 @@ def prepare(
     agent.value_norm.update(moments(training_samples(args, returns, batch.current)))
     mean, std = agent.value_norm.mean_std()
     ours = training_samples(args, advantages, batch.current)
-    _, centre, square = moments(ours).float()
+    _, centre, square = moments(ours)
     deviation = (square - centre**2).clamp(min=0).sqrt()
     batch = dataclasses.replace(
         batch,
@@ -912,16 +914,15 @@ def evaluate(
 # --- 9. Train -------------------------------------------------------------------------------------
 
 
-def report(batch: Batch, memory: Memory, scalars: dict[str, Tensor]) -> dict[str, Any]:
-    """The scalars that an iteration logs."""
+def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the log has means of."""
     figures = scalars | importance_weights(batch)
     for name, who in (("current", batch.current), ("past", ~batch.current)):
         if who.any():
             figures[f"reward_per_1000/{name}"] = 1000 * batch.rewards[who].mean()
     figures["reward_per_1000/all"] = 1000 * batch.rewards.mean()
-    figures["memory/actors"] = len(memory.actors)
     figures["memory/share"] = (~batch.current).float().mean()
-    return figures | count_episodes(batch.episodes)
+    return figures
 
 
 def new_generators(seed: int, rank: int) -> list[torch.Generator]:
@@ -954,7 +955,8 @@ def train(args: Args) -> int:
         state = new_state(agent, args.num_envs)
         if not args.resume:
             envs.reset()
-        own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state}
+        log = EpisodeLog(gather)
+        own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state, "log": log}
         parts = {"agent": agent, "memory": memory}
         run.begin(args.substrate, parts=parts, own=own, bots=bots, amp=agent.amp)
         if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
@@ -967,10 +969,12 @@ def train(args: Args) -> int:
             memory.append(agent.actor)  # the actor that has just acted, before its update
             scalars = update(args, agent, batch, rng)
             own["state"] = state
+            log.episodes += batch.episodes
+            run.note(report(batch, scalars))
             run.lap("learn_s")
             run.advance(args.rollout_steps * args.num_envs * run.size)
             if run.is_due(args.log_every):
-                run.log(report(batch, memory, scalars))
+                run.log(log.means() | {"memory/actors": len(memory.actors)})
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

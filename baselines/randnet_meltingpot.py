@@ -47,6 +47,7 @@ from harness import (
     call,
     check_finite,
     descend,
+    gather,
     has_bf16,
     leave,
     load_checkpoint,
@@ -62,7 +63,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from envs.meltingpot.episodes import Player, background_rows, count_episodes, table
+from envs.meltingpot.episodes import EpisodeLog, Player, background_rows, table
 from envs.meltingpot.random_tiles import RandomTileTables
 from envs.meltingpot.scenarios import find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables, ids_on
@@ -116,10 +117,12 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     never = args.clean_share == 1
+    matched = args.feature_matching not in (0, Args.feature_matching)
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (never and args.randnet_fan == "channels", "--clean-share 1 has no psi for --randnet-fan"),
+        (never and matched, "--clean-share 1 has no psi for --feature-matching"),
         (never and args.randnet_test == "mc", "--clean-share 1 has no psi for --randnet-test mc"),
     ]
 
@@ -546,7 +549,7 @@ def prepare(
     # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(returns))
     mean, std = agent.value_norm.mean_std()
-    _, centre, square = moments(advantages).float()
+    _, centre, square = moments(advantages)
     deviation = (square - centre**2).clamp(min=0).sqrt()
     batch = dataclasses.replace(
         batch,
@@ -807,10 +810,9 @@ def evaluate(
 # --- 9. Train -------------------------------------------------------------------------------------
 
 
-def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Any]:
-    """The scalars that an iteration logs."""
-    figures = scalars | {"reward_per_1000/all": 1000 * batch.rewards.mean()}
-    return figures | count_episodes(batch.episodes)
+def report(batch: Batch, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the log has means of."""
+    return scalars | {"reward_per_1000/all": 1000 * batch.rewards.mean()}
 
 
 def new_generator(seed: int, rank: int) -> torch.Generator:
@@ -839,12 +841,14 @@ def train(args: Args) -> int:
         state = new_state(agent, args.num_envs)
         if not args.resume:
             envs.reset()
+        log = EpisodeLog(gather)
         own = {
             "rng": rng,
             "method_rng": method_rng,
             "psi": None,
             "envs": envs,
             "state": state,
+            "log": log,
         }
         run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots, amp=agent.amp)
         if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
@@ -857,10 +861,12 @@ def train(args: Args) -> int:
             batch, state = prepare(args, agent, batch, state)
             scalars = update(args, agent, batch, rng)
             own["state"] = state
+            log.episodes += batch.episodes
+            run.note(report(batch, scalars))
             run.lap("learn_s")
             run.advance(args.rollout_steps * args.num_envs * run.size)
             if run.is_due(args.log_every):
-                run.log(report(batch, scalars))
+                run.log(log.means())
             if run.is_due(args.save_every):
                 run.save()
             if run.is_due(args.eval_every):

@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 
 def count_episodes(episodes: list[Episode]) -> dict[str, float]:
-    """Log entries of the episodes that ended in a rollout: means over episodes and players."""
+    """Log entries of training episodes: means over episodes and players."""
     if not episodes:
         return {}
     length = float(np.mean([episode.length for episode in episodes]))
@@ -48,6 +48,31 @@ def count_episodes(episodes: list[Episode]) -> dict[str, float]:
         "episode/length": length,
         "episode/pick_ups_per_1000": 1000 * pick_ups / length,
     }
+
+
+class EpisodeLog:
+    """Collects training episodes (append to `episodes`) until means() writes them to the log."""
+
+    def __init__(self, gather: Callable[[list[Episode]], list[list[Episode]]]):
+        """gather: from this process's list to the lists of all processes."""
+        self.gather, self.episodes = gather, []
+
+    def means(self) -> dict[str, float]:
+        """count_episodes() of all processes' episodes. Empties the log."""
+        every = [episode for own in self.gather(self.episodes) for episode in own]
+        self.episodes = []
+        return count_episodes(every)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"episodes": [[np.asarray(x).tolist() for x in one] for one in self.episodes]}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.episodes = [Episode(*map(plain_or_array, one)) for one in saved["episodes"]]
+
+
+def plain_or_array(x: Any) -> Any:
+    """A list as an array; a number as it is."""
+    return np.array(x) if isinstance(x, list) else x
 
 
 def random_player(num_actions: int, rng: np.random.Generator) -> Player:

@@ -103,9 +103,9 @@ WRONG = {
     "{tiny} --background random {runs}/{name}-coins": "coins toy",
 }
 WRONG_IN_BIDIST = {
-    "--k-d 4 --total-timesteps 9999": "--k-d 12,800 9,999",
+    "--k-d 4 --total-timesteps 9600": "--k-d 12,800 9,600",
     "--no-forward --k-d 3 --total-timesteps 9999": "--k-d 19,200 9,999",
-    "--copy-every 4 --total-timesteps 9999": "--copy-every 12,800 9,999",
+    "--copy-every 4 --total-timesteps 9600": "--copy-every 12,800 9,600",
     "--copy-every 1 --reverse-mode noise": "--copy-every --reverse-mode",
     "--p 1.5": "--p 1.5",
     "--k-d 0": "--k-d",
@@ -126,6 +126,7 @@ WRONG_IN_BIDIST = {
     "--copy-every 2 --k-d 3": "--copy-every --k-d",
     "--mask-fictitious --advantages-per-population --weight-cap 2": "--weight-cap",
     "--no-reverse --reverse-mode noise": "--no-reverse --reverse-mode",
+    "--noise-std 0.5": "--reverse-mode --noise-std",
     "--resume {runs}/{name} --k-d 3": "--k-d 1",
     "--resume {runs}/{name} --no-forward": "--forward",
     "--eval-only {runs}/{name} --final-episodes 1 --distilled-width 0.5": "--distilled-width 1.0",

@@ -3,6 +3,7 @@ whose episodes last 6 to 10 steps, and on a substrate of eight players."""
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 
@@ -11,6 +12,7 @@ import pytest
 import scipy.stats
 
 from envs.meltingpot.episodes import (
+    EpisodeLog,
     Result,
     Video,
     count_episodes,
@@ -380,6 +382,24 @@ def test_scalars_of_a_rollouts_episodes():
         "episode/length": 200.0,
         "episode/pick_ups_per_1000": 25.0,  # 10 of each player's in 400 steps
     }
+
+
+def test_the_log_of_training_episodes():
+    """Means over the episodes of all processes; saved and restored, with no episode, too."""
+    ended = [
+        Episode(0, 100, np.array([1.0, 3.0]), np.array([4, 6])),
+        Episode(1, 300, np.array([5.0, 7.0]), np.array([0, 10])),
+    ]
+    another = Episode(0, 200, np.array([0.0, 12.0]), np.array([9, 1]), np.array([2.0]), np.ones(1))
+    log = EpisodeLog(lambda own: [own, [another]])
+    log.episodes += ended
+    again = EpisodeLog(lambda own: [own, [another]])
+    again.load_state_dict(json.loads(json.dumps(log.state_dict())))
+    means = count_episodes([*ended, another])
+    assert means["episode/return"] == pytest.approx(14 / 3)
+    assert log.means() == again.means() == means
+    log.gather = lambda own: [own]
+    assert log.episodes == [] and log.means() == {}
 
 
 # --- How it looks --------------------------------------------------------------------------------
