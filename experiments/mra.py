@@ -526,7 +526,8 @@ class Ladder:
     is the script that does not know the population, 1 the one that does. best z: chosen for each
     population in other episodes. information: the bound on I(g; a|o) in nats. xi right: share of
     agents whose population xi finds. priors apart: mean total variation between the p(z|m) of two
-    populations; 1 if they share no z. These last ones are means of the last fifth of training.
+    populations; 1 if they share no z. heads used: exp of the entropy of p(z|m). These last ones are
+    means of the last fifth of training, over populations.
     Writes OUT.csv (a row per run) and OUT.md: means over seeds, and differences between forms with
     95 % bootstrap intervals over seeds and the p of an exact permutation test.
     """
@@ -541,6 +542,19 @@ def last_fifth(run: Run, name: str) -> float:
     """Mean of the scalars NAME/* in the last fifth of a run's log; NaN if it has none."""
     late = [scalars for scalars in run.log if scalars["timesteps"] > 0.8 * run.steps]
     found = [x for scalars in late for key, x in scalars.items() if key.partition("/")[0] == name]
+    return float(np.mean(found)) if found else math.nan
+
+
+def heads_used(run: Run) -> float:
+    """Number of heads that a run uses: exp of the entropy of p(z|m) for agents of the first type,
+    mean over training populations in the last fifth of the log; NaN if that has no p(z|m)."""
+    late = [scalars for scalars in run.log if scalars["timesteps"] > 0.8 * run.steps]
+    found = []
+    for scalars, population in itertools.product(late, run.args["populations"]):
+        begin = f"prior/{population}/0/"
+        p = np.array([x for name, x in scalars.items() if name.startswith(begin) and x > 0])
+        if len(p):
+            found.append(math.exp(-float(p @ np.log(p))))
     return float(np.mean(found)) if found else math.nan
 
 
@@ -570,6 +584,7 @@ def ladder_row(run: Run) -> dict[str, Any]:
         "xi right": last_fifth(run, "xi_accuracy"),
         "xi, uniform g": last_fifth(run, "xi_accuracy_uniform_g"),
         "priors apart": last_fifth(run, "prior_distance"),
+        "heads used": heads_used(run),
     }
     return row
 
@@ -581,11 +596,14 @@ def by_form(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def ladder_table(rows: list[dict[str, Any]]) -> str:
-    """A line per form: number of seeds, then means over them; "return" shows each seed, too."""
+    """A line per form: number of seeds, then means over them; "return" shows each seed, too.
+    Columns that no run has are left out."""
     lines = []
+    names = [name for name in rows[0] if name not in ("form", "run")]
+    names = [name for name in names if not all(math.isnan(row[name]) for row in rows)]
     for form, seeds in by_form(rows).items():
         line = {"": form, "seeds": len(seeds)}
-        for name in (name for name in seeds[0] if name not in ("form", "run")):
+        for name in names:
             x = np.array([row[name] for row in seeds])
             small = name.startswith(("inf", "xi", "priors", "gap"))
             line[name] = "" if np.isnan(x.mean()) else f"{x.mean():.{3 if small else 2}f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -346,6 +347,23 @@ def test_ladders_are_what_the_criterion_says(name):
     assert found == wanted
 
 
+def test_the_gate_is_what_the_criterion_says():
+    """In rooms and signpost an oracle with a flat graph, by the ladder's schedule."""
+    ladder = criteria.read_tables()["defaults"]["mra_ladder"]
+    study = runs_module.read_toml(runs_module.ROOT / "experiments/studies/mra_gate.toml")
+    assert study["seeds"] == ladder["seeds"]
+    oracle = re.search(r"\((--tell-population all [^:]*):", ladder["gate"])[1]
+    assert {*study["runs"]} == {f"{task}-oracle" for task in ("rooms", "signpost")}
+    for run, line in study["runs"].items():
+        words = shlex.split(f"{line} {study['flags']} --total-timesteps {study['timesteps']}")
+        task = run.removesuffix("-oracle")
+        common = ladder["common"].replace("--tell-population critic", oracle)
+        how = f"{common} {ladder['schedule']} --phi-gradient mi --no-psi-information --task {task}"
+        wanted = [*shlex.split(how), "--populations", *ladder["populations"][task]]
+        both = [runs_module.script_args(script, own[1:]) for own in (words, wanted)]
+        assert both[0] == both[1]
+
+
 def write_ladder_run(folder, name, returns, unseen, bests):
     """A run in rooms that has finished: arguments, a log of ten lines, final returns."""
     folder = folder / name
@@ -356,6 +374,9 @@ def write_ladder_run(folder, name, returns, unseen, bests):
     log = [
         {"timesteps": 10 * k, "information/3,3": 0.1 * k, "xi_accuracy/6,3": 0.5} for k in range(11)
     ]
+    if name.startswith("ours"):  # two of three heads, then one; leaders use all, and do not count
+        shares = {"3,3/0": (0.5, 0.5, 0.0), "6,3/0": (0.0, 0.0, 1.0), "3,3/1": (0.2, 0.2, 0.6)}
+        log[-1] |= {f"prior/{m}/{z}": x for m, p in shares.items() for z, x in enumerate(p)}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     evals = {"4,3": unseen}
     for population, drawn, best in zip(args["populations"], returns, bests):
@@ -382,9 +403,11 @@ def test_ladder(tmp_path):
     first, _, third, _ = rows(f"{out}.csv")
     figures = {name: float(x) for name, x in first.items() if x and name not in ("form", "run")}
     wanted = {"return": -7.5, "3,3": -7.0, "6,3": -8.0, "gap closed": 6.5 / 7, "unseen": -9.0}
-    wanted |= {"best z": -6.5, "information": 0.95, "xi right": 0.5}
+    wanted |= {"best z": -6.5, "information": 0.95, "xi right": 0.5, "heads used": 1.5}
     assert figures == pytest.approx(figures | wanted, rel=1e-5)
-    assert first["uniform g"] == first["priors apart"] == "", "the runs have none"
+    assert first["uniform g"] == first["priors apart"] == third["heads used"] == "", "there is none"
+    head = [x.strip() for x in text.splitlines()[0].strip("|").split("|")]
+    assert "heads used" in head and "uniform g" not in head, "the table is without what no run has"
     assert float(third["gap closed"]) == pytest.approx(0.5 / 7, rel=1e-5)
     assert "-8.00 (-7.50, -8.50)" in text
     # seeds -7.5, -8.5 and -13.5, -13: all four ways to draw a mean of each
