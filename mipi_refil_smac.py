@@ -107,7 +107,7 @@ class Args(RunArgs):
     alpha: Amount | None = None  # cost per nat, Eq. (16): .03, mmm .1, resource .05 (rescaled .005)
     alpha_i: Amount | None = None  # alpha_i, the policy's alpha in Eq. (18); default: alpha
     alpha_i_over_w: bool = False  # alpha_i / w_i instead of alpha_i in Eq. (18), as Lemma 2 needs
-    observe_self_only: bool = False  # agents see only their own unit, and alpha is 0 (Table 3)
+    observe_self_only: bool = False  # agents see only s+, their own unit; alpha is 0 (Table 3)
     ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
     actor_loss_times_w: bool = False  # multiply Eq. (18) by w_i: the gradient of E_pi Q_tot
     detach_actor_trunk: bool = False  # (18) moves no shared layer; no effect without --policy head
@@ -550,13 +550,21 @@ def split_views(tagged: Tagged | None) -> Views:
     return Views(*[Tagged(units, choices) for choices in tagged.choices.unbind(1)])
 
 
+def without(entities: Tensor, things: slice) -> Tensor:
+    """Entities (M, S, D) with zeros in the columns `things`: in Resource Collection an agent's own
+    row can say where things are (--egocentric), which is no part of s+."""
+    entities = entities.clone()
+    entities[..., things] = 0.0
+    return entities
+
+
 class Utility(nn.Module):
     """Utilities Q_i(u) of every agent: attention to entities, GRU, one output per action."""
 
-    def __init__(self, inputs: int, actions: int, args: Args):
+    def __init__(self, inputs: int, actions: int, args: Args, things: slice):
         super().__init__()
         H = args.hidden_size
-        self.observe_self_only = args.observe_self_only
+        self.observe_self_only, self.things = args.observe_self_only, things
         self.embed = nn.Linear(inputs, H)
         self.attention = Attention(1, H, args.heads)
         self.project = nn.Linear(H, H)
@@ -572,11 +580,12 @@ class Utility(nn.Module):
     ) -> tuple[Views, Views, Tensor, Views]:
         """Utilities (M, A, U) and memory (M, A, R), the input of their head, in each view; the
         hidden state (1, B V A, R) after them; what pointers read in each view, or None."""
-        A, unseen = features.unseen.shape[1], features.unseen
+        A, unseen, entities = features.unseen.shape[1], features.unseen, features.entities
         if self.observe_self_only:
             unseen = unseen | others(unseen)
+            entities = without(entities, self.things)
         mask = mask_views(unseen, groups)  # (M, V, A, S)
-        units = F.relu(self.embed(features.entities))  # (M, S, H)
+        units = F.relu(self.embed(entities))  # (M, S, H)
         query, key, value = self.attention(units[:, :, None], A)
         x = attend(query, key, value, mask)[0]  # (M, V, A, H)
         with torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for utilities
@@ -593,9 +602,10 @@ class Marginal(nn.Module):
     """The marginal policy's network. It reads s+: an agent's own unit, now and earlier. Attention
     to a single entity gives this entity's value, so there are no queries and keys."""
 
-    def __init__(self, inputs: int, actions: int, args: Args):
+    def __init__(self, inputs: int, actions: int, args: Args, things: slice):
         super().__init__()
         H = args.hidden_size
+        self.things = things
         self.embed = nn.Linear(inputs, H)
         attention = Attention(1, H, args.heads)  # initialised as in Utility; only values are kept
         self.value = nn.Parameter(attention.key_value.data[0, :, H:].clone())
@@ -610,7 +620,8 @@ class Marginal(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The input of the head (M, A, R); the hidden state (1, B A, R) after it."""
         A = features.unseen.shape[1]
-        x = F.relu(self.embed(features.entities[:, :A])) @ self.value  # (M, A, H)
+        own = without(features.entities[:, :A], self.things)  # (M, A, D)
+        x = F.relu(self.embed(own)) @ self.value  # (M, A, H)
         with torch.autocast(x.device.type, enabled=False):
             x = F.relu(apply_both(self.project, self.gru_input, x[:, None]))
             x, hidden = remember(self.gru, x, features.played, hidden)  # (M, 1, A, R)
@@ -728,15 +739,15 @@ class Agent(Parts):
     def __init__(self, args: Args, family: Family, device: torch.device):
         self.args, self.device = args, device
         self.amp = args.amp and has_bf16(device)
-        inputs = family.features + family.n_actions
+        inputs, things = family.features + family.n_actions, family.things
         torch.manual_seed(args.seed)
-        self.utility = Utility(inputs, family.n_actions, args).to(device)
+        self.utility = Utility(inputs, family.n_actions, args, things).to(device)
         self.mixer = Mixer(inputs, args).to(device)
         self.target_utility = copy.deepcopy(self.utility)
         self.target_mixer = copy.deepcopy(self.mixer)
         self.optimiser = new_optimiser(args, self.critic())
         self.policy = new_head(family.n_actions, args).to(device)
-        self.marginal = Marginal(inputs, family.n_actions, args).to(device)
+        self.marginal = Marginal(inputs, family.n_actions, args, things).to(device)
         self.policy_optimiser = new_optimiser(args, self.policy)
         self.marginal_optimiser = new_optimiser(args, self.marginal)
         own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))

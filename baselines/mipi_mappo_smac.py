@@ -491,16 +491,20 @@ class Marginal(Actor):
         return super().point(x, entities, features) + self.by_tag(x)
 
 
-def own_states(features: Features, own: str) -> Features:
+def own_states(features: Features, own: str, things: slice = slice(0)) -> Features:
     """Features of s+. own self: agents see only themselves, entities (M, A, D), unseen (M, A, A);
-    self+enemies: all in sight except other agents, entities (M, S, D), unseen (M, A, S)."""
+    self+enemies: all in sight except other agents, entities (M, S, D), unseen (M, A, S). things:
+    columns of an agent's row that say where things are (family.things); of self they are 0."""
     A, S = features.unseen.shape[1:]
+    entities = features.entities
     if own == "self":
         S = A
+        entities = entities[:, :A].clone()
+        entities[..., things] = 0.0
     mates = F.pad(others(A), (0, S - A))  # (A, S)
     mates = send(mates, features.unseen.device)
     return features._replace(
-        entities=features.entities[:, :S],
+        entities=entities,
         unseen=features.unseen[..., :S] | mates,
         empty=features.empty[:, :S],
     )
@@ -569,7 +573,7 @@ class Agent(Parts):
     def __init__(self, args: Args, family: Family, device: torch.device):
         self.args, self.device = args, device
         self.amp = args.amp and has_bf16(device)
-        inputs = family.features + family.n_actions
+        inputs, self.things = family.features + family.n_actions, family.things
         torch.manual_seed(args.seed)
         self.actor = Actor(inputs, family, args).to(device)
         self.critic = Critic(inputs, args).to(device)
@@ -682,7 +686,8 @@ def draw_groups(played: Tensor, entities: int, rng: torch.Generator) -> Tensor:
 
 
 def imagined_teams(features: Features, groups: Tensor, own: str) -> Features:
-    """Features of s+ and s*: agents see, of all in sight, s+ and their group; groups (K, S)."""
+    """Features of s+ and s*: agents see, of all in sight, s+ and their group; groups (K, S). Where
+    an agent's own row says where things are (--egocentric), it does so whatever their group is."""
     A = features.unseen.shape[1]
     apart = groups[:, :A, None] != groups[:, None]  # (K, A, S)
     if own == "self+enemies":
@@ -1034,7 +1039,7 @@ def fit_marginal(
         played = features.played if args.recurrent else torch.ones(1, K, dtype=torch.bool)
         groups = draw_groups(played, S, agent.rng)
         log_pi = agent.say(agent.actor, imagined_teams(features, groups, args.own))
-    lesson = Lesson(own_states(features, args.own), log_pi)
+    lesson = Lesson(own_states(features, args.own, agent.things), log_pi)
     losses = []
     for _ in range(args.marginal_epochs):
         for part in minibatches(args, lesson, agent.rng):

@@ -18,6 +18,7 @@ import torch
 from runs import differences, exact, index, metrics
 
 from envs.smac.combat import SIDE, Combat
+from envs.smac.resource_collection import forager
 
 CPU = torch.device("cpu")
 SMALL = "--hidden-size 8 --heads 2 --rnn-size 6 --mixing-size 5 --buffer-size 40 --num-envs 4"
@@ -181,6 +182,24 @@ def forward_view(batch, values, costs, gamma, td_lambda):
         weights[-1] = td_lambda ** (len(n_step) - 1)
         found[k] = np.dot(weights, n_step)
     return found
+
+
+def things_moved(module, battles):
+    """Features in Resource Collection with egocentric=True, then those after all resources and the
+    invader have moved a little; whether each agent's own row says so (M, A)."""
+    battles.reset()
+    for _ in range(30):
+        battles.step(forager(battles))
+    snap = battles.snapshot
+    moved = snap._replace(resources=snap.resources + 0.02, invader=snap.invader + 0.02)
+    played = torch.ones(1, battles.num_battles, dtype=torch.bool)
+    last_actions = torch.full((battles.num_battles, SIDE), -1)
+    seen = [battles.observe(x) for x in (snap, moved)]
+    now, then = (module.encode(obs, last_actions, played, CPU) for obs in seen)
+    A = now.unseen.shape[1]
+    differs = (now.entities != then.entities)[:, :A]
+    assert differs[..., 23:35].any() and not differs[..., :23].any()
+    return now, then, differs.any(-1)
 
 
 # --- Mixing in NumPy ------------------------------------------------------------------------------

@@ -139,6 +139,11 @@ class Family:
         first = SLOTS + self.n_actions - 2
         return {NAMES[t].lower(): first + k for k, t in enumerate(self.types)}
 
+    @property
+    def things(self) -> slice:
+        """Columns of an agent's row that say where things are: none, see Resource Collection's."""
+        return slice(0)
+
     def teams(self, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
         """All teams of these sizes, each as the number of units of each of `types`.
 

@@ -118,17 +118,26 @@ class Step(NamedTuple):
     episodes: list[Episode]  # those that this step has ended
 
 
+# Velocity, position, what an agent holds (4), event (6), values, speed, kind of thing (5).
+FEATURES = 2 + 2 + 4 + 6 + 4 + 5
+
+
 class Family(NamedTuple):
     """Sizes that networks need; as combat.Family."""
 
     name: str = "resource"
     n_actions: int = len(MOVES)
-    # D: velocity, position, what an agent holds (4), event (6), values, speed, kind of thing (5).
-    features: int = 2 + 2 + 4 + 6 + 4 + 5
+    features: int = FEATURES  # D
 
     @property
     def type_columns(self) -> dict[str, int]:
         return {}
+
+    @property
+    def things(self) -> slice:
+        """Columns of an agent's row that say where things are, not what the agent is: those of
+        nearest_seen(), if there are any."""
+        return slice(FEATURES, self.features)
 
     def teams(self, sizes: tuple[int, ...]) -> list[tuple[int]]:
         """[(size,)] of the sizes; ValueError if one is not 1 to 8, or if there is none."""
@@ -142,7 +151,7 @@ class Family(NamedTuple):
 
 def new_family(egocentric: bool = False) -> Family:
     """The Family of a world; `egocentric` adds the 12 features of nearest_seen()."""
-    return Family(features=Family().features + 12 * egocentric)
+    return Family(features=FEATURES + 12 * egocentric)
 
 
 class Clocks(NamedTuple):
@@ -389,7 +398,8 @@ def nearest_seen(places: Tensor, seen: Tensor) -> Tensor:
 
 def observe(snap: Snapshot, place_scale: float = 1.0, egocentric: bool = False) -> Observation:
     """What agents see: agents within SIGHT, things whose edge is within SIGHT, and themselves.
-    Velocities and places are times place_scale. egocentric: agents' rows end by nearest_seen()."""
+    Velocities and places are times place_scale. egocentric: agents' rows end by nearest_seen(), in
+    the columns Family.things."""
     B, device = len(snap.present), snap.present.device
     places, there = bodies(snap)
     abilities = torch.cat((snap.value, snap.speed[..., None]), -1) - MIDDLE

@@ -39,6 +39,7 @@ from battle_tools import (
     sharpen,
     softmax,
     stacked,
+    things_moved,
     tiny,
     weights_of,
 )
@@ -172,6 +173,25 @@ def test_observe_self_only_sees_nobody_else():
     assert s.agent.alpha == s.agent.alpha_i == 0 and not s.agent.informed
     zero = mipi.Views(torch.zeros(features.avail_actions.shape[:2], dtype=torch.float64))
     q_total = [s.agent.mixer(zero, x).q_total for x in (features, other)]
+    assert not torch.equal(*q_total)
+
+
+@pytest.mark.parametrize("flags", ["", "--no-recurrent --own-beside", "--observe-self-only"])
+def test_things_in_sight_are_no_part_of_the_own_state(flags):
+    """An agent's own row can say where the nearest ones are: the marginal does not read that, nor
+    does who sees only itself. Others do, and the mixer."""
+    s = setting(f"--scenario resource --egocentric --num-envs 16 {flags}", rounds=0)
+    now, then, sees = things_moved(mipi, s.battles)
+    log_m = [s.agent.marginal.head(s.agent.marginal(x)[0]) for x in (now, then)]
+    assert torch.equal(*log_m) and sees.sum() > 10
+    for net in (s.agent.utility, s.agent.target_utility):
+        a, b = (net(x)[0].full_view for x in (now, then))
+        if s.args.observe_self_only:
+            assert torch.equal(a, b)
+        else:
+            assert (a != b).any(-1)[sees].all()
+    zero = mipi.Views(torch.zeros(now.avail_actions.shape[:2]))
+    q_total = [s.agent.mixer(zero, x).q_total for x in (now, then)]
     assert not torch.equal(*q_total)
 
 

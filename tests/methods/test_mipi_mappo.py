@@ -28,6 +28,7 @@ from battle_tools import (
     read,
     resuming,
     sharpen,
+    things_moved,
 )
 from runs import differences, exact, metrics, script, some_long
 
@@ -444,6 +445,28 @@ def test_enemies_out_of_sight_are_no_part_of_the_own_state():
         states = [features, features._replace(entities=other)]
         a, b = (net(mipi.own_states(x, "self+enemies"))[0] for x in states)
         assert torch.equal(a[:, 0], b[:, 0]) and not torch.equal(a, b)
+
+
+@EACH_MODE
+def test_things_in_sight_are_no_part_of_the_own_state(mode):
+    """An agent's own row can say where the nearest ones are: a marginal of `self` neither learns
+    from that nor reads it. Actors do, and marginals of `self+enemies`, who see things."""
+    flags = MODES[mode].replace("pointer", "tags")
+    s = setting(f"--scenario resource --egocentric --num-envs 16 {flags}")
+    things = s.battles.family.things
+    term, _ = mipi.find_term(s.args, s.agent, s.rollout)
+    log_m, other = (
+        s.agent.say(s.agent.marginal, mipi.own_states(s.features, "self", x))
+        for x in (things, slice(0))
+    )
+    assert torch.equal(term.log_marginal, log_m) and not torch.equal(log_m, other)
+    now, then, sees = things_moved(mipi, s.battles)
+    for net, own in ((s.agent.actor, ""), (s.agent.marginal, "self+enemies")):
+        states = [mipi.own_states(x, own, things) if own else x for x in (now, then)]
+        a, b = (s.agent.say(net, x) for x in states)
+        assert (a != b).any(-1)[sees].all() and sees.sum() > 10
+    states = [mipi.own_states(x, "self", things) for x in (now, then)]
+    assert torch.equal(*(s.agent.say(s.agent.marginal, x) for x in states))
 
 
 @OWN

@@ -646,6 +646,7 @@ def test_egocentric_features():
     how near it is; zeros of what it does not see; the rest of the features stays."""
     w = rc.ResourceCollection((2, 5), 16, 1, egocentric=True)
     assert w.family.features == 35 == w.reset().entities.shape[-1]
+    assert w.family.things == slice(23, 35) and not range(23)[rc.Family().things]
     counted = 0
     for _ in range(50):
         w.step(rc.forager(w))
