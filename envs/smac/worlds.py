@@ -73,6 +73,7 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
     collects = args.scenario == "resource"
     in_game = args.backend == "sc2"
     other_rules = args.clip_regeneration or args.enemy_ai != "sticky"
+    begins = not args.resume and not args.eval_only  # a saved run may have what is now refused
     try:
         family_of(args.scenario).teams((*args.team_sizes, *args.eval_team_sizes))
         no_team = "--team-sizes is empty" if not args.team_sizes else ""
@@ -97,6 +98,10 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
         (
             args.game_version and not in_game and not args.eval_only,
             "--game-version is for --backend sc2",
+        ),
+        (
+            begins and args.env_threads > 1 and (collects or in_game),
+            "--env-threads is for battles of --backend sim",
         ),
     ]
 

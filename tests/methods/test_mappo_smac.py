@@ -649,6 +649,8 @@ WRONG = {  # with words that the sentence has to contain
     "--rescale": "--rescale --scenario resource",
     "--backend sc2 --enemy-ai focus": "--enemy-ai --backend sim",
     "--scenario resource --clip-regeneration": "--clip-regeneration battles",
+    "--scenario resource --env-threads 2": "--env-threads --backend sim",
+    "--backend sc2 --env-threads 2": "--env-threads --backend sim",
 }
 
 

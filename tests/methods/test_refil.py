@@ -826,6 +826,8 @@ WRONG = {  # with words that the sentence has to contain
     "--scenario resource --team-sizes 9": "1 to 8 9",
     "--scenario resource --enemy-ai focus": "--enemy-ai battles --scenario resource",
     "--scenario resource --clip-regeneration": "--clip-regeneration battles",
+    "--scenario resource --env-threads 2": "--env-threads --backend sim",
+    "--backend sc2 --env-threads 2": "--env-threads --backend sim",
     "--rescale": "--rescale --scenario resource",
     "--egocentric": "--egocentric --scenario resource",
     "--replay-window -1": "--replay-window",
@@ -844,6 +846,16 @@ def test_what_would_do_something_else_than_it_says(line, words):
     with pytest.raises(UsageError) as error:
         read(refil, line)
     assert [word for word in words.split() if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("source", ["resume", "eval_only"])
+def test_threads_of_a_saved_run_are_no_error(source):
+    """One begun before they were refused, or one that is evaluated in the game."""
+    threads = {"env_threads": 2, source: "run"}
+    args = dataclasses.replace(refil.Args(), scenario="resource", **threads)
+    assert not any(wrong for wrong, _ in worlds.wrong_flags(args))
+    args = dataclasses.replace(refil.Args(), backend="sc2", **threads)
+    assert not any(wrong for wrong, _ in worlds.wrong_flags(args))
 
 
 @EACH
