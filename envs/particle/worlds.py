@@ -1,4 +1,4 @@
-"""Particle worlds of MRA (TMLR) and MAAC, and two of ours, for any number of agents, batched.
+"""Particle worlds of MRA (TMLR) and MAAC, and two of ours, for up to 1,000 agents, batched.
 
     treasure    N agents collect 20 treasures, which reappear elsewhere when touched
     resource    N agents share 6 resources of different size
@@ -48,6 +48,7 @@ ACTIONS = ("none", "left", "right", "down", "up")  # PettingZoo's order
 DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3
 HORIZON = 20  # steps of an episode
 LONGEST = 2**20  # more steps than an episode can have
+MOST_AGENTS = 1000  # in a world; twenty times as many as in the paper's largest
 LANES = 32  # worlds are padded to a multiple of this, so a world's bits do not depend on how many
 SHAPED = ("treasure", "pacman", "delivery")  # tasks whose rewards have a shaping term
 VISIBLE = 7  # delivery: most treasures that an agent sees; collectors in a deposit's shaping
@@ -155,6 +156,9 @@ def make_game(task: str, population: int | tuple[int, ...], **options: Any) -> G
     if min(population) < 1:
         few = _name(population)
         raise ValueError(f"A population has at least one agent of each type: not {few}.")
+    if sum(population) > MOST_AGENTS:
+        many = _name(population)
+        raise ValueError(f"A population has at most {MOST_AGENTS} agents: not {many}.")
     leaders = TASKS[task].num_last
     if leaders and population[-1] != leaders:
         given = _name(population)
@@ -745,7 +749,8 @@ class Step(NamedTuple):
 
 
 class ParticleWorld:
-    """num_worlds worlds of one task and population, on one device. ValueError as make_game().
+    """num_worlds worlds of one task and population, on one device. ValueError as make_game(), or
+    for a horizon that is not below LONGEST.
 
     task            one of TASKS
     population      number of agents; for pacman (Pac-Men, ghosts), for rooms (followers, 3), for
@@ -771,6 +776,8 @@ class ParticleWorld:
         **options: Any,
     ):
         self.game = make_game(task, population, **options)
+        if not 1 <= horizon < LONGEST:  # uniform() keeps so many steps for each episode
+            raise ValueError(f"An episode has from 1 to {LONGEST - 1} steps, not {horizon}.")
         self.num_worlds, self.horizon = num_worlds, horizon
         self.device, self.dtype = torch.device(device), dtype
         padded = -(-num_worlds // LANES) * LANES

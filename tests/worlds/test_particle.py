@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mpe2._mpe_utils.core import Agent, World
+from particle_tools import EPC, MAAC, MADDPG, MRA, RL2, script
 
 from envs.particle.episodes import (
     EpisodeReturns,
@@ -21,6 +22,7 @@ from envs.particle.episodes import (
     report_returns,
 )
 from envs.particle.worlds import (
+    LONGEST,
     SHAPED,
     TASKS,
     Bodies,
@@ -562,6 +564,7 @@ def test_without_a_compiler_the_world_is_eager(tmp_path):
         (("treasure", (3, 2)), "A population of treasure is one number: 3,2 is not."),
         (("pacman", 3), "A population of pacman is 2 numbers (pac_man, ghost): 3 is not."),
         (("pacman", (0, 2)), "A population has at least one agent of each type: not 0,2."),
+        (("pacman", (997, 4)), "A population has at most 1000 agents: not 997,4."),
         (("treasure", 3, {"nearest": 25}), "nearest is from 1 to 20, not 25."),
         (
             ("treasure", 3, {"integration": "MPE2"}),
@@ -579,6 +582,35 @@ def test_what_does_not_exist_is_one_sentence(arguments, sentence):
     with pytest.raises(ValueError) as error:
         make_game(task, population, **options)
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("steps", [0, LONGEST])
+def test_an_episode_fits_its_random_numbers(steps):
+    """uniform() counts LONGEST steps for each, its beginning among them."""
+    with pytest.raises(ValueError) as error:
+        ParticleWorld("treasure", 3, 1, horizon=steps)
+    assert str(error.value) == f"An episode has from 1 to {LONGEST - 1} steps, not {steps}."
+    assert ParticleWorld("treasure", 1000, 1, horizon=LONGEST - 1).num_agents == 1000
+
+
+@pytest.mark.parametrize("name", [MRA, MADDPG, MAAC, RL2, EPC])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (f"{{flag}} {'9' * 20}", f"A population has at most 1000 agents: not {'9' * 20}."),
+        ("{flag} 8,1001 --task pacman", "A population has at most 1000 agents: not 8,1001."),
+        ("--max-episode-steps 1048576", "An episode has from 1 to 1048575 steps, not 1048576."),
+    ],
+)
+def test_scripts_refuse_worlds_that_are_too_large(
+    name, words, sentence, tmp_path, monkeypatch, capfd
+):
+    """One sentence, code 2, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    flag = "--populations" if name in (MRA, RL2, EPC) else "--population"
+    assert script(name).main(words.format(flag=flag).split()) == 2
+    assert capfd.readouterr() == ("", f"error: {sentence}\n")
+    assert not [*tmp_path.iterdir()]
 
 
 def mean_return(task, population, player, worlds=512):
