@@ -390,14 +390,25 @@ QUICK += " --final-episodes 400"
 
 
 class WeakEnemies(Combat):
-    """Of the enemies' hit points are 40 % left, and nothing of their shields."""
+    """Of the enemies' hit points are 40 % left, and nothing of their shields; also in battles that
+    begin within a step."""
 
     def reset(self):
         super().reset()
-        self.units["health"][:, SIDE:] *= 0.4
-        self.units["shield"][:, SIDE:] = 0
-        self.load_state_dict(self.state_dict())
+        self.weaken()
         return self.obs
+
+    def step(self, actions):
+        step = super().step(actions)
+        self.weaken()
+        return step
+
+    def weaken(self):
+        begins = self.battles["time"] == 0
+        if begins.any():
+            self.units["health"][begins, SIDE:] *= 0.4
+            self.units["shield"][begins, SIDE:] = 0
+            self.load_state_dict(self.state_dict())  # observations are computed anew
 
 
 def stand_and_shoot(battles):
