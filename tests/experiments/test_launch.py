@@ -432,7 +432,8 @@ def test_runs_of_two_processes(study):
     (file.parent / "counter.py").write_text("\n".join(lines))
     run = file.parent / "my runs" / "a-s1"
     with start(file) as process:
-        wait_for((run / "checkpoints.json").exists, seconds=120)
+        log = run / "metrics.jsonl"
+        wait_for(lambda: log.exists() and log.read_text().endswith("\n"), seconds=120)
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 75
     saved = json.loads((run / "checkpoints.json").read_text())[0]["timesteps"]
