@@ -846,11 +846,12 @@ def divergence_from_marginal(
         recurrent=getattr(args, "recurrent", True),
         target_head="tags" if args.scenario == "resource" else "pointer",
     )
-    family = worlds.family_of(opened.agent.args.scenario)
+    its = opened.agent.args
+    family = worlds.family_of(its.scenario, getattr(its, "egocentric", False))
     with torch.random.fork_rng():
         torch.manual_seed(study.seed)
         net = script.Marginal(features.entities.shape[-1], family, args)
-    states = script.own_states(features, own)
+    states = script.own_states(features, own, family.things)
     some = torch.arange(0, features.played.shape[1], 2)
     given, index = some_episodes(states, some)
     labels, acts = log_pi[index], script.choosing(given)
