@@ -156,11 +156,11 @@ def test_another_run_is_not_taken(tmp_path, monkeypatch, capsys):
     assert Hosted.started[1][:2] == ["--resume", str(run)]
     assert json.loads((run / "summary.json").read_text())["timesteps"] == 3 * STEPS
     # A flag that the run's version of the script did not have was at its default.
-    del args["weight_cap"], args["noise_std"]
+    del args["weight_cap"], args["adam_eps"]
     (run / "args.json").write_text(json.dumps(args))
     assert fig(*first) == 0
-    other = ("--noise-std", "0.2")
-    assert refused(*first, *other) == f"{where} noise_std is 0.1, not 0.2."
+    other = ("--adam-eps", "0.1")
+    assert refused(*first, *other) == f"{where} adam_eps is 1e-05, not 0.1."
 
 
 @pytest.mark.parametrize(
