@@ -110,10 +110,10 @@ class Study:
 # --- What counts ----------------------------------------------------------------------------------
 
 
-def counted(case: Claim, points: list[Point]) -> list[Point]:
-    """The points that count, in the order of the claim's seeds; UsageError if a seed has two."""
-    own = [x for x in points if case.counts(x.seed, x.steps)]
-    own.sort(key=lambda x: case.seeds.index(x.seed))
+def counted(case: Claim, arm: str, points: list[Point]) -> list[Point]:
+    """The points that count, in the order of the arm's seeds; UsageError if a seed has two."""
+    own = [x for x in points if case.counts(arm, x.seed, x.steps)]
+    own.sort(key=lambda x: case.seeds_of(arm).index(x.seed))
     for x, y in itertools.pairwise(own):
         if x.seed == y.seed:
             raise UsageError(f"{case.id}: {x.run} and {y.run} are the same arm and seed.")
@@ -123,7 +123,7 @@ def counted(case: Claim, points: list[Point]) -> list[Point]:
 def pilots(case: Claim, found: dict[str, list[Point]]) -> dict[str, list[Point]]:
     """The points that do not count, of the greatest length that first arms share with others."""
     left = {
-        arm: [x for x in points if not case.counts(x.seed, x.steps)]
+        arm: [x for x in points if not case.counts(arm, x.seed, x.steps)]
         for arm, points in found.items()
     }
     for steps in sorted({x.steps for arm in case.first for x in left[arm]}, reverse=True):
@@ -140,7 +140,7 @@ def too_few(case: Claim, arm: str, points: list[Point]) -> str:
     """Why an arm has too few seeds in a world for a verdict; "" if it has enough."""
     if not points:
         return f"{arm} has not run in {case.run}"
-    if missing := {*case.seeds[: len(points)]} - {x.seed for x in points}:
+    if missing := {*case.seeds_of(arm)[: len(points)]} - {x.seed for x in points}:
         return f"{arm}: seed {min(missing)} is left out in {case.run}"
     if len(points) < case.least_seeds:
         return f"{arm}: {len(points)} of {case.least_seeds} seeds in {case.run}"
@@ -346,11 +346,11 @@ def judge(cases: tuple[Claim, ...], runs: list[Run], data: Path) -> Outcome:
     own, left, why = [], [], []
     for case in cases:
         found = {arm: points_of(case, arm, case.measure) for arm in case.arms}
-        own.append({arm: counted(case, points) for arm, points in found.items()})
+        own.append({arm: counted(case, arm, points) for arm, points in found.items()})
         left.append(pilots(case, found))
         why.append({arm: too_few(case, arm, points) for arm, points in own[-1].items()})
         for arm in case.bar.arms if case.bar else ():
-            judged = counted(case, points_of(case, arm, case.bar.measure))
+            judged = counted(case, arm, points_of(case, arm, case.bar.measure))
             why[-1][arm] = why[-1][arm] or below_bar(case, arm, judged)
     free = dict.fromkeys(cases[0].arms, "")
     if cases[0].compare == "rank":
@@ -396,9 +396,9 @@ def missing_runs(outcome: Outcome, runs: list[Run], slower: dict[str, float]) ->
         have = {
             run.args["seed"]
             for run in runs
-            if is_of(run, command) and case.counts(run.args["seed"], run.summary["timesteps"])
+            if is_of(run, command) and case.counts(arm, run.args["seed"], run.summary["timesteps"])
         }
-        seeds = tuple(x for x in case.seeds[: case.least_seeds] if x not in have)
+        seeds = tuple(x for x in case.seeds_of(arm)[: case.least_seeds] if x not in have)
         if seeds and not command.startswith("experiments/"):
             name, steps = f"{case.run}-{arm}", case.timesteps
             hours = hours_of(command, steps, case.hours, slower)
@@ -509,7 +509,7 @@ def command_of(tables: dict[str, Any], world: str, arm: str, where: str) -> str:
 
 def studies_of(cases: list[Claim], tables: dict[str, Any]) -> dict[str, str]:
     """{file name: text of a study for launch.py with all runs that claims need in a world, and
-    those there that runs in other worlds adapt}."""
+    those there that runs in other worlds adapt}. Arms with seeds of their own have their file."""
     worlds: dict[str, list[Claim]] = {}
     adapted: dict[str, dict[str, str]] = {}  # {world: {run's name: command}}
     for case in cases:
@@ -520,26 +520,40 @@ def studies_of(cases: list[Claim], tables: dict[str, Any]) -> dict[str, str]:
                 own[f"{world}-{arm}"] = command_of(tables, world, arm, case.id)
     files = {}
     for world, its in worlds.items():
-        runs = {f"{world}-{arm}": case.arms[arm] for case in its for arm in case.arms}
-        runs |= adapted.get(world, {})
-        if all(command.startswith("experiments/") for command in runs.values()):
-            continue
-        seeds = max((case.seeds[: case.least_seeds] for case in its), key=len)
-        claims = ", ".join(dict.fromkeys(case.id for case in its))
-        sources = sorted({x for command in runs.values() for x, _ in ADAPTED.findall(command)})
-        after = f" After claims_{', claims_'.join(sources)}, whose runs some adapt." * bool(sources)
-        lines = [
-            "# Written by `python experiments/claims.py --studies experiments/studies`.",
-            f"about = {json.dumps(f'What claims {claims} need in {world}.{after}')}",
-            'dir = "runs"',
-            f"seeds = {list(seeds)}",
-            f"timesteps = {its[0].timesteps:_}",
-            "",
-            "[runs]",
-            *(f"{name} = {json.dumps(command)}" for name, command in runs.items()),
-        ]
-        files[f"claims_{world}.toml"] = "\n".join(lines) + "\n"
+        by_first: dict[int, list[tuple[Claim, str]]] = {}  # {first seed: claims and arms}
+        for case in its:
+            for arm in case.arms:
+                by_first.setdefault(case.seeds_of(arm)[0], []).append((case, arm))
+        usual = min(by_first)
+        for first, group in by_first.items():
+            name = f"claims_{world}.toml" if first == usual else f"claims_{world}_s{first}.toml"
+            more = adapted.get(world, {}) if first == usual else {}
+            if text := study_text(world, group, more):
+                files[name] = text
     return files
+
+
+def study_text(world: str, group: list[tuple[Claim, str]], adapted: dict[str, str]) -> str:
+    """The text of a study: these claims' arms in a world, and runs there that others adapt; "" if
+    none of them is a run."""
+    runs = {f"{world}-{arm}": case.arms[arm] for case, arm in group} | adapted
+    if all(command.startswith("experiments/") for command in runs.values()):
+        return ""
+    seeds = max((case.seeds_of(arm)[: case.least_seeds] for case, arm in group), key=len)
+    claims = ", ".join(dict.fromkeys(case.id for case, _ in group))
+    sources = sorted({x for command in runs.values() for x, _ in ADAPTED.findall(command)})
+    after = f" After claims_{', claims_'.join(sources)}, whose runs some adapt." * bool(sources)
+    lines = [
+        "# Written by `python experiments/claims.py --studies experiments/studies`.",
+        f"about = {json.dumps(f'What claims {claims} need in {world}.{after}')}",
+        'dir = "runs"',
+        f"seeds = {list(seeds)}",
+        f"timesteps = {group[0][0].timesteps:_}",
+        "",
+        "[runs]",
+        *(f"{name} = {json.dumps(command)}" for name, command in runs.items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def write_studies(folder: Path, cases: list[Claim], tables: dict[str, Any]) -> None:
@@ -665,8 +679,14 @@ def criterion_row(outcome: Outcome) -> dict[str, str]:
         "first; others": f"{', '.join(case.first)}; {', '.join(case.others) or '0'}",
         "margin": ", ".join(dict.fromkeys(margin_text(x) for x in outcome.cases)),
         "holds if": case.rule + bar,
-        "seeds; pilots seen": f"{case.seeds[0]} to {case.seeds[-1]}; {case.pilots_seen}",
+        "seeds; pilots seen": f"{seeds_in_words(case)}; {case.pilots_seen}",
     }
+
+
+def seeds_in_words(case: Claim) -> str:
+    """The claim's seeds and, where arms have others, theirs: "11 to 15, mipi 14 to 18"."""
+    ends = {"": case.seeds} | case.own_seeds
+    return ", ".join(f"{arm} {x[0]} to {x[-1]}".strip() for arm, x in ends.items())
 
 
 def effect_row(part: Part) -> dict[str, str]:

@@ -109,6 +109,9 @@ class Table(Strict):
 Measure = Annotated[Final | Curve | Scenarios | Table, Field(discriminator="kind")]
 
 
+Seeds = Annotated[tuple[Annotated[int, Field(ge=10, le=99)], ...], Field(min_length=2)]
+
+
 class Bar(Strict):
     """A level that arms must have reached before a claim is judged."""
 
@@ -133,7 +136,8 @@ class Claim(Strict):
     margin: float
     margin_of: Literal["unit", "mean", "gain"] = "unit"
     least_seeds: int = Field(ge=2)
-    seeds: tuple[Annotated[int, Field(ge=10, le=99)], ...] = Field(min_length=2)
+    seeds: Seeds
+    own_seeds: dict[str, Seeds] = {}  # {arm: its seeds}, where an arm changed after runs of others
     bar: Bar | None = None
     rule: str = Field(min_length=10, max_length=150)
     pilots_seen: str = Field(min_length=4, max_length=150)
@@ -147,19 +151,21 @@ class Claim(Strict):
 
     @pydantic.model_validator(mode="after")
     def fits(self) -> Claim:
-        twice = any(len(set(x)) < len(x) for x in (self.seeds, self.worlds))
+        seeds = (self.seeds, *self.own_seeds.values())
+        twice = any(len(set(x)) < len(x) for x in (*seeds, self.worlds))
         wrong = [
             (
                 (self.compare == "level") != (not self.others),
                 "level has no others, and all else has some",
             ),
             (self.compare == "rank" and len(self.first) > 1, "rank has one arm that is first"),
-            (self.least_seeds > len(self.seeds), "least_seeds exceeds the number of seeds"),
+            (self.least_seeds > min(map(len, seeds)), "least_seeds exceeds the number of seeds"),
             (twice, "a seed or a world is there twice"),
             (
                 self.bar is not None and not set(self.bar.arms) <= set(self.arms),
                 "bar names an arm that is not compared",
             ),
+            (not {*self.own_seeds} <= {*self.arms}, "own_seeds names an arm that is not compared"),
             (self.margin_of == "gain" and not self.measure.zero, "margin_of gain needs a zero"),
             (
                 isinstance(self.measure, Table)
@@ -172,9 +178,12 @@ class Claim(Strict):
                 raise ValueError(sentence)
         return self
 
-    def counts(self, seed: int, steps: int) -> bool:
-        """Whether a run has one of the claim's seeds and its length (within SLACK)."""
-        return seed in self.seeds and abs(steps / self.timesteps - 1) <= SLACK
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        return self.own_seeds.get(arm, self.seeds)
+
+    def counts(self, arm: str, seed: int, steps: int) -> bool:
+        """Whether a run of an arm has one of its seeds and the claim's length (within SLACK)."""
+        return seed in self.seeds_of(arm) and abs(steps / self.timesteps - 1) <= SLACK
 
 
 # --- The file of criteria -------------------------------------------------------------------------
@@ -450,7 +459,7 @@ def read_points(
         try:
             cells, zero = measure_run(run, measure), measure_zero(run, measure)
         except KeyError as error:
-            if case.counts(seed, steps):
+            if case.counts(arm, seed, steps):
                 sentence = f"has no {error.args[0]}, which {case.id} measures"
                 raise UsageError(f"{run.where} {sentence}.") from None
             continue

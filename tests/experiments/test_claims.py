@@ -362,6 +362,36 @@ def test_other_seeds_lengths_and_flags_do_not_count(judge, tmp_path):
     assert outcome.parts[0].why == "a has not run in small"
 
 
+OWN = "{ a = [14, 15, 16] }"
+
+
+def test_an_arm_with_its_own_seeds(judge, tmp_path):
+    """Only those count, and only of that arm; a gap among them is one of its own list."""
+    fresh = dict(zip((14, 15, 16), AHEAD.values()))
+    path = study(tmp_path / "x.csv", a=fresh, b=BEHIND)
+    assert judge(path).parts[0].why == "a: seed 11 is left out in small"
+    assert judge(path, own_seeds=OWN).verdict == "holds"
+    outcome = judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND), own_seeds=OWN)
+    assert outcome.parts[0].why == "a has not run in small"
+    outcome = judge(study(tmp_path / "z.csv", a={14: 5.0, 16: 5.5}, b=BEHIND), own_seeds=OWN)
+    assert outcome.parts[0].why == "a: seed 15 is left out in small"
+
+
+def test_an_arm_with_its_own_seeds_has_its_own_study(tmp_path):
+    path = study(tmp_path / "x.csv", a={14: 5.0}, b=BEHIND)
+    words = ("--criteria", toml(tmp_path / "c.toml", own_seeds=OWN))
+    code, text, _ = command("claims", path, *words, "--data", tmp_path, "--commands", "M1")
+    assert code == 0 and "for s in 15 16; do python mra_maddpg_particle.py" in text
+    assert command("claims", *words, "--studies", tmp_path / "studies")[0] == 0
+    names = {"claims_small.toml": ("b", [11, 12, 13]), "claims_small_s14.toml": ("a", [14, 15, 16])}
+    assert {x.name for x in (tmp_path / "studies").iterdir()} == {*names}
+    for name, (arm, own) in names.items():
+        written = tomllib.loads((tmp_path / "studies" / name).read_text())
+        assert ([*written["runs"]], written["seeds"]) == ([f"small-{arm}"], own)
+    code, text, _ = command("claims", path, *words, "--data", tmp_path)
+    assert code == 0 and "| 11 to 15, a 14 to 16; none at all |" in text
+
+
 def test_a_claim_is_all_of_its_comparisons(judge, tmp_path):
     """One that fails refutes it, though another has not run; one that is open leaves it open."""
     others = {"others": '["b", "c"]'}
@@ -614,6 +644,9 @@ def test_own_bots_are_told(tmp_path):
         ({"margin": '"wide"'}, "M1 in small: margin: input should be a valid number"),
         ({"seeds": "[11, 12]"}, "least_seeds exceeds"),
         ({"seeds": "[11, 11, 12]"}, "there twice"),
+        ({"own_seeds": "{ a = [11, 11, 12] }"}, "there twice"),
+        ({"own_seeds": "{ a = [11, 12] }"}, "least_seeds exceeds"),
+        ({"own_seeds": "{ c = [11, 12, 13] }"}, "own_seeds names an arm"),
         ({"seeds": "[1, 2, 3]"}, "seeds.0: input should be greater than or equal to 10"),
         ({"first": '["d"]'}, "[arms] has no d"),
         ({"others": None}, "level has no others"),
@@ -820,7 +853,7 @@ def test_a_table_says_length_and_flags_of_its_runs(tmp_path):
         write_cross_play(tmp_path, returns, steps)
         found = [criteria.table_points(case, arm, case.measure, tmp_path) for case, arm in arms]
         assert [x.steps for points in found for x in points] == [steps] * 4
-        assert [case.counts(21, steps) for case, _ in arms] == [steps == 160_000] * 8
+        assert [case.counts(arm, 21, steps) for case, arm in arms] == [steps == 160_000] * 8
     for run in both:
         write_cross_play(tmp_path, returns, flags={run: "other"})
         code, _, stderr = command("claims", "--data", tmp_path, "--commands", "M5")
@@ -912,18 +945,22 @@ def test_studies_are_what_the_command_writes(tmp_path):
     written = {x.name: x.read_text() for x in tmp_path.iterdir()}
     kept = {x.name: x.read_text() for x in (ROOT / "experiments/studies").glob("claims_*.toml")}
     assert written == kept, "python experiments/claims.py --studies experiments/studies"
+    found = {name: tomllib.loads(text) for name, text in written.items()}
     for case in all_cases():
-        commands = {x for x in case.arms.values() if not x.startswith("experiments/")}
-        if commands:
-            study = tomllib.loads(written[f"claims_{case.run}.toml"])
-            assert commands <= set(study["runs"].values())
-            for world, arm in re.findall(r"--adapt runs/(\w+)-(\w+)-s", " ".join(commands)):
-                runs = tomllib.loads(written[f"claims_{world}.toml"])["runs"]
-                assert f"{world}-{arm}" in runs, "nothing trains what is adapted"
-            assert study["timesteps"] == case.timesteps
-            assert study["seeds"][: case.least_seeds] == list(case.seeds[: case.least_seeds])
-            for arm, line in case.arms.items():
-                assert study["runs"][f"{case.run}-{arm}"] == line
+        for arm, line in case.arms.items():
+            if line.startswith("experiments/"):
+                continue
+            own = f"{case.run}-{arm}"
+            kinds = [x for x in found.values() if own in x["runs"] and x["dir"] == "runs"]
+            wanted = list(case.seeds_of(arm)[: case.least_seeds])
+            assert any(
+                (x["runs"][own], x["timesteps"], x["seeds"][: case.least_seeds])
+                == (line, case.timesteps, wanted)
+                for x in kinds
+            ), (case.id, own)
+            for world, source in re.findall(r"--adapt runs/(\w+)-(\w+)-s", line):
+                runs = found[f"claims_{world}.toml"]["runs"]
+                assert f"{world}-{source}" in runs, "nothing trains what is adapted"
 
 
 @pytest.mark.long
