@@ -509,7 +509,7 @@ def test_flags_of_the_preset_are_those_of_the_docs(module):
     )
     changed, kept = (" ".join(re.findall("`([^`]+)`", cells)).split() for cells in first_cells)
     names = {x.removeprefix("--").removeprefix("no-") for x in changed if x.startswith("--")}
-    own = module.PRESETS["cpu scenario resource"].keys() | {"mixer"}  # MIPI's needs no change
+    own = module.PRESETS["cpu scenario resource"].keys()
     assert {name.replace("-", "_") for name in names} == own
     for scenario, flags in (("resource", changed), ("resource", kept), ("sz", kept)):
         words = ["--preset", "cpu", "--scenario", scenario]
