@@ -2,12 +2,12 @@
 
 An agent that relies on its teammates fails when the team changes. So each agent has utilities, a
 policy pi_i, and a marginal policy m_i that sees only the agent's own unit, s+. The policy pays for
-its divergence from the marginal. If m_i is the mean of pi_i over the rest of the team, s*, the mean
+its divergence from the marginal. If m_i is the mean of pi_i over all else in sight, s*, the mean
 divergence is the mutual information of the agent's actions and s*, given s+.
 
     J        = E sum_t gamma^t (r - alpha sum_i log pi_i(u|s) / m_i(u|s+))              (3), (8)
-    Q_tot    = sum_i w_i Q_i + V,  w softmax over agents              --mixer linear  (14), (15)
-    Q_tot    = w_final . (sum_i Q_i w_i + b) + V,  w_i, w_final softmax    --mixer two-layer
+    Q_tot    = w_final . (sum_i Q_i w_i + b) + V,  w_i, w_final softmax               (14), (15)
+    Q_tot    = sum_i w_i Q_i + V,  w softmax over agents                         --mixer linear
     y        = r + gamma E_pi (Q_tot' - alpha sum_i log pi_i / m_i),  L = E (Q_tot - y)^2   (16)
     y_t      = r_t + gamma (E_pi ((1 - l) Q_tot' - alpha sum_i ..) + l y_t+1)   --returns lambda
     m_i      = E_s* pi_i(u|s+, s*):  maximum likelihood on imagined teams s*          (12), (17)
@@ -123,7 +123,7 @@ class Args(RunArgs):
     recurrent: bool = True  # agents remember with a GRU; without: a linear layer, no memory
     own_beside: bool = False  # adds the agent's own embedding, projected, to attention's output
     rnn_size: Positive = 64  # R, units of the GRU, or of the linear layer in its place
-    mixer: Literal["linear", "two-layer"] = "linear"  # two-layer: REFIL's flexible one, no ELU
+    mixer: Literal["two-layer", "linear"] = "two-layer"  # REFIL's flexible one, no ELU; or linear
     mixing_size: Positive = 32  # E, units of the mixer and outputs of each hypernetwork
     # Base algorithm
     optimiser: Literal["rmsprop", "adam"] = "rmsprop"  # adam has torch's default betas and eps
@@ -162,7 +162,6 @@ PRESETS = {
         "num_envs": 128,
         "recurrent": False,
         "own_beside": True,
-        "mixer": "two-layer",
         "target_head": "pointer",
         "returns": "lambda",
         "optimiser": "adam",

@@ -54,6 +54,7 @@ POINTS = 100  # a packed curve has at most so many points
 FORMER = {
     "bidist_mappo_meltingpot": {"clip_centre": "printed"},
     "mra_maddpg_particle": {"phi_gradient": "mi", "psi_information": False},
+    "mipi_refil_smac": {"mixer": "linear"},
 }
 
 

@@ -116,7 +116,8 @@ def as_packed(command: str) -> str:
     """An arm's command line as packed runs had it: MRA by Algorithm 4, value learners of battles
     with the former preset."""
     if "--preset cpu" in command and "--scenario" in command and "resource" not in command:
-        return " ".join(f"{command} {FORMER}".split())
+        mixer = "--mixer linear" if command.startswith("mipi_refil_smac.py") else ""
+        return " ".join(f"{command} {FORMER} {mixer}".split())
     if not command.startswith("mra_maddpg_particle.py") or "--adapt" in command:
         return command
     phi = "" if "--phi-gradient" in command else "--phi-gradient mi"

@@ -235,7 +235,7 @@ def all_slots(features, m):
 @pytest.mark.numeric
 @pytest.mark.parametrize(
     "how",
-    ["", "--no-imagine", "--mixer two-layer", "--mixer two-layer --no-imagine", "--policy exact"],
+    ["", "--no-imagine", "--mixer linear", "--mixer linear --no-imagine", "--policy exact"],
 )
 def test_critic_is_that_of_numpy(how):
     """Eqs. (15), (16): policies, marginals and utilities as given; the rest by loops."""
@@ -251,7 +251,7 @@ def test_critic_is_that_of_numpy(how):
     q, avail = stacked(trunks.q).detach().numpy(), features.avail_actions.numpy()
     A = avail.shape[1]
     p, target_p = weights_of(s.agent.mixer), weights_of(s.agent.target_mixer)
-    mix = functools.partial(numpy_mix, heads=2, linear="two-layer" not in how, elu=False)
+    mix = functools.partial(numpy_mix, heads=2, linear="linear" in how, elu=False)
     td, imagined = [], []
     for k, (m, after) in enumerate(zip(batch.now.tolist(), batch.later.tolist())):
         value, cost, utilities = 0.0, 0.0, np.zeros(8)
@@ -737,8 +737,7 @@ def test_shared_blocks_are_the_same():
         assert mine[name] == theirs[name], name
     assert sum(map(len, mine.values())) > 300
     assert (mipi.RESUMABLE, mipi.LINE) == (refil.RESUMABLE, refil.LINE)
-    own = {"mixer": "two-layer", "detach_actor_trunk": True}
-    assert mipi.PRESETS["cpu"] == refil.PRESETS["cpu"] | own
+    assert mipi.PRESETS["cpu"] == refil.PRESETS["cpu"] | {"detach_actor_trunk": True}
     assert mipi.PRESETS["cpu scenario resource"] == refil.PRESETS["cpu scenario resource"]
 
 
@@ -936,9 +935,9 @@ OWN = {  # of the method, or measured otherwise
     "ba_iterations": ("--ba-iterations 2", policy_steps, (16.0, 8.0)),
     "actor_loss_times_w": ("--actor-loss-times-w", changed("utility"), None),
     "detach_actor_trunk": ("--detach-actor-trunk", changed("utility"), None),
-    "hidden_size": ("--hidden-size 12", shape("mixer", "project"), ((2, 8, 8), (2, 12, 12))),
-    "mixer": ("--mixer two-layer", shape("mixer", "project"), ((2, 8, 8), (4, 8, 8))),
-    "mixing_size": ("--mixing-size 6", shape("mixer", "out_bias"), ((2, 3), (2, 6))),
+    "hidden_size": ("--hidden-size 12", shape("mixer", "project"), ((4, 8, 8), (4, 12, 12))),
+    "mixer": ("--mixer linear", shape("mixer", "project"), ((4, 8, 8), (2, 8, 8))),
+    "mixing_size": ("--mixing-size 6", shape("mixer", "out_bias"), ((4, 3), (4, 6))),
 }
 ELSEWHERE = {
     "td_lambda": "test_lambda_returns_are_sums_of_n_step_returns",
