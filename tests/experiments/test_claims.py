@@ -57,6 +57,9 @@ def test_confirmatory_seeds_are_fresh():
         default = {"B": "bidist_clip_centre", "M": "mra_ladder"}.get(case.id[0])
         assert min(case.seeds) > 10
         assert not default or set(case.seeds).isdisjoint(chosen_by[default]["seeds"])
+        for arm, line in case.arms.items():
+            if line.startswith("mipi_refil_smac.py") and case.world != "collection":
+                assert set(case.seeds_of(arm)).isdisjoint(chosen_by["mipi_mixer"]["seeds"])
 
 
 def test_arms_are_command_lines_of_the_scripts():
