@@ -1049,8 +1049,8 @@ LEARNS += " --detach-actor-trunk"
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_mipi_learns(seed, monkeypatch):
     """Three against three weak ones, small networks with what --preset cpu learns by, 39,000 steps,
-    two CPU minutes: greedy agents (.82 at seed 1; with the linear mixer .84, .84, .84 at seeds 1, 2,
-    3) win more than those that only stand and shoot (.67), and than random ones. Policies differ from
+    two CPU minutes: greedy agents (.82 at seed 1; with the linear mixer .84 at seeds 1, 2, 3) win
+    more than those that only stand and shoot (.67), and than random ones. Policies differ from
     their marginals."""
     monkeypatch.setattr(combat, "Combat", WeakEnemies)
     battles = WeakEnemies("sz", (3,), 400, seed=5, once=True, episode_limit=60)
