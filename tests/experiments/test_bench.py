@@ -296,6 +296,7 @@ def test_bench_of_ranks(monkeypatch, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)  # two and a half minutes on two idle cores, far more beside other runs
 def test_bench_of_ranks_runs():
     flags = "--scripts mra_maddpg_particle mappo_smac --rounds 1 --length 0.15"
     code, text, stderr = command("bench", "ranks", *flags.split())
