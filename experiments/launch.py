@@ -11,6 +11,7 @@ A study is a TOML file:
     seeds = [11, 12, 13]
     timesteps = 1_000_000
     flags = "--eval-every 0"           # of every run
+    own_seeds = {printed = [14, 15]}   # of runs whose seeds are others (optional)
     [runs]
     mappo = "baselines/mappo_meltingpot.py"
     printed = "bidist_mappo_meltingpot.py --clip-centre printed"
@@ -98,11 +99,18 @@ class Study(pydantic.BaseModel):
 
     dir: str = Field(min_length=1)  # parent directory of the runs, relative to the repository
     seeds: tuple[int, ...] = Field(min_length=1)
+    own_seeds: dict[str, Annotated[tuple[int, ...], Field(min_length=1)]] = {}  # {name: its seeds}
     timesteps: int = Field(ge=1)  # environment steps of every run
     flags: str = ""  # flags of every run
     processes: int = Field(default=1, ge=1)  # processes per run; more than one use torchrun
     about: str = ""  # what the study is for; only for the reader
     runs: dict[str, str] = Field(min_length=1)  # {name: script and flags}
+
+    @pydantic.model_validator(mode="after")
+    def own_seeds_are_of_runs(self) -> Study:
+        if unknown := sorted(set(self.own_seeds) - set(self.runs)):
+            raise ValueError(f"own_seeds names {unknown[0]}, which is not in runs")
+        return self
 
 
 def read_study_file(path: Path) -> Study:
@@ -122,10 +130,16 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
     shared = split_words(study.flags, f"{launch.study}: flags")
     shared += split_words(launch.extra, "--extra")
     jobs = []
-    for seed in dict.fromkeys(launch.seeds or study.seeds):
-        for name, command in study.runs.items():
-            if launch.only and name not in launch.only:
+    seeds_of = {
+        name: list(dict.fromkeys(launch.seeds or study.own_seeds.get(name, study.seeds)))
+        for name in study.runs
+        if not launch.only or name in launch.only
+    }
+    for turn in range(max(len(seeds) for seeds in seeds_of.values())):
+        for name, seeds in seeds_of.items():
+            if turn >= len(seeds):
                 continue
+            seed, command = seeds[turn], study.runs[name]
             where = f"{launch.study}: {name}"
             script, *flags = split_words(command.replace("{seed}", str(seed)), where) or [""]
             if not script:

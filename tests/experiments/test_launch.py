@@ -326,6 +326,21 @@ def test_two_launchers_share_a_study(study, launched):
         assert name in records(file)
 
 
+def test_a_runs_own_seeds(study, launched):
+    """They take the place of the study's; --seeds takes the place of both."""
+    file = study(seeds=[1, 2], a="", b="")
+    file.write_text(file.read_text().replace("[runs]", "own_seeds = { b = [4, 5, 6] }\n[runs]"))
+    order = "a-s1 b-s4 a-s2 b-s5 b-s6"  # the first seed of each comes first
+    code, output = launched(file, "--dry-run")
+    assert code == 0 and re.findall(r"[ab]-s\d", output) == order.split()
+    code, output = launched(file, "--dry-run", "--seeds", 2, 3, "--only", "b")
+    assert code == 0 and re.findall(r"[ab]-s\d", output) == ["b-s2", "b-s3"]
+    file.write_text(file.read_text().replace("{ b", "{ c"))
+    code, output = launched(file)
+    assert code == 2
+    assert output == f"error: {file}: the entry: own_seeds names c, which is not in runs.\n"
+
+
 def test_gpus_are_dealt_out(study, launched):
     file = study(seeds=[1, 2, 3], a="--pause 0.05", b="--pause 0.05")
     assert launched(file, "--jobs", 4, "--gpus", 2)[0] == 0
@@ -751,27 +766,31 @@ def args_of(path, argv):
     return path, dataclasses.replace(args, run_dir=None)
 
 
-def test_tables_of_several_worlds_are_the_runs_of_their_claims():
-    """bidist_table1 and mipi_table2 have the commands, names and lengths of the claims' studies."""
-    for name, parts in TABLES.items():
-        (seeds, timesteps), *others = {(x.seeds, x.timesteps) for x in map(read_named, parts)}
-        assert not others
-        study = read_named(name)
-        assert (study.seeds, study.timesteps) == (seeds, timesteps)
-        wanted = {}
-        for part in parts:
-            wanted |= jobs_of(part)
-        found = jobs_of(name)
-        assert found == {run: args for run, args in wanted.items() if run in found}
-        if name == "bidist_table1":
-            assert len(found) == len(wanted) == 5 * 6 * 3
+@pytest.mark.parametrize("name", ["bidist_table1", "mipi_table1", "mipi_table2", "mipi_table3"])
+def test_tables_of_several_worlds_are_the_runs_of_their_claims(name):
+    """Commands, names, seeds and lengths, but of runs that no claim needs."""
+    wanted = {}
+    for part in TABLES[name.partition("_")[0]]:
+        wanted |= jobs_of(part)
+    found = jobs_of(name)
+    assert {run: args for run, args in found.items() if run in wanted}.items() <= wanted.items()
+    others = {run.rpartition("-s")[0] for run in found if run not in wanted}
+    if name == "bidist_table1":
+        assert len(found) == len(wanted) == 5 * 6 * 3
+    assert {re.sub("^(sz|csz|mmm)", "WORLD", run) for run in others} == NO_CLAIMS[name]
 
 
+WORLDS = ("chicken", "coins", "mining", "prisoners", "pure")
 TABLES = {
-    "bidist_table1": [
-        f"claims_official_{world}" for world in ("chicken", "coins", "mining", "prisoners", "pure")
-    ],
-    "mipi_table2": ["claims_sz", "claims_csz", "claims_mmm"],
+    "bidist": [f"claims_official_{world}" for world in WORLDS],
+    "mipi": [f"claims_{world}{seeds}" for world in ("sz", "csz", "mmm") for seeds in ("", "_s14")],
+}
+ALPHAS = ("0.01", "0.015", "0.05", "0.1", "inf")
+NO_CLAIMS = {  # what a table has beside the runs of claims
+    "bidist_table1": set(),
+    "mipi_table1": {"WORLD_long-mappo"},
+    "mipi_table2": set(),
+    "mipi_table3": {f"WORLD-mipi-alpha-{alpha}" for alpha in ALPHAS},
 }
 
 
