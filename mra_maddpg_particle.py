@@ -127,6 +127,7 @@ class Args(RunArgs):
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): sampled, or exact
     phi_gradient: PhiGradient = "both+actor"  # phi by Eq. (10); (11); (11), (13); or all three
     psi_information: bool = True  # psi by Eqs. (11) and (13); off: by (13) alone
+    xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
     target: Literal["polyak", "hard"] = "hard"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
@@ -168,7 +169,7 @@ RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change wi
 # --adapt keeps these flags of the adapted run: its networks need them, or adapting ignores them.
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "hidden_size")
 FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step", "tell_population")
-FIXED += ("value_layers", "own_beside", "psi_information")
+FIXED += ("value_layers", "own_beside", "psi_information", "xi_reads_z")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -434,9 +435,10 @@ class RelationGraph(nn.Module):
 
 class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
-    e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. None of them reads z.
-    own_size: how many numbers of o_s it reads. told: number of populations P if it reads m, else 0.
-    If it reads m, it has a first layer above o_ij for each m, as a softmax cannot count agents."""
+    e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. own_size: how many numbers of
+    o_s it reads. told: number of populations P if it reads m, else 0. latents: Z if it reads z (xi
+    with --xi-reads-z), else 0. If it reads m, it has a first layer above o_ij for each m, as a
+    softmax cannot count agents."""
 
     def __init__(
         self,
@@ -447,6 +449,7 @@ class GraphNet(nn.Module):
         gain: float,
         args: Args,
         told: int = 0,
+        latents: int = 0,
     ):
         super().__init__()
         H = args.hidden_size
@@ -457,6 +460,7 @@ class GraphNet(nn.Module):
         self.entity = None if self.linear else Linear(each, entity_size, H, gain=RELU)
         self.value = Linear(each, entity_size, H) if self.linear else Linear(sets, H, H)
         self.out = Linear(sets, H, outputs, gain)
+        self.of_z = nn.Parameter(0.2 * torch.randn(sets, latents, H)) if latents else None
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
         """Outputs (..., M, N, .) with graphs g (..., M, N, N); critics also read actions (M, N)."""
@@ -473,17 +477,19 @@ class GraphNet(nn.Module):
         if not self.linear:
             pairs = self.pairs(others, weight, bias, view.counts)
 
-        def read(g: Tensor) -> Tensor:
+        def read(g: Tensor, z: int = 0) -> Tensor:
             if self.linear:  # V is linear: V of the mean is the mean of V
                 e = grouped_linear(mean_entity(others, g), weight, bias, view.counts)
                 e = e * view.mask.any(-1, keepdim=True)  # no bias if nobody is seen
             else:
                 e = pairs.sums(g, self.value.weight, self.value.bias)
+            if self.of_z is not None:
+                e = e + per_agent(self.of_z[:, z], view.counts)
             return self.out(F.relu(x + e, inplace=True), view.counts)
 
         if g.dim() == 3:
             return read(g)
-        return torch.stack([read(each) for each in g])
+        return torch.stack([read(each, z) for z, each in enumerate(g)])
 
 
 class LatentPrior(nn.Module):
@@ -550,7 +556,8 @@ class Agent(Parts):
             self.latent_prior = LatentPrior(len(game.population), args.latent_size).to(device)
             latent_nets.append(self.latent_prior)
         if self.classifies:
-            self.population_classifier = net(own, entity, number, gain=1.0).to(device)
+            Z = args.latent_size * args.xi_reads_z
+            self.population_classifier = net(own, entity, number, gain=1.0, latents=Z).to(device)
             latent_nets.append(self.population_classifier)
             self.latent_optimiser = adam(latent_nets.parameters())
 
@@ -609,13 +616,11 @@ def graph_information(agent: Agent, view: View, log_prior: Tensor) -> Tensor:
     log_prior = log_prior.T[:, None, :, None]  # (Z, 1, N, 1)
     log_p = (log_bar + log_prior).logsumexp(0)  # log p(a|o) (M, N, A)
     # Eq. (11)
-    terms = log_prior.exp() * log_pi.exp() * (log_bar - log_p)
-    return terms.sum((0, -1))
+    return (log_prior.exp() * log_pi.exp() * (log_bar - log_p)).sum((0, -1))
 
 
 def population_loss(agent: Agent, view: View, log_prior: Tensor, label: int) -> Tensor:
-    """Cross-entropy () of the population classifier, as an exact expectation over z. label: index
-    of the true population; log_prior (N, Z)."""
+    """Cross-entropy () of xi, exact over z. label: index of the population; log_prior (N, Z)."""
     g = agent.attention.all(view)  # (Z, M, N, N)
     log_guess = agent.population_classifier(view, g).log_softmax(-1)
     surprise = -log_guess[..., label]  # (Z, M, N)
@@ -831,21 +836,19 @@ def actor_loss(
 # [shared: losses] end
 
 
-def information_update(
-    args: Args, agent: Agent, buffer: ReplayBuffer, view: View, label: int
-) -> Tensor:
+def information_update(agent: Agent, game: Game, view: View, label: int) -> Tensor:
     """One step of phi that raises the bound on I(g; a|o) and, unless --phi-gradient mi, lowers the
     classifier's loss. label: index of the population. Returns the bound before the step, ()."""
-    log_prior = agent.log_prior(buffer.game).detach()
+    log_prior = agent.log_prior(game).detach()
     readers = [agent.actor, agent.target_actor]
     if agent.classifies:
         readers.append(agent.population_classifier)
     with frozen(*readers):  # gradients reach phi through them
         information = mean(graph_information(agent, view, log_prior), view.alive)
         loss = -information
-        if agent.classifies and "both" in args.phi_gradient:
+        if agent.classifies and "both" in agent.args.phi_gradient:
             loss = loss + population_loss(agent, view, log_prior, label)
-        descend(loss, agent.attention, agent.actor_optimiser, args.max_grad_norm)
+        descend(loss, agent.attention, agent.actor_optimiser, agent.args.max_grad_norm)
     return information.detach()
 
 
@@ -871,8 +874,7 @@ def latent_update(
                 loss = population_loss(agent, view, log_prior, label)
                 scalars[f"xi_loss/{collector.name}"] = loss.detach()
                 if args.psi_information:
-                    information = graph_information(agent, view, log_prior)
-                    loss = loss - mean(information, view.alive)
+                    loss = loss - mean(graph_information(agent, view, log_prior), view.alive)
             losses.append(loss)
     nets = nn.ModuleList([agent.population_classifier])
     if agent.learns_prior:
@@ -915,9 +917,8 @@ def update(
     if not args.adapt:
         reptile(args, omega, start)
         if args.phi_gradient != "actor" and args.latent_size > 1:
-            label = collectors.index(collector)
-            information = information_update(args, agent, buffer, batch.view, label)
-            means[f"mi/{collector.name}"] = information
+            label, game = collectors.index(collector), collector.game
+            means[f"mi/{collector.name}"] = information_update(agent, game, batch.view, label)
         if agent.classifies:
             means |= latent_update(args, agent, collectors, latent_rng)
     agent.follow()
@@ -943,12 +944,11 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
         priors.append(p.mean(0))
         if agent.classifies and name in known:
             label = known.index(name)
-            g = agent.attention.all(view)
-            guess = agent.population_classifier(view, g).argmax(-1)  # (Z, M, N)
-            right = (p.T[:, None] * (guess == label)).sum(0)  # (M, N)
-            scalars[f"xi_accuracy/{name}"] = mean(right, view.alive)
-            guess = agent.population_classifier(view, uniform_graph(view)).argmax(-1)
-            scalars[f"xi_accuracy_uniform_g/{name}"] = mean(guess == label, view.alive)
+            g = agent.attention.all(view)  # (Z, M, N, N)
+            for kind, graphs in (("", g), ("_uniform_g", uniform_graph(view).expand_as(g))):
+                guess = agent.population_classifier(view, graphs).argmax(-1)  # (Z, M, N)
+                right = (p.T[:, None] * (guess == label)).sum(0)  # (M, N)
+                scalars[f"xi_accuracy{kind}/{name}"] = mean(right, view.alive)
         if agent.learns_prior:
             for kind, row in enumerate(agent.latent_prior(game.population).exp()):
                 for z, x in enumerate(row):

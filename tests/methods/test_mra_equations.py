@@ -222,8 +222,11 @@ def graphs(w: dict, view, how: str) -> np.ndarray:
     return np.stack([graph(w, view, how, np.broadcast_to(z, view.z.shape)) for z in eye])
 
 
-def read(w: dict, view, g: np.ndarray, actions: np.ndarray | None = None) -> np.ndarray:
-    """out(relu(two layers of o_s + sum_j g_ij V(o_ij))), V two layers, with loops."""
+def read(
+    w: dict, view, g: np.ndarray, actions: np.ndarray | None = None, z: int | None = None
+) -> np.ndarray:
+    """out(relu(two layers of o_s + sum_j g_ij V(o_ij))), V two layers, with loops. With z there is
+    a row of weights for this z beside the sum."""
     own, others, alive = numbers(view.own), numbers(view.others), view.alive.numpy()
     (M, N), sets = alive.shape, set_of(view)
     if actions is not None:
@@ -237,6 +240,8 @@ def read(w: dict, view, g: np.ndarray, actions: np.ndarray | None = None) -> np.
                 e = e + g[m, i, j] * (relu(y) @ w["value.weight"][s] + w["value.bias"][s])
         x = relu(own[m, i] @ w["own.first.weight"][s] + w["own.first.bias"][s])
         x = x @ w["own.last.weight"][s] + w["own.last.bias"][s]
+        if z is not None:
+            x = x + w["of_z"][s, z]
         rows[m, i] = relu(x + e) @ w["out.weight"][s] + w["out.bias"][s]
     return rows
 
@@ -877,7 +882,29 @@ def test_exact_gradient_is_zero_without_the_actions_probability():
 def surprise(s, view, how: str, label: int) -> np.ndarray:
     """- log p_xi(m | o, phi(o, z)) for each z (Z, M, N)."""
     g, w = graphs(arrays(s.agent.attention), view, how), arrays(s.agent.population_classifier)
-    return np.stack([-log_softmax(read(w, view, x))[..., label] for x in g])
+    of_z = [z if s.args.xi_reads_z else None for z in range(len(g))]
+    logits = [read(w, view, x, z=z) for x, z in zip(g, of_z)]
+    return np.stack([-log_softmax(x)[..., label] for x in logits])
+
+
+@pytest.mark.parametrize("population", [("resource", "3", "4"), ("pacman", "2,1", "2,2")])
+def test_xi_reads_z_as_eq_13_of_the_authors_code(population):
+    """Value with z among xi's inputs. With a uniform graph for all z only z is left to be read."""
+    s = setting(*population, flags="--latent-size 3 --xi-reads-z")
+    view, agent, label = random_view(s, 3, dead=0.2), s.agent, 1
+    log_prior = agent.log_prior(s.game)
+    prior, lost = np.exp(numbers(log_prior)), surprise(s, view, "option", label)
+    expected = sum(prior[:, k] * lost[k] for k in range(3))
+    loss = mra.population_loss(agent, view, log_prior, label)
+    assert abs(scalar(loss) - average(expected, view.alive.numpy())) < 1e-9
+    loss.backward()
+    assert agent.population_classifier.of_z.grad.abs().amax(-1).min() > 1e-6, "each type and z"
+    alike = mra.uniform_graph(view).double().expand(3, -1, -1, -1)
+    guess = numbers(agent.population_classifier(view, alike))
+    assert np.ptp(guess, axis=0)[view.alive.numpy()].max() > 1e-3
+    blind = setting(*population, flags="--latent-size 3")
+    guess = numbers(blind.agent.population_classifier(view, alike))
+    assert np.ptp(guess, axis=0).max() == 0
 
 
 @pytest.mark.parametrize("how", REPRESENTATIONS)
@@ -993,6 +1020,7 @@ ROUTES = {  # flags, wanted
     "plain": ("--plain", [*OMEGA, *PHI, *LATENT]),
     "told, V linear": ("--tell-population all --value-layers 1", [*OMEGA, *PHI, *LATENT]),
     "Eq. (10)": ("--phi-gradient actor", [*OMEGA, *LATENT]),
+    "Eq. (10), xi reads z": ("--phi-gradient actor --xi-reads-z", [*OMEGA, *LATENT]),
     "both": ("--phi-gradient both", [*PLAIN, *PHI, *LATENT]),
     "Algorithm 4": (ALGORITHM_4, [*PLAIN, *PHI, *LATENT]),
     "Algorithm 4, uniform": (f"{ALGORITHM_4} --latent-prior uniform", [*PLAIN, *PHI]),
@@ -1059,7 +1087,7 @@ def test_phi_by_both_ascends_eq_11_and_descends_eq_13(how, monkeypatch):
     s = setting("resource", "3", "5", flags=f"--phi-gradient both {small_latents(how)}")
     view, agent, seen = random_view(s, 4, dead=0.2), s.agent, []
     monkeypatch.setattr(mra, "descend", lambda loss, net, *_: (seen.append(loss), loss.backward()))
-    told = mra.information_update(s.args, agent, s.collectors[0].buffer, view, label=1)
+    told = mra.information_update(agent, s.collectors[0].game, view, label=1)
     prior = np.exp(numbers(agent.log_prior(s.game)))
     alive, w = view.alive.numpy(), arrays(agent.attention)
 

@@ -446,6 +446,7 @@ WRONG_IN_MRA = {
     "--adapt {runs}/mra --population 4 --value-layers 1": "--value-layers 2",
     "--adapt {runs}/mra --population 4 --no-own-beside": "--own-beside True",
     "--adapt {runs}/mra --population 4 --no-psi-information": "--psi-information True",
+    "--adapt {runs}/mra --population 4 --xi-reads-z": "--xi-reads-z False",
     "--adapt {runs}/mra --population 4 --polyak .5": "--polyak --target",
     "--value-layers 3": "--value-layers 3",
     "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told z",
@@ -751,6 +752,11 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
         ([True] * 3, [False] * 3),
     ),
     "psi_information": ("--no-psi-information", changed("latent_prior"), None),
+    "xi_reads_z": (
+        "--xi-reads-z",
+        lambda s, d: ["of_z" in s["agent"][x] for x in (*NETWORKS, "population_classifier")],
+        ([False] * 4, [False] * 3 + [True]),
+    ),
     "tell_population": (
         "--tell-population critic",
         lambda s, d: [shape(x, "entity.weight")(s, d)[0] for x in ("actor", "critic")],
