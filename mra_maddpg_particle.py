@@ -127,6 +127,7 @@ class Args(RunArgs):
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): sampled, or exact
     phi_gradient: PhiGradient = "both+actor"  # phi by Eq. (10); (11); (11), (13); or all three
     psi_information: bool = True  # psi by Eqs. (11) and (13); off: by (13) alone
+    redraw_z: bool = False  # minibatches draw z anew from p(z|m); off: they have those that acted
     xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
     target: Literal["polyak", "hard"] = "hard"  # target networks move by --polyak, or are copied
@@ -169,7 +170,7 @@ RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change wi
 # --adapt keeps these flags of the adapted run: its networks need them, or adapting ignores them.
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "hidden_size")
 FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step", "tell_population")
-FIXED += ("value_layers", "own_beside", "psi_information", "xi_reads_z")
+FIXED += ("value_layers", "own_beside", "psi_information", "xi_reads_z", "redraw_z")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -436,9 +437,8 @@ class RelationGraph(nn.Module):
 class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. own_size: how many numbers of
-    o_s it reads. told: number of populations P if it reads m, else 0. latents: Z if it reads z (xi
-    with --xi-reads-z), else 0. If it reads m, it has a first layer above o_ij for each m, as a
-    softmax cannot count agents."""
+    o_s it reads. told: P if it reads m, else 0 (V then has a first layer for each m, as a softmax
+    cannot count agents). latents: Z if it reads z (xi with --xi-reads-z), else 0."""
 
     def __init__(
         self,
@@ -691,6 +691,8 @@ class ReplayBuffer:
         index = torch.randint(0, self.size, (size,), generator=rng)
         index = send(index, self.device)
         row = {name: x[index] for name, x in self.rows.items()}
+        if self.args.redraw_z and not self.args.adapt:  # Eqs. (8)-(10) hold for any z
+            row["z"] = draw_latents(agent, self.game, size, rng)
         obs = self.worlds.observe(row["state"])
         next_obs = self.worlds.observe(row["final_state"])
         rewards = row["rewards"]
@@ -932,10 +934,8 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
     """Scalars for the log that show whether the latent works: the bound on I(g; a|o), p(z|m), and,
     in populations that it knows, the classifier's accuracy with phi's graphs and a uniform one."""
     scalars, priors = {}, []
-    for collector in collectors:
+    for collector in (each for each in collectors if each.buffer.size):
         name, game, known = collector.name, collector.game, agent.args.populations
-        if not collector.buffer.size:
-            continue
         view = collector.buffer.sample(agent, rng, 256).view
         log_prior = agent.log_prior(game)
         information = graph_information(agent, view, log_prior)

@@ -6,6 +6,7 @@ Weights are read off the modules; everything else here is written anew. Networks
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -1020,6 +1021,7 @@ ROUTES = {  # flags, wanted
     "plain": ("--plain", [*OMEGA, *PHI, *LATENT]),
     "told, V linear": ("--tell-population all --value-layers 1", [*OMEGA, *PHI, *LATENT]),
     "Eq. (10)": ("--phi-gradient actor", [*OMEGA, *LATENT]),
+    "z drawn anew": ("--redraw-z", [*OMEGA, *PHI, *LATENT]),
     "Eq. (10), xi reads z": ("--phi-gradient actor --xi-reads-z", [*OMEGA, *LATENT]),
     "both": ("--phi-gradient both", [*PLAIN, *PHI, *LATENT]),
     "Algorithm 4": (ALGORITHM_4, [*PLAIN, *PHI, *LATENT]),
@@ -1617,3 +1619,29 @@ def test_latents_are_drawn_from_the_prior():
         assert (np.abs(share - p[i]) <= 5 * np.sqrt(p[i] * (1 - p[i]) / len(z))).all()
     both, alike = (z[:, 0] == z[:, 1]).mean(), (p[0] * p[1]).sum()
     assert abs(both - alike) <= 5 * np.sqrt(alike * (1 - alike) / len(z))
+
+
+def test_minibatches_can_draw_z_anew():
+    """With --redraw-z z has today's p(z|m), per agent, at o and o' alike, whatever acted; without,
+    and while adapting, it is the z that acted. All else stays as it was."""
+    s = setting("pacman", "2,1", "2,2", flags="--latent-size 3 --redraw-z", double=False)
+    collector, buffer = s.collectors[0], s.collectors[0].buffer
+    for _ in range(8):
+        mra.collect(s.agent, collector, **s.rngs)
+    buffer.rows["z"][:] = 0
+    now = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])  # by type
+    s.agent.latent_prior.net[2].weight.data[:] = 0
+    s.agent.latent_prior.net[2].bias.data[:] = now.log().flatten()
+    drawn = buffer.sample(s.agent, seeded(1), 4000)
+    share, expected = drawn.view.z.mean(0), now[[0, 0, 1]]
+    error = (expected * (1 - expected) / 4000).sqrt()
+    assert ((share - expected).abs() < 4 * error).all()
+    together = (drawn.view.z[:, 0].argmax(-1) == drawn.view.z[:, 1].argmax(-1)).float().mean()
+    assert abs(scalar(together) - 0.54) < 0.04, "agents of a type draw by themselves"
+    assert torch.equal(drawn.view.z, drawn.next_view.z)
+    for flags in ({"redraw_z": False}, {"adapt": "a run"}):
+        buffer.args = dataclasses.replace(s.args, **flags)
+        kept = buffer.sample(s.agent, seeded(1), 4000)
+        assert (kept.view.z[..., 0] == 1).all()
+        assert torch.equal(kept.actions, drawn.actions)
+        assert torch.equal(kept.view.others, drawn.view.others)

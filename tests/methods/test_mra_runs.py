@@ -447,6 +447,7 @@ WRONG_IN_MRA = {
     "--adapt {runs}/mra --population 4 --no-own-beside": "--own-beside True",
     "--adapt {runs}/mra --population 4 --no-psi-information": "--psi-information True",
     "--adapt {runs}/mra --population 4 --xi-reads-z": "--xi-reads-z False",
+    "--adapt {runs}/mra --population 4 --redraw-z": "--redraw-z False",
     "--adapt {runs}/mra --population 4 --polyak .5": "--polyak --target",
     "--value-layers 3": "--value-layers 3",
     "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told z",
@@ -752,6 +753,7 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
         ([True] * 3, [False] * 3),
     ),
     "psi_information": ("--no-psi-information", changed("latent_prior"), None),
+    "redraw_z": ("--redraw-z", changed("actor"), None),
     "xi_reads_z": (
         "--xi-reads-z",
         lambda s, d: ["of_z" in s["agent"][x] for x in (*NETWORKS, "population_classifier")],
