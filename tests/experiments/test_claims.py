@@ -133,8 +133,9 @@ def test_what_is_measured_is_in_runs():
     for case in all_cases():
         if case.id in ("B1", "B4", "I5"):
             continue
-        arms = {arm: as_packed(command) for arm, command in case.arms.items()}
-        case = case.model_copy(update={"arms": arms})
+        if case.id != "M5":  # its table is of today's runs, and is refused with other flags
+            arms = {arm: as_packed(command) for arm, command in case.arms.items()}
+            case = case.model_copy(update={"arms": arms})
         points = [
             x
             for arm in case.arms
