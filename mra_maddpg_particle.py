@@ -129,6 +129,8 @@ class Args(RunArgs):
     psi_information: bool = True  # psi by Eqs. (11) and (13); off: by (13) alone
     redraw_z: bool = False  # minibatches draw z anew from p(z|m); off: they have those that acted
     xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
+    critic_reads_z: bool = False  # the critic's V has a first layer for each z
+    psi_input: Literal["tenth", "standardised"] = "tenth"  # numbers of agents, as psi reads them
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
     target: Literal["polyak", "hard"] = "hard"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
@@ -171,6 +173,7 @@ RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change wi
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "hidden_size")
 FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step", "tell_population")
 FIXED += ("value_layers", "own_beside", "psi_information", "xi_reads_z", "redraw_z")
+FIXED += ("critic_reads_z", "psi_input")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -303,6 +306,15 @@ class MLP(nn.Module):
 # [shared: layers] end
 
 
+def chosen(layer: Linear, choice: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Each agent's weight (M, N, I, O) and bias (M, N, O): of K layers that a parameter set has in
+    `layer`, those that choice (M, N, K), one-hot, names."""
+    each = [p.unflatten(0, (-1, choice.shape[-1])) for p in layer.parameters()]
+    weight, bias = (per_agent(p, counts) for p in each)  # (N, K, I, O), (N, K, O)
+    weight = torch.einsum("mnk,nkio->mnio", choice, weight)
+    return weight, torch.einsum("mnk,nko->mno", choice, bias)
+
+
 # [shared: mean_entity] begin
 def mean_entity(others: Tensor, g: Tensor) -> Tensor:
     """Return sum_j g_ij o_ij (M, N, De) for others (M, N, De) and graphs g (M, N, N)."""
@@ -401,10 +413,8 @@ class RelationGraph(nn.Module):
         if self.representation == "concat":
             shift = self.entity_z(view.z, view.counts)
         if self.representation == "bilinear":
-            weight = per_agent(weight.unflatten(0, (-1, self.latents)), view.counts)
-            weight = torch.einsum("mnz,nzdh->mndh", view.z, weight)
-            bias = per_agent(bias.unflatten(0, (-1, self.latents)), view.counts)  # (N, Z, H)
-            shift, bias = torch.einsum("mnz,nzh->mnh", view.z, bias), None
+            weight, shift = chosen(self.entity, view.z, view.counts)
+            bias = None
         return self.pairs(view.others, weight, bias, view.counts, shift=shift)
 
     def normalise(self, scores: Tensor, view: View) -> Tensor:
@@ -437,8 +447,8 @@ class RelationGraph(nn.Module):
 class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. own_size: how many numbers of
-    o_s it reads. told: P if it reads m, else 0 (V then has a first layer for each m, as a softmax
-    cannot count agents). latents: Z if it reads z (xi with --xi-reads-z), else 0."""
+    o_s it reads. V has a first layer for each one of P populations (`told`; a softmax cannot count
+    agents) or of Z latents (`layers`), unless these are 0. latents: Z if xi reads z, else 0."""
 
     def __init__(
         self,
@@ -449,14 +459,15 @@ class GraphNet(nn.Module):
         gain: float,
         args: Args,
         told: int = 0,
+        layers: int = 0,
         latents: int = 0,
     ):
         super().__init__()
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
-        self.own_size, self.told = own_size, told
+        self.own_size, self.told, self.layers = own_size, told, layers
         self.own = MLP(sets, own_size, H, H)
-        self.linear, each = args.value_layers == 1, sets * max(told, 1)
+        self.linear, each = args.value_layers == 1, sets * max(told, layers, 1)
         self.entity = None if self.linear else Linear(each, entity_size, H, gain=RELU)
         self.value = Linear(each, entity_size, H) if self.linear else Linear(sets, H, H)
         self.out = Linear(sets, H, outputs, gain)
@@ -469,13 +480,17 @@ class GraphNet(nn.Module):
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
         x = self.own(view.own[..., : self.own_size], view.counts)
-        weight, bias = (self.value if self.linear else self.entity).parameters()
+        layer, shift = self.value if self.linear else self.entity, None
+        weight, bias = layer.parameters()
+        if self.layers:  # the layer of each agent's z
+            weight, shift = chosen(layer, view.z, view.counts)
+            bias = None
         if self.told:  # the layer of this m, which is the same for all agents
             m = view.population[0, 0]  # (P,)
             weight = torch.tensordot(m, weight.unflatten(0, (len(m), -1)), 1)
             bias = torch.tensordot(m, bias.unflatten(0, (len(m), -1)), 1)
         if not self.linear:
-            pairs = self.pairs(others, weight, bias, view.counts)
+            pairs = self.pairs(others, weight, bias, view.counts, shift=shift)
 
         def read(g: Tensor, z: int = 0) -> Tensor:
             if self.linear:  # V is linear: V of the mean is the mean of V
@@ -493,17 +508,24 @@ class GraphNet(nn.Module):
 
 
 class LatentPrior(nn.Module):
-    """psi: p(z|m) of each type of agent. It reads numbers of agents, so it fits any population."""
+    """psi: p(z|m) of each type of agent. It reads numbers of agents, so it fits any population: a
+    tenth of them, or less their mean in training populations, divided by their deviation."""
 
-    def __init__(self, types: int, latents: int):
+    def __init__(self, types: int, args: Args):
         super().__init__()
         self.types = types
-        self.net = nn.Sequential(nn.Linear(types, 32), nn.ReLU(), nn.Linear(32, types * latents))
+        self.middle, self.scale = torch.tensor(0.0), torch.tensor(10.0)
+        if args.psi_input == "standardised":
+            known = torch.tensor([read_population(m) for m in args.populations]).float()
+            self.middle, self.scale = known.mean(0), known.std(0, correction=0)  # (types,)
+            self.scale[self.scale == 0] = 1.0  # a type that is the same in all
+        outputs = types * args.latent_size
+        self.net = nn.Sequential(nn.Linear(types, 32), nn.ReLU(), nn.Linear(32, outputs))
 
     def forward(self, population: tuple[int, ...]) -> Tensor:
         """log p(z|m) (types, Z); population: numbers of agents of each type."""
         weight = self.net[0].weight
-        counts = constant(population, weight.dtype, weight.device) / 10
+        counts = (constant(population, weight.dtype, weight.device) - self.middle) / self.scale
         return self.net(counts).unflatten(0, (self.types, -1)).log_softmax(-1)
 
 
@@ -539,7 +561,8 @@ class Agent(Parts):
         actor = net(beside, entity, NUM_ACTIONS, gain=0.1, told=actor_told)
         self.actor = actor.to(device)
         # The critic also reads the others' actions.
-        critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, told=critic_told)
+        seen, of_z = entity + NUM_ACTIONS, args.latent_size * args.critic_reads_z
+        critic = net(own, seen, NUM_ACTIONS, gain=1.0, told=critic_told, layers=of_z)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
@@ -553,7 +576,7 @@ class Agent(Parts):
         self.classifies = self.learns_prior or (several and "both" in args.phi_gradient)
         latent_nets = nn.ModuleList()
         if self.learns_prior:
-            self.latent_prior = LatentPrior(len(game.population), args.latent_size).to(device)
+            self.latent_prior = LatentPrior(len(game.population), args).to(device)
             latent_nets.append(self.latent_prior)
         if self.classifies:
             Z = args.latent_size * args.xi_reads_z
