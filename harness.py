@@ -177,10 +177,17 @@ def read_resumed(cls: type, argv: list[str], given: Any, resumable: tuple[str, .
     source = given.resume or given.eval_only
     own = saved_args(source, cls, whole=bool(given.resume))
     own = dataclasses.replace(own, run_dir="", resume="", eval_only="")
-    args = read_flags(cls, argv, default=own)
     free = {field.name for field in dataclasses.fields(RunArgs)} - set(FIXED) | set(resumable)
-    for name, value in vars(own).items():
-        if name not in free and getattr(args, name) != value:
+    kept = tuple(name for name in vars(own) if name not in free)
+    return read_kept(cls, argv, own, kept, source)
+
+
+def read_kept(cls: type, argv: list[str], default: Any, kept: tuple[str, ...], source: str) -> Any:
+    """Parse the command line on top of `default`; UsageError for another value of a flag in `kept`,
+    which stays that of the run `source`."""
+    args = read_flags(cls, argv, default)
+    for name in kept:
+        if getattr(args, name) != (value := getattr(default, name)):
             raise UsageError(f"{as_flag(name)} is {value} in {source} and stays so.")
     return args
 

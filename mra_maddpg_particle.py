@@ -53,7 +53,6 @@ from harness import (
     RunArgs,
     Share,
     UsageError,
-    as_flag,
     call,
     check,
     check_finite,
@@ -65,6 +64,7 @@ from harness import (
     process_rank,
     read_args,
     read_flags,
+    read_kept,
     restore,
     saved_args,
     send,
@@ -80,9 +80,9 @@ from envs.particle.episodes import (
     EpisodeReturns,
     Player,
     RewardScale,
+    best_of,
     first_unclear,
     number_of,
-    play,
     play_all,
     read_population,
     report_returns,
@@ -170,10 +170,10 @@ PRESETS = {
 LINE = ("return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
 # --adapt keeps these flags of the adapted run: its networks need them, or adapting ignores them.
-FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "hidden_size")
-FIXED += ("key_size", "share_parameters", "phi_gradient", "reptile_step", "tell_population")
-FIXED += ("value_layers", "own_beside", "psi_information", "xi_reads_z", "redraw_z")
-FIXED += ("critic_reads_z", "psi_input")
+FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "psi_input")
+FIXED += ("hidden_size", "key_size", "share_parameters", "value_layers", "own_beside", "redraw_z")
+FIXED += ("phi_gradient", "psi_information", "xi_reads_z", "critic_reads_z", "tell_population")
+FIXED += ("reptile_step",)
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -183,7 +183,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     idle = begins and args.target == "hard" and args.polyak != usual
     several = len(args.populations + args.eval_populations) > 1
     too_few = args.latent_prior == "told" and args.latent_size < len(args.populations)
-    told = args.latent_prior == "told" or args.tell_population != "nobody"
+    named = args.tell_population != "nobody"
+    told = named or args.latent_prior == "told"
     unclear = told and first_unclear((*args.eval_populations, args.population), args.populations)
     still = args.latent_size == 1 and "actor" not in args.phi_gradient and args.phi_learning_rate
     return [
@@ -195,6 +196,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (several and not args.share_parameters, "Several populations need --share-parameters"),
         (too_few, "--latent-prior told needs more z"),
         (unclear, f"{unclear} cannot be told its number: two of --populations are next in size"),
+        (args.critic_reads_z and named, "--critic-reads-z needs --tell-population nobody"),
         (begins and still, "--latent-size 1 needs --phi-gradient actor: else phi never learns"),
     ]
 
@@ -214,10 +216,7 @@ def read(argv: list[str]) -> Args:
     preset = {name: getattr(Args, name) for name in PRESETS["cpu"]} | PRESETS[given.preset]
     new |= preset if typed else {"preset": own.preset}
     default = dataclasses.replace(own, **new)
-    args = read_flags(Args, argv, default)
-    for name in FIXED:
-        if getattr(args, name) != (value := getattr(default, name)):
-            raise UsageError(f"{as_flag(name)} is {value} where {source} is adapted.")
+    args = read_kept(Args, argv, default, FIXED, source)
     check(validate(args))
     return args
 
@@ -331,16 +330,9 @@ class Pairs:
     This literal form stores M N^2 H numbers. The default, FastPairs, gives equal results without
     storing them."""
 
-    def __init__(
-        self,
-        others: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        counts: tuple[int, ...],
-        shift: Tensor | None = None,
-    ):
-        """Compute relu(o_ij W + b): others (M, N, De), weight W (S, De, H), bias b (S, H);
-        or W (M, N, De, H) of each agent i, without b. shift (M, N, H): added for z_i."""
+    def __init__(self, others: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]):
+        """Compute relu(o_ij W + b): others (M, N, De), weight W (S, De, H), bias b (S, H). b, or
+        both, may be of each agent i instead: W (M, N, De, H), b (M, N, H)."""
         N = others.shape[1]
         relative = others[:, None, :, :2] - others[:, :, None, :2]
         rest = others[:, None, :, 2:].expand(-1, N, -1, -1)
@@ -349,9 +341,8 @@ class Pairs:
             hidden = torch.einsum("mijd,midh->mijh", o, weight)
         else:
             hidden = torch.einsum("mijd,idh->mijh", o, per_agent(weight, counts))
-            hidden = hidden + per_agent(bias, counts)[:, None]
-        if shift is not None:
-            hidden = hidden + shift[:, :, None]
+        bias = bias if bias.dim() == 3 else per_agent(bias, counts)
+        hidden = hidden + bias[..., None, :]
         self.hidden, self.counts = F.relu(hidden), counts  # (M, N, N, H)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
@@ -409,13 +400,12 @@ class RelationGraph(nn.Module):
 
     def entities(self, view: View) -> Pairs:
         """The keys' first layer above o_ij, with z_i beside it (concat) or times z_i (bilinear)."""
-        weight, bias, shift = self.entity.weight, self.entity.bias, None
+        weight, bias = self.entity.parameters()
         if self.representation == "concat":
-            shift = self.entity_z(view.z, view.counts)
+            bias = self.entity_z(view.z, view.counts) + per_agent(bias, view.counts)
         if self.representation == "bilinear":
-            weight, shift = chosen(self.entity, view.z, view.counts)
-            bias = None
-        return self.pairs(view.others, weight, bias, view.counts, shift=shift)
+            weight, bias = chosen(self.entity, view.z, view.counts)
+        return self.pairs(view.others, weight, bias, view.counts)
 
     def normalise(self, scores: Tensor, view: View) -> Tensor:
         """The graph g (M, N, N). Row i sums to 1, or to 0 if agent i sees nobody."""
@@ -447,8 +437,8 @@ class RelationGraph(nn.Module):
 class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. own_size: how many numbers of
-    o_s it reads. V has a first layer for each one of P populations (`told`; a softmax cannot count
-    agents) or of Z latents (`layers`), unless these are 0. latents: Z if xi reads z, else 0."""
+    o_s it reads. knows: "population" or "z" if V has a first layer for each m or z, as a softmax
+    cannot count agents. latents: Z if it reads z (xi with --xi-reads-z), else 0."""
 
     def __init__(
         self,
@@ -458,16 +448,15 @@ class GraphNet(nn.Module):
         outputs: int,
         gain: float,
         args: Args,
-        told: int = 0,
-        layers: int = 0,
+        knows: str = "",
         latents: int = 0,
     ):
         super().__init__()
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
-        self.own_size, self.told, self.layers = own_size, told, layers
+        self.own_size, self.knows, self.linear = own_size, knows, args.value_layers == 1
         self.own = MLP(sets, own_size, H, H)
-        self.linear, each = args.value_layers == 1, sets * max(told, layers, 1)
+        each = sets * {"": 1, "population": len(args.populations), "z": args.latent_size}[knows]
         self.entity = None if self.linear else Linear(each, entity_size, H, gain=RELU)
         self.value = Linear(each, entity_size, H) if self.linear else Linear(sets, H, H)
         self.out = Linear(sets, H, outputs, gain)
@@ -480,17 +469,12 @@ class GraphNet(nn.Module):
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
         x = self.own(view.own[..., : self.own_size], view.counts)
-        layer, shift = self.value if self.linear else self.entity, None
+        layer = self.value if self.linear else self.entity
         weight, bias = layer.parameters()
-        if self.layers:  # the layer of each agent's z
-            weight, shift = chosen(layer, view.z, view.counts)
-            bias = None
-        if self.told:  # the layer of this m, which is the same for all agents
-            m = view.population[0, 0]  # (P,)
-            weight = torch.tensordot(m, weight.unflatten(0, (len(m), -1)), 1)
-            bias = torch.tensordot(m, bias.unflatten(0, (len(m), -1)), 1)
+        if self.knows:
+            weight, bias = chosen(layer, getattr(view, self.knows), view.counts)
         if not self.linear:
-            pairs = self.pairs(others, weight, bias, view.counts, shift=shift)
+            pairs = self.pairs(others, weight, bias, view.counts)
 
         def read(g: Tensor, z: int = 0) -> Tensor:
             if self.linear:  # V is linear: V of the mean is the mean of V
@@ -508,17 +492,19 @@ class GraphNet(nn.Module):
 
 
 class LatentPrior(nn.Module):
-    """psi: p(z|m) of each type of agent. It reads numbers of agents, so it fits any population: a
-    tenth of them, or less their mean in training populations, divided by their deviation."""
+    """psi: p(z|m) of each type of agent. It reads numbers of agents, so it fits any population: by
+    --psi-input a tenth of them, or standardised by training populations."""
 
     def __init__(self, types: int, args: Args):
         super().__init__()
         self.types = types
-        self.middle, self.scale = torch.tensor(0.0), torch.tensor(10.0)
-        if args.psi_input == "standardised":
-            known = torch.tensor([read_population(m) for m in args.populations]).float()
-            self.middle, self.scale = known.mean(0), known.std(0, correction=0)  # (types,)
-            self.scale[self.scale == 0] = 1.0  # a type that is the same in all
+        known = torch.tensor([read_population(m) for m in args.populations]).float()
+        middle, scale = known.mean(0), known.std(0, correction=0)
+        scale[scale == 0] = 1.0  # a type that is the same in all
+        if args.psi_input == "tenth":
+            middle, scale = torch.zeros(types), torch.full((types,), 10.0)
+        self.register_buffer("middle", middle, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
         outputs = types * args.latent_size
         self.net = nn.Sequential(nn.Linear(types, 32), nn.ReLU(), nn.Linear(32, outputs))
 
@@ -554,15 +540,15 @@ class Agent(Parts):
         torch.manual_seed(args.seed)
         self.attention = RelationGraph(self.sets, own, entity, args).to(device)
         net = functools.partial(GraphNet, self.sets, args=args)
-        number, who = len(args.populations), args.tell_population
-        actor_told, critic_told = number * (who == "all"), number * (who != "nobody")
+        who = args.tell_population
+        actor_knows = "population" if who == "all" else ""
+        critic_knows = "z" if args.critic_reads_z else "population" if who != "nobody" else ""
         # A small last layer: the first policy tries all actions about equally.
         beside = own if args.own_beside else 0
-        actor = net(beside, entity, NUM_ACTIONS, gain=0.1, told=actor_told)
+        actor = net(beside, entity, NUM_ACTIONS, gain=0.1, knows=actor_knows)
         self.actor = actor.to(device)
         # The critic also reads the others' actions.
-        seen, of_z = entity + NUM_ACTIONS, args.latent_size * args.critic_reads_z
-        critic = net(own, seen, NUM_ACTIONS, gain=1.0, told=critic_told, layers=of_z)
+        critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, knows=critic_knows)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
@@ -571,7 +557,7 @@ class Agent(Parts):
         actor = {"params": self.actor.parameters()}
         self.actor_optimiser = adam([actor, attention])
         self.critic_optimiser = adam(self.critic.parameters())
-        several = number > 1 and args.latent_size > 1  # else z can tell nothing about m
+        several = min(len(args.populations), args.latent_size) > 1  # else z tells nothing of m
         self.learns_prior = several and args.latent_prior == "learned"
         self.classifies = self.learns_prior or (several and "both" in args.phi_gradient)
         latent_nets = nn.ModuleList()
@@ -579,8 +565,8 @@ class Agent(Parts):
             self.latent_prior = LatentPrior(len(game.population), args).to(device)
             latent_nets.append(self.latent_prior)
         if self.classifies:
-            Z = args.latent_size * args.xi_reads_z
-            self.population_classifier = net(own, entity, number, gain=1.0, latents=Z).to(device)
+            P, Z = len(args.populations), args.latent_size * args.xi_reads_z
+            self.population_classifier = net(own, entity, P, gain=1.0, latents=Z).to(device)
             latent_nets.append(self.population_classifier)
             self.latent_optimiser = adam(latent_nets.parameters())
 
@@ -986,16 +972,21 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
 # --- 8. Evaluate ----------------------------------------------------------------------------------
 
 
-def net_player(agent: Agent, z: Tensor | None, seed: int, uniform: bool = False) -> Player:
+def net_player(
+    agent: Agent, z: Tensor | tuple[int, ...] | None, seed: int, uniform: bool = False
+) -> Player:
     """The agents as a player for envs.particle.episodes; actions are sampled, not greedy. z:
-    latents (B, N), or (N,) for all worlds, or None: then p(z|m) draws them when an episode begins.
-    uniform: play with the uniform graph instead of phi's."""
+    latents (B, N), or (N,) for all worlds, or one of each type, or None: then p(z|m) draws them
+    when an episode begins. uniform: play with the uniform graph instead of phi's."""
     rng = torch.Generator().manual_seed(seed)
     latent_rng = latent_generator(seed)
     drawn = weakref.WeakKeyDictionary()  # worlds -> latents drawn for them (B, N)
 
     def latents(worlds: ParticleWorld) -> Tensor:
         B = worlds.num_worlds
+        if isinstance(z, tuple):
+            each = constant(z, torch.int64, agent.device)
+            return per_agent(each, worlds.game.population).expand(B, -1)
         if z is not None:
             return z.expand(B, -1)
         new = draw_latents(agent, worlds.game, B, latent_rng)
@@ -1009,23 +1000,6 @@ def net_player(agent: Agent, z: Tensor | None, seed: int, uniform: bool = False)
         return sample(agent.actor(view, g).log_softmax(-1), rng)
 
     return act
-
-
-def best_latents(
-    args: Args, agent: Agent, evaluation: Evaluation, population: str, seeds: list[int]
-) -> tuple[int, ...]:
-    """Return a z for each type: those with the largest return (mean over types) in --eval-episodes
-    episodes, which are not those of the table. seeds: of the worlds, of the players."""
-    worlds = make_envs(args, population, args.eval_episodes, seeds[0])
-    game, found = worlds.game, {}
-    choices = list(itertools.product(range(args.latent_size), repeat=len(game.population)))
-    evaluation.expect(args.eval_episodes * len(choices))
-    for choice in choices:
-        worlds.seed(seeds[0])
-        z = per_agent(torch.tensor(choice, device=agent.device), game.population)
-        returns = play(worlds, net_player(agent, z, seeds[1]), progress=evaluation.progress)
-        found[choice] = returns.mean()
-    return max(found, key=found.get)
 
 
 def evaluate(
@@ -1048,11 +1022,12 @@ def evaluate(
         same = {f"z={k}": (k,) * len(counts) for k in range(Z) if Z > 1}  # of all agents of a type
         filmed = ("", *same)
         if evaluation.final and Z > 1:
-            best = best_latents(args, agent, evaluation, population, seeds[1:3])
+            trial = make_envs(args, population, args.eval_episodes, seeds[1])  # not the table's
+            choices = itertools.product(range(Z), repeat=len(counts))
+            drawn = {choice: net_player(agent, choice, seeds[2]) for choice in choices}
+            best = best_of(evaluation, trial, drawn, seeds[1])
             same[f"best z={','.join(map(str, best))}"] = best
-        for name, choice in same.items():
-            latents = per_agent(torch.tensor(choice, device=agent.device), counts)
-            players[name] = net_player(agent, latents, player_seed)
+        players |= {name: net_player(agent, z, player_seed) for name, z in same.items()}
         players["uniform g"] = net_player(agent, z, player_seed, uniform=True)
         if evaluation.final:
             players |= scripted_players(args.task, seeds[0])
@@ -1085,9 +1060,7 @@ def load_player(path: str, seed: int = 1) -> Player:
 # --- 9. Train -------------------------------------------------------------------------------------
 
 
-def begin(
-    args: Args, agent: Agent, collectors: list[Collector], latent_rng: torch.Generator
-) -> None:
+def begin(args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator) -> None:
     """Draw the first latents. With --adapt (Algorithm 5) these stay for all episodes, and networks
     and reward scale begin as those of the adapted run."""
     if args.adapt:
@@ -1098,7 +1071,7 @@ def begin(
         collectors[0].buffer.reward_scale.sums += torch.stack(sums).mean(0).to(agent.device)
     for collector in collectors:
         B = 1 if args.adapt else args.num_envs
-        z = draw_latents(agent, collector.game, B, latent_rng).cpu()
+        z = draw_latents(agent, collector.game, B, rng).cpu()
         collector.z[:] = gather(z)[0] if args.adapt else z  # kept; the same in all processes
 
 

@@ -60,7 +60,6 @@ from harness import (
     RunArgs,
     Share,
     UsageError,
-    as_flag,
     call,
     check,
     check_finite,
@@ -71,6 +70,7 @@ from harness import (
     process_rank,
     read_args,
     read_flags,
+    read_kept,
     restore,
     saved_args,
     send,
@@ -193,10 +193,7 @@ def read(argv: list[str]) -> Args:
     source, own = given.adapt, saved_args(given.adapt, Args, whole=True)
     default = Args(preset=given.preset, **PRESETS[given.preset])
     default = dataclasses.replace(default, **{name: getattr(own, name) for name in FIXED})
-    args = read_flags(Args, argv, default)
-    for name in FIXED:
-        if getattr(args, name) != (value := getattr(default, name)):
-            raise UsageError(f"{as_flag(name)} is {value} where {source} is adapted.")
+    args = read_kept(Args, argv, default, FIXED, source)
     check(validate(args))
     return args
 

@@ -49,7 +49,6 @@ from harness import (
     RunArgs,
     Share,
     UsageError,
-    as_flag,
     call,
     check,
     check_finite,
@@ -63,6 +62,7 @@ from harness import (
     process_rank,
     read_args,
     read_flags,
+    read_kept,
     restore,
     saved_args,
     send,
@@ -176,10 +176,7 @@ def read(argv: list[str]) -> Args:
     else:
         new["preset"] = own.preset
     default = dataclasses.replace(own, **new)
-    args = read_flags(Args, argv, default)
-    for name in FIXED:
-        if getattr(args, name) != (value := getattr(default, name)):
-            raise UsageError(f"{as_flag(name)} is {value} where {source} is adapted.")
+    args = read_kept(Args, argv, default, FIXED, source)
     check(validate(args))
     return args
 

@@ -137,6 +137,17 @@ def play(
     return torch.stack([part.mean(1) for part in parts], 1).cpu().numpy()
 
 
+def best_of(evaluation: Any, worlds: ParticleWorld, players: dict[Any, Player], seed: int) -> Any:
+    """Return the name of the player with the largest return, mean over types and episodes. All play
+    in the same worlds, those of `seed`."""
+    evaluation.expect(worlds.num_worlds * len(players))
+    returns = {}
+    for name, player in players.items():
+        worlds.seed(seed)
+        returns[name] = play(worlds, player, progress=evaluation.progress).mean()
+    return max(returns, key=returns.get)
+
+
 def play_all(
     evaluation: Any,
     worlds: ParticleWorld,

@@ -31,7 +31,10 @@ def grouped_linear(
 ) -> Tensor:
     """A linear layer with one parameter set per group of agents: x (M, N, I), weight (S, I, O) and
     bias (S, O) or None -> (M, N, O). counts: agents of each set, in order. It is einsum("mni,nio->
-    mno", x, w) + b with w and b repeated for each agent, in fewer and larger products."""
+    mno", x, w) + b with w and b repeated for each agent, in fewer and larger products. Or weight
+    (M, N, I, O) and bias (M, N, O) of each agent."""
+    if weight.dim() == 4:
+        return torch.einsum("mni,mnio->mno", x, weight) + bias
     if kernels.fits(x, weight) and x.dim() == 3:
         none = weight.new_zeros(()).expand(len(weight), weight.shape[2])
         return kernels.linear(x, weight, none if bias is None else bias, counts)
@@ -55,13 +58,12 @@ def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class FastPairs:
-    """Hidden layer relu(o_ij @ weight + bias + shift_i) of all pairs (i, j), kept as a_j and b_i.
+    """Hidden layer relu(o_ij @ weight + bias) of all pairs (i, j), kept as a_j and b_i.
 
     others    (M, N, De) of each agent j; o_ij is others_j with p_j - p_i in the place of p_j
     weight    (S, De, H): one for each parameter set, or (M, N, De, H): one for each agent i
-    bias      (S, H), or None if there is a weight for each agent
+    bias      (S, H) or (M, N, H) likewise; with a weight of each agent a bias of each, too
     counts    number of agents of each parameter set, in order
-    shift     (M, N, H) or None
     compiled  compile the sums over pairs, where kernels.py is not used
     """
 
@@ -69,12 +71,13 @@ class FastPairs:
         self,
         others: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
+        bias: Tensor,
         counts: tuple[int, ...],
-        shift: Tensor | None = None,
         compiled: bool = False,
     ):
         self.counts, self.compiled = counts, compiled
+        own_bias = bias.dim() == 3  # of each agent i: b_i has it, in place of a_j
+        shared = bias.new_zeros(len(weight), bias.shape[-1]) if own_bias else bias  # (S, H)
         position = others[..., :2]
         self.use_kernels = kernels.fits(others, weight)
         if self.use_kernels:
@@ -83,7 +86,7 @@ class FastPairs:
                 self.b = torch.einsum("mnd,mndh->mnh", position, weight[:, :, :2])  # (M, N, H)
             else:
                 joined = weight.transpose(0, 1).flatten(1)[None]  # (1, De, S x H)
-                a = grouped_linear(others, joined, bias.flatten()[None], (others.shape[1],))
+                a = grouped_linear(others, joined, shared.flatten()[None], (others.shape[1],))
                 self.a = a.unflatten(-1, (len(weight), -1))  # (M, N, S, H)
                 self.b = grouped_linear(position, weight[:, :2], None, counts)
         elif weight.dim() == 4:
@@ -91,10 +94,10 @@ class FastPairs:
             self.b = torch.einsum("mnd,mndh->mnh", position, weight[:, :, :2])  # (M, N, H)
         else:
             self.a = torch.einsum("mjd,sdh->msjh", others, weight)  # (M, S, N, H)
-            self.a = self.a + bias[:, None]
+            self.a = self.a + shared[:, None]
             self.b = grouped_linear(position, weight[:, :2], None, counts)
-        if shift is not None:
-            self.b = self.b - shift
+        if own_bias:
+            self.b = self.b - bias
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores q_i . k_ij (M, N, N) of query (M, N, K) and keys without bias, key (S, H, K)."""

@@ -1023,6 +1023,7 @@ ROUTES = {  # flags, wanted
     "Eq. (10)": ("--phi-gradient actor", [*OMEGA, *LATENT]),
     "z drawn anew": ("--redraw-z", [*OMEGA, *PHI, *LATENT]),
     "Eq. (10), xi reads z": ("--phi-gradient actor --xi-reads-z", [*OMEGA, *LATENT]),
+    "the critic reads z": ("--critic-reads-z --redraw-z", [*OMEGA, *PHI, *LATENT]),
     "both": ("--phi-gradient both", [*PLAIN, *PHI, *LATENT]),
     "Algorithm 4": (ALGORITHM_4, [*PLAIN, *PHI, *LATENT]),
     "Algorithm 4, uniform": (f"{ALGORITHM_4} --latent-prior uniform", [*PLAIN, *PHI]),
@@ -1208,13 +1209,50 @@ def test_who_is_told_m_has_a_layer_of_its_own_above_entities(layers):
         weights = dict(told.agent.actor.state_dict())
         name = "value" if layers == 1 else "entity"
         for part in (f"{name}.weight", f"{name}.bias"):
-            weights[part] = weights[part].unflatten(0, (2, 2))[m]  # of each m, of each type
+            weights[part] = weights[part].unflatten(0, (2, 2))[:, m]  # of each type, of each m
         plain.load_state_dict(weights)
         population = torch.nn.functional.one_hot(torch.tensor(m), 2).to(view.population)
         seen = view._replace(population=population.expand_as(view.population))
         outputs.append(told.agent.actor(seen, g))
         torch.testing.assert_close(outputs[m], plain(seen, g), rtol=1e-12, atol=1e-12)
     assert not torch.allclose(*outputs, atol=1e-3)
+
+
+@pytest.mark.parametrize("plain", ["", "--plain"])
+def test_a_critic_that_reads_z_has_a_layer_of_each_z_above_entities(plain):
+    """Agent i's Q is that of a critic which does not read z, with the weights of z_i above o_ij."""
+    s = setting("pacman", "2,2", "3,2", flags=f"--latent-size 3 --critic-reads-z {plain}")
+    plain = setting("pacman", "2,2", "3,2", flags="--latent-size 3").agent.critic
+    view, critic = random_view(s, 6, dead=0.2), s.agent.critic
+    g, actions = random_graph(view), torch.randint(0, 5, (6, 4), generator=seeded(2))
+    q, each = critic(view, g, actions), []
+    for z in range(3):
+        weights = dict(critic.state_dict())
+        for part in ("entity.weight", "entity.bias"):
+            weights[part] = weights[part].unflatten(0, (2, 3))[:, z]  # of each type, of each z
+        plain.load_state_dict(weights)
+        each.append(plain(view, g, actions))
+        own = view.z[..., z] == 1
+        assert 0 < own.sum() < own.numel()
+        torch.testing.assert_close(q[own], each[z][own], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(each[0], each[1], atol=1e-3)
+    assert torch.equal(s.agent.actor(view, g), s.agent.actor(view._replace(z=1 - view.z), g))
+    q.square().sum().backward()
+    assert critic.entity.weight.grad.flatten(1).abs().amax(-1).min() > 1e-6, "all are trained"
+
+
+@pytest.mark.parametrize("population", [(2, 3), (3, 3), (7, 3), (24, 5)])
+@pytest.mark.parametrize("form", ["tenth", "standardised"])
+def test_psi_reads_numbers_of_agents(form, population):
+    """Standardised: less their mean in 3, 6 and 9, by their deviation; 3 leaders do not deviate."""
+    s = setting("rooms", "3,3", "6,3", "9,3", flags=f"--psi-input {form}")
+    w, x = arrays(s.agent.latent_prior), np.array(population, dtype=float)
+    x = x / 10 if form == "tenth" else (x - [6, 3]) / [np.sqrt(6), 1]
+    hidden = relu(w["net.0.weight"] @ x + w["net.0.bias"])
+    logits = (w["net.2.weight"] @ hidden + w["net.2.bias"]).reshape(2, 6)
+    found = numbers(s.agent.latent_prior(population))
+    assert np.abs(found - log_softmax(logits)).max() < 1e-6
+    assert set(w) == {f"net.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}
 
 
 def test_without_own_features_the_actor_reads_e_alone():

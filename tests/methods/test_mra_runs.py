@@ -448,6 +448,10 @@ WRONG_IN_MRA = {
     "--adapt {runs}/mra --population 4 --no-psi-information": "--psi-information True",
     "--adapt {runs}/mra --population 4 --xi-reads-z": "--xi-reads-z False",
     "--adapt {runs}/mra --population 4 --redraw-z": "--redraw-z False",
+    "--adapt {runs}/mra --population 4 --critic-reads-z": "--critic-reads-z False",
+    "--adapt {runs}/mra --population 4 --psi-input standardised": "--psi-input tenth",
+    "--critic-reads-z --tell-population critic": "--critic-reads-z --tell-population nobody",
+    "--critic-reads-z --value-layers 1": "--critic-reads-z --value-layers 2",
     "--adapt {runs}/mra --population 4 --polyak .5": "--polyak --target",
     "--value-layers 3": "--value-layers 3",
     "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told z",
@@ -759,6 +763,12 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
         lambda s, d: ["of_z" in s["agent"][x] for x in (*NETWORKS, "population_classifier")],
         ([False] * 4, [False] * 3 + [True]),
     ),
+    "critic_reads_z": (
+        "--critic-reads-z",
+        lambda s, d: [shape(x, "entity.weight")(s, d)[0] for x in ("actor", "critic")],
+        ([1, 1], [1, 6]),
+    ),
+    "psi_input": ("--psi-input standardised", changed("latent_prior"), None),
     "tell_population": (
         "--tell-population critic",
         lambda s, d: [shape(x, "entity.weight")(s, d)[0] for x in ("actor", "critic")],
@@ -1479,7 +1489,7 @@ def test_log_of_the_latent():
     names = {f"{kind}/{population}" for kind in kinds for population in (3, 5)}
     names |= {f"prior/{population}/0/{z}" for population in (3, 5) for z in range(6)}
     assert set(m) == PARENTS | names | {"prior_distance"}
-    psi = script(MRA).LatentPrior(1, 6)
+    psi = script(MRA).LatentPrior(1, script(MRA).Args())
     psi.load_state_dict(state["agent"]["latent_prior"])
     with torch.no_grad():
         priors = [psi((n,)).exp()[0] for n in (3, 5)]
