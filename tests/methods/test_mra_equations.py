@@ -1218,17 +1218,19 @@ def test_who_is_told_m_has_a_layer_of_its_own_above_entities(layers):
     assert not torch.allclose(*outputs, atol=1e-3)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("plain", ["", "--plain"])
-def test_a_critic_that_reads_z_has_a_layer_of_each_z_above_entities(plain):
+def test_a_critic_that_reads_z_has_a_layer_of_each_z_above_entities(plain, layers):
     """Agent i's Q is that of a critic which does not read z, with the weights of z_i above o_ij."""
-    s = setting("pacman", "2,2", "3,2", flags=f"--latent-size 3 --critic-reads-z {plain}")
-    plain = setting("pacman", "2,2", "3,2", flags="--latent-size 3").agent.critic
+    flags, layer = f"--latent-size 3 --value-layers {layers}", "value" if layers == 1 else "entity"
+    s = setting("pacman", "2,2", "3,2", flags=f"{flags} --critic-reads-z {plain}")
+    plain = setting("pacman", "2,2", "3,2", flags=flags).agent.critic
     view, critic = random_view(s, 6, dead=0.2), s.agent.critic
     g, actions = random_graph(view), torch.randint(0, 5, (6, 4), generator=seeded(2))
     q, each = critic(view, g, actions), []
     for z in range(3):
         weights = dict(critic.state_dict())
-        for part in ("entity.weight", "entity.bias"):
+        for part in (f"{layer}.weight", f"{layer}.bias"):
             weights[part] = weights[part].unflatten(0, (2, 3))[:, z]  # of each type, of each z
         plain.load_state_dict(weights)
         each.append(plain(view, g, actions))
@@ -1238,7 +1240,9 @@ def test_a_critic_that_reads_z_has_a_layer_of_each_z_above_entities(plain):
     assert not torch.allclose(each[0], each[1], atol=1e-3)
     assert torch.equal(s.agent.actor(view, g), s.agent.actor(view._replace(z=1 - view.z), g))
     q.square().sum().backward()
-    assert critic.entity.weight.grad.flatten(1).abs().amax(-1).min() > 1e-6, "all are trained"
+    assert getattr(critic, layer).weight.grad.flatten(1).abs().amax(-1).min() > 1e-6, (
+        "all are trained"
+    )
 
 
 @pytest.mark.parametrize("population", [(2, 3), (3, 3), (7, 3), (24, 5)])
@@ -1263,6 +1267,18 @@ def test_without_own_features_the_actor_reads_e_alone():
     actions = torch.zeros(6, 3, dtype=torch.int64)
     critic = s.agent.critic
     assert (critic(view, g, actions) != critic(other, g, actions)).any(), "the critic reads it"
+
+
+def test_a_player_with_a_z_of_each_type():
+    """Acts as one with this z of every agent, and not as others."""
+    s, acted = setting("pacman", "3,2", flags="--latent-size 3", double=False), []
+    s.agent.attention.query.weight.data *= 20  # z shows in actions
+    for z in ((2, 0), torch.tensor([2, 2, 2, 0, 0]), (0, 2)):
+        worlds = mra.make_envs(s.args, "3,2", 40, 1)
+        worlds.reset()
+        player = mra.net_player(s.agent, z, seed=5)
+        acted.append(torch.stack([player(worlds) for _ in range(5)]))
+    assert torch.equal(acted[0], acted[1]) and not torch.equal(acted[0], acted[2])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 + 5, 2**32 - 1])
