@@ -35,7 +35,7 @@ from torch import Tensor
 from envs.particle.episodes import Player, play
 from envs.particle.worlds import TASKS, ParticleWorld, unpack
 from envs.particle.worlds import wanted as paying_leader
-from envs.statistics import Difference, markdown_table, seed_difference
+from envs.statistics import Difference, markdown_table, mean_or_iqm, seed_difference
 from experiments.criteria import flags_text
 from experiments.plots import plt, save_figure
 from experiments.runs import (
@@ -522,12 +522,12 @@ class Ladder:
     """Forms of MRA in a world where the population matters (docs/mra_ladder.md), as tables.
 
     Runs whose names differ only in -s1, -s2, ... are seeds of one form. Returns are per agent of
-    the first type, with z from p(z|m), means over populations of final evaluations. gap closed: 0
-    is the script that does not know the population, 1 the one that does. best z: chosen for each
-    population in other episodes. information: the bound on I(g; a|o) in nats. xi right: share of
-    agents whose population xi finds. priors apart: mean total variation between the p(z|m) of two
-    populations; 1 if they share no z. heads used: exp of the entropy of p(z|m). These last ones are
-    means of the last fifth of training, over populations.
+    the first type (or of all, added), with z from p(z|m), means over populations of final
+    evaluations. gap closed: 0 is the script that does not know the population, 1 the one that does.
+    best z: chosen for each population in other episodes. information: the bound on I(g; a|o) in
+    nats. xi right: share of agents whose population xi finds. priors apart: mean total variation
+    between the p(z|m) of two populations; 1 if they share no z. heads used: exp of the entropy of
+    p(z|m). These last ones are means of the last fifth of training, over populations.
     Writes OUT.csv (a row per run) and OUT.md: means over seeds, and differences between forms with
     95 % bootstrap intervals over seeds and the p of an exact permutation test.
     """
@@ -535,6 +535,8 @@ class Ladder:
     runs: Runs  # runs of mra_maddpg_particle.py in one task and the same populations, or studies
     only: tuple[str, ...] = ()  # keep runs whose names match these shell patterns, in this order
     against: tuple[str, ...] = ()  # forms to subtract from the others, as rooms-algorithm_4
+    add_types: bool = False  # returns of all types added (pacman: what they take cancels)
+    interquartile: bool = False  # differences of interquartile means from five seeds on
     out: Path = Path("mra_ladder")  # common beginning of the names of the .csv and .md files
 
 
@@ -558,13 +560,14 @@ def heads_used(run: Run) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def ladder_row(run: Run) -> dict[str, Any]:
+def ladder_row(run: Run, add_types: bool) -> dict[str, Any]:
     """The row of OUT.csv of a run; a figure that the run does not have is NaN."""
     results, roles = run.summary["eval"], TASKS[run.args["task"]].roles
-    figure = "return" if len(roles) == 1 else f"return_{roles[0]}"
+    figures = ["return"] if len(roles) == 1 else [f"return_{role}" for role in roles]
+    figures = figures if add_types else figures[:1]
 
     # A row is called "9,3", "9,3 uniform g" or "9,3 best z=2,0".
-    named = {name.partition("=")[0]: row[figure] for name, row in results.items()}
+    named = {name.partition("=")[0]: sum(row[x] for x in figures) for name, row in results.items()}
 
     def returns(populations: list[str], player: str = "") -> float:
         found = [named.get(f"{p} {player}".strip(), math.nan) for p in populations]
@@ -578,6 +581,8 @@ def ladder_row(run: Run) -> dict[str, Any]:
     row |= {
         "gap closed": (drawn - blind) / (knows - blind),
         "unseen": returns(unseen),
+        "random": returns(trained, "random"),
+        "random, unseen": returns(unseen, "random"),
         "best z": returns(trained, "best z"),
         "uniform g": returns(trained, "uniform g"),
         "information": last_fifth(run, "information"),
@@ -612,16 +617,19 @@ def ladder_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(lines)
 
 
-def ladder_differences(rows: list[dict[str, Any]], against: tuple[str, ...]) -> str:
+def ladder_differences(
+    rows: list[dict[str, Any]], against: tuple[str, ...], interquartile: bool
+) -> str:
     """A line per form and form of `against`: differences of returns, trained and unseen."""
     forms, lines = by_form(rows), []
+    centre = mean_or_iqm if interquartile else np.mean
     for other, form in itertools.product(against, forms):
         if form == other:
             continue
         line = {"": f"{form} - {other}"}
         for name, title in ("return", "trained"), ("unseen", "unseen"):
             ours, theirs = (np.array([row[name] for row in forms[x]]) for x in (form, other))
-            found = seed_difference(ours, theirs)
+            found = seed_difference(ours, theirs, centre=centre)
             line[title] = difference_text(found)
             line[f"p, {title}"] = "–" if math.isnan(found.p) else f"{found.p:.2g}"
         lines.append(line)
@@ -650,7 +658,7 @@ def ladder(study: Ladder) -> None:
         for name in ("task", "populations", "eval_populations"):
             if run.args[name] != runs[0].args[name]:
                 raise UsageError(f"{run.where} and {runs[0].where} differ in --{name}.")
-    rows = [ladder_row(run) for run in runs]
+    rows = [ladder_row(run, study.add_types) for run in runs]
     for form in study.against:
         if form not in by_form(rows):
             raise UsageError(f"--against {form}: no run is called so, -s1, -s2, ... aside.")
@@ -658,7 +666,7 @@ def ladder(study: Ladder) -> None:
         raise UsageError(f"--against {study.against[0]}: these runs have no other form.")
     text = ladder_table(rows)
     if study.against:
-        text += "\n" + ladder_differences(rows, study.against)
+        text += "\n" + ladder_differences(rows, study.against, study.interquartile)
     finish(study.out, text, rows)
 
 

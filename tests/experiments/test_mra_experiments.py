@@ -364,7 +364,7 @@ def test_the_gate_is_what_the_criterion_says():
         assert both[0] == both[1]
 
 
-def write_ladder_run(folder, name, returns, unseen, bests):
+def write_ladder_run(folder, name, returns, unseen, bests, leader=0.0):
     """A run in rooms that has finished: arguments, a log of ten lines, final returns."""
     folder = folder / name
     folder.mkdir()
@@ -382,7 +382,7 @@ def write_ladder_run(folder, name, returns, unseen, bests):
     for population, drawn, best in zip(args["populations"], returns, bests):
         evals |= {population: drawn, f"{population} best z=2,0": best}
         evals |= {f"{population} blind": -14.0, f"{population} knows population": -7.0}
-    row = {"return_leader": 0.0, "episodes": 10}
+    row = {"return_leader": leader, "episodes": 10}
     results = {name: row | {"return_follower": x} for name, x in evals.items()}
     summary = {"timesteps": 100, "eval": results}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -415,6 +415,26 @@ def test_ladder(tmp_path):
     assert "| +5.25 [+4.50, +6.00] | 0.33 | +5.50 [+4.00, +7.00] | 0.33 |" in line
     code, text, _ = command("mra", "ladder", *runs[::2], "--against", "uni", "--out", out)
     assert code == 0 and "| ours - uni | +6.00 | – | +6.00 | – |" in text, "of one seed each"
+
+
+def test_ladder_of_all_types_and_of_interquartile_means(tmp_path):
+    """Five seeds, one of them far away: a mean without both ends; what leaders earn is added."""
+    drawn, runs = (-7.0, -7.2, -7.4, -7.6, -30.0), []
+    for k, x in enumerate(drawn, 1):
+        runs.append(write_ladder_run(tmp_path, f"ours-s{k}", (x, x), x, (x, x), leader=2.0))
+        runs.append(
+            write_ladder_run(tmp_path, f"uni-s{k}", (-14, -14), -15, (-14, -14), leader=1.0)
+        )
+    means, middle = np.mean(drawn), np.mean(sorted(drawn)[1:-1])
+    cases = {(): means + 14, ("--interquartile",): middle + 14}
+    cases |= {("--add-types",): means + 15, ("--add-types", "--interquartile"): middle + 15}
+    for words, expected in cases.items():
+        out = tmp_path / "l"
+        code, text, _ = command("mra", "ladder", *runs, "--against", "uni", *words, "--out", out)
+        line = next(line for line in text.splitlines() if "ours - uni" in line)
+        assert code == 0 and float(line.split("|")[2].split()[0]) == pytest.approx(
+            expected, abs=0.01
+        )
 
 
 @pytest.mark.parametrize(
