@@ -584,18 +584,17 @@ HEAD = """# The papers' claims
 Criteria were written before the runs that decide them (`experiments/claims.toml`, with its date and
 what had been seen by then). A run counts if flags, seed and length are the claim's; pilots are
 shown, not counted. Three claims read tables that other commands make (they are in
-`experiments/claims.toml`, too): M5's table says flags and length of its runs, and both are checked;
-of I4 seeds and length are, of B2 seeds alone. An effect is the first arm's centre less the other's,
-over seeds: the interquartile mean from five seeds on, else the mean; where rows or scenarios are
-counted the difference of mean ranks, when all arms have run. Intervals: 95 % bootstraps over seeds,
-which are drawn as clusters and for each arm by itself. p: permutation test of means, two-sided,
-exact up to 200,000 ways to deal the seeds (ranks: 2,000,000), else by as many draws; three seeds
-against three cannot get below .1. A comparison holds if its interval lies above the margin, does
-not if it lies below, else it is undecided; so it is with too few seeds, a gap among them, or arms
-that have not learned. A claim holds if all of its comparisons do, and does not if one does not;
-where means would say something else, that is told. A verdict is about the budget beside it, that of
-the comparisons which decide. The text of BiDist states no steps: shares are of our script's
-default, 10,000,000.
+`experiments/claims.toml`, too). Checked are flags and length of M5's runs, seeds and length of
+I4's, seeds of B2's. An effect is the first arm's centre less the other's, over seeds: the
+interquartile mean from five seeds on, else the mean; where rows or scenarios are counted the
+difference of mean ranks, when all arms have run. Intervals: 95 % bootstraps over seeds, which are
+drawn as clusters and for each arm by itself. p: permutation test of means, two-sided, exact up to
+200,000 ways to deal the seeds (ranks: 2,000,000), else by as many draws; three seeds against three
+cannot get below .1. A comparison holds if its interval lies above the margin, does not if it lies
+below, else it is undecided; so it is with too few seeds, a gap among them, or arms that have not
+learned. A claim holds if all of its comparisons do, and does not if one does not; where means would
+say something else, that is told. A verdict is about the budget beside it, that of the comparisons
+which decide. The text of BiDist states no steps: shares are of our script's default, 10,000,000.
 
 **Two methods are judged in our forms.** M's arm `mra` is the script's default, the form that [the
 ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11) and (13), psi by (11) and (13). That is

@@ -337,7 +337,8 @@ def cards_of(zoo: Path) -> str:
     sections = "\n".join(card(entry) for entry in entries)
     for entry in entries:
         first = card_figures(entry)[0]
-        row = {"entry": f"[{entry.name}](#{entry.name})", "script": entry.args["script"]}
+        anchor = entry.name.replace(".", "")  # as GitHub makes it of a heading
+        row = {"entry": f"[{entry.name}](#{anchor})", "script": entry.args["script"]}
         row |= {"steps": f"{entry.summary['timesteps']:,}", "commit": entry.args["commit"]}
         rows.append(row | {"first figure": f"{first.row}: {first.name} {first.text()}"})
     return HEAD + markdown_table(rows) + "\n" + sections
