@@ -455,7 +455,7 @@ def mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
 def average_gradients(net: nn.Module) -> list[nn.Parameter]:
     """Average gradients over processes, in place; return the parameters that have one."""
     parameters = [p for p in net.parameters() if p.grad is not None]
-    if dist.is_initialized():  # one flat all-reduce
+    if dist.is_initialized() and parameters:  # one flat all-reduce
         flat = sum_over_processes(torch.cat([p.grad.flatten() for p in parameters]))
         parts = (flat / dist.get_world_size()).split([p.numel() for p in parameters])
         for p, part in zip(parameters, parts):

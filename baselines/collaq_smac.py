@@ -973,7 +973,7 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
 
 def load_player(path: str) -> Policy:
     """The greedy policy of a run or checkpoint, for battles of its scenario that begin together."""
-    args = saved_args(path, Args)
+    args = dataclasses.replace(saved_args(path, Args), compile=False)
     saved, _ = load_checkpoint(path)
     agent = Agent(args, worlds.family_of(args.scenario, args.egocentric), CPU)
     restore(agent, saved["agent"], path)

@@ -31,9 +31,9 @@ class Notes:
 
     def add_gradients(self, optimiser, *rest):
         weights = [p for group in optimiser.param_groups for p in group["params"]]
-        if optimiser not in self.optimisers:
+        found = [p.grad.flatten() for p in weights if p.grad is not None]
+        if found and optimiser not in self.optimisers:
             self.optimisers.append(optimiser)
-            found = [p.grad.flatten() for p in weights if p.grad is not None]
             self.gradients.append(torch.cat(found).clone())
 
     def add_parts(self, run):

@@ -95,6 +95,7 @@ def test_sums_and_means_are_of_all(tmp_path):
         mean, deviation = harness.mean_and_deviation(torch.from_numpy(ROWS[rank, : 4 + 3 * rank]))
         net.weight.grad = torch.full((1, 1), 1.0 + rank)
         parameters = harness.average_gradients(net)
+        assert harness.average_gradients(torch.nn.Linear(1, 1)) == []  # none has a gradient
         total = harness.total(5 + rank)
         return float(mean), float(deviation), total, len(parameters), float(net.weight.grad)
 

@@ -205,14 +205,17 @@ def test_batch_norm_of_two_processes(tmp_path):
 # --- Whole runs -----------------------------------------------------------------------------------
 
 
+OTHER_FLAGS = [("mipi_refil_smac", "--policy exact")]  # no head, so nobody trains its weights
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", SMALL)
-def test_two_processes(name, capfd):
+@pytest.mark.parametrize(("name", "flags"), [(name, "") for name in SMALL] + OTHER_FLAGS)
+def test_two_processes(name, flags, capfd):
     """Both have the same weights, and draw their own actions in their own worlds; only the first
     one speaks. A run that one of them is told to stop is stopped in both, and goes on to be the
     whole, to the last bit; but not in one process."""
     steps = 4 * STEPS[name]
-    lines = [line(name, "whole", steps), line(name, "cut", steps, stop_at=steps // 2)]
+    lines = [line(name, "whole", steps, flags), line(name, "cut", steps, flags, steps // 2)]
     lines += [(module(name), ["--resume", "cut"], 0)]
     done = launch(lines)
     for number in range(3):

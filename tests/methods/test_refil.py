@@ -1158,6 +1158,15 @@ def test_a_loaded_player_plays_as_the_run_does(module):
         module.load_player("nowhere")
 
 
+@EACH
+def test_a_loaded_player_is_not_compiled(module, monkeypatch):
+    """--compile is for training: who loads a run on a CPU may have no compiler."""
+    run(module, "run", 16)
+    args = dataclasses.replace(harness.saved_args("run", module.Args), compile=True)
+    monkeypatch.setattr(module, "saved_args", lambda path, cls: args)
+    assert module.load_player("run").agent.utility._compiled_call_impl is None
+
+
 # --- Learning -------------------------------------------------------------------------------------
 
 
