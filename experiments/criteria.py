@@ -59,7 +59,7 @@ class Final(Strict):
 
     kind: Literal["final"]
     rows: str = Field(min_length=1)  # names of the rows, separated by spaces
-    figure: str = Field(min_length=1)  # a figure of the rows, or a signed sum: "a + b", "- a"
+    figure: str = Field(min_length=1)  # a figure of the rows, or a sum: "a + b", "- a", "0.2*a + b"
     zero: str = ""  # player whose rows hold random play, the zero of margin_of = "gain"
 
 
@@ -67,7 +67,7 @@ class Curve(Strict):
     """Measure scalars of the log: the mean of the last points, or of a part of training."""
 
     kind: Literal["curve"]
-    scalar: str = Field(min_length=1)  # a scalar or a signed sum; {row} stands for each of rows
+    scalar: str = Field(min_length=1)  # a scalar or a sum of them; {row} stands for each of rows
     rows: str = ""
     last: int | None = Field(default=None, ge=1)  # number of last points; None: all in `part`
     part: tuple[float, float] = (0.0, 1.0)  # begin and end, as shares of the run's steps
@@ -326,6 +326,11 @@ class Arm(NamedTuple):
 
     script: str  # path of the script, relative to the repository
     wanted: dict[str, Any] | None  # arguments that a run must have; None: the arm has no runs
+    evaluated: dict[str, Any]  # those of its evaluations that the command names
+
+
+# Flags that do not affect training, but what a measure reads
+EVALUATION = {"eval_every", "eval_episodes", "final_episodes"}
 
 
 @functools.cache
@@ -334,17 +339,19 @@ def read_arm(command: str) -> Arm:
     --adapt only the flags in the command count: the others come from the adapted run."""
     file, *flags = split_words(command, "claims.toml") or [""]
     if file.startswith("experiments/") or not (ROOT / file).exists():
-        return Arm(file, None)
+        return Arm(file, None, {})
     module = load_training_script(file)
     adapts = "--adapt" in flags
     args = harness.read_flags(module.Args, flags) if adapts else script_args(module, flags)
     wanted = json.loads(json.dumps(dataclasses.asdict(args)))
+    named = {k for k in wanted if {as_flag(k), as_flag(f"no_{k}")} & {*flags}}
+    evaluated = {k: wanted[k] for k in sorted(named & EVALUATION)}
     for name in ("seed", "preset", *free_flags(module)):
         wanted.pop(name, None)
     if adapts:
-        wanted = {k: x for k, x in wanted.items() if {as_flag(k), as_flag(f"no_{k}")} & {*flags}}
+        wanted = {k: x for k, x in wanted.items() if k in named}
         wanted["adapt"] = source_of(wanted["adapt"])
-    return Arm(file, wanted)
+    return Arm(file, wanted, evaluated)
 
 
 def flags_text(args: dict[str, Any]) -> str:
@@ -363,7 +370,7 @@ def source_of(adapt: str) -> str:
 def is_of(run: Run, command: str) -> bool:
     """Whether a run has finished and belongs to an arm. A flag that an older run lacks has its
     default; a flag that scripts no longer have (GONE) must have had its default."""
-    script, wanted = read_arm(command)
+    script, wanted, _ = read_arm(command)
     if wanted is None or run.args["script"] != Path(script).stem or not run.summary["timesteps"]:
         return False
     defaults = load_script(run.args["script"]).Args
@@ -396,36 +403,45 @@ class Point(NamedTuple):
         return float(np.mean([*self.cells.values()]))
 
 
-def signed_sum(figures: dict[str, float], text: str) -> float:
-    """The value of a sum like "a + b - c" of figures; KeyError for a missing one."""
-    total, sign = 0.0, 1.0
+def read_sum(text: str) -> list[tuple[str, float]]:
+    """The names and factors in a sum like "a - b + 0.2*c"; ValueError for a factor that is none."""
+    terms, sign = [], 1.0
     for word in text.split():
         if word in ("+", "-"):
             sign = 1.0 if word == "+" else -1.0
         else:
-            total += sign * figures[word]
-    return total
+            factor, _, name = word.rpartition("*")
+            terms.append((name, sign * float(factor or 1)))
+    return terms
+
+
+def sum_of(figures: dict[str, float], text: str) -> float:
+    """The value of a sum (read_sum) of figures; KeyError for a missing one."""
+    return sum(factor * figures[name] for name, factor in read_sum(text))
 
 
 def mean_in_part(run: Run, text: str, part: tuple[float, float], last: int | None) -> float:
-    """The mean of a signed sum of scalars over the log's lines in a part of training that have all
-    of them, or over the last of these lines; KeyError if there are too few."""
+    """The mean of a sum of scalars over the log's lines in a part of training that have all of
+    them, or over the last of these lines; KeyError if there are too few."""
     begin, end = (share * run.steps for share in part)
-    names = {*text.split()} - {"+", "-"}
+    names = {name for name, _ in read_sum(text)}
     lines = [x for x in run.log if begin <= x["timesteps"] <= end and names <= x.keys()]
     if len(lines) < (last or 1):
         raise KeyError(text)
-    return float(np.mean([signed_sum(x, text) for x in lines[-(last or 0) :]]))
+    return float(np.mean([sum_of(x, text) for x in lines[-(last or 0) :]]))
 
 
 def measure_run(run: Run, measure: Final | Curve | Scenarios) -> dict[str, float]:
-    """A run's {row or scenario: figure}, {} if it met no bots; KeyError if it lacks a figure."""
+    """A run's {row or scenario: figure}, {} if it met no bots at its end; KeyError if it lacks a
+    figure."""
     results = run.summary["eval"]
     rows = measure.rows.split() or [""]
     if isinstance(measure, Final):
-        return {row: signed_sum(results[row], measure.figure) for row in rows}
+        return {row: sum_of(results[row], measure.figure) for row in rows}
     if isinstance(measure, Scenarios):
-        found = {x.scenario: x for x in read_cells(run, "") if x.bots == measure.bots}
+        end = run.summary["timesteps"]
+        last = [x for x in read_cells(run, "") if x.timesteps == end]
+        found = {x.scenario: x for x in last if x.bots == measure.bots}
         return {row: mean([found[row]], measure.figure) for row in rows} if found else {}
     cells = {}
     for row in rows:
@@ -441,7 +457,15 @@ def measure_zero(run: Run, measure: Final | Curve | Scenarios) -> float:
     if not measure.zero:
         return math.nan
     rows = [f"{row} {measure.zero}" for row in measure.rows.split()]
-    return float(np.mean([signed_sum(run.summary["eval"][x], measure.figure) for x in rows]))
+    return float(np.mean([sum_of(run.summary["eval"][x], measure.figure) for x in rows]))
+
+
+def check_evaluations(run: Run, case: Claim, arm: str) -> None:
+    """UsageError if a run was evaluated otherwise than its arm's command says."""
+    for name, x in read_arm(case.arms[arm]).evaluated.items():
+        if run.args.get(name) != x:
+            sentence = f"has {as_flag(name)} {run.args.get(name)}, {case.id} asks for {x}"
+            raise UsageError(f"{run.where} {sentence}.")
 
 
 def read_points(
@@ -456,6 +480,8 @@ def read_points(
         if not is_of(run, case.arms[arm]):
             continue
         seed, steps = run.args["seed"], run.summary["timesteps"]
+        if case.counts(arm, seed, steps):
+            check_evaluations(run, case, arm)
         try:
             cells, zero = measure_run(run, measure), measure_zero(run, measure)
         except KeyError as error:
@@ -548,7 +574,7 @@ def other_flags(
     """The first flags in these lines that are not those of the arm whose they must be; "" if there
     are none."""
     for column, whose in measure.flags.items():
-        script, wanted = read_arm(case.arms[whose or arm])
+        script, wanted, _ = read_arm(case.arms[whose or arm])
         text = flags_text(wanted | {"script": Path(script).stem})
         for line in itertools.chain(*by_seed.values()):
             if line[column] != text:

@@ -32,7 +32,7 @@ import tyro
 from annotated_types import Interval
 from torch import Tensor
 
-from envs.particle.episodes import Player, play
+from envs.particle.episodes import Player, play, read_population
 from envs.particle.worlds import TASKS, ParticleWorld, unpack
 from envs.particle.worlds import wanted as paying_leader
 from envs.statistics import Difference, markdown_table, mean_or_iqm, seed_difference
@@ -522,7 +522,7 @@ class Ladder:
     """Forms of MRA in a world where the population matters (docs/mra_ladder.md), as tables.
 
     Runs whose names differ only in -s1, -s2, ... are seeds of one form. Returns are per agent of
-    the first type (or of all, added), with z from p(z|m), means over populations of final
+    the first type (or of all agents), with z from p(z|m), means over populations of final
     evaluations. gap closed: 0 is the script that does not know the population, 1 the one that does.
     best z: chosen for each population in other episodes. information: the bound on I(g; a|o) in
     nats. xi right: share of agents whose population xi finds. priors apart: mean total variation
@@ -535,7 +535,7 @@ class Ladder:
     runs: Runs  # runs of mra_maddpg_particle.py in one task and the same populations, or studies
     only: tuple[str, ...] = ()  # keep runs whose names match these shell patterns, in this order
     against: tuple[str, ...] = ()  # forms to subtract from the others, as rooms-algorithm_4
-    add_types: bool = False  # returns of all types added (pacman: what they take cancels)
+    all_agents: bool = False  # mean return of all agents (pacman: what roles take cancels)
     interquartile: bool = False  # differences of interquartile means from five seeds on
     out: Path = Path("mra_ladder")  # common beginning of the names of the .csv and .md files
 
@@ -560,14 +560,19 @@ def heads_used(run: Run) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def ladder_row(run: Run, add_types: bool) -> dict[str, Any]:
+def ladder_row(run: Run, all_agents: bool) -> dict[str, Any]:
     """The row of OUT.csv of a run; a figure that the run does not have is NaN."""
     results, roles = run.summary["eval"], TASKS[run.args["task"]].roles
     figures = ["return"] if len(roles) == 1 else [f"return_{role}" for role in roles]
-    figures = figures if add_types else figures[:1]
+
+    def figure(name: str, row: dict[str, float]) -> float:
+        if not all_agents:
+            return row[figures[0]]
+        numbers = read_population(name.split()[0])
+        return float(np.average([row[x] for x in figures], weights=numbers))
 
     # A row is called "9,3", "9,3 uniform g" or "9,3 best z=2,0".
-    named = {name.partition("=")[0]: sum(row[x] for x in figures) for name, row in results.items()}
+    named = {name.partition("=")[0]: figure(name, row) for name, row in results.items()}
 
     def returns(populations: list[str], player: str = "") -> float:
         found = [named.get(f"{p} {player}".strip(), math.nan) for p in populations]
@@ -658,7 +663,7 @@ def ladder(study: Ladder) -> None:
         for name in ("task", "populations", "eval_populations"):
             if run.args[name] != runs[0].args[name]:
                 raise UsageError(f"{run.where} and {runs[0].where} differ in --{name}.")
-    rows = [ladder_row(run, study.add_types) for run in runs]
+    rows = [ladder_row(run, study.all_agents) for run in runs]
     for form in study.against:
         if form not in by_form(rows):
             raise UsageError(f"--against {form}: no run is called so, -s1, -s2, ... aside.")

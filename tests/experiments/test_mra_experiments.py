@@ -417,8 +417,8 @@ def test_ladder(tmp_path):
     assert code == 0 and "| ours - uni | +6.00 | – | +6.00 | – |" in text, "of one seed each"
 
 
-def test_ladder_of_all_types_and_of_interquartile_means(tmp_path):
-    """Five seeds, one of them far away: a mean without both ends; what leaders earn is added."""
+def test_ladder_of_all_agents_and_of_interquartile_means(tmp_path):
+    """Five seeds, one of them far away: a mean without both ends. Leaders are 3 of 6 and of 9."""
     drawn, runs = (-7.0, -7.2, -7.4, -7.6, -30.0), []
     for k, x in enumerate(drawn, 1):
         runs.append(write_ladder_run(tmp_path, f"ours-s{k}", (x, x), x, (x, x), leader=2.0))
@@ -427,7 +427,9 @@ def test_ladder_of_all_types_and_of_interquartile_means(tmp_path):
         )
     means, middle = np.mean(drawn), np.mean(sorted(drawn)[1:-1])
     cases = {(): means + 14, ("--interquartile",): middle + 14}
-    cases |= {("--add-types",): means + 15, ("--add-types", "--interquartile"): middle + 15}
+    followers, leaders = (3 / 6 + 6 / 9) / 2, (3 / 6 + 3 / 9) / 2  # shares of a population
+    for words, x in list(cases.items()):
+        cases["--all-agents", *words] = followers * x + leaders * 1
     for words, expected in cases.items():
         out = tmp_path / "l"
         code, text, _ = command("mra", "ladder", *runs, "--against", "uni", *words, "--out", out)
