@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BOUNDS = (2.5, 97.5)  # percentiles at the ends of an interval
+FEW = 5  # with fewer seeds than this, intervals over seeds are Student's and centres means
 Centre = Callable[..., np.ndarray]  # (figures, axis) -> their centre: np.mean or mean_or_iqm
 
 
@@ -110,11 +111,27 @@ class Difference(NamedTuple):
 def mean_or_iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
     """The mean along `axis` (seeds), from five seeds on the interquartile mean: without the highest
     and the lowest quarter of the seeds, each rounded down (of five seeds one each)."""
-    if x.shape[axis] < 5:
+    if x.shape[axis] < FEW:
         return x.mean(axis)
     from scipy.stats import trim_mean
 
     return np.asarray(trim_mean(x, 0.25, axis))
+
+
+def student_interval(x: np.ndarray, y: np.ndarray | None = None) -> tuple[float, float]:
+    """Interval of the mean of x (S,), or of how much it exceeds that of y (R,): Student's, for two
+    Welch's. NaN if x or y has one value only; of no width if neither has any spread."""
+    samples = [x] if y is None else [x, y]
+    if min(map(len, samples)) < 2:
+        return math.nan, math.nan
+    if not any(np.ptp(sample) for sample in samples):
+        middle = float(x[0] - (0.0 if y is None else y[0]))
+        return middle, middle
+    from scipy.stats import ttest_1samp, ttest_ind
+
+    test = ttest_1samp(x, 0.0) if y is None else ttest_ind(x, y, equal_var=False)
+    low, high = test.confidence_interval()
+    return float(low), float(high)
 
 
 def resampled_centres(
@@ -128,9 +145,11 @@ def resampled_centres(
 def seed_difference(
     x: np.ndarray, y: np.ndarray, resamples: int = 5000, seed: int = 1, centre: Centre = np.mean
 ) -> Difference:
-    """Difference of two methods with figures x (S,) and y (R,), one per seed. Seeds are drawn for
-    each method by itself, as equal seeds share nothing. The test, of means for any centre, tries
-    all ways to deal the seeds (200,000 if there are more): p is at least .1 for 3 + 3 seeds."""
+    """Difference of two methods with figures x (S,) and y (R,), one per seed. Seeds are drawn
+    for each method by itself: equal seeds share no training, though in particle worlds they
+    share the worlds of the final evaluation, which makes intervals too wide there. The test, of
+    means for any centre, tries all ways to deal the seeds (200,000 if there are more): p is at
+    least .1 for 3 + 3 seeds."""
     mean = float(centre(x, 0) - centre(y, 0))
     if min(len(x), len(y)) < 2:
         return Difference(mean, math.nan, math.nan, math.nan)

@@ -37,6 +37,7 @@ import numpy as np
 import tyro
 
 from envs.statistics import (
+    FEW,
     Centre,
     Difference,
     markdown_table,
@@ -46,6 +47,7 @@ from envs.statistics import (
     ranks,
     seed_difference,
     seed_level,
+    student_interval,
 )
 from experiments.criteria import (
     CRITERIA,
@@ -222,25 +224,37 @@ def verdict_of_claim(verdicts: list[str]) -> str:
     return OPEN if OPEN in verdicts else HOLDS
 
 
-def margin_of(case: Claim, theirs: list[Point]) -> float:
+def margin_of(case: Claim, theirs: list[Point], centre: Centre) -> float:
     """The margin in the unit of the quantity; NaN if it depends on points that are missing."""
     if case.margin_of == "unit":
         return case.margin
     if not theirs:
         return math.nan
-    level = float(mean_or_iqm(values(theirs)))
-    if case.margin_of == "gain":
-        level -= float(np.mean([x.zero for x in theirs]))
-    return case.margin * abs(level)
+    level = float(centre(values(theirs), 0))
+    if case.margin_of == "mean":
+        return case.margin * abs(level)
+    gain = level - float(np.mean([x.zero for x in theirs]))
+    return case.margin * max(gain, 0.0)  # who gains nothing over random play sets no margin
+
+
+def centre_of(mine: list[Point], theirs: list[Point] | None) -> Centre:
+    """The same for both arms: the interquartile mean if both have FEW seeds or more."""
+    fewest = min(len(mine), len(mine) if theirs is None else len(theirs))
+    return np.mean if fewest < FEW else mean_or_iqm
 
 
 def compare_seeds(mine: list[Point], theirs: list[Point] | None, centre: Centre) -> Difference:
-    """The effect between two arms' seeds; if theirs is None, of one arm's seeds from 0."""
+    """The effect between two arms' seeds; if theirs is None, of one arm's seeds from 0. With fewer
+    than FEW seeds in one of them its interval is Student's: all resamples of three seeds are 10,
+    and lie within the seeds' range."""
     if not mine or theirs == []:
         return UNKNOWN
-    if theirs is None:
-        return seed_level(values(mine), centre=centre)
-    return seed_difference(values(mine), values(theirs), centre=centre)
+    x, y = values(mine), None if theirs is None else values(theirs)
+    found = seed_level(x, centre=centre) if y is None else seed_difference(x, y, centre=centre)
+    if min(len(x), len(x) if y is None else len(y)) >= FEW:
+        return found
+    low, high = student_interval(x, y)
+    return found._replace(low=low, high=high)
 
 
 def compare_in(
@@ -250,13 +264,14 @@ def compare_in(
     parts = []
     for first, other in itertools.product(case.first, case.others or ("",)):
         theirs = points.get(other)
+        centre = centre_of(points[first], theirs)
         part = Part(
             case=case,
             first=first,
             other=other,
-            found=compare_seeds(points[first], theirs, mean_or_iqm),
+            found=compare_seeds(points[first], theirs, centre),
             plain=compare_seeds(points[first], theirs, np.mean),
-            margin=margin_of(case, theirs or []),
+            margin=margin_of(case, theirs or [], centre),
             mine=[points[first]],
             theirs=[theirs or []],
             why=why[first] or why.get(other, ""),
@@ -276,6 +291,8 @@ def compare_ranks(
     ran = [arm for arm in case.arms if all(own[arm] for own in points) and not why[arm]]
     worlds = [{arm: cells_of(own[arm]) for arm in ran} for own in points]
     missing = next((x for x in why.values() if x), "")
+    fewest = min((len(x) for world in worlds for x in world.values()), default=0)
+    centre = np.mean if fewest < FEW else mean_or_iqm
     parts = []
     for other in case.others:
         both = {first, other} <= {*ran}
@@ -283,13 +300,13 @@ def compare_ranks(
             case=case,
             first=first,
             other=other,
-            found=rank_difference(worlds, first, other) if both else UNKNOWN,
+            found=rank_difference(worlds, first, other, centre=centre) if both else UNKNOWN,
             plain=rank_difference(worlds, first, other, centre=np.mean) if both else UNKNOWN,
             margin=case.margin,
             mine=[own[first] for own in points],
             theirs=[own[other] for own in points],
             why=why[first] or why[other] or (missing and f"ranks need all arms; {missing}"),
-            note=count_first(worlds, first) if both else "",
+            note=count_first(worlds, first, centre) if both else "",
             pilot=pilot,
         )
         parts.append(part)
@@ -301,13 +318,13 @@ def cells_of(points: list[Point]) -> np.ndarray:
     return np.array([[*x.cells.values()] for x in points])
 
 
-def count_first(worlds: list[dict[str, np.ndarray]], first: str) -> str:
+def count_first(worlds: list[dict[str, np.ndarray]], first: str, centre: Centre) -> str:
     """Text: in how many cells an arm is first, and its mean rank."""
     found = []
     for world in worlds:
-        means = np.stack([mean_or_iqm(x, 0) for x in world.values()])
+        means = np.stack([centre(x, 0) for x in world.values()])
         found += (ranks(means)[[*world].index(first)] == 1).tolist()
-    rank = mean_ranks(worlds)[first]
+    rank = mean_ranks(worlds, centre)[first]
     return f"first in {sum(found)} of {len(found)}, mean rank {rank:.2f} of {len(worlds[0])}"
 
 
@@ -586,15 +603,17 @@ what had been seen by then). A run counts if flags, seed and length are the clai
 shown, not counted. Three claims read tables that other commands make (they are in
 `experiments/claims.toml`, too). Checked are flags and length of M5's runs, seeds and length of
 I4's, seeds of B2's. An effect is the first arm's centre less the other's, over seeds: the
-interquartile mean from five seeds on, else the mean; where rows or scenarios are counted the
+interquartile mean if both have five seeds, else the mean; where rows or scenarios are counted the
 difference of mean ranks, when all arms have run. Intervals: 95 % bootstraps over seeds, which are
-drawn as clusters and for each arm by itself. p: permutation test of means, two-sided, exact up to
-200,000 ways to deal the seeds (ranks: 2,000,000), else by as many draws; three seeds against three
-cannot get below .1. A comparison holds if its interval lies above the margin, does not if it lies
-below, else it is undecided; so it is with too few seeds, a gap among them, or arms that have not
-learned. A claim holds if all of its comparisons do, and does not if one does not; where means would
-say something else, that is told. A verdict is about the budget beside it, that of the comparisons
-which decide. The text of BiDist states no steps: shares are of our script's default, 10,000,000.
+drawn as clusters and for each arm by itself; where an arm has fewer than five seeds Student's
+(Welch's), but of ranks bootstraps. p: permutation test of no difference, not of the margin; of
+means, two-sided, exact up to 200,000 ways to deal the seeds (ranks: 2,000,000), else by as many
+draws; three seeds against three cannot get below .1. A comparison holds if its interval lies above
+the margin, does not if it lies below, else it is undecided; so it is with too few seeds, a gap
+among them, or arms that have not learned. A claim holds if all of its comparisons do, and does not
+if one does not; where means would say something else, that is told. A verdict is about the budget
+beside it, that of the comparisons which decide. The text of BiDist states no steps: shares are of
+our script's default, 10,000,000.
 
 **Two methods are judged in our forms.** M's arm `mra` is the script's default, the form that [the
 ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11) and (13), psi by (11) and (13). That is
@@ -603,10 +622,11 @@ learn by these losses, too. B's arm `bidist` has the clip of Eq. (9) centred at 
 the letter of Eq. (9) (`--clip-centre printed`; [bidist.md](bidist.md)).
 
 **Few seeds decide too easily.** Of two arms that are equal (normal figures; a test in
-`tests/experiments/test_statistics.py` counts them) such an interval leaves 0 out one time in five
-with three seeds an arm, one in sixteen with five, not one in twenty. And of several comparisons at
-their margin one fails more easily than a single one. So look at p and at the number of comparisons,
-too.
+`tests/experiments/test_statistics.py` counts them) a bootstrap leaves 0 out one time in five with
+three seeds an arm, so there intervals are Student's; one in sixteen with five, not one in twenty.
+Seeds are added until the list ends, so there is more than one look; and of several comparisons at
+their margin one fails more easily than a single one. In particle worlds equal seeds also share the
+worlds of the final evaluation, which intervals here leave out: M's are too wide for it.
 
 ![effects with intervals and margins, by claim](data/claims.png)
 """

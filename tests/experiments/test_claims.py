@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -275,19 +276,17 @@ AHEAD, BEHIND = seeds(5.0, 5.5, 6.0), seeds(2.0, 2.5, 3.0)
 
 
 def test_holds_or_not_by_the_interval(judge, tmp_path):
-    """The interval is that of all resamples, of which there are 27 times 27."""
+    """Below five seeds it is Student's: here both have a deviation of .5, so four degrees of
+    freedom, of which 95 % lie within 2.776 (any table of t)."""
     outcome = judge(study(tmp_path / "x.csv", a=AHEAD, b=BEHIND))
     (part,) = outcome.parts
-    draws = [
-        [np.mean(x) for x in itertools.product(own.values(), repeat=3)] for own in (AHEAD, BEHIND)
-    ]
-    low, high = np.percentile(np.subtract.outer(*draws), (2.5, 97.5))
-    assert (part.found.low, part.found.high) == pytest.approx((low, high), abs=0.05)
+    half = 2.776 * math.sqrt(2 * 0.5**2 / 3)
+    assert (part.found.low, part.found.high) == pytest.approx((3 - half, 3 + half), abs=1e-3)
     assert part.found.mean == pytest.approx(3.0) and part.found.p == pytest.approx(0.1)
-    assert low > 1 and outcome.verdict == "holds"
+    assert 3 - half > 1 and outcome.verdict == "holds"
     back = judge(study(tmp_path / "y.csv", a=BEHIND, b=AHEAD))
     assert back.verdict == "does not hold"
-    level = judge(study(tmp_path / "z.csv", a=AHEAD, b=seeds(5.1, 5.4, 5.9)))
+    level = judge(study(tmp_path / "z.csv", a=AHEAD, b=seeds(5.2, 5.7, 6.2)))
     assert level.verdict == "does not hold"  # no better is not better by 1
 
 
@@ -412,17 +411,21 @@ def test_one_arm_from_zero(judge, tmp_path):
     outcome = judge(path, others=None, compare='"level"')
     (part,) = outcome.parts
     assert outcome.verdict == "holds" and part.found.mean == pytest.approx(5.5)
-    assert 5.0 <= part.found.low <= part.found.high <= 6.0
+    half = 4.303 * 0.5 / math.sqrt(3)  # t of two degrees of freedom
+    assert (part.found.low, part.found.high) == pytest.approx((5.5 - half, 5.5 + half), abs=1e-3)
     assert part.found.p == pytest.approx(0.25)
     assert judge(path, others=None, compare='"level"', margin=7).verdict == "does not hold"
 
 
 def test_from_five_seeds_on_the_middle_counts(judge, tmp_path):
-    """Of five the three in the middle."""
-    path = study(tmp_path / "x.csv", a=seeds(5.0, 5.5, 6.0, 6.5, 1000.0), b=BEHIND)
-    (part,) = judge(path).parts
-    assert part.found.mean == pytest.approx(6.0 - 2.5)
-    assert part.found.high > 100  # that seed is in the interval
+    """Of five the three in the middle, if the other arm has five, too; the interval, of resamples,
+    sees the fifth. Beside three the mean counts, on both sides."""
+    mine = seeds(5.0, 5.5, 6.0, 6.5, 1000.0)
+    five = judge(study(tmp_path / "x.csv", a=mine, b=seeds(2.0, 2.5, 3.0, 2.0, 3.0))).parts[0]
+    assert five.found.mean == pytest.approx(6.0 - 2.5)
+    assert 2 < five.found.low < five.found.high and five.found.high > 100
+    three = judge(study(tmp_path / "y.csv", a=mine, b=BEHIND)).parts[0]
+    assert three.found.mean == pytest.approx(1023 / 5 - 2.5)
 
 
 def test_what_means_would_say_is_told(judge, tmp_path):
@@ -925,6 +928,40 @@ def measured_by_table(folder, name, labels):
     path.write_text(text)
     code, _, stderr = command("claims", "--criteria", path, "--data", folder)
     return code, stderr
+
+
+def test_a_run_that_counts_is_evaluated_as_its_arm_says(tmp_path):
+    """With other numbers of episodes it is refused; a pilot is not."""
+    path = toml(tmp_path / "c.toml")
+    asks = path.read_text().replace(
+        "--populations {game}", "--populations {game} --final-episodes 9"
+    )
+    path.write_text(asks)
+    for seed, expected in ((11, 2), (31, 0)):
+        lines = lines_of("a", seed, {"12": 1.0}, final_episodes=20)
+        study_path = write_study(tmp_path / "x.csv", lines)
+        code, _, stderr = command("claims", study_path, "--criteria", path, "--data", tmp_path)
+        assert code == expected, stderr
+        assert not code or stderr.endswith("has --final-episodes 20, M1 asks for 9.\n")
+
+
+def test_bots_of_an_earlier_evaluation_do_not_count():
+    """A run that went on without meeting them again has nothing to show at its end."""
+    run = runs_module.read_study(DATA / "study_chicken_claims.csv")[0]
+    measure = book()["B3"][0].measure
+    assert [*criteria.measure_run(run, measure)] == measure.rows.split()
+    run.summary = run.summary | {"timesteps": 2 * run.summary["timesteps"]}
+    assert criteria.measure_run(run, measure) == {}
+
+
+def test_sums_have_factors():
+    assert criteria.sum_of({"a": 2.0, "b/x,y/0": 3.0}, "0.5*a - b/x,y/0 + 2*b/x,y/0") == 4.0
+    assert criteria.sum_of({"a": 2.0}, "- a") == -2.0
+
+
+def test_who_gains_nothing_sets_no_margin(judge, tmp_path):
+    path = study(tmp_path / "x.csv", a=AHEAD, b=seeds(0.0, 0.5, 0.7))  # random play: 1
+    assert judge(path, margin=0.5, margin_of='"gain"').parts[0].margin == 0
 
 
 def test_a_run_without_a_seed_ends_in_a_sentence(tmp_path):

@@ -23,6 +23,7 @@ from envs.statistics import (
     seed_difference,
     seed_level,
     share_interval,
+    student_interval,
     with_interval,
 )
 
@@ -120,6 +121,20 @@ def test_few_seeds_decide_too_easily(seeds, centre, errs):
         hits += not low <= 0 <= high
     deviation = np.sqrt(600 * (1 - 1 / errs) / errs)
     assert abs(hits - 600 / errs) < 4 * deviation
+
+
+def test_students_interval():
+    """Student's and Welch's by their formulas."""
+    x, y = np.array([1.0, 4.0, 2.0]), np.array([7.0, 7.5, 9.0, 8.0, 6.5, 7.2])
+    a, b = x.var(ddof=1) / 3, y.var(ddof=1) / 6
+    freedom = (a + b) ** 2 / (a**2 / 2 + b**2 / 5)
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(a + b)
+    middle = x.mean() - y.mean()
+    assert student_interval(x, y) == pytest.approx((middle - half, middle + half))
+    half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(a)
+    assert student_interval(x) == pytest.approx((x.mean() - half, x.mean() + half))
+    assert student_interval(x[:1] + np.zeros(3), y[:1] + np.zeros(2)) == (-6, -6)
+    assert all(map(np.isnan, student_interval(x[:1], y)))
 
 
 def test_one_seed_has_no_spread():
