@@ -466,7 +466,7 @@ def more_seeds(part: Part) -> str:
     distance = abs(part.found.mean - part.margin)
     most = have * (half / distance) ** 2 if distance else math.inf
     if most > MOST_SEEDS:
-        return f"{part.title}: more than {MOST_SEEDS} seeds an arm, too near the margin"
+        return f"{part.title}: too near the margin (> {MOST_SEEDS} seeds)"
     return f"{part.title}: about {max(have + 1, math.ceil(most))} seeds an arm"
 
 
