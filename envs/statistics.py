@@ -145,20 +145,28 @@ def resampled_centres(
 def seed_difference(
     x: np.ndarray, y: np.ndarray, resamples: int = 5000, seed: int = 1, centre: Centre = np.mean
 ) -> Difference:
-    """Difference of two methods with figures x (S,) and y (R,), one per seed. Seeds are drawn
-    for each method by itself: equal seeds share no training, though in particle worlds they
-    share the worlds of the final evaluation, which makes intervals too wide there. The test, of
+    """Difference of two methods with figures x (S,) and y (R,), one per seed. Equal seeds share no
+    training, though in particle worlds they share the worlds of the final evaluation, which makes
+    intervals too wide there. The interval is a bootstrap that draws seeds for each method by
+    itself. With fewer than FEW in one of them the centre is the mean and the interval Student's
+    (Welch's), as all resamples of three seeds are 10 and lie within the seeds' range. The test, of
     means for any centre, tries all ways to deal the seeds (200,000 if there are more): p is at
     least .1 for 3 + 3 seeds."""
+    few = min(len(x), len(y)) < FEW
+    if few:
+        centre = np.mean
     mean = float(centre(x, 0) - centre(y, 0))
     if min(len(x), len(y)) < 2:
         return Difference(mean, math.nan, math.nan, math.nan)
     from scipy.stats import permutation_test
 
     rng = np.random.default_rng(seed)
-    ours = resampled_centres(x, resamples, rng, centre)
-    theirs = resampled_centres(y, resamples, rng, centre)
-    low, high = percentiles(ours - theirs)
+    if few:
+        low, high = student_interval(x, y)
+    else:
+        ours = resampled_centres(x, resamples, rng, centre)
+        theirs = resampled_centres(y, resamples, rng, centre)
+        low, high = percentiles(ours - theirs)
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
         return a.mean(axis) - b.mean(axis)
@@ -177,13 +185,16 @@ def seed_difference(
 def seed_level(
     x: np.ndarray, resamples: int = 5000, seed: int = 1, centre: Centre = np.mean
 ) -> Difference:
-    """Difference of figures x (S,), one per seed, from 0. The test of the mean tries all signs,
-    of more than 16 seeds 65,536 draws of them."""
+    """Difference of figures x (S,), one per seed, from 0; the interval as in seed_difference(). The
+    test of the mean tries all signs, of more than 16 seeds 65,536 draws of them."""
     mean = float(centre(x, 0))
     if len(x) < 2:
         return Difference(mean, math.nan, math.nan, math.nan)
     rng = np.random.default_rng(seed)
-    low, high = percentiles(resampled_centres(x, resamples, rng, centre))
+    if len(x) < FEW:
+        low, high = student_interval(x)
+    else:
+        low, high = percentiles(resampled_centres(x, resamples, rng, centre))
     drawn = len(x) > 16
     if drawn:
         signs = rng.choice((1, -1), (2**16, len(x)))

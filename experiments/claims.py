@@ -47,7 +47,6 @@ from envs.statistics import (
     ranks,
     seed_difference,
     seed_level,
-    student_interval,
 )
 from experiments.criteria import (
     CRITERIA,
@@ -244,17 +243,12 @@ def centre_of(mine: list[Point], theirs: list[Point] | None) -> Centre:
 
 
 def compare_seeds(mine: list[Point], theirs: list[Point] | None, centre: Centre) -> Difference:
-    """The effect between two arms' seeds; if theirs is None, of one arm's seeds from 0. With fewer
-    than FEW seeds in one of them its interval is Student's: all resamples of three seeds are 10,
-    and lie within the seeds' range."""
+    """The effect between two arms' seeds; if theirs is None, of one arm's seeds from 0."""
     if not mine or theirs == []:
         return UNKNOWN
-    x, y = values(mine), None if theirs is None else values(theirs)
-    found = seed_level(x, centre=centre) if y is None else seed_difference(x, y, centre=centre)
-    if min(len(x), len(x) if y is None else len(y)) >= FEW:
-        return found
-    low, high = student_interval(x, y)
-    return found._replace(low=low, high=high)
+    if theirs is None:
+        return seed_level(values(mine), centre=centre)
+    return seed_difference(values(mine), values(theirs), centre=centre)
 
 
 def compare_in(

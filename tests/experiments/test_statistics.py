@@ -93,21 +93,21 @@ def test_tables():
 
 
 def test_difference_of_seeds():
-    """The interval is that of all resamples, of which there are 3^3 4^4; the test counts deals."""
+    """The interval is that of all resamples, of which there are 5^5 5^5; the test counts deals."""
     rng = np.random.default_rng(0)
-    x, y = rng.normal(2, 1, 3), rng.normal(0, 1, 4)
+    x, y = rng.normal(2, 1, 5), rng.normal(0, 1, 5)
     found = seed_difference(x, y)
     assert found.mean == pytest.approx(x.mean() - y.mean())
-    ours = [np.mean(draw) for draw in itertools.product(x, repeat=3)]
-    theirs = [np.mean(draw) for draw in itertools.product(y, repeat=4)]
+    ours = [np.mean(draw) for draw in itertools.product(x, repeat=5)]
+    theirs = [np.mean(draw) for draw in itertools.product(y, repeat=5)]
     low, high = np.percentile(np.subtract.outer(ours, theirs), (2.5, 97.5))
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.1)
     both = np.concatenate([x, y])
-    deals = [set(deal) for deal in itertools.combinations(range(7), 3)]
-    gaps = [both[list(deal)].mean() - both[list({*range(7)} - deal)].mean() for deal in deals]
+    deals = [set(deal) for deal in itertools.combinations(range(10), 5)]
+    gaps = [both[list(deal)].mean() - both[list({*range(10)} - deal)].mean() for deal in deals]
     above, below = np.mean(np.array(gaps) >= gaps[0] - 1e-9), np.mean(np.array(gaps) <= gaps[0])
     assert found.p == pytest.approx(min(1, 2 * min(above, below)))
-    assert seed_difference(x + 10, y[:3]).p == pytest.approx(0.1)
+    assert seed_difference(x[:3] + 10, y[:3]).p == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("seeds", "centre", "errs"), [(3, np.mean, 5), (5, mean_or_iqm, 16)])
@@ -137,6 +137,17 @@ def test_students_interval():
     assert all(map(np.isnan, student_interval(x[:1], y)))
 
 
+def test_few_seeds_have_students_interval():
+    """With three seeds or four, and where only one side has so few; centres are means then."""
+    x, y = np.array([1.0, 4.0, 2.0]), np.array([7.0, 7.5, 9.0, 8.0, 6.5, 70.0])
+    for a, b in (x, y[:4]), (x, y), (y, x):
+        found = seed_difference(a, b, centre=mean_or_iqm)
+        assert found.mean == pytest.approx(a.mean() - b.mean())
+        assert (found.low, found.high) == student_interval(a, b)
+    found = seed_level(x, centre=mean_or_iqm)
+    assert (found.low, found.high) == student_interval(x)
+
+
 def test_one_seed_has_no_spread():
     found = seed_difference(np.array([3.0]), np.array([1.0, 2.0]))
     assert found.mean == 1.5 and np.isnan([found.low, found.high, found.p]).all()
@@ -154,12 +165,12 @@ def test_the_middle_half_from_five_seeds_on():
 
 
 def test_level_of_seeds():
-    """The interval is that of all 4^4 resamples, the test counts all signs."""
-    x = np.array([0.5, 1.0, 1.5, -0.25])
+    """The interval is that of all 5^5 resamples, the test counts all signs."""
+    x = np.array([0.5, 1.0, 1.5, -0.25, 0.75])
     found = seed_level(x, resamples=40_000)
-    means = [np.mean(draw) for draw in itertools.product(x, repeat=4)]
+    means = [np.mean(draw) for draw in itertools.product(x, repeat=5)]
     assert (found.low, found.high) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=0.03)
-    signed = np.array([np.dot(s, x) / 4 for s in itertools.product((1, -1), repeat=4)])
+    signed = np.array([np.dot(s, x) / 5 for s in itertools.product((1, -1), repeat=5)])
     assert found.p == pytest.approx(2 * np.mean(signed >= x.mean() - 1e-12))
     assert np.isnan(seed_level(x[:1]).p)
     many = np.linspace(-0.5, 0.9, 25)  # 2^25 signs are too many; a t-test is near their test
