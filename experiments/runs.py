@@ -552,10 +552,12 @@ def packed_lines(path: Path) -> dict[str, list[tuple]]:
 
 def check_replaced(out: Path, before: list[Run], runs: list[Run]) -> None:
     """UsageError if a run would replace one of its name that the study OUT had before, and that has
-    another script, world or seed, or more steps."""
+    another script, world, seed or flag that affects training, or more steps."""
 
     def identity(run: Run) -> tuple:
-        return run.args["script"], run.args.get("seed"), name_in_world(run)
+        flags = training_flags(run.args)
+        flags.pop("preset", None)  # its values are among the others
+        return run.args["script"], run.args.get("seed"), name_in_world(run), flags
 
     known = {run.name: run for run in before}
     for run in runs:

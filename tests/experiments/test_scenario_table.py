@@ -268,6 +268,7 @@ def test_packing_into_a_study_keeps_its_runs(tmp_path):
         ),
         (2, 20, {}, "{study} has another run called x-s1: name another file."),
         (1, 20, {"substrate": "toy"}, "{study} has another run called x-s1: name another file."),
+        (1, 20, {"entropy_coef": 0.5}, "{study} has another run called x-s1: name another file."),
     ],
 )
 def test_packing_replaces_no_other_run(tmp_path, seed, steps, flags, sentence):
