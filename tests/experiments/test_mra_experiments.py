@@ -410,9 +410,10 @@ def test_ladder(tmp_path):
     assert "heads used" in head and "uniform g" not in head, "the table is without what no run has"
     assert float(third["gap closed"]) == pytest.approx(0.5 / 7, rel=1e-5)
     assert "-8.00 (-7.50, -8.50)" in text
-    # seeds -7.5, -8.5 and -13.5, -13: all four ways to draw a mean of each
+    # Welch's intervals of seeds -7.5, -8.5 and -13.5, -13, unseen -9, -11 and -15, -16: variances
+    # of means .25 and .0625, 1 and .25, so both have 25/17 degrees of freedom, whose t is 6.19
     line = next(line for line in text.splitlines() if "ours - uni" in line)
-    assert "| +5.25 [+4.50, +6.00] | 0.33 | +5.50 [+4.00, +7.00] | 0.33 |" in line
+    assert "| +5.25 [+1.79, +8.71] | 0.33 | +5.50 [-1.42, +12.42] | 0.33 |" in line
     code, text, _ = command("mra", "ladder", *runs[::2], "--against", "uni", "--out", out)
     assert code == 0 and "| ours - uni | +6.00 | – | +6.00 | – |" in text, "of one seed each"
 
