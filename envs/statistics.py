@@ -1,9 +1,9 @@
 """Intervals and Markdown tables, for evaluations in envs/ and for experiments/.
 
 All intervals are 95 % intervals (low, high). A bootstrap resamples episodes. With several runs it
-draws runs first, then episodes within each run; to compare methods it draws their seeds. Every
-bootstrap has its own generator with a fixed seed, so the same figures give the same interval
-wherever they are computed.
+draws runs first, then episodes within each run; to compare methods it draws their seeds, of which
+there must be five: with fewer the interval is Student's. Every bootstrap has its own generator with
+a fixed seed, so the same figures give the same interval wherever they are computed.
 """
 
 from __future__ import annotations
