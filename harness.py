@@ -411,9 +411,16 @@ def has_bf16(device: torch.device) -> bool:
 def send(x: Tensor, device: torch.device) -> Tensor:
     """Copy x to a device. To a GPU it goes from pinned memory without blocking, so that the CPU can
     prepare the next operations while the GPU is still busy."""
-    if x.device.type == "cpu" and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+    here_to_there = x.device.type == "cpu" and device.type == "cuda"
+    if here_to_there and not torch.compiler.is_compiling():  # the compiler cannot pin
+        x = x.contiguous().pin_memory()  # contiguous(): what expand() makes cannot be pinned
+    return x.to(device, non_blocking=here_to_there)
+
+
+def stacked(numbers: list[Tensor]) -> Tensor:
+    """One tensor of these numbers, where the last one is. (Scripts may note numbers of the CPU;
+    those of a checkpoint come to the device.)"""
+    return torch.stack([x.to(numbers[-1].device) for x in numbers])
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -1096,7 +1103,7 @@ class Run:
     def log(self, scalars: dict[str, Tensor | float]) -> None:
         """Write a log line, with means of what was noted since the last line. sps: environment
         steps per second of iterations, without evaluations and checkpoints."""
-        means = {name: torch.stack(x).mean() for name, x in self.noted.items()}
+        means = {name: stacked(x).mean() for name, x in self.noted.items()}
         seconds = dict(self.laps) | {"wall_s": time.monotonic() - self.began}
         seconds["sps"] = (self.timesteps - self.logged) / max(self.busy, 1e-9)
         if self.logger:
@@ -1116,7 +1123,7 @@ class Run:
         if self.timesteps == self.saved_at:
             return
         parts = pack(self.parts)
-        noted = {name: torch.stack(x) for name, x in self.noted.items()}
+        noted = {name: stacked(x) for name, x in self.noted.items()}
         own = pack(self.own) | {"noted": pack(noted)}
         filled = {name: replay.filled() for name, replay in self.replays.items()}
         check_finite(**dict(tensors_in(parts | own | {"replay": filled}, "")))

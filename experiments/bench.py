@@ -399,6 +399,7 @@ def processor() -> str:
 
 def meltingpot(bench: MeltingPot) -> None:
     """Print the tables that MeltingPot describes."""
+    check_device(bench)
     gpu = f", {torch.cuda.get_device_name()}" if bench.device == "cuda" else ""
     print(f"{processor()}{gpu}, torch {torch.__version__}, {bench}\n")
     tables = {
@@ -678,6 +679,7 @@ def or_not_run(x: float) -> str:
 
 def particle(bench: Particle) -> None:
     """Print the tables that Particle describes."""
+    check_device(bench)
     torch.set_num_threads(bench.cores)
     with held_to(bench.cores):
         time_spread(bench)
@@ -1160,7 +1162,8 @@ def time_refil(script: Any, limit: int, width: int, mixer: str, bench: Refil) ->
         s.agent.amp = amp
         mine = seconds_of(ours, bench, bench.repeats)
         digits = "bf16" if amp else "fp32"
-        table_line(name, width, mixer, digits, *cells, f"{mine:.2f}", f"{folded / mine:.1f}")
+        ratio = f"{folded / mine:.1f}" if folded else ""
+        table_line(name, width, mixer, digits, *cells, f"{mine:.3f}", ratio)
 
 
 def refil(bench: Refil) -> None:
@@ -1236,7 +1239,7 @@ def time_updates(
     for name, found in times.items():
         digits = "bf16" if made[name].agent.amp else "fp32"
         least = min(found)
-        table_line(limit, width, digits, name, f"{least:.2f}", f"{least / base:.2f}")
+        table_line(limit, width, digits, name, f"{least:.3f}", f"{least / base:.2f}")
 
 
 def compare_updates(kinds: dict[str, tuple[str, str]], bench: Mipi | Collaq) -> None:

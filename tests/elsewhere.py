@@ -144,7 +144,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], gpu: PretendedGpu | No
 
 def check(name: str, args: Any, tensors: list[torch.Tensor], there: list[Elsewhere]) -> None:
     """RuntimeError for what a GPU refuses."""
-    here = [x for x in tensors if not isinstance(x, Elsewhere) and x.dim()]
+    numbers_too = name in ("cat", "stack")  # elsewhere the CPU's numbers go along
+    here = [x for x in tensors if not isinstance(x, Elsewhere) and (x.dim() or numbers_too)]
     moves = name in ("copy_", "_to_copy")
     indexes = name in CPU_INDICES and isinstance(args[0], Elsewhere)
     if indexes and name != "index":
@@ -246,7 +247,8 @@ class Claims(TorchFunctionMode):
             return torch.tensor(*args[1:], **{"dtype": args[0].dtype} | kwargs).to(CUDA)
         if func is torch.Tensor.pin_memory:
             assert not isinstance(args[0], Elsewhere), "only memory of the CPU can be pinned"
-            pinned = args[0].clone()
+            x = args[0]  # copied with its strides, so that what expand() makes is refused
+            pinned = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype).copy_(x)
             pinned.is_pinned_here = True
             return pinned
         return func(*args, **kwargs)

@@ -246,8 +246,8 @@ def test_no_script_is_missing():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_trains_there_and_here(name, tmp_path, monkeypatch):
-    """Trains, evaluates, saves; a CPU resumes it. The first steps are those of a CPU, but for
-    rounding (in Melting Pot a CPU has kernels of its own)."""
+    """Trains, evaluates, saves; a CPU resumes it, and it a CPU's. The first steps are those of a
+    CPU, but for rounding (in Melting Pot a CPU has kernels of its own)."""
     script = importlib.import_module(name)
     worlds._constant.cache_clear()
     short = SHORT.get(name, ())
@@ -259,6 +259,8 @@ def test_a_script_trains_there_and_here(name, tmp_path, monkeypatch):
     for one, other in zip(weights(tmp_path / "there"), weights(tmp_path / "here"), strict=True):
         assert one.shape == other.shape and (one - other).abs().mean() < 1e-3
     assert script.main(longer(tmp_path / "there")) == 0
+    with pretended_gpu(monkeypatch):
+        assert script.main(longer(tmp_path / "here", "cuda")) == 0
 
 
 class Counted(NamedTuple):

@@ -702,7 +702,8 @@ def hand_over(game: Game, bodies: Bodies, clocks: Clocks) -> Bodies:
 def advance(game: Game, horizon: int, state: Tensor, actions: Tensor, clocks: Clocks) -> tuple:
     """One step of all worlds without new episodes: states (S, B) and actions (B, N) -> states after
     it, clocks, reward, terminated, truncated, alive, observation, states as rows (B, S)."""
-    clocks = clocks._replace(time=clocks.time + 1)
+    # Not _replace(): under PyTorch 2.11, what that makes leaves a compiled function without fields.
+    clocks = Clocks(clocks.key, clocks.episode, clocks.time + 1)
     bodies = unpack(game, state)
     if game.carrying:
         bodies = hand_over(game, bodies, clocks)
