@@ -460,12 +460,17 @@ def measure_zero(run: Run, measure: Final | Curve | Scenarios) -> float:
     return float(np.mean([sum_of(run.summary["eval"][x], measure.figure) for x in rows]))
 
 
-def check_evaluations(run: Run, case: Claim, arm: str) -> None:
-    """UsageError if a run was evaluated otherwise than its arm's command says."""
+def check_counting(run: Run, case: Claim, arm: str) -> None:
+    """UsageError if a run was evaluated otherwise than its arm's command says, or was begun for
+    another length, which schedules of learning rates and exploration follow, and then resumed."""
     for name, x in read_arm(case.arms[arm]).evaluated.items():
         if run.args.get(name) != x:
             sentence = f"has {as_flag(name)} {run.args.get(name)}, {case.id} asks for {x}"
             raise UsageError(f"{run.where} {sentence}.")
+    begun = run.args.get("total_timesteps", case.timesteps)
+    if abs(begun / case.timesteps - 1) > SLACK:
+        sentence = f"was begun for {begun:,} steps and resumed for {case.timesteps:,}"
+        raise UsageError(f"{run.where} {sentence}: {case.id} asks for runs begun for their length.")
 
 
 def read_points(
@@ -481,7 +486,7 @@ def read_points(
             continue
         seed, steps = run.args["seed"], run.summary["timesteps"]
         if case.counts(arm, seed, steps):
-            check_evaluations(run, case, arm)
+            check_counting(run, case, arm)
         try:
             cells, zero = measure_run(run, measure), measure_zero(run, measure)
         except KeyError as error:

@@ -229,7 +229,8 @@ def lines_of(arm, seed, figures, steps=1000, game="12", **flags):
     """A run of an arm as a study has it; figures: {row: return}."""
     module = runs_module.load_script(FILES[arm])
     size = (game,) if arm == "a" else game
-    own = module.Args(seed=seed, task="resource", **{GAME[arm]: size}, **flags)
+    flags = {"total_timesteps": steps, GAME[arm]: size} | flags
+    own = module.Args(seed=seed, task="resource", **flags)
     args = json.loads(json.dumps(dataclasses.asdict(own))) | {"script": FILES[arm]}
     name = f"{game}-{arm}-s{seed}-{steps}"
     for figure, value in args.items():
@@ -943,6 +944,18 @@ def test_a_run_that_counts_is_evaluated_as_its_arm_says(tmp_path):
         code, _, stderr = command("claims", study_path, "--criteria", path, "--data", tmp_path)
         assert code == expected, stderr
         assert not code or stderr.endswith("has --final-episodes 20, M1 asks for 9.\n")
+
+
+@pytest.mark.parametrize(("seed", "begun", "code"), [(11, 500, 2), (31, 500, 0), (11, 1000, 0)])
+def test_a_run_that_counts_was_begun_for_its_length(tmp_path, seed, begun, code):
+    """A shorter one that was resumed is refused, as learning rates fell sooner; a pilot is not."""
+    lines = lines_of("a", seed, {"12": 1.0}, total_timesteps=begun)
+    study_path = write_study(tmp_path / "x.csv", lines)
+    argv = (study_path, "--criteria", toml(tmp_path / "c.toml"), "--data", tmp_path)
+    found, _, stderr = command("claims", *argv)
+    assert found == code, stderr
+    sentence = "begun for 500 steps and resumed for 1,000: M1 asks for runs begun for their length."
+    assert not code or stderr.endswith(f"was {sentence}\n")
 
 
 def test_bots_of_an_earlier_evaluation_do_not_count():
