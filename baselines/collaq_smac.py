@@ -132,7 +132,7 @@ class Args(RunArgs):
     epsilon_final: Share = 0.05  # probability of a random action after --epsilon-steps
     epsilon_steps: Positive = 500_000  # environment steps in which epsilon falls linearly
     amp: bool = False  # bf16 autocast where the hardware has it
-    compile: bool = False  # torch.compile networks; it came to no end on an H100 (docs/gpu.md)
+    compile: bool = False  # torch.compile networks: more than five minutes on a GPU (docs/gpu.md)
     # Evaluation and checkpoints
     eval_team_sizes: tuple[Positive, ...] = (6, 7, 8)  # unseen sizes, evaluated with --team-sizes
     eval_every: Count = 50_000  # environment steps between evaluations; 0: only at the end
