@@ -15,6 +15,8 @@ from made_up import command, experiment
 
 from envs.particle.worlds import TASKS, Bodies, ParticleWorld, make_game
 
+WITH_DEVICE = "meltingpot particle refil mipi collaq trainings scale all".split()
+
 
 def test_memory_of_a_rollout(capsys):
     """Ids need 2 bytes a tile, pixels 8 * 8 * 3: 96 times as much."""
@@ -325,6 +327,13 @@ def test_bench_of_trainings(monkeypatch, capsys):
     assert f"torch {torch.__version__}" in text and "on cpu" in text
     cells = text.splitlines()[-1].strip("| ").split(" | ")
     assert cells == ["mappo_smac", f"{flags} --tf32", "20", "67%"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", WITH_DEVICE)
+def test_a_missing_gpu_is_one_sentence(name):
+    code, printed, stderr = command("bench", name, "--device", "cuda")
+    assert (code, stderr) == (2, "error: --device cuda: there is no CUDA device here.\n"), printed
 
 
 def test_bench_of_trainings_knows_every_script():
