@@ -15,7 +15,7 @@ from made_up import command, experiment
 
 from envs.particle.worlds import TASKS, Bodies, ParticleWorld, make_game
 
-WITH_DEVICE = "meltingpot particle refil mipi collaq trainings scale all".split()
+WITH_DEVICE = ["meltingpot", "particle", "refil", "mipi", "collaq", "trainings", "scale", "all"]
 
 
 def test_memory_of_a_rollout(capsys):
