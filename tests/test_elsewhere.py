@@ -1,13 +1,14 @@
 """Every script on a GPU that is not there (elsewhere.py): nothing mixes devices or does there what
 CUDA cannot, the CPU goes on with what was trained there, and waits are counted and bounded."""
 
+import dataclasses
 import hashlib
 import importlib
 import json
 import re
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import harness
 
@@ -261,6 +262,71 @@ def test_a_script_trains_there_and_here(name, tmp_path, monkeypatch):
     assert script.main(longer(tmp_path / "there")) == 0
     with pretended_gpu(monkeypatch):
         assert script.main(longer(tmp_path / "here", "cuda")) == 0
+
+
+# Of no account for a device, or not for this one.
+ELSEWHERE = {"preset", "scenario", "enemy_ai", "backend", "bots", "track", "wandb_mode"}
+ELSEWHERE |= {"capture_video", "tf32", "compile"}
+NEEDS = {  # flags that are refused alone
+    "--rescale": "--scenario resource",
+    "--egocentric": "--scenario resource",
+    "--rollout windows": "--no-recurrent",
+    "--policy greedy": "--regularizer none",
+    "--no-share-parameters": "--populations 3 --eval-populations",
+    "--latent-prior told": "--latent-size 2",
+}
+OF_NUMBERS = {  # flags with numbers that choose other code
+    BIDIST: [
+        *(f"--k-d 1 {x}" for x in ("", "--distilled-width 0.5", "--reverse-mode entropy")),
+        *(f"--k-d 1 --reverse-mode {x}" for x in ("random", "noise")),
+        "--copy-every 1",
+        "--weight-cap 2 --advantages-per-population",
+    ],
+    MRA: ["--latent-size 1 --phi-gradient actor", "--value-layers 1", "--reptile-step 0.5"],
+    "mipi_refil_smac": ["--policy exact --ba-iterations 4", "--replay-window 4", "--alpha-i 0.1"],
+    REFIL: ["--replay-window 4", "--final-share 0.1"],
+    "baselines.collaq_smac": ["--replay-window 4"],
+}
+
+
+def one_by_one(script, name):
+    """Each switch and choice of a script that is not its default, and those of numbers."""
+    hints = get_type_hints(script.Args)
+    for field in dataclasses.fields(script.Args):
+        flag, kind = field.name.replace("_", "-"), hints[field.name]
+        if field.name in ELSEWHERE:
+            continue
+        if kind is bool:
+            yield f"--no-{flag}" if field.default else f"--{flag}"
+        elif get_origin(kind) is Literal:
+            yield from (f"--{flag} {x}" for x in get_args(kind) if x != field.default)
+    yield from OF_NUMBERS.get(name, ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_there(name, tmp_path, monkeypatch):
+    """No branch of a script mixes devices."""
+    script = importlib.import_module(name)
+    cases = [f"{x} {NEEDS.get(x, '')}" for x in one_by_one(script, name)]
+    assert len(cases) > 2
+    for number, case in enumerate(cases):
+        worlds._constant.cache_clear()
+        flags = (*SHORT.get(name, ()), *case.split())
+        argv = command(name, tmp_path / str(number), "--device", "cuda", *flags)
+        with monkeypatch.context() as patch, pretended_gpu(patch):
+            assert script.main(argv) == 0, case
+
+
+def test_an_adapted_run_there(tmp_path, monkeypatch):
+    """What a CPU has trained."""
+    for name, flags in ((MRA, SHORT[MRA]), (RL2, ())):
+        script, source = importlib.import_module(name), tmp_path / name
+        assert script.main(command(name, source, "--device", "cpu", *flags)) == 0
+        short = ("--total-timesteps", 60, "--final-episodes", 2, *SHORT[MADDPG])
+        argv = ("--adapt", source, "--population", 4, "--run-dir", f"{source}-4", *short)
+        with monkeypatch.context() as patch, pretended_gpu(patch):
+            assert script.main([*map(str, argv), "--device", "cuda"]) == 0
 
 
 class Counted(NamedTuple):
