@@ -304,6 +304,7 @@ def one_by_one(script, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a run per flag
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_there(name, tmp_path, monkeypatch):
     """No branch of a script mixes devices."""
@@ -318,6 +319,7 @@ def test_every_flag_there(name, tmp_path, monkeypatch):
             assert script.main(argv) == 0, case
 
 
+@pytest.mark.long
 def test_an_adapted_run_there(tmp_path, monkeypatch):
     """What a CPU has trained."""
     for name, flags in ((MRA, SHORT[MRA]), (RL2, ())):
