@@ -1025,7 +1025,8 @@ def find_term(args: Args, agent: Agent, rollout: Rollout) -> tuple[Term, dict[st
     reward, nats = rollout.steps.rewards[rollout.steps.going].mean(), each.sum(-1)
     scalars["marginal_kl"] = mean_of(each, acts)  # per agent, in its real team
     scalars["reward"] = reward
-    scalars["regularised_reward"] = reward - alpha_of(args) * nats.mean().cpu()
+    if args.penalise != "loss":
+        scalars["regularised_reward"] = reward - alpha_of(args) * nats.mean().cpu()
     return Term(log_m, nats), scalars
 
 
