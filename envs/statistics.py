@@ -1,9 +1,9 @@
 """Intervals and Markdown tables, for evaluations in envs/ and for experiments/.
 
 All intervals are 95 % intervals (low, high). A bootstrap resamples episodes. With several runs it
-draws runs first, then episodes within each run; to compare methods it draws their seeds, of which
-there must be five: with fewer the interval is Student's. Every bootstrap has its own generator with
-a fixed seed, so the same figures give the same interval wherever they are computed.
+draws runs first, then episodes within each run. Methods are compared by their seeds: intervals of
+means are Student's, those of interquartile means bootstraps of five seeds or more. Every bootstrap
+has its own generator with a fixed seed, so the same figures give the same interval everywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BOUNDS = (2.5, 97.5)  # percentiles at the ends of an interval
-FEW = 5  # with fewer seeds than this, intervals over seeds are Student's and centres means
+FEW = 5  # with fewer seeds than this, centres over seeds are means, their intervals Student's
 Centre = Callable[..., np.ndarray]  # (figures, axis) -> their centre: np.mean or mean_or_iqm
 
 
@@ -147,13 +147,12 @@ def seed_difference(
 ) -> Difference:
     """Difference of two methods with figures x (S,) and y (R,), one per seed. Equal seeds share no
     training, though in particle worlds they share the worlds of the final evaluation, which makes
-    intervals too wide there. The interval is a bootstrap that draws seeds for each method by
-    itself. With fewer than FEW in one of them the centre is the mean and the interval Student's
-    (Welch's), as all resamples of three seeds are 10 and lie within the seeds' range. The test, of
-    means for any centre, tries all ways to deal the seeds (200,000 if there are more): p is at
-    least .1 for 3 + 3 seeds."""
-    few = min(len(x), len(y)) < FEW
-    if few:
+    intervals too wide there. With fewer than FEW in one of them the centre is the mean. The
+    interval of means is Student's (Welch's): with five seeds an arm a bootstrap of means leaves 0
+    out in one of eight comparisons of equal arms. Else it is a bootstrap that draws seeds for each
+    method by itself. The test, of means for any centre, tries all ways to deal the seeds (200,000
+    if there are more): p is at least .1 for 3 + 3 seeds."""
+    if min(len(x), len(y)) < FEW:
         centre = np.mean
     mean = float(centre(x, 0) - centre(y, 0))
     if min(len(x), len(y)) < 2:
@@ -161,7 +160,7 @@ def seed_difference(
     from scipy.stats import permutation_test
 
     rng = np.random.default_rng(seed)
-    if few:
+    if centre is np.mean:
         low, high = student_interval(x, y)
     else:
         ours = resampled_centres(x, resamples, rng, centre)
@@ -191,7 +190,7 @@ def seed_level(
     if len(x) < 2:
         return Difference(mean, math.nan, math.nan, math.nan)
     rng = np.random.default_rng(seed)
-    if len(x) < FEW:
+    if len(x) < FEW or centre is np.mean:
         low, high = student_interval(x)
     else:
         low, high = percentiles(resampled_centres(x, resamples, rng, centre))

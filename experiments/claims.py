@@ -598,16 +598,15 @@ shown, not counted. Three claims read tables that other commands make (they are 
 `experiments/claims.toml`, too). Checked are flags and length of M5's runs, seeds and length of
 I4's, seeds of B2's. An effect is the first arm's centre less the other's, over seeds: the
 interquartile mean if both have five seeds, else the mean; where rows or scenarios are counted the
-difference of mean ranks, when all arms have run. Intervals: 95 % bootstraps over seeds, which are
-drawn as clusters and for each arm by itself; where an arm has fewer than five seeds Student's
-(Welch's), but of ranks bootstraps. p: permutation test of no difference, not of the margin; of
-means, two-sided, exact up to 200,000 ways to deal the seeds (ranks: 2,000,000), else by as many
-draws; three seeds against three cannot get below .1. A comparison holds if its interval lies above
-the margin, does not if it lies below, else it is undecided; so it is with too few seeds, a gap
-among them, or arms that have not learned. A claim holds if all of its comparisons do, and does not
-if one does not; where means would say something else, that is told. A verdict is about the budget
-beside it, that of the comparisons which decide. The text of BiDist states no steps: shares are of
-our script's default, 10,000,000.
+difference of mean ranks, when all arms have run. 95 % intervals: of interquartile means and ranks
+bootstraps over seeds, which are drawn as clusters and for each arm by itself; of means Student's
+(Welch's). p: permutation test of no difference, not of the margin; of means, two-sided, exact up to
+200,000 ways to deal the seeds (ranks: 2,000,000), else by as many draws; three seeds against three
+cannot get below .1. A comparison holds if its interval lies above the margin, does not if it lies
+below, else it is undecided; so it is with too few seeds, a gap among them, or arms that have not
+learned. A claim holds if all of its comparisons do, and does not if one does not; where means would
+say something else, that is told. A verdict is about the budget beside it, that of the comparisons
+which decide. The text of BiDist states no steps: shares are of our script's default, 10,000,000.
 
 **Two methods are judged in our forms.** M's arm `mra` is the script's default, the form that [the
 ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11) and (13), psi by (11) and (13). That is
@@ -617,7 +616,8 @@ the letter of Eq. (9) (`--clip-centre printed`; [bidist.md](bidist.md)).
 
 **Few seeds decide too easily.** Of two arms that are equal (normal figures; a test in
 `tests/experiments/test_statistics.py` counts them) a bootstrap leaves 0 out one time in five with
-three seeds an arm, so there intervals are Student's; one in sixteen with five, not one in twenty.
+three seeds an arm, one in eight with five, so intervals of means are Student's; of interquartile
+means one in sixteen with five (of a single arm, M8, one in nine), where one in twenty is meant.
 Seeds are added until the list ends, so there is more than one look; and of several comparisons at
 their margin one fails more easily than a single one. In particle worlds equal seeds also share the
 worlds of the final evaluation, which intervals here leave out: M's are too wide for it.

@@ -529,7 +529,8 @@ class Ladder:
     between the p(z|m) of two populations; 1 if they share no z. heads used: exp of the entropy of
     p(z|m). These last ones are means of the last fifth of training, over populations.
     Writes OUT.csv (a row per run) and OUT.md: means over seeds, and differences between forms with
-    95 % bootstrap intervals over seeds and the p of an exact permutation test.
+    95 % intervals over seeds (Student's; with --interquartile bootstraps) and the p of an exact
+    permutation test.
     """
 
     runs: Runs  # runs of mra_maddpg_particle.py in one task and the same populations, or studies

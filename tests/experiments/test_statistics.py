@@ -93,15 +93,19 @@ def test_tables():
 
 
 def test_difference_of_seeds():
-    """The interval is that of all resamples, of which there are 5^5 5^5; the test counts deals."""
+    """Of interquartile means the interval is that of all resamples, of which there are 5^5 5^5; of
+    means it is Welch's. The test, of means, counts deals."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(2, 1, 5), rng.normal(0, 1, 5)
-    found = seed_difference(x, y)
-    assert found.mean == pytest.approx(x.mean() - y.mean())
-    ours = [np.mean(draw) for draw in itertools.product(x, repeat=5)]
-    theirs = [np.mean(draw) for draw in itertools.product(y, repeat=5)]
+    found = seed_difference(x, y, centre=mean_or_iqm)
+    assert found.mean == pytest.approx(mean_or_iqm(x) - mean_or_iqm(y))
+    ours = mean_or_iqm(np.array(list(itertools.product(x, repeat=5))))
+    theirs = mean_or_iqm(np.array(list(itertools.product(y, repeat=5))))
     low, high = np.percentile(np.subtract.outer(ours, theirs), (2.5, 97.5))
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.1)
+    means = seed_difference(x, y)
+    assert means.mean == pytest.approx(x.mean() - y.mean()) and means.p == found.p
+    assert (means.low, means.high) == student_interval(x, y)
     both = np.concatenate([x, y])
     deals = [set(deal) for deal in itertools.combinations(range(10), 5)]
     gaps = [both[list(deal)].mean() - both[list({*range(10)} - deal)].mean() for deal in deals]
@@ -110,9 +114,12 @@ def test_difference_of_seeds():
     assert seed_difference(x[:3] + 10, y[:3]).p == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("seeds", "centre", "errs"), [(3, np.mean, 5), (5, mean_or_iqm, 16)])
+OF_TWO_ARMS = [(3, np.mean, 5), (5, np.mean, 8), (5, mean_or_iqm, 16)]
+
+
+@pytest.mark.parametrize(("seeds", "centre", "errs"), OF_TWO_ARMS)
 def test_few_seeds_decide_too_easily(seeds, centre, errs):
-    """What docs/CLAIMS.md says: of two equal arms an interval leaves 0 out one time in `errs`."""
+    """What docs/CLAIMS.md says: of two equal arms a bootstrap leaves 0 out one time in `errs`."""
     rng, hits = np.random.default_rng(0), 0
     for _ in range(600):
         x, y = rng.normal(size=(2, seeds))
@@ -121,6 +128,30 @@ def test_few_seeds_decide_too_easily(seeds, centre, errs):
         hits += not low <= 0 <= high
     deviation = np.sqrt(600 * (1 - 1 / errs) / errs)
     assert abs(hits - 600 / errs) < 4 * deviation
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 8])
+def test_students_intervals_leave_out_one_in_twenty(seeds):
+    """Of two equal arms, and of one whose level is 0."""
+    rng, apart, off = np.random.default_rng(0), 0, 0
+    for _ in range(600):
+        x, y = rng.normal(size=(2, seeds))
+        low, high = student_interval(x, y)
+        apart += not low <= 0 <= high
+        low, high = student_interval(x)
+        off += not low <= 0 <= high
+    deviation = np.sqrt(600 * 0.05 * 0.95)
+    assert apart < 30 + 3 * deviation  # Welch's is a little wide with few seeds
+    assert abs(off - 30) < 4 * deviation
+
+
+def test_the_middle_half_of_five_levels_decides_too_easily():
+    """One time in nine: what docs/CLAIMS.md says of a single arm's level (M8)."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(600):
+        found = percentiles(resampled_centres(rng.normal(size=5), 1000, rng, mean_or_iqm))
+        hits += not found[0] <= 0 <= found[1]
+    assert abs(hits - 600 / 9) < 4 * np.sqrt(600 * 8 / 81)
 
 
 def test_students_interval():
@@ -165,11 +196,13 @@ def test_the_middle_half_from_five_seeds_on():
 
 
 def test_level_of_seeds():
-    """The interval is that of all 5^5 resamples, the test counts all signs."""
+    """Of the interquartile mean the interval is that of all 5^5 resamples, of the mean Student's;
+    the test counts all signs."""
     x = np.array([0.5, 1.0, 1.5, -0.25, 0.75])
-    found = seed_level(x, resamples=40_000)
-    means = [np.mean(draw) for draw in itertools.product(x, repeat=5)]
-    assert (found.low, found.high) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=0.03)
+    found = seed_level(x, resamples=40_000, centre=mean_or_iqm)
+    centres = mean_or_iqm(np.array(list(itertools.product(x, repeat=5))))
+    assert (found.low, found.high) == pytest.approx(np.percentile(centres, (2.5, 97.5)), abs=0.03)
+    assert seed_level(x)[:3] == (x.mean(), *student_interval(x))
     signed = np.array([np.dot(s, x) / 5 for s in itertools.product((1, -1), repeat=5)])
     assert found.p == pytest.approx(2 * np.mean(signed >= x.mean() - 1e-12))
     assert np.isnan(seed_level(x[:1]).p)
