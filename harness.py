@@ -634,6 +634,13 @@ def describe_run(args: RunArgs, resolved: dict[str, Any]) -> bytes:
     return json.dumps(dataclasses.asdict(args) | about, indent=1).encode()
 
 
+def latest_args(about: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of args.json (about) with what changed whenever the run was resumed."""
+    for changes in about.get("resumed", []):
+        about = about | changes
+    return about
+
+
 def new_run_dir(args: RunArgs, world: str) -> Path:
     """Create the run's directory, which may exist; UsageError if it cannot be made."""
     when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -1034,8 +1041,26 @@ class Run:
         for entry in read_index(self.dir):
             if entry["timesteps"] <= self.timesteps and is_intact(self.dir, entry):
                 self.known.append(entry)
-        if self.rank == 0 and self.timesteps < self.args.total_timesteps:
-            (self.dir / "summary.json").unlink(missing_ok=True)
+        if self.rank == 0:
+            self.record_changes()
+            if self.timesteps < self.args.total_timesteps:
+                (self.dir / "summary.json").unlink(missing_ok=True)
+
+    def record_changes(self) -> None:
+        """Add to the list "resumed" in args.json which flags have another value from here on."""
+        path = self.dir / "args.json"
+        with contextlib.suppress(OSError, ValueError):  # it is lost or damaged: the run goes on
+            about = json.loads(path.read_text())
+            before = latest_args(about)
+            flags = json.loads(json.dumps(dataclasses.asdict(self.args)))
+            changed = {
+                name: x
+                for name, x in flags.items()
+                if name not in ("resume", "run_dir") and before.get(name) != x
+            }
+            if changed:
+                about.setdefault("resumed", []).append({"timesteps": self.timesteps} | changed)
+                write(path, json.dumps(about, indent=1).encode())
 
     def catch_signals(self) -> None:
         """Let Ctrl-C, SIGTERM and SIGHUP stop the run after its iteration, an evaluation at once. A

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -129,7 +130,9 @@ def student_interval(x: np.ndarray, y: np.ndarray | None = None) -> tuple[float,
         return middle, middle
     from scipy.stats import ttest_1samp, ttest_ind
 
-    test = ttest_1samp(x, 0.0) if y is None else ttest_ind(x, y, equal_var=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a sample that is all alike
+        test = ttest_1samp(x, 0.0) if y is None else ttest_ind(x, y, equal_var=False)
     low, high = test.confidence_interval()
     return float(low), float(high)
 

@@ -327,6 +327,7 @@ class Arm(NamedTuple):
     script: str  # path of the script, relative to the repository
     wanted: dict[str, Any] | None  # arguments that a run must have; None: the arm has no runs
     evaluated: dict[str, Any]  # those of its evaluations that the command names
+    episodes: int  # in each row of the final evaluation
 
 
 # Flags that do not affect training, but what a measure reads
@@ -339,19 +340,20 @@ def read_arm(command: str) -> Arm:
     --adapt only the flags in the command count: the others come from the adapted run."""
     file, *flags = split_words(command, "claims.toml") or [""]
     if file.startswith("experiments/") or not (ROOT / file).exists():
-        return Arm(file, None, {})
+        return Arm(file, None, {}, 0)
     module = load_training_script(file)
     adapts = "--adapt" in flags
     args = harness.read_flags(module.Args, flags) if adapts else script_args(module, flags)
     wanted = json.loads(json.dumps(dataclasses.asdict(args)))
     named = {k for k in wanted if {as_flag(k), as_flag(f"no_{k}")} & {*flags}}
     evaluated = {k: wanted[k] for k in sorted(named & EVALUATION)}
+    episodes = wanted["final_episodes"]
     for name in ("seed", "preset", *free_flags(module)):
         wanted.pop(name, None)
     if adapts:
         wanted = {k: x for k, x in wanted.items() if k in named}
         wanted["adapt"] = source_of(wanted["adapt"])
-    return Arm(file, wanted, evaluated)
+    return Arm(file, wanted, evaluated, episodes)
 
 
 def flags_text(args: dict[str, Any]) -> str:
@@ -370,7 +372,7 @@ def source_of(adapt: str) -> str:
 def is_of(run: Run, command: str) -> bool:
     """Whether a run has finished and belongs to an arm. A flag that an older run lacks has its
     default; a flag that scripts no longer have (GONE) must have had its default."""
-    script, wanted, _ = read_arm(command)
+    script, wanted, *_ = read_arm(command)
     if wanted is None or run.args["script"] != Path(script).stem or not run.summary["timesteps"]:
         return False
     defaults = load_script(run.args["script"]).Args
@@ -463,10 +465,16 @@ def measure_zero(run: Run, measure: Final | Curve | Scenarios) -> float:
 def check_counting(run: Run, case: Claim, arm: str) -> None:
     """UsageError if a run was evaluated otherwise than its arm's command says, or was begun for
     another length, which schedules of learning rates and exploration follow, and then resumed."""
-    for name, x in read_arm(case.arms[arm]).evaluated.items():
-        if run.args.get(name) != x:
-            sentence = f"has {as_flag(name)} {run.args.get(name)}, {case.id} asks for {x}"
+    wanted = read_arm(case.arms[arm])
+    latest = harness.latest_args(run.args)
+    for name, x in wanted.evaluated.items():
+        if latest.get(name) != x:
+            sentence = f"has {as_flag(name)} {latest.get(name)}, {case.id} asks for {x}"
             raise UsageError(f"{run.where} {sentence}.")
+    for row, figures in run.summary["eval"].items():
+        if figures.get("episodes", wanted.episodes) != wanted.episodes:
+            found = f"has {figures['episodes']} episodes of {row!r} in its final evaluation"
+            raise UsageError(f"{run.where} {found}, {case.id} asks for {wanted.episodes}.")
     begun = run.args.get("total_timesteps", case.timesteps)
     if abs(begun / case.timesteps - 1) > SLACK:
         sentence = f"was begun for {begun:,} steps and resumed for {case.timesteps:,}"
@@ -579,7 +587,7 @@ def other_flags(
     """The first flags in these lines that are not those of the arm whose they must be; "" if there
     are none."""
     for column, whose in measure.flags.items():
-        script, wanted, _ = read_arm(case.arms[whose or arm])
+        script, wanted, *_ = read_arm(case.arms[whose or arm])
         text = flags_text(wanted | {"script": Path(script).stem})
         for line in itertools.chain(*by_seed.values()):
             if line[column] != text:

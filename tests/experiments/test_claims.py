@@ -225,19 +225,22 @@ def toml(path, **changes):
     return path
 
 
-def lines_of(arm, seed, figures, steps=1000, game="12", **flags):
-    """A run of an arm as a study has it; figures: {row: return}."""
+def lines_of(arm, seed, figures, steps=1000, game="12", episodes=None, **flags):
+    """A run of an arm as a study has it; figures: {row: return}. episodes: of each row of the final
+    evaluation; default: what its flags say."""
     module = runs_module.load_script(FILES[arm])
     size = (game,) if arm == "a" else game
     flags = {"total_timesteps": steps, GAME[arm]: size} | flags
+    resumed = {"resumed": flags.pop("resumed")} if "resumed" in flags else {}
     own = module.Args(seed=seed, task="resource", **flags)
-    args = json.loads(json.dumps(dataclasses.asdict(own))) | {"script": FILES[arm]}
+    episodes = episodes or own.final_episodes
+    args = json.loads(json.dumps(dataclasses.asdict(own))) | {"script": FILES[arm]} | resumed
     name = f"{game}-{arm}-s{seed}-{steps}"
     for figure, value in args.items():
         yield (name, "argument", "", "", figure, json.dumps(value))
     for row, value in ({f"{game} random": 1.0} | figures).items():
         yield (name, "final", steps, row, "return", value)
-        yield (name, "final", steps, row, "episodes", 10)
+        yield (name, "final", steps, row, "episodes", episodes)
 
 
 def study(path, **arms):
@@ -932,7 +935,8 @@ def measured_by_table(folder, name, labels):
 
 
 def test_a_run_that_counts_is_evaluated_as_its_arm_says(tmp_path):
-    """With other numbers of episodes it is refused; a pilot is not."""
+    """With other numbers of episodes it is refused, also if they changed when it was resumed; a
+    pilot is not."""
     path = toml(tmp_path / "c.toml")
     asks = path.read_text().replace(
         "--populations {game}", "--populations {game} --final-episodes 9"
@@ -944,6 +948,23 @@ def test_a_run_that_counts_is_evaluated_as_its_arm_says(tmp_path):
         code, _, stderr = command("claims", study_path, "--criteria", path, "--data", tmp_path)
         assert code == expected, stderr
         assert not code or stderr.endswith("has --final-episodes 20, M1 asks for 9.\n")
+        later = [{"timesteps": 500, "final_episodes": 20}]
+        lines = lines_of("a", seed, {"12": 1.0}, final_episodes=9, resumed=later)
+        study_path = write_study(tmp_path / "x.csv", lines)
+        code, _, stderr = command("claims", study_path, "--criteria", path, "--data", tmp_path)
+        assert code == expected, stderr
+        assert not code or stderr.endswith("has --final-episodes 20, M1 asks for 9.\n")
+
+
+def test_a_run_that_counts_has_all_its_episodes(tmp_path):
+    """Whatever its flags say: an evaluation with fewer is refused; a pilot's is not."""
+    path = toml(tmp_path / "c.toml")
+    for seed, expected in ((11, 2), (31, 0)):
+        study_path = write_study(tmp_path / "x.csv", lines_of("a", seed, {"12": 1.0}, episodes=2))
+        code, _, stderr = command("claims", study_path, "--criteria", path, "--data", tmp_path)
+        assert code == expected, stderr
+        sentence = "has 2 episodes of '12 random' in its final evaluation, M1 asks for 1000.\n"
+        assert not code or stderr.endswith(sentence)
 
 
 @pytest.mark.parametrize(("seed", "begun", "code"), [(11, 500, 2), (31, 500, 0), (11, 1000, 0)])

@@ -1,6 +1,7 @@
 """envs/statistics.py against SciPy's bootstrap and formulas for large samples."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -166,6 +167,11 @@ def test_students_interval():
     assert student_interval(x) == pytest.approx((x.mean() - half, x.mean() + half))
     assert student_interval(x[:1] + np.zeros(3), y[:1] + np.zeros(2)) == (-6, -6)
     assert all(map(np.isnan, student_interval(x[:1], y)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = student_interval(np.full(3, 0.8), x)
+    half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(a)  # the other one has no variance
+    assert found == pytest.approx((0.8 - x.mean() - half, 0.8 - x.mean() + half))
 
 
 def test_few_seeds_have_students_interval():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT, index, only_error
 
+import harness
 from tests.harness.tools import PULLS, flags, learner, resume, run
 
 
@@ -67,6 +68,29 @@ def test_a_resumed_run_keeps_its_own():
     # Typed once more, as it is, and what may differ.
     again = ("--num-envs", 8, "--no-use-replay", "--arms", "x", "y", "--preset", "cpu")
     assert run(*resume("run", 8, *again, "--pause", 0.001, "--log-every", 16)) == 0
+
+
+def test_a_resumed_run_tells_what_changed():
+    """In args.json, once for each time that something did; the flags it began with stay there."""
+    assert run(*flags("run", 2, "--final-episodes", 4)) == 0
+    began = json.loads(Path("run/args.json").read_text())
+    assert run(*resume("run", 6, "--final-episodes", 3)) == 0
+    assert run(*resume("run", 6)) == 0  # with the flags of the checkpoint: nothing changed
+    assert run(*resume("run", 8, "--final-episodes", 2, "--log-every", 16)) == 0
+    found = json.loads(Path("run/args.json").read_text())
+    third = {"timesteps": 24, "total_timesteps": 32, "final_episodes": 2, "log_every": 16}
+    second = {"timesteps": 8, "total_timesteps": 24, "final_episodes": 3}
+    assert found.pop("resumed") == [second, third] and found == began
+    latest = harness.latest_args(began | {"resumed": [second, third]})
+    assert (latest["final_episodes"], latest["seed"]) == (2, began["seed"])
+
+
+def test_a_run_goes_on_without_its_args():
+    """A file that is damaged tells no more, and is left as it is."""
+    assert run(*flags("run", 2)) == 0
+    Path("run/args.json").write_text("{")
+    assert run(*resume("run", 4)) == 0
+    assert Path("run/args.json").read_text() == "{"
 
 
 REFUSED = {  # what is typed with --resume: what the sentence names
