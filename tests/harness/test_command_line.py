@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import harness
+
 import pytest
 from runs import ROOT, index, only_error
 
-import harness
 from tests.harness.tools import PULLS, flags, learner, resume, run
 
 
