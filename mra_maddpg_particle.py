@@ -950,7 +950,7 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
         information = graph_information(agent, view, log_prior)
         scalars[f"information/{name}"] = mean(information, view.alive)
         p = log_prior.exp()  # (N, Z)
-        priors.append(p.mean(0))
+        priors.append(torch.stack([each[0] for each in p.split(game.population)]))  # (types, Z)
         if agent.classifies and name in known:
             label = known.index(name)
             g = agent.attention.all(view)  # (Z, M, N, N)
@@ -963,7 +963,7 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
                 for z, x in enumerate(row):
                     scalars[f"prior/{name}/{kind}/{z}"] = x
     if len(priors) > 1:
-        distances = [(p - q).abs().sum() / 2 for p, q in itertools.combinations(priors, 2)]
+        distances = [(p - q).abs().sum(-1) / 2 for p, q in itertools.combinations(priors, 2)]
         scalars["prior_distance"] = torch.stack(distances).mean()
     check_finite(**scalars)
     return scalars

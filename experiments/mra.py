@@ -526,7 +526,8 @@ class Ladder:
     evaluations. gap closed: 0 is the script that does not know the population, 1 the one that does.
     best z: chosen for each population in other episodes. information: the bound on I(g; a|o) in
     nats. xi right: share of agents whose population xi finds. priors apart: mean total variation
-    between the p(z|m) of two populations; 1 if they share no z. heads used: exp of the entropy of
+    between a type's p(z|m) in two populations; 1 if they share no z (less in logs until 2026-11-26
+    with two types, which averaged p(z|m) over agents first). heads used: exp of the entropy of
     p(z|m). These last ones are means of the last fifth of training, over populations.
     Writes OUT.csv (a row per run) and OUT.md: means over seeds, and differences between forms with
     95 % intervals over seeds (Student's; with --interquartile bootstraps) and the p of an exact

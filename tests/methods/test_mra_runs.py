@@ -1507,6 +1507,24 @@ def test_log_of_the_latent():
     assert m["episodes"] == 4, "each population's own"
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_distance_of_priors_is_of_types(apart, monkeypatch):
+    """In rooms types have other shares in each population: with a z for each type, the same in all
+    populations, the distance is 0; it is 1 if no type has the same z in two of them."""
+    names = ("1,3", "3,3", "6,3")
+    z = {name: (k, (k + 1) % 3) if apart else (0, 1) for k, name in enumerate(names)}
+
+    def forward(psi, population):
+        chosen = torch.tensor(z[",".join(map(str, population))])
+        return torch.nn.functional.one_hot(chosen, 6).float().log().clamp(min=-99)
+
+    monkeypatch.setattr(script(MRA).LatentPrior, "forward", forward)
+    monkeypatch.setattr(script(MRA), "update", lambda *given: {})
+    flags = ("--task", "rooms", "--populations", *names, "--log-every", 3 * VISIT)
+    run(MRA, "run", 3 * VISIT, *flags)
+    assert metrics("run")[-1]["prior_distance"] == pytest.approx(float(apart), abs=1e-6)
+
+
 def test_log_of_the_latent_in_pacman():
     run(MRA, "run", 160, "--task", "pacman", "--populations", "2,1", "1,2", "--log-every", 160)
     (m,) = metrics("run")
