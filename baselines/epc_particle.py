@@ -967,11 +967,12 @@ def train(args: Args) -> int:
             evolution.reopen()
         while run.goes_on():
             for each in evolution.sets.values():
+                buffer = each.collector.buffer
+                before = buffer.steps // args.update_every
                 collect(each.agent, each.collector, each.rng)
                 run.lap("collect_s")
-                buffer = each.collector.buffer
-                is_due = buffer.steps % args.update_every < args.num_envs  # a multiple was passed
-                if is_due and buffer.size >= args.batch_size:
+                due = buffer.steps // args.update_every - before  # multiples that were passed
+                for _ in range(due if buffer.size >= args.batch_size else 0):
                     run.note(update(args, each.agent, each.collector, each.rng))
                 run.lap("learn_s")
             run.advance(args.num_envs * run.size)

@@ -674,10 +674,11 @@ def train(args: Args) -> int:
             replays={args.population: buffer},
         )
         while run.goes_on():
+            before = buffer.steps // args.update_every
             collect(agent, collector, rng)
             run.lap("collect_s")
-            is_due = buffer.steps % args.update_every < args.num_envs  # a multiple was passed
-            if is_due and buffer.size >= args.batch_size:
+            due = buffer.steps // args.update_every - before  # multiples that were passed
+            for _ in range(due if buffer.size >= args.batch_size else 0):
                 run.note(update(args, agent, collector, rng))
             run.lap("learn_s")
             run.advance(args.num_envs * run.size)

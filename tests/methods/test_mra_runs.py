@@ -23,6 +23,8 @@ import pytest
 import torch
 from particle_tools import (
     BOTH,
+    EPC,
+    MAAC,
     MADDPG,
     MRA,
     ROOT,
@@ -934,24 +936,37 @@ def watch(module, patch):
     return events
 
 
-@pytest.mark.parametrize("visit, every, batch, envs", [(20, 20, 16, 4), (7, 25, 40, 6)])
+VISITS = [(20, 20, 16, 4), (7, 25, 40, 6), (2, 3, 16, 8)]
+
+
+@pytest.mark.parametrize("visit, every, batch, envs", VISITS)
 def test_populations_in_turn(visit, every, batch, envs, monkeypatch):
-    """Visits of an episode's length; each population counts its own steps and updates where they
-    pass a multiple of --update-every, once there is a minibatch."""
+    """Visits of an episode's length; each population counts its own steps and updates for each
+    multiple of --update-every that they pass, once there is a minibatch."""
     events = watch(script(MRA), monkeypatch)
     names, steps, expected = ("2", "4", "3"), dict.fromkeys(("2", "4", "3"), 0), []
     for k in range(6 * visit - 1):
         name = names[k // visit % 3]
         expected.append(("collect", name))
         before, steps[name] = steps[name], steps[name] + envs
-        if steps[name] >= batch and any(n % every == 0 for n in range(before + 1, steps[name] + 1)):
-            expected.append(("update", name))
+        if steps[name] >= batch:
+            passed = [n for n in range(before + 1, steps[name] + 1) if n % every == 0]
+            expected += [("update", name) for n in passed]
     flags = ("--max-episode-steps", visit, "--update-every", every, "--batch-size", batch)
     flags += ("--num-envs", envs, "--latent-size", 1, "--populations", *names)
     state = run(MRA, "run", (6 * visit - 1) * envs, *flags)
     assert events == expected
     assert {("update", name) for name in names} < set(events)
     assert [x["steps"] for x in collectors(state)] == [steps[name] for name in names]
+
+
+@pytest.mark.parametrize("name", [MRA, MADDPG, MAAC, EPC])
+def test_more_worlds_than_steps_between_updates(name, monkeypatch):
+    """A step of 64 worlds passes four multiples of 16; each of EPC's two sets counts its own."""
+    updates = []
+    monkeypatch.setattr(script(name), "update", lambda *given: updates.append(given) or {})
+    run(name, "run", 1280, "--num-envs", 64, "--update-every", 16)
+    assert len(updates) == 1280 // 16 * (2 if name == EPC else 1)
 
 
 @pytest.mark.parametrize("flags", ["", "--phi-gradient actor"])
