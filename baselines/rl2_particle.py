@@ -147,8 +147,8 @@ PRESETS = {
 }
 LINE = ("return", "value_loss", "entropy", "sps")  # printed if there is no progress bar
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
-# --adapt keeps these flags of the adapted run: its networks need them.
-FIXED = ("task", "populations", "memory", "rnn_size", "hidden_size", "key_size")
+# --adapt keeps these flags of the adapted run: its networks and units of values need them.
+FIXED = ("task", "populations", "memory", "rnn_size", "hidden_size", "key_size", "value_norm")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:

@@ -970,6 +970,7 @@ WRONG = {  # command line: words that the one sentence has to contain
     "--adapt run --population 4 --rnn-size 64": "--rnn-size 6",
     "--adapt run --population 4 --memory step": "--memory trial",
     "--adapt run --population 4 --populations 3 6": "--populations",
+    "--adapt run --population 4 --no-value-norm": "--value-norm True",
     "--adapt run --population 4 --run-dir run": "holds a run already",
     "--adapt other --population 4": "maddpg_particle rl2_particle",
     "--adapt nowhere --population 4": "nowhere checkpoint",
