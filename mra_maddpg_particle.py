@@ -172,14 +172,13 @@ RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change wi
 # --adapt keeps these flags of the adapted run: its networks need them, or adapting ignores them.
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "psi_input")
 FIXED += ("hidden_size", "key_size", "share_parameters", "value_layers", "own_beside", "redraw_z")
-FIXED += ("phi_gradient", "psi_information", "xi_reads_z", "critic_reads_z", "tell_population")
-FIXED += ("reptile_step",)
+FIXED += ("psi_information", "xi_reads_z", "critic_reads_z", "tell_population", "reptile_step")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Flag combinations to refuse, each as (whether args has it, error message)."""
     usual = PRESETS[args.preset].get("polyak", Args.polyak)
-    begins = not (args.resume or args.eval_only)
+    begins = not (args.resume or args.eval_only or args.adapt)
     idle = begins and args.target == "hard" and args.polyak != usual
     several = len(args.populations + args.eval_populations) > 1
     too_few = args.latent_prior == "told" and args.latent_size < len(args.populations)
@@ -191,6 +190,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (idle, "--polyak needs --target polyak"),
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
+        (args.adapt and args.phi_gradient != "actor", "--adapt takes --phi-gradient actor"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (several and not args.share_parameters, "Several populations need --share-parameters"),
@@ -217,7 +217,8 @@ def read(argv: list[str]) -> Args:
     new |= preset if typed else {"preset": own.preset}
     default = dataclasses.replace(own, **new)
     args = read_kept(Args, argv, default, FIXED, source)
-    check(validate(args))
+    idle = args.target == "hard" and args.polyak != default.polyak  # typed, not the source's
+    check([(idle, "--polyak needs --target polyak"), *validate(args)])
     return args
 
 

@@ -288,6 +288,16 @@ def test_a_value_is_not_taken_for_a_flag(monkeypatch):
     assert given(MRA, ["--resume", "source", "--target", "polyak"], monkeypatch).polyak == 0.05
 
 
+def test_adapting_with_another_target(monkeypatch, capfd):
+    """--target hard has no use for the source's --polyak, but a typed one would be idle."""
+    run(MRA, "source", 4, "--polyak", 0.05, "--target", "polyak")
+    few = ["--adapt", "source", "--population", "4", "--target", "hard"]
+    assert given(MRA, few, monkeypatch).target == "hard"
+    capfd.readouterr()
+    assert script(MRA).main([*few, "--polyak", ".3"]) == 2
+    assert "--polyak needs --target polyak" in only_error(capfd.readouterr().err)
+
+
 def test_adapting_compiles_what_its_source_did(monkeypatch):
     """--compile is inherited; it can be typed for a source without it, and taken back."""
     monkeypatch.setattr(pairs, "Compiled", lambda function, *args, **options: function)
@@ -448,6 +458,7 @@ WRONG_IN_MRA = {
     "--adapt {runs}/mra --population 4 --value-layers 1": "--value-layers 2",
     "--adapt {runs}/mra --population 4 --no-own-beside": "--own-beside True",
     "--adapt {runs}/mra --population 4 --no-psi-information": "--psi-information True",
+    "--adapt {runs}/mra --population 4 --phi-gradient both+actor": "--adapt takes actor",
     "--adapt {runs}/mra --population 4 --xi-reads-z": "--xi-reads-z False",
     "--adapt {runs}/mra --population 4 --redraw-z": "--redraw-z False",
     "--adapt {runs}/mra --population 4 --critic-reads-z": "--critic-reads-z False",
