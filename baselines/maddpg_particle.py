@@ -250,8 +250,8 @@ def mean_entity(others: Tensor, g: Tensor) -> Tensor:
 # [shared: relation_graph] begin
 class Pairs:
     """The first layer above all o_ij = [p_j - p_i, v_j, ...]; scores() and sums() apply the second.
-    This literal form stores M N^2 H numbers. The default, FastPairs, gives equal results without
-    storing them."""
+    This literal form stores M N^2 H numbers. The default, FastPairs, gives equal results and stores
+    M N H for each set of weights."""
 
     def __init__(self, others: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]):
         """Compute relu(o_ij W + b): others (M, N, De), weight W (S, De, H), bias b (S, H)."""

@@ -1,10 +1,11 @@
-"""Two-layer networks of all pairs of agents, computed exactly without storing M N^2 H numbers.
+"""Two-layer networks of all pairs of agents, computed exactly from M N H numbers a set of weights.
 
 A network of o_ij = [p_j - p_i, v_j, ...] has N^2 inputs for N agents. But its first layer is linear
 and gives a_j - b_i with a_j = W [p_j, v_j, ...] + c and b_i = W_p p_i, N vectors each. For keys the
 second layer moves to the query, as q . K h = (K^T q) . h; for values it comes after the sum over j.
 Two sums over pairs remain. On a CPU kernels.py computes them, together with the layers before and
-after; on a GPU torch's operations do, compiled to single loops if `compiled` is set.
+after; on a GPU torch's operations do, compiled to single loops if `compiled` is set. There is an
+a_j for each set of weights: where each agent i has weights of its own, a is M N^2 H numbers again.
 
 FastPairs has the methods of the scripts' plain class Pairs; tests require equal results and
 gradients. Both use grouped_linear(). M transitions, N agents, H hidden units, S parameter sets.
@@ -58,7 +59,8 @@ def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class FastPairs:
-    """Hidden layer relu(o_ij @ weight + bias) of all pairs (i, j), kept as a_j and b_i.
+    """Hidden layer relu(o_ij @ weight + bias) of all pairs (i, j), kept as b_i and, for each set of
+    weights, a_j: M N^2 H numbers if each agent has its own weight, else M S N H.
 
     others    (M, N, De) of each agent j; o_ij is others_j with p_j - p_i in the place of p_j
     weight    (S, De, H): one for each parameter set, or (M, N, De, H): one for each agent i
