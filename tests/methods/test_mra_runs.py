@@ -4,6 +4,7 @@ adapting, evaluating, learning."""
 import dataclasses
 import difflib
 import functools
+import inspect
 import itertools
 import json
 import platform
@@ -27,6 +28,7 @@ from particle_tools import (
     MAAC,
     MADDPG,
     MRA,
+    RL2,
     ROOT,
     collectors,
     differences,
@@ -925,6 +927,20 @@ def test_device_threads_plain_and_compile(name, monkeypatch):
     for flags in ("", "--compile", "--device cpu --compile"):
         module.make_envs(parse(module, flags.split()), "3", 2, 1)
     assert made[-3:] == [("cuda", False), ("cuda", True), ("cpu", False)]
+
+
+@pytest.mark.parametrize("name", [MRA, MADDPG, EPC, RL2])
+def test_what_is_compiled_on_a_cpu(name, monkeypatch):
+    """Networks of pairs that are wider than the kernels for a CPU allow, as the help says."""
+    seen = []
+    monkeypatch.setattr(pairs, "Compiled", lambda function, *_, **__: seen.append(1) or function)
+    text = inspect.getsource(script(name).Args)
+    widest = int(re.search(r" compile: .* on a CPU these if H > (\d+)", text)[1])
+    for width, compiles in ((widest, False), (widest + 1, True)):
+        pairs.kernel.cache_clear()
+        run(name, f"run-{width}", 8, "--compile", "--device", "cpu", "--hidden-size", width)
+        assert bool(seen) == compiles
+    pairs.kernel.cache_clear()
 
 
 # --- Several populations --------------------------------------------------------------------------
