@@ -111,7 +111,7 @@ class Args(RunArgs):
     # Evaluation
     background: tuple[str, ...] = ("random", "past")  # co-players: random, past, run directories
     num_focal: Count = 0  # seats of the trained policy beside --background; 0: N - 1
-    eval_ids: Literal["random", "slot"] = "random"  # agent ids: drawn (Eq. 2), or the seat's number
+    eval_ids: Literal["random", "slot"] = "random"  # ids: drawn in each role (Eq. 2), or the seat's
     eval_scenarios: str = "all"  # Melting Pot scenarios to evaluate in: all, none or e.g. SC0,SC3
     bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
@@ -908,7 +908,7 @@ def evaluate(
     seed = int(rng.integers(2**31))
     with make_envs(args, min(args.num_envs, evaluation.episodes), seed) as envs:
         rows = background_rows(args, evaluation, envs, new_player, partners)
-    return rows | scenario_rows(args, evaluation, new_player, num_ids=agent.spec.num_agents)
+    return rows | scenario_rows(args, evaluation, new_player, id_roles=agent.spec.roles)
 
 
 # --- 9. Train -------------------------------------------------------------------------------------

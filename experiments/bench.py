@@ -454,7 +454,7 @@ def time_whole(bench: Bots, substrate: str) -> None:
         episodes=bench.episodes,
         num_envs=bench.num_envs,
         rng=rng,
-        num_ids=agent.spec.num_agents,
+        id_roles=agent.spec.roles,
         num_workers=bench.num_workers,
     )
     seconds = time.perf_counter() - began

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +91,24 @@ def in_turn(players: list[Player]) -> Player:
     return play
 
 
+def seat_ids(
+    order: Sequence[int], id_roles: Sequence[str], seat_roles: Sequence[str]
+) -> np.ndarray:
+    """Agent ids (N,) int of seats with the roles `seat_roles`: each has the next id in `order` that
+    had its role in training (id_roles: the role of each id). What is left goes to seats whose role
+    training did not have, or had on fewer seats."""
+    free = list(order)
+    ids = np.full(len(seat_roles), -1)
+    for seat, role in enumerate(seat_roles):
+        same = [x for x in free if id_roles[x] == role]
+        if same:
+            ids[seat] = same[0]
+            free.remove(same[0])
+    for seat in np.flatnonzero(ids < 0):
+        ids[seat] = free.pop(0)
+    return ids
+
+
 def play(
     envs: Any,
     focal: Player,
@@ -126,7 +144,7 @@ def play_all(
     episodes: int,
     rng: np.random.Generator,
     shuffle_ids: bool = True,
-    num_ids: int = 0,
+    id_roles: tuple[str, ...] = (),
     videos: Mapping[str, Video] | None = None,
     progress: Progress = ignore,
 ) -> dict[str, list[Result]]:
@@ -136,8 +154,9 @@ def play_all(
     focal        plays the focal seats: num_focal seats, drawn for every episode, or those that the
                  scenario names, or all seats if `background` is None
     background   plays the other seats; bots are played by envs itself
-    num_ids      number of agent ids (0: one per seat). Every episode draws the ids of its seats
-                 without replacement; with shuffle_ids=False the id of a seat is its number
+    id_roles     role that each agent id had in training (default: the roles of envs.spec). Every
+                 episode draws the ids of its seats among those of their roles, without replacement;
+                 with shuffle_ids=False the k-th seat of a role has the k-th id of this role
     videos       {label: film that records the first world of this label}
     progress     progress(1) is called after every counted episode; its exceptions end the play
     The first `episodes` that begin are counted, and played to their end. To count the first that
@@ -148,11 +167,17 @@ def play_all(
     films = {labels.index(label): film for label, film in (videos or {}).items()}
     is_focal = np.ones((worlds, seats), bool)
     own = getattr(envs, "seats", np.tile(np.arange(seats), (worlds, 1)))  # scenarios: focal seats
+    id_roles = id_roles or envs.spec.roles
+    seat_roles = getattr(envs, "seat_roles", [envs.spec.roles] * worlds)  # with bots' seats
     ids = own.copy()
 
     def begin(world: int) -> None:
+        roles = seat_roles[world]
         if shuffle_ids:
-            ids[world] = rng.permutation(num_ids or seats)[:seats]
+            roles = [roles[seat] for seat in own[world]]
+            ids[world] = seat_ids(rng.permutation(len(id_roles)), id_roles, roles)
+        else:
+            ids[world] = seat_ids(range(len(id_roles)), id_roles, roles)[own[world]]
         if background is not None:
             fixed = np.array(envs.spec.is_focal)
             is_focal[world] = rng.permutation(seats) < num_focal if fixed.all() else fixed

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any, Self
@@ -71,6 +72,11 @@ def actions_of(name: str, space: Any) -> range:
     if count is None or start is None:
         raise ValueError(f"--substrate {name}: the action space {space} is no Discrete.")
     return range(int(start), int(start) + int(count))
+
+
+def role_of(agent: Any) -> str:
+    """The name of a player without its number: "adversary_0" -> "adversary"."""
+    return re.sub(r"_?\d+$", "", str(agent))
 
 
 def new_colours(count: int) -> np.ndarray:
@@ -135,7 +141,7 @@ class OwnWorlds:
             kinds.append(more)
         spec = Spec(
             substrate=name,
-            roles=("default",) * len(self.agents),
+            roles=tuple(role_of(agent) for agent in self.agents),
             is_focal=(True,) * len(self.agents),
             actions=tuple({"action": action} for action in choices.pop()),
             grid=grid,

@@ -388,6 +388,7 @@ class Scenarios(MeltingPot):
         self.labels = tuple(plan.name for plan in plans)
         super().__init__(self.plans[0].spec.substrate, num_envs, seed, **options)
         self.seats = np.array([focal_seats(plan) for plan in plans])  # (B, F) seat numbers
+        self.seat_roles = [plan.spec.roles for plan in plans]  # (B, F + M), of bots, too
 
     def plan(self, substrate: str) -> tuple[Spec, PlainEngines]:
         specs = [plan.spec for plan in self.plans]
@@ -415,7 +416,7 @@ def play_scenarios(
     episodes: int,
     num_envs: int,
     rng: np.random.Generator,
-    num_ids: int,
+    id_roles: tuple[str, ...],
     shuffle_ids: bool = True,
     videos: Path | None = None,
     stem: str = "",
@@ -445,7 +446,7 @@ def play_scenarios(
                 episodes=episodes,
                 rng=rng,
                 shuffle_ids=shuffle_ids,
-                num_ids=num_ids,
+                id_roles=id_roles,
                 videos=films,
                 progress=progress,
             )
@@ -472,15 +473,18 @@ def find_scenarios(args: Any) -> tuple[list[str], Kind | None]:
 
 
 def scenario_rows(
-    args: Any, evaluation: Any, new_player: Callable[[Any], Player], num_ids: int
+    args: Any,
+    evaluation: Any,
+    new_player: Callable[[Any], Player],
+    id_roles: tuple[str, ...],
 ) -> dict[str, dict[str, float]]:
     """Play every scenario that args selects with new_player(envs); return {"SC0 scripted":
     envs.meltingpot.episodes.summarise()}, and write CSVs to evaluation.run_dir / "evaluation".
 
     args: of a script, with substrate, seed, num_envs, num_workers, worker_timeout, eval_ids,
     eval_scenarios, eval_only, run_dir and bots. evaluation: harness.Evaluation; a run_dir of None
-    writes no files. num_ids: number of agent ids. NoWorldError as find_scenarios(), and as
-    find_kept(); WorldError: cannot write.
+    writes no files. id_roles: roles of the agent ids in training. NoWorldError as find_scenarios(),
+    and as find_kept(); WorldError: cannot write.
     """
     names, bots = find_scenarios(args)
     if not names:
@@ -494,7 +498,7 @@ def scenario_rows(
         episodes=evaluation.episodes,
         num_envs=args.num_envs,
         rng=evaluation.rng,
-        num_ids=num_ids,
+        id_roles=id_roles,
         shuffle_ids=args.eval_ids == "random",
         videos=evaluation.videos,
         stem=evaluation.stem,

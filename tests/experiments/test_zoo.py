@@ -528,6 +528,6 @@ def test_scenarios_without_a_place_write_nothing(monkeypatch):
     args = script(MAPPO).Args()
     for place in (None, Path("here")):
         evaluation = harness.Evaluation(args, "final", 1, place)
-        rows = scenarios.scenario_rows(args, evaluation, None, num_ids=2)
+        rows = scenarios.scenario_rows(args, evaluation, None, id_roles=("default",) * 2)
         assert rows == {"SC0 scripted": {"return": 1.0}}
     assert saved == [Path("here/evaluation")]

@@ -19,6 +19,7 @@ from envs.meltingpot.episodes import (
     play,
     play_pairs,
     random_player,
+    seat_ids,
     summarise,
     table,
 )
@@ -202,6 +203,35 @@ def test_ids_are_drawn_for_every_episode_or_are_the_seats(shuffle):
     for ours, theirs in zip(focal.calls, background.calls):
         assert ours[0] is theirs[0]
         assert all(np.array_equal(a, b) for a, b in zip(ours[1:], theirs[1:]))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("background", [None, Noted(2)])
+def test_players_of_different_roles_keep_their_ids(shuffle, background):
+    """What a trained policy does with an id is what this role did with it."""
+    envs, focal = TileGame(4, seed=1), Noted(1)
+    envs.spec = dataclasses.replace(envs.spec, roles=("adversary", "agent"))
+    play(envs, focal, background, 1, 20, rng(5), shuffle_ids=shuffle)
+    assert all((ids == [0, 1]).all() for _, _, ids in focal.calls)
+
+
+def test_ids_of_one_role_are_the_first_that_are_drawn():
+    order = rng(3).permutation(7)
+    assert seat_ids(order, ("default",) * 7, ("default",) * 4).tolist() == order[:4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("seat_roles", "ids"),
+    [
+        ("aabb", [3, 0, 4, 1]),
+        ("bbaa", [4, 1, 3, 0]),
+        ("caab", [2, 3, 0, 4]),  # training has no c
+        ("bbba", [4, 1, 0, 3]),  # nor a third b
+        ("aaaa", [3, 0, 4, 2]),
+    ],
+)
+def test_ids_by_role(seat_roles, ids):
+    assert seat_ids([3, 4, 0, 2, 1], "abcab", seat_roles.replace("c", "z")).tolist() == ids
 
 
 def test_players_hear_of_every_start_and_see_the_present():

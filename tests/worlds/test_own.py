@@ -17,6 +17,7 @@ from baselines import opre_meltingpot as opre
 from baselines import pp_meltingpot as pp
 from baselines import randnet_meltingpot as randnet
 from baselines import rpm_meltingpot as rpm
+from envs.meltingpot.episodes import play
 from envs.meltingpot.own import OwnWorlds
 from envs.meltingpot.tiles import WorldError
 from experiments import bidist as figures
@@ -170,6 +171,20 @@ def test_colours_of_an_instance(my_world):
         file.write("    return world\n")
     with OwnWorlds("my_world:painted", 1) as envs:
         assert envs.images(np.array([[3]], np.uint16))[0, 0].tolist() == [7, 8, 9]
+
+
+def test_players_keep_the_ids_of_their_role(my_world):
+    """A name without its number is a role, as PettingZoo names agents."""
+    paid = ["    def step(self, actions):", "        answer = super().step(actions)"]
+    paid += ["        pay = {x: float(actions[x] == 'ab'.index(x)) for x in 'ab'}"]
+    add(my_world, "Unlike", *paid, "        return (answer[0], pay, *answer[2:])")
+    add(my_world, "Named", "    possible_agents = ['cook_0', 'cook_1', 'eater_0', 'guest']")
+    obey = lambda obs, starts, ids: ids  # noqa: E731
+    with OwnWorlds("my_world:Unlike", 3) as envs:
+        results = play(envs, obey, None, 2, 9, np.random.default_rng(0))
+    assert [x.focal_return for x in results] == [50.0] * 9
+    with OwnWorlds("my_world:Named", 1) as envs:
+        assert envs.spec.roles == ("cook", "cook", "eater", "guest")
 
 
 WRONG = {

@@ -27,7 +27,15 @@ import torch
 from runs import BOTH, MAPPO, script, some_long
 
 from envs.meltingpot import bots, scenarios
-from envs.meltingpot.episodes import BOT_COLOUR, FOCAL_COLOUR, Result, mark, play_all, random_player
+from envs.meltingpot.episodes import (
+    BOT_COLOUR,
+    FOCAL_COLOUR,
+    Result,
+    mark,
+    play_all,
+    random_player,
+    seat_ids,
+)
 from envs.meltingpot.scenarios import (
     PAPER,
     RANDOM,
@@ -37,6 +45,7 @@ from envs.meltingpot.scenarios import (
     choose_bots,
     choose_scenarios,
     find_kept,
+    focal_seats,
     get_plan,
     play_scenarios,
     save_results,
@@ -491,7 +500,7 @@ def test_the_papers_scenarios_run_to_their_end(substrate):
     """In worker processes, several at once where they have the same seats."""
     names, rng = choose_scenarios(substrate, "all"), np.random.default_rng(0)
     player = lambda envs: random_player(envs.spec.num_actions, rng)  # noqa: E731
-    results = play_scenarios(names, "scripted", player, 1, 5, rng, 8)
+    results = play_scenarios(names, "scripted", player, 1, 5, rng, ("default",) * 8)
     assert list(results) == [f"SC{k} scripted" for k in range(5)]
     for (result,) in results.values():
         assert result.length > 200 and np.isfinite(result).all()
@@ -637,6 +646,9 @@ class Labelled(TileGame):
     labels = ("a", "b", "a")
 
 
+FIVE = ("default",) * 5
+
+
 def test_play_all_counts_by_label_and_draws_ids_without_replacement():
     seen = []
 
@@ -644,7 +656,7 @@ def test_play_all_counts_by_label_and_draws_ids_without_replacement():
         seen.append(ids.copy())
         return np.zeros(ids.shape, int)
 
-    results = play_all(Labelled(3, 1), player, None, 0, 7, np.random.default_rng(0), num_ids=5)
+    results = play_all(Labelled(3, 1), player, None, 0, 7, np.random.default_rng(0), id_roles=FIVE)
     assert {label: len(x) for label, x in results.items()} == {"a": 7, "b": 7}
     seen = np.stack(seen)
     assert (seen[..., 0] != seen[..., 1]).all() and set(np.unique(seen)) == set(range(5))
@@ -660,8 +672,61 @@ def test_ids_by_slot_are_the_numbers_of_the_focal_seats():
     ]
     still = lambda obs, starts, ids: seen.append(ids.copy()) or np.zeros(ids.shape, int)  # noqa: E731
     with Scenarios(plans, 2, bots="scripted", num_workers=1, max_episode_steps=5) as envs:
-        play_all(envs, still, None, 0, 1, np.random.default_rng(0), shuffle_ids=False, num_ids=6)
+        rng, roles = np.random.default_rng(0), spec.roles
+        play_all(envs, still, None, 0, 1, rng, shuffle_ids=False, id_roles=roles)
     assert len(seen) == 5 and all(ids.tolist() == [[1, 4], [0, 3]] for ids in seen)
+
+
+PREY = ("predator",) * 3 + ("prey",) * 10  # predator_prey__open, in training
+
+
+def test_worlds_of_other_roles_share_a_game_and_keep_their_ids():
+    """Two focal seats of five: the first a prey and the fifth a predator in one world, the fourth a
+    prey and the first a predator in the other."""
+
+    class Mixed(Labelled):
+        labels = ("a", "b")
+        seats = np.array([[0, 4], [3, 0]])
+        seat_roles = (("prey", "prey", *PREY[:3]), PREY[2:7])
+
+    def ids_of(shuffle):
+        seen, rng = [], np.random.default_rng(0)
+        player = lambda obs, starts, ids: seen.append(ids.copy()) or 0 * ids  # noqa: E731
+        play_all(Mixed(2, 1), player, None, 0, 200, rng, shuffle_ids=shuffle, id_roles=PREY)
+        return np.stack(seen)  # (T, B, F)
+
+    drawn, slots = ids_of(True), ids_of(False)
+    assert (slots == [[3, 2], [5, 0]]).all()
+    prey, predators = set(range(3, 13)), set(range(3))
+    found = [set(x) for x in drawn.transpose(1, 2, 0).reshape(4, -1).tolist()]
+    assert found == [prey, predators, prey, predators]
+
+
+def shared_roles():
+    """(name, training's roles) of all scenarios of the substrates that have several roles."""
+    for substrate in sorted(scenario.SCENARIOS_BY_SUBSTRATE):
+        trained = get_spec(substrate).roles
+        if len(set(trained)) > 1:
+            yield from ((name, trained) for name in scenario_names(substrate))
+
+
+def test_focal_seats_have_ids_of_their_roles_in_every_scenario():
+    """As drawn, and by slot, where in 12 scenarios a seat's number had another role in training."""
+    rng, moved = np.random.default_rng(0), []
+    for name, trained in shared_roles():
+        plan = get_plan(name)
+        focal, own = focal_seats(plan), plan.spec.roles
+        roles = [own[seat] for seat in focal]
+        for _ in range(5):
+            ids = seat_ids(rng.permutation(len(trained)), trained, roles)
+            assert [trained[x] for x in ids] == roles and len({*ids}) == len(ids)
+        slots = seat_ids(range(len(trained)), trained, own)[focal]
+        assert [trained[x] for x in slots] == roles
+        if [trained[seat] for seat in focal] != roles:
+            moved.append(name)
+        else:
+            assert slots.tolist() == focal
+    assert len(moved) == 12 and "bach_or_stravinsky_in_the_matrix__repeated_0" in moved
 
 
 def test_players_are_framed():
@@ -714,7 +779,7 @@ def test_a_look_at_a_run_keeps_its_final_evaluation(flags, reason, tmp_path):
     evaluation = harness.Evaluation(look, "final", 100, tmp_path)
     sentence = f"{path} has {reason} and stays as it is: name another directory by --run-dir."
     with pytest.raises(NoWorldError) as error:
-        scenario_rows(look, evaluation, None, num_ids=2)
+        scenario_rows(look, evaluation, None, id_roles=FIVE[:2])
     assert str(error.value) == sentence
     # The same evaluation again, one elsewhere and one after other steps are free to be written.
     find_kept(again, harness.Evaluation(again, "final", 100, tmp_path), ["coins_3"], "scripted")
@@ -744,7 +809,7 @@ def test_a_finished_run_keeps_its_final_evaluation(tmp_path, monkeypatch, capsys
         changed = dataclasses.replace(look, **changes)
         folder = tmp_path / changed.run_dir if changed.run_dir else tmp_path
         evaluation = harness.Evaluation(changed, "final", 100, folder)
-        return scenario_rows(changed, evaluation, None, num_ids=2)
+        return scenario_rows(changed, evaluation, None, id_roles=FIVE[:2])
 
     (tmp_path / "summary.json").write_text("{}")
     figures = rows(eval_scenarios="SC3,SC4")
