@@ -79,11 +79,40 @@ def role_of(agent: Any) -> str:
     return re.sub(r"_?\d+$", "", str(agent))
 
 
-def new_colours(count: int) -> np.ndarray:
-    """Default colours of `count` kinds, (P, 3) uint8: black, then well separated hues."""
+PLAIN = 22  # kinds that colours alone keep apart; the hue of kind 22 is almost that of kind 1
+
+
+def new_sprites(count: int) -> np.ndarray:
+    """Default sprites of `count` kinds, (P, 8, 8, 3) uint8: black, then well separated hues. From
+    kind PLAIN on, a random half of the pixels is dark: a pattern that no other kind has."""
     hues = [(0.618 * k % 1, 0.65, 0.9 - 0.3 * (k % 3) / 2) for k in range(count - 1)]
     colours = [(0.0, 0.0, 0.0), *(colorsys.hsv_to_rgb(*hue) for hue in hues)]
-    return np.array(np.array(colours) * 255, np.uint8)
+    sprites = patches(np.array(np.array(colours) * 255, np.uint8))
+    rng = np.random.default_rng(0)
+    dark = rng.random((count, SPRITE, SPRITE, 1)) < 0.5
+    dark[:PLAIN] = False
+    return np.where(dark, sprites // 4, sprites)
+
+
+def patches(colours: np.ndarray) -> np.ndarray:
+    """Colours (P, 3) uint8 -> sprites (P, 8, 8, 3) uint8 of one colour each."""
+    return colours[:, None, None].repeat(SPRITE, 1).repeat(SPRITE, 2)
+
+
+def own_sprites(name: str, colours: Any, kinds: int) -> np.ndarray:
+    """The sprites (P, 8, 8, 3) uint8 of a world's own colours; ValueError: unsuitable colours."""
+    colours = np.asarray(colours)
+    right = colours.shape == (kinds, 3) and not colours[0].any()
+    if not right or colours.min() < 0 or colours.max() > 255:
+        text = f"colours must be {kinds} rows of red, green, blue, the first one black"
+        raise ValueError(f"--substrate {name}: {text}.")
+    colours, first = colours.astype(np.uint8), {}
+    for kind, colour in enumerate(colours.tolist()):
+        other = first.setdefault(tuple(colour), kind)
+        if other != kind:  # networks see no more of a kind than its colour
+            text = f"kinds {other} and {kind} have one colour, {tuple(colour)}"
+            raise ValueError(f"--substrate {name}: {text}.")
+    return patches(colours)
 
 
 class OwnWorlds:
@@ -110,12 +139,10 @@ class OwnWorlds:
         self.spec, self.kinds = self.plan()
         self.palette = Palette.private()
         kinds = max(self.kinds)
-        colours = np.asarray(getattr(self.worlds[0], "colours", new_colours(kinds)))
-        right = colours.shape == (kinds, 3) and not colours[0].any()
-        if not right or colours.min() < 0 or colours.max() > 255:
-            text = f"colours must be {kinds} rows of red, green, blue, the first one black"
-            raise ValueError(f"--substrate {name}: {text}.")
-        sprites = colours.astype(np.uint8)[:, None, None].repeat(SPRITE, 1).repeat(SPRITE, 2)
+        if hasattr(self.worlds[0], "colours"):
+            sprites = own_sprites(name, self.worlds[0].colours, kinds)
+        else:
+            sprites = new_sprites(kinds)
         self.palette.load(sprites)
         players = len(self.agents)
         self.counter = EpisodeCounter(num_envs, players)

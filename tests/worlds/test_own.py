@@ -18,8 +18,8 @@ from baselines import pp_meltingpot as pp
 from baselines import randnet_meltingpot as randnet
 from baselines import rpm_meltingpot as rpm
 from envs.meltingpot.episodes import play
-from envs.meltingpot.own import OwnWorlds
-from envs.meltingpot.tiles import WorldError
+from envs.meltingpot.own import OwnWorlds, new_sprites
+from envs.meltingpot.tiles import CAPACITY, WorldError
 from experiments import bidist as figures
 
 PAGE = Path(bidist.__file__).parent / "docs/own_world.md"
@@ -187,6 +187,23 @@ def test_players_keep_the_ids_of_their_role(my_world):
         assert envs.spec.roles == ("cook", "cook", "eater", "guest")
 
 
+def test_default_sprites_are_far_apart():
+    """As many as ids can tell; the first are plain, and a kind looks alike in all worlds."""
+    sprites = new_sprites(CAPACITY)
+    assert sprites.shape == (CAPACITY, 8, 8, 3) and not sprites[0].any()
+    flat = sprites.reshape(CAPACITY, -1)
+    assert len(np.unique(flat, axis=0)) == CAPACITY
+    assert np.array_equal(new_sprites(300), sprites[:300])
+    assert (sprites[:22] == sprites[:22, :1, :1]).all()
+    some = np.random.default_rng(0).integers(1, CAPACITY, 700)
+    near = np.r_[0:300, 1500:1700, some]  # (M,), also those of one hue
+    points = flat[np.unique(near)].astype(np.float32)
+    squares = (points**2).sum(1)
+    apart = squares[:, None] + squares - 2 * points @ points.T
+    np.fill_diagonal(apart, np.inf)
+    assert np.sqrt(apart.min() / flat.shape[1]) > 20  # of 255, root mean square of a pixel
+
+
 WRONG = {
     ".a:Berries": "--substrate .a:Berries: '.a' is no name of a module.",
     ":Berries": "--substrate :Berries: '' is no name of a module.",
@@ -203,6 +220,7 @@ WRONG = {
     "my_world:Apart": "views of one size and the same actions",
     "my_world:Pale": "colours must be 4 rows",
     "my_world:Below": "has kinds below 0",
+    "my_world:Alike": "kinds 1 and 3 have one colour, (0, 0, 9).",
 }
 
 
@@ -222,6 +240,7 @@ def test_what_is_no_world_is_one_sentence(name, my_world, capsys):
         "    def observation_space(self, agent):",
         "        return Box(0, 2**31 - 1, (5, 5), np.int32)",
     )
+    add(my_world, "Alike", "    colours = [(0, 0, 0), (0, 0, 9), (1, 0, 9), (0, 0, 9)]")
     add(my_world, "Bright", "    colours = [(0, 0, 0)] + 3 * [(0, 0, 256)]")
     with (my_world / "my_world.py").open("a") as file:
         file.write(
