@@ -51,16 +51,31 @@ def find_world(name: str) -> Any:
     return found
 
 
+def new_world(name: str, make: Any) -> Any:
+    """make(); ValueError if it cannot be called without arguments."""
+    try:
+        return make()
+    except TypeError as error:
+        if error.__traceback__.tb_next is not None:  # raised within the user's code
+            raise
+        raise ValueError(f"--substrate {name}: {error}.") from None
+
+
 def grid_of(name: str, space: Any) -> tuple[tuple[int, int], int]:
     """(H, W) and number of kinds P of a Box or MultiDiscrete; ValueError: no grid of integers."""
     shape, dtype = getattr(space, "shape", None), getattr(space, "dtype", None)
+    shown = " ".join(str(space).split())  # a MultiDiscrete prints a line for each row
     is_grid = shape is not None and len(shape) == 2 and 0 not in shape
     if not is_grid or not np.issubdtype(dtype, np.integer):
-        raise ValueError(f"--substrate {name}: {space} is no grid of integers (H, W).")
-    if hasattr(space, "low") and space.low.min() < 0:
-        raise ValueError(f"--substrate {name}: {space} has kinds below 0.")
-    highest = space.nvec.max() - 1 if hasattr(space, "nvec") else space.high.max()
-    kinds = int(highest) + 1
+        raise ValueError(f"--substrate {name}: {shown} is no grid of integers (H, W).")
+    if hasattr(space, "nvec"):
+        lowest = np.broadcast_to(getattr(space, "start", 0), shape)
+        highest = lowest + space.nvec - 1
+    else:
+        lowest, highest = space.low, space.high
+    if lowest.min() < 0:
+        raise ValueError(f"--substrate {name}: {shown} has kinds below 0.")
+    kinds = int(highest.max()) + 1
     if kinds > CAPACITY:
         raise ValueError(f"--substrate {name}: {kinds:,} kinds are more than {CAPACITY:,}.")
     return (int(shape[0]), int(shape[1])), kinds
@@ -132,7 +147,7 @@ class OwnWorlds:
         make = find_world(name)
         self.name, self.num_envs, self.seed = name, num_envs, seed
         self.first_world, self.max_episode_steps = first_world, max_episode_steps
-        self.worlds = [make() for _ in range(num_envs)]
+        self.worlds = [new_world(name, make) for _ in range(num_envs)]
         self.agents = list(getattr(self.worlds[0], "possible_agents", ()))
         if not self.agents:
             raise ValueError(f"--substrate {name}: its possible_agents name no player.")

@@ -41,7 +41,11 @@ def my_world(tmp_path, monkeypatch):
 def add(folder, name, *lines):
     """Append to my_world.py the class NAME, a kind of Berries with these lines."""
     text = "\n".join(
-        ("from gymnasium.spaces import MultiBinary", f"class {name}(Berries):", *lines)
+        (
+            "from gymnasium.spaces import MultiBinary, MultiDiscrete",
+            f"class {name}(Berries):",
+            *lines,
+        )
     )
     with (folder / "my_world.py").open("a") as file:
         file.write(f"\n\n{text}\n")
@@ -163,6 +167,36 @@ def test_actions_that_do_not_start_at_0(my_world):
         assert envs.spec.actions == ({"action": 2}, {"action": 3}, {"action": 4})
 
 
+def test_kinds_that_do_not_start_at_0(my_world):
+    """Of a MultiDiscrete: its highest kind is start + nvec - 1."""
+    space = "        return MultiDiscrete(np.full((5, 5), 3), start=np.full((5, 5), 2))"
+    look = ["    def look(self):", "        views = super().look()"]
+    look += ["        return {agent: view % 3 + 2 for agent, view in views.items()}"]
+    colours = ["    colours = [(k, k, k) for k in range(5)]"]
+    add(my_world, "Late", *colours, "    def observation_space(self, agent):", space, *look)
+    with OwnWorlds("my_world:Late", 1) as envs:
+        assert envs.kinds == [5, 5] and set(np.unique(envs.reset().tile_ids)) == {2, 3, 4}
+
+
+def test_an_error_within_a_world_keeps_its_traceback(my_world):
+    add(my_world, "Faulty", "    def __init__(self):", "        len(3)")
+    with pytest.raises(TypeError, match="has no len"):
+        OwnWorlds("my_world:Faulty", 1)
+
+
+def test_an_end_that_terminates_some_and_truncates_others_is_a_truncation(my_world):
+    step = [
+        "    def step(self, actions):",
+        "        views, pay, ends, _, infos = super().step(actions)",
+    ]
+    step += ["        return views, pay, ends | {'a': True}, ends | {'b': True}, infos"]
+    add(my_world, "Both", *step)
+    with OwnWorlds("my_world:Both", 1) as envs:
+        envs.reset()
+        step = envs.step(np.zeros((1, 2), int))
+    assert step.truncated.all() and not step.terminated.any()
+
+
 def test_colours_of_an_instance(my_world):
     """Also of a function that makes the world."""
     with (my_world / "my_world.py").open("a") as file:
@@ -220,6 +254,10 @@ WRONG = {
     "my_world:Apart": "views of one size and the same actions",
     "my_world:Pale": "colours must be 4 rows",
     "my_world:Below": "has kinds below 0",
+    "my_world:Early": "has kinds below 0",
+    "my_world:Sized": "missing 1 required positional argument: 'size'.",
+    "json:loads": "loads() missing 1 required positional argument: 's'.",
+    "numpy:array": "array() missing required argument 'object' (pos 0).",
     "my_world:Alike": "kinds 1 and 3 have one colour, (0, 0, 9).",
 }
 
@@ -240,6 +278,9 @@ def test_what_is_no_world_is_one_sentence(name, my_world, capsys):
         "    def observation_space(self, agent):",
         "        return Box(0, 2**31 - 1, (5, 5), np.int32)",
     )
+    early = "        return MultiDiscrete(np.full((5, 5), 4), start=np.full((5, 5), -1))"
+    add(my_world, "Early", "    def observation_space(self, agent):", early)
+    add(my_world, "Sized", "    def __init__(self, size):", "        self.size = size")
     add(my_world, "Alike", "    colours = [(0, 0, 0), (0, 0, 9), (1, 0, 9), (0, 0, 9)]")
     add(my_world, "Bright", "    colours = [(0, 0, 0)] + 3 * [(0, 0, 256)]")
     with (my_world / "my_world.py").open("a") as file:
