@@ -17,7 +17,8 @@ def make_worlds(
     """num_envs worlds, stepped together: a MeltingPot, a TileGame or an OwnWorlds object.
 
     substrate            one of Melting Pot's, "toy" (envs/meltingpot/toy.py) or "module:Class", a
-                         PettingZoo class of the user (docs/own_world.md); else ValueError
+                         PettingZoo class of the user (docs/own_world.md); else, and for a
+                         scenario, which is for evaluations, ValueError
     first_world          number of the first world; seeds depend on it, so processes of a run differ
     max_episode_steps    truncate episodes after so many steps; 0: play to their natural end
     num_workers          processes that step Melting Pot's worlds; 0: one per core
@@ -33,8 +34,13 @@ def make_worlds(
         from envs.meltingpot.own import OwnWorlds
 
         return OwnWorlds(substrate, num_envs, seed, **options)
+    from envs.meltingpot.scenarios import scenario_names
     from envs.meltingpot.worlds import MeltingPot
 
+    home, _, number = substrate.rpartition("_")
+    if substrate in scenario_names(home):  # MeltingPot would play it without its bots
+        text = f"--substrate {home} --eval-scenarios SC{number} evaluates in it"
+        raise ValueError(f"{substrate} is a scenario: {text}.")
     return MeltingPot(
         substrate, num_envs, seed, num_workers=num_workers, timeout=timeout, **options
     )

@@ -85,6 +85,7 @@ WRONG = {
     "--substrate chicken_in_the_matrix": "chicken_in_the_matrix__repeated",
     "--substrate toys": "toy",
     "--substrate qqqqqq": "'qqqqqq'",
+    "--substrate coins_0": "coins_0 is a scenario: --substrate coins --eval-scenarios SC0",
     "--substrate ''": "substrate",
     # combinations
     "--rollout-steps 25": "--rollout-steps --chunk-length",
