@@ -183,7 +183,7 @@ class MeltingPotView(View):
     def __init__(self, substrate: str, render_mode: str | None = None, max_cycles: int = 0):
         from envs.meltingpot.worlds import SPRITE, get_spec
 
-        self.spec, self.max_cycles = get_spec(substrate), max_cycles
+        self.spec, self.max_cycles = get_spec(substrate, others=()), max_cycles
         size = [SPRITE * tiles for tiles in self.spec.grid]
         seen = {"RGB": spaces.Box(0, 255, (*size, 3), np.uint8)}
         for name, length in self.spec.features:

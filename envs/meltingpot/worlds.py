@@ -160,9 +160,12 @@ def quiet() -> Iterator[None]:
 # --- What a substrate looks like -----------------------------------------------------------------
 
 
-def get_spec(name: str, roles: tuple[str, ...] | None = None) -> Spec:
+def get_spec(
+    name: str, roles: tuple[str, ...] | None = None, others: tuple[str, ...] = ("toy",)
+) -> Spec:
     """Spec of a substrate with these roles (default: its own), or of a scenario with its own roles
-    and focal players. ValueError: unknown name; ModuleNotFoundError: no meltingpot."""
+    and focal players. ValueError: unknown name, with names like it, also of `others`, which the
+    caller knows besides; ModuleNotFoundError: no meltingpot."""
     import_meltingpot()
     from meltingpot import scenario
     from meltingpot.configs import substrates as configs
@@ -173,7 +176,7 @@ def get_spec(name: str, roles: tuple[str, ...] | None = None) -> Spec:
         config = scenario.get_config(name)
         substrate, roles, is_focal = config.substrate, tuple(config.roles), tuple(config.is_focal)
     if substrate not in configs.SUBSTRATES:
-        near = difflib.get_close_matches(name, [*configs.SUBSTRATES, "toy"], n=4, cutoff=0.4)
+        near = difflib.get_close_matches(name, [*configs.SUBSTRATES, *others], n=4, cutoff=0.4)
         hint = (
             f"did you mean {' or '.join(near)}?" if near else "see docs/meltingpot.md for the list."
         )

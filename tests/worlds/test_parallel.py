@@ -171,6 +171,13 @@ def test_actions_of_nobody_and_missing_ones(which):
             world.step(some)
 
 
+def test_there_is_no_hint_at_the_toy():
+    """It has no view here; scripts have it (test_meltingpot_flags.py)."""
+    with pytest.raises(ValueError) as error:
+        parallel_env("meltingpot", "toy")
+    assert str(error.value) == "Unknown substrate 'toy': see docs/meltingpot.md for the list."
+
+
 @pytest.mark.parametrize("which", ONE_EACH)
 def test_no_step_before_a_reset_or_after_the_end(which):
     world = parallel_env(*which, max_cycles=2)
