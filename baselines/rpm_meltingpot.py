@@ -660,6 +660,8 @@ def collect(
             # paper and code differ: there R is the whole return. In chicken and coins episodes end
             # at random, after 1,000 steps or 3,000, and their length would decide the rank.
             rates = 1000 * episode.returns / episode.length
+            if args.team_reward:  # theta learns from the sum of all agents' rewards
+                rates = np.full_like(rates, rates.sum())
             returns += rates[ours.cpu().numpy()].tolist()
         ended = terminated | truncated
         state = dataclasses.replace(

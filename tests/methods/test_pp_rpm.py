@@ -284,9 +284,11 @@ def test_past_policies_act(script, flag, value, monkeypatch):
         assert rollout or (batch.log_probs - batch.theta)[~batch.current].abs().max() > 0.1
 
 
-def test_returns_are_those_of_current_agents():
-    """R: only of agents that theta played in the episode, per 1,000 steps."""
-    s = crowd(rpm)
+@pytest.mark.parametrize("flags", [(), ("--team-reward",)])
+def test_returns_are_those_of_current_agents(flags):
+    """R: only of agents that theta played in the episode, per 1,000 steps; of what it learns from,
+    so the sum over all agents with --team-reward."""
+    s = crowd(rpm, *flags)
     s.envs.counter.clear()
     batch = collect(s)
     expected, returns, lengths = [], np.zeros((4, 2)), np.zeros(4)
