@@ -132,14 +132,16 @@ class Args(RunArgs):
 
 def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
     """Yield (whether there are any, error message) of flags that another leaves without effect. A
-    phase that is off may have its rate and epochs: studies give them to all their arms."""
+    phase that is off may have its rate, epochs and k_d: studies give them to all their arms."""
     forward, reverse = ("forward_lr", "forward_epochs"), ("reverse_lr", "reverse_epochs")
     phases = ("k_d", "forward", *forward, "reverse", *reverse, "reverse_mode", "noise_std")
+    populations = ("v_redraw", "mask_fictitious", "weight_cap", "advantages_per_population")
     rows = [
         (args.copy_every, "--copy-every", (*phases, "distilled_width")),
         (not args.reverse, "--no-reverse", ("reverse_mode",)),
         (args.reverse_mode != "noise", f"--reverse-mode {args.reverse_mode}", ("noise_std",)),
         (args.all_fictitious, "--all-fictitious", ("p", "v_redraw")),
+        (args.p == 0, "--p 0", populations),  # there is but one
         (args.mask_fictitious, "--mask-fictitious", ("weight_cap", "advantages_per_population")),
     ]
     for applies, flag, names in rows:

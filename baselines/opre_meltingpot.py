@@ -114,9 +114,15 @@ class Args(RunArgs):
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
+    # With one option p and q are 1, so both KL divergences are 0.
+    single = args.num_options == 1 and not args.resume and not args.eval_only
+    no_p = single and args.prior_coef != Args.prior_coef
+    no_q = single and args.posterior_coef != Args.posterior_coef
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
+        (no_p, "--num-options 1 leaves no use for --prior-coef"),
+        (no_q, "--num-options 1 leaves no use for --posterior-coef"),
     ]
 
 

@@ -123,6 +123,8 @@ WRONG_IN_BIDIST = {
     "--copy-every 1 --noise-std 0.5": "--copy-every --noise-std",
     "--copy-every 1 --forward-epochs 9": "--copy-every --forward-epochs",
     "--all-fictitious --p 0.3": "--all-fictitious --p",
+    "--p 0 --advantages-per-population --weight-cap 2": "--p --weight-cap --advantages-per",
+    "--p 0 --v-redraw episode --mask-fictitious": "--p --v-redraw --mask-fictitious",
     "--all-fictitious --v-redraw episode": "--all-fictitious --v-redraw",
     "--copy-every 2 --k-d 3": "--copy-every --k-d",
     "--mask-fictitious --advantages-per-population --weight-cap 2": "--weight-cap",
