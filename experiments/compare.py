@@ -6,15 +6,17 @@
     python experiments/compare.py runs/mine-s* runs/parent-s* --against parent
 
 Reads run directories and studies (runs.py). A run is named after its directory; names that differ
-only in their ending -s1, -s2, ... are seeds of one group. Writes OUT.png (learning curves, a colour
-per group: a thin line per seed, a thick one for their mean), OUT.csv (the curves' points), OUT.md
-(final evaluations with 95 % bootstrap intervals over episodes; --means, --against: more tables). A
-group's figure is the mean over its seeds, however many (claims.py: interquartile from five on).
+only in their ending -s1, -s2, ... are seeds of one group; runs of other scripts, worlds, flags or
+lengths, or of one seed, are refused there. Writes OUT.png (learning curves, a colour per group: a
+thin line per seed, a thick one for their mean), OUT.csv (the curves' points), OUT.md (final
+evaluations with 95 % bootstrap intervals over episodes; --means, --against: more tables). A group's
+figure is the mean over its seeds, however many (claims.py: interquartile from five on).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 from collections import defaultdict
@@ -28,8 +30,20 @@ from harness import Positive, UsageError
 import numpy as np
 
 from envs.statistics import aligned_table, seed_difference, with_interval
+from experiments.criteria import SLACK, source_of
 from experiments.plots import plt
-from experiments.runs import Run, Runs, check_out, finish, read_runs, run_command, without_seed
+from experiments.runs import (
+    Run,
+    Runs,
+    check_out,
+    finish,
+    name_in_world,
+    read_runs,
+    run_command,
+    trained_by,
+    without_seed,
+)
+from experiments.scenario_table import span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,13 +226,89 @@ def check_curves(study: Comparison, runs: list[Run]) -> None:
         raise UsageError(f"--curves {name}: no run has a scalar of that name.")
 
 
+def grouped(runs: list[Run]) -> dict[str, list[Run]]:
+    """{group: its runs}."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[without_seed(run.name)].append(run)
+    return groups
+
+
+def check_groups(runs: list[Run]) -> None:
+    """Raise UsageError if two runs of one group are no seeds of one arm."""
+    for members in grouped(runs).values():
+        for one, other in itertools.combinations(members, 2):
+            if reason := difference(one, other):
+                both = f"{one.where} and {other.where} would count as two seeds of one group"
+                raise UsageError(f"{both}, but {reason}: choose with --only, or rename.")
+
+
+def difference(one: Run, other: Run) -> str:
+    """What keeps two runs from being seeds of one arm, as part of a sentence; "" if nothing does.
+    Lengths may differ by SLACK (a battle is played to its end); unfinished runs have none."""
+    here, there = arm_of(one), arm_of(other)
+    for name in here | there:
+        x, y = here.get(name, "its default"), there.get(name, "its default")
+        if x != y:
+            return f"their {name} differs ({x}, {y})"
+    seed = one.args.get("seed")
+    if seed is not None and seed == other.args.get("seed"):
+        return f"both have seed {seed}"
+    steps = [run.summary["timesteps"] for run in (one, other)]
+    if differ(steps):
+        return f"their steps differ ({steps[0]:,}, {steps[1]:,})"
+    return ""
+
+
+def arm_of(run: Run) -> dict[str, Any]:
+    """Script, world and flags of a run; an adapted run is named without its seed."""
+    arm = trained_by(run)
+    if arm.get("adapt"):
+        arm["adapt"] = source_of(arm["adapt"])
+    return arm
+
+
+def differ(steps: list[int]) -> bool:
+    """Whether lengths of finished runs differ by more than SLACK; 0: not finished."""
+    found = [x for x in steps if x]
+    return bool(found) and max(found) > (1 + SLACK) * min(found)
+
+
+def check_against(runs: list[Run], against: str) -> None:
+    """Raise UsageError if no run is of the group `against`, or finished runs are of two worlds."""
+    if against not in grouped(runs):
+        raise UsageError(f"--against {against}: no run is called so, -s1, -s2, ... aside.")
+    known: dict[tuple, Run] = {}
+    for run in runs:
+        if run.summary["timesteps"]:
+            _, *world = name_in_world(run)
+            known.setdefault(tuple(world), run)
+    if len(known) > 1:
+        one, other, *_ = (
+            f"{run.where} ({' '.join(filter(None, world))})" for world, run in known.items()
+        )
+        raise UsageError(f"--against {against}: {one} and {other} are of different worlds.")
+
+
+def note_on_steps(runs: list[Run]) -> str:
+    """A line that tells each group's steps if finished runs differ in them; "" if they do not."""
+    if not differ([run.summary["timesteps"] for run in runs]):
+        return ""
+    each = []
+    for group, members in grouped(runs).items():
+        if steps := [x for run in members if (x := run.summary["timesteps"])]:
+            each.append(f"{group}: {span(steps)}")
+    return f"Note: not all runs were trained for the same number of steps: {'; '.join(each)}.\n"
+
+
 def compare(study: Comparison) -> None:
     """Read all runs, then write OUT.png, OUT.csv and OUT.md."""
     check_out(study.out)
     runs = read_runs(study.runs, study.only)
     check_curves(study, runs)
-    if study.against and study.against not in {without_seed(run.name) for run in runs}:
-        raise UsageError(f"--against {study.against}: no run is called so, -s1, -s2, ... aside.")
+    check_groups(runs)
+    if study.against:
+        check_against(runs, study.against)
     curves = {run.name: read_curves(run, study.curves, study.every) for run in runs}
     points = [
         {"run": run, "scalar": name, "timesteps": end, "mean": f"{value:.5g}"}
@@ -232,6 +322,8 @@ def compare(study: Comparison) -> None:
         text += "\n" + means_table(runs, study.means)
     if study.against:
         text += "\n" + difference_table(runs, study.rows, study.against)
+        if note := note_on_steps(runs):
+            text += "\n" + note
     finish(study.out, text, points, draw(curves, study.curves))
 
 

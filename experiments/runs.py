@@ -49,6 +49,7 @@ from envs.statistics import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, packed studies
+WORLD = ("substrate", "task", "scenario")  # flags of which each script has one: its world
 POINTS = 100  # a packed curve has at most so many points
 # By script: values of flags that older runs lack, where they did not do what is the default now.
 FORMER = {
@@ -142,11 +143,15 @@ def first_fault(error: pydantic.ValidationError) -> str:
 # --- Scripts --------------------------------------------------------------------------------------
 
 
+def paths_of(script: str) -> list[str]:
+    """The path of a script in the repository; none if it is not there."""
+    return [x for x in (f"{script}.py", f"baselines/{script}.py") if (ROOT / x).exists()]
+
+
 def script_file(script: str) -> str:
     """A script's path relative to the repository; UsageError if there is no such script."""
-    for path in (f"{script}.py", f"baselines/{script}.py"):
-        if (ROOT / path).exists():
-            return path
+    for path in paths_of(script):
+        return path
     raise UsageError(f"{script}.py is not in this repository: use --group-by name.")
 
 
@@ -347,7 +352,18 @@ def name_of(run: Run) -> Any:
 
 def name_in_world(run: Run) -> Any:
     """A run's name and world: studies of several worlds may use the same names."""
-    return run.name, *(run.args.get(flag) for flag in ("substrate", "task", "scenario"))
+    return run.name, *(run.args.get(flag) for flag in WORLD)
+
+
+def trained_by(run: Run) -> dict[str, Any]:
+    """A run's script, world and training_flags(), which all seeds of an arm share. Flags of a
+    script that is not in this repository are left out."""
+    _, *world = name_in_world(run)
+    found = {"script": run.args["script"]} | dict(zip(WORLD, world, strict=True))
+    if paths_of(run.args["script"]):
+        found |= training_flags(run.args)
+        found.pop("preset", None)  # its values are among the others
+    return found
 
 
 def read_runs(
@@ -555,9 +571,7 @@ def check_replaced(out: Path, before: list[Run], runs: list[Run]) -> None:
     another script, world, seed or flag that affects training, or more steps."""
 
     def identity(run: Run) -> tuple:
-        flags = training_flags(run.args)
-        flags.pop("preset", None)  # its values are among the others
-        return run.args["script"], run.args.get("seed"), name_in_world(run), flags
+        return run.args.get("seed"), trained_by(run)
 
     known = {run.name: run for run in before}
     for run in runs:

@@ -70,6 +70,80 @@ def test_differences_from_a_parent(two, tmp_path):
     assert code == 2 and "--against nobody: no run is called so" in err
 
 
+def toy_run(path, seed, steps=40_000, mean=1.0, **flags):
+    """A finished run of BiDist, made up."""
+    run = fake_run(path, seed=seed, **{"substrate": "toy"} | flags)
+    row = {"return": mean, "return_low": mean, "return_high": mean, "episodes": 9}
+    summary = {"timesteps": steps, "eval": {"v random": row}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ({"substrate": "coins"}, "their substrate differs (toy, coins)"),
+        ({"name": "baselines.mappo_meltingpot"}, "their script differs "),
+        ({"k_d": 7}, "their k_d differs (its default, 7)"),
+        ({"seed": 1}, "both have seed 1"),
+        ({"steps": 400_000}, "their steps differ (40,000, 400,000)"),
+    ],
+)
+def test_what_is_no_other_seed_is_in_no_group(tmp_path, second, reason):
+    """Directories and packed runs; other arms of the same make are compared."""
+    runs = [toy_run(tmp_path / "its-s1", 1), toy_run(tmp_path / "its-s2", **{"seed": 2} | second)]
+    out = ("--out", tmp_path / "x")
+    code, _, err = command("compare", *runs, *out)
+    assert code == 2 and err.count("\n") == 1 and not (tmp_path / "x.md").exists()
+    assert f"its-s1 and {runs[1]} would count as two seeds of one group, but {reason}" in err
+    command("runs", "pack", tmp_path / "study.csv", *runs)
+    code, _, err = command("compare", tmp_path / "study.csv", *out)
+    assert code == 2 and reason in err
+    assert command("compare", tmp_path / "study.csv", "--only", "*-s2", *out)[0] == 0
+
+
+def test_seeds_may_differ_in_what_does_not_train(tmp_path):
+    """Machine, logging, evaluation, a preset's name; lengths by a battle; the run adapted."""
+    first = toy_run(tmp_path / "a-s1", 1)
+    free = {"device": "cpu", "num_threads": 2, "plain": True, "log_every": 9, "final_episodes": 3}
+    second = toy_run(tmp_path / "a-s2", 2, 40_900, **free, preset="cpu")
+    third = fake_run(tmp_path / "a-s3", seed=3, substrate="toy", total_timesteps=99)  # in training
+    name = "mra_maddpg_particle"
+    adapted = [
+        fake_run(tmp_path / f"b-s{s}", name, s, substrate=None, adapt=f"runs/mra-s{s}")
+        for s in (1, 2)
+    ]
+    code, _, err = command("compare", first, second, third, *adapted, "--out", tmp_path / "x")
+    assert code == 0, err
+
+
+def test_runs_of_a_script_that_is_gone_are_compared(tmp_path):
+    runs = [toy_run(tmp_path / f"gone-s{s}", s) for s in (1, 2)]
+    for run in runs:
+        args = json.loads((run / "args.json").read_text())
+        (run / "args.json").write_text(json.dumps(args | {"script": "gone"}))
+    code, printed, err = command("compare", *runs, "--by-seed", "--out", tmp_path / "x")
+    assert code == 0 and "1.00 (1.00, 1.00)" in printed, err
+
+
+def test_a_difference_is_of_one_world_and_tells_of_lengths(tmp_path):
+    ours = [toy_run(tmp_path / f"mine-s{s}", s) for s in (1, 2)]
+    its = [toy_run(tmp_path / f"its-s{s}", s, 6400) for s in (1, 2)]
+    far = toy_run(tmp_path / "far-s1", 1, substrate="coins")
+    argv = ("--out", tmp_path / "x", "--against")
+    code, printed, _ = command("compare", *ours, *its, *argv, "its")
+    note = "Note: not all runs were trained for the same number of steps: mine: 40,000; its: 6,400."
+    assert code == 0 and printed.count("Note: ") == 1
+    assert note in printed.splitlines() and note in (tmp_path / "x.md").read_text()
+    code, _, err = command("compare", *ours, far, *argv, "mine")
+    assert code == 2 and err == (
+        f"error: --against mine: {ours[0]} (toy) and {far} (coins) are of different worlds.\n"
+    )
+    same = [toy_run(tmp_path / f"same-s{s}", s, 40_900) for s in (1, 2)]
+    code, printed, _ = command("compare", *ours, *same, *argv, "mine")
+    assert code == 0 and "Note" not in printed
+
+
 def test_the_best_z_of_each_seed_is_one_row(tmp_path):
     """Else a difference would be of the seeds whose best z it is: chosen by their outcome."""
     for name, best in (("mra", [5.0, 1.0, 6.0]), ("uni", [7.0, 6.0, 6.0])):
