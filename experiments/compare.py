@@ -218,12 +218,20 @@ def means_table(runs: list[Run], names: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check_curves(study: Comparison, runs: list[Run]) -> None:
-    """Raise UsageError for a scalar in --curves, other than the defaults, that no run has."""
+def check_names(study: Comparison, runs: list[Run]) -> None:
+    """Raise UsageError for a scalar in --curves, other than the defaults, or in --means that no run
+    has, and for a row in --rows that no finished run has."""
     default = Comparison.__dataclass_fields__["curves"].default
-    known = {name for run in runs for scalars in run.log for name in scalars}
-    for name in set(study.curves) - set(default) - known:
-        raise UsageError(f"--curves {name}: no run has a scalar of that name.")
+    logged = {name for run in runs for scalars in run.log for name in scalars}
+    rows = {name for run in runs for name in run.summary["eval"]}
+    for flag, names, known, kind in (
+        ("--curves", study.curves, logged.union(default), "scalar"),
+        ("--means", study.means, logged, "scalar"),
+        ("--rows", study.rows, rows, "row"),
+    ):
+        for name in names:
+            if name not in known:
+                raise UsageError(f"{flag} {name}: no run has a {kind} of that name.")
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
@@ -305,7 +313,7 @@ def compare(study: Comparison) -> None:
     """Read all runs, then write OUT.png, OUT.csv and OUT.md."""
     check_out(study.out)
     runs = read_runs(study.runs, study.only)
-    check_curves(study, runs)
+    check_names(study, runs)
     check_groups(runs)
     if study.against:
         check_against(runs, study.against)

@@ -44,6 +44,27 @@ def test_curves_and_tables(two, tmp_path):
         assert f"| {path.name} | v random | {result['return_per_1000']:.1f} [" in printed
 
 
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--curves", "--curves entorpy: no run has a scalar of that name."),
+        ("--means", "--means entorpy: no run has a scalar of that name."),
+        ("--rows", "--rows entorpy: no run has a row of that name."),
+    ],
+)
+def test_a_misspelt_name_writes_nothing(tmp_path, flag, sentence):
+    """Not an empty table in the place of the one that is there."""
+    run = toy_run(tmp_path / "a-s1", 1)
+    right = {"--curves": "entropy", "--means": "entropy", "--rows": "v random"}[flag]
+    (run / "metrics.jsonl").write_text('{"timesteps": 40000, "entropy": 1.0}\n')
+    code, _, err = command("compare", run, flag, right, "--out", tmp_path / "x")
+    assert code == 0, err
+    before = (tmp_path / "x.md").read_bytes()
+    code, _, err = command("compare", run, flag, right, "entorpy", "--out", tmp_path / "x")
+    assert (code, err) == (2, f"error: {sentence}\n")
+    assert (tmp_path / "x.md").read_bytes() == before
+
+
 def test_differences_from_a_parent(two, tmp_path):
     """Groups of seeds, a line per row and figure; what has one seed has no interval."""
     copies = [("mine-s1", two[0], 10), ("mine-s2", two[1], 10), ("one-s1", two[0], 5)]
