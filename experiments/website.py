@@ -478,6 +478,9 @@ def toctree(caption: str, pages: Iterable[str], hidden: bool = False) -> str:
 # --- Laying out -----------------------------------------------------------------------------------
 
 
+MARKER = ".website"  # a file in each folder that lay-out wrote; others are never removed
+
+
 @dataclasses.dataclass(frozen=True)
 class LayOut:
     """Write the website's sources."""
@@ -487,10 +490,28 @@ class LayOut:
 
 
 def lay_out(site: LayOut) -> None:
-    """Write all that Sphinx needs; UsageError if the folder exists and holds no website."""
-    if site.out.exists() and not (site.out / "conf.py").exists():
-        raise UsageError(f"{site.out} is there and holds no website.")
-    shutil.rmtree(site.out, ignore_errors=True)
+    """Write all that Sphinx needs; UsageError if the folder exists and holds no website, or cannot
+    be written."""
+    try:
+        make_room(site.out)
+        write_pages(site)
+    except OSError as error:
+        raise UsageError(f"{site.out} cannot be written: {error.strerror or error}.") from None
+    print(f"{site.out}: {len(list(site.out.rglob('*.md')))} pages")
+
+
+def make_room(out: Path) -> None:
+    """Make the folder anew with MARKER in it; UsageError if one is there without."""
+    if out.exists():
+        if not (out / MARKER).exists():
+            raise UsageError(f"{out} is there and holds none of our websites: remove it.")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARKER).write_text("experiments/website.py replaces this folder.\n")
+
+
+def write_pages(site: LayOut) -> None:
+    """Copy and write all pages."""
     copy_pages(site.out)
     films = read_films()
     studies = read_studies(site.studies)
@@ -504,7 +525,6 @@ def lay_out(site: LayOut) -> None:
         path = site.out / f"{name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    print(f"{site.out}: {len(list(site.out.rglob('*.md')))} pages")
 
 
 def read_films() -> list[dict[str, Any]]:

@@ -170,10 +170,28 @@ def test_a_gif_keeps_colours_that_come_late(tmp_path, capsys):
 
 
 def test_a_folder_of_somebody_elses_is_kept(tmp_path, capsys):
-    (tmp_path / "mine.md").write_text("mine")
-    assert website.main(["lay-out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path} is there and holds no website.\n"
-    assert (tmp_path / "mine.md").exists()
+    """Another project of Sphinx's, which has a conf.py, too."""
+    for name in ("mine.md", "conf.py"):
+        (tmp_path / name).write_text("mine")
+        assert website.main(["lay-out", str(tmp_path)]) == 2
+        sentence = f"{tmp_path} is there and holds none of our websites: remove it."
+        assert capsys.readouterr().err == f"error: {sentence}\n"
+        assert (tmp_path / name).exists()
+
+
+def test_an_older_website_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(website, "write_pages", lambda site: (site.out / "x.md").write_text("x"))
+    for _ in range(2):
+        assert website.main(["lay-out", str(tmp_path / "new/site")]) == 0
+        assert {path.name for path in (tmp_path / "new/site").iterdir()} == {".website", "x.md"}
+        (tmp_path / "new/site/old.md").write_text("old")
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert website.main(["lay-out", str(tmp_path / "file/site")]) == 2
+    sentence = f"{tmp_path}/file/site cannot be written: Not a directory."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
 def test_the_generator_is_pinned_and_the_workflow_makes_what_make_makes():
