@@ -320,13 +320,23 @@ class Run:
         return found
 
 
+def read_lines(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV below its header. UsageError if it cannot be read or is no text."""
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise UsageError(f"{path} is damaged.") from None
+
+
 def read_episodes(
     path: Path, substrate: str, scenario: str, bots: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (E,) and lengths (E,) of the episodes in a CSV. UsageError if the file is damaged or
     its rows have another scenario or other bots than its name says."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_lines(path)
     if not rows:
         raise UsageError(f"{path} holds no episodes.")
     columns = ("scenario", "bots", "focal_return", "length")
@@ -419,11 +429,7 @@ eval/*/return eval/*/return_agent eval/*/return_pac_man eval/*/return_ghost coll
 
 def read_study(path: Path) -> list[Run]:
     """The runs of a packed study, in its order. UsageError if the file is no study or damaged."""
-    try:
-        with path.open(newline="") as file:
-            lines = list(csv.DictReader(file))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+    lines = read_lines(path)
     if not lines or tuple(lines[0]) != COLUMNS:
         raise UsageError(f"{path} is no study: runs.py pack makes one.")
     by_run: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -436,7 +442,8 @@ def read_study(path: Path) -> list[Run]:
 
 
 def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
-    """The run that lines of a study hold, as an object with the attributes of a Run."""
+    """The run that lines of a study hold, as an object with the attributes of a Run. ValueError,
+    KeyError or TypeError if they cannot be of one."""
     run = Run.__new__(Run)
     run.path, run.name, run.where = path, name, f"{name} in {path}"
     run.args, run.log, run.steps = {}, [], 0
@@ -455,6 +462,8 @@ def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
             results.setdefault(row, {})[figure] = float(value)
         elif kind == "episode":
             episodes[int(line["timesteps"]), *row.split(), figure].append(float(value))
+        else:
+            raise ValueError(kind)
     run.args = as_today(run.args)
     run.log.sort(key=lambda scalars: scalars["timesteps"])
     for row in results.values():

@@ -304,6 +304,10 @@ def test_what_is_no_run_is_one_sentence(two, tmp_path):
     study = tmp_path / "study.csv"
     command("runs", "pack", study, *two)
     (tmp_path / "torn.csv").write_text(study.read_text().replace(",320,", ",32x,", 1))
+    (tmp_path / "latin.csv").write_bytes(study.read_bytes() + "toy-s1,é".encode("latin-1"))
+    (tmp_path / "nul.csv").write_bytes(study.read_bytes() + bytes(4096))
+    (tmp_path / "long.csv").write_bytes(study.read_bytes() + b"x" * 200_000)  # for the csv module
+    (tmp_path / "kind.csv").write_text(study.read_text() + "toy-s1,curves,1,,entropy,1\n")
     text = (two[0] / "summary.json").read_text()
     summaries = {"torn": text[:-9], "bare": "{}", "list": "[1]"}
     summaries |= {"steps": '{"timesteps": "9", "eval": {}}', "rows": text.replace(": {", ": [{")}
@@ -315,7 +319,10 @@ def test_what_is_no_run_is_one_sentence(two, tmp_path):
         ("nowhere", "nowhere is no run directory."),
         (tmp_path / "empty", f"{tmp_path}/empty is no run directory."),
         (tmp_path / "bad", f"{tmp_path}/bad/metrics.jsonl is damaged."),
-        (tmp_path / "torn.csv", f"{tmp_path}/torn.csv is damaged."),
+        *(
+            (tmp_path / f"{x}.csv", f"{tmp_path}/{x}.csv is damaged.")
+            for x in ("torn", "latin", "nul", "long", "kind")
+        ),
         *((tmp_path / x, f"{tmp_path}/{x}/summary.json is damaged.") for x in summaries),
     ):
         code, _, stderr = command("compare", source, "--out", tmp_path / "x")

@@ -350,6 +350,11 @@ ERRORS = {
         "holds coins_4 with scripted bots, not coins_0 with scripted bots.",
     ),
     "no number": (spoil(lambda text: text.replace(",2.0,1.0", ",x,1.0")), (), "is no number."),
+    "no text": (
+        lambda run: fake_evaluation(run, "SC0", [1.0]).write_bytes(b"\xff\xfe"),
+        (),
+        "SC0-scripted.csv is damaged.",
+    ),
     "nan": (spoil(lambda text: text.replace(",2.0,1.0", ",nan,1.0")), (), "that cannot be."),
     "steps": (
         spoil(lambda text: text),
