@@ -747,8 +747,9 @@ class Trainer:
         with log:
             child = self.start(job, log, environment)
             code = child.wait() if child else STOPPED
-        if job.processes > 1 and code and job.is_finished():
-            code = FINISHED  # torchrun's code is 1 whatever happened
+        # torchrun's code is 1 whatever happened; a script that has finished may be stopped leaving.
+        if code and (job.processes > 1 or self.stopped) and job.is_finished():
+            code = FINISHED
         return STOPPED if self.stopped and code != FINISHED else code
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -29,6 +30,9 @@ if "--stop" in words and "--resume" not in words:
     raise SystemExit(75)
 steps = int(value("--total-timesteps"))
 (run / "summary.json").write_text(json.dumps({"timesteps": steps, "eval": {}}))
+if "--linger" in words:
+    (run / "ended").touch()
+    time.sleep(600)
 class Args:
     pass
 """
@@ -105,6 +109,24 @@ def test_a_study_starts_resumes_and_keeps(jobs, capsys):
     with pytest.raises(runs.UsageError, match=r"c-s1 ended with code 3: see .*c-s1\.log"):
         runs.train_all(jobs(70, c=("--fail",), d=("--stop",)), 1)
     assert len(calls(jobs(70, d=())[0])) == 1  # who comes after a failure has its turn
+
+
+def test_what_is_stopped_after_its_end_is_finished(jobs):
+    """By a signal when it has written its summary, but not left; one that has not is stopped."""
+    (job, *_) = jobs(70, a=("--linger",))
+    trainer = runs.Trainer()
+    done = []
+    thread = threading.Thread(target=lambda: done.append(trainer.train(job)))
+    thread.start()
+    while thread.is_alive() and not (job.run / "ended").exists():
+        time.sleep(0.05)
+    trainer.stop(signal.SIGTERM, None)
+    thread.join()
+    assert done == [runs.FINISHED]
+    (stopped,) = trainer.children
+    assert stopped.returncode == -signal.SIGTERM
+    (other, *_) = jobs(70, b=())
+    assert trainer.train(other) == runs.STOPPED
 
 
 LIMIT = 600  # seconds of each wait: only a hang lasts so long, on a busy machine, too
