@@ -181,6 +181,19 @@ def test_flags_named_in_the_text_exist(page):
             assert flag in FOREIGN or has_flag(names, flag), flag
 
 
+def run_dirs(page: Path) -> set[str]:
+    """The run directories that a page's code names, without seeds."""
+    code = "\n".join(line for block in code_blocks(page.read_text()) for line in block)
+    return {re.sub(r"-s[^-]*$", "", x) for x in re.findall(r"\bruns/[\w-]+-s\$?\w+", code)}
+
+
+def test_pages_that_begin_with_a_fork_share_no_run_directories():
+    """A reader of both would compare runs of two worlds."""
+    readme, running = run_dirs(ROOT / "README.md"), run_dirs(ROOT / "docs/running.md")
+    assert readme == {"runs/mine", "runs/its"} and len(running) == 2
+    assert not readme & running
+
+
 def slug(heading: str) -> str:
     """The anchor that GitHub gives a heading."""
     kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
