@@ -181,6 +181,20 @@ def test_flags_named_in_the_text_exist(page):
             assert flag in FOREIGN or has_flag(names, flag), flag
 
 
+START = ("README.md", "CONTRIBUTING.md", "IDEA.md", "running.md", "studies.md")
+PROGRAMS = ("cp", "for", "git", "make", "pip", "python", "source", "torchrun")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_work_in_zsh(page):
+    """It splits no unquoted variable, and takes # for a word where commands are typed."""
+    text = page.read_text()
+    assert not re.search(r"^ +[A-Za-z]+=([\"']).* .*\1$", text, re.MULTILINE)
+    for line in (line for block in code_blocks(text) for line in block):
+        if page.name in START and line.split()[:1] and line.split()[0] in PROGRAMS:
+            assert not re.search(r"\s#", line), line
+
+
 def run_dirs(page: Path) -> set[str]:
     """The run directories that a page's code names, without seeds."""
     code = "\n".join(line for block in code_blocks(page.read_text()) for line in block)
