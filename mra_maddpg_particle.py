@@ -190,7 +190,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (idle, "--polyak needs --target polyak"),
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
-        (args.adapt and args.phi_gradient != "actor", "--adapt takes --phi-gradient actor"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (several and not args.share_parameters, "Several populations need --share-parameters"),
@@ -218,7 +217,9 @@ def read(argv: list[str]) -> Args:
     default = dataclasses.replace(own, **new)
     args = read_kept(Args, argv, default, FIXED, source)
     idle = args.target == "hard" and args.polyak != default.polyak  # typed, not the source's
-    check([(idle, "--polyak needs --target polyak"), *validate(args)])
+    other = args.phi_gradient != "actor"  # adapting takes no step of Eq. (11) or (13)
+    check([(idle, "--polyak needs --target polyak"), (other, "--adapt takes --phi-gradient actor")])
+    check(validate(args))
     return args
 
 
