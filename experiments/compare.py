@@ -16,7 +16,6 @@ figure is the mean over its seeds, however many (claims.py: interquartile from f
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 import sys
 from collections import defaultdict
@@ -30,17 +29,18 @@ from harness import Positive, UsageError
 import numpy as np
 
 from envs.statistics import aligned_table, seed_difference, with_interval
-from experiments.criteria import SLACK, source_of
 from experiments.plots import plt
 from experiments.runs import (
     Run,
     Runs,
+    check_groups,
     check_out,
+    differ,
     finish,
+    grouped,
     name_in_world,
     read_runs,
     run_command,
-    trained_by,
     without_seed,
 )
 from experiments.scenario_table import span
@@ -232,54 +232,6 @@ def check_names(study: Comparison, runs: list[Run]) -> None:
         for name in names:
             if name not in known:
                 raise UsageError(f"{flag} {name}: no run has a {kind} of that name.")
-
-
-def grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    """{group: its runs}."""
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[without_seed(run.name)].append(run)
-    return groups
-
-
-def check_groups(runs: list[Run]) -> None:
-    """Raise UsageError if two runs of one group are no seeds of one arm."""
-    for members in grouped(runs).values():
-        for one, other in itertools.combinations(members, 2):
-            if reason := difference(one, other):
-                both = f"{one.where} and {other.where} would count as two seeds of one group"
-                raise UsageError(f"{both}, but {reason}: choose with --only, or rename.")
-
-
-def difference(one: Run, other: Run) -> str:
-    """What keeps two runs from being seeds of one arm, as part of a sentence; "" if nothing does.
-    Lengths may differ by SLACK (a battle is played to its end); unfinished runs have none."""
-    here, there = arm_of(one), arm_of(other)
-    for name in here | there:
-        x, y = here.get(name, "its default"), there.get(name, "its default")
-        if x != y:
-            return f"their {name} differs ({x}, {y})"
-    seed = one.args.get("seed")
-    if seed is not None and seed == other.args.get("seed"):
-        return f"both have seed {seed}"
-    steps = [run.summary["timesteps"] for run in (one, other)]
-    if differ(steps):
-        return f"their steps differ ({steps[0]:,}, {steps[1]:,})"
-    return ""
-
-
-def arm_of(run: Run) -> dict[str, Any]:
-    """Script, world and flags of a run; an adapted run is named without its seed."""
-    arm = trained_by(run)
-    if arm.get("adapt"):
-        arm["adapt"] = source_of(arm["adapt"])
-    return arm
-
-
-def differ(steps: list[int]) -> bool:
-    """Whether lengths of finished runs differ by more than SLACK; 0: not finished."""
-    found = [x for x in steps if x]
-    return bool(found) and max(found) > (1 + SLACK) * min(found)
 
 
 def check_against(runs: list[Run], against: str) -> None:

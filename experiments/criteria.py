@@ -27,6 +27,7 @@ from pydantic import Field
 
 from experiments.runs import (
     ROOT,
+    SLACK,
     Run,
     as_words,
     first_fault,
@@ -35,6 +36,7 @@ from experiments.runs import (
     load_training_script,
     read_toml,
     script_args,
+    source_of,
     split_words,
     training_flags,
     without_seed,
@@ -42,7 +44,6 @@ from experiments.runs import (
 from experiments.scenario_table import mean, read_cells
 
 CRITERIA = ROOT / "experiments/claims.toml"
-SLACK = 0.05  # relative difference allowed between a run's steps and its claim's
 GONE = {"prior_floor": 0.0}  # flags that scripts no longer have, and what their defaults were
 PAPERS = {"B": "bidist", "M": "mra", "I": "mipi"}  # {first letter of a claim's name: paper}
 
@@ -362,11 +363,6 @@ def flags_text(args: dict[str, Any]) -> str:
     flags = training_flags(args)
     flags.pop("preset", None)  # its values are among the others
     return " ".join([args["script"], *as_words(flags)])
-
-
-def source_of(adapt: str) -> str:
-    """The name of an adapted run without its seed, from its path."""
-    return without_seed(Path(adapt).name.replace("{seed}", "0"))
 
 
 def is_of(run: Run, command: str) -> bool:

@@ -44,6 +44,7 @@ from experiments.runs import (
     Runs,
     beside,
     check_all,
+    check_groups,
     check_out,
     finish,
     load_script,
@@ -665,6 +666,7 @@ def ladder(study: Ladder) -> None:
         for name in ("task", "populations", "eval_populations"):
             if run.args[name] != runs[0].args[name]:
                 raise UsageError(f"{run.where} and {runs[0].where} differ in --{name}.")
+    check_groups(runs)
     rows = [ladder_row(run, study.all_agents) for run in runs]
     for form in study.against:
         if form not in by_form(rows):

@@ -17,6 +17,7 @@ import fnmatch
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -51,6 +52,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, packed studies
 WORLD = ("substrate", "task", "scenario")  # flags of which each script has one: its world
 POINTS = 100  # a packed curve has at most so many points
+SLACK = 0.05  # relative difference allowed between lengths of runs that are seeds of one arm
 # By script: values of flags that older runs lack, where they did not do what is the default now.
 FORMER = {
     "bidist_mappo_meltingpot": {"clip_centre": "printed"},
@@ -374,6 +376,60 @@ def trained_by(run: Run) -> dict[str, Any]:
         found |= training_flags(run.args)
         found.pop("preset", None)  # its values are among the others
     return found
+
+
+def source_of(adapt: str) -> str:
+    """The name of an adapted run without its seed, from its path."""
+    return without_seed(Path(adapt).name.replace("{seed}", "0"))
+
+
+def grouped(runs: list[Run]) -> dict[str, list[Run]]:
+    """{group: its runs}."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[without_seed(run.name)].append(run)
+    return groups
+
+
+def check_groups(runs: list[Run], lengths: bool = True) -> None:
+    """Raise UsageError if two runs of one group are no seeds of one arm; lengths: also if they are
+    not equally long."""
+    for members in grouped(runs).values():
+        for one, other in itertools.combinations(members, 2):
+            if reason := difference(one, other, lengths):
+                both = f"{one.where} and {other.where} would count as two seeds of one group"
+                raise UsageError(f"{both}, but {reason}: choose with --only, or rename.")
+
+
+def difference(one: Run, other: Run, lengths: bool) -> str:
+    """What keeps two runs from being seeds of one arm, as part of a sentence; "" if nothing does.
+    Lengths may differ by SLACK (a battle is played to its end); unfinished runs have none."""
+    here, there = arm_of(one), arm_of(other)
+    for name in here | there:
+        x, y = here.get(name, "its default"), there.get(name, "its default")
+        if x != y:
+            return f"their {name} differs ({x}, {y})"
+    seed = one.args.get("seed")
+    if seed is not None and seed == other.args.get("seed"):
+        return f"both have seed {seed}"
+    steps = [run.summary["timesteps"] for run in (one, other)]
+    if lengths and differ(steps):
+        return f"their steps differ ({steps[0]:,}, {steps[1]:,})"
+    return ""
+
+
+def arm_of(run: Run) -> dict[str, Any]:
+    """Script, world and flags of a run; an adapted run is named without its seed."""
+    arm = trained_by(run)
+    if arm.get("adapt"):
+        arm["adapt"] = source_of(arm["adapt"])
+    return arm
+
+
+def differ(steps: list[int]) -> bool:
+    """Whether lengths of finished runs differ by more than SLACK; 0: not finished."""
+    found = [x for x in steps if x]
+    return bool(found) and max(found) > (1 + SLACK) * min(found)
 
 
 def read_runs(

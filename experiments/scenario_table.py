@@ -10,7 +10,8 @@ co-players and have separate tables: runs that met both give OUT-official.* and 
 
 Methods. Runs are seeds of one method if they have the same script and the same flags, except seed,
 length and flags that do not affect training. A method's name is its script and its flags that
-differ from the defaults. With --group-by name it is the directory's name without -s1, -s2, ...
+differ from the defaults. With --group-by name it is the directory's name without -s1, -s2, ...;
+runs of one name must then be seeds of one method, and without --timesteps equally long.
 
 Figures. A run's figure is the mean over its episodes; per 1,000 steps it is the ratio of the sums,
 so a long episode weighs more. A method's figure is the mean of its runs' figures. Intervals are
@@ -46,6 +47,7 @@ from experiments.runs import (
     Run,
     Runs,
     beside,
+    check_groups,
     check_out,
     finish,
     method_of,
@@ -130,9 +132,11 @@ def read_cells(run: Run, method: str, timesteps: int | None = None) -> list[Cell
 
 def read_all(study: Study) -> list[Cell]:
     """The cells of all runs that the options select. UsageError if a run has no evaluation."""
-    cells = []
-    for run in read_runs(study.runs, study.only):
-        by_name = study.group_by == "name"
+    cells, by_name = [], study.group_by == "name"
+    runs = read_runs(study.runs, study.only)
+    if by_name:
+        check_groups(runs, lengths=study.timesteps is None)
+    for run in runs:
         method = without_seed(run.name) if by_name else method_of(run.args)
         own = read_cells(run, method, study.timesteps)
         if not own:

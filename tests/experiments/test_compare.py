@@ -141,11 +141,11 @@ def test_seeds_may_differ_in_what_does_not_train(tmp_path):
 @pytest.mark.long
 def test_groups_of_packed_studies_are_arms():
     """But for two: MIPI by a former mixer, and one run with its head. --only parts them."""
-    compare, runs = experiment("compare"), experiment("runs")
+    runs = experiment("runs")
     mixed = []
     for path in sorted((ROOT / "docs/data").glob("study_*.csv")):
         try:
-            compare.check_groups(runs.read_study(path))
+            runs.check_groups(runs.read_study(path))
         except runs.UsageError:
             mixed.append(path.stem)
     assert mixed == ["study_collection_claims", "study_sz_claims"]

@@ -450,12 +450,17 @@ def test_ladder_of_all_agents_and_of_interquartile_means(tmp_path):
         (("runs/several-s1", "--against", "several"), "--against several"),
         (("runs/adapted-s1",), "adapted-s1 is an adapted run"),
         (("made/short-s1",), "no final evaluation in 6,3"),
+        (("made/its-s1", "made/its-s2"), "but their latent_size differs (its default, 9)"),
     ],
 )
 def test_ladder_refuses(words, sentence, runs, tmp_path):
     """One sentence, and nothing is written."""
     (tmp_path / "made").mkdir()
     write_ladder_run(tmp_path / "made", "short-s1", (-7.0,), -9.0, (-6.0,))  # of two populations
+    for name in ("its-s1", "its-s2"):
+        write_ladder_run(tmp_path / "made", name, (-7.0, -8.0), -9.0, (-6.0, -7.0))
+    args = tmp_path / "made/its-s2/args.json"
+    args.write_text(json.dumps(json.loads(args.read_text()) | {"latent_size": 9}))
     words = [x.replace("runs/", f"{runs}/").replace("made/", f"{tmp_path}/made/") for x in words]
     code, _, stderr = command("mra", "ladder", *words, "--out", tmp_path / "l")
     assert (code, stderr.count("\n")) == (2, 1), stderr

@@ -194,6 +194,26 @@ def test_methods(tmp_path):
     assert ("SC0", "name", "", "return") in figures(tmp_path / "x.csv")
 
 
+def test_names_are_of_one_method(tmp_path, capfd):
+    """--group-by name refuses what is no seed of one method, and lengths unless they are chosen."""
+    paths = [fake_run(tmp_path / f"a-s{s}", seed=s) for s in (1, 2, 3)]
+    paths.append(fake_run(tmp_path / "a-s4", seed=4, k_d=7))
+    for path, steps in zip(paths, (1000, 1000, 2000, 1000)):
+        fake_evaluation(path, "SC0", [1.0], timesteps=1000)
+        (path / "summary.json").write_text(json.dumps({"timesteps": steps, "eval": {}}))
+    out, by_name = tmp_path / "x", ("--group-by", "name")
+    assert make(out, *paths[:2], *by_name) == 0
+    assert make(out, *paths[:3], *by_name, "--timesteps", 1000) == 0
+    for others, reason in (
+        (paths[:3], "their steps differ (1,000, 2,000)"),
+        (paths[::3], "their k_d"),
+    ):
+        assert make(out, *others, *by_name) == 2
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and "would count as two seeds" in err and reason in err
+    assert make(out, *paths) == 0, "by flags"
+
+
 def test_a_study_says_what_its_runs_say(tmp_path):
     """The files of runs and of the CSV they were packed into are the same."""
     rng, paths = np.random.default_rng(2), []
