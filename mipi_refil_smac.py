@@ -107,6 +107,7 @@ class Args(RunArgs):
     alpha: Amount | None = None  # cost per nat, Eq. (16): .03, mmm .1, resource .05 (rescaled .005)
     alpha_i: Amount | None = None  # alpha_i, the policy's alpha in Eq. (18); default: alpha
     alpha_i_over_w: bool = False  # alpha_i / w_i instead of alpha_i in Eq. (18), as Lemma 2 needs
+    charge_times_w: bool = False  # or, for the same ratio: alpha w_i instead of alpha in Eq. (16)
     observe_self_only: bool = False  # agents see only s+, their own unit; alpha is 0 (Table 3)
     ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
     actor_loss_times_w: bool = False  # multiply Eq. (18) by w_i: the gradient of E_pi Q_tot
@@ -250,6 +251,14 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (
             args.alpha_i_over_w and (not regularizes or alpha_i == 0),
             "--alpha-i-over-w needs a regulariser and an --alpha-i that is not 0",
+        ),
+        (
+            args.charge_times_w and (not regularizes or args.alpha == 0),
+            "--charge-times-w needs a regulariser and an --alpha that is not 0",
+        ),
+        (
+            args.charge_times_w and args.alpha_i_over_w,
+            "--charge-times-w and --alpha-i-over-w mend the same ratio: one of them is enough",
         ),
         (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
         (
@@ -1183,8 +1192,10 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
         next_q, *_ = agent.target_utility(features)
         # The mixer is linear: the expectation of Q_tot is Q_tot of expectations.
         expected = Views((log_pi.exp() * next_q.full_view[later]).sum(-1))
-        q_total = agent.target_mixer(expected, features.at(later)).q_total
+        w, q_total, _ = agent.target_mixer(expected, features.at(later))
     cost = divergence(log_pi, log_m[later])  # (K, A)
+    if args.charge_times_w:
+        cost = w * cost
     if args.returns == "lambda":
         # The cost at the end of a step is not in y_t+1, so it is subtracted from the reward.
         paid = args.gamma * agent.alpha * cost.sum(-1) * ~batch.terminated

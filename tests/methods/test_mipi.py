@@ -281,6 +281,32 @@ def test_critic_is_that_of_numpy(how):
 
 
 @pytest.mark.numeric
+@pytest.mark.parametrize("how", ["", "--mixer linear", "--returns lambda --td-lambda 0"])
+def test_charge_times_w(how):
+    """Of what an agent pays, the share by which its utility counts in Q_tot, by loops."""
+    s = setting(f"--gamma .9 --alpha .7 --no-imagine --charge-times-w {how}", double=True)
+    batch, features = s.batch, s.batch.features
+    trunks, log_pi, log_m = forward(s)
+    y = mipi.find_targets(s.args, s.agent, batch, trunks)
+    plain = dataclasses.replace(s.args, charge_times_w=False)
+    charged = mipi.find_targets(plain, s.agent, batch, trunks)
+    pi = log_pi[0].exp().detach()
+    cost = (pi * (log_pi[0] - log_m).detach()).sum(-1).numpy()
+    p = weights_of(s.agent.target_mixer)
+    mix = functools.partial(numpy_mix, heads=2, linear="linear" in how, elu=False)
+    differ = 0
+    for k, after in enumerate(batch.later.tolist()):
+        where = all_slots(features, after)
+        nothing = mix(p, q=np.zeros(8), **where)
+        w = [mix(p, q=np.eye(8)[i], **where) - nothing for i in range(cost.shape[1])]
+        saved = 0.9 * 0.7 * ((1 - np.array(w)) * cost[after]).sum()
+        expected = charged[k].item() + (0 if batch.terminated[k] else saved)
+        assert np.isclose(y[k].item(), expected, atol=1e-8)
+        differ += abs(expected - charged[k].item()) > 1e-3
+    assert differ > 10
+
+
+@pytest.mark.numeric
 @pytest.mark.parametrize("timeout", ["", "--no-timeout-terminates"])
 def test_lambda_returns_are_sums_of_n_step_returns(timeout):
     """Of which each charges what policies pay on the way and, where it bootstraps, then."""
@@ -859,6 +885,10 @@ WRONG = {
     "--observe-self-only --alpha .1": "--alpha regulariser",
     "--observe-self-only --regularizer entropy": "--observe-self-only --regularizer",
     "--observe-self-only --alpha-i-over-w": "--alpha-i-over-w",
+    "--observe-self-only --charge-times-w": "--charge-times-w regulariser",
+    "--regularizer none --charge-times-w": "--charge-times-w regulariser",
+    "--alpha 0 --charge-times-w": "--charge-times-w 0",
+    "--alpha-i-over-w --charge-times-w": "--alpha-i-over-w --charge-times-w",
     "--regularizer none --alpha .1": "--alpha regulariser",
     "--regularizer none --alpha-i-over-w": "--alpha-i-over-w",
     "--alpha 0 --alpha-i-over-w": "--alpha-i-over-w 0",
@@ -932,6 +962,7 @@ OWN = {  # of the method, or measured otherwise
     "alpha": ("--alpha .5", changed("utility"), None),
     "alpha_i": ("--alpha-i .5", changed("policy"), None),
     "alpha_i_over_w": ("--alpha-i-over-w", changed("policy"), None),
+    "charge_times_w": ("--charge-times-w", changed("utility"), None),
     "observe_self_only": ("--observe-self-only", changed("utility"), None),
     "ba_iterations": ("--ba-iterations 2", policy_steps, (16.0, 8.0)),
     "actor_loss_times_w": ("--actor-loss-times-w", changed("utility"), None),

@@ -27,9 +27,10 @@ def softmax(x):
 
 
 class Chains:
-    """Agents that move each in its own chain; r(s, u) = sum_i w_i r_i(s_i, u_i)."""
+    """Agents that move each in its own chain; r(s, u) = sum_i w_i r_i(s_i, u_i). Agent i's nats are
+    charged ALPHA, or with `times_w` ALPHA w_i; alpha_i is the charge divided by w_i."""
 
-    def __init__(self, seed, w=(0.5, 2.0)):
+    def __init__(self, seed, w=(0.5, 2.0), times_w=False):
         rng = np.random.default_rng(seed)
         self.w = np.array(w)
         self.r = rng.normal(size=(AGENTS, STATES, ACTIONS))
@@ -37,7 +38,8 @@ class Chains:
         # Marginals see the own state's parity only: part of what the policy sees.
         seen = rng.dirichlet(np.ones(ACTIONS), size=(AGENTS, 2))
         self.marginal = seen[:, np.arange(STATES) % 2]  # (AGENTS, STATES, ACTIONS)
-        self.alpha_i = ALPHA / self.w
+        self.share = self.w if times_w else np.ones(AGENTS)
+        self.alpha_i = ALPHA * self.share / self.w
 
     def evaluate(self, pi, sweeps=150):
         """Q_i (AGENTS, STATES, ACTIONS) of policies by Eq. (5), one agent at a time."""
@@ -66,15 +68,17 @@ def joint_backup(chains, pi, q_jt):
     log_pi, log_m = (torch.from_numpy(np.log(x)) for x in (pi, chains.marginal))
     each = mipi.divergence(log_pi, log_m)  # (AGENTS, STATES)
     pairs = torch.stack([x.flatten() for x in torch.meshgrid(*each, indexing="ij")], -1)
+    pairs = pairs * torch.from_numpy(chains.share)
     v = mipi.soft_value(total, pairs, ALPHA).view(STATES, STATES).numpy()
     reward = joint(chains, chains.r)
     return reward + GAMMA * np.einsum("sua,tvb,ab->stuv", *chains.P, v)
 
 
+@pytest.mark.parametrize("times_w", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_evaluation_contracts_to_one_value(seed):
+def test_evaluation_contracts_to_one_value(seed, times_w):
     """Lemma 1: by gamma at every step, from anywhere, to the sum of the agents' own values."""
-    chains, rng = Chains(seed), np.random.default_rng(seed)
+    chains, rng = Chains(seed, times_w=times_w), np.random.default_rng(seed)
     pi = rng.dirichlet(np.ones(ACTIONS), size=(AGENTS, STATES))
     shape = (STATES, STATES, ACTIONS, ACTIONS)
     a, b = (rng.normal(size=shape) * 10 for _ in range(2))
@@ -85,10 +89,11 @@ def test_evaluation_contracts_to_one_value(seed):
     assert np.allclose(a, joint(chains, chains.evaluate(pi)), atol=1e-8)
 
 
+@pytest.mark.parametrize("times_w", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_improvement_never_lowers_any_value(seed):
+def test_improvement_never_lowers_any_value(seed, times_w):
     """Lemma 2, for all joint states and actions; the new policy minimises the script's loss."""
-    chains, rng = Chains(seed), np.random.default_rng(seed)
+    chains, rng = Chains(seed, times_w=times_w), np.random.default_rng(seed)
     pi = rng.dirichlet(np.ones(ACTIONS), size=(AGENTS, STATES))
     log_m = torch.from_numpy(np.log(chains.marginal))
     for _ in range(6):
