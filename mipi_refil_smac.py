@@ -106,7 +106,7 @@ class Args(RunArgs):
     regularizer: Literal["mi", "entropy", "none"] = "mi"  # mi: as in Eq. (3); none: only rewards
     alpha: Amount | None = None  # cost per nat, Eq. (16): .03, mmm .1, resource .05 (rescaled .005)
     alpha_i: Amount | None = None  # alpha_i, the policy's alpha in Eq. (18); default: alpha
-    alpha_i_over_w: bool = False  # alpha_i / w_i instead of alpha_i in Eq. (18), as Lemma 2 needs
+    alpha_i_over_w: bool = False  # Lemma 2: alpha_i / w_i in Eq. (18); default alpha: a thirtieth
     charge_times_w: bool = False  # or, for the same ratio: alpha w_i instead of alpha in Eq. (16)
     observe_self_only: bool = False  # agents see only s+, their own unit; alpha is 0 (Table 3)
     ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
@@ -177,7 +177,10 @@ PRESETS = {
         "eval_episodes": 64,
         "detach_actor_trunk": True,
     },
-    "cpu scenario resource": {  # added to the values of "cpu"
+    # Keys "PRESET FLAG VALUE" add to the values of PRESET, where FLAG has this VALUE.
+    "cpu regularizer mi": {"alpha_i_over_w": True},
+    "cpu regularizer entropy": {"alpha_i_over_w": True},
+    "cpu scenario resource": {
         "rescale": True,
         "egocentric": True,
         "num_envs": 32,
@@ -193,6 +196,7 @@ PRESETS = {
         "eval_every": 250_000,
         "eval_episodes": 32,
         "policy": "exact",  # the head of Eq. (18) learns much more slowly here
+        "alpha_i_over_w": False,
     },
 }
 # With --resume, train() refuses another backend or game version; --eval-only may change them.
@@ -229,8 +233,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--policy greedy has no Eq. (18): no --actor-loss-times-w",
         ),
         (
-            exact and (args.actor_loss_times_w or args.alpha_i_over_w),
-            "--policy exact has no Eq. (18): no --actor-loss-times-w, no --alpha-i-over-w",
+            exact and args.actor_loss_times_w,
+            "--policy exact has no Eq. (18): no --actor-loss-times-w",
         ),
         (
             exact and regularizes and alpha_i == 0 != args.alpha,
@@ -249,16 +253,16 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--alpha and --alpha-i are of a regulariser, which this run has not",
         ),
         (
-            args.alpha_i_over_w and (not regularizes or alpha_i == 0),
-            "--alpha-i-over-w needs a regulariser and an --alpha-i that is not 0",
-        ),
-        (
             args.charge_times_w and (not regularizes or args.alpha == 0),
             "--charge-times-w needs a regulariser and an --alpha that is not 0",
         ),
         (
             args.charge_times_w and args.alpha_i_over_w,
             "--charge-times-w and --alpha-i-over-w mend the same ratio: one of them is enough",
+        ),
+        (
+            args.alpha_i_over_w and args.regularizer == "none",
+            "--alpha-i-over-w is of a regulariser, which this run has not",
         ),
         (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
         (
@@ -774,6 +778,8 @@ class Agent(Parts):
         """Set Eq. (16)'s alpha, Eq. (18)'s alpha_i, and M; defaults: the paper's for each world."""
         collecting = 0.005 if args.rescale else 0.05  # rescaled rewards are a tenth
         alpha = {"mmm": 0.1, "resource": collecting}.get(args.scenario, 0.03)
+        if args.alpha_i_over_w and args.policy == "head":
+            alpha /= 30  # w_i begins at about 1/32, alpha_i / w_i so near the paper's alpha_i
         self.alpha = alpha if args.alpha is None else args.alpha
         self.alpha_i = self.alpha if args.alpha_i is None else args.alpha_i
         if args.regularizer == "none" or args.observe_self_only:

@@ -87,17 +87,20 @@ from experiments.runs import (
 
 # --- Training -------------------------------------------------------------------------------------
 
-MIPI, REFIL = "mipi_refil_smac.py", "baselines/refil_smac.py"
+SCRIPT, REFIL = "mipi_refil_smac.py", "baselines/refil_smac.py"
+MIPI = f"{SCRIPT} --no-alpha-i-over-w"  # as printed; --preset cpu has Lemma 2's weights
 COLLAQ, MAPPO = "baselines/collaq_smac.py", "baselines/mappo_smac.py"
 MIPI_MAPPO = "baselines/mipi_mappo_smac.py"
 METHODS = {  # {method: command without --scenario}
     "mipi": MIPI,
+    "mipi_lemma": f"{SCRIPT} --alpha-i-over-w",
     "refil": REFIL,
     "aqmix": f"{REFIL} --no-imagine",
     "collaq": COLLAQ,
     "mappo": MAPPO,
     "value": f"{MIPI} --regularizer none",
     "entropy": f"{MIPI} --regularizer entropy",
+    "entropy_lemma": f"{SCRIPT} --regularizer entropy --alpha-i-over-w",
 }
 ALPHAS = {  # of Table 3, without the default, 0 (Value) and infinity (--observe-self-only)
     "sz": ("0.01", "0.05", "0.1", "0.5"),
@@ -129,8 +132,8 @@ class Train:
     Runs are written to DIR/{task}-{method}-s{seed}. Finished runs are kept and stopped ones are
     resumed. Tables, trained with teams of 3 to 5 and evaluated with teams of 3 to 8:
 
-    table1: MIPI, REFIL, AQMIX, CollaQ and MAPPO;
-    table2: MIPI, Value (no regulariser) and Entropy;
+    table1: MIPI, as printed and with Lemma 2's weights, REFIL, AQMIX, CollaQ and MAPPO;
+    table2: Value (no regulariser), MIPI and Entropy, both with the two weights, too;
     table3: MIPI with each alpha of the paper's table;
     d3: MIPI, also with the alpha that appendix D.3 mentions;
     collection: the methods of table1 in Resource Collection;
@@ -158,11 +161,14 @@ class Train:
 def methods_of(table: str, task: str) -> dict[str, str]:
     """{method: command without --scenario} of a table's runs in one scenario."""
     if table == "table2":
-        return {name: METHODS[name] for name in ("mipi", "value", "entropy")}
+        names = ("mipi", "mipi_lemma", "value", "entropy", "entropy_lemma")
+        return {name: METHODS[name] for name in names}
+    names = ("mipi", "refil", "aqmix", "collaq", "mappo")
     if table == "table1":
-        return {name: METHODS[name] for name in ("mipi", "refil", "aqmix", "collaq", "mappo")}
+        return {name: METHODS[name] for name in (*names, "mipi_lemma")}
     if table == "collection":  # actions target no units here, so MAPPO has no pointer head
-        return methods_of("table1", task) | {"mappo": f"{MAPPO} --target-head tags"}
+        methods = {name: METHODS[name] for name in names}
+        return methods | {"mappo": f"{MAPPO} --target-head tags"}
     if table == "ppo-controls":
         return PPO_CONTROLS
     if table == "ppo":
@@ -294,6 +300,7 @@ BASELINES = {"collaq_smac": "CollaQ", "mappo_smac": "MAPPO"}  # {script: row}
 PPO = ("mappo_smac", "mipi_mappo_smac")
 # Flags that row_name() reads, and flags that differ within a row: they are never listed beside it.
 NAMED = ("seed", "scenario", "regularizer", "alpha", "observe_self_only", "imagine")
+NAMED += ("alpha_i_over_w", "charge_times_w")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +366,13 @@ class Evaluated:
 def default_alpha(args: dict[str, Any]) -> float:
     """The alpha of a run of mipi_refil_smac.py or mipi_mappo_smac.py without --alpha."""
     collecting = 0.005 if args.get("rescale") else 0.05  # rescaled rewards are a tenth
-    return {"mmm": 0.1, "resource": collecting}.get(args["scenario"], 0.03)
+    alpha = {"mmm": 0.1, "resource": collecting}.get(args["scenario"], 0.03)
+    return alpha / 30 if by_lemma(args) else alpha
+
+
+def by_lemma(args: dict[str, Any]) -> bool:
+    """Whether a run's Eq. (18) has the weights of MIPI's Lemma 2."""
+    return args.get("alpha_i_over_w", False) and args["policy"] == "head"
 
 
 def row_name(args: dict[str, Any]) -> str:
@@ -374,6 +387,10 @@ def row_name(args: dict[str, Any]) -> str:
         return f"MAPPO + {term}, alpha {alpha:g}" if alpha else "MAPPO"
     alpha = args["alpha"]
     name = {"none": "Value", "entropy": "Entropy", "mi": "MIPI"}[args["regularizer"]]
+    if by_lemma(args):
+        name += ", Lemma 2"
+    if args.get("charge_times_w"):
+        name += ", charge times w"
     if args.get("observe_self_only"):
         return "alpha inf"
     if alpha is None or float(alpha) == default_alpha(args):

@@ -783,7 +783,7 @@ def test_tables_of_several_worlds_are_the_runs_of_their_claims(name):
 WORLDS = ("chicken", "coins", "mining", "prisoners", "pure")
 TABLES = {
     "bidist": [f"claims_official_{world}" for world in WORLDS],
-    "mipi": [f"claims_{world}{seeds}" for world in ("sz", "csz", "mmm") for seeds in ("", "_s14")],
+    "mipi": [f"claims_{x}{y}" for x in ("sz", "csz", "mmm") for y in ("", "_s14", "_s17")],
 }
 ALPHAS = ("0.01", "0.015", "0.05", "0.1", "inf")
 NO_CLAIMS = {  # what a table has beside the runs of claims

@@ -61,6 +61,7 @@ def runs(tmp_path_factory):
         of_ppo = module in (mappo, mipi_mappo)
         in_rounds = "--minibatches 2" if "rounds" in flags else ON_POLICY
         flags += f" {in_rounds if of_ppo else OFF_POLICY}"
+        flags += " --no-alpha-i-over-w" if module is mipi and "none" not in flags else ""
         with contextlib.redirect_stdout(io.StringIO()):
             assert module.main(f"{TINY} {flags} --run-dir {folder / name}".split()) == 0
         log, lines = folder / name / "metrics.jsonl", []
@@ -220,6 +221,15 @@ def test_rows_of_the_default_alpha(scenario):
         assert study.row_name(told | {"alpha": given}) == name
     warm = {"regularizer": "entropy", "alpha": 0.07}
     assert study.row_name(told | warm) == "Entropy, alpha 0.07"
+    lemma = runs_module.script_args(mipi, [*words.split(), "--alpha-i-over-w"])
+    by_lemma = vars(lemma) | {"script": "mipi_refil_smac"}
+    thirtieth = mipi.Agent(lemma, family, mipi.CPU).alpha
+    assert study.default_alpha(by_lemma) == thirtieth < alpha
+    for given in (None, thirtieth):
+        assert study.row_name(by_lemma | {"alpha": given}) == "MIPI, Lemma 2"
+    assert study.row_name(by_lemma | {"alpha": 0.07}) == "MIPI, Lemma 2, alpha 0.07"
+    assert study.row_name(by_lemma | {"policy": "exact"}) == "MIPI", "it has no Eq. (18)"
+    assert study.row_name(told | {"charge_times_w": True}) == "MIPI, charge times w"
     told = vars(runs_module.script_args(mipi_mappo, words.split())) | {"script": "mipi_mappo_smac"}
     for given, shown in ((None, alpha), (alpha, alpha), (0.07, 0.07)):
         assert study.row_name(told | {"alpha": given}) == f"MAPPO + MI, alpha {shown:g}"
@@ -237,6 +247,7 @@ def test_runs_of_the_tables(tmp_path):
     for table in study.TABLES.values():
         for task, rows in table.items():
             wanted |= {(task, name) for name in rows}
+            wanted |= {(task, f"{name}, Lemma 2") for name in ("MIPI", "Entropy")}
     for term in ("MI", "entropy"):  # as many alphas of each
         wanted |= {("sz", f"MAPPO + {term}, alpha {x}") for x in (0.01, 0.3)}
         pairs = [(x, y) for x in ("sz", "csz", "mmm") for y in (0.03, 0.1)]
@@ -288,7 +299,7 @@ def test_seeds_and_tasks_of_training(tmp_path):
         assert (code, text) == (2, "") and name in stderr
     once = command("mipi", "train", *words, "--seeds", 2, 1, "--tasks", "sz")
     twice = command("mipi", "train", *words, "--seeds", 2, 1, 2, "--tasks", "sz", "sz")
-    assert once == twice and once[0] == 0 and len(once[1].splitlines()) == 6
+    assert once == twice and once[0] == 0 and len(once[1].splitlines()) == 10
 
 
 def test_controls_of_mipi_on_ppo(tmp_path):

@@ -765,7 +765,8 @@ def test_shared_blocks_are_the_same():
     assert (mipi.RESUMABLE, mipi.LINE) == (refil.RESUMABLE, refil.LINE)
     assert mipi.PRESETS["cpu"] == refil.PRESETS["cpu"] | {"detach_actor_trunk": True}
     theirs = refil.PRESETS["cpu scenario resource"]
-    assert mipi.PRESETS["cpu scenario resource"] == theirs | {"policy": "exact"}
+    ours = {"policy": "exact", "alpha_i_over_w": False}
+    assert mipi.PRESETS["cpu scenario resource"] == theirs | ours
 
 
 # --- Same seed, same bits -------------------------------------------------------------------------
@@ -875,7 +876,6 @@ WRONG = {
     "--regularizer none --policy greedy --actor-loss-times-w": "--policy --actor-loss-times-w",
     "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
     "--policy exact --actor-loss-times-w": "--policy exact --actor-loss-times-w",
-    "--policy exact --alpha-i-over-w": "--policy exact --alpha-i-over-w",
     "--policy exact --alpha-i 0": "--policy exact --alpha-i 0",
     "--policy exact --regularizer none --ba-iterations 2": "--policy exact --ba-iterations",
     "--policy exact --regularizer entropy --ba-iterations 2": "--policy exact --ba-iterations",
@@ -884,15 +884,12 @@ WRONG = {
     "--observe-self-only --alpha-i .1": "--alpha-i regulariser",
     "--observe-self-only --alpha .1": "--alpha regulariser",
     "--observe-self-only --regularizer entropy": "--observe-self-only --regularizer",
-    "--observe-self-only --alpha-i-over-w": "--alpha-i-over-w",
     "--observe-self-only --charge-times-w": "--charge-times-w regulariser",
     "--regularizer none --charge-times-w": "--charge-times-w regulariser",
     "--alpha 0 --charge-times-w": "--charge-times-w 0",
     "--alpha-i-over-w --charge-times-w": "--alpha-i-over-w --charge-times-w",
     "--regularizer none --alpha .1": "--alpha regulariser",
-    "--regularizer none --alpha-i-over-w": "--alpha-i-over-w",
-    "--alpha 0 --alpha-i-over-w": "--alpha-i-over-w 0",
-    "--alpha-i 0 --alpha-i-over-w": "--alpha-i-over-w 0",
+    "--regularizer none --alpha-i-over-w": "--alpha-i-over-w regulariser",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--scenario resource --imagine-weight .3": "--scenario resource --imagine-weight",
     "--scenario resource --enemy-ai focus": "--enemy-ai battles",
@@ -933,6 +930,15 @@ def test_alphas():
     assert coefficients("--scenario mmm --team-sizes 4") == (0.1, 0.1)
     assert coefficients("--scenario resource") == (0.05, 0.05)
     assert coefficients("--scenario resource --rescale") == (0.005, 0.005)
+    cpu = "--preset cpu"
+    assert coefficients("--alpha-i-over-w") == coefficients(cpu) == (0.03 / 30, 0.03 / 30)
+    assert coefficients(f"{cpu} --scenario mmm --regularizer entropy") == (0.1 / 30, 0.1 / 30)
+    assert coefficients(f"{cpu} --no-alpha-i-over-w") == (0.03, 0.03)
+    assert coefficients(f"{cpu} --policy exact") == (0.03, 0.03), "it has no Eq. (18)"
+    assert coefficients(f"{cpu} --scenario resource --policy head") == (0.005, 0.005)
+    assert coefficients(f"{cpu} --observe-self-only --target-head tags") == (0, 0)
+    assert coefficients(f"{cpu} --regularizer none") == coefficients(f"{cpu} --alpha 0") == (0, 0)
+    assert coefficients(f"{cpu} --alpha .2") == (0.2, 0.2)
     assert coefficients("--alpha .2") == (0.2, 0.2)
     assert coefficients("--alpha .2 --alpha-i 0") == (0.2, 0)
     assert coefficients("--alpha-i .5") == (0.03, 0.5)

@@ -883,7 +883,8 @@ def test_presets(module):
     """The one for CPUs sets its flags, others override it wherever they stand."""
     assert read(module, "") == module.Args() == read(module, "--preset paper")
     cpu = read(module, "--preset cpu")
-    assert cpu == dataclasses.replace(module.Args(), preset="cpu", **module.PRESETS["cpu"])
+    flags = module.PRESETS["cpu"] | module.PRESETS.get("cpu regularizer mi", {})
+    assert cpu == dataclasses.replace(module.Args(), preset="cpu", **flags)
     assert read(module, "--hidden-size 32 --preset cpu") == dataclasses.replace(cpu, hidden_size=32)
     flags = module.PRESETS["cpu"] | module.PRESETS["cpu scenario resource"]
     collects = dataclasses.replace(module.Args(), preset="cpu", scenario="resource", **flags)
