@@ -788,7 +788,7 @@ def page(outcomes: list[Outcome], missing: list[list[Missing]], tables: dict[str
         text += [BARS]
     text += [table([criterion_row(x) for x in outcomes])]
     parts = [x for outcome in outcomes for x in (*outcome.parts, *outcome.pilots)]
-    effects = [effect_row(x) for x in parts if any(x.mine) or any(x.theirs)]
+    effects = [effect_row(x) for x in parts if any(x.mine) and (any(x.theirs) or not x.other)]
     if effects:
         text += ["## Effects\n", "Seeds of several worlds: world by world.\n", table(effects)]
     needed, runs = [], []
