@@ -372,7 +372,7 @@ def default_alpha(args: dict[str, Any]) -> float:
 
 def by_lemma(args: dict[str, Any]) -> bool:
     """Whether a run's Eq. (18) has the weights of MIPI's Lemma 2."""
-    return args.get("alpha_i_over_w", False) and args["policy"] == "head"
+    return args.get("alpha_i_over_w", False) and args.get("policy", "head") == "head"
 
 
 def row_name(args: dict[str, Any]) -> str:
