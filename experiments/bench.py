@@ -12,6 +12,7 @@
     python experiments/bench.py ranks                         one process and two, under torchrun
     python experiments/bench.py trainings --device cuda       every script's training on a device
     python experiments/bench.py scale --device cuda           BiDist with more worlds; all-reduces
+    python experiments/bench.py kernels --device cuda         what a minibatch of BiDist runs there
     python experiments/bench.py all --device cuda             everything a device affects, briefly
     python experiments/bench.py zoo                           evaluates the zoo's policies again
     pip install -r requirements-bench.txt                     the other libraries, if you want them
@@ -1550,6 +1551,86 @@ def scale(bench: Scale) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What a minibatch of BiDist's update in the toy world runs on a device, and for how long.
+
+    First table, per number of worlds: milliseconds of a minibatch without the profiler; under it,
+    per minibatch: kernels that the device ran and their milliseconds, copies, and how often the CPU
+    waited. The second table has the operations that took most of the device's time (of the CPU's
+    with --device cpu) with the largest number of worlds, per minibatch.
+    """
+
+    worlds: tuple[Positive, ...] = (16, 64)  # numbers of parallel worlds
+    rollout_steps: Positive = 50  # T, steps per world and iteration
+    rounds: Positive = 2  # updates to time, after one that warms up; one more is profiled
+    rows: Positive = 12  # rows of the second table
+    flags: str = ""  # more flags of the BiDist script
+    device: Literal["cpu", "cuda"] = "cuda"  # device of the update
+
+
+def kernels(bench: Kernels) -> None:
+    """Print the tables that Kernels describes."""
+    check_device(bench)
+    on_gpu = bench.device == "cuda"
+    print(f"{machine(bench.device)}\n")
+    table_head("worlds", "minibatch, ms", "kernels", "copies", "kernels, ms", "waits")
+    for number in bench.worlds:
+        flags = f"--rollout-steps {bench.rollout_steps} {bench.flags}"
+        pot = MeltingPot(script="bidist", num_envs=number, device=bench.device, flags=flags)
+        script, args = training_args(pot, "toy", "ids")
+        parts = args.epochs * args.minibatches
+        seconds, events = profiled_update(script, args, bench)
+        on_device = [
+            event
+            for event in events
+            if event.device_type.name == "CUDA" and not event.is_user_annotation
+        ]
+        copies = [event for event in on_device if event.key.startswith("Mem")]
+        mine = [event for event in on_device if event not in copies]
+        waits = [event for event in events if "StreamSynchronize" in event.key]
+        table_line(
+            number,
+            f"{1000 * seconds / parts:.1f}",
+            *[f"{sum(event.count for event in group) / parts:.1f}" for group in (mine, copies)],
+            f"{sum(event.self_device_time_total for event in mine) / 1000 / parts:.2f}",
+            f"{sum(event.count for event in waits) / parts:.1f}",
+        )
+    print(f"\n{bench.worlds[-1]} worlds\n")
+    table_head("operation", "calls", "ms")
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    ours = [event for event in events if not on_gpu or event in mine]
+    for event in sorted(ours, key=lambda event: -getattr(event, time_of))[: bench.rows]:
+        took = getattr(event, time_of) / 1000 / parts
+        table_line(event.key[:60].replace("|", " "), f"{event.count / parts:.1f}", f"{took:.3f}")
+
+
+def profiled_update(script: Any, args: Any, bench: Kernels) -> tuple[float, list[Any]]:
+    """Median seconds of an update, and the profiler's averages over one more by operation."""
+    wait = torch.cuda.synchronize if bench.device == "cuda" else lambda: None
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    rngs = [torch.Generator().manual_seed(k) for k in range(2)]
+    times = []
+    with script.make_envs(args, args.num_envs, 1) as worlds:
+        agent = script.Agent(args, worlds, torch.device(bench.device))
+        state = script.new_state(agent, args.num_envs)
+        worlds.reset()
+        for _ in range(bench.rounds + 1):
+            batch, state = script.collect(args, worlds, agent, state, *rngs)
+            batch, state = script.prepare(args, agent, batch, state)
+            wait()
+            began = time.perf_counter()
+            script.update(args, agent, batch, rngs[0])
+            wait()
+            times.append(time.perf_counter() - began)
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+            script.update(args, agent, batch, rngs[0])
+            wait()
+    return statistics.median(times[1:]), list(profiler.key_averages())
+
+
+@dataclasses.dataclass(frozen=True)
 class All:
     """All benchmarks that depend on the device, with settings that take some minutes.
 
@@ -1620,6 +1701,7 @@ COMMANDS = {
     "ranks": ranks,
     "trainings": trainings,
     "scale": scale,
+    "kernels": kernels,
     "all": everything,
     "zoo": zoo.again,
 }

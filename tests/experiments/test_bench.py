@@ -15,7 +15,17 @@ from made_up import command, experiment
 
 from envs.particle.worlds import TASKS, Bodies, ParticleWorld, make_game
 
-WITH_DEVICE = ["meltingpot", "particle", "refil", "mipi", "collaq", "trainings", "scale", "all"]
+WITH_DEVICE = [
+    "meltingpot",
+    "particle",
+    "refil",
+    "mipi",
+    "collaq",
+    "trainings",
+    "scale",
+    "kernels",
+    "all",
+]
 
 
 def test_memory_of_a_rollout(capsys):
@@ -377,6 +387,52 @@ def test_bench_of_scale_runs(capfd):
     averages = capfd.readouterr().out.splitlines()[-1]  # the first of two processes says it
     gradients, milliseconds = averages.strip("| ").split(" | ")
     assert gradients == "1,000" and float(milliseconds) > 0
+
+
+@pytest.mark.long
+def test_bench_of_kernels_runs():
+    """On a CPU, which runs no kernels: products of matrices are among what takes longest."""
+    flags = "--device cpu --worlds 2 --rounds 1 --rollout-steps 10 --rows 3 --flags=--minibatches=1"
+    code, text, stderr = command("bench", "kernels", *flags.split())
+    assert code == 0, stderr
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
+    assert [row[0] for row in rows[:2]] == ["worlds", "2"] and len(rows) == 2 + 1 + 3
+    assert rows[1][2:] == ["0.0", "0.0", "0.00", "0.0"] and float(rows[1][1]) > 0
+    assert "aten::mm" in [row[0] for row in rows[3:]]
+
+
+def test_bench_of_kernels_counts_what_a_gpu_runs(monkeypatch, capsys):
+    """Not the CPU's calls, and not twice what stands under a name of the program's."""
+    bench = experiment("bench")
+
+    def event(key, count, took, where="CUDA", annotation=False):
+        return SimpleNamespace(
+            key=key,
+            count=count,
+            self_device_time_total=1000 * took,
+            device_type=SimpleNamespace(name=where),
+            is_user_annotation=annotation,
+        )
+
+    events = [
+        event("gemm", 50, 20),
+        event("add | mul", 25, 5),
+        event("Memcpy HtoD", 75, 1),
+        event("Adam.step", 10, 25, annotation=True),
+        event("cudaLaunchKernel", 75, 0, "CPU"),
+        event("cudaStreamSynchronize", 5, 0, "CPU"),
+    ]
+    monkeypatch.setattr(bench, "check_device", lambda bench: None)
+    monkeypatch.setattr(bench, "machine", lambda device: device)
+    monkeypatch.setattr(bench, "profiled_update", lambda *given: (0.5, events))
+    # 5 epochs of 5 minibatches
+    monkeypatch.setattr(
+        bench, "training_args", lambda *given: (None, SimpleNamespace(epochs=5, minibatches=5))
+    )
+    bench.kernels(bench.Kernels(worlds=(16,), rows=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 16 | 20.0 | 3.0 | 3.0 | 1.00 | 0.2 |" in lines
+    assert lines[-2:] == ["| gemm | 2.0 | 0.800 |", "| add   mul | 1.0 | 0.200 |"]
 
 
 @pytest.mark.slow
