@@ -112,7 +112,7 @@ ALPHAS_D3 = {"sz": "0.01", "csz": "0.015", "mmm": "0.05"}
 # paper's .03. Where one is chosen (`frontier --choose-on`), no method has more to choose from.
 PPO_ALPHAS = {
     "sz": ("0.01", "0.03", "0.1", "0.3"),
-    "csz": ("0.01", "0.03"),  # .1 won half as much in SZ
+    "csz": ("0.01", "0.03"),  # .1 won a third as much in SZ
     "mmm": ("0.01", "0.03"),
 }
 ALL_SIZES = "--team-sizes 3 4 5 6 7 8"  # nothing is unseen: what a learner could win
