@@ -543,7 +543,7 @@ def group(runs: list[Evaluated]) -> dict[str, dict[str, list[Evaluated]]]:
 
 
 def win_tables(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
-    """Tables 1 to 3 with our win rates and the paper's."""
+    """Tables 1 to 3 with our win rates and the paper's; rows by Lemma 2, if run, are ours alone."""
     text = ""
     for title, table in TABLES.items():
         rows = []
@@ -559,6 +559,9 @@ def win_tables(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
                     row["method"] = f"MIPI, alpha {default_alpha({'scenario': task}):g}"
                 names = ("paper 3-5", "paper 6", "paper 7", "paper 8")
                 rows.append(row | dict(zip(names, theirs.split(), strict=True)))
+                if runs := found[task].get(f"{method}, Lemma 2"):
+                    row = row_of(task, f"{method}, Lemma 2", runs, "win", last)
+                    rows.append(row | dict.fromkeys(names, ""))
         if rows:
             text += f"{title}: share of battles won\n\n{markdown_table(rows)}\n"
     return text

@@ -48,6 +48,7 @@ def runs(tmp_path_factory):
         ("sz-mipi-s2", mipi, "--seed 2"),
         ("sz-inf-s1", mipi, "--observe-self-only --target-head tags"),
         ("sz-same-s1", mipi, "--alpha .03"),
+        ("sz-lemma-s1", mipi, "--alpha-i-over-w"),
         ("sz-warm-s1", mipi, "--regularizer entropy --alpha .5 --learning-rate 5e-4"),
         ("sz-value-s1", mipi, "--regularizer none"),
         ("sz-refil-s1", refil, ""),
@@ -61,7 +62,8 @@ def runs(tmp_path_factory):
         of_ppo = module in (mappo, mipi_mappo)
         in_rounds = "--minibatches 2" if "rounds" in flags else ON_POLICY
         flags += f" {in_rounds if of_ppo else OFF_POLICY}"
-        flags += " --no-alpha-i-over-w" if module is mipi and "none" not in flags else ""
+        if module is mipi and "none" not in flags and "over-w" not in flags:
+            flags += " --no-alpha-i-over-w"
         with contextlib.redirect_stdout(io.StringIO()):
             assert module.main(f"{TINY} {flags} --run-dir {folder / name}".split()) == 0
         log, lines = folder / name / "metrics.jsonl", []
@@ -91,13 +93,13 @@ def test_tables(runs, tmp_path):
     """Means over the last evaluations and over seeds, worked out here from the logs; rows that were
     not run; the paper's figures as printed; names of rows."""
     names = ("mipi-s1", "mipi-s2", "inf-s1", "warm-s1", "value-s1", "refil-s1", "aqmix-s1")
-    names += ("collaq-s1", "mappo-s1", "mappo-mi-0.1-s1")
+    names += ("collaq-s1", "mappo-s1", "mappo-mi-0.1-s1", "lemma-s1")
     paths = [runs / f"sz-{name}" for name in names]
     code, text, stderr = command("mipi", "tables", *paths, "--last", 2, "--out", tmp_path / "t")
     assert code == 0, stderr
     assert (tmp_path / "t.md").read_text().strip() == text.strip()
     returns = rows_below(text, "SZ: return per episode")
-    own = {"MIPI", "alpha inf", "Value", "REFIL", "AQMIX", "CollaQ", "MAPPO"}
+    own = {"MIPI", "MIPI, Lemma 2", "alpha inf", "Value", "REFIL", "AQMIX", "CollaQ", "MAPPO"}
     own.add("MAPPO + MI, alpha 0.1")
     own.add("Entropy, alpha 0.5 --learning-rate 0.0005")  # the preset has another
     scripts = {name for name in returns if name.endswith("(script)")}
@@ -123,8 +125,11 @@ def test_tables(runs, tmp_path):
         seconds = [x["collect_s"] + x["learn_s"] for x in lines if "learn_s" in x]
         assert first[name]["minutes"] == f"{sum(seconds) / 60:.1f}" != "0.0"
         assert first[name]["steps"] == f"{lines[-2]['timesteps']:,}"
+    lemma = rows_below(text, "SZ: share of battles won")["MIPI, Lemma 2"]
+    assert first["MIPI, Lemma 2"] == lemma | dict.fromkeys(set(first["CollaQ"]) - set(lemma), "")
     assert set(rows_below(text, "Table 2: share of battles won")) == {
         "MIPI, alpha 0.03",
+        "MIPI, Lemma 2",
         "Value",
         "Entropy",
     }
