@@ -138,6 +138,7 @@ class Args(RunArgs):
     batch_size: Positive = 32  # episodes (with --replay-window: windows) per minibatch
     buffer_size: Positive = 5000  # episodes in the replay buffer
     replay_window: Count = 0  # consecutive steps of each sampled episode; 0: all steps
+    windows: Literal["whole", "clipped"] = "whole"  # clipped: each step is as likely as any other
     updates_per_iteration: Positive = 8  # gradient steps after each round of num_envs episodes
     target_every: Positive = 200  # episodes between copies to the target networks
     epsilon_start: Share = 1.0  # probability of a random action at the start
@@ -263,6 +264,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (
             args.alpha_i_over_w and args.regularizer == "none",
             "--alpha-i-over-w is of a regulariser, which this run has not",
+        ),
+        (
+            args.windows == "clipped" and not args.replay_window,
+            "--windows clipped needs a --replay-window",
         ),
         (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
         (
@@ -947,6 +952,21 @@ class Batch(NamedTuple):
     terminated: Tensor  # (K,) bool: no bootstrap after this step
 
 
+def draw_windows(args: Args, ends: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Start and length (B,) of a window of --replay-window steps of each episode, ends (B,) steps
+    long. Whole windows lie in the episode, so few of them have its first or its last step. Clipped
+    ones may begin before it or end after it, where they are cut off: equally many have each step.
+    """
+    window, chance = args.replay_window, torch.rand(len(ends), generator=rng)
+    if args.windows == "whole":
+        length = ends.clamp(max=window)
+        return (chance * (ends - length + 1)).long(), length
+    start = (chance * (ends + window - 1)).long() - (window - 1)  # (B,): 1 - window to ends - 1
+    stop = (start + window).minimum(ends)
+    start = start.clamp(min=0)
+    return start, stop - start
+
+
 class ReplayBuffer:
     """The last --buffer-size episodes, as snapshots of units; sample() computes observations."""
 
@@ -992,10 +1012,9 @@ class ReplayBuffer:
         """A minibatch of `size` different episodes: all steps, or --replay-window in a row."""
         index = torch.randperm(self.size, generator=rng)[:size]
         ends = self.fixed["length"][index]
-        length, start = ends, torch.zeros_like(ends)
-        if window := self.args.replay_window:
-            length = ends.clamp(max=window)
-            start = (torch.rand(len(ends), generator=rng) * (ends - length + 1)).long()
+        start, length = torch.zeros_like(ends), ends
+        if self.args.replay_window:
+            start, length = draw_windows(self.args, ends, rng)
         order = length.argsort(descending=True, stable=True)
         index, ends, length, start = index[order], ends[order], length[order], start[order]
         T = int(length[0])
