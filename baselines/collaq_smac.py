@@ -793,11 +793,11 @@ class ReplayBuffer:
         T = int(length[0])
         time = torch.arange(T + 1)[:, None]
         played = time <= length  # (T + 1, B)
-        time = start + time  # (T + 1, B): step in the episode
+        time = (start + time).minimum(ends)  # (T + 1, B): step in the episode; of padding its end
         obs = self.observe(index, time, played)
         last_actions = self.steps["actions"][index, time - 1]  # (T + 1, B, 8)
         last_actions = last_actions.masked_fill((time == 0)[..., None], -1)[played].long()
-        time = time[:-1]
+        time = time[:-1].minimum(ends - 1)
         actions = self.steps["actions"][index, time]  # (T, B, 8)
         rewards = self.steps["rewards"][index, time]  # (T, B)
         terminated = self.steps["terminated"][index, time]

@@ -505,6 +505,7 @@ ELSEWHERE = {
     "rescale": "test_refil.py::test_rescaled_worlds",
     "egocentric": "test_refil.py::test_rescaled_worlds",
     # The same lines as the parent's, in blocks that are the same:
+    "windows": "test_refil.py::test_how_often_a_step_is_drawn",
     **dict.fromkeys(
         ("backend", "game_version", "enemy_ai", "clip_regeneration", "env_threads"),
         "test_refil.py::test_flags_of_battles",

@@ -985,6 +985,7 @@ ELSEWHERE = {
     "rescale": "test_refil.py::test_rescaled_worlds",
     "egocentric": "test_refil.py::test_rescaled_worlds",
     # The same lines as the parent's (test_shared_blocks_are_the_same):
+    "windows": "test_refil.py::test_how_often_a_step_is_drawn",
     **dict.fromkeys(
         ("backend", "game_version", "enemy_ai", "clip_regeneration", "env_threads"),
         "test_refil.py",

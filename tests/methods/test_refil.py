@@ -548,12 +548,14 @@ def test_replay_gives_back_what_was_seen_and_done(monkeypatch):
         assert batch.terminated[k] == (done[t][1][b] | last)
 
 
+@pytest.mark.parametrize("windows", ["whole", "clipped"])
 @pytest.mark.parametrize("bootstrap", [False, True])
-def test_windows_are_parts_of_episodes(bootstrap):
+def test_windows_are_parts_of_episodes(bootstrap, windows):
     """Entities with last actions, actions, rewards and ends are those of the episode at that time;
-    all windows of an episode are drawn, none longer, shorter only where the episode is."""
+    all windows of an episode are drawn, none longer, shorter only where the episode is or, if
+    clipped, where it begins or ends."""
     flags = "--max-episode-steps 12 --replay-window 5" + " --no-timeout-terminates" * bootstrap
-    s = setting(flags, rounds=2)
+    s = setting(f"{flags} --windows {windows}", rounds=2)
     store, n = s.buffer, s.battles.family.n_actions
     store.fixed["length"][:2] = torch.tensor([3, 7])  # as if two had ended early
     when = torch.arange(store.steps["rewards"].numel())
@@ -587,9 +589,30 @@ def test_windows_are_parts_of_episodes(bootstrap):
             assert torch.equal(features.entities[m, :A, :-n], obs.entities[0, :A])
             assert torch.equal(features.unseen[m, :, :A], obs.obs_mask[0, :A, :A])
         assert len({episode for episode, _ in of.values()}) == 6
-        assert [steps[b] for b in of] == [min(5, ends[episode]) for episode, _ in of.values()]
-        seen |= set(of.values())
-    assert seen == {(e, t) for e in range(8) for t in range(max(ends[e] - 5, 0) + 1)}
+        seen |= {(*first, steps[b]) for b, first in of.items()}
+    for episode, end in enumerate(ends):
+        starts = range(max(end - 5, 0) + 1) if windows == "whole" else range(-4, end)
+        spans = {(max(t, 0), min(t + 5, end)) for t in starts}
+        found = {(t, t + n) for e, t, n in seen if e == episode}
+        assert found == spans, episode
+
+
+@pytest.mark.parametrize("windows", ["whole", "clipped"])
+def test_how_often_a_step_is_drawn(windows):
+    """By enumeration of the windows: clipped ones have each step equally often, whole ones the
+    first and the last step a fifth as often as one that is five steps from both."""
+    args = read(refil, f"--replay-window 5 --windows {windows}")
+    for end in (1, 3, 5, 12):
+        ends = torch.full((40_000,), end)
+        rng = torch.Generator().manual_seed(end)
+        start, length = refil.draw_windows(args, ends, rng)
+        assert start.min() >= 0 and length.min() >= 1 and (start + length).max() == end
+        time = torch.arange(end)[:, None]
+        share = ((start <= time) & (time < start + length)).float().mean(1)  # (end,)
+        starts = range(max(end - 5, 0) + 1) if windows == "whole" else range(-4, end)
+        have = [sum(t <= step < t + 5 for t in starts) for step in range(end)]
+        assert share.tolist() == pytest.approx([n / len(starts) for n in have], abs=0.015)
+        assert (len(set(have)) == 1) == (windows == "clipped" or end < 6)
 
 
 @pytest.mark.numeric
@@ -616,6 +639,23 @@ def test_lambda_returns_of_windows():
             ends += int(last.sum())
             assert not (timeout and last.any())
     assert ends > 0
+
+
+@pytest.mark.numeric
+def test_lambda_returns_of_clipped_windows():
+    """Sums of n-step returns, in windows of different lengths."""
+    flags = "--max-episode-steps 9 --replay-window 4 --windows clipped --gamma .9 --returns lambda"
+    s = setting(flags + " --td-lambda .6", rounds=2)
+    batch = sample(s, 3, 8)
+    q = s.agent.utility(batch.features)[0].full_view
+    found = refil.find_targets(s.args, s.agent, batch, q)
+    one_step = refil.find_targets(
+        dataclasses.replace(s.args, returns="one-step"), s.agent, batch, q
+    )
+    values = (one_step - batch.rewards).double() / 0.9
+    expected = forward_view(batch, values, torch.zeros_like(values), 0.9, 0.6)
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(set(batch.features.played.sum(0).tolist())) > 2, "lengths differ"
 
 
 def test_a_refilled_replay_is_the_same():
@@ -724,6 +764,7 @@ MODES = {
     "resource collection": "--scenario resource --no-imagine",
     "pointer": "--target-head pointer --scenario mmm",
     "windows": "--replay-window 3 --returns lambda --no-timeout-terminates",
+    "clipped windows": "--replay-window 3 --windows clipped --returns lambda",
 }
 CHILD = {
     "collaq, replay wraps": "",
@@ -831,6 +872,7 @@ WRONG = {  # with words that the sentence has to contain
     "--rescale": "--rescale --scenario resource",
     "--egocentric": "--egocentric --scenario resource",
     "--replay-window -1": "--replay-window",
+    "--windows clipped": "--windows --replay-window",
     "--max-episode-steps 1001": "--max-episode-steps 1000",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--td-lambda .5": "--td-lambda --returns lambda",
@@ -901,6 +943,7 @@ OWN = {
 }
 ELSEWHERE = {
     "td_lambda": "test_lambda_returns_are_sums_of_n_step_returns",
+    "windows": "test_how_often_a_step_is_drawn",
     "amp": "test_amp",
     "compile": "test_compile",
     "rescale": "test_rescaled_worlds",
