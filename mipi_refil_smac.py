@@ -104,9 +104,9 @@ class Args(RunArgs):
     max_episode_steps: Positive = 150  # time is out after so many, at most 1000; resource: 145
     # Method
     regularizer: Literal["mi", "entropy", "none"] = "mi"  # mi: as in Eq. (3); none: only rewards
-    alpha: Amount | None = None  # cost per nat, Eq. (16): .03, mmm .1, resource .05 (rescaled .005)
+    alpha: Amount | None = None  # cost per nat, (16): .03, mmm .1, resource .05, by Lemma 2 less
     alpha_i: Amount | None = None  # alpha_i, the policy's alpha in Eq. (18); default: alpha
-    alpha_i_over_w: bool = False  # Lemma 2: alpha_i / w_i in Eq. (18); default alpha: a thirtieth
+    alpha_i_over_w: bool = False  # Lemma 2: alpha_i / w_i in (18); default alpha: 1/30, linear 1/8
     charge_times_w: bool = False  # or, for the same ratio: alpha w_i instead of alpha in Eq. (16)
     observe_self_only: bool = False  # agents see only s+, their own unit; alpha is 0 (Table 3)
     ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
@@ -137,7 +137,7 @@ class Args(RunArgs):
     gamma: Share = 0.99  # discount factor per step
     batch_size: Positive = 32  # episodes (with --replay-window: windows) per minibatch
     buffer_size: Positive = 5000  # episodes in the replay buffer
-    replay_window: Count = 0  # consecutive steps of each sampled episode; 0: all steps
+    replay_window: Count = 0  # consecutive steps of each episode, a GRU begins at 0; 0: all steps
     windows: Literal["whole", "clipped"] = "whole"  # clipped: each step is as likely as any other
     updates_per_iteration: Positive = 8  # gradient steps after each round of num_envs episodes
     target_every: Positive = 200  # episodes between copies to the target networks
@@ -181,6 +181,7 @@ PRESETS = {
     # Keys "PRESET FLAG VALUE" add to the values of PRESET, where FLAG has this VALUE.
     "cpu regularizer mi": {"alpha_i_over_w": True},
     "cpu regularizer entropy": {"alpha_i_over_w": True},
+    "cpu policy exact": {"alpha_i_over_w": False},
     "cpu scenario resource": {
         "rescale": True,
         "egocentric": True,
@@ -260,6 +261,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (
             args.charge_times_w and args.alpha_i_over_w,
             "--charge-times-w and --alpha-i-over-w mend the same ratio: one of them is enough",
+        ),
+        (
+            exact and args.alpha_i_over_w,
+            "--policy exact has no Eq. (18): --charge-times-w instead of --alpha-i-over-w",
         ),
         (
             args.alpha_i_over_w and args.regularizer == "none",
@@ -783,8 +788,8 @@ class Agent(Parts):
         """Set Eq. (16)'s alpha, Eq. (18)'s alpha_i, and M; defaults: the paper's for each world."""
         collecting = 0.005 if args.rescale else 0.05  # rescaled rewards are a tenth
         alpha = {"mmm": 0.1, "resource": collecting}.get(args.scenario, 0.03)
-        if args.alpha_i_over_w and args.policy == "head":
-            alpha /= 30  # w_i begins at about 1/32, alpha_i / w_i so near the paper's alpha_i
+        if args.alpha_i_over_w:  # as w_i at first, so that alpha_i / w_i is near the paper's
+            alpha /= 8 if args.mixer == "linear" else 30
         self.alpha = alpha if args.alpha is None else args.alpha
         self.alpha_i = self.alpha if args.alpha_i is None else args.alpha_i
         if args.regularizer == "none" or args.observe_self_only:

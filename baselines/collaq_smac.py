@@ -125,7 +125,7 @@ class Args(RunArgs):
     gamma: Share = 0.99  # discount factor per step
     batch_size: Positive = 32  # episodes (with --replay-window: windows) per minibatch
     buffer_size: Positive = 5000  # episodes in the replay buffer
-    replay_window: Count = 0  # consecutive steps of each sampled episode; 0: all steps
+    replay_window: Count = 0  # consecutive steps of each episode, a GRU begins at 0; 0: all steps
     windows: Literal["whole", "clipped"] = "whole"  # clipped: each step is as likely as any other
     updates_per_iteration: Positive = 8  # gradient steps after each round of num_envs episodes
     target_every: Positive = 200  # episodes between copies to the target networks

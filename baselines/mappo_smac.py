@@ -186,7 +186,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (not n_step and "n_steps" in given, "--n-steps needs --returns n-step"),
         (not n_step and "target_tau" in given, "--target-tau needs --returns n-step"),
         (n_step and "gae_lambda" in given, "--gae-lambda needs --returns lambda"),
-        (args.minibatches > steps, f"--minibatches exceeds the {steps} parts of a rollout"),
+        (args.minibatches > steps, f"--minibatches exceeds {steps}, the least that a rollout has"),
         (
             pointer and args.scenario == "resource",
             "--scenario resource has nobody to attack: it needs --target-head tags",

@@ -371,7 +371,9 @@ def default_alpha(args: dict[str, Any]) -> float:
     """The alpha of a run of mipi_refil_smac.py or mipi_mappo_smac.py without --alpha."""
     collecting = 0.005 if args.get("rescale") else 0.05  # rescaled rewards are a tenth
     alpha = {"mmm": 0.1, "resource": collecting}.get(args["scenario"], 0.03)
-    return alpha / 30 if by_lemma(args) else alpha
+    if by_lemma(args):
+        alpha /= 8 if args.get("mixer") == "linear" else 30
+    return alpha
 
 
 def by_lemma(args: dict[str, Any]) -> bool:

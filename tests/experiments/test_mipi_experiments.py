@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -230,6 +231,9 @@ def test_rows_of_the_default_alpha(scenario):
     by_lemma = vars(lemma) | {"script": "mipi_refil_smac"}
     thirtieth = mipi.Agent(lemma, family, mipi.CPU).alpha
     assert study.default_alpha(by_lemma) == thirtieth < alpha
+    linear = dataclasses.replace(lemma, mixer="linear")
+    eighth = mipi.Agent(linear, family, mipi.CPU).alpha
+    assert study.default_alpha(by_lemma | {"mixer": "linear"}) == eighth == alpha / 8
     for given in (None, thirtieth):
         assert study.row_name(by_lemma | {"alpha": given}) == "MIPI, Lemma 2"
     assert study.row_name(by_lemma | {"alpha": 0.07}) == "MIPI, Lemma 2, alpha 0.07"

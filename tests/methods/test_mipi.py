@@ -877,6 +877,7 @@ WRONG = {
     "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
     "--policy exact --actor-loss-times-w": "--policy exact --actor-loss-times-w",
     "--policy exact --alpha-i 0": "--policy exact --alpha-i 0",
+    "--policy exact --alpha-i-over-w": "--policy exact --alpha-i-over-w",
     "--policy exact --regularizer none --ba-iterations 2": "--policy exact --ba-iterations",
     "--policy exact --regularizer entropy --ba-iterations 2": "--policy exact --ba-iterations",
     "--policy exact --alpha 0 --ba-iterations 2": "--policy exact --ba-iterations",
@@ -932,6 +933,7 @@ def test_alphas():
     assert coefficients("--scenario resource --rescale") == (0.005, 0.005)
     cpu = "--preset cpu"
     assert coefficients("--alpha-i-over-w") == coefficients(cpu) == (0.03 / 30, 0.03 / 30)
+    assert coefficients(f"{cpu} --mixer linear") == (0.03 / 8, 0.03 / 8), "w_i begins there"
     assert coefficients(f"{cpu} --scenario mmm --regularizer entropy") == (0.1 / 30, 0.1 / 30)
     assert coefficients(f"{cpu} --no-alpha-i-over-w") == (0.03, 0.03)
     assert coefficients(f"{cpu} --policy exact") == (0.03, 0.03), "it has no Eq. (18)"
