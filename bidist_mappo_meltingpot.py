@@ -132,15 +132,20 @@ class Args(RunArgs):
 
 def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
     """Yield (whether there are any, error message) of flags that another leaves without effect. A
-    phase that is off may have its rate, epochs and k_d: studies give them to all their arms."""
+    phase that is off may have its rate, epochs and k_d: studies give them to all their arms. So
+    may --mask-fictitious have its --clip-centre, though of theta's samples w is 1."""
     forward, reverse = ("forward_lr", "forward_epochs"), ("reverse_lr", "reverse_epochs")
     phases = ("k_d", "forward", *forward, "reverse", *reverse, "reverse_mode", "noise_std")
     populations = ("v_redraw", "mask_fictitious", "weight_cap", "advantages_per_population")
+    one_mean = args.all_fictitious and args.weight_cap is None
+    takes_no_step = args.reverse_mode in ("random", "noise")
     rows = [
         (args.copy_every, "--copy-every", (*phases, "distilled_width")),
         (not args.reverse, "--no-reverse", ("reverse_mode",)),
         (args.reverse_mode != "noise", f"--reverse-mode {args.reverse_mode}", ("noise_std",)),
         (args.all_fictitious, "--all-fictitious", ("p", "v_redraw")),
+        (one_mean, "--all-fictitious", ("advantages_per_population",)),
+        (takes_no_step, f"--reverse-mode {args.reverse_mode}", reverse),
         (args.p == 0, "--p 0", populations),  # there is but one
         (args.mask_fictitious, "--mask-fictitious", ("weight_cap", "advantages_per_population")),
     ]
@@ -190,7 +195,8 @@ RESUMABLE = (  # flags of this script that may change with --resume and --eval-o
     "eval_scenarios",
     "bots",
 )
-# As many samples from more worlds and shorter rollouts: 1.3 times as fast on two idle cores.
+# As many samples from more worlds and shorter rollouts: 1.3 times as fast on two idle cores. So
+# v is drawn anew every 50 steps, not every 200, but for --v-redraw episode.
 PRESETS = {"cpu": {"num_envs": 64, "rollout_steps": 50, "num_threads": 2}}
 
 
@@ -542,6 +548,7 @@ def distill(
             # phi's hidden states before each chunk are recomputed with its new weights
             phi, hidden, last = run(agent.distilled, batch.distilled_hidden)
     scalars |= {f"{phase}/{name}_after": x for name, x in compare(theta, phi).items()}
+    check_finite(**scalars)  # Eq. (8) has no bound
     return scalars, dataclasses.replace(state, distilled_hidden=last)
 
 

@@ -90,7 +90,7 @@ class Args(RunArgs):
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
     history_share: Share = 0.3  # p, probability that an agent acts with a past policy
-    rank_width: Above | None = None  # psi, of returns per 1,000 steps; default: 6 to 11 ranks
+    rank_width: Above | None = None  # psi, of returns per 1,000 steps; default: 6 to 11, some empty
     per_rank: Positive = 20  # past actors that are kept per rank, a uniform sample of all
     policies_per_rollout: Positive = 4  # past actors drawn for each rollout
     use_history: bool = False  # samples of past policies train theta, too

@@ -126,6 +126,9 @@ WRONG_IN_BIDIST = {
     "--p 0 --advantages-per-population --weight-cap 2": "--p --weight-cap --advantages-per",
     "--p 0 --v-redraw episode --mask-fictitious": "--p --v-redraw --mask-fictitious",
     "--all-fictitious --v-redraw episode": "--all-fictitious --v-redraw",
+    "--all-fictitious --advantages-per-population": "--all-fictitious --advantages-per",
+    "--reverse-mode random --reverse-lr 0.1": "--reverse-mode --reverse-lr",
+    "--reverse-mode noise --reverse-epochs 9": "--reverse-mode --reverse-epochs",
     "--copy-every 2 --k-d 3": "--copy-every --k-d",
     "--mask-fictitious --advantages-per-population --weight-cap 2": "--weight-cap",
     "--no-reverse --reverse-mode noise": "--no-reverse --reverse-mode",
@@ -163,6 +166,15 @@ def check_wrong(name, line, words, runs, tmp_path, capfd):
     assert len(sentence) < 400 and "Error" not in sentence
     assert [word for word in words.split() if word not in sentence] == [], sentence
     assert contents(tmp_path, runs) == before
+
+
+def test_a_reverse_phase_that_diverges(tmp_path, capfd):
+    """Eq. (8) has no bound: the phase itself ends the run, by name, and nothing of it is logged."""
+    run = tmp_path / "run"
+    diverges = ("--k-d", 1, "--reverse-lr", 1e30)
+    assert script(BIDIST).main([str(x) for x in tiny(BIDIST, run, 3, *diverges)]) == 1
+    assert "reverse/kl_after is not finite" in only_error(capfd.readouterr().err)
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
 
 
 def test_flags_of_the_method_are_the_childs_alone(capfd):
