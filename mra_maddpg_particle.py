@@ -99,7 +99,7 @@ PhiGradient = Literal["actor", "mi", "both", "both+actor"]
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """MRA in particle worlds. Defaults are the paper's."""
+    """MRA in particle worlds. Sizes and rates are the paper's; what phi and psi learn by, ours."""
 
     # Run
     total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
@@ -124,7 +124,7 @@ class Args(RunArgs):
     latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); told: z is m's number
     reptile_step: Share = 1.0  # alpha, share of the K inner steps that Reptile keeps
     share_parameters: bool = True  # one parameter set per type of agent, not one per agent
-    actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): sampled, or exact
+    actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): biased, or exact
     phi_gradient: PhiGradient = "both+actor"  # phi by Eq. (10); (11); (11), (13); or all three
     psi_information: bool = True  # psi by Eqs. (11) and (13); off: by (13) alone
     redraw_z: bool = False  # minibatches draw z anew from p(z|m); off: they have those that acted
@@ -465,7 +465,8 @@ class GraphNet(nn.Module):
         self.of_z = nn.Parameter(0.2 * torch.randn(sets, latents, H)) if latents else None
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Outputs (..., M, N, .) with graphs g (..., M, N, N); critics also read actions (M, N)."""
+        """Outputs (..., M, N, .) with graphs g (..., M, N, N), one of each z if it reads z; critics
+        also read actions (M, N)."""
         others = view.others
         if actions is not None:  # of the others: g_ii = 0 leaves out agent i's own
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)

@@ -125,7 +125,7 @@ class Args(RunArgs):
     sets: Positive = 3  # parallel sets of agents in every stage
     parents: Positive = 2  # number of the fittest sets, whose agents are copied into the next stage
     tournament_episodes: Positive = 200  # episodes of each set; with two roles of each pair of sets
-    actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # Eq. (9): sampled, or exact
+    actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # Eq. (9): biased, or exact
     target: Literal["polyak", "hard"] = "polyak"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
     inner_steps: Positive = 1  # K, minibatches per update

@@ -103,7 +103,7 @@ class Args(RunArgs):
     max_episode_steps: Positive = 20  # steps after which an episode is truncated
     # Method
     share_parameters: bool = False  # one parameter set per type of agent, not one per agent
-    actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # Eq. (9): sampled, or exact
+    actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # Eq. (9): biased, or exact
     target: Literal["polyak", "hard"] = "polyak"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
     inner_steps: Positive = 1  # K, minibatches per update

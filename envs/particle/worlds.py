@@ -862,7 +862,7 @@ class ParticleWorld:
         return TASKS[self.game.task].observe(self.game, unpack(self.game, states.T.contiguous()))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on, and the last observation."""
+        """All that the next steps depend on, and the last observation; not last_reward."""
         own = {name: x[..., : self.num_worlds].clone() for name, x in self._arrays().items()}
         own |= {name: x.contiguous() for name, x in self.obs._asdict().items()}
         return own | {"game": f"{self.game.task} {_name(self.game.population)}"}
