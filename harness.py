@@ -161,6 +161,9 @@ def read_flags(cls: type, argv: list[str], default: Any = None) -> Any:
         if not word or (word.startswith("--") and word.endswith("=")):
             raise UsageError(f"{flag} has an empty value (an unset variable?).")
     options = {} if default is None else {"default": default}
+    script = Path(inspect.getfile(cls))
+    if script.resolve() != Path(sys.argv[0]).resolve():  # a study's flags, read by a launcher
+        options["prog"] = os.path.relpath(script)
     args = tyro.cli(cls, args=argv, **options)
     try:
         pydantic.TypeAdapter(cls).validate_python(dataclasses.asdict(args))
@@ -588,6 +591,10 @@ def load_checkpoint(
             part = run_dir / damaged[0]
             fault = "damaged: its sha256 differs" if part.exists() else "missing"
             tell(f"{part} is {fault}.", file=sys.stderr)
+    if not file.exists():
+        raise UsageError(f"There is no {path}: it should be a run directory or a checkpoint.")
+    if file.is_dir() and not any((run_dir / x).exists() for x in ("args.json", "checkpoints.json")):
+        raise UsageError(f"{path} is no run directory and holds no checkpoint.")
     raise UsageError(f"{path} holds no intact checkpoint.")
 
 

@@ -102,7 +102,7 @@ class Study:
     # run directories and packed studies to read; default: all studies in --data
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     out: Path | None = None  # directory for CLAIMS.md, data/claims.png and data/claims/*.csv
-    commands: tuple[str, ...] = ()  # only print the commands of the runs that these claims need
+    commands: tuple[str, ...] | None = None  # only print what these claims need; none: all open
     studies: Path | None = None  # only write a study of all runs for each world into this directory
     data: Path = ROOT / "docs/data"  # directory of packed studies and of other commands' tables
     criteria: Path = CRITERIA  # the file of criteria
@@ -492,6 +492,10 @@ def loop(command: str, name: str, seeds: tuple[int, ...], timesteps: int) -> str
 def commands_of(outcome: Outcome, missing: list[Missing], tables: dict[str, Any]) -> list[str]:
     """Shell lines for what a claim needs: runs to adapt, then runs, packed studies, tables."""
     lines = [f"# {outcome.cases[0].id}: {outcome.cases[0].says}"]
+    if outcome.verdict != OPEN:
+        lines.append(f"# Decided{' without these' if missing else ''}: it {outcome.verdict}.")
+    elif not missing:
+        lines.append(f"# No run of its list is missing. Undecided: {what_decides(outcome, [])}")
     every = [*sources_of(missing, tables), *missing]
     lines += [loop(x.command, x.name, x.seeds, x.timesteps) for x in every]
     by_world: dict[str, list[Missing]] = {}
@@ -881,7 +885,7 @@ def claims(study: Study) -> None:
     """Judge all claims and print or write the page; or print commands, or write studies."""
     tables = read_tables(study.criteria)
     cases = read_claims(tables)
-    if unknown := [x for x in study.commands if x not in cases]:
+    if unknown := [x for x in study.commands or () if x not in cases]:
         raise UsageError(f"--commands {unknown[0]}: there are {', '.join(cases)}.")
     if study.studies:
         write_studies(study.studies, [*itertools.chain(*cases.values())], tables)
@@ -892,9 +896,10 @@ def claims(study: Study) -> None:
     runs = read_runs(paths, same=name_in_world) if paths else []
     outcomes = [judge(cases[name], runs, study.data) for name in study.commands or cases]
     missing = [missing_runs(x, runs, tables["slower"]) for x in outcomes]
-    if study.commands:
+    if study.commands is not None:
         for outcome, own in zip(outcomes, missing, strict=True):
-            print("\n".join(commands_of(outcome, own, tables)))
+            if study.commands or outcome.verdict == OPEN:
+                print("\n".join(commands_of(outcome, own, tables)))
         return
     text = page(outcomes, missing, tables)
     if study.out:

@@ -165,7 +165,8 @@ def add(study: Add) -> None:
     files = [path for path in study.out.parent.rglob("*") if path.is_file()]
     total = len(data) + sum(path.stat().st_size for path in files)
     if total > ALL_TOGETHER:
-        raise UsageError(f"{study.out.parent} would have {total:,} bytes, of {ALL_TOGETHER:,}.")
+        sentence = f"would have {total:,} bytes, of {ALL_TOGETHER:,}: name another directory."
+        raise UsageError(f"{study.out.parent} {sentence}")
     packages = {name: run.args["packages"].get(name) for name in PACKAGES}
     args = run.args | no_paths | {"packages": packages, "note": study.note}
     rows = {row: x for row, x in run.summary["eval"].items() if row[2:] not in absent}

@@ -176,7 +176,9 @@ def get_spec(
         config = scenario.get_config(name)
         substrate, roles, is_focal = config.substrate, tuple(config.roles), tuple(config.is_focal)
     if substrate not in configs.SUBSTRATES:
-        near = difflib.get_close_matches(name, [*configs.SUBSTRATES, *others], n=4, cutoff=0.4)
+        known = [*configs.SUBSTRATES, *others]
+        near = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
+        near = [x for x in known if x.startswith(name)] or near
         hint = (
             f"did you mean {' or '.join(near)}?" if near else "see docs/meltingpot.md for the list."
         )

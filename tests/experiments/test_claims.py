@@ -537,9 +537,15 @@ def test_commands_are_what_is_missing(tmp_path):
     flags = shlex.split(line.split("; ")[1].replace("$s", "12"))[3:]
     args = runs_module.script_args(runs_module.load_script("mra_maddpg_particle"), flags)
     assert (args.seed, args.total_timesteps, args.populations) == (12, 1000, ("12",))
+    assert command("claims", *words, "--commands")[:2] == (0, text), "of all that are undecided"
     code, text, _ = command("claims", *words)
     assert code == 0
     assert "| M1 | 2 | 0.004 | two shared cores | these runs |" in text  # 2 x .001 million x 2 h
+    path = study(tmp_path / "whole.csv", a=AHEAD, b=BEHIND)
+    words = (path, "--criteria", toml(tmp_path / "c.toml"), "--data", tmp_path)
+    text = command("claims", *words, "--commands", "M1")[1]
+    assert text.splitlines()[1:] == ["# Decided: it holds."]
+    assert command("claims", *words, "--commands")[1].strip() == ""
 
 
 def test_commands_can_be_followed(tmp_path):

@@ -287,7 +287,7 @@ def test_add_refuses(no_trial, monkeypatch, capsys):
     monkeypatch.setattr(zoo, "ALL_TOGETHER", 1000)
     assert zoo.main(["add", "x", "zoo/y"]) == 2
     sentence = only_error(capsys.readouterr().err)
-    assert re.search(r"zoo would have [\d,]+ bytes, of 1,000\.$", sentence.strip())
+    assert re.search(r"zoo would have [\d,]+ bytes, of 1,000: name another", sentence.strip())
     assert files_of(Path("zoo")) == before
 
 
