@@ -341,7 +341,7 @@ class Evaluated:
     task: str
     method: str  # row of the paper's tables, or a name in that form
     flags: dict[str, Any]  # other flags that differ from the preset's
-    known: frozenset[str]  # names of its script's flags
+    known: frozenset[str]  # names of its script's flags, also of those that are newer than the run
     seed: int
     steps: int  # environment steps until the last evaluation
     minutes: float  # minutes of collecting and learning until then; NaN if not logged
@@ -445,7 +445,7 @@ def read_evaluations(run: Run, study: Tables) -> Evaluated:
         task=args["scenario"],
         method=row_name(args),
         flags=other_flags(args),
-        known=frozenset(args),
+        known=frozenset({*args, *vars(load_script(args["script"]).Args())}),
         seed=args["seed"],
         steps=steps,
         minutes=minutes_of(run.log, until=steps),

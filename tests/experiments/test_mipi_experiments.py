@@ -175,6 +175,21 @@ def test_tables_until(runs, tmp_path):
     assert code == 2 and "0 evaluations until 1 steps, fewer than --last 1" in stderr
 
 
+def test_a_flag_that_is_newer_than_a_run(runs, tmp_path):
+    """The run from before counts as one by the preset: another row than the flag's."""
+    paths = []
+    for name, change in (("old", {}), ("new", {"windows": "clipped"})):
+        paths.append(tmp_path / f"sz-refil-{name}")
+        shutil.copytree(runs / "sz-refil-s1", paths[-1])
+        args = json.loads((paths[-1] / "args.json").read_text())
+        del args["windows"]
+        (paths[-1] / "args.json").write_text(json.dumps(args | change))
+    code, text, stderr = command("mipi", "tables", *paths, "--last", 1, "--out", tmp_path / "t")
+    assert code == 0, stderr
+    found = rows_below(text, "SZ: share of battles won")
+    assert {"REFIL", "REFIL --windows clipped"} <= set(found)
+
+
 def test_tables_every(runs, tmp_path):
     """Of evaluations that came too often, the first after each multiple counts."""
     often = tmp_path / "often"
