@@ -231,13 +231,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--policy greedy has no alternations of (12) and (13): no --ba-iterations",
         ),
         (
-            greedy and args.actor_loss_times_w,
-            "--policy greedy has no Eq. (18): no --actor-loss-times-w",
+            (greedy or exact) and args.actor_loss_times_w,
+            f"--policy {args.policy} has no Eq. (18): no --actor-loss-times-w",
         ),
-        (
-            exact and args.actor_loss_times_w,
-            "--policy exact has no Eq. (18): no --actor-loss-times-w",
-        ),
+        (exact and args.alpha_i_over_w, "--policy exact has no Eq. (18): no --alpha-i-over-w"),
         (
             exact and regularizes and alpha_i == 0 != args.alpha,
             "--policy exact with --alpha-i 0 is greedy: its logarithm is not finite",
@@ -263,17 +260,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--charge-times-w and --alpha-i-over-w mend the same ratio: one of them is enough",
         ),
         (
-            exact and args.alpha_i_over_w,
-            "--policy exact has no Eq. (18): --charge-times-w instead of --alpha-i-over-w",
-        ),
-        (
             args.alpha_i_over_w and args.regularizer == "none",
             "--alpha-i-over-w is of a regulariser, which this run has not",
         ),
-        (
-            args.windows == "clipped" and not args.replay_window,
-            "--windows clipped needs a --replay-window",
-        ),
+        (args.windows != "whole" and not args.replay_window, "--windows needs --replay-window"),
         (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
         (
             args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),

@@ -194,10 +194,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         (not args.imagine and args.imagine_weight != 0.5, "--imagine-weight needs --imagine"),
-        (
-            args.windows == "clipped" and not args.replay_window,
-            "--windows clipped needs a --replay-window",
-        ),
+        (args.windows != "whole" and not args.replay_window, "--windows needs --replay-window"),
         (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
         (
             args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
