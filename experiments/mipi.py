@@ -330,6 +330,7 @@ class Tables:
     last: Positive = 5  # number of last evaluations that a figure averages
     until: Positive | None = None  # ignore evaluations after so many environment steps
     every: Positive = 1  # read one evaluation, the first, of each so many environment steps
+    measures: tuple[Literal["win", "return"], ...] = ("win", "return")  # what to show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,6 +490,9 @@ def minutes_of(log: list[dict[str, float]], until: int) -> float:
 
 
 def short(x: float, measure: str) -> str:
+    """A figure as cells show it; "-": not in the packed study."""
+    if math.isnan(x):
+        return "-"
     return f"{x:.3f}".lstrip("0") if measure == "win" and 0 <= x < 1 else f"{x:.2f}"
 
 
@@ -643,6 +647,9 @@ def tables(study: Tables) -> None:
     if len(measures) != 1:
         raise UsageError("Battles and Resource Collection do not go into one table.")
     (measures,) = measures
+    measures = tuple(x for x in measures if x in study.measures)
+    if not measures:
+        raise UsageError("--measures win: nobody wins in Resource Collection.")
     found = group(runs)
     text = win_tables(found, study.last) if "win" in measures else ""
     text += "".join(all_rows(found, measure, study.last) for measure in measures)

@@ -152,6 +152,12 @@ def test_tables(runs, tmp_path):
     assert policies["MIPI"]["mi"] == f"{np.mean(each):.3f}" != "0.000"
     with Image.open(tmp_path / "t.png") as image:
         assert min(image.size) > 300
+        height = image.size[1]
+    words = (*paths, "--last", 2, "--measures", "win", "--out", tmp_path / "win")
+    one = command("mipi", "tables", *words)[1]
+    assert one == text.replace(text[text.index("SZ: return") : text.index("SZ: policies")], "")
+    with Image.open(tmp_path / "win.png") as image:
+        assert image.size[1] < 0.6 * height
     assert (tmp_path / "t.csv").read_text().count("\n") > 50
 
 
