@@ -132,20 +132,18 @@ class Args(RunArgs):
 
 def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
     """Yield (whether there are any, error message) of flags that another leaves without effect. A
-    phase that is off may have its rate, epochs and k_d: studies give them to all their arms. So
-    may --mask-fictitious have its --clip-centre, though of theta's samples w is 1."""
+    phase that is off or takes no steps (random, noise) may have its rate, epochs and k_d: studies
+    give them to all their arms. So may --mask-fictitious have its --clip-centre: w is 1 there."""
     forward, reverse = ("forward_lr", "forward_epochs"), ("reverse_lr", "reverse_epochs")
     phases = ("k_d", "forward", *forward, "reverse", *reverse, "reverse_mode", "noise_std")
     populations = ("v_redraw", "mask_fictitious", "weight_cap", "advantages_per_population")
     one_mean = args.all_fictitious and args.weight_cap is None
-    takes_no_step = args.reverse_mode in ("random", "noise")
     rows = [
         (args.copy_every, "--copy-every", (*phases, "distilled_width")),
         (not args.reverse, "--no-reverse", ("reverse_mode",)),
         (args.reverse_mode != "noise", f"--reverse-mode {args.reverse_mode}", ("noise_std",)),
         (args.all_fictitious, "--all-fictitious", ("p", "v_redraw")),
         (one_mean, "--all-fictitious", ("advantages_per_population",)),
-        (takes_no_step, f"--reverse-mode {args.reverse_mode}", reverse),
         (args.p == 0, "--p 0", populations),  # there is but one
         (args.mask_fictitious, "--mask-fictitious", ("weight_cap", "advantages_per_population")),
     ]

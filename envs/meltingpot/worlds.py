@@ -178,7 +178,7 @@ def get_spec(
     if substrate not in configs.SUBSTRATES:
         known = [*configs.SUBSTRATES, *others]
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
-        near = [x for x in known if x.startswith(name)] or near
+        near = [x for x in known if name and x.startswith(name)] or near
         hint = (
             f"did you mean {' or '.join(near)}?" if near else "see docs/meltingpot.md for the list."
         )

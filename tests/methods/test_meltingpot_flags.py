@@ -127,8 +127,6 @@ WRONG_IN_BIDIST = {
     "--p 0 --v-redraw episode --mask-fictitious": "--p --v-redraw --mask-fictitious",
     "--all-fictitious --v-redraw episode": "--all-fictitious --v-redraw",
     "--all-fictitious --advantages-per-population": "--all-fictitious --advantages-per",
-    "--reverse-mode random --reverse-lr 0.1": "--reverse-mode --reverse-lr",
-    "--reverse-mode noise --reverse-epochs 9": "--reverse-mode --reverse-epochs",
     "--copy-every 2 --k-d 3": "--copy-every --k-d",
     "--mask-fictitious --advantages-per-population --weight-cap 2": "--weight-cap",
     "--no-reverse --reverse-mode noise": "--no-reverse --reverse-mode",

@@ -1198,7 +1198,7 @@ def test_a_loaded_player_plays_as_the_run_does(module):
         battles = Combat("sz", (5,), 8, seed=9, once=True)
         earned.append([episode.reward for episode in play(battles, policy)])
     assert earned[0] == earned[1] == earned[2]
-    with pytest.raises(UsageError, match="no intact checkpoint"):
+    with pytest.raises(UsageError, match="There is no nowhere"):
         module.load_player("nowhere")
 
 
