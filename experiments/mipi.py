@@ -649,7 +649,7 @@ def tables(study: Tables) -> None:
     (measures,) = measures
     measures = tuple(x for x in measures if x in study.measures)
     if not measures:
-        raise UsageError("--measures win: nobody wins in Resource Collection.")
+        raise UsageError("--measures leaves nothing to show: Resource Collection has no wins.")
     found = group(runs)
     text = win_tables(found, study.last) if "win" in measures else ""
     text += "".join(all_rows(found, measure, study.last) for measure in measures)
