@@ -66,7 +66,7 @@ from envs.smac.resource_collection import (
     summarise,
 )
 from envs.smac.resource_collection import table as resource_table
-from envs.statistics import accelerated_interval, markdown_table, with_interval
+from envs.statistics import accelerated_interval, markdown_table, seed_difference, with_interval
 from experiments.plots import plt
 from experiments.runs import (
     Job,
@@ -317,7 +317,10 @@ class Tables:
     (mean and deviation of five seeds, in StarCraft II) are shown beside ours; rows without runs are
     printed as not run. Runs trained with larger teams, too, have the columns of the others: how
     much more they win there is the others' regret. Scripted policies come from the runs' final
-    evaluations. More tables show what training logged during the same evaluations: how much
+    evaluations. --against adds tables of differences between rows: in trained and in all unseen
+    sizes each seed's figure, their mean less that of a row, Student's interval and the p of a
+    permutation test (claims.py: of interquartile means from five seeds on, which differ from
+    these). More tables show what training logged during the same evaluations: how much
     policies depend on their team (mi: in imagined teams, kl: in the real one). Differences in
     length are noted. Minutes are wall-clock minutes of collecting and learning until the last
     evaluation; MAPPO needs far fewer of them for as many steps. Writes OUT.md, OUT.csv (every
@@ -331,6 +334,7 @@ class Tables:
     until: Positive | None = None  # ignore evaluations after so many environment steps
     every: Positive = 1  # read one evaluation, the first, of each so many environment steps
     measures: tuple[Literal["win", "return"], ...] = ("win", "return")  # what to show
+    against: str = ""  # add tables: every row minus this one ("REFIL"), with intervals over seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,6 +370,9 @@ class Evaluated:
         lines = [x for x in self.learning if first <= x["timesteps"] <= end]
         values = [x[name] for x in lines if name in x]
         return float(np.mean(values or [np.nan]))
+
+
+Found = dict[str, dict[str, list[Evaluated]]]  # {task: {row of the tables: runs, one per seed}}
 
 
 def default_alpha(args: dict[str, Any]) -> float:
@@ -529,10 +536,10 @@ def script_rows(task: str, runs: list[Evaluated], measure: str) -> list[dict[str
     return rows
 
 
-def group(runs: list[Evaluated]) -> dict[str, dict[str, list[Evaluated]]]:
+def group(runs: list[Evaluated]) -> Found:
     """{task: {method and flags in which the runs differ: runs, one per seed}}. UsageError if a row
     has a seed twice, or runs with different team sizes."""
-    found: dict[str, dict[str, list[Evaluated]]] = defaultdict(lambda: defaultdict(list))
+    found: Found = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.seed):
         own = {}
         for name, value in run.flags.items():
@@ -548,7 +555,7 @@ def group(runs: list[Evaluated]) -> dict[str, dict[str, list[Evaluated]]]:
     return found
 
 
-def win_tables(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
+def win_tables(found: Found, last: int) -> str:
     """Tables 1 to 3 with our win rates and the paper's; rows by Lemma 2, if run, are ours alone."""
     text = ""
     for title, table in TABLES.items():
@@ -573,7 +580,7 @@ def win_tables(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
     return text
 
 
-def all_rows(found: dict[str, dict[str, list[Evaluated]]], measure: str, last: int) -> str:
+def all_rows(found: Found, measure: str, last: int) -> str:
     """A table per task of all methods and scripts, with notes on unequal lengths and flags."""
     text = ""
     for task, methods in found.items():
@@ -590,7 +597,60 @@ def all_rows(found: dict[str, dict[str, list[Evaluated]]], measure: str, last: i
     return text
 
 
-def dependence_in_training(found: dict[str, dict[str, list[Evaluated]]], last: int) -> str:
+def trained_and_unseen(run: Evaluated) -> dict[str, list[str]]:
+    """{title: columns}: the trained sizes, and all others together, as "6-8"."""
+    trained, *unseen = run.columns
+    sizes = [int(column) for column in unseen]
+    together = (
+        {f"{min(sizes)}-{max(sizes)}": unseen} if len(sizes) > 1 else {x: [x] for x in unseen}
+    )
+    return {trained: [trained]} | together
+
+
+def signed(x: float, measure: str) -> str:
+    return f"{x:+.2f}" if measure == "return" else f"{x:+.3f}".replace("0.", ".", 1)
+
+
+def difference_cells(
+    title: str, each: np.ndarray, others: np.ndarray | None, measure: str
+) -> dict[str, str]:
+    """Cells of one row: a figure per seed (S,), and what it is less another row's (R,)."""
+    seeds = ", ".join(short(x, measure) for x in each)
+    cells = {title: short(float(np.mean(each)), measure), f"{title}, seeds": seeds}
+    cells |= {f"{title}, difference": "", f"{title}, p": ""}
+    if others is None:
+        return cells
+    mean, low, high, p = seed_difference(each, others)
+    cells[f"{title}, difference"] = "" if math.isnan(mean) else signed(mean, measure)
+    if not math.isnan(low):  # several seeds in both
+        cells[f"{title}, difference"] += f" [{signed(low, measure)}, {signed(high, measure)}]"
+        cells[f"{title}, p"] = f"{p:.2g}"
+    return cells
+
+
+def differences(found: Found, against: str, measure: str, last: int) -> str:
+    """A table for every task that has the row `against`: all rows' figures less that row's."""
+    text = ""
+    for task, methods in found.items():
+        if against not in methods:
+            continue
+        rows = []
+        for method, runs in methods.items():
+            row = {"": task.upper(), "method": method}
+            for title, columns in trained_and_unseen(runs[0]).items():
+                ours, theirs = (
+                    np.array([np.mean([run.final(measure, x, last) for x in columns]) for run in x])
+                    for x in (runs, methods[against])
+                )
+                others = None if method == against else theirs
+                row |= difference_cells(title, ours, others, measure)
+            rows.append(row)
+        what = "share of battles won" if measure == "win" else "return per episode"
+        text += f"{task.upper()}: {what}, difference from {against}\n\n{markdown_table(rows)}\n"
+    return text
+
+
+def dependence_in_training(found: Found, last: int) -> str:
     """Tables of what training logged about policies in nats: mi, kl, entropy."""
     text = ""
     for task, methods in found.items():
@@ -607,7 +667,7 @@ def dependence_in_training(found: dict[str, dict[str, list[Evaluated]]], last: i
     return text
 
 
-def draw_tables(found: dict[str, dict[str, list[Evaluated]]], measures: tuple[str, ...]) -> Any:
+def draw_tables(found: Found, measures: tuple[str, ...]) -> Any:
     """A figure of the evaluations: a row per task and measure, a panel per column of team sizes."""
     lines = [(task, measure) for task in found for measure in measures]
     columns = next(iter(next(iter(found.values())).values()))[0].columns
@@ -653,6 +713,12 @@ def tables(study: Tables) -> None:
     found = group(runs)
     text = win_tables(found, study.last) if "win" in measures else ""
     text += "".join(all_rows(found, measure, study.last) for measure in measures)
+    if study.against:
+        if not any(study.against in methods for methods in found.values()):
+            names = dict.fromkeys(name for methods in found.values() for name in methods)
+            raise UsageError(f"--against {study.against}: the rows are {'; '.join(names)}.")
+        for measure in measures:
+            text += differences(found, study.against, measure, study.last)
     text += dependence_in_training(found, study.last)
     rows = [
         {

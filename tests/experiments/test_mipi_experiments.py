@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import io
@@ -19,6 +20,7 @@ import torch
 from made_up import ROOT, command, experiment
 from PIL import Image
 from runs import some_long
+from scipy import stats
 from toolbox import sharpen
 
 from envs.smac import resource_collection
@@ -159,6 +161,50 @@ def test_tables(runs, tmp_path):
     with Image.open(tmp_path / "win.png") as image:
         assert image.size[1] < 0.6 * height
     assert (tmp_path / "t.csv").read_text().count("\n") > 50
+
+
+def test_tables_against(tmp_path):
+    """Differences from one row: figures of every seed in trained and in unseen sizes, from packed
+    logs; intervals and p are SciPy's."""
+    data = ROOT / "docs/data"
+    paths = [data / f"study_{name}.csv" for name in ("sz_claims", "sz_value", "csz_claims")]
+    only = ("--only", "sz-refil-s1[1-3]", "sz-aqmix-s11", "sz-value-s1[4-6]", "csz-*")
+    words = (*paths, *only, "--against", "REFIL", "--measures", "win", "--out", tmp_path / "t")
+    code, text, stderr = command("mipi", "tables", *words)
+    assert code == 0, stderr
+    rows = rows_below(text, "\nSZ: share of battles won, difference from REFIL")
+    assert "CSZ: share of battles won, difference from REFIL" in text
+    figures = {}
+    for name, seeds in (("refil", (11, 12, 13)), ("value", (14, 15, 16)), ("aqmix", (11,))):
+        study = data / f"study_sz_{'value' if name == 'value' else 'claims'}.csv"
+        with study.open() as file:
+            lines = [x for x in csv.DictReader(file) if x["kind"] == "curve"]
+        for title, sizes in {"3-5": "345", "6-8": "678"}.items():
+            each = []
+            for seed in seeds:
+                mine = [x for x in lines if x["run"] == f"sz-{name}-s{seed}"]
+                last = [
+                    [float(x["value"]) for x in mine if x["figure"] == f"eval/{size}/win"][-5:]
+                    for size in sizes
+                ]
+                each.append(np.mean(last))
+            figures[name, title] = each
+    for title in ("3-5", "6-8"):
+        ours, theirs, one = (figures[name, title] for name in ("value", "refil", "aqmix"))
+        row = rows["Value"]
+        assert [float(x) for x in row[f"{title}, seeds"].split(", ")] == pytest.approx(
+            ours, abs=6e-4
+        )
+        interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
+        means = [float(x) for x in re.findall(r"[+-][.\d]+", row[f"{title}, difference"])]
+        assert means == pytest.approx([np.mean(ours) - np.mean(theirs), *interval], abs=6e-4)
+        test = stats.permutation_test((ours, theirs), lambda x, y: np.mean(x) - np.mean(y))
+        assert float(row[f"{title}, p"]) == pytest.approx(test.pvalue, abs=0.06)
+        difference = float(rows["AQMIX"][f"{title}, difference"])  # one seed: no interval
+        assert difference == pytest.approx(one[0] - np.mean(theirs), abs=6e-4)
+        assert rows["AQMIX"][f"{title}, p"] == rows["REFIL"][f"{title}, difference"] == ""
+    code, _, stderr = command("mipi", "tables", *paths, *only, "--against", "refil")
+    assert code == 2 and "--against refil: the rows are REFIL; AQMIX; Value" in stderr
 
 
 def test_tables_until(runs, tmp_path):
