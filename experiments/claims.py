@@ -586,31 +586,14 @@ def write_studies(folder: Path, cases: list[Claim], tables: dict[str, Any]) -> N
 HOURS = "those that runs have taken on two shared cores of an AMD EPYC (`experiments/claims.toml`)."
 CORES = "two shared cores"
 OWN_BOTS = f"{CORES}, with Melting Pot's own bots, which are not here ([why](scenarios.md))"
-BARS = """The bars of I1 to I3 and I6 are what the script focus won with 3 to 5 agents in a sample
-of battles. Another one ([battles.md](battles.md), 6,144 a family, +-.012) has .430 in SZ, .370 in
-CSZ and .243 in MMM. A miss within that tells little of whether an arm has learned.
-"""
 HEAD = """# The papers' claims
 
     python experiments/claims.py --out docs                # writes this page, and its data
     python experiments/claims.py --commands B3 M1          # prints what these claims need
     python experiments/launch.py experiments/studies/claims_chicken.toml   # runs it
 
-Criteria were written before the runs that decide them (`experiments/claims.toml`, with its date and
-what had been seen by then). A run counts if flags, seed and length are the claim's; pilots are
-shown, not counted. Three claims read tables that other commands make (they are in
-`experiments/claims.toml`, too). Checked are flags and length of M5's runs, seeds and length of
-I4's, seeds of B2's. An effect is the first arm's centre less the other's, over seeds: the
-interquartile mean if both have five seeds, else the mean; where rows or scenarios are counted the
-difference of mean ranks, when all arms have run. 95 % intervals: of interquartile means and ranks
-bootstraps over seeds, which are drawn as clusters and for each arm by itself; of means Student's
-(Welch's). p: permutation test of no difference, not of the margin; of means, two-sided, exact up to
-200,000 ways to deal the seeds (ranks: 2,000,000), else by as many draws; three seeds against three
-cannot get below .1. A comparison holds if its interval lies above the margin, does not if it lies
-below, else it is undecided; so it is with too few seeds, a gap among them, or arms that have not
-learned. A claim holds if all of its comparisons do, and does not if one does not; where means would
-say something else, that is told. A verdict is about the budget beside it, that of the comparisons
-which decide. The text of BiDist states no steps: shares are of our script's default, 10,000,000.
+Does what the three papers claim hold in this implementation? The criteria were written before the
+runs that decide them ([how verdicts are reached](#how-verdicts-are-reached)).
 
 **Two methods are judged in our forms.** M's arm `mra` is the script's default, the form that [the
 ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11) and (13), psi by (11) and (13). That is
@@ -618,15 +601,42 @@ not Algorithm 4 as printed (`--phi-gradient mi --no-psi-information`); the arms 
 learn by these losses, too. B's arm `bidist` has the clip of Eq. (9) centred at the old policy, not
 the letter of Eq. (9) (`--clip-centre printed`; [bidist.md](bidist.md)).
 
-**Few seeds decide too easily.** Of two arms that are equal (normal figures; a test in
-`tests/experiments/test_statistics.py` counts them) a bootstrap leaves 0 out one time in five with
-three seeds an arm, one in eight with five, so intervals of means are Student's; of interquartile
-means one in sixteen with five (of a single arm, M8, one in nine), where one in twenty is meant.
-Seeds are added until the list ends, so there is more than one look; and of several comparisons at
-their margin one fails more easily than a single one. In particle worlds equal seeds also share the
-worlds of the final evaluation, which intervals here leave out: M's are too wide for it.
-
 ![effects with intervals and margins, by claim](data/claims.png)
+"""
+RULES = """## How verdicts are reached
+
+- **Criteria** are in `experiments/claims.toml`, with the date and what had been seen by then.
+- **Runs that count** have the claim's flags, seeds and length. Pilots are shown, not counted. Three
+  claims read tables that other commands make, which claims.toml names, too. Of these the program
+  checks flags and length of M5's runs, seeds and length of I4's, and seeds of B2's.
+- **An effect** is the first arm's centre less the other's, over seeds. The centre is the
+  interquartile mean if both arms have five seeds, else the mean. Where rows or scenarios are
+  counted, the effect is the difference of mean ranks, once all arms have run.
+- **Intervals** are 95 %. Those of means are Student's (Welch's). Those of interquartile means and
+  ranks are bootstraps over seeds, which are drawn as clusters and for each arm by itself.
+- **p** is of a permutation test of no difference, not of the margin. For means it is two-sided, and
+  exact up to 200,000 ways to deal the seeds (ranks: 2,000,000), beyond that by as many draws. Three
+  seeds against three cannot get below .1.
+- **A comparison** holds if its interval lies above the margin, and does not hold if it lies below.
+  Else it is undecided, and so it is with too few seeds, a gap among them, or arms that have not
+  learned.
+- **A claim** holds if all of its comparisons do, and does not hold if one of them does not. Where
+  means would say something else than interquartile means, the table tells.
+- **The budget** beside a verdict is that of the comparisons which decide it. BiDist's text states
+  no steps: its shares are of our script's default, 10,000,000.
+
+**Few seeds decide too easily.** Take two arms that are equal, with normal figures
+(`tests/experiments/test_statistics.py` counts them). A bootstrap of means leaves 0 out one time in
+five with three seeds an arm, and one in eight with five, where one in twenty is meant: hence
+Student's intervals. A bootstrap of interquartile means leaves it out one time in sixteen with five
+seeds (of a single arm, M8, one in nine). Seeds are added until the list ends, so there is more than
+one look. Of several comparisons at their margin one fails more easily than a single one. In
+particle worlds equal seeds also share the worlds of the final evaluation, which intervals here
+leave out: M's are too wide for it.
+"""
+BARS = """The bars of I1 to I3 and I6 are what the script focus won with 3 to 5 agents in a sample
+of battles. Another sample ([battles.md](battles.md), 6,144 a family, +-.012) has .430 in SZ, .370
+in CSZ and .243 in MMM. A miss within that tells little of whether an arm has learned.
 """
 
 
@@ -787,7 +797,7 @@ def page(outcomes: list[Outcome], missing: list[list[Missing]], tables: dict[str
     """The text of docs/CLAIMS.md. missing: what each claim still needs; tables: the criteria."""
     text = [HEAD, "## Verdicts\n", papers_table(outcomes)]
     text += [table([summary_row(x) for x in outcomes])]
-    text += ["## Criteria\n"]
+    text += [RULES, "## Criteria\n"]
     if any("focus" in case.rule for x in outcomes for case in x.cases):
         text += [BARS]
     text += [table([criterion_row(x) for x in outcomes])]
