@@ -186,6 +186,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     told = named or args.latent_prior == "told"
     unclear = told and first_unclear((*args.eval_populations, args.population), args.populations)
     still = args.latent_size == 1 and "actor" not in args.phi_gradient and args.phi_learning_rate
+    unread = args.latent_prior != "learned" and args.psi_input != "tenth"
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (idle, "--polyak needs --target polyak"),
@@ -196,6 +197,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (too_few, "--latent-prior told needs more z"),
         (unclear, f"{unclear} cannot be told its number: two of --populations are next in size"),
         (args.critic_reads_z and named, "--critic-reads-z needs --tell-population nobody"),
+        (begins and unread, "--psi-input needs --latent-prior learned"),
         (begins and still, "--latent-size 1 needs --phi-gradient actor: else phi never learns"),
     ]
 

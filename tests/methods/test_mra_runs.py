@@ -469,6 +469,7 @@ WRONG_IN_MRA = {
     "--adapt {runs}/mra --population 4 --polyak .5": "--polyak --target",
     "--value-layers 3": "--value-layers 3",
     "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told z",
+    "--latent-prior uniform --psi-input standardised": "--psi-input --latent-prior learned",
     "--latent-size 1 --phi-gradient mi": "--latent-size 1 --phi-gradient actor phi never learns",
     "--latent-size 1 --phi-gradient both --populations 3": "--latent-size 1 phi never learns",
     "--task pacman --populations 4,2 2,4 --eval-populations 8,4 --tell-population critic": "8,4",
