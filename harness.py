@@ -196,8 +196,9 @@ def read_kept(cls: type, argv: list[str], default: Any, kept: tuple[str, ...], s
 
 
 def saved_args(source: str, cls: type, whole: bool = False) -> Any:
-    """Load the arguments of a run or checkpoint; UsageError if another script or version wrote it.
-    whole: UsageError also if it has only the weights needed to play, as those in zoo/."""
+    """Load the arguments of a run or checkpoint; UsageError if another script wrote it, or a version
+    with flags that are gone. Flags that are newer than the run have their defaults. whole: to train
+    on, so UsageError also for newer flags, and for the weights alone that play, as in zoo/."""
     saved, _ = load_checkpoint(source, quiet=True)
     script = script_of(cls).stem
     if saved["script"] != script:
@@ -208,8 +209,7 @@ def saved_args(source: str, cls: type, whole: bool = False) -> Any:
     # Flags of RunArgs that are newer than the run have their defaults.
     own = {field.name: field.default for field in dataclasses.fields(RunArgs)} | saved["args"]
     names = {field.name for field in dataclasses.fields(cls)}
-    # In files of weights only, as in zoo/, all newer flags have their defaults.
-    missing = set() if weights_only else names - own.keys()
+    missing = names - own.keys() if whole else set()
     if different := sorted(missing | own.keys() - names):
         raise UsageError(f"{source} is of a version that differs in {', '.join(different)}.")
     return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})

@@ -359,17 +359,20 @@ def test_an_entry_as_a_co_player(no_trial, capfd):
 
 
 def test_younger_flags_have_their_defaults(no_trial, capfd):
-    """An entry outlives new flags of its script; a run does not, nor an entry flags that go."""
+    """Runs and entries outlive new flags of their script, except to train on; none outlives flags
+    that go."""
     made(MAPPO)
     module = script(MAPPO)
     change_newest("x", lambda state: state["args"].pop("amp"))
     shutil.rmtree("zoo/x")
     assert zoo.main(["add", "x", "zoo/x"]) == 0
-    assert module.main(["--eval-only", "x"]) == 2
+    assert module.main(["--resume", "x", "--total-timesteps", "99999"]) == 2
     assert "differs in amp" in only_error(capfd.readouterr().err)
-    assert module.main(["--eval-only", "zoo/x", "--run-dir", "again"]) == 0
-    summaries = [json.loads(Path(x, "summary.json").read_text())["eval"] for x in ("x", "again")]
-    assert summaries[0] == summaries[1]
+    folders = ("x", "run", "entry")
+    for path, folder in (("x", "run"), ("zoo/x", "entry")):
+        assert module.main(["--eval-only", path, "--run-dir", folder]) == 0
+    results = [json.loads(Path(x, "summary.json").read_text())["eval"] for x in folders]
+    assert results[0] == results[1] == results[2]
     change_newest("zoo/x", lambda state: state["args"].update(gone=1))
     capfd.readouterr()
     assert module.main(["--eval-only", "zoo/x"]) == 2
