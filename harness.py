@@ -196,9 +196,9 @@ def read_kept(cls: type, argv: list[str], default: Any, kept: tuple[str, ...], s
 
 
 def saved_args(source: str, cls: type, whole: bool = False) -> Any:
-    """Load the arguments of a run or checkpoint; UsageError if another script wrote it, or a version
-    with flags that are gone. Flags that are newer than the run have their defaults. whole: to train
-    on, so UsageError also for newer flags, and for the weights alone that play, as in zoo/."""
+    """Load the arguments of a run or checkpoint; UsageError if it is another script's, or has flags
+    that are gone. Flags that are newer than the run have their defaults. whole: to train on, so
+    UsageError also for newer flags, and for the weights alone that play, as in zoo/."""
     saved, _ = load_checkpoint(source, quiet=True)
     script = script_of(cls).stem
     if saved["script"] != script:
