@@ -203,9 +203,8 @@ def saved_args(source: str, cls: type, whole: bool = False) -> Any:
     script = script_of(cls).stem
     if saved["script"] != script:
         raise UsageError(f"{source} is a run of {saved['script']}.py, not of {script}.py.")
-    weights_only = saved.get("weights_only", False)
-    if whole and weights_only:
-        raise UsageError(f"{source} has the weights alone that play: nothing can learn on from it.")
+    if whole:
+        refuse_weights_only(saved, source)
     # Flags of RunArgs that are newer than the run have their defaults.
     own = {field.name: field.default for field in dataclasses.fields(RunArgs)} | saved["args"]
     names = {field.name for field in dataclasses.fields(cls)}
@@ -213,6 +212,12 @@ def saved_args(source: str, cls: type, whole: bool = False) -> Any:
     if different := sorted(missing | own.keys() - names):
         raise UsageError(f"{source} is of a version that differs in {', '.join(different)}.")
     return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
+
+
+def refuse_weights_only(saved: dict[str, Any], source: str) -> None:
+    """Raise UsageError for a checkpoint, as load_checkpoint() returns it, of an entry of zoo/."""
+    if saved.get("weights_only", False):
+        raise UsageError(f"{source} has the weights alone that play: nothing can learn on from it.")
 
 
 def check(wrong: list[tuple[Any, str]]) -> None:

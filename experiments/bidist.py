@@ -823,9 +823,10 @@ def loaded(run: Run, num_envs: int, seed: int) -> Iterator[Loaded]:
     """Context with a run's script, arguments and newest agent, and with new worlds."""
     script = load_script(run.args["script"])
     try:
-        args = harness.saved_args(str(run.path), script.Args, whole=True)
+        args = harness.saved_args(str(run.path), script.Args)
         args = dataclasses.replace(args, num_envs=num_envs, device="cpu")
         saved, _ = harness.load_checkpoint(str(run.path))
+        harness.refuse_weights_only(saved, str(run.path))
         with script.make_envs(args, num_envs, seed + 10**6) as envs:
             agent = script.Agent(args, envs, torch.device("cpu"))
             harness.restore(agent, saved["agent"], str(run.path))

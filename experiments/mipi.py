@@ -820,8 +820,10 @@ def open_agent(run: Run) -> tuple[Any, Any, Any]:
     with alpha 0: the same network, but its pointers do not see hidden units."""
     script = load_script(run.args["script"])
     is_ppo = run.args["script"] in PPO  # only the actor is needed
-    args = harness.saved_args(str(run.path), script.Args, whole=not is_ppo)
+    args = harness.saved_args(str(run.path), script.Args)
     saved, _ = harness.load_checkpoint(str(run.path))
+    if not is_ppo:
+        harness.refuse_weights_only(saved, str(run.path))
     state = saved["agent"]
     if is_ppo:
         script = load_script("mipi_mappo_smac")
@@ -1272,7 +1274,7 @@ def player_of(name: str, seed: int) -> Policy:
 def new_battles(run: Run, size: int, number: int, seed: int) -> Any:
     """Battles in the simulator by the rules of a run. UsageError where there is no such team."""
     script = load_script(run.args["script"])
-    args = harness.saved_args(str(run.path), script.Args, whole=False)
+    args = harness.saved_args(str(run.path), script.Args)
     args = dataclasses.replace(args, backend="sim", game_version="")
     return script.make_envs(args, sizes=(size,), num_envs=number, seed=seed)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from made_up import experiment, fake_run, is_png, rows
-from runs import BIDIST, script, tiny
+from runs import BIDIST, change_newest, script, tiny
 
 bidist, runs = experiment("bidist"), experiment("runs")
 harness = bidist.harness
@@ -342,3 +342,19 @@ def test_reverse_distillation(trained, tmp_path, capsys):
     assert f"-> {mean:.3f} |" in table[1]
     assert bidist.main(["reverse", str(trained[2])]) == 2
     assert "has no phi." in capsys.readouterr().err
+
+
+def test_an_older_run(trained, tmp_path, capsys):
+    """A run from before a flag has the flag's default and the same table; a zoo's weights are
+    refused."""
+    argv = ["--rates", "1e-2", "--epochs", "1", "--num-envs", "2", "--out", str(tmp_path / "x")]
+    old = tmp_path / trained[0].name
+    shutil.copytree(trained[0], old)
+    assert bidist.main(["reverse", str(old), *argv]) == 0
+    expected = rows(tmp_path / "x.csv")
+    change_newest(old, lambda state: state["args"].pop("clip_centre"))
+    assert bidist.main(["reverse", str(old), *argv]) == 0
+    assert rows(tmp_path / "x.csv") == expected
+    change_newest(old, lambda state: state.update(weights_only=True))
+    assert bidist.main(["reverse", str(old), *argv]) == 2
+    assert "has the weights alone that play" in capsys.readouterr().err

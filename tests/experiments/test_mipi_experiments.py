@@ -19,7 +19,7 @@ import pytest
 import torch
 from made_up import ROOT, command, experiment
 from PIL import Image
-from runs import some_long
+from runs import change_newest, some_long
 from scipy import stats
 from toolbox import sharpen
 
@@ -650,6 +650,19 @@ def test_team_dependence(runs, tmp_path):
     ):
         code, _, stderr = command("mipi", "dependence", *words)
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr
+
+
+def test_team_dependence_of_an_older_run(runs, tmp_path):
+    """A run from before a flag has the flag's default; a zoo's weights have no episodes."""
+    quick = ("--draws", 3, "--fit", 2)
+    old = tmp_path / "sz-mipi-s1"
+    shutil.copytree(runs / "sz-mipi-s1", old)
+    expected = dependence(old, *quick)
+    change_newest(old, lambda state: state["args"].pop("windows"))
+    assert dependence(old, *quick) == expected
+    change_newest(old, lambda state: state.update(weights_only=True))
+    code, _, stderr = command("mipi", "dependence", old, *quick)
+    assert code == 2 and "has the weights alone that play" in stderr
 
 
 @pytest.mark.parametrize("module", [mipi, refil], ids=lambda module: module.__name__)
