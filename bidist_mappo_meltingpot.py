@@ -67,8 +67,8 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from envs.meltingpot.episodes import EpisodeLog, Player, background_rows, table
-from envs.meltingpot.scenarios import find_scenarios, scenario_rows
+from envs.meltingpot.episodes import EpisodeLog, Player, table
+from envs.meltingpot.scenarios import background_rows, find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables, ids_on
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
@@ -83,7 +83,7 @@ class Args(RunArgs):
     substrate: str = "chicken_in_the_matrix__repeated"  # Melting Pot substrate, toy or module:Class
     num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
     num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
-    worker_timeout: Above = 8.0  # seconds without an answer from a worker until the run ends
+    worker_timeout: Above = 8.0  # seconds without a sign of life from a worker until the run ends
     max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
@@ -137,6 +137,7 @@ def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
     forward, reverse = ("forward_lr", "forward_epochs"), ("reverse_lr", "reverse_epochs")
     phases = ("k_d", "forward", *forward, "reverse", *reverse, "reverse_mode", "noise_std")
     populations = ("v_redraw", "mask_fictitious", "weight_cap", "advantages_per_population")
+    populations += ("clip_centre",)
     one_mean = args.all_fictitious and args.weight_cap is None
     rows = [
         (args.copy_every, "--copy-every", (*phases, "distilled_width")),

@@ -173,6 +173,7 @@ RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change wi
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "psi_input")
 FIXED += ("hidden_size", "key_size", "share_parameters", "value_layers", "own_beside", "redraw_z")
 FIXED += ("psi_information", "xi_reads_z", "critic_reads_z", "tell_population", "reptile_step")
+FIXED += ("head_gain",)
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -186,9 +187,13 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     told = named or args.latent_prior == "told"
     unclear = told and first_unclear((*args.eval_populations, args.population), args.populations)
     still = args.latent_size == 1 and "actor" not in args.phi_gradient and args.phi_learning_rate
-    unread = args.latent_prior != "learned" and args.psi_input != "tenth"
+    one = min(len(args.populations), args.latent_size) == 1  # z tells nothing of m
+    no_psi = one or args.latent_prior != "learned"
+    no_xi = no_psi and (one or "both" not in args.phi_gradient)
+    drawn = args.latent_size > 1 and args.latent_prior != "told"
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
+        (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (idle, "--polyak needs --target polyak"),
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
@@ -197,7 +202,9 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (too_few, "--latent-prior told needs more z"),
         (unclear, f"{unclear} cannot be told its number: two of --populations are next in size"),
         (args.critic_reads_z and named, "--critic-reads-z needs --tell-population nobody"),
-        (begins and unread, "--psi-input needs --latent-prior learned"),
+        (begins and no_psi and args.psi_input != "tenth", "--psi-input needs a learned p(z|m)"),
+        (begins and no_xi and args.xi_reads_z, "--xi-reads-z needs a classifier that learns"),
+        (begins and args.redraw_z and not drawn, "--redraw-z needs several z, none of them told"),
         (begins and still, "--latent-size 1 needs --phi-gradient actor: else phi never learns"),
     ]
 
@@ -565,15 +572,15 @@ class Agent(Parts):
         several = min(len(args.populations), args.latent_size) > 1  # else z tells nothing of m
         self.learns_prior = several and args.latent_prior == "learned"
         self.classifies = self.learns_prior or (several and "both" in args.phi_gradient)
-        latent_nets = nn.ModuleList()
+        self.latent_nets = nn.ModuleList()  # psi and xi, as far as they learn
         if self.learns_prior:
             self.latent_prior = LatentPrior(len(game.population), args).to(device)
-            latent_nets.append(self.latent_prior)
+            self.latent_nets.append(self.latent_prior)
         if self.classifies:
             P, Z = len(args.populations), args.latent_size * args.xi_reads_z
             self.population_classifier = net(own, entity, P, gain=1.0, latents=Z).to(device)
-            latent_nets.append(self.population_classifier)
-            self.latent_optimiser = adam(latent_nets.parameters())
+            self.latent_nets.append(self.population_classifier)
+            self.latent_optimiser = adam(self.latent_nets.parameters())
 
     def log_prior(self, game: Game) -> Tensor:
         """log p(z|m) (N, Z): learned, uniform (uni-MRA) or told (z is the number of m)."""
@@ -856,10 +863,7 @@ def information_update(agent: Agent, game: Game, view: View, label: int) -> Tens
     """One step of phi that raises the bound on I(g; a|o) and, unless --phi-gradient mi, lowers the
     classifier's loss. label: index of the population. Returns the bound before the step, ()."""
     log_prior = agent.log_prior(game).detach()
-    readers = [agent.actor, agent.target_actor]
-    if agent.classifies:
-        readers.append(agent.population_classifier)
-    with frozen(*readers):  # gradients reach phi through them
+    with frozen(agent.actor, agent.target_actor, agent.latent_nets):  # phi learns through them
         information = mean(graph_information(agent, view, log_prior), view.alive)
         loss = -information
         if agent.classifies and "both" in agent.args.phi_gradient:
@@ -889,13 +893,11 @@ def latent_update(
             with frozen(agent.attention, agent.actor, agent.target_actor):
                 loss = population_loss(agent, view, log_prior, label)
                 scalars[f"xi_loss/{collector.name}"] = loss.detach()
-                if args.psi_information:
+                if args.psi_information and agent.learns_prior:
                     loss = loss - mean(graph_information(agent, view, log_prior), view.alive)
             losses.append(loss)
-    nets = nn.ModuleList([agent.population_classifier])
-    if agent.learns_prior:
-        nets.append(agent.latent_prior)
-    descend(torch.stack(losses).mean(), nets, agent.latent_optimiser, args.max_grad_norm)
+    loss = torch.stack(losses).mean()
+    descend(loss, agent.latent_nets, agent.latent_optimiser, args.max_grad_norm)
     return scalars
 
 
@@ -965,8 +967,7 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
                 scalars[f"xi_accuracy{kind}/{name}"] = mean(right, view.alive)
         if agent.learns_prior:
             for kind, row in enumerate(agent.latent_prior(game.population).exp()):
-                for z, x in enumerate(row):
-                    scalars[f"prior/{name}/{kind}/{z}"] = x
+                scalars |= {f"prior/{name}/{kind}/{z}": x for z, x in enumerate(row)}
     if len(priors) > 1:
         distances = [(p - q).abs().sum(-1) / 2 for p, q in itertools.combinations(priors, 2)]
         scalars["prior_distance"] = torch.stack(distances).mean()

@@ -164,7 +164,7 @@ PRESETS = {
 LINE = ("stage", "return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
 # --adapt takes these flags from the adapted run: its agents are copied. It takes no others.
-FIXED = ("task", "hidden_size", "value_layers", "own_beside", "key_size")
+FIXED = ("task", "hidden_size", "value_layers", "own_beside", "key_size", "head_gain")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -180,6 +180,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.parents > args.sets, "--parents exceeds --sets"),
         (length < args.num_envs, "--total-timesteps: some stage has no step of its --num-envs"),
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
+        (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (idle, "--polyak needs --target polyak"),
     ]
 

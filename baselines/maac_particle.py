@@ -139,6 +139,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     without = args.entropy_coef == 0 and not args.discount_entropy
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
+        (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (args.batch_size < 2, "--batch-size 1 has no variance for batch norm"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         (without, "--no-discount-entropy has no effect with --entropy-coef 0"),

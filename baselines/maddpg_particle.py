@@ -150,6 +150,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     idle = begins and args.target == "hard" and args.polyak != usual
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
+        (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (idle, "--polyak needs --target polyak"),
     ]
 

@@ -61,8 +61,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from envs.meltingpot.episodes import EpisodeLog, Player, background_rows, table
-from envs.meltingpot.scenarios import find_scenarios, scenario_rows
+from envs.meltingpot.episodes import EpisodeLog, Player, table
+from envs.meltingpot.scenarios import background_rows, find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables, ids_on
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
@@ -77,7 +77,7 @@ class Args(RunArgs):
     substrate: str = "chicken_in_the_matrix__repeated"  # Melting Pot substrate, toy or module:Class
     num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
     num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
-    worker_timeout: Above = 8.0  # seconds without an answer from a worker until the run ends
+    worker_timeout: Above = 8.0  # seconds without a sign of life from a worker until the run ends
     max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
@@ -118,11 +118,14 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     single = args.num_options == 1 and not args.resume and not args.eval_only
     no_p = single and args.prior_coef != Args.prior_coef
     no_q = single and args.posterior_coef != Args.posterior_coef
+    no_form = single and args.critic_form != Args.critic_form
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (no_p, "--num-options 1 leaves no use for --prior-coef"),
         (no_q, "--num-options 1 leaves no use for --posterior-coef"),
+        (no_form, "--num-options 1 leaves no use for --critic-form"),
+        (single and args.share_critic, "--num-options 1 leaves no use for --share-critic"),
     ]
 
 

@@ -59,6 +59,7 @@ from harness import (
     restore,
     saved_args,
     send,
+    tell,
 )
 
 import numpy as np
@@ -66,8 +67,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from envs.meltingpot.episodes import EpisodeLog, Player, background_rows, in_turn, table
-from envs.meltingpot.scenarios import find_scenarios, scenario_rows
+from envs.meltingpot.episodes import EpisodeLog, Player, in_turn, table
+from envs.meltingpot.scenarios import background_rows, find_scenarios, scenario_rows
 from envs.meltingpot.tile_tensors import Sprites, TileTables, ids_on
 from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
@@ -82,7 +83,7 @@ class Args(RunArgs):
     substrate: str = "chicken_in_the_matrix__repeated"  # Melting Pot substrate, toy or module:Class
     num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
     num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
-    worker_timeout: Above = 8.0  # seconds without an answer from a worker until the run ends
+    worker_timeout: Above = 8.0  # seconds without a sign of life from a worker until the run ends
     max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
@@ -906,6 +907,8 @@ def evaluate(
 
     if memory.actors:  # none before the first iteration
         partners["past"] = past
+    elif evaluation.final and "past" in args.background:
+        tell("There are no past actors yet, so no row is of them.")
     seed = int(rng.integers(2**31))
     with make_envs(args, min(args.num_envs, evaluation.episodes), seed) as envs:
         rows = background_rows(args, evaluation, envs, new_player, partners)
@@ -948,7 +951,8 @@ def train(args: Args) -> int:
             run.say(f"{bots} bots will play in {', '.join(scenarios)}")
         run.judge = functools.partial(evaluate, args, agent, memory, others)
         if args.eval_only:
-            if "past" in args.background and not memory.actors:
+            typed = args.background != Args.background and "past" in args.background
+            if typed and not memory.actors:
                 raise UsageError(f"--background past: {args.eval_only} holds no past actors.")
             return run.evaluate_only()
 

@@ -149,15 +149,22 @@ LINE = ("return", "value_loss", "entropy", "sps")  # printed if there is no prog
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
 # --adapt keeps these flags of the adapted run: its networks and units of values need them.
 FIXED = ("task", "populations", "memory", "rnn_size", "hidden_size", "key_size", "value_norm")
+FIXED += ("head_gain",)
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Flag combinations to refuse, each as (whether args has it, error message)."""
+    begins = not (args.resume or args.eval_only or args.adapt)
+    games = args.trial_games or len(args.populations)
+    one = begins and games == 1
+    same = args.trial == "same" and (one or (begins and len(args.populations) == 1))
     return [
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (args.minibatches > args.num_envs, "--minibatches exceeds --num-envs"),
+        (same, "--trial same needs several populations and games"),
+        (one and args.memory == "game", "--memory game needs several games in a trial"),
     ]
 
 

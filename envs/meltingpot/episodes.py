@@ -276,43 +276,6 @@ def play_pairs(
     return summaries
 
 
-def background_rows(
-    args: Any,
-    evaluation: Any,
-    envs: Any,
-    new_player: Callable[[Any], Player],
-    partners: Mapping[str, Callable[[Any], Player]],
-) -> dict[str, dict[str, float]]:
-    """{row name: summarise()}: "self-play" of new_player(envs), "v NAME" for new_player(envs) with
-    each NAME of --background, and "random v random" if random is one of these names.
-
-    args: of a script, with background, num_focal and eval_ids. evaluation: harness.Evaluation.
-    partners: {NAME: function that makes its player for envs}; a NAME without one is left out.
-    """
-    pairs: dict[str, tuple[Player, Player | None]] = {"self-play": (new_player(envs), None)}
-    for name in args.background:
-        if name == "random":
-            them = random_player(envs.spec.num_actions, evaluation.rng)
-            pairs["random v random"] = (them, them)
-        elif name in partners:
-            them = partners[name](envs)
-        else:
-            continue
-        pairs[f"v {name}"] = (new_player(envs), them)
-    evaluation.expect(evaluation.episodes * len(pairs))
-    return play_pairs(
-        envs,
-        pairs,
-        num_focal=args.num_focal or max(1, envs.spec.num_agents - 1),
-        episodes=evaluation.episodes,
-        rng=evaluation.rng,
-        shuffle_ids=args.eval_ids == "random",
-        videos=evaluation.videos,
-        stem=evaluation.stem,
-        progress=evaluation.progress,
-    )
-
-
 def summarise(results: list[Result], seed: int = 0) -> dict[str, float]:
     """{name: mean over episodes}, with name_low and name_high: a 95 % percentile bootstrap interval
     over episodes, drawn with `seed`. A quantity that is NaN in an episode is left out. Rates per

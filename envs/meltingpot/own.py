@@ -151,6 +151,9 @@ class OwnWorlds:
         self.agents = list(getattr(self.worlds[0], "possible_agents", ()))
         if not self.agents:
             raise ValueError(f"--substrate {name}: its possible_agents name no player.")
+        for method in ("observation_space", "action_space", "reset", "step"):
+            if not callable(getattr(self.worlds[0], method, None)):
+                raise ValueError(f"--substrate {name}: it has no method {method}().")
         self.spec, self.kinds = self.plan()
         self.palette = Palette.private()
         kinds = max(self.kinds)

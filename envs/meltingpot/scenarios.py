@@ -21,6 +21,7 @@ docs/scenarios.md lists scenarios and scripted bots' results. B: worlds, F: foca
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -28,7 +29,7 @@ import functools
 import importlib.util
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +43,8 @@ from envs.meltingpot.episodes import (
     Video,
     ignore,
     play_all,
+    play_pairs,
+    random_player,
     summarise,
 )
 from envs.meltingpot.sprite_names import read_sprites
@@ -472,6 +475,45 @@ def find_scenarios(args: Any) -> tuple[list[str], Kind | None]:
     return names, kind
 
 
+def background_rows(
+    args: Any,
+    evaluation: Any,
+    envs: Any,
+    new_player: Callable[[Any], Player],
+    partners: Mapping[str, Callable[[Any], Player]],
+) -> dict[str, dict[str, float]]:
+    """{row name: summarise()}: "self-play" of new_player(envs), "v NAME" for new_player(envs) with
+    each NAME of --background, and "random v random" if random is one of these names.
+
+    args: as for scenario_rows(), with background and num_focal. evaluation: harness.Evaluation.
+    partners: {NAME: function that makes its player for envs}; a NAME without one is left out.
+    NoWorldError, before anything is played, if scenario_rows() will raise it.
+    """
+    find_kept(args, evaluation, *find_scenarios(args))
+    pairs: dict[str, tuple[Player, Player | None]] = {"self-play": (new_player(envs), None)}
+    for name in args.background:
+        if name == "random":
+            them = random_player(envs.spec.num_actions, evaluation.rng)
+            pairs["random v random"] = (them, them)
+        elif name in partners:
+            them = partners[name](envs)
+        else:
+            continue
+        pairs[f"v {name}"] = (new_player(envs), them)
+    evaluation.expect(evaluation.episodes * len(pairs))
+    return play_pairs(
+        envs,
+        pairs,
+        num_focal=args.num_focal or max(1, envs.spec.num_agents - 1),
+        episodes=evaluation.episodes,
+        rng=evaluation.rng,
+        shuffle_ids=args.eval_ids == "random",
+        videos=evaluation.videos,
+        stem=evaluation.stem,
+        progress=evaluation.progress,
+    )
+
+
 def scenario_rows(
     args: Any,
     evaluation: Any,
@@ -534,8 +576,11 @@ def find_kept(args: Any, evaluation: Any, names: Sequence[str], bots: Kind) -> l
     if not args.eval_only or args.run_dir or not run_dir:
         return []
     finished = (run_dir / "summary.json").exists()
-    described = run_dir / "args.json"
-    own = json.loads(described.read_text()) if described.exists() else {}
+    own: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # args.json is lost or damaged
+        about = json.loads((run_dir / "args.json").read_text())
+        for flags in (about, *about.get("resumed", ())):
+            own |= flags
     other = [x for x in ("eval_ids", "randnet_test") if x in own and own[x] != getattr(args, x)]
     kept = []
     for name in names:

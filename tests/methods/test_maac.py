@@ -711,6 +711,7 @@ def test_maac_learns():
 
 WRONG = {  # command line: words that the one sentence has to contain
     "--batch-size 1025 --buffer-size 1024": "--batch-size --buffer-size",
+    "--num-envs 65 --buffer-size 64 --batch-size 64": "--num-envs --buffer-size",
     "--batch-size 1": "--batch-size variance",
     "--hidden-size 30 --heads 4": "--hidden-size --heads",
     "--no-discount-entropy --entropy-coef 0": "--no-discount-entropy --entropy-coef",

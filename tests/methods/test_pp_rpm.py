@@ -556,13 +556,17 @@ def test_a_memory_of_former_ranks_is_refused(plain, tmp_path, capfd):
 
 @NAMES
 def test_a_past_that_is_not_there_is_refused(name, plain, tmp_path, capfd):
-    """Evaluation alone is asked for its row; what a run finds on its way has none."""
+    """Evaluation alone is asked for its row; by the default's co-players it is left out, which is
+    said, as by the final evaluation of a run that has none yet."""
     script = SCRIPTS[name]
     assert script.main(tiny(name, "run", 2)) == 0
     change_newest("run", lambda state: state["memory"].update(actors=[]))
     line = ["--eval-only", "run", "--final-episodes", "1", "--background"]
     capfd.readouterr()
-    assert script.main([*line, "random", "past"]) == 2
+    assert script.main([*line, "random", "past"]) == 0  # the default
+    out = capfd.readouterr().out
+    assert "There are no past actors yet" in out and "v past" not in out and "v random" in out
+    assert script.main([*line, "past"]) == 2
     sentence = "error: --background past: run holds no past actors."
     assert only_error(capfd.readouterr().err).startswith(sentence)
     assert script.main([*line, "random"]) == 0

@@ -258,6 +258,7 @@ WRONG = {
     "my_world:Sized": "missing 1 required positional argument: 'size'.",
     "json:loads": "loads() missing 1 required positional argument: 's'.",
     "numpy:array": "array() missing required argument 'object' (pos 0).",
+    "my_world:Bare": "it has no method observation_space()",
     "my_world:Alike": "kinds 1 and 3 have one colour, (0, 0, 9).",
 }
 
@@ -285,6 +286,7 @@ def test_what_is_no_world_is_one_sentence(name, my_world, capsys):
     add(my_world, "Bright", "    colours = [(0, 0, 0)] + 3 * [(0, 0, 256)]")
     with (my_world / "my_world.py").open("a") as file:
         file.write(
+            "\n\nclass Bare:\n    possible_agents = ['a', 'b']\n"
             "\n\nclass Flat(Berries):\n"
             "    def observation_space(self, agent):\n        return Box(0, 1, (4,))\n"
             "\n\nclass Apart(Berries):\n"

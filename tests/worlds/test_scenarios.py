@@ -42,6 +42,7 @@ from envs.meltingpot.scenarios import (
     Plan,
     ScenarioEngine,
     Scenarios,
+    background_rows,
     choose_bots,
     choose_scenarios,
     find_kept,
@@ -781,11 +782,36 @@ def test_a_look_at_a_run_keeps_its_final_evaluation(flags, reason, tmp_path):
     with pytest.raises(NoWorldError) as error:
         scenario_rows(look, evaluation, None, id_roles=FIVE[:2])
     assert str(error.value) == sentence
+    with pytest.raises(NoWorldError) as error:  # which scripts play first
+        background_rows(look, evaluation, None, None, {})
+    assert str(error.value) == sentence
     # The same evaluation again, one elsewhere and one after other steps are free to be written.
     find_kept(again, harness.Evaluation(again, "final", 100, tmp_path), ["coins_3"], "scripted")
     elsewhere = dataclasses.replace(look, run_dir="elsewhere")
     find_kept(elsewhere, evaluation, ["coins_3"], "scripted")
     find_kept(look, harness.Evaluation(look, "final", 200, tmp_path), ["coins_3"], "scripted")
+
+
+def test_a_resumed_run_keeps_what_its_last_flags_made(tmp_path):
+    """--resume may change --eval-ids. Without an intact args.json the number of episodes counts."""
+    args = script(MAPPO).Args(substrate=COINS, final_episodes=2)
+    about = dataclasses.asdict(args) | {"resumed": [{"timesteps": 50, "eval_ids": "slot"}]}
+    (tmp_path / "args.json").write_text(json.dumps(about))
+    results = {"SC3 scripted": [Result(1.5, 2.0, 3.0, 4.0, 5), Result(0.0, 1.0, 0.0, 2.0, 7)]}
+    save_results(tmp_path / "evaluation", "final", COINS, 1, 100, results)
+
+    def look(**flags):
+        again = dataclasses.replace(args, eval_only=str(tmp_path), **flags)
+        evaluation = harness.Evaluation(again, "final", 100, tmp_path)
+        find_kept(again, evaluation, ["coins_3"], "scripted")
+
+    look(eval_ids="slot")
+    with pytest.raises(NoWorldError, match="has --eval-ids slot and stays"):
+        look(eval_ids="random")
+    (tmp_path / "args.json").write_text('{"a": ')
+    look(eval_ids="random")
+    with pytest.raises(NoWorldError, match="has 2 episodes and stays"):
+        look(final_episodes=1)
 
 
 def test_a_finished_run_keeps_its_final_evaluation(tmp_path, monkeypatch, capsys):
