@@ -101,12 +101,12 @@ class Args(RunArgs):
     num_envs: Positive = 8  # B, battles played in parallel, per process
     env_threads: Positive = 1  # sim: threads that simulate the battles of a process
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
-    max_episode_steps: Positive = 150  # time is out after so many, at most 1000; resource: 145
+    max_episode_steps: Positive = 150  # time is out after so many, at most 1000, resource 145
     # Method
     regularizer: Literal["mi", "entropy", "none"] = "mi"  # mi: as in Eq. (3); none: only rewards
-    alpha: Amount | None = None  # cost per nat, (16): .03, mmm .1, resource .05, by Lemma 2 less
+    alpha: Amount | None = None  # cost per nat, (16): .03, mmm .1, resource .05; of Lemma 2 a 30th
     alpha_i: Amount | None = None  # alpha_i, the policy's alpha in Eq. (18); default: alpha
-    alpha_i_over_w: bool = False  # Lemma 2: alpha_i / w_i in (18); default alpha: 1/30, linear 1/8
+    alpha_i_over_w: bool = False  # Lemma 2: alpha_i / w_i in (18); alpha is a 30th (linear: an 8th)
     charge_times_w: bool = False  # or, for the same ratio: alpha w_i instead of alpha in Eq. (16)
     observe_self_only: bool = False  # agents see only s+, their own unit; alpha is 0 (Table 3)
     ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
@@ -140,7 +140,7 @@ class Args(RunArgs):
     replay_window: Count = 0  # consecutive steps of each episode, a GRU begins at 0; 0: all steps
     windows: Literal["whole", "clipped"] = "whole"  # clipped: each step is as likely as any other
     updates_per_iteration: Positive = 8  # gradient steps after each round of num_envs episodes
-    target_every: Positive = 200  # episodes between copies to the target networks
+    target_every: Positive = 200  # episodes between copies to target networks, one a round at most
     epsilon_start: Share = 1.0  # probability of a random action at the start
     epsilon_final: Share = 0.05  # probability of a random action after --epsilon-steps
     epsilon_steps: Positive = 500_000  # environment steps in which epsilon falls linearly
@@ -265,6 +265,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         ),
         (args.windows != "whole" and not args.replay_window, "--windows needs --replay-window"),
         (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
+        (
+            args.replay_window == 1 and args.td_lambda != 0.8,
+            "--td-lambda needs a --replay-window of several steps",
+        ),
         (
             args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
             "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",

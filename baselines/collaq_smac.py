@@ -99,7 +99,7 @@ class Args(RunArgs):
     num_envs: Positive = 8  # B, battles played in parallel, per process
     env_threads: Positive = 1  # sim: threads that simulate the battles of a process
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
-    max_episode_steps: Positive = 150  # time is out after so many, at most 1000; resource: 145
+    max_episode_steps: Positive = 150  # time is out after so many, at most 1000, resource 145
     # Method
     mara_weight: Amount = 1.0  # c, weight of MARA in the loss
     subtract_alone: bool = True  # subtract Q_collab(o_i-) in Q_i; without: Q_alone + Q_collab
@@ -128,7 +128,7 @@ class Args(RunArgs):
     replay_window: Count = 0  # consecutive steps of each episode, a GRU begins at 0; 0: all steps
     windows: Literal["whole", "clipped"] = "whole"  # clipped: each step is as likely as any other
     updates_per_iteration: Positive = 8  # gradient steps after each round of num_envs episodes
-    target_every: Positive = 200  # episodes between copies to the target networks
+    target_every: Positive = 200  # episodes between copies to target networks, one a round at most
     epsilon_start: Share = 1.0  # probability of a random action at the start
     epsilon_final: Share = 0.05  # probability of a random action after --epsilon-steps
     epsilon_steps: Positive = 500_000  # environment steps in which epsilon falls linearly
@@ -195,6 +195,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         (args.windows != "whole" and not args.replay_window, "--windows needs --replay-window"),
         (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
+        (
+            args.replay_window == 1 and args.td_lambda != 0.8,
+            "--td-lambda needs a --replay-window of several steps",
+        ),
         (
             args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
             "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",

@@ -100,7 +100,7 @@ class Args(RunArgs):
     num_envs: Positive = 10  # B, battles played in parallel, per process
     env_threads: Positive = 1  # sim: threads that simulate the battles of a process
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
-    max_episode_steps: Positive = 150  # time is out after so many, at most 1000; resource: 145
+    max_episode_steps: Positive = 150  # time is out after so many, at most 1000, resource 145
     # Method
     rollout: Literal["rounds", "windows"] = "rounds"  # rounds: whole battles; windows: T steps
     window_steps: Positive = 32  # T, steps of each battle in a rollout of --rollout windows

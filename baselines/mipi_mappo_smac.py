@@ -107,7 +107,7 @@ class Args(RunArgs):
     num_envs: Positive = 10  # B, battles played in parallel, per process
     env_threads: Positive = 1  # sim: threads that simulate the battles of a process
     game_version: str = ""  # sc2: version, e.g. 4.10.0; default: the newest installed
-    max_episode_steps: Positive = 150  # time is out after so many, at most 1000; resource: 145
+    max_episode_steps: Positive = 150  # time is out after so many, at most 1000, resource 145
     # Method
     alpha: Amount | None = None  # cost per nat: .03, mmm .1, resource .05 (rescaled .005); 0: MAPPO
     regularizer: Literal["mi", "entropy"] = "mi"  # mi: m is the marginal; entropy: m is uniform

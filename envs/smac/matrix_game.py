@@ -2,7 +2,8 @@
 
 Agents have type A or B and take action 0 or 1. The teams (A,B) and (B,A) are trained, each half of
 the time; team (B,B) is only evaluated. Joint action (0,0) pays the same in every team and is best
-in none. The paper's payoffs are pictures; the two sets here are ours and have what its text says.
+in none. The paper's payoffs are pictures; the two sets here are ours and have what its text says,
+except that in "additive" (B,B) and (A,B) have the same best joint action.
 
     game = PAYOFFS["additive"]
     game["BB"][1, 1]                                 reward of joint action (1,1) in team (B,B)

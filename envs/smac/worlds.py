@@ -73,6 +73,7 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
     collects = args.scenario == "resource"
     in_game = args.backend == "sc2"
     other_rules = args.clip_regeneration or args.enemy_ai != "sticky"
+    longest = resource_collection.EPISODE_LIMIT
     begins = not args.resume and not args.eval_only  # a saved run may have what is now refused
     try:
         family_of(args.scenario).teams((*args.team_sizes, *args.eval_team_sizes))
@@ -82,6 +83,10 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
     return [
         (no_team, no_team),
         (args.max_episode_steps > LONGEST, f"--max-episode-steps exceeds {LONGEST}"),
+        (
+            begins and collects and longest < args.max_episode_steps != combat.EPISODE_LIMIT,
+            f"--scenario resource has at most {longest} steps",
+        ),
         (
             (getattr(args, "rescale", 0) or getattr(args, "egocentric", 0)) and not collects,
             "--rescale and --egocentric are for --scenario resource",
@@ -109,11 +114,16 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
 def wrong_to_resume(args: Any, own: dict[str, Any]) -> list[tuple[Any, str]]:
     """[(whether it is wrong, sentence)]: a run with the saved arguments `own` can be resumed only
     with its --backend and --game-version. (It may be evaluated with others.)"""
+    in_simulator = args.backend == "sim" and args.scenario != "resource"
     return [
         (args.backend != own["backend"], f"{args.resume} is a run with --backend {own['backend']}"),
         (
             args.game_version != own["game_version"],
             f"{args.resume} is a run with --game-version {own['game_version'] or 'unset'}",
+        ),
+        (
+            args.env_threads not in (1, own["env_threads"]) and not in_simulator,
+            "--env-threads is for battles of --backend sim",
         ),
     ]
 

@@ -874,8 +874,10 @@ WRONG = {  # with words that the sentence has to contain
     "--replay-window -1": "--replay-window",
     "--windows clipped": "--windows --replay-window",
     "--max-episode-steps 1001": "--max-episode-steps 1000",
+    "--scenario resource --max-episode-steps 500": "--scenario resource 145 steps",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--td-lambda .5": "--td-lambda --returns lambda",
+    "--returns lambda --replay-window 1 --td-lambda .5": "--td-lambda --replay-window",
     "--scenario resource --target-head pointer": "--target-head tags",
     "--optimiser adam --rmsprop-eps .1": "--rmsprop-eps --optimiser rmsprop",
     "--anneal-from 10": "--anneal-from --final-share",
@@ -888,6 +890,16 @@ def test_what_would_do_something_else_than_it_says(line, words):
     with pytest.raises(UsageError) as error:
         read(refil, line)
     assert [word for word in words.split() if word not in str(error.value)] == []
+
+
+def test_threads_are_not_given_to_a_run_that_has_no_use_for_them():
+    args = dataclasses.replace(refil.Args(), scenario="resource", resume="run", env_threads=4)
+    own = dataclasses.asdict(refil.Args())
+    for threads, wrong in ((1, True), (4, False)):  # 4: begun before they were refused
+        found = worlds.wrong_to_resume(args, own | {"env_threads": threads})
+        assert [text for bad, text in found if bad] == wrong * [
+            "--env-threads is for battles of --backend sim"
+        ]
 
 
 @pytest.mark.parametrize("source", ["resume", "eval_only"])
