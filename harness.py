@@ -30,6 +30,7 @@ import dataclasses
 import inspect
 import math
 import os
+import re
 import select
 import signal
 import sys
@@ -67,6 +68,9 @@ Device = Annotated[str, pydantic.StringConstraints(pattern=r"^(auto|cpu|cuda(:\d
 
 FINISHED, FAILED, WRONG_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes
 FORMAT = 2  # of checkpoints
+OWN_FILE = re.compile(
+    r"(checkpoint-\d+|replay-\d+(-\d+)?)\.pt(\.part)?"
+)  # .part: a save was killed
 STOPPING = b"\nStopping after this iteration; a second signal ends it at once.\n"
 
 
@@ -139,7 +143,12 @@ def read_args(
             raise UsageError(f"--preset {args.preset}: this script has none of that name.")
         default = cls(**preset_flags(presets, args), preset=args.preset)
         args = read_flags(cls, argv, default)
-    check([(args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes")])
+    check(
+        [
+            (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
+            (args.eval_only and args.track, "--track logs training: it is not for --eval-only"),
+        ]
+    )
     check(validate(args))
     return args
 
@@ -179,7 +188,8 @@ def read_resumed(cls: type, argv: list[str], given: Any, resumable: tuple[str, .
     may not change. given: the command line on top of the script's defaults."""
     source = given.resume or given.eval_only
     own = saved_args(source, cls, whole=bool(given.resume))
-    own = dataclasses.replace(own, run_dir="", resume="", eval_only="")
+    track = own.track and not given.eval_only
+    own = dataclasses.replace(own, run_dir="", resume="", eval_only="", track=track)
     free = {field.name for field in dataclasses.fields(RunArgs)} - set(FIXED) | set(resumable)
     kept = tuple(name for name in vars(own) if name not in free)
     return read_kept(cls, argv, own, kept, source)
@@ -823,6 +833,15 @@ class Logger:
             self.wandb.finish()
 
 
+def wandb_id(run_dir: Path) -> str:
+    """An id that no other run has, though its directory may have the same name; --resume keeps
+    it."""
+    path = run_dir / "wandb_id.txt"
+    if not path.exists():
+        write(path, f"{run_dir.name}-{secrets.token_hex(4)}".encode())
+    return path.read_text()
+
+
 def start_wandb(args: RunArgs, run_dir: Path) -> Any:
     """Start a wandb run; it is offline if the server does not answer within --wandb-timeout."""
     import http.client
@@ -837,7 +856,7 @@ def start_wandb(args: RunArgs, run_dir: Path) -> Any:
     options = {
         "project": args.wandb_project,
         "name": run_dir.name,
-        "id": run_dir.name,
+        "id": wandb_id(run_dir),
         "config": dataclasses.asdict(args),
         "dir": run_dir,
         "settings": {
@@ -1207,10 +1226,9 @@ class Run:
         self.known = [entry, *others[:1]]
         self.write_index()
         kept = {file["name"] for old in self.known for file in (old, *old["replays"])}
-        for pattern in ("checkpoint-*.pt", "replay-*.pt", "*.pt.part"):  # .part: a save was killed
-            for path in self.dir.glob(pattern):
-                if path.name not in kept and path.is_file():
-                    path.unlink()
+        for path in self.dir.iterdir():  # copies by other names stay
+            if OWN_FILE.fullmatch(path.name) and path.name not in kept and path.is_file():
+                path.unlink()
 
     def write_index(self) -> None:
         write(self.dir / "checkpoints.json", json.dumps(self.known, indent=1).encode())

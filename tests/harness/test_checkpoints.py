@@ -280,6 +280,19 @@ def test_resume_of_the_older_checkpoint(run_dir):
     assert run(*resume(run_dir, 7)) == 0  # the newest fits its replay
 
 
+def test_copies_that_a_user_makes_stay(run_dir):
+    """Only files of the names that saving gives go."""
+    names = ("checkpoint-best.pt", "checkpoint-keep-16.pt", "replay-of-mine.pt", "x.pt.part")
+    for name in names:
+        shutil.copy(run_dir / "checkpoint-16.pt", run_dir / name)
+    for name in ("checkpoint-7.pt", "replay-7-1.pt", "checkpoint-9.pt.part"):
+        (run_dir / name).touch()
+    assert run(*resume(run_dir, 7)) == 0
+    found = {path.name for path in run_dir.iterdir()}
+    assert found >= set(names)
+    assert not found & {"checkpoint-7.pt", "replay-7-1.pt", "checkpoint-9.pt.part"}
+
+
 def test_an_abandoned_future_goes_with_the_first_save(run_dir):
     assert run(*resume(run_dir / "checkpoint-16.pt", 5)) == 0
     assert sorted(path.name for path in run_dir.glob("*.pt")) == [

@@ -9,7 +9,7 @@ from pathlib import Path
 import harness
 
 import pytest
-from runs import ROOT, index, only_error
+from runs import ROOT, change_newest, index, only_error
 
 from tests.harness.tools import PULLS, flags, learner, resume, run
 
@@ -158,6 +158,15 @@ def test_wrong(typed, tmp_path, capfd):
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
     if "╭" not in err:
         only_error(err)
+
+
+def test_tracking_is_of_training(capfd):
+    """An evaluation alone logs nothing there; a tracked run can be evaluated."""
+    assert run(*flags("run", 1, "--final-episodes", 1)) == 0
+    assert run("--eval-only", "run", "--track") == 2
+    assert "--track logs training" in only_error(capfd.readouterr().err)
+    change_newest("run", lambda state: state["args"].update(track=True))
+    assert run("--eval-only", "run") == 0
 
 
 def test_empty_word(tmp_path, capfd):

@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+import harness
+
 import pytest
 from runs import metrics, sentences, start
 from wandb.proto import wandb_internal_pb2
@@ -148,6 +150,16 @@ def test_offline_run_read_back(tmp_path, env):
         copy = path.parent / "files" / stored_at
         original = run_dir / "videos" / f"{video}.mp4"
         assert copy.read_bytes() == original.read_bytes() and original.stat().st_size > 500
+
+
+def test_runs_of_one_name_have_their_own_ids(tmp_path):
+    """As two studies have them; a run keeps its id."""
+    folders = [tmp_path / study / "mappo-s11" for study in "ab"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    ids = [harness.wandb_id(folder) for folder in folders]
+    assert ids[0] != ids[1] and all(x.startswith("mappo-s11-") for x in ids)
+    assert [harness.wandb_id(folder) for folder in folders] == ids
 
 
 def test_resumed_offline_run_is_one_run(tmp_path, env):
