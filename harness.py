@@ -68,9 +68,7 @@ Device = Annotated[str, pydantic.StringConstraints(pattern=r"^(auto|cpu|cuda(:\d
 
 FINISHED, FAILED, WRONG_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes
 FORMAT = 2  # of checkpoints
-OWN_FILE = re.compile(
-    r"(checkpoint-\d+|replay-\d+(-\d+)?)\.pt(\.part)?"
-)  # .part: a save was killed
+OWN_FILE = re.compile(r"(checkpoint-\d+|replay-\d+(-\d+)?)\.pt(\.part)?")  # .part: killed in a save
 STOPPING = b"\nStopping after this iteration; a second signal ends it at once.\n"
 
 

@@ -1,9 +1,9 @@
 """Intervals and Markdown tables, for evaluations in envs/ and for experiments/.
 
-All intervals are 95 % intervals (low, high). A bootstrap resamples episodes. With several runs it
-draws runs first, then episodes within each run. Methods are compared by their seeds: intervals of
-means are Student's, those of interquartile means bootstraps of five seeds or more. Every bootstrap
-has its own generator with a fixed seed, so the same figures give the same interval everywhere.
+All intervals are 95 % intervals (low, high). Of one run they are bootstraps over its episodes. Over
+seeds, intervals of means are Student's, those of interquartile means bootstraps of five seeds or
+more. Every bootstrap has its own generator with a fixed seed, so the same figures in the same order
+give the same interval everywhere.
 """
 
 from __future__ import annotations
@@ -76,28 +76,6 @@ def share_interval(hits: int, count: int) -> tuple[float, float]:
     test = binomtest(hits, count)
     low, high = test.proportion_ci(method="wilson")
     return float(low), float(high)
-
-
-def clustered_interval(
-    runs: Sequence[tuple[np.ndarray, np.ndarray]],
-    resamples: int = 5000,
-    seed: int = 1,
-) -> tuple[float, float]:
-    """Bootstrap interval of the mean over runs of sum(numerator) / sum(denominator); runs: these
-    two arrays (E,) of each run. Draws runs, then episodes within each run that was drawn."""
-    rng = np.random.default_rng(seed)
-    shape = (resamples, len(runs))
-    drawn = rng.integers(0, len(runs), shape)
-    ratios = np.empty(shape)
-    for number, (numerator, denominator) in enumerate(runs):
-        places = drawn == number  # where this run was drawn; each time draws episodes anew
-        episodes = len(numerator)
-        rows = rng.integers(0, episodes, (places.sum(), episodes))
-        above = numerator[rows].sum(-1)
-        below = denominator[rows].sum(-1)
-        ratios[places] = above / below
-    means = ratios.mean(1)
-    return percentiles(means)
 
 
 class Difference(NamedTuple):

@@ -49,7 +49,7 @@ import experiments.scenario_table as tables
 from envs.meltingpot.episodes import play_pairs
 from envs.meltingpot.scenarios import PAPER, find_scenarios
 from envs.meltingpot.tiles import WorldError
-from envs.statistics import draw_rows, markdown_table, mean_interval
+from envs.statistics import markdown_table, student_interval
 from experiments.plots import plt
 from experiments.runs import (
     Job,
@@ -58,6 +58,7 @@ from experiments.runs import (
     as_words,
     beside,
     check_out,
+    difference,
     finish,
     load_script,
     method_of,
@@ -77,9 +78,10 @@ Several = Annotated[int, Interval(ge=2)]
 # --- What is read ---------------------------------------------------------------------------------
 
 
-def read_in_substrates(paths: tuple[Path, ...]) -> list[Run]:
-    """The runs in directories and packed studies. UsageError for runs in other worlds."""
-    runs = read_runs(paths)
+def read_in_substrates(paths: Iterable[Path], only: tuple[str, ...] = ()) -> list[Run]:
+    """The runs in directories and packed studies, chosen as by read_runs(). UsageError for runs in
+    other worlds."""
+    runs = read_runs(paths, only)
     for run in runs:
         if "substrate" not in run.args:
             raise UsageError(f"{run.where} is of {run.args['script']}.py, which has no substrate.")
@@ -109,7 +111,7 @@ class Variants:
     substrate: str = "pure_coordination_in_the_matrix__repeated"  # substrate to train in
     total_timesteps: Positive = 10_000_000  # environment steps of each run
     seeds: tuple[Seed, ...] = (1, 2, 3)  # seeds of each variant
-    only: tuple[str, ...] = ()  # names of the variants to train; default: all
+    only: tuple[str, ...] = ()  # variants to train, default: all; with --runs patterns of names
     runs_dir: Path | None = None  # parent directory of the runs; default: runs/{figure}
     jobs: Positive = 1  # runs to train at the same time
     dry_run: bool = False  # print the commands and train nothing
@@ -232,7 +234,6 @@ class Score(NamedTuple):
     mean: float
     low: float  # 95 % interval over episodes
     high: float
-    cell: tables.Cell | None  # its episodes; None in self-play, where they are not kept
 
 
 def variant_of(args: dict[str, Any], study: Variants, where: str) -> str:
@@ -243,6 +244,14 @@ def variant_of(args: dict[str, Any], study: Variants, where: str) -> str:
         ):
             return key
     raise UsageError(f"{where} is {method_of(args)}, no variant of {name_of(study)}.")
+
+
+def check_seeds(variant: str, others: list[Run], run: Run) -> None:
+    """Raise UsageError if a run is no further seed of a variant's others; lengths may differ."""
+    for other in others:
+        if reason := difference(other, run, lengths=False):
+            both = f"{other.where} and {run.where} would count as two seeds of {variant}"
+            raise UsageError(f"{both}, but {reason}: choose with --only.")
 
 
 def read_scores(run: Run, variant: str, quantity: str) -> list[Score]:
@@ -260,7 +269,6 @@ def read_scores(run: Run, variant: str, quantity: str) -> list[Score]:
                 mean=tables.mean([cell], quantity),
                 low=low,
                 high=high,
-                cell=cell,
             )
         )
     if row := run.summary["eval"].get(SELF_PLAY):
@@ -273,7 +281,6 @@ def read_scores(run: Run, variant: str, quantity: str) -> list[Score]:
                 mean=row[quantity],
                 low=row[f"{quantity}_low"],
                 high=row[f"{quantity}_high"],
-                cell=None,
             )
         )
     return scores
@@ -285,16 +292,13 @@ def read_progress(run: Run, row: str, quantity: str) -> list[tuple[int, float]]:
     return [(x["timesteps"], x[name]) for x in run.log if name in x]
 
 
-def pooled(scores: list[Score], quantity: str) -> tuple[float, float, float]:
-    """The mean over a variant's runs and its 95 % interval, NaN with fewer than five runs. Runs are
-    resampled and, if episodes were kept, the episodes within each."""
+def pooled(scores: list[Score]) -> tuple[float, float, float]:
+    """The mean over a variant's runs and its 95 % interval over runs (Student's), NaN with fewer
+    than five runs."""
     mean = float(np.mean([score.mean for score in scores]))
     if len(scores) < tables.SEEDS:
         return mean, np.nan, np.nan
-    if all(score.cell for score in scores):
-        return mean, *tables.interval([score.cell for score in scores], quantity)
-    rows = draw_rows(len(scores), resamples=5000, seed=1)
-    return mean, *mean_interval(np.array([score.mean for score in scores]), rows)
+    return mean, *student_interval(np.array([score.mean for score in scores]))
 
 
 def rows_of(scores: list[Score], study: Variants) -> list[dict[str, Any]]:
@@ -307,7 +311,7 @@ def rows_of(scores: list[Score], study: Variants) -> list[dict[str, Any]]:
             continue
         where = dict(row=place, bots=own[0].bots, variant=variant)
         steps = tables.span(score.timesteps for score in own)
-        figures = dict(zip(("mean", "low", "high"), pooled(own, study.quantity)))
+        figures = dict(zip(("mean", "low", "high"), pooled(own)))
         rows.append(where | dict(run="", seed="", timesteps=steps) | figures | {"runs": len(own)})
         for score in own:
             run = dict(run=score.run, seed=score.seed, timesteps=f"{score.timesteps:,}")
@@ -330,9 +334,9 @@ def notes_on(runs: list[Run], scores: list[Score], study: Variants) -> list[str]
         flags = training_flags({k: x for k, x in run.args.items() if k in known})
         others.add(tuple(sorted((k, str(x)) for k, x in flags.items())))
     if len(others) > 1:
-        first, second = list(others)[:2]
-        differ = sorted({as_flag(k) for k, _ in set(first) ^ set(second)})
-        flags = ", ".join(differ)
+        shared = set.intersection(*map(set, others))
+        differ = {as_flag(k) for k, _ in set().union(*others) - shared}
+        flags = ", ".join(sorted(differ))
         notes.append(f"the runs differ in more than what is compared here: {flags}.")
     if not any(score.bots for score in scores):
         notes.append(
@@ -461,12 +465,16 @@ def compare_variants(study: Variants) -> None:
         paths = [job.run for job in jobs]
     if study.dry_run:
         return
-    runs, scores = read_runs(paths), []
+    runs, scores = read_in_substrates(paths, study.only if study.runs else ()), []
     if len({run.args["substrate"] for run in runs}) > 1:
         name = name_of(study)
         raise UsageError(f"{name} compares runs on one substrate, and these are on several.")
+    members: dict[str, list[Run]] = defaultdict(list)  # of each variant
     for run in runs:
-        own = read_scores(run, variant_of(run.args, study, run.where), study.quantity)
+        variant = variant_of(run.args, study, run.where)
+        check_seeds(variant, members[variant], run)
+        members[variant].append(run)
+        own = read_scores(run, variant, study.quantity)
         if not own:
             raise UsageError(f"{run.where} has no final evaluation yet.")
         scores += own
@@ -668,7 +676,7 @@ def text_of_cross_play(rows: list[dict[str, Any]]) -> str:
         x = np.array([np.mean(values) for values in of_runs.values()])
         text, each = f"{x.mean():.1f}", ""
         if len(x) >= tables.SEEDS:
-            low, high = mean_interval(x, draw_rows(len(x)))
+            low, high = student_interval(x)
             text += f" [{low:.1f}, {high:.1f}]"
         else:
             each = "; ".join(f"{run}: {y:.1f}" for run, y in zip(of_runs, x))

@@ -15,9 +15,9 @@ runs of one name must then be seeds of one method, and without --timesteps equal
 
 Figures. A run's figure is the mean over its episodes; per 1,000 steps it is the ratio of the sums,
 so a long episode weighs more. A method's figure is the mean of its runs' figures. Intervals are
-95 % percentile bootstraps. With fewer than five runs of a method, each run has a line with its
-interval over episodes and the method has no interval. With five or more, the method's interval
-resamples runs, and then episodes within each run.
+95 %. With fewer than five runs of a method, each run has a line with its interval over episodes, a
+percentile bootstrap, and the method has no interval. With five or more, the method's is Student's
+over runs: a bootstrap of five runs that are alike leaves out the truth in one of six cases.
 
 Normalised (Table 1). In each scenario the methods' means are scaled so that the worst method of the
 table has 0 and the best 1. These figures change with the set of methods: read the raw ones as well.
@@ -41,7 +41,7 @@ from harness import Count, Positive, Seed, UsageError
 import numpy as np
 
 from envs.meltingpot.scenarios import PAPER
-from envs.statistics import clustered_interval
+from envs.statistics import draw_rows, ratio_interval, student_interval
 from experiments.plots import plt
 from experiments.runs import (
     Run,
@@ -57,7 +57,7 @@ from experiments.runs import (
     without_seed,
 )
 
-SEEDS = 5  # from so many runs on, intervals resample runs as well as episodes (docs/bidist.md)
+SEEDS = 5  # from so many runs on, a method has an interval, over runs
 QUANTITIES = {
     "return": "focal return per capita and episode",
     "return_per_1000": "focal return per capita and 1,000 steps",
@@ -185,9 +185,13 @@ def mean(cells: Iterable[Cell], quantity: str) -> float:
 def interval(
     cells: list[Cell], quantity: str, resamples: int = 5000, seed: int = 1
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of mean(). For one run, its episodes are resampled; for
-    several, runs are resampled, then the episodes within each drawn run."""
-    return clustered_interval([fractions(cell, quantity) for cell in cells], resamples, seed)
+    """95 % interval of mean(): of one run a percentile bootstrap over its episodes, of several
+    Student's over the runs' figures."""
+    if len(cells) == 1:
+        above, below = fractions(cells[0], quantity)
+        return ratio_interval(above, below, draw_rows(len(above), resamples, seed))
+    figures = [mean([cell], quantity) for cell in cells]
+    return student_interval(np.array(figures))
 
 
 def normalise(means: dict[str, float]) -> dict[str, float]:
@@ -213,7 +217,7 @@ class Figure(NamedTuple):
     mean: float
     low: float  # NaN: no interval
     high: float
-    over: str  # what was resampled: "episodes", "runs and episodes" or "" (no interval)
+    over: str  # what the interval is over: "episodes", "runs" or "" (no interval)
     normalised: float  # NaN for runs, and where normalise() gives none
 
 
@@ -247,7 +251,7 @@ def figure_of(cells: list[Cell], quantity: str, study: Study, over: str = "") ->
     single run, over="episodes" gives the interval over its episodes."""
     low, high = np.nan, np.nan
     if not over and len(cells) >= SEEDS:
-        over = "runs and episodes"
+        over = "runs"
     if over:
         low, high = interval(cells, quantity, study.resamples, study.seed)
     return Figure(
@@ -315,8 +319,8 @@ def markdown(figures: list[Figure], cells: list[Cell], bots: str) -> str:
     """The text of OUT.md."""
     parts = [f"# Returns beside the scenarios' co-players: {bots} bots\n"]
     parts.append(
-        "Intervals are 95 % percentile bootstraps: of a run over its episodes; of a method, from "
-        f"five runs on, over runs and the episodes within them. Bold figures are normalised. "
+        "Intervals are 95 %: of a run percentile bootstraps over its episodes; of a method, from "
+        "five runs on, Student's over its runs. Bold figures are normalised. "
         f"{RELATIVE}\n"
     )
     steps: dict[str, set[int]] = {}

@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 from annotated_types import Interval
 
-from envs.statistics import draw_rows, markdown_table, mean_interval, with_interval
+from envs.statistics import markdown_table, student_interval, with_interval
 from experiments.compare import draw, read_curves
 from experiments.plots import save_figure
 from experiments.runs import (
@@ -324,7 +324,7 @@ def mean_line(
         x = np.array([values[figure] for values in found if figure in values])
         cell = f"{x.mean():.{digits}f}" if len(x) else ""
         if len(x) >= 5:
-            low, high = mean_interval(x, draw_rows(len(x)))
+            low, high = student_interval(x)
             cell = f"{cell} [{low:.{digits}f}, {high:.{digits}f}]"
         line[row] = f"**{cell}**" if cell else ""
     return line

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from made_up import HEADER, command, experiment, fake_evaluation, fake_run, rows
 from runs import BIDIST, MAPPO, ROOT
+from scipy import stats
 
 tables, runs = experiment("scenario_table"), experiment("runs")
 
@@ -111,19 +112,16 @@ def many(tmp_path, name, runs, between, rng, episodes=30):
     return paths, returns
 
 
-def test_from_five_runs_on_intervals_are_over_runs_too(tmp_path):
+def test_from_five_runs_on_intervals_are_over_runs(tmp_path):
     rng, widths = np.random.default_rng(3), []
     for between in (0, 4):
         paths, returns = many(tmp_path / str(between), "a", 40, between, rng)
         out = tmp_path / f"x{between}"
         assert make(out, *paths) == 0
         row = figures(out.with_suffix(".csv"))["SC0", "bidist_mappo", "", "return"]
-        # Of a mean of runs that were drawn, each with a mean of its episodes that were drawn.
-        variance = returns.mean(1).var() / 40 + (returns.var(1) / 30).mean() / 40
-        spread = 1.96 * variance**0.5
-        expected = (returns.mean() - spread, returns.mean() + spread)
-        assert bounds(row) == pytest.approx(expected, abs=0.15 * spread)
-        assert (row["over"], row["runs"]) == ("runs and episodes", "40")
+        expected = stats.ttest_1samp(returns.mean(1), 0).confidence_interval()
+        assert bounds(row) == pytest.approx(expected, rel=1e-4)
+        assert (row["over"], row["runs"]) == ("runs", "40")
         widths.append(bounds(row)[1] - bounds(row)[0])
     assert widths[1] > 4 * widths[0]
     text = (tmp_path / "x4.md").read_text()

@@ -10,7 +10,6 @@ import scipy.stats
 from envs.statistics import (
     accelerated_interval,
     aligned_table,
-    clustered_interval,
     draw_rows,
     markdown_table,
     mean_interval,
@@ -70,17 +69,6 @@ def test_intervals_of_shares():
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert share_interval(hits, n) == pytest.approx((centre - half, centre + half))
-
-
-def test_clustered_intervals_count_runs():
-    """As wide as the deviation between runs says, however many episodes they have."""
-    rng = np.random.default_rng(1)
-    levels = rng.normal(size=30)
-    runs = [(x + 0.01 * rng.normal(size=200), np.ones(200)) for x in levels]
-    low, high = clustered_interval(runs)
-    half = 1.96 * levels.std() / np.sqrt(30)
-    assert (low, high) == pytest.approx((levels.mean() - half, levels.mean() + half), abs=0.1)
-    assert clustered_interval(runs) == (low, high)  # a generator of its own
 
 
 def test_tables():

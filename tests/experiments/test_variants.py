@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from made_up import experiment, fake_evaluation, fake_run, is_png, rows
 from runs import BIDIST, ROOT, STEPS, Run, differences, exact, script, start, until
+from scipy import stats
 
 bidist, runs = experiment("bidist"), experiment("runs")
 
@@ -272,7 +273,7 @@ def test_commands_make_their_variants(tmp_path, name, kind):
 
 
 def test_bars_beside_scenarios(tmp_path, capsys):
-    """Five runs of one variant: an interval over runs, too; RPM is a variant; kinds apart."""
+    """Five runs of one variant: an interval over runs; RPM is a variant; kinds apart."""
     rng, paths, returns = np.random.default_rng(0), [], {}
     for seed in range(1, 6):
         paths.append(fake_run(tmp_path / f"full-s{seed}", seed=seed))
@@ -284,7 +285,15 @@ def test_bars_beside_scenarios(tmp_path, capsys):
             fake_evaluation(run, scenario, [float(y) for y in x], None, bots)
             returns[run.name, scenario, bots] = x.mean()
     argv = ["fig8", "--quantity", "return", "--out", str(tmp_path / "x"), "--runs"]
-    assert bidist.main([*argv, *map(str, paths)]) == 0
+    others = {"entropy-s7": {"reverse_mode": "entropy"}, "again-s2": {}}
+    for name, flags in others.items():  # no seeds of "full"
+        path = fake_run(tmp_path / name, seed=int(name[-1]), **flags)
+        fake_evaluation(path, "SC0", [1.0, 2.0], None, "scripted")
+        assert bidist.main([*argv, *map(str, [*paths, path])]) == 2
+        stderr = capsys.readouterr().err
+        assert "would count as two seeds of full, but" in stderr and stderr.count("\n") == 1
+    chosen = ("--only", "full-*", "v0-*", "rpm-*")
+    assert bidist.main([*argv, *map(str, paths), str(path), *chosen]) == 0
     text = capsys.readouterr().out
     assert text.count("| RPM | rpm-s1 |") == 4 and text.count("| +F, -R |  |  | not run |") == 4
     assert "Note: the runs differ in more than what is compared here: --team-reward." in text
@@ -295,7 +304,8 @@ def test_bars_beside_scenarios(tmp_path, capsys):
             own = [returns[f"full-s{seed}", scenario, bots] for seed in range(1, 6)]
             bar = found[scenario, "full", ""]
             assert float(bar["mean"]) == pytest.approx(np.mean(own), rel=1e-5)
-            assert float(bar["low"]) < np.mean(own) < float(bar["high"])
+            expected = stats.ttest_1samp(own, 0).confidence_interval()
+            assert [float(bar["low"]), float(bar["high"])] == pytest.approx(expected, rel=1e-4)
             assert found[scenario, "v0", ""]["low"] == ""
             assert f"{np.mean(own):.1f} [" in (tmp_path / f"x-{bots}.md").read_text()
         assert is_png(tmp_path / f"x-{bots}.png")
