@@ -572,7 +572,7 @@ class Agent(Parts):
         several = min(len(args.populations), args.latent_size) > 1  # else z tells nothing of m
         self.learns_prior = several and args.latent_prior == "learned"
         self.classifies = self.learns_prior or (several and "both" in args.phi_gradient)
-        self.latent_nets = nn.ModuleList()  # psi and xi, as far as they learn
+        self.latent_nets = []  # psi and xi, as far as they learn
         if self.learns_prior:
             self.latent_prior = LatentPrior(len(game.population), args).to(device)
             self.latent_nets.append(self.latent_prior)
@@ -580,7 +580,7 @@ class Agent(Parts):
             P, Z = len(args.populations), args.latent_size * args.xi_reads_z
             self.population_classifier = net(own, entity, P, gain=1.0, latents=Z).to(device)
             self.latent_nets.append(self.population_classifier)
-            self.latent_optimiser = adam(self.latent_nets.parameters())
+            self.latent_optimiser = adam(nn.ModuleList(self.latent_nets).parameters())
 
     def log_prior(self, game: Game) -> Tensor:
         """log p(z|m) (N, Z): learned, uniform (uni-MRA) or told (z is the number of m)."""
@@ -863,7 +863,7 @@ def information_update(agent: Agent, game: Game, view: View, label: int) -> Tens
     """One step of phi that raises the bound on I(g; a|o) and, unless --phi-gradient mi, lowers the
     classifier's loss. label: index of the population. Returns the bound before the step, ()."""
     log_prior = agent.log_prior(game).detach()
-    with frozen(agent.actor, agent.target_actor, agent.latent_nets):  # phi learns through them
+    with frozen(agent.actor, agent.target_actor, *agent.latent_nets):  # phi learns by them
         information = mean(graph_information(agent, view, log_prior), view.alive)
         loss = -information
         if agent.classifies and "both" in agent.args.phi_gradient:
@@ -897,7 +897,7 @@ def latent_update(
                     loss = loss - mean(graph_information(agent, view, log_prior), view.alive)
             losses.append(loss)
     loss = torch.stack(losses).mean()
-    descend(loss, agent.latent_nets, agent.latent_optimiser, args.max_grad_norm)
+    descend(loss, nn.ModuleList(agent.latent_nets), agent.latent_optimiser, args.max_grad_norm)
     return scalars
 
 

@@ -82,7 +82,7 @@ class Difference(NamedTuple):
     """The difference of two methods' centres over seeds, with its interval and a test."""
 
     mean: float  # centre of the first method less that of the second
-    low: float  # of the interval; low, high and p are NaN if a method has only one seed
+    low: float  # of the interval; low, high and p are NaN if a method has one seed or a NaN
     high: float
     p: float  # two-sided p-value of a permutation test: seeds dealt to the methods at random
 
@@ -136,7 +136,7 @@ def seed_difference(
     if min(len(x), len(y)) < FEW:
         centre = np.mean
     mean = float(centre(x, 0) - centre(y, 0))
-    if min(len(x), len(y)) < 2:
+    if min(len(x), len(y)) < 2 or math.isnan(mean):
         return Difference(mean, math.nan, math.nan, math.nan)
     from scipy.stats import permutation_test
 
@@ -168,7 +168,7 @@ def seed_level(
     """Difference of figures x (S,), one per seed, from 0; the interval as in seed_difference(). The
     test of the mean tries all signs, of more than 16 seeds 65,536 draws of them."""
     mean = float(centre(x, 0))
-    if len(x) < 2:
+    if len(x) < 2 or math.isnan(mean):
         return Difference(mean, math.nan, math.nan, math.nan)
     rng = np.random.default_rng(seed)
     if len(x) < FEW or centre is np.mean:

@@ -539,7 +539,7 @@ class Particle:
     worlds: tuple[Positive, ...] = (64, 512, 4096)  # parallel worlds to try; the fastest counts
     seconds: Above = 2.0  # least duration of each measurement, in seconds
     cores: Positive = 1  # CPU cores that the process may use
-    device: str = "cpu"  # device of our worlds and of VMAS's
+    device: Literal["cpu", "cuda"] = "cpu"  # device of our worlds and of VMAS's
     peers: bool = True  # measure the other libraries as well
     own: bool = True  # print the second table
 
@@ -1464,6 +1464,9 @@ def logged_training(script: str, flags: str, steps: int) -> list[dict[str, float
 def trainings(bench: Trainings) -> None:
     """Print the table that Trainings describes."""
     check_device(bench)
+    for script in bench.scripts:
+        if script not in SPEEDS:
+            raise UsageError(f"--scripts {script}: there are {', '.join(SPEEDS)}.")
     print(f"{machine(bench.device)}\n")
     table_head("script", "flags", "steps/s", "collecting")
     for script in bench.scripts or SPEEDS:
@@ -1571,6 +1574,8 @@ class Kernels:
 def kernels(bench: Kernels) -> None:
     """Print the tables that Kernels describes."""
     check_device(bench)
+    if not bench.worlds:
+        raise UsageError("--worlds names none.")
     on_gpu = bench.device == "cuda"
     print(f"{machine(bench.device)}\n")
     table_head("worlds", "minibatch, ms", "kernels", "copies", "kernels, ms", "waits")

@@ -897,6 +897,9 @@ def claims(study: Study) -> None:
     cases = read_claims(tables)
     if unknown := [x for x in study.commands or () if x not in cases]:
         raise UsageError(f"--commands {unknown[0]}: there are {', '.join(cases)}.")
+    given = {"--out": study.out, "--commands": study.commands, "--studies": study.studies}
+    if len(typed := [name for name, x in given.items() if x is not None]) > 1:
+        raise UsageError(f"{typed[0]} and {typed[1]} exclude each other.")
     if study.studies:
         write_studies(study.studies, [*itertools.chain(*cases.values())], tables)
         return

@@ -16,6 +16,7 @@ figure is the mean over its seeds, however many (claims.py: interquartile from f
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 from collections import defaultdict
@@ -24,13 +25,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
-from harness import Positive, UsageError
+from harness import Positive, UsageError, as_flag
 
 import numpy as np
 
 from envs.statistics import aligned_table, seed_difference, with_interval
 from experiments.plots import plt
 from experiments.runs import (
+    POINTS,
     Run,
     Runs,
     check_groups,
@@ -40,6 +42,7 @@ from experiments.runs import (
     grouped,
     name_in_world,
     read_runs,
+    rules_of,
     run_command,
     without_seed,
 )
@@ -209,7 +212,12 @@ def difference_table(runs: list[Run], rows: tuple[str, ...], against: str) -> st
 
 
 def means_table(runs: list[Run], names: tuple[str, ...]) -> str:
-    """Scalars' means over the iterations that logged them: a Markdown table, a line per run."""
+    """Scalars' means over the iterations that logged them: a Markdown table, a line per run.
+    UsageError for what a packed study may have thinned to means, or sums, over windows."""
+    for run, name in itertools.product(runs, names):
+        points = sum(name in scalars for scalars in run.log)
+        if run.path.is_file() and points > POINTS // 2:
+            raise UsageError(f"--means {name}: {run.where} has it thinned; name run directories.")
     lines = [f"| run | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for run in runs:
         values = [[scalars[name] for scalars in run.log if name in scalars] for name in names]
@@ -224,6 +232,8 @@ def check_names(study: Comparison, runs: list[Run]) -> None:
     default = Comparison.__dataclass_fields__["curves"].default
     logged = {name for run in runs for scalars in run.log for name in scalars}
     rows = {name for run in runs for name in run.summary["eval"]}
+    if not study.curves:
+        raise UsageError("--curves names no scalar.")
     for flag, names, known, kind in (
         ("--curves", study.curves, logged.union(default), "scalar"),
         ("--means", study.means, logged, "scalar"),
@@ -248,6 +258,13 @@ def check_against(runs: list[Run], against: str) -> None:
             f"{run.where} ({' '.join(filter(None, world))})" for world, run in known.items()
         )
         raise UsageError(f"--against {against}: {one} and {other} are of different worlds.")
+    finished = [run for run in runs if run.summary["timesteps"]]
+    for one, other in itertools.pairwise(finished):
+        here, there = rules_of(one), rules_of(other)
+        for name in here.keys() & there.keys():
+            if here[name] != there[name]:
+                both = f"{one.where} and {other.where} differ in {as_flag(name)}"
+                raise UsageError(f"--against {against}: {both}, so they are of different worlds.")
 
 
 def note_on_steps(runs: list[Run]) -> str:

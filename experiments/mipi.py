@@ -703,6 +703,10 @@ def tables(study: Tables) -> None:
     check_out(study.out)
     chosen = read_runs(study.runs, study.only, same=name_in_world)
     runs = in_same_columns([read_evaluations(run, study) for run in chosen])
+    for run in runs:
+        if run.columns != runs[0].columns:  # a table has one set of columns
+            both = f"{run.where} and {runs[0].where}"
+            raise UsageError(f"{both} have other team sizes: choose with --only.")
     measures = {("return",) if run.task == "resource" else ("win", "return") for run in runs}
     if len(measures) != 1:
         raise UsageError("Battles and Resource Collection do not go into one table.")

@@ -47,6 +47,7 @@ from experiments.runs import (
     check_groups,
     check_out,
     finish,
+    grouped,
     load_script,
     read_runs,
     run_subcommand,
@@ -663,10 +664,13 @@ def ladder(study: Ladder) -> None:
             raise UsageError(f"{run.where} is an adapted run: it was not trained anew.")
         if missing := [p for p in run.args["populations"] if p not in run.summary["eval"]]:
             raise UsageError(f"{run.where} has no final evaluation in {missing[0]}.")
-        for name in ("task", "populations", "eval_populations"):
-            if run.args[name] != runs[0].args[name]:
-                raise UsageError(f"{run.where} and {runs[0].where} differ in --{name}.")
+        for name in ("task", "populations", "eval_populations", *WORLD):
+            if run.args.get(name) != runs[0].args.get(name):
+                raise UsageError(f"{run.where} and {runs[0].where} differ in {as_flag(name)}.")
     check_groups(runs)
+    forms = [*grouped(runs)]
+    # A bootstrap depends on the order of seeds.
+    runs.sort(key=lambda run: (forms.index(without_seed(run.name)), run.args["seed"]))
     rows = [ladder_row(run, study.all_agents) for run in runs]
     for form in study.against:
         if form not in by_form(rows):

@@ -51,6 +51,8 @@ from envs.statistics import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, packed studies
 WORLD = ("substrate", "task", "scenario")  # flags of which each script has one: its world
+# Flags by which evaluations, too, are of another world. (Melting Pot's play whole episodes.)
+RULES = ("shaping", "collision_penalty", "max_episode_steps", "enemy_ai", "clip_regeneration")
 POINTS = 100  # a packed curve has at most so many points
 SLACK = 0.05  # relative difference allowed between lengths of runs that are seeds of one arm
 # By script: values of flags that older runs lack, where they did not do what is the default now.
@@ -365,6 +367,16 @@ def name_of(run: Run) -> Any:
 def name_in_world(run: Run) -> Any:
     """A run's name and world: studies of several worlds may use the same names."""
     return run.name, *(run.args.get(flag) for flag in WORLD)
+
+
+def rules_of(run: Run) -> dict[str, Any]:
+    """{flag of RULES: its value}; flags that are newer than the run have their defaults."""
+    if "substrate" in run.args:
+        return {}
+    known = paths_of(run.args["script"])
+    defaults = vars(load_script(run.args["script"]).Args()) if known else {}
+    both = defaults | run.args
+    return {name: both[name] for name in RULES if name in both}
 
 
 def trained_by(run: Run) -> dict[str, Any]:

@@ -106,7 +106,13 @@ def read_cells(run: Run, method: str, timesteps: int | None = None) -> list[Cell
     cells = []
     for bots in ("official", "scripted"):
         found = [x for x in run.evaluations if x.bots == bots]
-        chosen = max((x.timesteps for x in found), default=0) if timesteps is None else timesteps
+        steps = {x.timesteps for x in found}
+        if timesteps is not None:
+            chosen = timesteps
+        elif run.summary["timesteps"] in steps:  # files of an abandoned future may be newer
+            chosen = run.summary["timesteps"]
+        else:
+            chosen = max(steps, default=0)
         for x in found:
             if x.timesteps == chosen:
                 cell = Cell(

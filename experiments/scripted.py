@@ -331,7 +331,8 @@ def meltingpot(study: Bots) -> None:
         for resident in residents
         for episode in range(study.episodes)
     ]
-    cores = study.jobs or len(os.sched_getaffinity(0))
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = study.jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
         played = pool.map(play_bots, jobs, chunksize=2)
         rows = list(tqdm(played, total=len(jobs), unit=" episodes"))

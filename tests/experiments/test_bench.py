@@ -346,6 +346,18 @@ def test_a_missing_gpu_is_one_sentence(name):
     assert (code, stderr) == (2, "error: --device cuda: there is no CUDA device here.\n"), printed
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("trainings --scripts mappo_smac.py", "error: --scripts mappo_smac.py: there are bidist_"),
+        ("kernels --device cpu --worlds", "error: --worlds names none."),
+    ],
+)
+def test_benches_refuse(words, sentence):
+    code, _, stderr = command("bench", *words.split())
+    assert code == 2 and stderr.startswith(sentence) and stderr.count("\n") == 1
+
+
 def test_bench_of_trainings_knows_every_script():
     """Names and flags."""
     bench = experiment("bench")

@@ -524,6 +524,14 @@ def test_what_is_printed_and_written(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("pair", [("--commands", "--out"), ("--out", "--studies")])
+def test_one_thing_at_a_time(pair, tmp_path):
+    """Not one of them in silence."""
+    values = {"--commands": ["I1"], "--out": [tmp_path / "a"], "--studies": [tmp_path / "b"]}
+    code, _, stderr = command("claims", *(x for name in pair for x in (name, *values[name])))
+    assert code == 2 and "exclude each other" in stderr and not list(tmp_path.iterdir())
+
+
 def test_commands_are_what_is_missing(tmp_path):
     """Seeds that have run are not named, and runs of these commands count."""
     path = study(tmp_path / "x.csv", a=seeds(1.0), b=BEHIND)

@@ -169,6 +169,17 @@ def test_a_difference_is_of_one_world_and_tells_of_lengths(tmp_path):
     note = "Note: not all runs were trained for the same number of steps: mine: 40,000; its: 6,400."
     assert code == 0 and printed.count("Note: ") == 1
     assert note in printed.splitlines() and note in (tmp_path / "x.md").read_text()
+    sparse = toy_run(tmp_path / "sparse-s1", 1)
+    for run, shaping in ((ours[0], True), (sparse, False)):  # as of particle worlds
+        args = json.loads((run / "args.json").read_text())
+        named = {"script": "maddpg_particle", "task": "treasure", "shaping": shaping}
+        args = {k: x for k, x in args.items() if k != "substrate"} | named
+        folder = tmp_path / f"in-{run.name}"
+        shutil.copytree(run, folder)
+        (folder / "args.json").write_text(json.dumps(args))
+    both = (tmp_path / "in-mine-s1", tmp_path / "in-sparse-s1")
+    code, _, err = command("compare", *both, *argv, "in-mine")
+    assert code == 2 and "differ in --shaping, so they are of different worlds." in err
     code, _, err = command("compare", *ours, far, *argv, "mine")
     assert code == 2 and err == (
         f"error: --against mine: {ours[0]} (toy) and {far} (coins) are of different worlds.\n"
@@ -245,6 +256,19 @@ def test_a_study_says_what_its_runs_say(two, tmp_path):
             assert files[0] == files[1], (flags, ending)
     code, printed, _ = command("runs", "show", study, two[0])
     assert code == 0 and printed.count(f"| toy-s1 | {BIDIST} | 1 | {8 * STEPS} | ") == 2
+
+
+def test_means_of_a_thinned_curve_are_refused(tmp_path):
+    """Its points are windows of more or fewer lines."""
+    run = toy_run(tmp_path / "a-s1", 1)
+    lines = [{"timesteps": 40 * k, "entropy": float(k), "learn_s": 1.0} for k in range(1, 151)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    study = tmp_path / "study.csv"
+    assert command("runs", "pack", study, run, "--curves", "entropy", "learn_s")[0] == 0
+    argv = ("--curves", "entropy", "--means", "learn_s", "--out", tmp_path / "x")
+    assert "| a-s1 | 1 |" in command("compare", run, *argv)[1]
+    code, _, err = command("compare", study, *argv)
+    assert code == 2 and "has it thinned; name run directories." in err
 
 
 def test_a_study_grows(two, tmp_path):

@@ -710,7 +710,9 @@ def test_studies_are_ones_that_scripts_take(name):
 
 def test_the_page_names_studies_that_exist():
     """In its tables and text, and every study but those for single worlds of a table."""
-    words = set(re.findall(r"`((?:bidist|claims|mra|mipi|mappo|chicken|replay)_[\w*]+)`", PAGE))
+    words = set(
+        re.findall(r"`((?:bidist|claims|mra|mipi|mappo|chicken|replay|value)_[\w*]+)`", PAGE)
+    )
     single = {name for name in STUDIES if name.startswith("claims_")}
     assert words - {"claims_WORLD"} <= {*STUDIES}
     assert {*STUDIES} - single <= words

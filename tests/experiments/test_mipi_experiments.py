@@ -263,7 +263,13 @@ def test_refused(runs, tmp_path):
     shutil.copytree(runs / "sz-mipi-s1", tmp_path / "again-s1")
     other = tmp_path / "world"
     other.mkdir()
+    sizes = tmp_path / "sz-collaq-s2"
+    shutil.copytree(runs / "sz-mipi-s1", sizes)
+    args = json.loads((sizes / "args.json").read_text())
+    (sizes / "args.json").write_text(json.dumps(args | {"eval_team_sizes": [7]}))
     for words, sentence in (
+        ((runs / "sz-refil-s1", sizes, "--last", 1), "have other team sizes"),
+        ((sizes, runs / "sz-refil-s1", "--last", 1), "have other team sizes"),
         ((runs / "sz-mipi-s1", "--last", 50), "fewer than --last 50"),
         ((runs / "sz-mipi-s1", tmp_path / "again-s1", "--last", 1), "same run: one seed"),
         ((runs / "sz-mipi-s1", runs / "sz-same-s1", "--last", 1), "same run: one seed"),

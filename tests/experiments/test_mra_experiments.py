@@ -445,6 +445,7 @@ def test_ladder_of_all_agents_and_of_interquartile_means(tmp_path):
     [
         (("runs/parent-s1",), "maddpg_particle.py"),
         (("runs/several-s1", "runs/chase-s1"), "differ in --task"),
+        (("made/told-s1", "made/sparse-s1"), "differ in --shaping"),
         (("runs/several-s1", "runs/single-s1"), "differ in --populations"),
         (("runs/several-s1", "--against", "other"), "--against other"),
         (("runs/several-s1", "--against", "several"), "--against several"),
@@ -457,10 +458,12 @@ def test_ladder_refuses(words, sentence, runs, tmp_path):
     """One sentence, and nothing is written."""
     (tmp_path / "made").mkdir()
     write_ladder_run(tmp_path / "made", "short-s1", (-7.0,), -9.0, (-6.0,))  # of two populations
-    for name in ("its-s1", "its-s2"):
+    for name in ("its-s1", "its-s2", "told-s1", "sparse-s1"):
         write_ladder_run(tmp_path / "made", name, (-7.0, -8.0), -9.0, (-6.0, -7.0))
     args = tmp_path / "made/its-s2/args.json"
     args.write_text(json.dumps(json.loads(args.read_text()) | {"latent_size": 9}))
+    args = tmp_path / "made/sparse-s1/args.json"
+    args.write_text(json.dumps(json.loads(args.read_text()) | {"shaping": False}))
     words = [x.replace("runs/", f"{runs}/").replace("made/", f"{tmp_path}/made/") for x in words]
     code, _, stderr = command("mra", "ladder", *words, "--out", tmp_path / "l")
     assert (code, stderr.count("\n")) == (2, 1), stderr

@@ -71,6 +71,17 @@ def test_figures_of_few_runs(tmp_path, capsys):
     assert (tmp_path / "new/x.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_evaluation_of_a_runs_end_counts(tmp_path):
+    """Not the file of steps that it no longer has, as it was resumed from an older checkpoint."""
+    run = fake_run(tmp_path / "a-s1")
+    fake_evaluation(run, "SC0", [1.0] * 3, timesteps=3000)
+    fake_evaluation(run, "SC0", [2.0] * 3, timesteps=2000)
+    (run / "summary.json").write_text(json.dumps({"timesteps": 2000, "eval": {}}))
+    assert [cell.timesteps for cell in tables.read_cells(tables.Run(run), "a")] == [2000]
+    (run / "summary.json").unlink()
+    assert [cell.timesteps for cell in tables.read_cells(tables.Run(run), "a")] == [3000]
+
+
 def test_normalised_by_hand(tmp_path):
     """Constant returns 2, 5, 11 are 0, 1/3, 1; equal ones have no normalised figure."""
     paths = []

@@ -200,6 +200,8 @@ def test_level_of_seeds():
     signed = np.array([np.dot(s, x) / 5 for s in itertools.product((1, -1), repeat=5)])
     assert found.p == pytest.approx(2 * np.mean(signed >= x.mean() - 1e-12))
     assert np.isnan(seed_level(x[:1]).p)
+    unknown = np.append(x, np.nan)  # a seed of which nothing is known
+    assert np.isnan(seed_level(unknown)).all() and np.isnan(seed_difference(unknown, x)).all()
     many = np.linspace(-0.5, 0.9, 25)  # 2^25 signs are too many; a t-test is near their test
     assert seed_level(many).p == pytest.approx(scipy.stats.ttest_1samp(many, 0).pvalue, rel=0.2)
     assert 0 < seed_level(many + 100).p < 1e-4
