@@ -74,6 +74,7 @@ from experiments.runs import (
     Runs,
     as_words,
     check_out,
+    differ,
     finish,
     free_flags,
     load_script,
@@ -537,8 +538,9 @@ def script_rows(task: str, runs: list[Evaluated], measure: str) -> list[dict[str
 
 
 def group(runs: list[Evaluated]) -> Found:
-    """{task: {method and flags in which the runs differ: runs, one per seed}}. UsageError if a row
-    has a seed twice, or runs with different team sizes."""
+    """{task: {method and flags in which the runs differ: runs, one per seed}}. Longer runs of a
+    method have a row of their own, as "REFIL, 2.0M steps". UsageError if a row has a seed twice, or
+    runs with different team sizes."""
     found: Found = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.seed):
         own = {}
@@ -546,7 +548,12 @@ def group(runs: list[Evaluated]) -> Found:
             others = [x.flags.get(name) for x in runs if name in x.known]
             if any(value != other for other in others):
                 own[name] = value
-        members = found[run.task][" ".join([run.method, *as_words(own)])]
+        row = " ".join([run.method, *as_words(own)])
+        arm = (run.task, run.method, run.flags)
+        alike = [x for x in runs if (x.task, x.method, x.flags) == arm]
+        if differ([run.steps, min(x.steps for x in alike)]):
+            row += f", {run.steps / 1e6:.1f}M steps"
+        members = found[run.task][row]
         if any(run.seed == other.seed for other in members):
             raise UsageError(f"{run.where} and {members[-1].where} are the same run: one seed.")
         if members and members[0].columns != run.columns:

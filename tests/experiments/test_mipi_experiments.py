@@ -207,6 +207,25 @@ def test_tables_against(tmp_path):
     assert code == 2 and "--against refil: the rows are REFIL; AQMIX; Value" in stderr
 
 
+def test_longer_runs_have_a_row_of_their_own(runs, tmp_path):
+    """They are no seeds of the shorter ones; the paper's table has the shorter ones."""
+    for seed, times in ((1, 1), (2, 1), (3, 2)):
+        path = tmp_path / f"sz-refil-s{seed}"
+        shutil.copytree(runs / "sz-refil-s1", path)
+        args = json.loads((path / "args.json").read_text())
+        (path / "args.json").write_text(json.dumps(args | {"seed": seed}))
+        log = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+        log = [x | {"timesteps": times * x["timesteps"]} for x in log]
+        (path / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in log))
+    paths = sorted(tmp_path.glob("sz-refil-s?"))
+    words = (*paths, "--last", 1, "--against", "REFIL", "--out", tmp_path / "t")
+    code, text, stderr = command("mipi", "tables", *words)
+    assert code == 0, stderr
+    found = rows_below(text, "SZ: share of battles won")
+    assert found["REFIL"]["seeds"] == "2" and found["REFIL, 0.0M steps"]["seeds"] == "1"
+    assert rows_below(text, "Table 1: share of battles won")["REFIL"]["seeds"] == "2"
+
+
 def test_tables_until(runs, tmp_path):
     """Later evaluations do not count; rows of unequal length are named."""
     one, short = runs / "sz-mipi-s1", tmp_path / "sz-value-s1"
