@@ -133,11 +133,10 @@ class Args(RunArgs):
 def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
     """Yield (whether there are any, error message) of flags that another leaves without effect. A
     phase that is off or takes no steps (random, noise) may have its rate, epochs and k_d: studies
-    give them to all their arms. So may --mask-fictitious have its --clip-centre: w is 1 there."""
+    give them to all their arms. So may --mask-fictitious and --p 0 have a --clip-centre: w is 1."""
     forward, reverse = ("forward_lr", "forward_epochs"), ("reverse_lr", "reverse_epochs")
     phases = ("k_d", "forward", *forward, "reverse", *reverse, "reverse_mode", "noise_std")
     populations = ("v_redraw", "mask_fictitious", "weight_cap", "advantages_per_population")
-    populations += ("clip_centre",)
     one_mean = args.all_fictitious and args.weight_cap is None
     rows = [
         (args.copy_every, "--copy-every", (*phases, "distilled_width")),

@@ -208,6 +208,7 @@ LINE = ("return", "win", "td_loss", "sps")  # scalars of lines printed where the
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(whether it is wrong, message) for combinations of flags that would not do what they say."""
+    no_lambda = args.returns != "lambda" or args.replay_window == 1
     greedy, exact = args.policy == "greedy", args.policy == "exact"
     imagines = args.imagine and args.scenario != "resource"
     regularizes = args.regularizer != "none" and not args.observe_self_only
@@ -264,11 +265,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--alpha-i-over-w is of a regulariser, which this run has not",
         ),
         (args.windows != "whole" and not args.replay_window, "--windows needs --replay-window"),
-        (args.returns != "lambda" and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
-        (
-            args.replay_window == 1 and args.td_lambda != 0.8,
-            "--td-lambda needs a --replay-window of several steps",
-        ),
+        (no_lambda and args.td_lambda != 0.8, "--td-lambda needs --returns lambda, longer windows"),
         (
             args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
             "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",

@@ -118,13 +118,11 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     single = args.num_options == 1 and not args.resume and not args.eval_only
     no_p = single and args.prior_coef != Args.prior_coef
     no_q = single and args.posterior_coef != Args.posterior_coef
-    no_form = single and args.critic_form != Args.critic_form
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (no_p, "--num-options 1 leaves no use for --prior-coef"),
         (no_q, "--num-options 1 leaves no use for --posterior-coef"),
-        (no_form, "--num-options 1 leaves no use for --critic-form"),
         (single and args.share_critic, "--num-options 1 leaves no use for --share-critic"),
     ]
 

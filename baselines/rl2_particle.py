@@ -155,16 +155,14 @@ FIXED += ("head_gain",)
 def validate(args: Args) -> list[tuple[Any, str]]:
     """Flag combinations to refuse, each as (whether args has it, error message)."""
     begins = not (args.resume or args.eval_only or args.adapt)
-    games = args.trial_games or len(args.populations)
-    one = begins and games == 1
-    same = args.trial == "same" and (one or (begins and len(args.populations) == 1))
+    one = 1 in (len(args.populations), args.trial_games)
+    same = begins and one and args.trial == "same"
     return [
         (bool(args.adapt) != bool(args.population), "--adapt and --population need each other"),
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (args.minibatches > args.num_envs, "--minibatches exceeds --num-envs"),
         (same, "--trial same needs several populations and games"),
-        (one and args.memory == "game", "--memory game needs several games in a trial"),
     ]
 
 

@@ -324,7 +324,6 @@ WRONG = {  # the script, its command line, words of the sentence
     "resumed": (OPRE, "--resume {runs}/{OPRE} --num-options 3", "--num-options is 16"),
     "no options": (OPRE, "--num-options 0", "--num-options"),
     "one prior": (OPRE, "--num-options 1 --prior-coef 0.5", "--num-options 1 leaves no use"),
-    "one value": (OPRE, "--num-options 1 --critic-form plain", "no use for --critic-form"),
     "one q": (OPRE, "--num-options 1 --share-critic", "no use for --share-critic"),
     "one posterior": (OPRE, "--num-options 1 --posterior-coef 0", "--posterior-coef"),
     "prior": (OPRE, "--prior-coef -1", "--prior-coef"),

@@ -972,7 +972,6 @@ WRONG = {  # command line: words that the one sentence has to contain
     "--adapt run --population 4 --head-gain 7": "--head-gain 2.0",
     "--populations 3 --trial-games 2 --trial same": "--trial same populations",
     "--trial-games 1 --trial same": "--trial same games",
-    "--trial-games 1 --memory game": "--memory game games",
     "--adapt run --population 4 --populations 3 6": "--populations",
     "--adapt run --population 4 --no-value-norm": "--value-norm True",
     "--adapt run --population 4 --run-dir run": "holds a run already",

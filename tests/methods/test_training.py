@@ -250,7 +250,7 @@ def test_num_focal(flags, seats, monkeypatch):
         seen.append(num_focal)
         return {}
 
-    monkeypatch.setattr("envs.meltingpot.episodes.play_pairs", watch)
+    monkeypatch.setattr("envs.meltingpot.scenarios.play_pairs", watch)
     bidist.evaluate(s.args, s.agent, {}, Evaluation(s.args, "eval", 0, Path()))
     assert seen == [seats]
 
@@ -279,7 +279,7 @@ def test_eval_ids(ids, monkeypatch):
         seen.append(shuffle_ids)
         return {}
 
-    monkeypatch.setattr("envs.meltingpot.episodes.play_pairs", watch)
+    monkeypatch.setattr("envs.meltingpot.scenarios.play_pairs", watch)
     bidist.evaluate(s.args, s.agent, {}, Evaluation(s.args, "final", 0, Path()))
     assert seen == [ids == "random"], "play_pairs shuffles ids, or not (test_episodes.py)"
 
