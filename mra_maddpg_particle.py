@@ -1086,6 +1086,7 @@ def train(args: Args) -> int:
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         args = run.own_share(args, "batch_size", "buffer_size", "update_every")
+        check(validate(args))  # again: a step of its worlds must fit into a process's share
         for name in args.eval_populations:
             make_envs(args, name, num_envs=1, seed=args.seed)  # UsageError now, not after training
         names = (args.population,) if args.adapt else args.populations

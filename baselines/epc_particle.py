@@ -940,6 +940,7 @@ def train(args: Args) -> int:
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         args = run.own_share(args, "batch_size", "buffer_size", "update_every")
+        check(validate(args))  # again: a step of its worlds must fit into a process's share
         too_short = args.total_timesteps // len(args.populations) < args.num_envs * run.size
         check([(too_short, "--total-timesteps: some stage has no step of all processes' worlds")])
         for name in (*args.populations, *args.eval_populations):

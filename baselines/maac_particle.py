@@ -49,6 +49,7 @@ from harness import (
     UsageError,
     average_gradients,
     call,
+    check,
     check_finite,
     leave,
     load_checkpoint,
@@ -693,6 +694,7 @@ def train(args: Args) -> int:
     keep_freed_memory()
     with Run(args, table, LINE) as run:
         args = run.own_share(args, "batch_size", "buffer_size", "update_every")
+        check(validate(args))  # again: a step of its worlds must fit into a process's share
         collector = Collector(args, args.population, run.device)
         agent = Agent(args, collector.game, run.device)
         buffer = collector.buffer

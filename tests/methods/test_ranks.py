@@ -276,9 +276,14 @@ def test_what_cannot_be_shared(capfd, monkeypatch):
         name, argv, _ = line(name, "run", 100, flags)
         assert script(name).main(argv) == 2
         assert "is no multiple of 3 processes" in only_error(capfd.readouterr().err)
-    name, argv, _ = line("refil_smac", "run", 100, "--batch-size 3 --buffer-size 6")
-    assert script(name).main(argv) == 2
-    assert "--num-envs exceeds --buffer-size" in only_error(capfd.readouterr().err)
+    shares = "--batch-size 3 --buffer-size 6"  # 2 rows of a process, which has 3 worlds
+    of_replays = {REPLAY: f"{shares} --update-every 3", EPISODES: shares}
+    learners = [(x, more) for kind, more in of_replays.items() for x in SMALL if kind in SMALL[x]]
+    assert len(learners) == 7
+    for name, flags in learners:
+        name, argv, _ = line(name, "run", 100, flags)
+        assert script(name).main(argv) == 2
+        assert "--num-envs exceeds --buffer-size" in only_error(capfd.readouterr().err)
     name, argv, _ = line("epc_particle", "run", 16, "--batch-size 6")
     assert script(name).main(argv) == 2
     assert "some stage has no step" in only_error(capfd.readouterr().err)
