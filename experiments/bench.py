@@ -1193,16 +1193,18 @@ def refil(bench: Refil) -> None:
 class Mipi:
     """The speed of MIPI's update and of its training next to REFIL's.
 
-    First table: seconds of one update on 32 episodes of random play, on one thread, of REFIL with
-    the linear mixer and of MIPI with M alternations. They take turns in one process and the
+    First table: seconds of one update on 32 episodes of random play, on one thread, of REFIL and of
+    MIPI with M alternations, both with the linear mixer. They take turns in one process and the
     smallest time counts. Second table: environment steps per second of collecting and updating. All
-    times are CPU times, with --device cuda wall-clock times.
+    times are CPU times, with --device cuda wall-clock times. With --flags="--preset cpu" an update
+    is on 64 windows of 8 steps, and each script has its own mixer.
     """
 
     limits: tuple[Positive, ...] = (50, 150)  # most steps of an episode, in the first table
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # team sizes of the battles
     widths: tuple[Positive, ...] = (128, 64)  # hidden size H: the paper's, then --preset cpu's
     alternations: Annotated[tuple[Positive, ...], MinLen(1)] = (1, 4)  # MIPI's --ba-iterations, M
+    flags: str = "--mixer linear"  # flags of both scripts
     repeats: Positive = 3  # timed calls of each update; the fastest counts
     presets: tuple[str, ...] = ("cpu", "paper")  # presets of the second table; none: no table
     iterations: Positive = 3  # iterations to time in the second table
@@ -1212,9 +1214,9 @@ class Mipi:
 
 def mipi_kinds(bench: Mipi) -> dict[str, tuple[str, str]]:
     """{name: (script, flags)} of the updates that the first table compares."""
-    kinds = {"REFIL, linear": ("refil_smac", "--mixer linear")}
+    kinds = {"REFIL": ("refil_smac", bench.flags)}
     for m in bench.alternations:
-        kinds[f"MIPI, M = {m}"] = ("mipi_refil_smac", f"--mixer linear --ba-iterations {m}")
+        kinds[f"MIPI, M = {m}"] = ("mipi_refil_smac", f"{bench.flags} --ba-iterations {m}")
     return kinds
 
 
@@ -1223,7 +1225,7 @@ def time_updates(
 ) -> None:
     """Print the lines of a first table for {name: (script, flags)}, relative to the first one."""
     shared = f"--hidden-size {width} --max-episode-steps {limit} --updates-per-iteration 1"
-    shared += " --amp" if amp else ""
+    shared += " --amp" if amp else " --no-amp"
     made = {
         name: begin_battles(load_script(script), f"{shared} {flags}", bench, rounds=8)
         for name, (script, flags) in kinds.items()
@@ -1262,7 +1264,7 @@ def mipi(bench: Mipi) -> None:
         table_head("preset", "script", "environment steps per second")
     for preset in bench.presets:
         for name in ("refil_smac", "mipi_refil_smac"):
-            flags = f"--preset {preset} --mixer linear"
+            flags = f"--preset {preset} {bench.flags}"
             speed = training_speed(load_script(name), flags, bench)
             table_line(preset, name, f"{speed:.0f}")
 

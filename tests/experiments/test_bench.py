@@ -274,7 +274,8 @@ def test_bench_of_battles():
 @pytest.mark.parametrize(
     "name, tables, lines",
     [
-        ("mipi", "--alternations 2 --presets", ["REFIL, linear", "MIPI, M = 2"]),
+        ("mipi", "--alternations 2 --presets", ["REFIL", "MIPI, M = 2"]),
+        ("mipi", "--flags=--preset=cpu --alternations 4 --presets", ["REFIL", "MIPI, M = 4"]),
         ("refil", "--presets", ["fp32"]),
         ("collaq", "", ["REFIL", "AQMIX", "CollaQ"]),
     ],
