@@ -809,10 +809,12 @@ def page(outcomes: list[Outcome], missing: list[list[Missing]], tables: dict[str
     for outcome, own in zip(outcomes, missing, strict=True):
         if what := what_decides(outcome, own):
             own = each_once([*own, *sources_of(own, tables)])
-            needed.append(needed_row(outcome, own, what))
+            count, hours = total_of(own)
+            needed.append((hours if count else math.inf, needed_row(outcome, own, what)))
             runs += own
     if needed:
-        text += ["## What would decide\n", what_all_needs(each_once(runs)), table(needed)]
+        cheapest = [row for _, row in sorted(needed, key=lambda x: x[0])]
+        text += ["## What would decide\n", what_all_needs(each_once(runs)), table(cheapest)]
     return "\n".join(text)
 
 
@@ -824,7 +826,9 @@ def what_all_needs(missing: list[Missing]) -> str:
     text += "once, those that others adapt among them."
     if bots:
         text += f" {bots:,} of them, {hours_text(long)} hours, are with Melting Pot's own bots."
-    return textwrap.fill(f"{text} Hours are {HOURS}", 100) + "\n"
+    text += f" Hours are {HOURS} Each row is a claim, the cheapest first; those without a"
+    text += " number of runs need more seeds than the criteria ask for."
+    return textwrap.fill(text, 100) + "\n"
 
 
 def draw(outcomes: list[Outcome]) -> Any:

@@ -1082,3 +1082,14 @@ def test_claims_in_short():
     assert claims.in_short(["I1", "I2", "I3", "I5", "I6"]) == "I1 to I3, I5, I6"
     named = claims.in_short(["I1", "I2", "I3", "I4", "I5", "I6"], {"I3": "not so"})
     assert named == "I1, I2, I3 (not so), I4 to I6"
+
+
+def test_the_cheapest_verdict_stands_first():
+    """Rows of "What would decide" in docs: hours rise; claims that no asked-for run decides last."""
+    page = (ROOT / "docs/CLAIMS.md").read_text().partition("## What would decide")[2]
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
+    hours = [float(row[2].replace(",", "") or "inf") for row in rows]
+    assert hours == sorted(hours) and hours[0] < hours[-1]
+    assert all(
+        bool(row[1].strip()) == (cost < math.inf) for row, cost in zip(rows, hours, strict=True)
+    )
