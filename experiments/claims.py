@@ -583,7 +583,8 @@ def write_studies(folder: Path, cases: list[Claim], tables: dict[str, Any]) -> N
 
 # --- The page -------------------------------------------------------------------------------------
 
-HOURS = "those that runs have taken on two shared cores of an AMD EPYC (`experiments/claims.toml`)."
+HOURS = "those that runs have taken on two shared cores, of official bots' worlds reckoned from speeds"
+HOURS += " (`experiments/claims.toml`)."
 CORES = "two shared cores"
 OWN_BOTS = f"{CORES}, with Melting Pot's own bots, which are not here ([why](scenarios.md))"
 HEAD = """# The papers' claims
@@ -605,7 +606,8 @@ the letter of Eq. (9) (`--clip-centre printed`; [bidist.md](bidist.md)).
 """
 RULES = """## How verdicts are reached
 
-- **Criteria** are in `experiments/claims.toml`, with the date and what had been seen by then.
+- **Criteria** are in `experiments/claims.toml`, with the date and what had been seen by then. Some
+  changed in commits that have other files, too (named there, with reasons).
 - **Runs that count** have the claim's flags, seeds and length. Pilots are shown, not counted. Three
   claims read tables that other commands make, which claims.toml names, too. Of these the program
   checks flags and length of M5's runs, seeds and length of I4's, and seeds of B2's.
