@@ -583,8 +583,7 @@ def write_studies(folder: Path, cases: list[Claim], tables: dict[str, Any]) -> N
 
 # --- The page -------------------------------------------------------------------------------------
 
-HOURS = "those that runs have taken on two shared cores, of official bots' worlds reckoned from speeds"
-HOURS += " (`experiments/claims.toml`)."
+HOURS = "those of runs on two shared cores (where from: `experiments/claims.toml`)."
 CORES = "two shared cores"
 OWN_BOTS = f"{CORES}, with Melting Pot's own bots, which are not here ([why](scenarios.md))"
 HEAD = """# The papers' claims
@@ -616,12 +615,10 @@ RULES = """## How verdicts are reached
   counted, the effect is the difference of mean ranks, once all arms have run.
 - **Intervals** are 95 %. Those of means are Student's (Welch's). Those of interquartile means and
   ranks are bootstraps over seeds, which are drawn as clusters and for each arm by itself.
-- **p** is of a permutation test of no difference, not of the margin. For means it is two-sided, and
-  exact up to 200,000 ways to deal the seeds (ranks: 2,000,000), beyond that by as many draws. Three
-  seeds against three cannot get below .1.
-- **A comparison** holds if its interval lies above the margin, and does not hold if it lies below.
-  Else it is undecided, and so it is with too few seeds, a gap among them, or arms that have not
-  learned.
+- **p** is of a permutation test of no difference, not of the margin, for means two-sided, exact up to
+  200,000 ways to deal the seeds (ranks: 2,000,000). Three seeds against three cannot get below .1.
+- **A comparison** holds if its interval lies above the margin, does not hold if it lies below, else is
+  undecided, as it is with too few seeds, a gap among them, or arms that have not learned.
 - **A claim** holds if all of its comparisons do, and does not hold if one of them does not. Where
   means would say something else than interquartile means, the table tells.
 - **The budget** beside a verdict is that of the comparisons which decide it. BiDist's text states
@@ -828,9 +825,7 @@ def what_all_needs(missing: list[Missing]) -> str:
     text += "once, those that others adapt among them."
     if bots:
         text += f" {bots:,} of them, {hours_text(long)} hours, are with Melting Pot's own bots."
-    text += f" Hours are {HOURS} Each row is a claim, the cheapest first; those without a"
-    text += " number of runs need more seeds than the criteria ask for."
-    return textwrap.fill(text, 100) + "\n"
+    return textwrap.fill(f"{text} Hours are {HOURS} The cheapest claim stands first.", 100) + "\n"
 
 
 def draw(outcomes: list[Outcome]) -> Any:

@@ -1085,7 +1085,7 @@ def test_claims_in_short():
 
 
 def test_the_cheapest_verdict_stands_first():
-    """Rows of "What would decide" in docs: hours rise; claims that no asked-for run decides last."""
+    """Hours rise in the table of docs; claims that no asked-for run decides stand last."""
     page = (ROOT / "docs/CLAIMS.md").read_text().partition("## What would decide")[2]
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
     hours = [float(row[2].replace(",", "") or "inf") for row in rows]
