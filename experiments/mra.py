@@ -593,6 +593,7 @@ def ladder_row(run: Run, all_agents: bool) -> dict[str, Any]:
         "random": returns(trained, "random"),
         "random, unseen": returns(unseen, "random"),
         "best z": returns(trained, "best z"),
+        "best z, unseen": returns(unseen, "best z"),
         "uniform g": returns(trained, "uniform g"),
         "information": last_fifth(run, "information"),
         "xi right": last_fifth(run, "xi_accuracy"),

@@ -378,7 +378,7 @@ def write_ladder_run(folder, name, returns, unseen, bests, leader=0.0):
         shares = {"3,3/0": (0.5, 0.5, 0.0), "6,3/0": (0.0, 0.0, 1.0), "3,3/1": (0.2, 0.2, 0.6)}
         log[-1] |= {f"prior/{m}/{z}": x for m, p in shares.items() for z, x in enumerate(p)}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    evals = {"4,3": unseen}
+    evals = {"4,3": unseen, "4,3 best z=1,0": unseen + 1}
     for population, drawn, best in zip(args["populations"], returns, bests):
         evals |= {population: drawn, f"{population} best z=2,0": best}
         evals |= {f"{population} blind": -14.0, f"{population} knows population": -7.0}
@@ -403,7 +403,8 @@ def test_ladder(tmp_path):
     first, _, third, _ = rows(f"{out}.csv")
     figures = {name: float(x) for name, x in first.items() if x and name not in ("form", "run")}
     wanted = {"return": -7.5, "3,3": -7.0, "6,3": -8.0, "gap closed": 6.5 / 7, "unseen": -9.0}
-    wanted |= {"best z": -6.5, "information": 0.95, "xi right": 0.5, "heads used": 1.5}
+    wanted |= {"best z": -6.5, "best z, unseen": -8.0}
+    wanted |= {"information": 0.95, "xi right": 0.5, "heads used": 1.5}
     assert figures == pytest.approx(figures | wanted, rel=1e-5)
     assert first["uniform g"] == first["priors apart"] == third["heads used"] == "", "there is none"
     head = [x.strip() for x in text.splitlines()[0].strip("|").split("|")]
