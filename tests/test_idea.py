@@ -1,6 +1,7 @@
 """docs/IDEA.md as a reader follows it: the diff applies, what it adds is right; the study."""
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -71,3 +72,27 @@ def test_switched_off_it_is_its_parent(mine, tmp_path):
 def test_its_study_is_one():
     study = tomllib.loads(block('dir = "runs/js"'))
     assert set(study["runs"].values()) == {"mine.py", SCRIPT.name}
+
+
+@pytest.mark.long
+def test_its_commands_train_and_compare(tmp_path):
+    """In a clone, by two seeds and two fifths of the steps: runs, table and figure of the page."""
+    subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"], check=True)
+    clone = tmp_path / "clone"
+    shutil.copy(clone / SCRIPT.name, clone / "mine.py")
+    subprocess.run(["patch", "mine.py"], input=block("@@"), cwd=clone, text=True, check=True)
+    study = (
+        block('dir = "runs/js"').replace("[1, 2, 3, 4, 5]", "[1, 2]").replace("40_000", "16_000")
+    )
+    assert "seeds = [1, 2]\ntimesteps = 16_000\n" in study
+    (clone / "mine.toml").write_text(study)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    commands = ["bash", "-ec", block("experiments/launch.py mine.toml")]
+    done = subprocess.run(
+        commands, cwd=clone, env={**os.environ, "PATH": path}, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    finished = [x.parent.name for x in (clone / "runs/js").glob("*/summary.json")]
+    assert sorted(finished) == ["js-s1", "js-s2", "kl-s1", "kl-s2"]
+    table = (clone / "js.md").read_text()
+    assert "v random" in table and "js" in table and (clone / "js.png").stat().st_size > 10_000
