@@ -715,7 +715,7 @@ def estimate(
 
 def clip_objective(ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor) -> Tensor:
     """PPO's clipped objective of each sample; ratio: pi / mu_old, centre: w = pi_old / mu_old."""
-    # Eq. (9), but clipped around w, where the ratio starts: this bounds the step from pi_old
+    # Eq. (9), but clipped around w, where the ratio starts: so the step from pi_old is bounded. The
     # paper is silent: as in Off-Policy PPO (OPRE's paper: V-trace). With a clip around 1, actions
     # 1.2 times as likely in pi as in mu learn from A < 0 only: noise would hold pi near mu.
     clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))

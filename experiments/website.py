@@ -7,7 +7,7 @@
 Copies README.md (the start page), CONTRIBUTING.md, CHANGELOG.md and docs/, and the files that they
 offer for download. Writes a page for every script (its idea, its equations, the flags of its
 method, and final figures and curves of the studies in docs/data), a gallery of the films in
-docs/site/films.toml, and the navigation.
+docs/site/films.toml with a table of what is filmed, and the navigation.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import itertools
 import re
 import shutil
 import sys
@@ -87,6 +88,42 @@ FAMILIES = {
     },
 }
 DECIDED = {script: page for family in FAMILIES.values() for script, page in family.items()}
+METHODS = {  # {family: {method: its script}}, columns of the gallery's tables
+    "Melting Pot": {
+        "BiDist": "bidist_mappo_meltingpot",
+        "MAPPO": "mappo_meltingpot",
+        "RandNet": "randnet_meltingpot",
+        "OPRE": "opre_meltingpot",
+        "PP": "pp_meltingpot",
+        "RPM": "rpm_meltingpot",
+    },
+    "Particle worlds": {
+        "MRA": "mra_maddpg_particle",
+        "MADDPG": "maddpg_particle",
+        "MAAC": "maac_particle",
+        "RL2": "rl2_particle",
+        "EPC": "epc_particle",
+    },
+    "Battles": {
+        "MIPI": "mipi_refil_smac",
+        "REFIL": "refil_smac",
+        "AQMIX": "refil_smac",
+        "MAPPO": "mappo_smac",
+        "CollaQ": "collaq_smac",
+        "MIPI's term on MAPPO": "mipi_mappo_smac",
+    },
+}
+PLACES = {  # {family: the papers' worlds, and ours}, lines of the gallery's tables
+    "Melting Pot": [
+        "chicken in the matrix",
+        "coins",
+        "pure coordination in the matrix",
+        "prisoner's dilemma in the matrix",
+        "cooperative mining",
+    ],
+    "Particle worlds": ["treasure", "resource", "Pacman", "signpost", "rooms", "delivery"],
+    "Battles": ["SZ", "CSZ", "MMM", "Resource Collection"],
+}
 CURVES = {  # {end of a script's name, its kind of world: scalars to draw if they were logged}
     "meltingpot": ("episode/return", "episode/pick_ups_per_1000", "entropy"),
     "particle": ("return", "entropy"),
@@ -158,12 +195,22 @@ def equations_of(source: str) -> list[Equation]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     ]
     found = []
-    for number, line in enumerate(source.splitlines(), 1):
+    lines = source.splitlines()
+    for number, line in enumerate(lines, 1):
         comment = re.search(r"# ((?:.*\W)?Eqs?\. .*)", line)
         around = [name for first, last, name in functions if first <= number <= last]
         if comment and around and around[0] != "Args":
-            found.append(Equation(number, " · ".join(around), comment[1]))
+            text = " ".join([comment[1], *continuation(line, lines[number:])])
+            found.append(Equation(number, " · ".join(around), text))
     return found
+
+
+def continuation(line: str, below: list[str]) -> list[str]:
+    """The further lines of a comment that stands alone, up to the next equation."""
+    if not line.lstrip().startswith("#"):
+        return []
+    more = itertools.takewhile(lambda x: re.match(r"\s*# (?!.*\bEqs?\. )", x), below)
+    return [x.strip()[2:] for x in more]
 
 
 class Flag(NamedTuple):
@@ -420,23 +467,46 @@ def film_text(film: dict[str, Any], root: str) -> str:
 
 
 def gallery_page(films: list[dict[str, Any]]) -> str:
-    """The text of gallery.md: films by world, then the scripts without one."""
+    """The text of gallery.md: per family a table of what is filmed and what is not, and films."""
     text = [
         "# Films",
         "In Melting Pot focal players, who are evaluated, have a blue frame and background players "
         "a yellow one, as in BiDist's Fig. 1. In battles our team is blue, the enemies, who are "
-        "part of the world, are red. In particle worlds all agents are played by the method, and "
-        "colours are their types. Budgets are small: most films show beginners.",
+        "part of the world, are red (SZ: Stalkers and Zealots; CSZ: Colossi, too; MMM: Marines, "
+        "Marauders and Medivacs). In particle worlds and Resource Collection all agents are played "
+        "by the method, and colours are types. Budgets are small: most films show beginners.",
+        "A dash in a table: not filmed, as there is no such run, or its weights were not kept.",
     ]
-    for world in dict.fromkeys(film["world"] for film in films):
-        text.append(f"## {world}")
-        for film in films:
-            if film["world"] == world:
-                title = f"### {escaped(film['script'])}: {film['where']}"
-                text += [title, film_text(film, "."), f"[Its page](scripts/{film['script']}.md)."]
-    if missing := sorted({*DECIDED} - {film["script"] for film in films}):
-        text.append("## Not filmed\n\n" + ", ".join(map(code_cell, missing)) + ".")
+    for family in METHODS:
+        own = [film for film in films if film["world"] == family]
+        text += [f"## {family}", filmed(family, own)]
+        for film in own:
+            title = f"({target(film)})=\n### {film['method']}: {film['where']}"
+            page = f"[{Path(script_file(film['script'])).name}](scripts/{film['script']}.md)"
+            text += [title, film_text(film, "."), f"Its script: {page}."]
     return "\n\n".join(text) + "\n"
+
+
+def filmed(family: str, films: list[dict[str, Any]]) -> str:
+    """A Markdown table: links to a family's films by world and method, dashes for none."""
+    rows = []
+    for place in PLACES[family]:
+        row = {"": place}
+        for method in METHODS[family]:
+            own = [film for film in films if (place_of(film), film["method"]) == (place, method)]
+            row[method] = " ".join(f"[film](#{target(film)})" for film in own) or "–"
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def place_of(film: dict[str, Any]) -> str:
+    """The world of PLACES that a film shows."""
+    return film["where"].split(",")[0]
+
+
+def target(film: dict[str, Any]) -> str:
+    """The target of links to a film."""
+    return Path(film["file"]).stem
 
 
 def index_of_scripts(studies: dict[str, list[Run]]) -> str:
@@ -529,8 +599,9 @@ def write_pages(site: LayOut) -> None:
 
 
 def read_films() -> list[dict[str, Any]]:
-    """The films that docs/site/films.toml names."""
-    return tomllib.loads((ROOT / "docs/site/films.toml").read_text())["film"]
+    """The films that docs/site/films.toml names, with their scripts."""
+    films = tomllib.loads((ROOT / "docs/site/films.toml").read_text())["film"]
+    return [film | {"script": METHODS[film["world"]][film["method"]]} for film in films]
 
 
 def copy_pages(out: Path) -> None:

@@ -22,7 +22,10 @@ from experiments import website
 from experiments.runs import COLUMNS, read_study
 from experiments.website import (
     DECIDED,
+    FAMILIES,
+    METHODS,
     NAVIGATION,
+    PLACES,
     ROOT,
     equations_of,
     gallery_page,
@@ -68,8 +71,9 @@ class Args(RunArgs):
 
 class Net(nn.Module):
     def forward(self):
-        # Eq. (3), Sec. 4
-        return 1
+        # Eq. (3), Sec. 4, of
+        # all agents
+        return 1  # Eq. (6)
 
 
 def loss(x):
@@ -79,7 +83,11 @@ def loss(x):
 
 def test_equations_and_flags_of_a_source():
     found = [(x.line, x.function, x.text) for x in equations_of(SOURCE)]
-    assert found == [(17, "Net · forward", "Eq. (3), Sec. 4"), (22, "loss", "minus Eqs. (4), (5)")]
+    assert found == [
+        (17, "Net · forward", "Eq. (3), Sec. 4, of all agents"),
+        (19, "Net · forward", "Eq. (6)"),
+        (23, "loss", "minus Eqs. (4), (5)"),
+    ]
     assert [tuple(flag) for flag in method_flags(SOURCE)] == [
         ("--copy-every", "0", "control, Eq. (2); 0: off"),
         ("--share", "0.5", "of a | b"),
@@ -139,9 +147,19 @@ def test_films_are_small_named_and_on_their_pages():
     ]
     page = gallery_page(FILMS)
     for film in FILMS:
-        assert f"docs/images/{film['file']}" in page and film["script"] in DECIDED
-    missing = set(DECIDED) - {film["script"] for film in FILMS}
-    assert all(f"`{script}`" in page.split("## Not filmed")[-1] for script in missing)
+        assert f"docs/images/{film['file']}" in page
+    links = re.findall(r"\[film\]\(#(\w+)\)", page)
+    assert sorted(links) == sorted(Path(name).stem for name in named)
+    assert all(f"\n({link})=\n### " in page for link in links)
+    cells = {(x["world"], x["where"].split(",")[0], x["method"]) for x in FILMS}
+    asked = sum(len(PLACES[family]) * len(METHODS[family]) for family in METHODS)
+    assert page.count("| – ") == asked - len(cells)
+
+
+def test_methods_of_the_gallery_are_the_scripts():
+    assert list(METHODS) == list(PLACES) == list(FAMILIES)
+    for family, scripts in FAMILIES.items():
+        assert set(METHODS[family].values()) == set(scripts)
 
 
 def test_a_gif_keeps_colours_that_come_late(tmp_path, capsys):
@@ -238,6 +256,7 @@ def test_the_site_is_whole_and_needs_no_other_machine(site):
         if page.startswith("docs/") and "/data/" not in page:
             shown = re.sub(r"<(pre|code).*?</\1>", "", text, flags=re.DOTALL)
             assert "\\frac" not in shown and "\\pi" not in shown, page
+        assert not re.search(r"[\s(>]–[a-z]", text), page  # a flag whose "--" became a dash
     for name in ("bidist", "mra", "mipi"):
         assert (site / f"docs/{name}.html").read_text().count("<math") > 10
     words = (site / "searchindex.js").read_text()

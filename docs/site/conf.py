@@ -26,6 +26,7 @@ html_theme_options = {
 }
 pygments_style = "default"
 pygments_dark_style = "github-dark"
+smartquotes_action = "q"  # quotes alone: "--flag" must not get a dash
 highlight_language = "none"  # most blocks are command lines and equations in plain text
 
 # Pages are GitHub's Markdown: its anchors, its $...$, its ```math.
@@ -55,6 +56,13 @@ def write_block(writer, node):
     write_math(writer, node, display=True)
 
 
+def mark_sentences(app, doctree, page):
+    """Mark cells of tables that hold more than a few words; style.css keeps them legible."""
+    for cell in doctree.findall(nodes.entry):
+        if len(cell.astext()) > 40:
+            cell["classes"].append("sentence")
+
+
 def let_long_words_break(app, page, template, context, doctree):
     """Paths in the text may break behind a slash or a double colon, and nowhere else."""
     if "body" in context:
@@ -72,4 +80,5 @@ def setup(app):
         inline_renderers=(write_inline, None),
         block_renderers=(write_block, None),
     )
+    app.connect("doctree-resolved", mark_sentences)
     app.connect("html-page-context", let_long_words_break)
