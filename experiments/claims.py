@@ -616,7 +616,7 @@ RULES = """## How verdicts are reached
 - **Intervals** are 95 %. Those of means are Student's (Welch's). Those of interquartile means and
   ranks are bootstraps over seeds, which are drawn as clusters and for each arm by itself.
 - **p** is of a permutation test of no difference, not of the margin, for means two-sided, exact up
-  to 200,000 ways to deal the seeds (ranks: 2,000,000). Three seeds against three have .1 or more.
+  to 200,000 ways to deal the seeds (ranks: 2,000,000), then by draws. Three against three: p >= .1.
 - **A comparison** holds if its interval lies above the margin, does not if it lies below, else is
   undecided, as it is with too few seeds, a gap among them, or arms that have not learned.
 - **A claim** holds if all of its comparisons do, and does not hold if one of them does not. Where
