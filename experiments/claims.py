@@ -838,10 +838,10 @@ def draw(outcomes: list[Outcome]) -> Any:
     shown = {name: parts for name, parts in shown.items() if parts}
     if not shown:
         return None
-    heights = [len(parts) + 1.2 for parts in shown.values()]
+    heights = [len(parts) + 0.9 for parts in shown.values()]
     figure, axes = plt.subplots(
         len(shown),
-        figsize=(9.5, 0.2 * sum(heights) + 0.4),
+        figsize=(5, 0.31 * sum(heights) + 0.4),  # narrow: legible on a telephone, too
         squeeze=False,
         layout="constrained",
         gridspec_kw={"height_ratios": heights},
@@ -852,13 +852,14 @@ def draw(outcomes: list[Outcome]) -> Any:
             fill = "white" if part.pilot else colour
             axis.plot([part.found.low, part.found.high], [y, y], color=colour, lw=1.2)
             axis.plot(part.found.mean, y, "o", color=colour, mfc=fill, ms=4)
-            axis.plot([part.margin] * 2, [y - 0.4, y + 0.4], "k--", lw=0.9)
-        titles = [f"{part.title}{' (pilot)' if part.pilot else ''}" for part in parts]
-        axis.set_yticks(range(len(parts)), titles, fontsize=6)
-        axis.set_ylim(len(parts) - 0.4, -0.6)
+            axis.plot([part.margin] * 2, [y - 0.25, y + 0.25], "k--", lw=0.9)
+            title = f"{part.title}{' (pilot)' if part.pilot else ''}"
+            axis.text(0.01, y - 0.2, title, fontsize=7, transform=axis.get_yaxis_transform())
+        axis.set_yticks([])
+        axis.set_ylim(len(parts) - 0.5, -0.9)
         axis.axvline(0, color="0.8", lw=0.8, zorder=0)
-        axis.tick_params(axis="x", labelsize=6)
-        axis.set_title(name, fontsize=8, loc="left", pad=2)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_title(name, fontsize=9, loc="left", pad=2)
     return figure
 
 
