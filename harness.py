@@ -674,6 +674,13 @@ def new_run_dir(args: RunArgs, world: str) -> Path:
     return run_dir
 
 
+def evaluated_in(run_dir: Path) -> str:
+    """The run that --eval-only --run-dir has evaluated in this directory; "" if there is none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((run_dir / "args.json").read_text()).get("eval_only") or ""
+    return ""
+
+
 def pack(x: Any) -> Any:
     """Return what a checkpoint stores of x: state_dict() of networks, optimisers, worlds; parts()
     of objects that have it, fields of dataclasses, states of generators, and all else as it is."""
@@ -1049,6 +1056,9 @@ class Run:
         self.stack.enter_context(lock(self.dir))
         if (self.dir / "checkpoints.json").exists():
             raise UsageError(f"{self.dir} holds a run already: --resume it, or name another.")
+        other = evaluated_in(self.dir)
+        if other and Path(other).resolve() != Path(self.source).resolve():
+            raise UsageError(f"{self.dir} holds an evaluation of {other}: name another directory.")
         about = {"device": str(self.device), "processes": self.size} | resolved
         write(self.dir / "args.json", describe_run(self.args, about))
 

@@ -191,6 +191,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     no_psi = one or args.latent_prior != "learned"
     no_xi = no_psi and (one or "both" not in args.phi_gradient)
     drawn = args.latent_size > 1 and args.latent_prior != "told"
+    one_z, one_m = args.latent_size == 1, len(args.populations) == 1
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
@@ -205,6 +206,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (begins and no_psi and args.psi_input != "tenth", "--psi-input needs a learned p(z|m)"),
         (begins and no_xi and args.xi_reads_z, "--xi-reads-z needs a classifier that learns"),
         (begins and args.redraw_z and not drawn, "--redraw-z needs several z, none of them told"),
+        (begins and one_z and args.critic_reads_z, "--critic-reads-z needs several z"),
+        (begins and one_m and named, "--tell-population needs several --populations"),
         (begins and still, "--latent-size 1 needs --phi-gradient actor: else phi never learns"),
     ]
 

@@ -5,7 +5,8 @@ weights the options by what the others do; a prior p learns to predict q from an
 
     mu(a|o) = sum_z p(z|o) eta(a|o, z)       acts, in training and evaluation
     pi(a|o, s) = sum_z q(z|s) eta(a|o, z)    is trained;  r = pi / mu_old, w = pi_old / mu_old
-    J = E min(r A, clip(r, w (1 -+ eps)) A) + c_H H(pi) - KL(q || p)    trains eta, q; KL: p, q
+    J = E min(r A, clip(r, w (1 -+ eps)) A) + c_H H(pi)                 trains eta and q
+        - KL(q || p)                              trains p (weight 1) and q (weight .01)
     V(o, s) = sum_z q(z|s) c(s, z)           the value loss trains c
 
     python baselines/opre_meltingpot.py                                      the paper's settings

@@ -149,7 +149,7 @@ LINE = ("return", "value_loss", "entropy", "sps")  # printed if there is no prog
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
 # --adapt keeps these flags of the adapted run: its networks and units of values need them.
 FIXED = ("task", "populations", "memory", "rnn_size", "hidden_size", "key_size", "value_norm")
-FIXED += ("head_gain",)
+FIXED += ("head_gain", "trial")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:

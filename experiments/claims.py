@@ -630,8 +630,8 @@ five with three seeds an arm, and one in eight with five, where one in twenty is
 Student's intervals. A bootstrap of interquartile means leaves it out one time in sixteen with five
 seeds (of a single arm, M8, one in nine). Seeds are added until the list ends, so there is more than
 one look. Of several comparisons at their margin one fails more easily than a single one. In
-particle worlds equal seeds also share the worlds of the final evaluation, which intervals here
-leave out: M's are too wide for it.
+particle worlds equal seeds share the worlds of the final evaluation (not RL2, which ends some steps
+later). Intervals leave this out, so M's others are too wide.
 """
 BARS = """The bars of I1 to I3 and I6 are what the script focus won with 3 to 5 agents in a sample
 of battles. Another sample ([battles.md](battles.md), 6,144 a family, +-.012) has .430 in SZ, .370

@@ -30,7 +30,6 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
-import functools
 import json
 import os
 import platform
@@ -45,7 +44,18 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
-from harness import FAILED, FINISHED, STOPPED, WRONG_USAGE, UsageError, check, write, writing
+from harness import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    WRONG_USAGE,
+    UsageError,
+    check,
+    leave,
+    tell,
+    write,
+    writing,
+)
 
 import pydantic
 import tyro
@@ -224,7 +234,6 @@ class Launcher(Trainer):
     def __init__(self, root: Path, attempts: int, slots: list[dict[str, str]]):
         super().__init__()
         self.folder = ROOT
-        self.tell = functools.partial(tqdm.write, file=sys.stdout)
         self.root, self.attempts = root, attempts
         self.slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         for slot in slots:
@@ -423,7 +432,7 @@ def report(jobs: list[Job], root: Path, records: dict[str, Record]) -> None:
                 "where": record.host,
             }
         )
-    print(markdown_table(rows), flush=True)
+    tell(markdown_table(rows))
 
 
 # --- Ray ------------------------------------------------------------------------------------------
@@ -554,4 +563,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

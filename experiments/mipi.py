@@ -833,8 +833,6 @@ def open_agent(run: Run) -> tuple[Any, Any, Any]:
     is_ppo = run.args["script"] in PPO  # only the actor is needed
     args = harness.saved_args(str(run.path), script.Args)
     saved, _ = harness.load_checkpoint(str(run.path))
-    if not is_ppo:
-        harness.refuse_weights_only(saved, str(run.path))
     state = saved["agent"]
     if is_ppo:
         script = load_script("mipi_mappo_smac")
@@ -854,6 +852,7 @@ def open_states(states: Run) -> Any:
     if states.args["script"] in PPO:
         return Battles(script, args, agent)
     source, folder = harness.load_checkpoint(str(states.path), with_replays=True)
+    harness.refuse_weights_only(source, str(states.path))  # it has no replay
     args = dataclasses.replace(args, device="cpu", replay_window=0)  # whole episodes
     battles = script.make_envs(args, args.team_sizes, 1, args.seed)
     buffer = script.ReplayBuffer(args, battles, torch.device("cpu"))

@@ -500,6 +500,8 @@ def read_study(path: Path) -> list[Run]:
     lines = read_lines(path)
     if not lines or tuple(lines[0]) != COLUMNS:
         raise UsageError(f"{path} is no study: runs.py pack makes one.")
+    if not path.read_bytes().endswith(b"\n"):
+        raise UsageError(f"{path} is damaged.")
     by_run: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in lines:
         by_run[line["run"]].append(line)
@@ -544,7 +546,18 @@ def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
         for (steps, scenario, bots, figure), x in episodes.items()
         if figure == "return"
     ]
+    check_whole(run)
     return run
+
+
+def check_whole(run: Run) -> None:
+    """KeyError or ValueError if lines of a packed run are missing, as of a file that is cut off."""
+    run.args["script"]
+    for x in run.evaluations:
+        told = run.summary["eval"].get(f"{x.scenario} {x.bots}", {}).get("episodes")
+        at_end = x.timesteps == run.summary["timesteps"] and told is not None
+        if len(x.returns) != len(x.lengths) or (at_end and len(x.returns) != told):
+            raise ValueError(f"{x.scenario} {x.bots}")
 
 
 def add_to_log(log: list[dict[str, float]], timesteps: int, name: str, value: float) -> None:
@@ -754,6 +767,7 @@ class Job:
         wanted |= json.loads(json.dumps(args))
         for name, x in wanted.items():
             theirs = found.get(name, getattr(script.Args, name, None))  # older runs lack new flags
+            theirs = list(theirs) if isinstance(theirs, tuple) else theirs
             if name not in free_flags(script) and theirs != x:
                 raise UsageError(f"{self.run} holds another run: its {name} is {theirs}, not {x}.")
 
@@ -767,7 +781,7 @@ class Trainer:
 
     def __init__(self) -> None:
         self.folder: Path | None = None  # working directory of the scripts; None: the current one
-        self.tell: Callable[[str], None] = functools.partial(print, flush=True)
+        self.tell: Callable[[str], None] = harness.tell  # nobody may read it any more
         self.children: list[subprocess.Popen] = []
         self.lock, self.stopped = threading.RLock(), False
 

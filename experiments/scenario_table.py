@@ -149,7 +149,18 @@ def read_all(study: Study) -> list[Cell]:
             sentence = "has no evaluation beside scenarios yet"
             raise UsageError(f"{run.where} {sentence}: {advice(run)}.")
         cells += own
+    check_seeds(cells)
     return cells
+
+
+def check_seeds(cells: list[Cell]) -> None:
+    """UsageError if two runs are one method, seed and length: one of them would count twice."""
+    known: dict[tuple, str] = {}
+    for x in cells:
+        what = (x.method, x.substrate, x.scenario, x.bots, x.seed, x.timesteps)
+        if (other := known.setdefault(what, x.run)) != x.run:
+            both = f"{other} and {x.run} would count as two seeds of {x.method}"
+            raise UsageError(f"{both}, but both have seed {x.seed}: choose with --only.")
 
 
 def advice(run: Run) -> str:

@@ -138,13 +138,14 @@ def play(
 
 
 def best_of(evaluation: Any, worlds: ParticleWorld, players: dict[Any, Player], seed: int) -> Any:
-    """Return the name of the player with the largest return, mean over types and episodes. All play
-    in the same worlds, those of `seed`."""
+    """Return the name of the player with the largest return, mean over agents, in which what types
+    take from each other cancels, and episodes. All play in the same worlds, those of `seed`."""
     evaluation.expect(worlds.num_worlds * len(players))
     returns = {}
     for name, player in players.items():
         worlds.seed(seed)
-        returns[name] = play(worlds, player, progress=evaluation.progress).mean()
+        mean = play(worlds, player, progress=evaluation.progress).mean(0)  # of each type
+        returns[name] = np.average(mean, weights=worlds.game.population)
     return max(returns, key=returns.get)
 
 

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from made_up import ROOT, command, experiment, fake_run, is_png, rows
+from made_up import ROOT, command, experiment, fake_evaluation, fake_run, is_png, rows
 from runs import BIDIST, STEPS, script, tiny
 
 
@@ -366,6 +366,27 @@ def test_what_is_no_run_is_one_sentence(two, tmp_path):
         assert (code, stderr) == (2, f"error: {sentence}\n")
     code, _, stderr = command("runs", "pack", tmp_path / "x.txt", two[0])
     assert code == 2 and "x.txt is no .csv." in stderr
+
+
+def test_a_study_that_is_cut_off(tmp_path):
+    """A packed run whose last episodes are missing is not read as a shorter one."""
+    run = fake_run(tmp_path / "mine-s1")
+    (run / "metrics.jsonl").write_text('{"timesteps": 1000, "entropy": 1.0}\n')
+    cell = {"return": 2.0, "episodes": 3}
+    summary = {"timesteps": 1000, "eval": {"SC0 scripted": cell}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    fake_evaluation(run, "SC0", [1.0, 2.0, 3.0])
+    study = tmp_path / "study.csv"
+    assert command("runs", "pack", study, run)[0] == 0
+    lines = study.read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut.csv"
+    for text in ("".join(lines)[:-9], "".join(lines[:-1]), "".join(lines[:-4]), "".join(lines[:9])):
+        cut.write_text(text)
+        code, _, stderr = command("compare", cut)
+        assert (
+            code == 2 and stderr.startswith(f"error: {cut} is damaged") and stderr.count("\n") == 1
+        )
+    assert command("compare", study)[0] == 0
 
 
 def test_long_curves_are_thinned():

@@ -71,7 +71,7 @@ from experiments import launch, runs
 launch.ROOT = runs.ROOT = Path({folder!r})
 runs.Job.check_same = runs.Job.check_flags = lambda *found: None
 launch.LOOK_EVERY = 0.2
-sys.exit(launch.main(sys.argv[1:]))
+launch.leave(launch.main(sys.argv[1:]))
 """
 
 
@@ -537,6 +537,25 @@ def test_the_documented_array(study):
         log = (folder / "my runs" / run / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(x)["timesteps"] for x in log] == [*range(1, 31)]
     assert [len(calls(file, x)) for x in ("b-s1", "c-s1")] == [1, 1]
+
+
+def test_nobody_reads_the_launcher(study):
+    """As with `| head -1`: all runs are trained, and nothing is said of the pipe."""
+    file = study(seeds=[1, 2, 3], timesteps=2, a="")
+    with start(file) as process:
+        process.stdout.close()
+    assert process.returncode == 0
+    assert all(len(calls(file, f"a-s{seed}")) == 1 for seed in (1, 2, 3))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_launcher_that_cannot_write(study):
+    file = study(seeds=[1, 2], timesteps=2, a="")
+    command = [sys.executable, str(file.parent / "launcher.py"), str(file)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd="/")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert all(len(calls(file, f"a-s{seed}")) == 1 for seed in (1, 2))
 
 
 @pytest.mark.long

@@ -688,6 +688,7 @@ def test_team_dependence_of_an_older_run(runs, tmp_path):
     change_newest(old, lambda state: state.update(weights_only=True))
     code, _, stderr = command("mipi", "dependence", old, *quick)
     assert code == 2 and "has the weights alone that play" in stderr
+    assert dependence(old, "--states", runs / "sz-mipi-s1", *quick) == expected
 
 
 @pytest.mark.parametrize("module", [mipi, refil], ids=lambda module: module.__name__)

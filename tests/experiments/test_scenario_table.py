@@ -203,6 +203,14 @@ def test_methods(tmp_path):
     assert ("SC0", "name", "", "return") in figures(tmp_path / "x.csv")
 
 
+def test_a_seed_counts_once(tmp_path, capsys):
+    """Two runs of one method, seed and length are one seed; of other lengths they may stand."""
+    paths = [finished(tmp_path / name, seed=1, steps=20) for name in ("a", "b")]
+    assert make(tmp_path / "x", *paths) == 2
+    assert "would count as two seeds of mappo, but both have seed 1" in capsys.readouterr().err
+    assert make(tmp_path / "x", paths[0], finished(tmp_path / "c", seed=2, steps=20)) == 0
+
+
 def test_names_are_of_one_method(tmp_path, capfd):
     """--group-by name refuses what is no seed of one method, and lengths unless they are chosen."""
     paths = [fake_run(tmp_path / f"a-s{s}", seed=s) for s in (1, 2, 3)]

@@ -1,5 +1,7 @@
 """Training many runs: what is started, resumed, kept and stopped, with real processes."""
 
+import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -81,6 +83,16 @@ def test_an_adaptation_of_another_run_is_refused(tmp_path, flags, found, sentenc
     else:
         with pytest.raises(runs.UsageError, match=f"{job.run} holds another run: {sentence}"):
             job.check_same(own)
+
+
+def test_a_run_from_before_a_flag_is_no_other_run(tmp_path):
+    """It has the flag's default, which JSON writes as a list where it is a tuple."""
+    job = runs.Job(tmp_path / "run", "mra_maddpg_particle.py", (), 1, 30_000)
+    script = importlib.import_module("mra_maddpg_particle")
+    own = dataclasses.asdict(script.Args(seed=1)) | {"script": "mra_maddpg_particle"}
+    own = json.loads(json.dumps(own))
+    assert isinstance(own.pop("populations"), list)
+    job.check_same(own)
 
 
 def test_a_study_starts_resumes_and_keeps(jobs, capsys):

@@ -169,6 +169,21 @@ def test_tracking_is_of_training(capfd):
     assert run("--eval-only", "run") == 0
 
 
+def test_a_directory_has_one_runs_evaluation(capfd):
+    """Else tables would read the episodes of two runs as those of the one named last."""
+    for name in ("run", "other"):
+        assert run(*flags(name, 1, "--final-episodes", 1)) == 0
+    for _ in range(2):  # the same evaluation may be repeated
+        assert run("--eval-only", "run", "--final-episodes", 1, "--run-dir", "again") == 0
+    before = Path("again/args.json").read_bytes()
+    sentence = "again holds an evaluation of run: name another directory."
+    for argv in (["--eval-only", "other", "--run-dir", "again"], flags("again", 1)):
+        capfd.readouterr()
+        assert run(*argv) == 2
+        assert sentence in only_error(capfd.readouterr().err)
+    assert Path("again/args.json").read_bytes() == before
+
+
 def test_empty_word(tmp_path, capfd):
     """As a shell hands over an unset variable in quotes."""
     assert run("--resume", "") == 2

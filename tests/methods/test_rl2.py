@@ -970,6 +970,7 @@ WRONG = {  # command line: words that the one sentence has to contain
     "--adapt run --population 4 --rnn-size 64": "--rnn-size 6",
     "--adapt run --population 4 --memory step": "--memory trial",
     "--adapt run --population 4 --head-gain 7": "--head-gain 2.0",
+    "--adapt run --population 4 --trial same": "--trial cycle",
     "--populations 3 --trial-games 2 --trial same": "--trial same populations",
     "--trial-games 1 --trial same": "--trial same games",
     "--adapt run --population 4 --populations 3 6": "--populations",
