@@ -22,7 +22,7 @@ shares with the utilities; --policy exact has no head and plays the maximum of (
     python mipi_refil_smac.py --scenario mmm --preset cpu                    for CPUs
     python mipi_refil_smac.py --scenario sz --regularizer entropy            or none: ablations
     python mipi_refil_smac.py --resume runs/RUN --total-timesteps 20000000
-    python mipi_refil_smac.py --eval-only runs/RUN --backend sc2             in StarCraft II
+    python mipi_refil_smac.py --eval-only runs/RUN --backend sc2 --num-envs 4
     torchrun --nproc-per-node 2 mipi_refil_smac.py                           two times 8 battles
 
 Letters: T steps, B battles, M moments (states of battles, without padding), K steps between them, A
@@ -201,8 +201,8 @@ PRESETS = {
         "alpha_i_over_w": False,
     },
 }
-# With --resume, train() refuses another backend or game version; --eval-only may change them.
-RESUMABLE = ("backend", "env_threads", "game_version", "eval_team_sizes", "compile")
+# With --resume, train() refuses another backend, version or number; --eval-only may change them.
+RESUMABLE = ("backend", "env_threads", "game_version", "num_envs", "eval_team_sizes", "compile")
 LINE = ("return", "win", "td_loss", "sps")  # scalars of lines printed where there is no terminal
 
 

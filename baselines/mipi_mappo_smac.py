@@ -23,7 +23,7 @@ for bit. With --regularizer entropy, m is uniform over available actions.
     python baselines/mipi_mappo_smac.py --scenario sz --preset cpu --own self+enemies
     python baselines/mipi_mappo_smac.py --scenario sz --preset cpu --alpha 0 --drop-teammates .5
     python baselines/mipi_mappo_smac.py --resume runs/RUN --total-timesteps 20000000
-    python baselines/mipi_mappo_smac.py --eval-only runs/RUN --backend sc2        in StarCraft II
+    python baselines/mipi_mappo_smac.py --eval-only runs/RUN --backend sc2 --num-envs 4
     torchrun --nproc-per-node 2 baselines/mipi_mappo_smac.py                 two times 10 battles
 
 Letters: T steps, B battles, K steps of all battles, M moments (K in which a step begins, then those
@@ -181,8 +181,8 @@ PRESETS = {
         "gamma": 0.97,
     },
 }
-# With --resume, train() refuses another backend or game version; --eval-only may change them.
-RESUMABLE = ("backend", "env_threads", "game_version", "eval_team_sizes")
+# With --resume, train() refuses another backend, version or number; --eval-only may change them.
+RESUMABLE = ("backend", "env_threads", "game_version", "num_envs", "eval_team_sizes")
 LINE = ("return", "win", "entropy", "sps")  # scalars of lines printed where there is no terminal
 
 
@@ -203,7 +203,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (not n_step and "n_steps" in given, "--n-steps needs --returns n-step"),
         (not n_step and "target_tau" in given, "--target-tau needs --returns n-step"),
         (n_step and "gae_lambda" in given, "--gae-lambda needs --returns lambda"),
-        (args.minibatches > steps, f"--minibatches exceeds {steps}, the least that a rollout has"),
+        (
+            args.minibatches > steps and not args.eval_only,
+            f"--minibatches exceeds {steps}, the least that a rollout has",
+        ),
         (
             pointer and args.scenario == "resource",
             "--scenario resource has nobody to attack: it needs --target-head tags",

@@ -18,7 +18,7 @@ L trains utilities and mixer. Q_tot' is of target networks, copied every --targe
     python baselines/refil_smac.py --scenario mmm --preset cpu               for CPUs
     python baselines/refil_smac.py --scenario csz --no-imagine               AQMIX
     python baselines/refil_smac.py --resume runs/RUN --total-timesteps 20000000
-    python baselines/refil_smac.py --eval-only runs/RUN --backend sc2        in StarCraft II
+    python baselines/refil_smac.py --eval-only runs/RUN --backend sc2 --num-envs 4
     torchrun --nproc-per-node 2 baselines/refil_smac.py                      two times 8 battles
 
 Letters: T steps, B battles, M moments (states of battles, without padding), K steps between them, A
@@ -182,8 +182,8 @@ PRESETS = {
         "eval_episodes": 32,
     },
 }
-# With --resume, train() refuses another backend or game version; --eval-only may change them.
-RESUMABLE = ("backend", "env_threads", "game_version", "eval_team_sizes", "compile")
+# With --resume, train() refuses another backend, version or number; --eval-only may change them.
+RESUMABLE = ("backend", "env_threads", "game_version", "num_envs", "eval_team_sizes", "compile")
 LINE = ("return", "win", "td_loss", "sps")  # scalars of lines printed where there is no terminal
 
 

@@ -175,6 +175,10 @@ def load_training_script(file: str) -> Any:
     return script
 
 
+# Flags of battles that --eval-only may change but --resume may not, though RESUMABLE has them.
+FOR_EVALUATION = {"backend", "game_version", "num_envs"}
+
+
 def script_args(script: Any, flags: list[str]) -> Any:
     """The Args that a script makes of flags, with its presets and its validate()."""
     presets = getattr(script, "PRESETS", None)
@@ -191,7 +195,7 @@ def resumable(script: Any) -> tuple[str, ...]:
 def free_flags(script: Any) -> set[str]:
     """Flags that do not affect training: RunArgs' but for FIXED ones, and the resumable ones."""
     every_script = {field.name for field in dataclasses.fields(harness.RunArgs)}
-    return every_script - set(harness.FIXED) | set(resumable(script))
+    return every_script - set(harness.FIXED) | set(resumable(script)) - FOR_EVALUATION
 
 
 def training_flags(args: dict[str, Any]) -> dict[str, Any]:
@@ -252,8 +256,10 @@ class Summary(pydantic.BaseModel):
 
 def as_today(args: dict[str, Any]) -> dict[str, Any]:
     """A run's arguments with FORMER ones where it lacks them. Once --no-forward and --no-reverse
-    were flags of their own."""
+    were flags of their own, and --observe-self-only was --alpha inf."""
     args = FORMER.get(args.get("script"), {}) | args
+    if args.get("alpha") == math.inf:
+        args |= {"alpha": None, "observe_self_only": True}
     for name in ("forward", "reverse"):
         if f"no_{name}" in args:
             args[name] = not args.pop(f"no_{name}")

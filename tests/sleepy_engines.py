@@ -54,15 +54,16 @@ class SleepyEngine:
 
 @dataclasses.dataclass(frozen=True)
 class SleepyEngines(PlainEngines):
-    """Makes engines whose builds and steps take so many seconds."""
+    """Makes engines whose builds and steps take so many seconds, after so many of preparation."""
 
+    prepare_s: float = 0.0
     build_s: float = 0.0
     step_s: float = 0.0
     busy: bool = False
     log: str = ""  # a file for a line "+ process" when a build begins, "- process" when it ends
 
     def prepare(self) -> None:
-        pass
+        spend(self.prepare_s, self.busy)
 
     def note(self, sign: str) -> None:
         if self.log:

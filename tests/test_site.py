@@ -5,8 +5,10 @@ import csv
 import functools
 import html
 import http.server
+import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import threading
@@ -19,7 +21,7 @@ from PIL import Image
 from scipy import stats
 
 from experiments import website
-from experiments.runs import COLUMNS, read_study
+from experiments.runs import COLUMNS, load_script, read_study, script_args
 from experiments.website import (
     DECIDED,
     FAMILIES,
@@ -27,10 +29,13 @@ from experiments.website import (
     NAVIGATION,
     PLACES,
     ROOT,
+    command_of,
     equations_of,
     gallery_page,
+    groups_of,
     method_flags,
     read_films,
+    read_studies,
     script_page,
 )
 
@@ -134,6 +139,26 @@ def test_a_scripts_page_says_what_its_study_has(tmp_path):
     without = script_page("maac_particle", studies, [], tmp_path / "curves")
     assert "No study of this script is in `docs/data`" in without
     assert "(../docs/baselines_particle.md)" in without
+
+
+@pytest.mark.long
+def test_commands_of_benchmarks_are_ones_that_scripts_take():
+    """Of all studies in docs/data, whose runs may be older than today's flags."""
+    for runs in read_studies(ROOT / "docs/data").values():
+        for members in groups_of(runs).values():
+            _, path, *argv = shlex.split(command_of(members[0]))
+            argv[-1] = "1"  # of --seed S
+            script_args(load_script(Path(path).stem), argv)
+
+
+def test_films_of_two_runs_share_no_directory():
+    """A directory takes one run's evaluations: else the second of two commands is refused."""
+    sources = {}
+    for words in (command.split() for film in FILMS for command in film["commands"]):
+        options = dict(itertools.pairwise(words))
+        if "--eval-only" in options and "--run-dir" in options:
+            sources.setdefault(options["--run-dir"], set()).add(options["--eval-only"])
+    assert sources and all(len(found) == 1 for found in sources.values())
 
 
 def test_films_are_small_named_and_on_their_pages():

@@ -39,13 +39,13 @@ def find_world(name: str) -> Any:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
         raise ValueError(f"--substrate {name}: there is no module {error.name}.") from None
-    except AttributeError:
-        raise ValueError(f"--substrate {name}: {module} has no {attribute}.") from None
     finally:
         sys.path.remove(here)
+    if found is None:
+        raise ValueError(f"--substrate {name}: {module} has no {attribute}.")
     if not callable(found):
         raise ValueError(f"--substrate {name}: {attribute} is no class and no function.")
     return found

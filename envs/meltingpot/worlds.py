@@ -454,7 +454,8 @@ def wait_for_turn(connection: Connection, memory_fd: int, turns: int) -> int:
 
 def worker_main(socket_fd: int, memory_fd: int) -> None:
     """Main loop of a worker process: answer messages until the trainer closes the socket."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the trainer reacts
+    # These are sent to the whole group: the trainer reacts.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(socket_fd)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -497,7 +498,7 @@ class Worker:
     def send(self, letter: bytes, world: int = 0, episode: int = 0) -> None:
         """Send a message; _read() takes its answer later."""
         self.pending.append((letter, world))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _read() notices it
+        with contextlib.suppress(OSError):  # _read() notices it, or it is buried already
             self.connection.send_bytes(letter + np.array([world, episode], np.int32).tobytes())
 
     def building(self) -> list[int]:
@@ -742,9 +743,8 @@ class MeltingPot:
         for world in range(self.num_envs):
             if self.next[world] is None:
                 worker = self.place[world] if short else self._standby()
-                if worker is None:
-                    break
-                self._reserve(world, worker)
+                if worker in self.workers:  # else nobody is free, or it died while the world rests
+                    self._reserve(world, worker)
         for worker in self.workers:
             if worker.serving and not (short and learning):
                 continue
@@ -830,12 +830,10 @@ class MeltingPot:
     def _limit(self, worker: Worker) -> float:
         """Seconds that a worker may give no sign of life before its next answer."""
         letter, _ = worker.pending[0]
+        # At its start it imports and perhaps compiles, as many others do at the same time.
+        expected = 0.0 if worker.started else 60.0
         if letter == b"B":  # chemistry: 13 s, on a busy machine several times as long
-            expected = 10 * self.slowest_build if self.slowest_build else 120.0
-        elif worker.started:
-            expected = 0.0
-        else:  # it imports and perhaps compiles, as many others do at the same time
-            expected = 60.0
+            expected = max(expected, 10 * self.slowest_build if self.slowest_build else 120.0)
         return max(self.timeout, expected)
 
     def _receive(self, worker: Worker) -> None:

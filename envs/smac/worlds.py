@@ -113,13 +113,17 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
 
 def wrong_to_resume(args: Any, own: dict[str, Any]) -> list[tuple[Any, str]]:
     """[(whether it is wrong, sentence)]: a run with the saved arguments `own` can be resumed only
-    with its --backend and --game-version. (It may be evaluated with others.)"""
+    with its --backend, --game-version and --num-envs. (It may be evaluated with others.)"""
     in_simulator = args.backend == "sim" and args.scenario != "resource"
     return [
         (args.backend != own["backend"], f"{args.resume} is a run with --backend {own['backend']}"),
         (
             args.game_version != own["game_version"],
             f"{args.resume} is a run with --game-version {own['game_version'] or 'unset'}",
+        ),
+        (
+            args.num_envs != own["num_envs"],
+            f"{args.resume} is a run with --num-envs {own['num_envs']}",
         ),
         (
             args.env_threads not in (1, own["env_threads"]) and not in_simulator,

@@ -95,6 +95,17 @@ def test_a_run_from_before_a_flag_is_no_other_run(tmp_path):
     job.check_same(own)
 
 
+@pytest.mark.parametrize(("flag", "theirs"), [("num_envs", 4), ("backend", "sc2")])
+def test_a_run_in_other_battles_is_another_run(tmp_path, flag, theirs):
+    """Though an evaluation may change these flags, and RESUMABLE names them for that."""
+    job = runs.Job(tmp_path / "run", "mipi_refil_smac.py", (), 1, 30_000)
+    script = importlib.import_module("mipi_refil_smac")
+    own = dataclasses.asdict(script.Args(seed=1)) | {"script": "mipi_refil_smac"}
+    job.check_same(json.loads(json.dumps(own)))
+    with pytest.raises(runs.UsageError, match=f"its {flag} is {theirs}, not"):
+        job.check_same(json.loads(json.dumps(own)) | {flag: theirs})
+
+
 def test_a_study_starts_resumes_and_keeps(jobs, capsys):
     """New runs start, one that was stopped (75) goes on, a finished one is kept, one that is too
     short goes on; a failing one is named with its log."""

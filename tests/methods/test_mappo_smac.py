@@ -661,6 +661,15 @@ def test_what_would_do_something_else_than_it_says(line, words):
     assert [word for word in words.split() if word not in str(error.value)] == []
 
 
+def test_a_run_in_many_battles_is_evaluated_in_a_few_games():
+    """As docs/starcraft.md has it; so few that they could not be divided into minibatches."""
+    source = Path(mappo.__file__).parents[1] / "zoo" / "sz-mappo-s1"
+    args = read(mappo, f"--eval-only {source} --backend sc2 --game-version 4.10.0 --num-envs 4")
+    assert harness.saved_args(str(source), mappo.Args).num_envs == 256 and args.num_envs == 4
+    rounds = {"rollout": "rounds", "minibatches": 8, "eval_only": "run"}
+    assert not any(wrong for wrong, _ in mappo.validate(dataclasses.replace(args, **rounds)))
+
+
 def test_presets():
     """The one for CPUs sets its flags, others override it wherever they stand."""
     assert read(mappo, "") == mappo.Args() == read(mappo, "--preset paper")

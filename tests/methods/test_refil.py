@@ -902,6 +902,13 @@ def test_threads_are_not_given_to_a_run_that_has_no_use_for_them():
         ]
 
 
+def test_a_run_goes_on_with_as_many_battles():
+    own = dataclasses.asdict(refil.Args())
+    args = dataclasses.replace(refil.Args(), resume="run", num_envs=4)
+    found = worlds.wrong_to_resume(args, own)
+    assert [text for bad, text in found if bad] == ["run is a run with --num-envs 8"]
+
+
 @pytest.mark.parametrize("source", ["resume", "eval_only"])
 def test_threads_of_a_saved_run_are_no_error(source):
     """One begun before they were refused, or one that is evaluated in the game."""

@@ -689,13 +689,14 @@ def test_a_worker_that_fails_says_why():
         close_and_look_for_orphans(envs)
 
 
-def test_workers_ignore_ctrl_c():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_workers_ignore_what_stops_the_trainer(number):
     """The terminal sends it to them, too; the trainer then saves, for which it may step on."""
     rng = np.random.default_rng(11)
     with MeltingPot(CHICKEN, 2, num_workers=2) as envs:
         envs.reset()
         for pid in pids(envs):
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, number)
         for _ in range(20):
             envs.step(draw(rng, envs))
         assert all(map(is_alive, pids(envs)))

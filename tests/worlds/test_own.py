@@ -182,6 +182,9 @@ def test_an_error_within_a_world_keeps_its_traceback(my_world):
     add(my_world, "Faulty", "    def __init__(self):", "        len(3)")
     with pytest.raises(TypeError, match="has no len"):
         OwnWorlds("my_world:Faulty", 1)
+    (my_world / "their_world.py").write_text("import os\n\nos.nothing\n\n\nclass Berries: ...\n")
+    with pytest.raises(AttributeError, match="'os' has no attribute 'nothing'"):
+        OwnWorlds("their_world:Berries", 1)
 
 
 def test_an_end_that_terminates_some_and_truncates_others_is_a_truncation(my_world):

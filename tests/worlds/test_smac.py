@@ -550,11 +550,16 @@ def test_a_script_plays_in_the_game(name, every, games, tmp_path, monkeypatch, c
     assert module.main([*more, "--game-version", "4.6.2"]) == 2
     assert "--game-version 4.10.0" in capfd.readouterr().err
     assert module.main([*more, "--backend", "sim"]) == 2 and len(games) == first[1]
+    assert module.main([*more, "--num-envs", "1"]) == 2 and len(games) == first[1]
+    assert "is a run with --num-envs 2" in capfd.readouterr().err
     assert module.main(more) == 0
     assert json.loads(Path("run/summary.json").read_text())["timesteps"] >= 60 > first[0]
     before = len(games)
     assert module.main(["--eval-only", "run", "--final-episodes", "2"]) == 0
     assert len(games) == before + 3 * 2
+    one = ["--eval-only", "run", "--final-episodes", "2", "--num-envs", "1"]
+    assert module.main(one) == 0  # a run in many simulated battles is evaluated in few games
+    assert len(games) == before + 3 * 2 + 3 * 1
 
 
 @spoken

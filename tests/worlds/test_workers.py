@@ -36,9 +36,11 @@ def long_builds(monkeypatch):
     monkeypatch.setattr(ours, "SHORT_BUILD", -1.0)
 
 
-def worlds(num_envs: int, build_s=0.0, step_s=0.0, busy=False, log="", **options) -> Sleepy:
+def worlds(
+    num_envs: int, prepare_s=0.0, build_s=0.0, step_s=0.0, busy=False, log="", **options
+) -> Sleepy:
     """Worlds whose engines take so many seconds; one worker unless told."""
-    engines = SleepyEngines(SPEC, build_s=build_s, step_s=step_s, busy=busy, log=str(log))
+    engines = SleepyEngines(SPEC, prepare_s, build_s, step_s, busy, str(log))
     return Sleepy(num_envs, engines, **{"num_workers": 1} | options)
 
 
@@ -193,7 +195,34 @@ def test_a_worker_dies_while_another_one_is_waited_for():
         timer.join()
 
 
+@pytest.mark.parametrize("after", ["reset", "rest"])
+def test_a_worker_that_dies_while_its_worlds_rest(after, capfd):
+    """As all of them do at the end of an evaluation; the next one begins with another worker."""
+    with worlds(2, num_workers=2) as envs:
+        envs.reset()
+        envs.rest(1)
+        step(envs)
+        worker = envs.workers[1]
+        send(worker, signal.SIGKILL)
+        worker.process.wait()
+        envs.check()
+        if after == "rest":
+            envs.rest(1)
+        envs.reset()
+        assert step(envs).reward.tolist() == [[1.0], [1.0]]
+        sentence = rf"{name(worker, 'none')} was killed by SIGKILL\. It is replaced\."
+        assert re.search(sentence, capfd.readouterr().err)
+
+
 # --- Standby processes ----------------------------------------------------------------------------
+
+
+def test_a_start_may_take_a_minute(long_builds):
+    """Also if it is known that builds are short."""
+    with worlds(1, prepare_s=2.0, timeout=0.5, max_episode_steps=1) as envs:
+        envs.reset()
+        step(envs)
+        assert episodes(envs) == [1]
 
 
 @pytest.mark.long
