@@ -519,6 +519,18 @@ def test_sets_begin_and_go_on_apart():
             assert differences(x["collector"]["worlds"], y["collector"]["worlds"])
 
 
+def test_no_stage_repeats_the_draws_of_another():
+    """Random numbers of all sets of three stages differ."""
+    args = args_of("resource", "2", "3", "4", flags="--total-timesteps 100")
+    evolution, drawn = epc.Evolution(args, CPU, {}), []
+    for stage in range(3):
+        assert evolution.stage == stage
+        for each in evolution.sets.values():
+            drawn += torch.rand(4, generator=each.rng).tolist()
+        evolution.select(np.zeros((1, args.sets)))
+    assert len(set(drawn)) == len(drawn) == 12 * args.sets
+
+
 def restored(state: torch.Tensor) -> torch.Generator:
     rng = torch.Generator()
     rng.set_state(state)

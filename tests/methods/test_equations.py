@@ -261,6 +261,32 @@ def test_distillation_rates_and_epochs_matter():
         assert moved(phase, f"--{phase}-epochs", "1") < moved(phase, f"--{phase}-epochs", "6")
 
 
+def test_each_epoch_begins_chunks_with_phis_new_memory(monkeypatch):
+    """Hidden states before chunks are those of phi as it is then, stepping from the beginning."""
+    s = setting("--forward-epochs", "3", "--forward-lr", "3e-3", "--chunk-length", "5")
+    sharpen(s.agent.actor, 0.5)
+    batch, given, expected = collect(s), [], []
+    minibatches = bidist.minibatches
+
+    def watched(args, chunks, rng):
+        before, hidden = [], batch.distilled_hidden[0]
+        for t, step in enumerate(zip(*batch.actor_views())):
+            if t % 5 == 0:
+                before.append(hidden)
+            _, hidden = bidist.act(s.agent.distilled, bidist.Views(*step), hidden, s.agent.sprites)
+        given.append(chunks.distilled_hidden)
+        expected.append(torch.stack(before))
+        return minibatches(args, chunks, rng)
+
+    monkeypatch.setattr(bidist, "minibatches", watched)
+    distill(s, batch, "forward")
+    assert len(given) == 3
+    for ours, theirs in zip(given, expected):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    for one, other in itertools.pairwise(expected):
+        assert (one[1:] - other[1:]).abs().max() > 1e-4
+
+
 # --- Eq. (9): the clip objective and whose samples it uses ----------------------------------------
 
 

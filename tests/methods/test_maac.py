@@ -431,6 +431,31 @@ def test_each_policy_has_its_own_bound():
     assert all(torch.equal(p.grad[2], g[2]) for p, g in zip(actor.parameters(), before))
 
 
+def test_targets_follow_after_each_update(monkeypatch):
+    """--num-updates times, each time from where they are towards what the networks have become."""
+    s = setting(flags="--num-updates 3 --polyak .2 --learning-rate .05")
+    for net in NETS:
+        getattr(s.agent, net).float()
+    for _ in range(4):
+        maac.collect(s.agent, s.collector, seeded(1))
+    pairs = {"target_actor": "actor", "target_critic": "critic"}
+    slow = {target: weights(getattr(s.agent, target)).clone() for target in pairs}
+    update_actors, calls = maac.update_actors, []
+
+    def watched(*given):
+        found = update_actors(*given)
+        for target, net in pairs.items():
+            slow[target] = 0.8 * slow[target] + 0.2 * weights(getattr(s.agent, net))
+        calls.append(given)
+        return found
+
+    monkeypatch.setattr(maac, "update_actors", watched)
+    maac.update(s.args, s.agent, s.collector, seeded(2))
+    assert len(calls) == 3
+    for target, expected in slow.items():
+        assert close(weights(getattr(s.agent, target)), expected, 1e-5), target
+
+
 # --- Batch norm -----------------------------------------------------------------------------------
 
 

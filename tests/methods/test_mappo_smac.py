@@ -533,6 +533,19 @@ def test_slow_critic_learning_rate_and_entropy():
     assert np.allclose([mappo.share_left(args, t) for t in (0, 50, 100, 110)], [1, 0.6, 0.2, 0.2])
 
 
+def test_the_slow_critic_moves_once_a_rollout():
+    """After all epochs and minibatches, towards what V has become."""
+    s = setting("--target-tau .25 --epochs 2 --minibatches 2")
+    batch = mappo.prepare(s.args, s.agent, mappo.collect(s.args, s.battles, s.player)[0])
+    before = [p.clone() for p in s.agent.target_critic.parameters()]
+    first = [p.detach().clone() for p in s.agent.critic.parameters()]
+    mappo.update(s.args, s.agent, batch, s.rng, 1.0)
+    slow, fast = (list(x.parameters()) for x in (s.agent.target_critic, s.agent.critic))
+    assert any((x - y).abs().max() > 1e-4 for x, y in zip(first, fast))
+    for old, x, y in zip(before, slow, fast):
+        assert torch.allclose(x, 0.75 * old + 0.25 * y, atol=1e-6)
+
+
 # --- Same seed, same bits -------------------------------------------------------------------------
 
 

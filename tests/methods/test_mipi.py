@@ -399,6 +399,23 @@ def test_an_exact_policy_acts_as_it_learns(memory):
     assert (of_q != greedy)[alive].any()  # the marginal matters
 
 
+def test_an_exact_policys_player_forgets_what_was_before_an_episode():
+    """The marginal's memory, too: a battle begins as it does for a new player."""
+    s, begun = setting("--policy exact --alpha 2", rounds=0), []
+    sharpen(s.agent.marginal, 1.0, 9)
+    player = mipi.Player(s.agent)
+    for each in (player, player, mipi.Player(s.agent)):
+        s.battles.seed(3)
+        s.battles.reset()
+        actions = each(s.battles)
+        begun.append((actions, each.hidden, each.own_hidden))
+        for _ in range(3):
+            s.battles.step(each(s.battles))
+        assert not torch.allclose(each.own_hidden, begun[-1][2], atol=1e-3)
+    for again in begun[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(begun[0], again))
+
+
 @pytest.mark.numeric
 def test_an_exact_policy_with_a_tiny_alpha():
     """Only actions that are available have a probability: Eq. (13)'s by NumPy."""
@@ -651,6 +668,58 @@ def test_alternations_on_cached_trunks_are_blahut_and_arimotos(monkeypatch):
         loss = (log_pi.exp() * (0.4 * (log_pi - log_m) - q)).sum(-1).mean()
         assert losses[2 * m + 1] == pytest.approx(loss.item(), rel=1e-9)
         descend(loss, agent.policy, agent.policy_optimiser, clip)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("limit", [0.01, 1000.0])
+def test_a_step_of_critic_and_policy_clips_each_by_its_own_norm(limit):
+    """Of one loss with known slopes, by gradient descent; slopes of earlier steps are gone."""
+    s = setting(f"--max-grad-norm {limit}", rounds=0, double=True)
+    agent, loss, expected = s.agent, 0.0, {}
+    agent.optimiser, agent.policy_optimiser = (
+        torch.optim.SGD(net.parameters(), lr=1.0) for net in (agent.critic(), agent.policy)
+    )
+    rng = np.random.default_rng(1)
+    for name, net, size in (("critic", agent.critic(), 0.1), ("policy", agent.policy, 0.5)):
+        slopes = [size * rng.normal(size=p.shape) for p in net.parameters()]
+        norm = np.sqrt(sum((x**2).sum() for x in slopes))
+        assert 0.01 < norm < 1000
+        share = min(1.0, limit / norm)
+        expected[name] = [p.detach().numpy() - share * x for p, x in zip(net.parameters(), slopes)]
+        for p, x in zip(net.parameters(), slopes):
+            loss = loss + (p * torch.from_numpy(x)).sum()
+            p.grad = torch.full_like(p, 0.3)
+    mipi.step_together(s.args, agent, loss)
+    for name, net in (("critic", agent.critic()), ("policy", agent.policy)):
+        for p, x in zip(net.parameters(), expected[name]):
+            assert np.allclose(p.detach(), x, rtol=1e-6, atol=1e-7), name
+
+
+def test_a_learning_rate_is_that_of_all_optimisers():
+    agent = setting(rounds=0).agent
+    agent.set_learning_rate(0.25)
+    optimisers = agent.optimiser, agent.policy_optimiser, agent.marginal_optimiser
+    assert [group["lr"] for x in optimisers for group in x.param_groups] == [0.25] * 3
+
+
+@pytest.mark.numeric
+def test_the_policys_w_is_that_of_the_mixer(monkeypatch):
+    """w_i of the agents that live, small ones, too: it weighs the loss and divides alpha_i."""
+    s, seen, actor_loss = setting("--alpha-i-over-w", noise=2.0), [], mipi.actor_loss
+    trunks, _, _ = forward(s)
+    y = mipi.find_targets(s.args, s.agent, s.batch, trunks)
+    _, w, _ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.q, y)
+    dead = s.batch.features.avail_actions[s.batch.now][..., 0]
+
+    def watched(args, agent, living, w):
+        seen.append(w)
+        return actor_loss(args, agent, living, w)
+
+    monkeypatch.setattr(mipi, "actor_loss", watched)
+    mipi.learn(s.args, s.agent, s.batch, s.groups)
+    expected = w[~dead].clamp(min=1e-6)  # a softmax can underflow to 0
+    assert dead.any() and (expected < 0.05).any() and len(seen) == s.agent.ba_iterations
+    assert all(torch.equal(x, expected) for x in seen)
 
 
 @pytest.mark.numeric

@@ -741,6 +741,18 @@ def test_epsilon_falls_and_stays():
     assert np.allclose(found, [0.9, 0.5, 0.1, 0.1])
 
 
+@EACH
+def test_epsilon_falls_by_steps_of_the_environment(module):
+    """The logged value is that of the last round: of the steps that were made before it."""
+    flags = ("--log-every", 1, "--epsilon-start", 0.9, "--epsilon-final", 0.1)
+    run(module, "run", 64, *flags, "--epsilon-steps", 100)
+    lines = [x for x in metrics("run") if "epsilon" in x]
+    before = [0, *(x["timesteps"] for x in lines)][: len(lines)]
+    assert len(lines) > 2 and lines[-1]["timesteps"] > 40
+    expected = [0.9 - 0.8 * min(t / 100, 1) for t in before]
+    assert [x["epsilon"] for x in lines] == pytest.approx(expected, abs=1e-9)
+
+
 # --- Same seed, same bits -------------------------------------------------------------------------
 
 
