@@ -564,6 +564,24 @@ def test_minibatches_are_chunks_with_all_their_agents_once_per_epoch():
     assert torch.equal(torch.cat(seen).sort().values, marks.flatten())
 
 
+@pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
+def test_the_critic_knows_previous_actions_of_an_episode(script):
+    """One-hot, of every agent; zeros at an episode's first step, and none of the episode before."""
+    s = setting("--max-episode-steps", "7", script=script)
+    last = np.full((4, 2), -1)
+    for _ in range(2):
+        batch = collect(s)
+        T, B, N = batch.actions.shape
+        found = batch.critic_features.view(T + 1, B, N, -1)[..., -3:].numpy()
+        actions, starts = batch.actions.numpy(), batch.starts.numpy()
+        assert starts[1:].any() and (batch.truncated | batch.terminated).any()
+        for t, b, n in np.ndindex(T + 1, B, N):
+            before = actions[t - 1, b, n] if t else last[b, n]
+            expected = np.zeros(3) if starts[t, b] else np.eye(3)[before]
+            assert (found[t, b, n] == expected).all()
+        last = actions[-1]
+
+
 def test_team_reward_is_everyones_sum():
     own, team = setting(), setting("--team-reward")
     a, b = collect(own), collect(team)

@@ -546,6 +546,18 @@ def test_the_slow_critic_moves_once_a_rollout():
         assert torch.allclose(x, 0.75 * old + 0.25 * y, atol=1e-6)
 
 
+def test_what_is_left_is_of_both_rates():
+    """A quarter of both is an update with both at a quarter, bit for bit."""
+    found = []
+    for c, rate, share in ((0.4, 1e-3, 0.25), (0.1, 2.5e-4, 1.0), (0.4, 2.5e-4, 1.0)):
+        s = learned_from(f"--entropy-coef {c} --learning-rate {rate} --epochs 2", noise=0)
+        mappo.update(s.args, s.agent, s.batch, s.rng, share)
+        nets = {name: getattr(s.agent, name) for name in ("actor", "critic")}
+        found.append({name: dict(net.state_dict()) for name, net in nets.items()})
+    assert differences(found[0], found[1]) == []
+    assert differences(found[0]["actor"], found[2]["actor"]), "c matters"
+
+
 # --- Same seed, same bits -------------------------------------------------------------------------
 
 

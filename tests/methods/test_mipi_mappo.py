@@ -117,8 +117,10 @@ def numpy_kl(log_pi, log_m, avail):
 
 @pytest.mark.parametrize("mode", some_long(of_parent.WHOLE, "windows within", "windows of"))
 def test_without_its_term_it_is_mappo_bit_for_bit(mode):
-    """--alpha 0: networks, optimisers, generator, battles, log and evaluations of whole runs."""
+    """--alpha 0: networks, optimisers, generator, battles, log and evaluations of whole runs, with
+    rates that fall."""
     flags = [*of_parent.WHOLE[mode].split(), "--log-every", "64", "--final-episodes", "1"]
+    flags += ["--final-share", ".2"]
     theirs = of_parent.run("theirs", 96, *flags)
     mine = run("mine", 96, *flags, "--alpha", 0)
     for part in theirs["agent"]:

@@ -384,6 +384,17 @@ def test_diff_is_the_method(child, parent):
     assert gone <= 0.20 * len(parent), f"{gone} of the parent's {len(parent)} are changed or gone"
 
 
+@NAMES
+def test_who_acted_is_remembered_and_not_who_learned(name):
+    """Behind its first iteration, a run remembers the actor that it began with."""
+    assert SCRIPTS[name].main(tiny(name, "run", 1)) == 0
+    saved, begun = states("run")
+    assert begun["timesteps"] == 0
+    (remembered,) = saved["memory"]["actors"]
+    assert differences(dict(begun["agent"]["actor"]), dict(remembered)) == []
+    assert differences(dict(saved["agent"]["actor"]), dict(remembered))
+
+
 CUTS = [
     (PP, "--memory 4 --policies-per-rollout 3 --use-history"),
     pytest.param(PP, "--redraw episode --max-episode-steps 7", marks=pytest.mark.long),

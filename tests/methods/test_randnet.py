@@ -10,6 +10,8 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import harness
+
 import numpy as np
 import pytest
 import test_meltingpot_flags as flags_of_all
@@ -303,6 +305,30 @@ def test_six_are_three_and_three(flags):
     assert not torch.equal(before["method_rng"], after["method_rng"])
     assert after["psi"] is None or after["psi"].shape == (3, 3, 3, 3)
     assert differences({"psi": before["psi"]}, {"psi": after["psi"]}), "redrawn"
+
+
+def test_every_process_draws_the_same_psis(monkeypatch):
+    """One of rank 0 and one of rank 1, each alone: other worlds and actions, the same f_psi."""
+    psis, draw, actions, sample = ([], []), randnet.draw_psi, ([], []), randnet.sample
+    for rank in (0, 1):
+        start = (rank, 1, torch.device("cpu"))
+
+        def drawing(*given, rank=rank):
+            psis[rank].append(draw(*given))
+            return psis[rank][-1]
+
+        def sampling(*given, rank=rank):
+            actions[rank].append(sample(*given))
+            return actions[rank][-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(harness, "start_processes", lambda args, start=start: start)
+            patch.setattr(randnet, "draw_psi", drawing)
+            patch.setattr(randnet, "sample", sampling)
+            argv = tiny(NAME, "run", 2, "--clean-share", 0)
+            assert randnet.main([*argv, "--save-every", "0"]) == 0
+    assert len(psis[0]) == 2 and differences({"psi": psis[0]}, {"psi": psis[1]}) == []
+    assert differences({"actions": actions[0]}, {"actions": actions[1]})
 
 
 def test_players_and_background():

@@ -427,6 +427,35 @@ def test_rates_fall_on_where_they_were(module, flags):
     assert np.allclose(rates, expected)
 
 
+LEARNERS = ["baselines.refil_smac", "baselines.collaq_smac", "mipi_refil_smac"]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("every", [5, 6])
+def test_targets_are_copied_once_at_each_multiple(name, every, monkeypatch):
+    """Of --target-every episodes: both networks, behind the updates of the round, of two episodes,
+    that reached it, and not again behind the next one."""
+    module, rounds, copied = script(name), [], []
+    update, copy = module.update, module.Agent.copy_to_targets
+
+    def updating(args, agent, buffer, rng):
+        rounds.append(buffer.episodes)
+        return update(args, agent, buffer, rng)
+
+    def copying(agent):
+        copied.append(rounds[-1])
+        copy(agent)
+        for net in ("utility", "mixer"):
+            ours, target = (getattr(agent, x).state_dict() for x in (net, f"target_{net}"))
+            assert differences(dict(ours), dict(target)) == []
+
+    monkeypatch.setattr(module, "update", updating)
+    monkeypatch.setattr(module.Agent, "copy_to_targets", copying)
+    run(module, "run", 144, "--target-every", every)
+    assert rounds == list(range(2, 2 * len(rounds) + 1, 2)) and len(rounds) > 8
+    assert copied == [n for n in rounds if n // every > (n - 2) // every]
+
+
 # --- The learner against plain ones ---------------------------------------------------------------
 
 
@@ -710,6 +739,21 @@ def test_players_forget_what_was_before_an_episode(module):
     assert played[0] == played[1] == played[2]
     hidden = player.hidden if module is collaq else [player.hidden]
     assert all(float(x.abs().max()) > 0 for x in hidden)
+
+
+@EACH
+def test_memories_of_players_begin_with_an_episode(module):
+    """All of them, behind its first moment, are those of players that have played nothing."""
+    s = tools.setting(module, rounds=0)
+    player, fresh = module.Player(s.agent), module.Player(s.agent)
+    s.battles.seed(3)
+    play(s.battles, player)
+    before = player.hidden
+    s.battles.seed(3)
+    s.battles.reset()
+    assert torch.equal(player(s.battles), fresh(s.battles))
+    assert differences({"hidden": player.hidden}, {"hidden": fresh.hidden}) == []
+    assert differences({"hidden": player.hidden}, {"hidden": before})
 
 
 @EACH

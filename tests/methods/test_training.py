@@ -316,6 +316,27 @@ def test_flags_of_the_real_worlds():
         assert (envs.num_workers, envs.timeout, envs.spec.substrate) == (3, 2.5, "coins")
 
 
+def test_phis_memory_after_a_distillation_is_the_new_phis(tmp_path, monkeypatch):
+    """What a run takes to its next rollout: phi, as distilled, stepped through the last one."""
+    distill, given = bidist.distill, []
+
+    def watched(args, agent, batch, state, **more):
+        given.append((agent, batch, state.distilled_hidden))
+        return distill(args, agent, batch, state, **more)
+
+    monkeypatch.setattr(bidist, "distill", watched)
+    far = ["--reverse-mode", "noise", "--noise-std", "0.5"]
+    state = run(bidist, tmp_path / "run", *SHORT, *far, "--total-timesteps", "160")
+    agent, batch, old = given[-1]
+    assert len(given) == 2
+    hidden = batch.distilled_hidden[0]
+    for step in zip(*batch.actor_views()):
+        _, hidden = bidist.act(agent.distilled, bidist.Views(*step), hidden, agent.sprites)
+    found = state["ranks"][0]["state"]["distilled_hidden"]
+    assert torch.allclose(found, hidden, atol=1e-3)
+    assert (found - old).abs().max() > 0.1
+
+
 def test_log_of_a_run(tmp_path, capsys):
     run(bidist, tmp_path / "run", "--k-d", "1")
     iterations = [m for m in metrics(tmp_path / "run") if "sps" in m]
