@@ -175,7 +175,8 @@ class MeltingPotView(View):
     Observations are {"RGB": (H, W, 3) uint8, feature: (length,) float64, ...} with the substrate's
     other features. Each player has its own reward. Infos have `pick_ups`, the number in this step.
     state() and pictures are WORLD.RGB, which players do not see. reset(seed) sets the engine's
-    seeds, yet the engine is not reproducible (docs/meltingpot.md). max_cycles 0: no limit.
+    seeds, yet the engine is not reproducible (docs/meltingpot.md). max_cycles 0: no limit. Bots of
+    scenarios do not play here (envs/meltingpot/scenarios.py), so ValueError for a scenario's name.
     """
 
     metadata = new_metadata("meltingpot_v2", 10)
@@ -184,6 +185,9 @@ class MeltingPotView(View):
         from envs.meltingpot.worlds import SPRITE, get_spec
 
         self.spec, self.max_cycles = get_spec(substrate, others=()), max_cycles
+        if not all(self.spec.is_focal):
+            home = self.spec.substrate
+            raise ValueError(f"{substrate} is a scenario, whose bots do not play here: try {home}.")
         size = [SPRITE * tiles for tiles in self.spec.grid]
         seen = {"RGB": spaces.Box(0, 255, (*size, 3), np.uint8)}
         for name, length in self.spec.features:

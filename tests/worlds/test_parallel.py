@@ -178,6 +178,14 @@ def test_there_is_no_hint_at_the_toy():
     assert str(error.value) == "Unknown substrate 'toy': see docs/meltingpot.md for the list."
 
 
+def test_scenarios_have_no_view():
+    """All of coins_0's seats would be the caller's, also the bot's."""
+    with pytest.raises(ValueError) as error:
+        parallel_env("meltingpot", "coins_0")
+    text = "coins_0 is a scenario, whose bots do not play here: try coins."
+    assert str(error.value) == text
+
+
 @pytest.mark.parametrize("which", ONE_EACH)
 def test_no_step_before_a_reset_or_after_the_end(which):
     world = parallel_env(*which, max_cycles=2)
