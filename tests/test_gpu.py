@@ -138,10 +138,11 @@ def test_from_the_cpu_there_and_back(name, device, runs, tmp_path):
 @every_script
 def test_evaluations_agree(name, device, runs, capsys):
     """The same checkpoint plays the same episodes on both."""
+    run = runs(name, "cpu")  # it prints a table, too, if it is trained here
     found = []
     for where in (device, "cpu"):
         capsys.readouterr()
-        train(name, "--eval-only", runs(name, "cpu"), "--device", where)
+        train(name, "--eval-only", run, "--device", where)
         lines = capsys.readouterr().out.splitlines()
         found.append([line for line in lines if line.startswith("|")])
     assert len(found[0]) > 2 and found[0] == found[1]
