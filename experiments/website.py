@@ -51,7 +51,7 @@ from experiments.runs import (
 NAVIGATION = {
     "Start": "README docs/running docs/IDEA docs/scripts docs/zoo zoo/README gallery",
     "Claims and results": """docs/CLAIMS docs/results_bidist docs/cross_play docs/reverse_phases
-        docs/results_mra docs/results_mipi""",
+        docs/pure_coordination docs/results_mra docs/results_mipi""",
     "Methods": "docs/bidist docs/mra docs/mra_ladder docs/mipi docs/mipi_lemma docs/mipi_mappo "
     "docs/mipi_strengths",
     "Baselines": """docs/baselines_meltingpot docs/baselines_particle docs/baselines_rl2
