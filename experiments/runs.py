@@ -53,6 +53,7 @@ Runs = Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories, pac
 WORLD = ("substrate", "task", "scenario")  # flags of which each script has one: its world
 # Flags by which evaluations, too, are of another world. (Melting Pot's play whole episodes.)
 RULES = ("shaping", "collision_penalty", "max_episode_steps", "enemy_ai", "clip_regeneration")
+LAPS = ("collect_s", "learn_s")  # seconds, since the last line of the log
 POINTS = 100  # a packed curve has at most so many points
 SLACK = 0.05  # relative difference allowed between lengths of runs that are seeds of one arm
 # By script: values of flags that older runs lack, where they did not do what is the default now.
@@ -683,19 +684,22 @@ def check_replaced(out: Path, before: list[Run], runs: list[Run]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """List runs: script, seed, environment steps, evaluations and commit."""
+    """List runs: script, seed, environment steps, minutes, evaluations and commit."""
 
     runs: Runs  # run directories and packed studies to list
     only: tuple[str, ...] = ()  # list only runs whose names match one of these shell patterns
 
 
 def show(study: Show) -> None:
-    """Print a table of runs: script, seed, environment steps, evaluations, commit."""
+    """Print a table of runs: script, seed, environment steps, minutes of collecting and learning
+    (without evaluations), evaluations, commit."""
     rows = []
     for run in read_runs(study.runs, study.only, same=lambda run: run.where):
         episodes = sum(len(x.returns) for x in run.evaluations)
         row = {"run": run.name, "script": run.args["script"], "seed": run.args["seed"]}
         row |= {"steps": f"{run.summary['timesteps'] or run.steps:,}"}
+        seconds = [scalars[name] for scalars in run.log for name in LAPS if name in scalars]
+        row |= {"minutes": f"{sum(seconds) / 60:.0f}" if seconds else ""}
         row |= {"final rows": len(run.summary["eval"]), "episodes beside bots": episodes}
         rows.append(row | {"commit": run.args.get("commit", "")})
     print(markdown_table(rows))

@@ -271,6 +271,20 @@ def test_means_of_a_thinned_curve_are_refused(tmp_path):
     assert code == 2 and "has it thinned; name run directories." in err
 
 
+def test_minutes_of_runs(tmp_path):
+    """A thinned curve of seconds has their sums, so minutes outlive the log; without, none."""
+    run = toy_run(tmp_path / "a-s1", 1)
+    lines = [{"timesteps": 40 * k, "collect_s": 3.0, "learn_s": 1.0} for k in range(1, 151)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    whole, bare = tmp_path / "whole.csv", tmp_path / "bare.csv"
+    command("runs", "pack", whole, run)
+    command("runs", "pack", bare, run, "--curves", "entropy")
+    code, printed, _ = command("runs", "show", run, whole, bare)
+    assert code == 0
+    column = [line.split(" | ")[4] for line in printed.splitlines()[2:5]]
+    assert column == ["10", "10", ""]
+
+
 def test_a_study_grows(two, tmp_path):
     """Packed again, beside further runs or without some, what it has stays the same."""
     one, both, grown, part = (tmp_path / f"{name}.csv" for name in ("one", "both", "grown", "part"))
