@@ -85,13 +85,13 @@ class Paper(NamedTuple):
 
     method: str
     what: str  # what the method generalises to
-    stated: bool  # whether the text states environment steps; else shares are of our default
+    steps_of: str = ""  # whose environment steps are taken, where the text states none
 
 
 PAPERS = {
-    "B": Paper("BiDist, AAMAS 2025", "unseen co-players", stated=False),
-    "M": Paper("MRA, TMLR", "unseen population sizes", stated=True),
-    "I": Paper("MIPI, NeurIPS 2023", "unseen team compositions", stated=True),
+    "B": Paper("BiDist, AAMAS 2025", "unseen co-players", "our default"),
+    "M": Paper("MRA, TMLR", "unseen population sizes", "the authors' code"),
+    "I": Paper("MIPI, NeurIPS 2023", "unseen team compositions"),
 }
 
 
@@ -157,6 +157,19 @@ def below_bar(case: Claim, arm: str, points: list[Point]) -> str:
         gap = f"{bar - level:.1g} below the bar of {bar:.3g}"
         return f"{arm} has not learned in {case.run}: {level:.3g}, {gap}"
     return ""
+
+
+def bar_text(case: Claim, arm: str, points: list[Point]) -> str:
+    """Text: by how much an arm misses the claim's bar, and what its other seeds would have to be on
+    average to pass it (as "2 left need .4"); "" if it passes."""
+    if not below_bar(case, arm, points) or not points:
+        return ""
+    bar, every, have = case.bar.at_least, len(case.seeds_of(arm)), len(points)
+    text = f"{arm} in {case.run} ({np.mean(values(points)):.3g} of {bar:.3g}"
+    if have == every:
+        return f"{text}: all its seeds have run)"
+    needed = (bar * every - values(points).sum()) / (every - have)
+    return f"{text}, {every - have} left need {needed:.2g})"
 
 
 def values(points: list[Point]) -> np.ndarray:
@@ -268,7 +281,7 @@ def compare_in(
             margin=margin_of(case, theirs or [], centre),
             mine=[points[first]],
             theirs=[theirs or []],
-            why=why[first] or why.get(other, ""),
+            why="; ".join(filter(None, (why[first], why.get(other)))),
             pilot=pilot,
         )
         parts.append(part)
@@ -299,7 +312,8 @@ def compare_ranks(
             margin=case.margin,
             mine=[own[first] for own in points],
             theirs=[own[other] for own in points],
-            why=why[first] or why[other] or (missing and f"ranks need all arms; {missing}"),
+            why="; ".join(filter(None, (why[first], why[other])))
+            or (missing and f"ranks need all arms; {missing}"),
             note=count_first(worlds, first, centre) if both else "",
             pilot=pilot,
         )
@@ -329,6 +343,7 @@ class Outcome(NamedTuple):
     parts: list[Part]  # comparisons that count
     pilots: list[Part]  # comparisons of pilots
     verdict: str
+    bars: tuple[tuple[Claim, str, list[Point]], ...] = ()  # arms with a bar, and what it is for
 
     @property
     def deciding(self) -> list[Part]:
@@ -340,6 +355,12 @@ class Outcome(NamedTuple):
         """The claim in the worlds of `deciding`; where ranks decide, in all of its worlds."""
         own = [x.case for x in self.deciding]
         return tuple(x for x in self.cases if x in own or x.compare == "rank")
+
+    @property
+    def shares(self) -> list[float]:
+        """Steps as shares of the paper's, of the first arms in `worlds`; NaN: not stated."""
+        firsts = dict.fromkeys(part.first for part in self.deciding)
+        return [case.share_of(arm) for case in self.worlds for arm in firsts]
 
     @property
     def verdict_by_means(self) -> str:
@@ -354,7 +375,7 @@ def judge(cases: tuple[Claim, ...], runs: list[Run], data: Path) -> Outcome:
     def points_of(case: Claim, arm: str, measure: Measure) -> list[Point]:
         return read_points(case, arm, measure, runs, data)
 
-    own, left, why = [], [], []
+    own, left, why, bars = [], [], [], []
     for case in cases:
         found = {arm: points_of(case, arm, case.measure) for arm in case.arms}
         own.append({arm: counted(case, arm, points) for arm, points in found.items()})
@@ -363,6 +384,7 @@ def judge(cases: tuple[Claim, ...], runs: list[Run], data: Path) -> Outcome:
         for arm in case.bar.arms if case.bar else ():
             judged = counted(case, arm, points_of(case, arm, case.bar.measure))
             why[-1][arm] = why[-1][arm] or below_bar(case, arm, judged)
+            bars.append((case, arm, judged))
     free = dict.fromkeys(cases[0].arms, "")
     if cases[0].compare == "rank":
         blocked = {arm: next((x[arm] for x in why if x[arm]), "") for arm in free}
@@ -373,7 +395,7 @@ def judge(cases: tuple[Claim, ...], runs: list[Run], data: Path) -> Outcome:
         seen = [x for y in zip(cases, left) for x in compare_in(*y, free, pilot=True)]
     seen = [part for part in seen if not math.isnan(part.found.mean)]
     verdict = verdict_of_claim([part.verdict for part in parts])
-    return Outcome(cases, parts, seen, verdict)
+    return Outcome(cases, parts, seen, verdict, (*bars,))
 
 
 # --- What would decide ----------------------------------------------------------------------------
@@ -452,16 +474,41 @@ def missing_tables(outcome: Outcome) -> list[str]:
     return [*dict.fromkeys(x.command for x in found if isinstance(x, Table))]
 
 
-def more_seeds(part: Part) -> str:
-    """Text: how many seeds would decide a comparison, if the effect stays the same and the width of
-    its interval falls as 1 / sqrt(seeds)."""
+def seeds_to_decide(part: Part) -> float:
+    """How many seeds an arm would decide a comparison, if the effect stays the same and the width
+    of its interval falls as 1 / sqrt(seeds); infinity if more than MOST_SEEDS."""
     have = max(len(x) for x in (*part.mine, *part.theirs))
     half = (part.found.high - part.found.low) / 2
     distance = abs(part.found.mean - part.margin)
     most = have * (half / distance) ** 2 if distance else math.inf
-    if most > MOST_SEEDS:
+    return max(have + 1, math.ceil(most)) if most <= MOST_SEEDS else math.inf
+
+
+def more_seeds(part: Part) -> str:
+    """Text: seeds_to_decide()."""
+    seeds, listed = seeds_to_decide(part), len(part.case.seeds)
+    if math.isinf(seeds):
         return f"{part.title}: too near the margin (> {MOST_SEEDS} seeds)"
-    return f"{part.title}: about {max(have + 1, math.ceil(most))} seeds an arm"
+    return f"{part.title}: about {seeds}{' fresh' * (seeds > listed)} seeds an arm"
+
+
+def fresh_runs(outcome: Outcome, slower: dict[str, float]) -> list[Missing]:
+    """The runs of a new criterion that would decide what more seeds than the claim's list decide:
+    each arm of such comparisons once, with the most seeds that one of them needs."""
+    found: dict[str, Missing] = {}
+    for part in outcome.parts if outcome.verdict == OPEN else ():
+        if part.why or part.verdict != OPEN:
+            continue
+        seeds = seeds_to_decide(part)
+        if math.isinf(seeds) or seeds <= len(part.case.seeds):
+            continue
+        for arm in (part.first, part.other):
+            case, command = part.case, part.case.arms[arm]
+            name, steps = f"{case.run}-{arm}", case.timesteps
+            every = max(seeds, len(found[name].seeds) if name in found else 0)
+            hours = hours_of(command, steps, case.hours, slower)
+            found[name] = Missing(name, command, (*range(every),), steps, hours)
+    return [*found.values()]
 
 
 def what_decides(outcome: Outcome, missing: list[Missing]) -> str:
@@ -470,14 +517,18 @@ def what_decides(outcome: Outcome, missing: list[Missing]) -> str:
         return ""
     texts = []
     scripts = {shlex.split(x.command)[0] for x in missing}
+    missed = [text for text in (bar_text(*x) for x in outcome.bars) if text]
     if missing:
         adapts = any("--adapt" in x.command for x in missing)
-        texts.append("these runs, the adapted ones among them" if adapts else "these runs")
+        own = "these runs, the adapted ones among them" if adapts else "these runs"
+        texts.append(f"{own}, where bars are met" if missed else own)
     if to_come := sorted(Path(x).name for x in scripts if not (ROOT / x).exists()):
         texts.append(f"{', '.join(to_come)} (to come)")
     texts += [f"`python {x.split(' --')[0]}`" for x in missing_tables(outcome)]
     parts = [part for part in outcome.parts if part.verdict == OPEN]
-    texts += [part.why for part in parts if "learned" in part.why or "left out" in part.why]
+    if missed:
+        texts.append(f"bars: {', '.join(missed)}")
+    texts += [part.why for part in parts if "is not known" in part.why or "left out" in part.why]
     texts += [more_seeds(part) for part in parts if not part.why]
     return "; ".join([*dict.fromkeys(texts)][:3])
 
@@ -583,6 +634,9 @@ def write_studies(folder: Path, cases: list[Claim], tables: dict[str, Any]) -> N
 
 # --- The page -------------------------------------------------------------------------------------
 
+LACKING = """One comparison that fails is enough for a verdict. What else these claims name has not
+run. It would complete the papers' figures, and cannot change the verdict.
+"""
 HOURS = "those of runs on two shared cores (where from: `experiments/claims.toml`)."
 CORES = "two shared cores"
 OWN_BOTS = f"{CORES}, with Melting Pot's own bots, which are not here ([why](scenarios.md))"
@@ -593,23 +647,29 @@ HEAD = """# The papers' claims
     python experiments/launch.py experiments/studies/claims_chicken.toml   # runs it
 
 Does what the three papers claim hold in this implementation? The criteria were written before the
-runs that decide them ([how verdicts are reached](#how-verdicts-are-reached)).
+runs that decide them, but for runs of others that the lemma claims share (in their rows).
 
-**Two methods are judged in our forms.** M's arm `mra` is the script's default, the form that [the
-ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11) and (13), psi by (11) and (13). That is
-not Algorithm 4 as printed (`--phi-gradient mi --no-psi-information`); the arms `uni` and `single`
-learn by these losses, too. B's arm `bidist` has the clip of Eq. (9) centred at the old policy, not
-the letter of Eq. (9) (`--clip-centre printed`; [bidist.md](bidist.md)).
+**Methods are judged in our forms.** B's arm `bidist` has the clip of Eq. (9) centred at the old
+policy, not its letter (`--clip-centre printed`; [bidist.md](bidist.md)). M's arm `mra` is the
+script's default, the form that [the ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11) and
+(13), psi by (11) and (13), not by Algorithm 4 as printed (`--phi-gradient mi
+--no-psi-information`); `uni` and `single` learn by these losses, too. M's arms have `--preset cpu`:
+2.5 to 3.3 % of the steps of the authors' code, but [.5 % of its minibatches](results_mra.md), of
+half their size. So have I's: no memory, a width of 64, windows of 8 steps, lambda-returns, Adam, in
+battles a pointer as target head ([mipi.md](mipi.md)); in Resource Collection MIPI plays the policy
+of Eq. (13) itself, not the head of Eq. (18).
 
 ![effects with intervals and margins, by claim](data/claims.png)
+
+Each row has a scale of its own. A comparison holds if its interval lies right of its margin, does
+not if left, else is undecided, as it is with too few seeds or arms that have not learned.
 """
 RULES = """## How verdicts are reached
 
-- **Criteria** are in `experiments/claims.toml`, with the date and what had been seen by then. Some
-  changed in commits that have other files, too (named there, with reasons).
-- **Runs that count** have the claim's flags, seeds and length. Pilots are shown, not counted. Three
-  claims read tables that other commands make, which claims.toml names, too. Of these the program
-  checks flags and length of M5's runs, seeds and length of I4's, and seeds of B2's.
+- **Criteria** are in `experiments/claims.toml`: dates, what had been seen by then, what changed.
+- **Runs that count** have the claim's flags, seeds and length; pilots are in the figure and data.
+  Three claims read tables that other commands make, which claims.toml names, too. Of these the
+  program checks flags and length of M5's runs, seeds and length of I4's, and seeds of B2's.
 - **An effect** is the first arm's centre less the other's, over seeds. The centre is the
   interquartile mean if both arms have five seeds, else the mean. Where rows or scenarios are
   counted, the effect is the difference of mean ranks, once all arms have run.
@@ -617,21 +677,23 @@ RULES = """## How verdicts are reached
   ranks are bootstraps over seeds, which are drawn as clusters and for each arm by itself.
 - **p** is of a permutation test of no difference, not of the margin, for means two-sided, exact up
   to 200,000 ways to deal the seeds (ranks: 2,000,000), then by draws. Three against three: p >= .1.
-- **A comparison** holds if its interval lies above the margin, does not if it lies below, else is
-  undecided, as it is with too few seeds, a gap among them, or arms that have not learned.
 - **A claim** holds if all of its comparisons do, and does not hold if one of them does not. Where
   means would say something else than interquartile means, the table tells.
-- **The budget** beside a verdict is that of the comparisons which decide it. BiDist's text states
-  no steps: its shares are of our script's default, 10,000,000.
+- **The budget** beside a verdict is that of the comparisons which decide it, in environment steps.
+  Texts of BiDist and MRA state none: shares are of our script's default, 10,000,000, and of 80,000
+  episodes of 20 steps a game in the code of MRA's authors.
+- **A margin** in per cent is of the other arm's figure in the same few seeds. Its own error is not
+  in the interval: it matters most in B3, B5 to B7, whose seeds differ most.
 
 **Few seeds decide too easily.** Take two arms that are equal, with normal figures
 (`tests/experiments/test_statistics.py` counts them). A bootstrap of means leaves 0 out one time in
 five with three seeds an arm, and one in eight with five, where one in twenty is meant: hence
 Student's intervals. A bootstrap of interquartile means leaves it out one time in sixteen with five
-seeds (of a single arm, M8, one in nine). Seeds are added until the list ends, so there is more than
-one look. Of several comparisons at their margin one fails more easily than a single one. In
-particle worlds equal seeds share the worlds of the final evaluation (not RL2, which ends some steps
-later). Intervals leave this out, so M's others are too wide.
+seeds (of a single arm, M8, one in nine), one of ranks with three seeds one time in nine (six arms
+in two worlds, as B1-proxy) and one in thirteen (four in three, as I1). Seeds are added until the
+list ends: more than one look. Of several comparisons at their margin one fails more easily than
+one. In particle worlds equal seeds share the worlds of the final evaluation (not RL2, which ends
+some steps later). Intervals leave this out, so M's others are too wide.
 """
 BARS = """The bars of I1 to I3 and I6 are what the script focus won with 3 to 5 agents in a sample
 of battles. Another sample ([battles.md](battles.md), 6,144 a family, +-.012) has .430 in SZ, .370
@@ -662,13 +724,13 @@ def margin_text(case: Claim) -> str:
     return f"{100 * case.margin:g} % of the other's {whose}"
 
 
-def budget_text(cases: tuple[Claim, ...]) -> str:
-    """The steps in per cent of the paper's (or of our default, which it says), a range if worlds
+def budget_text(shares: list[float], paper: Paper) -> str:
+    """Shares of the paper's steps in per cent (of whose, if the paper states none), a range if they
     differ, or "not stated"."""
-    shares = sorted(100 * x.timesteps / x.paper_steps for x in cases if x.paper_steps)
-    ends = dict.fromkeys(f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in shares[:1] + shares[-1:])
-    whose = "" if PAPERS[cases[0].id[0]].stated else " of our default"
-    return f"{' to '.join(ends)} %{whose}" if shares else "not stated"
+    known = sorted(100 * x for x in shares if not math.isnan(x))
+    ends = dict.fromkeys(f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in known[:1] + known[-1:])
+    whose = f" of {paper.steps_of}" if paper.steps_of else ""
+    return f"{' to '.join(ends)} %{whose}" if known else "not stated"
 
 
 def summary_row(outcome: Outcome) -> dict[str, str]:
@@ -676,7 +738,7 @@ def summary_row(outcome: Outcome) -> dict[str, str]:
     names = {HOLDS: "hold", FAILS: "do not", OPEN: "undecided"}
     found = [f"{name}: {verdicts.count(x)}" for x, name in names.items() if x in verdicts]
     text = ", ".join(found)
-    reasons = [part.why or part.by_means for part in outcome.parts]
+    reasons = [part.why.split("; ")[0] or part.by_means for part in outcome.parts]
     alone = [part.beside_bar for part in outcome.parts]
     first_ones = [next(filter(None, some), "") for some in (reasons, alone)]
     if said := "; ".join(filter(None, first_ones)):
@@ -689,7 +751,7 @@ def summary_row(outcome: Outcome) -> dict[str, str]:
         "verdict": outcome.verdict,
         "comparisons": text,
         "seeds an arm": f"{seeds} of {case.least_seeds} (paper: {case.paper_seeds})",
-        "steps, of the paper's": budget_text(outcome.worlds),
+        "steps, of the paper's": budget_text(outcome.shares, PAPERS[case.id[0]]),
     }
 
 
@@ -716,14 +778,7 @@ def seeds_in_words(case: Claim) -> str:
 
 
 def effect_row(part: Part) -> dict[str, str]:
-    what = part.why or part.verdict
-    if part.pilot:
-        steps = max(x.steps for own in part.mine for x in own)
-        measure = part.case.measure
-        form = measure.of_pilots if isinstance(measure, Table) else ""
-        words = ["pilot", *filter(None, (form, f"{steps:,} steps" if steps else ""))]
-        what = f"{', '.join(words)}: not counted"
-    texts = [x for x in (part.note, what, part.by_means, part.beside_bar) if x]
+    texts = [part.note, part.why or part.verdict, part.by_means, part.beside_bar]
     return {
         "": part.case.id,
         "compared": part.title,
@@ -732,8 +787,19 @@ def effect_row(part: Part) -> dict[str, str]:
         "p": "" if math.isnan(part.found.p) else f"{part.found.p:.2g}",
         "first, by seed": seeds_text(part.mine),
         "other, by seed": seeds_text(part.theirs) if part.other else "",
-        "what": "; ".join(texts),
+        "what": "; ".join(filter(None, texts)),
     }
+
+
+def name_in_figure(part: Part) -> str:
+    """The claim and what is compared; of pilots also in what their runs differ, or their steps."""
+    name = f"{part.case.id}  {part.title}"
+    if not part.pilot:
+        return name
+    steps, measure = max(x.steps for own in part.mine for x in own), part.case.measure
+    form = measure.of_pilots if isinstance(measure, Table) else ""
+    words = ["pilot", *filter(None, (form, f"{steps / 1e6:g}M steps" if steps else ""))]
+    return f"{name} ({', '.join(words)})"
 
 
 def needed_row(outcome: Outcome, missing: list[Missing], text: str) -> dict[str, str]:
@@ -744,6 +810,20 @@ def needed_row(outcome: Outcome, missing: list[Missing], text: str) -> dict[str,
         "core hours": hours_text(hours) if runs else "",
         "on": OWN_BOTS if any(x.own_bots for x in missing) else CORES,
         "what would decide it": text,
+    }
+
+
+def lacking_row(outcome: Outcome, missing: list[Missing]) -> dict[str, str]:
+    runs, hours = total_of(missing)
+    worlds = {}
+    for x in missing:
+        world, arm = x.name.split("-")
+        worlds.setdefault(world, []).append(f"{arm} {len(x.seeds)}")
+    return {
+        "": outcome.cases[0].id,
+        "runs": f"{runs:,}",
+        "core hours": hours_text(hours),
+        "seeds of arms": "; ".join(f"{world}: {', '.join(own)}" for world, own in worlds.items()),
     }
 
 
@@ -784,10 +864,14 @@ def papers_table(outcomes: list[Outcome]) -> str:
         row = {"method": paper.method, "generalises to": paper.what}
         for verdict in (HOLDS, FAILS, OPEN):
             row[verdict] = in_short([x for x in own if own[x].verdict == verdict], notes)
-        decided = [case for x in own.values() if x.verdict != OPEN for case in x.worlds]
-        budget = budget_text((*decided,)) if decided else ""
-        none = " (the paper states none)" if decided and not paper.stated else ""
-        row["decided with, of the paper's steps"] = budget + none
+        decided = {name: x.shares for name, x in own.items() if x.verdict != OPEN}
+        unknown = [name for name, shares in decided.items() if all(map(math.isnan, shares))]
+        texts = [budget_text([*itertools.chain(*decided.values())], paper)] if decided else []
+        if unknown and len(unknown) < len(decided):
+            texts.append(f"{in_short(unknown)} not stated")
+        if decided and paper.steps_of:
+            texts[0] += " (the paper states none)"
+        row["decided with, of the paper's steps"] = "; ".join(texts)
         rows.append(row)
     return markdown_table(rows)
 
@@ -800,24 +884,42 @@ def page(outcomes: list[Outcome], missing: list[list[Missing]], tables: dict[str
     if any("focus" in case.rule for x in outcomes for case in x.cases):
         text += [BARS]
     text += [table([criterion_row(x) for x in outcomes])]
-    parts = [x for outcome in outcomes for x in (*outcome.parts, *outcome.pilots)]
-    effects = [effect_row(x) for x in parts if any(x.mine) and (any(x.theirs) or not x.other)]
+    parts = [x for outcome in outcomes for x in outcome.parts]
+    effects = [effect_row(x) for x in parts if not math.isnan(x.found.low)]
     if effects:
-        text += ["## Effects\n", "Seeds of several worlds: world by world.\n", table(effects)]
-    needed, runs = [], []
+        text += ["## Effects\n", files_text(outcomes), table(effects)]
+    needed, lacking, runs, fresh = [], [], [], []
     for outcome, own in zip(outcomes, missing, strict=True):
+        own = each_once([*own, *sources_of(own, tables)])
+        more = fresh_runs(outcome, tables["slower"])
         if what := what_decides(outcome, own):
-            own = each_once([*own, *sources_of(own, tables)])
-            count, hours = total_of(own)
-            needed.append((hours if count else math.inf, needed_row(outcome, own, what)))
-            runs += own
+            needed.append((total_of([*own, *more]), needed_row(outcome, [*own, *more], what)))
+            runs, fresh = runs + own, fresh + more
+        elif own:
+            lacking.append((total_of(own), lacking_row(outcome, own)))
     if needed:
-        cheapest = [row for _, row in sorted(needed, key=lambda x: x[0])]
-        text += ["## What would decide\n", what_all_needs(each_once(runs)), table(cheapest)]
+        text += ["## What would decide\n", what_all_needs(each_once(runs), each_once(fresh))]
+        text += [cheapest_first(needed)]
+    if lacking:
+        text += ["## Decided without these\n", LACKING, cheapest_first(lacking)]
     return "\n".join(text)
 
 
-def what_all_needs(missing: list[Missing]) -> str:
+def cheapest_first(needed: list[tuple[tuple[int, float], dict[str, str]]]) -> str:
+    """A table of rows with their runs and hours; rows without runs stand last."""
+    rows = sorted(needed, key=lambda x: x[0][1] if x[0][0] else math.inf)
+    return table([row for _, row in rows])
+
+
+def files_text(outcomes: list[Outcome]) -> str:
+    """A paragraph that links the claims' data."""
+    names = [x.cases[0].id for x in outcomes if rows_of(x)]
+    links = " ".join(f"[{name}](data/claims/{name}.csv)" for name in names)
+    text = "Seeds of several worlds: world by world. Runs' figures, also of arms with too few seeds"
+    return f"{text} and\nof pilots, random play beside them, and what bars are for: {links}\n"
+
+
+def what_all_needs(missing: list[Missing], fresh: list[Missing]) -> str:
     """A paragraph: number and hours of all runs that undecided claims need."""
     runs, hours = total_of(missing)
     bots, long = total_of(x for x in missing if x.own_bots)
@@ -825,57 +927,80 @@ def what_all_needs(missing: list[Missing]) -> str:
     text += "once, those that others adapt among them."
     if bots:
         text += f" {bots:,} of them, {hours_text(long)} hours, are with Melting Pot's own bots."
-    return textwrap.fill(f"{text} Hours are {HOURS} The cheapest claim stands first.", 100) + "\n"
+    if fresh:
+        more, own = total_of(fresh)
+        text += " Fresh seeds, by criteria of their own where a claim's list is too short, are"
+        text += f" {more:,} more runs, {hours_text(own)} hours, if effects stay what they are."
+    return textwrap.fill(f"{text} Hours are {HOURS} ", 100) + "\n"
 
 
 def draw(outcomes: list[Outcome]) -> Any:
-    """A panel per claim: dots: effects (pilots: hollow), dashes: margins. None without effects."""
+    """A row per comparison, claim by claim: the effect (pilots: hollow), its interval, and the
+    margin as a dash, on a scale of its own from 0; beside it the figures. None without effects."""
     shown = {x.cases[0].id: [*x.parts, *x.pilots] for x in outcomes}
     shown = {
         name: [part for part in parts if not math.isnan(part.found.low)]
         for name, parts in shown.items()
     }
-    shown = {name: parts for name, parts in shown.items() if parts}
-    if not shown:
+    rows = [(name, part) for name, parts in shown.items() for part in parts]
+    if not rows:
         return None
-    heights = [len(parts) + 0.9 for parts in shown.values()]
-    figure, axes = plt.subplots(
-        len(shown),
-        figsize=(5, 0.31 * sum(heights) + 0.4),  # narrow: legible on a telephone, too
-        squeeze=False,
-        layout="constrained",
-        gridspec_kw={"height_ratios": heights},
-    )
-    for axis, (name, parts) in zip(axes[:, 0], shown.items(), strict=True):
-        for y, part in enumerate(parts):
-            colour = {HOLDS: "tab:green", FAILS: "tab:red", OPEN: "0.35"}[part.verdict]
-            fill = "white" if part.pilot else colour
-            axis.plot([part.found.low, part.found.high], [y, y], color=colour, lw=1.2)
-            axis.plot(part.found.mean, y, "o", color=colour, mfc=fill, ms=4)
-            axis.plot([part.margin] * 2, [y - 0.25, y + 0.25], "k--", lw=0.9)
-            title = f"{part.title}{' (pilot)' if part.pilot else ''}"
-            axis.text(0.01, y - 0.2, title, fontsize=7, transform=axis.get_yaxis_transform())
-        axis.set_yticks([])
-        axis.set_ylim(len(parts) - 0.5, -0.9)
-        axis.axvline(0, color="0.8", lw=0.8, zorder=0)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.set_title(name, fontsize=9, loc="left", pad=2)
+    # Narrow: legible on a telephone, too. A row of text is .17 inches high.
+    figure, axis = plt.subplots(figsize=(6, 0.17 * (len(rows) + 3)), layout="constrained")
+    for y, (name, part) in enumerate(rows):
+        margin = 0.0 if math.isnan(part.margin) else part.margin
+        scale = max(abs(part.found.low), abs(part.found.high), abs(margin)) or 1.0
+        colour = {HOLDS: "tab:green", FAILS: "tab:red", OPEN: "0.35"}[part.verdict]
+        ends = [part.found.low / scale, part.found.high / scale]
+        axis.plot(ends, [y, y], color=colour, lw=1.2)
+        fill = "white" if part.pilot else colour
+        axis.plot(part.found.mean / scale, y, "o", color=colour, mfc=fill, ms=4)
+        axis.plot([margin / scale] * 2, [y - 0.35, y + 0.35], "k--", lw=0.9)
+        if y and name != rows[y - 1][0]:
+            axis.axhline(y - 0.5, color="0.85", lw=0.6)
+    axis.set_yticks(range(len(rows)), [name_in_figure(part) for _, part in rows], fontsize=6.5)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlim(-1.1, 1.1)
+    axis.set_xticks([])
+    axis.axvline(0, color="0.8", lw=0.8, zorder=0)
+    figures = axis.twinx()
+    texts = [f"{effect_text(part.found)}, margin {part.margin:.2g}" for _, part in rows]
+    figures.set_yticks(range(len(rows)), texts, fontsize=6.5)
+    figures.set_ylim(axis.get_ylim())
+    for own in (axis, figures):
+        own.tick_params(axis="y", length=0)
+        own.spines[:].set_visible(False)
+    kinds = [("tab:green", HOLDS), ("tab:red", FAILS), ("0.35", OPEN)]
+    handles = [plt.Line2D([], [], color=x, marker="o", ms=4, lw=1.2, label=y) for x, y in kinds]
+    pilot = plt.Line2D([], [], color="0.35", marker="o", mfc="white", ms=4, lw=1.2, label="pilot")
+    dash = plt.Line2D([], [], color="k", ls="--", lw=0.9, label="margin")
+    figure.legend(handles=[*handles, pilot, dash], loc="outside upper center", ncols=5, fontsize=7)
     return figure
 
 
 def rows_of(outcome: Outcome) -> list[dict[str, Any]]:
-    """The rows of a claim's CSV, one per run and cell."""
+    """The rows of a claim's CSV, one per run and cell. counts: yes, pilot, or bar: what a bar is
+    for. random: random play's figure, mean over cells, of which a gain counts."""
     rows = {}
     for part in (*outcome.parts, *outcome.pilots):
         cases = outcome.cases if part.case.compare == "rank" else (part.case,)
         for arm, worlds in ((part.first, part.mine), (part.other, part.theirs)):
             for case, x in [(y, x) for y, own in zip(cases, worlds, strict=True) for x in own]:
                 about = {"counts": "pilot" if part.pilot else "yes", "world": case.world}
-                about |= {"arm": arm, "run": x.run, "seed": x.seed, "timesteps": x.steps or ""}
-                for cell, value in x.cells.items():
-                    row = about | {"cell": cell, "value": value}
+                for row in rows_of_run(about | {"arm": arm}, x):
                     rows[tuple(row.values())] = row
+    for case, arm, points in outcome.bars:
+        about = {"counts": "bar", "world": case.world, "arm": arm}
+        for row in itertools.chain(*(rows_of_run(about, x) for x in points)):
+            rows[tuple(row.values())] = row
     return [*rows.values()]
+
+
+def rows_of_run(about: dict[str, Any], x: Point) -> list[dict[str, Any]]:
+    """A run's rows, one per cell; random play's figure is the same in all of them."""
+    run = about | {"run": x.run, "seed": x.seed, "timesteps": x.steps or ""}
+    zero = "" if math.isnan(x.zero) else x.zero
+    return [run | {"cell": cell, "value": y, "random": zero} for cell, y in x.cells.items()]
 
 
 def write(out: Path, text: str, outcomes: list[Outcome]) -> None:

@@ -147,6 +147,7 @@ class Claim(Strict):
     run: str  # world in whose name the runs are made (a world may reuse another's runs)
     timesteps: int = Field(ge=1)  # environment steps of a run
     paper_steps: int = Field(ge=0)  # 0: not stated
+    of_a_game: bool = False  # whether paper_steps are of each game that an arm trains
     paper_seeds: int = Field(ge=1)
     hours: float = Field(gt=0)  # core hours per million environment steps
 
@@ -182,6 +183,13 @@ class Claim(Strict):
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         return self.own_seeds.get(arm, self.seeds)
 
+    def share_of(self, arm: str) -> float:
+        """An arm's steps as a share of the paper's; NaN if those are not stated."""
+        if not self.paper_steps:
+            return math.nan
+        games = read_arm(self.arms[arm]).wanted["populations"] if self.of_a_game else ("all",)
+        return self.timesteps / (self.paper_steps * len(games))
+
     def counts(self, arm: str, seed: int, steps: int) -> bool:
         """Whether a run of an arm has one of its seeds and the claim's length (within SLACK)."""
         return seed in self.seeds_of(arm) and abs(steps / self.timesteps - 1) <= SLACK
@@ -197,6 +205,7 @@ class Paper(Strict):
 
     seeds: int = Field(ge=1)
     steps: int = Field(ge=0)  # environment steps of a run; 0: not stated
+    of_a_game: bool = False  # whether a run has so many in each of its games
 
 
 class World(pydantic.BaseModel, extra="allow"):
@@ -302,6 +311,7 @@ def read_case(tables: dict[str, Any], name: str, world: str) -> Claim:
     paper = look_up(tables, "papers", PAPERS[name[0]], where)
     own = {"id": name, "world": world}
     own |= {"paper_steps": paper["steps"], "paper_seeds": paper["seeds"]}
+    own |= {"of_a_game": paper.get("of_a_game", False)}
     for key in ("run", "timesteps", "paper_steps", "hours"):
         if key in names:
             own[key] = names[key]

@@ -351,6 +351,30 @@ def test_what_has_not_learned_decides_nothing(judge, tmp_path):
     assert judge(study(tmp_path / "z.csv", a=AHEAD, b=BEHIND), bar=bar % 5).verdict == "holds"
 
 
+def test_what_would_reach_a_bar(judge, tmp_path):
+    """Both arms' reasons are told, and what seeds to come would have to be; its data is written."""
+    bar = '{ arms = ["a", "b"], measure = "returns", at_least = 7 }'
+    outcome = judge(study(tmp_path / "x.csv", a=AHEAD, b=BEHIND), bar=bar)
+    (part,) = outcome.parts
+    assert part.why == (
+        "a has not learned in small: 5.5, 2 below the bar of 7; "
+        "b has not learned in small: 2.5, 4 below the bar of 7"
+    )
+    wanted = [(7 * 5 - 3 * level) / 2 for level in (5.5, 2.5)]
+    said = claims.what_decides(outcome, [])
+    assert said == (
+        f"bars: a in small (5.5 of 7, 2 left need {wanted[0]:.2g}), "
+        f"b in small (2.5 of 7, 2 left need {wanted[1]:.2g})"
+    )
+    five = seeds(5.0, 5.5, 6.0, 5.0, 6.0)
+    whole = judge(study(tmp_path / "y.csv", a=five, b=five), bar=bar)
+    assert "a in small (5.5 of 7: all its seeds have run)" in claims.what_decides(whole, [])
+    kinds = [(x["counts"], x["arm"], x["random"]) for x in claims.rows_of(outcome)]
+    assert [*dict.fromkeys(kinds)] == [
+        (kind, arm, 1.0) for kind in ("yes", "bar") for arm in ("a", "b")
+    ]
+
+
 def test_other_seeds_lengths_and_flags_do_not_count(judge, tmp_path):
     """Other seeds and lengths are pilots; other flags are another method."""
     lines = [x for s, y in BEHIND.items() for x in lines_of("b", s, {"12": y})]
@@ -475,7 +499,14 @@ def test_what_would_decide(judge, tmp_path):
     (part,) = outcome.parts
     half = (part.found.high - part.found.low) / 2
     wanted = max(4, int(np.ceil(3 * (half / 0.5) ** 2)))
-    assert f"about {wanted} seeds an arm" in claims.what_decides(outcome, [])
+    assert wanted > len(outcome.cases[0].seeds)
+    assert f"about {wanted} fresh seeds an arm" in claims.what_decides(outcome, [])
+    fresh = claims.fresh_runs(outcome, {})
+    assert claims.total_of(fresh)[0] == 2 * wanted and all(x.hours == 0.002 for x in fresh)
+    page = claims.page([outcome], [[]], {"slower": {}})
+    assert f"are {2 * wanted} more runs, {claims.hours_text(0.004 * wanted)} hours" in " ".join(
+        page.split()
+    )
 
 
 def test_studies_of_two_worlds_may_use_the_same_names(tmp_path):
@@ -507,7 +538,7 @@ def test_what_is_printed_and_written(tmp_path):
     page = (tmp_path / "one" / "CLAIMS.md").read_text()
     assert text == page + "\n"
     for said in (
-        "| M1 | The first is ahead of the second | holds | hold: 1 | 3 of 3 (paper: 4) | 0.062 % |",
+        "| M1 | The first is ahead of the second | holds | hold: 1 | 3 of 3 (paper: 4) | 0.062 %",
         "return per agent",
         "ahead by 1",
         "5, 5.5, 6 | 2, 2.5, 3 | holds |",
@@ -607,11 +638,14 @@ def test_budgets_and_seeds_are_of_what_decides(tmp_path):
     code, text, stderr = command("claims", path, *words)
     assert code == 0, stderr
     row = "does not hold | do not: 1, undecided: 1 (a has not run in large) | 3 of 3 (paper: 4)"
-    assert f"{row} | 25 % |" in text
-    assert "| MRA, TMLR | unseen population sizes |  | M1 |  | 25 % |" in text
+    assert f"{row} | 25 % of the authors' code |" in text
+    own = "25 % of the authors' code (the paper states none)"
+    assert f"| MRA, TMLR | unseen population sizes |  | M1 |  | {own} |" in text
     assert "What would decide" not in text  # it is decided, though runs are missing
+    rest = text.partition("## Decided without these")[2]
+    assert "| M1 | 6 | 0.012 | large: a 3, b 3 |" in rest
     code, text, _ = command("claims", study(tmp_path / "y.csv", a=AHEAD, b=BEHIND), *words)
-    assert code == 0 and "| 0 of 3 (paper: 4) | 10 to 25 % |" in text
+    assert code == 0 and "| 0 of 3 (paper: 4) | 10 to 25 % of the authors' code |" in text
 
 
 def test_what_means_say_stands_in_the_papers_table(judge, tmp_path):
@@ -626,12 +660,35 @@ def test_what_means_say_stands_in_the_papers_table(judge, tmp_path):
 def test_shares_of_steps_that_a_paper_does_not_state():
     """BiDist's text has none, so its shares are of our default."""
     (case,) = book()["B2"]
-    assert claims.budget_text((case,)) == "20 % of our default"
-    assert claims.budget_text(book()["M6"]) == "2.5 %"
+    paper = claims.PAPERS["B"]
+    assert claims.budget_text([case.share_of("bidist")], paper) == "20 % of our default"
     none = dict.fromkeys(case.arms, "has not run")
     parts = claims.compare_in(case, {arm: [] for arm in case.arms}, none, pilot=False)
     table = claims.papers_table([claims.Outcome((case,), parts, [], "does not hold")])
     assert "| 20 % of our default (the paper states none) |" in table
+
+
+def test_shares_are_of_the_games_that_an_arm_learns():
+    """80,000 episodes of 20 steps a game in the code of MRA's authors; two, three, four games."""
+    (case,) = book()["M7"]
+    shares = [case.share_of(arm) for arm in ("two_games", "three_games", "mra")]
+    assert shares == [160_000 / (games * 80_000 * 20) for games in (2, 3, 4)]
+    assert claims.budget_text(shares[1:], claims.PAPERS["M"]) == "2.5 to 3.3 % of the authors' code"
+    for name in ("M3", "I4"):
+        assert all(math.isnan(x.share_of(x.first[0])) for x in book()[name])
+    unknown = claims.budget_text([math.nan], claims.PAPERS["M"])
+    assert unknown == "not stated"
+
+
+def test_a_claim_whose_steps_nobody_states_is_named(judge, tmp_path):
+    """Beside a paper's others, in the table of the README."""
+    known = judge(study(tmp_path / "x.csv", a=AHEAD, b=BEHIND))
+    other = [x.model_copy(update={"id": "M2", "paper_steps": 0}) for x in known.cases]
+    parts = [x._replace(case=other[0]) for x in known.parts]
+    unknown = known._replace(cases=(*other,), parts=parts)
+    assert "% of the authors' code (the paper states none); M2 not stated |" in claims.papers_table(
+        [known, unknown]
+    )
 
 
 def test_what_is_undecided_needs_its_sources_too():
@@ -653,7 +710,7 @@ def test_what_is_undecided_needs_its_sources_too():
     assert claims.total_of(every)[0] == 75 + 30 + 5  # pacman-mra is in both
     two = [own[0]._replace(name="x", seeds=seeds, hours=1.0) for seeds in ((21, 22), (22, 23))]
     assert claims.total_of(claims.each_once(two)) == (3, 3.0)
-    text = claims.what_all_needs(every)
+    text = claims.what_all_needs(every, [])
     assert text.startswith("What is undecided needs 110 runs and ") and "own bots" not in text
 
 
@@ -661,7 +718,7 @@ def test_own_bots_are_told(tmp_path):
     outcome = claims.Outcome(book()["B1"], [], [], "undecided")
     own = claims.missing_runs(outcome, [], {})
     assert claims.needed_row(outcome, own, "these runs")["on"] == claims.OWN_BOTS
-    assert "90 of them, " in claims.what_all_needs(own)
+    assert "90 of them, " in claims.what_all_needs(own, [])
 
 
 @pytest.mark.parametrize(
@@ -898,12 +955,17 @@ def test_flags_in_tables_are_those_that_affect_training():
 
 
 def test_pilots_of_tables_say_what_they_are():
-    """Those of M5 are of Algorithm 4, as docs/results_mra.md says."""
-    page = (ROOT / "docs/CLAIMS.md").read_text()
-    for name, form in (("M5", "Algorithm 4"), ("B2", "printed clip"), ("I4", "")):
-        shown = [x for x in page.splitlines() if x.startswith(f"| {name} ") and "| pilot" in x]
-        ending = f"| pilot, {form}: not counted |" if form else "| pilot: not counted |"
-        assert shown and all(x.endswith(ending) for x in shown)
+    """Those of M5 are of Algorithm 4, as docs/results_mra.md says; they are in the figure alone."""
+    for name, form in (
+        ("M5", "pilot, Algorithm 4"),
+        ("B2", "pilot, printed clip"),
+        ("I4", "pilot"),
+    ):
+        outcome = claims.judge(book()[name], studies(), DATA)
+        titles = [claims.name_in_figure(x) for x in outcome.pilots]
+        assert titles and all(x.endswith(f" ({form})") for x in titles), titles
+        assert not any("pilot" in claims.name_in_figure(x) for x in outcome.parts)
+    assert "| pilot" not in (ROOT / "docs/CLAIMS.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -1087,6 +1149,7 @@ def test_claims_in_short():
 def test_the_cheapest_verdict_stands_first():
     """Hours rise in the table of docs; claims that no asked-for run decides stand last."""
     page = (ROOT / "docs/CLAIMS.md").read_text().partition("## What would decide")[2]
+    page = page.partition("## Decided without these")[0]
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
     hours = [float(row[2].replace(",", "") or "inf") for row in rows]
     assert hours == sorted(hours) and hours[0] < hours[-1]

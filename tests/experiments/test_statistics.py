@@ -17,6 +17,7 @@ from envs.statistics import (
     mean_ranks,
     percentiles,
     rank_difference,
+    rank_sums,
     ranks,
     ratio_interval,
     resampled_centres,
@@ -153,6 +154,22 @@ def test_the_middle_half_of_five_levels_decides_too_easily():
         found = percentiles(resampled_centres(rng.normal(size=5), 1000, rng, mean_or_iqm))
         hits += not found[0] <= 0 <= found[1]
     assert abs(hits - 600 / 9) < 4 * np.sqrt(600 * 8 / 81)
+
+
+@pytest.mark.parametrize(("arms", "worlds", "rows", "errs"), [(6, 2, 5, 9), (4, 3, 3, 13)])
+def test_ranks_of_three_seeds_decide_too_easily(arms, worlds, rows, errs):
+    """What docs/CLAIMS.md says of B1-proxy and I1: of equal arms, rows of a seed alike by half."""
+    rng, hits, names = np.random.default_rng(0), 0, [*map(str, range(arms))]
+    for _ in range(300):
+        total = 0
+        for _ in range(worlds):
+            figures = rng.normal(size=(arms, 3, 1)) + rng.normal(size=(arms, 3, rows))
+            drawn = [resampled_centres(x, 500, rng, np.mean) for x in figures]
+            total = total + rank_sums(np.stack(drawn, 1), names, "0", "1")
+        low, high = percentiles(total / (worlds * rows))
+        hits += not low <= 0 <= high
+    deviation = np.sqrt(300 * (1 - 1 / errs) / errs)
+    assert abs(hits - 300 / errs) < 3 * deviation
 
 
 def test_students_interval():
