@@ -931,7 +931,8 @@ def what_all_needs(missing: list[Missing], fresh: list[Missing]) -> str:
         more, own = total_of(fresh)
         text += " Fresh seeds, by criteria of their own where a claim's list is too short, are"
         text += f" {more:,} more runs, {hours_text(own)} hours, if effects stay what they are."
-    return textwrap.fill(f"{text} Hours are {HOURS} ", 100) + "\n"
+    text += " Bars: who has not learned, and what the seeds that are left would need."
+    return textwrap.fill(f"{text} Hours are {HOURS}", 100) + "\n"
 
 
 def draw(outcomes: list[Outcome]) -> Any:

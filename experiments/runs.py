@@ -690,16 +690,25 @@ class Show:
     only: tuple[str, ...] = ()  # list only runs whose names match one of these shell patterns
 
 
+def minutes_of(run: Run) -> dict[str, str]:
+    """Minutes of a run without its evaluations, and how much of them it collected; "" if its log
+    has neither."""
+    collect, learn = (sum(scalars.get(name, 0.0) for scalars in run.log) for name in LAPS)
+    if not collect + learn:
+        return {"minutes": "", "collecting": ""}
+    share = collect / (collect + learn)
+    return {"minutes": f"{(collect + learn) / 60:.0f}", "collecting": f"{100 * share:.0f} %"}
+
+
 def show(study: Show) -> None:
-    """Print a table of runs: script, seed, environment steps, minutes of collecting and learning
-    (without evaluations), evaluations, commit."""
+    """Print a table of runs: script, seed, environment steps, minutes (without evaluations) and
+    which share of them was collecting, evaluations, commit."""
     rows = []
     for run in read_runs(study.runs, study.only, same=lambda run: run.where):
         episodes = sum(len(x.returns) for x in run.evaluations)
         row = {"run": run.name, "script": run.args["script"], "seed": run.args["seed"]}
         row |= {"steps": f"{run.summary['timesteps'] or run.steps:,}"}
-        seconds = [scalars[name] for scalars in run.log for name in LAPS if name in scalars]
-        row |= {"minutes": f"{sum(seconds) / 60:.0f}" if seconds else ""}
+        row |= minutes_of(run)
         row |= {"final rows": len(run.summary["eval"]), "episodes beside bots": episodes}
         rows.append(row | {"commit": run.args.get("commit", "")})
     print(markdown_table(rows))

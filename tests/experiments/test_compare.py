@@ -281,8 +281,8 @@ def test_minutes_of_runs(tmp_path):
     command("runs", "pack", bare, run, "--curves", "entropy")
     code, printed, _ = command("runs", "show", run, whole, bare)
     assert code == 0
-    column = [line.split(" | ")[4] for line in printed.splitlines()[2:5]]
-    assert column == ["10", "10", ""]
+    found = [line.split(" | ")[4:6] for line in printed.splitlines()[2:5]]
+    assert found == [["10", "75 %"], ["10", "75 %"], ["", ""]]
 
 
 def test_a_study_grows(two, tmp_path):

@@ -117,6 +117,22 @@ def test_the_centred_objective_is_numpys(cap):
         np.testing.assert_allclose(ours[A > 0] / A[A > 0], expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("centre", ["printed", "old"])
+def test_the_loss_that_trains(centre):
+    """A step without a learning rate, against NumPy: a sample's ratio is then w = pi_theta / pi_phi
+    where phi acted. Centred, no clip cuts w A; around 1, as printed, it does."""
+    rates = ("--epochs", "1", "--minibatches", "1", "--actor-lr", "0", "--critic-lr", "0")
+    s, batch = rollout("--clip-centre", centre, *rates)
+    found = update(s, batch)["policy_loss"].item()
+    theta = gathered(s.batch.theta, s.batch)
+    acted = np.where(s.batch.trained.numpy(), theta, gathered(s.batch.phi, s.batch))
+    w, A = np.exp(theta - acted), s.batch.advantages.numpy()
+    around_one = np.minimum(w * A, np.clip(w, 0.8, 1.2) * A)
+    losses = {"old": -(w * A).mean(), "printed": -around_one.mean()}
+    assert abs(losses["old"] - losses["printed"]) > 0.05
+    assert found == pytest.approx(losses[centre], abs=1e-3)
+
+
 def test_the_centred_form_is_the_printed_one_where_all_are_trained():
     results = []
     for centre in ("printed", "old"):

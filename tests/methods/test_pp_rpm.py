@@ -310,21 +310,23 @@ def test_returns_are_those_of_current_agents(flags):
 # --- What trains ----------------------------------------------------------------------------------
 
 
-def test_centred_clip_and_weights_against_numpy():
-    s = crowd(pp, "--use-history")
+@NAMES
+def test_centred_clip_and_weights_against_numpy(name):
+    script = SCRIPTS[name]
+    s = crowd(script, "--use-history")
     batch = prepare(s)
     weight = np.exp(batch.theta.numpy() - batch.log_probs.numpy())
     current = batch.current.numpy()
-    assert np.allclose(pp.clip_centre(batch).numpy(), weight) and (weight[current] == 1).all()
+    assert np.allclose(script.clip_centre(batch).numpy(), weight) and (weight[current] == 1).all()
     rng = np.random.default_rng(0)
     ratio = weight * np.exp(rng.normal(0, 0.3, weight.shape).astype(np.float32))
     advantage = batch.advantages.numpy()
     expected = np.minimum(ratio * advantage, np.clip(ratio, 0.8 * weight, 1.2 * weight) * advantage)
-    found = pp.clip_objective(
+    found = script.clip_objective(
         torch.from_numpy(ratio), batch.advantages, 0.2, torch.from_numpy(weight)
     )
     assert np.allclose(found.numpy(), expected, atol=1e-6)
-    logged = pp.importance_weights(batch)
+    logged = script.importance_weights(batch)
     past = weight[~current].astype(np.float64)
     assert logged["weight_max"].item() == pytest.approx(past.max(), rel=1e-5)
     effective = past.sum() ** 2 / (past**2).sum() / past.size
@@ -332,11 +334,14 @@ def test_centred_clip_and_weights_against_numpy():
     assert advantage.mean() == pytest.approx(0, abs=1e-5)
 
 
+@NAMES
 @pytest.mark.parametrize("use", [True, False])
-def test_samples_that_train(use):
-    """Losses and statistics of one step without a learning rate, against NumPy."""
+def test_samples_that_train(name, use):
+    """Losses and statistics of one step without a learning rate, against NumPy. No clip cuts the
+    weight of a past policy's sample, as a clip around 1 would."""
+    script = SCRIPTS[name]
     flags = ["--epochs", "1", "--minibatches", "1", "--actor-lr", "0", "--critic-lr", "0"]
-    s = crowd(pp, *flags, *["--use-history"] * use)
+    s = crowd(script, *flags, *["--use-history"] * use)
     batch = prepare(s)
     who = np.ones(batch.current.shape, bool) if use else batch.current.numpy()
     advantage, values, targets = (
@@ -345,8 +350,10 @@ def test_samples_that_train(use):
     assert advantage.mean() == pytest.approx(0, abs=1e-5)
     assert advantage.std() == pytest.approx(1, abs=1e-3)
     assert targets.mean() == pytest.approx(0, abs=1e-4)
-    scalars = pp.update(s.args, s.agent, batch, s.rng)
+    scalars = script.update(s.args, s.agent, batch, s.rng)
     weight = np.exp((batch.theta - batch.log_probs).numpy())[who]
+    around_one = np.minimum(weight * advantage, np.clip(weight, 0.8, 1.2) * advantage)
+    assert not use or abs((around_one - weight * advantage).mean()) > 0.01
     # In float32, by chunks instead of step by step
     assert scalars["policy_loss"].item() == pytest.approx(-(weight * advantage).mean(), abs=1e-4)
     # Units of the critic's outputs are still those of before the first rollout, 0 and 1.
