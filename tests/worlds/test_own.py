@@ -26,12 +26,17 @@ PAGE = Path(bidist.__file__).parent / "docs/own_world.md"
 ALL = (bidist, mappo, randnet, opre, pp, rpm)
 
 
+def code_with(words):
+    """The page's only block of code with these words."""
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", PAGE.read_text(), re.M)
+    (code,) = (block for block in blocks if words in block)
+    return re.sub(r"^    ", "", code, flags=re.M)
+
+
 @pytest.fixture
 def my_world(tmp_path, monkeypatch):
     """The page's module, in the working directory."""
-    blocks = re.findall(r"(?:^    .*\n|^\n)+", PAGE.read_text(), re.M)
-    (code,) = (block for block in blocks if "class Berries" in block)
-    (tmp_path / "my_world.py").write_text(re.sub(r"^    ", "", code, flags=re.M))
+    (tmp_path / "my_world.py").write_text(code_with("class Berries"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_world", raising=False)
     yield tmp_path
@@ -53,6 +58,24 @@ def add(folder, name, *lines):
 
 def lines_of(path):
     return [x for x in path.read_text().splitlines() if x.strip()]
+
+
+def test_the_page_plays_worlds_of_the_project():
+    """A battle is played to its end, drawn, and its state read; Pacman takes turns."""
+    names = {}
+    exec(code_with("from envs.parallel import"), names)
+    world, turns = names["world"], names["turns"]
+    ended = [*names["terminations"].values(), *names["truncations"].values()]
+    assert not world.agents and any(ended)
+    assert names["picture"].dtype == np.uint8 and names["picture"].shape[-1] == 3
+    assert world.state_space.contains(names["state"])
+    turns.reset(seed=1)
+    first = turns.agent_selection
+    assert turns.last()[0] in turns.observation_space(first)
+    turns.step(turns.action_space(first).sample())
+    assert turns.agent_selection != first
+    world.close()
+    turns.close()
 
 
 def test_the_page_says_30_lines_and_pettingzoo_agrees(my_world):
