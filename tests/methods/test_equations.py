@@ -214,6 +214,35 @@ def test_teacher_is_the_updated_theta_and_phi_carries_its_state():
     assert torch.allclose(s.state.distilled_hidden, states["distilled"], atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["forward", "kl", "entropy"])
+def test_what_phi_descends(mode, monkeypatch):
+    """The loss of a phase's first step, against NumPy: KL(theta || phi) of Eq. (7), theta being the
+    updated one; less it, Eq. (8); less phi's entropy. KL(phi || theta) is another figure, and so is
+    the KL to the theta that acted."""
+    phase = "forward" if mode == "forward" else "reverse"
+    reverse = [] if mode == "forward" else ["--reverse-mode", mode]
+    s = setting("--minibatches", "1", f"--{phase}-epochs", "1", f"--{phase}-lr", "0", *reverse)
+    sharpen(s.agent.actor, 2, seed=1)
+    sharpen(s.agent.distilled, 2, seed=2)
+    batch = collect(s)
+    sharpen(s.agent.actor, 2, seed=3)  # as an update would have changed it
+    views, sprites = batch.actor_views(), s.agent.sprites
+    logits, _, _ = bidist.replay(s.args, s.agent.actor, views, batch.actor_hidden[0], sprites)
+    old, new, phi = (x.double().numpy() for x in (batch.theta, logits.log_softmax(-1), batch.phi))
+
+    def kl(p, q):
+        return (np.exp(p) * (p - q)).sum(-1).mean()
+
+    losses = []
+    monkeypatch.setattr(bidist, "descend", lambda loss, *_: losses.append(float(loss.detach())))
+    distill(s, batch, phase)
+    entropy = -(np.exp(phi) * phi).sum(-1).mean()
+    expected = {"forward": kl(new, phi), "kl": -kl(new, phi), "entropy": -entropy}[mode]
+    assert losses == [pytest.approx(expected, abs=1e-5)]
+    others = (kl(phi, new), kl(old, phi), kl(phi, old))
+    assert min(abs(kl(new, phi) - x) for x in others) > 1e-3
+
+
 def test_reverse_modes_of_figure_6():
     def run(*flags):
         s = setting("--reverse-lr", "3e-3", *flags)

@@ -727,12 +727,20 @@ def test_the_policys_w_is_that_of_the_mixer(monkeypatch):
 @pytest.mark.parametrize("flags", ["", "--detach-actor-trunk"])
 def test_what_the_policys_loss_moves(flags, head):
     """The shared trunk, unless that is switched off; never utilities' head, mixer or marginal."""
-    s = setting(f"--ba-iterations 1 --target-head {head} {flags}", double=True)
+    unclipped = "--ba-iterations 1 --max-grad-norm 1e9"
+    s = setting(f"{unclipped} --target-head {head} {flags}", double=True)
     trunks, _, _ = forward(s)
     y = mipi.find_targets(s.args, s.agent, s.batch, trunks)
-    loss, *_ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.q, y)
+    loss, w, _ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.q, y)
     parameters = dict(s.agent.critic().named_parameters())
-    alone = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))
+    found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+    alone = dict(zip(parameters, found))
+    rows = (~s.batch.features.avail_actions[s.batch.now][..., 0]).nonzero(as_tuple=True)
+    living = mipi.find_living(trunks, s.batch, rows)
+    actor = mipi.actor_loss(s.args, s.agent, living, w[rows].clamp(min=1e-6))
+    policy = {f"policy.{n}": p for n, p in s.agent.policy.named_parameters()}
+    every = parameters | policy
+    summed = torch.autograd.grad(loss + actor, list(every.values()))
     grads = {}
 
     def keep(loss, net, optimiser, clip):
@@ -748,6 +756,11 @@ def test_what_the_policys_loss_moves(flags, head):
     differ = {n for n in alone if not torch.allclose(alone[n], both[n], rtol=1e-9, atol=1e-12)}
     trunk = {n for n in alone if n.startswith("0.") and "head" not in n}
     assert differ == (set() if flags else trunk)
+    # What is descended is the sum of both losses: neither's sign nor its size is another's.
+    both |= {f"policy.{n}": p.grad for n, p in s.agent.policy.named_parameters()}
+    for name, x in zip(every, summed):
+        assert torch.allclose(both[name], x, rtol=1e-9, atol=1e-12), name
+    assert any(summed[k].abs().max() > 1e-6 for k, n in enumerate(every) if "policy" in n)
     (own,) = (g for net, g in grads.items() if net is s.agent.marginal)
     assert len(own) == len(list(s.agent.marginal.parameters()))
     for net in (s.agent.target_utility, s.agent.target_mixer):
