@@ -431,6 +431,44 @@ def test_each_policy_has_its_own_bound():
     assert all(torch.equal(p.grad[2], g[2]) for p, g in zip(actor.parameters(), before))
 
 
+def test_replay_gives_back_what_was_seen(monkeypatch):
+    """o, o', a, r / deviation and ends of the transitions that the seed picks. At a horizon o' is
+    the last of the episode, not the first of the next, and no end."""
+    s = setting("per type", "--max-episode-steps 5 --num-updates 1")
+    for net in NETS:
+        getattr(s.agent, net).float()
+    worlds, buffer, rows = s.collector.worlds, s.collector.buffer, []
+    step = worlds.step
+
+    def watched(actions):
+        state = worlds.state.clone()
+        found = step(actions)
+        rows.append((state, actions.clone(), found))
+        return found
+
+    monkeypatch.setattr(worlds, "step", watched)
+    for _ in range(12):  # 48 transitions in 64 places
+        maac.collect(s.agent, s.collector, seeded(1))
+    batch = buffer.sample(s.agent, seeded(2), 40)
+    places = torch.randint(0, 48, (40,), generator=seeded(2)).tolist()
+    truncated = 0
+    for m, place in enumerate(places):
+        (state, actions, found), b = rows[place // 4], place % 4
+        for mine, seen in ((batch.view, state), (batch.next_view, found.final_state)):
+            expected = s.agent.view(s.game, worlds.observe(seen))
+            assert torch.equal(mine.obs[m], expected.obs[b])
+            assert torch.equal(mine.alive[m], expected.alive[b])
+        assert torch.equal(batch.actions[m], actions[b])
+        assert torch.equal(batch.rewards[m], found.reward[b] / buffer.reward_scale.deviation())
+        assert batch.terminated[m] == found.terminated[b]
+        if found.truncated[b]:
+            truncated += 1
+            assert not batch.terminated[m]
+            next_one = rows[place // 4 + 1][0] if place // 4 < 11 else worlds.state
+            assert not torch.equal(found.final_state[b], next_one[b])
+    assert truncated > 3
+
+
 def test_targets_follow_after_each_update(monkeypatch):
     """--num-updates times, each time from where they are towards what the networks have become."""
     s = setting(flags="--num-updates 3 --polyak .2 --learning-rate .05")

@@ -1005,6 +1005,28 @@ def run_update(s: SimpleNamespace, steps: int) -> dict:
     return mra.update(s.args, s.agent, s.collectors[0], s.collectors, **s.rngs)
 
 
+def test_phi_learns_to_tell_its_own_population(monkeypatch):
+    """An update in the second of three populations: Eqs. (11) and (13) are of its game, its label
+    and its last minibatch."""
+    s = setting("resource", "3", "4", "5", double=False)
+    run_update(s, 8)
+    seen, batches = [], []
+    step, sample = mra.information_update, s.collectors[1].buffer.sample
+
+    def watched(agent, game, view, label):
+        seen.append((game, view, label))
+        return step(agent, game, view, label)
+
+    monkeypatch.setattr(mra, "information_update", watched)
+    monkeypatch.setattr(
+        s.collectors[1].buffer, "sample", lambda *x: batches.append(sample(*x)) or batches[-1]
+    )
+    mra.update(s.args, s.agent, s.collectors[1], s.collectors, **s.rngs)
+    ((game, view, label),) = seen
+    trained = batches[s.args.inner_steps - 1]  # psi and xi draw further ones
+    assert label == 1 and game is s.collectors[1].game and view is trained.view
+
+
 PLAIN = [{"critic"}, {"actor"}] * 2
 OMEGA = [{"critic"}, {"actor", "attention"}] * 2
 PHI = [{"attention"}]
