@@ -185,6 +185,27 @@ def test_feature_matching_against_numpy():
     assert randnet.feature_matching(s.agent, h, views) == 0
 
 
+def test_the_loss_that_trains_the_actor(monkeypatch):
+    """-L_CLIP - c H + beta L_FM, of the steps' own figures, with beta and c of the flags."""
+    beta, c = 0.01, 0.3
+    flags = ("--feature-matching", f"{beta}", "--entropy-coef", f"{c}", "--epochs", "1")
+    s = randomised(*flags, "--minibatches", "2", "--actor-lr", "0")
+    descend, losses = randnet.descend, []
+
+    def watched(loss, net, *more):
+        losses.extend([loss.item()] * (net is s.agent.actor))
+        return descend(loss, net, *more)
+
+    monkeypatch.setattr(randnet, "descend", watched)
+    s.batch = prepare(s, collect(s))
+    s.batch.advantages += 1  # else their mean, the first loss, is 0
+    found = randnet.update(s.args, s.agent, s.batch, s.rng)
+    names = {"policy_loss": 1, "entropy": -c, "feature_matching": beta}
+    parts = [factor * found[name].item() for name, factor in names.items()]
+    assert np.mean(losses) == pytest.approx(sum(parts), rel=1e-5)
+    assert len(losses) == 2 and min(map(abs, parts)) > 0.1
+
+
 def test_no_gradient_flows_into_the_clean_side():
     s = randomised()
     actor, views, sprites = s.agent.actor, collect(s).actor_views(), s.agent.sprites()
