@@ -515,11 +515,12 @@ def test_groups_are_refils():
 
 
 @EACH_MODE
+@OWN
 @pytest.mark.parametrize("marginal", ["imagined", "real"])
-def test_the_marginals_teacher(mode, marginal, monkeypatch):
+def test_the_marginals_teacher(mode, marginal, own, monkeypatch):
     """The old policy in random groups, of a battle where it remembers, of a step where not, or as
     it acted; the marginal's own pass is of s+, and what is charged is always of the real team."""
-    s = setting(f"{MODES[mode]} --marginal {marginal}")
+    s = setting(f"{MODES[mode]} --marginal {marginal} --own {own}")
     seen, say = [], mipi.Agent.say
 
     def watched(agent, net, features):
@@ -528,9 +529,14 @@ def test_the_marginals_teacher(mode, marginal, monkeypatch):
 
     monkeypatch.setattr(mipi.Agent, "say", watched)
     term, told = mipi.find_term(s.args, s.agent, s.rollout)
-    real, *imagined, own = seen
+    real, *imagined, alone = seen
     assert torch.equal(real[1].unseen, s.features.unseen)
-    assert own[0] is s.agent.marginal and own[1].unseen.shape[-1] == own[1].unseen.shape[1]
+    A, S = s.features.unseen.shape[1:]
+    enemies = slice(A, None)
+    assert alone[0] is s.agent.marginal
+    assert alone[1].unseen.shape[-1] == (S if own == "self+enemies" else A)
+    assert alone[1].unseen[..., :A].sum() == len(s.features.empty) * A * (A - 1)  # all but oneself
+    assert torch.equal(alone[1].unseen[..., A:], s.features.unseen[..., A : len(alone[1].empty[0])])
     assert len(imagined) == (marginal == "imagined")
     log_pi = say(s.agent, s.agent.actor, s.features)
     nats = mipi.divergence(log_pi, term.log_marginal)[mipi.choosing(s.features)].mean()
@@ -541,6 +547,7 @@ def test_the_marginals_teacher(mode, marginal, monkeypatch):
     assert imagined[0][0] is s.agent.actor and not torch.equal(told["mi"], told["marginal_kl"])
     more = imagined[0][1].unseen & ~s.features.unseen
     assert more.any() and (imagined[0][1].unseen | ~s.features.unseen).all()
+    assert more[..., enemies].any() == (own == "self")  # enemies that belong to s+ are always there
     battle = s.features.played.nonzero()[:, 1]
     together = ~imagined[0][1].unseen  # (K, A, S): same group, and in sight
     constant = True

@@ -590,6 +590,36 @@ def test_the_dead_and_games_that_end():
         assert f"return/{collector.name}/1" in report and men
 
 
+@pytest.mark.parametrize("name", ["N changes", "chased"])
+def test_the_value_at_a_games_end_is_of_its_last_state(name, monkeypatch):
+    """Of the state after the last step, not of the new game's first one, which the world shows
+    already; with the memory of that step."""
+    s = playing(name, "--num-envs 16")
+    finals, beginnings = [], []
+    collector = s.collectors[0]
+    real = collector.worlds.step
+
+    def step(actions):
+        result = real(actions)
+        finals.append(result.final)
+        beginnings.append(collector.worlds.obs)
+        return result
+
+    monkeypatch.setattr(collector.worlds, "step", step)
+    player = rl2.TrialPlayer(s.agent, s.rng)
+    collector.worlds.reset()
+    player.begin(collector.worlds, first=True)
+    played = rl2.play_game(player, collector)
+    goes_on = played.values[-1] != 0
+    assert goes_on.any() and len(finals) == collector.worlds.horizon
+
+    def values(obs):
+        return s.agent.act(played.game, obs, player.memory, goes_on)[1][goes_on]
+
+    assert torch.equal(values(finals[-1]), played.values[-1][goes_on])
+    assert not close(values(beginnings[-1]), played.values[-1][goes_on], 1e-4)
+
+
 def test_rewards_are_divided_by_their_deviation():
     """Of all steps so far, by type, of who acted; elsewhere by the average of all populations; off:
     raw."""
