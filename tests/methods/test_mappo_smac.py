@@ -7,6 +7,7 @@ recorded at the simulator.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -518,6 +519,30 @@ def test_minibatches_are_all_steps_once(mode):
             assert torch.equal(part.advantages, batch.advantages[at])
             assert torch.allclose(s.agent.actor(part.features)[0], log_probs[at], atol=1e-4)
         assert sorted(names) == list(range(len(batch.actions))) and names != sorted(names)
+
+
+@pytest.mark.numeric
+@EACH_MODE
+def test_an_update_is_adam_on_both_losses(mode):
+    """Downhill, by torch's Adam, with gradients clipped; epoch after epoch, new minibatches."""
+    s = setting(f"{MODES[mode]} --epochs 2 --minibatches 2 --max-grad-norm .05")
+    batch = mappo.prepare(s.args, s.agent, mappo.collect(s.args, s.battles, s.player)[0])
+    twin, rng = copy.deepcopy(s.agent), copy.deepcopy(s.rng)
+    mappo.update(s.args, s.agent, batch, s.rng, 0.5)
+    nets = (twin.actor, twin.critic)
+    rate = 0.5 * s.args.learning_rate
+    adams = [torch.optim.Adam(net.parameters(), lr=rate, eps=s.args.adam_eps) for net in nets]
+    for _ in range(2):
+        for part in mappo.minibatches(s.args, batch, rng):
+            policy = mappo.policy_loss(s.args, twin, part, 0.5 * s.args.entropy_coef)[0]
+            for net, adam, loss in zip(nets, adams, (policy, mappo.value_loss(twin, part))):
+                adam.zero_grad()
+                loss.backward()
+                assert torch.nn.utils.clip_grad_norm_(net.parameters(), 0.05) > 0.05
+                adam.step()
+    for net, own in zip(nets, (s.agent.actor, s.agent.critic)):
+        for x, y in zip(net.parameters(), own.parameters(), strict=True):
+            assert torch.allclose(x, y, atol=0.05 * rate)
 
 
 def test_slow_critic_learning_rate_and_entropy():
