@@ -502,8 +502,10 @@ def fresh_runs(outcome: Outcome, slower: dict[str, float]) -> list[Missing]:
         seeds = seeds_to_decide(part)
         if math.isinf(seeds) or seeds <= len(part.case.seeds):
             continue
-        for arm in (part.first, part.other):
+        for arm in filter(None, (part.first, part.other)):  # a level has no other
             case, command = part.case, part.case.arms[arm]
+            if command.startswith("experiments/"):  # a table of seconds
+                continue
             name, steps = f"{case.run}-{arm}", case.timesteps
             every = max(seeds, len(found[name].seeds) if name in found else 0)
             hours = hours_of(command, steps, case.hours, slower)

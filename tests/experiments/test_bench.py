@@ -2,9 +2,11 @@
 
 import functools
 import importlib.util
+import json
 import re
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,6 +308,20 @@ def test_bench_of_ranks(monkeypatch, capsys):
     told = captured.err.splitlines()
     assert len(told) == 9 and told[5].startswith("mappo_smac, two processes, round 2 of 3: 366 st")
     assert asked == [("mappo_smac", *way) for way in ((1, 2), (1, 1), (2, 1))] * 3
+
+
+def test_the_rate_of_a_training(monkeypatch):
+    """Steps behind the first tenth over their seconds: 20 in 1 and 40 in 4 are 12 a second."""
+    bench = experiment("bench")
+
+    def run(argv, **options):
+        lines = [{"timesteps": t, "sps": x} for t, x in ((10, 1.0), (30, 20.0), (70, 10.0))]
+        path = Path(argv[argv.index("--run-dir") + 1]) / "metrics.jsonl"
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    assert bench.training_rate(bench.Ranks(), "mappo_smac", 1, 1) == pytest.approx(12)
 
 
 @pytest.mark.long

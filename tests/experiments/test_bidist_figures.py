@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from made_up import experiment, fake_run, is_png, rows
-from runs import BIDIST, change_newest, script, tiny
+from runs import BIDIST, change_newest, differences, script, states, tiny
 
 bidist, runs = experiment("bidist"), experiment("runs")
 harness = bidist.harness
@@ -307,6 +307,18 @@ def test_the_kl_of_other_methods_is_no_distillation(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {new} logs no KL: it has not begun.\n"
 
 
+def test_the_last_third_of_phases():
+    """Of five phases in 300 steps those after step 200, which are two."""
+    rows = [dict(run="a", timesteps=300, scalar="kl", phase="", when="", value=7.0)]
+    for steps, scalar in itertools.product((60, 120, 200, 240, 300), bidist.SCALARS):
+        place = dict(run="a", timesteps=steps, scalar=scalar, phase="reverse")
+        rows.append(place | dict(when="before", value=steps / 100))
+        rows.append(place | dict(when="after", value=steps / 10))
+    text = bidist.text_of_shift(rows)
+    assert "| a | reverse, all | 5 | 1.84 -> 18.4 |" in text
+    assert "| a | reverse, last third | 2 | 2.7 -> 27 |" in text
+
+
 def test_errors_of_shift_are_one_sentence(trained, tmp_path, capsys):
     (tmp_path / "file").touch()
     for argv, sentence in (
@@ -342,6 +354,27 @@ def test_reverse_distillation(trained, tmp_path, capsys):
     assert f"-> {mean:.3f} |" in table[1]
     assert bidist.main(["reverse", str(trained[2])]) == 2
     assert "has no phi." in capsys.readouterr().err
+
+
+def test_where_reverse_phases_begin(trained, monkeypatch):
+    """Lagged is the checkpoint's phi, near what a forward phase made of it, initial neither."""
+    module, seen = script(BIDIST), []
+    distill = module.distill
+
+    def watched(args, agent, *given, phase, **more):
+        seen.append({name: x.clone() for name, x in agent.distilled.state_dict().items()})
+        found = distill(args, agent, *given, phase=phase, **more)
+        if phase == "forward":
+            seen.append(agent.distilled.state_dict())
+        return found
+
+    monkeypatch.setattr(module, "distill", watched)
+    study = bidist.Reverse((), rates=(1e-3,), epochs=(1,), num_envs=2)
+    bidist.reverse_run(runs.Run(trained[0]), study)
+    begun, ended, initial, lagged, near = seen
+    own = states(trained[0])[0]["agent"]["distilled"]
+    assert differences(begun, own) == differences(lagged, own) == differences(near, ended) == []
+    assert differences(near, own) and differences(initial, own) and differences(initial, near)
 
 
 def test_an_older_run(trained, tmp_path, capsys):

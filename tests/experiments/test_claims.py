@@ -309,6 +309,15 @@ def test_margins_are_shares_of_the_others_figures(judge, tmp_path, kind, margin)
     assert part.margin == pytest.approx(margin)
 
 
+def test_a_share_of_a_loss_asks_for_more_not_less(judge, tmp_path):
+    """Where the other loses 2.5 a margin of a half is 1.25, and who loses as much is no better."""
+    own = seeds(-2.0, -2.5, -3.0)
+    path = study(tmp_path / "x.csv", a=own, b=own)
+    (part,) = judge(path, margin=0.5, margin_of='"mean"').parts
+    assert part.margin == pytest.approx(1.25) and part.found.high < 1.25
+    assert part.verdict == "does not hold"
+
+
 def test_too_few_seeds_decide_nothing(judge, tmp_path):
     outcome = judge(study(tmp_path / "x.csv", a=seeds(5.0, 5.5), b=BEHIND))
     assert outcome.verdict == "undecided" and outcome.parts[0].why == "a: 2 of 3 seeds in small"
@@ -349,6 +358,13 @@ def test_what_has_not_learned_decides_nothing(judge, tmp_path):
     near = judge(study(tmp_path / "y.csv", a=AHEAD, b=BEHIND), bar=bar % 7, margin=3.0)
     assert "has not learned" in near.parts[0].why and not near.parts[0].beside_bar
     assert judge(study(tmp_path / "z.csv", a=AHEAD, b=BEHIND), bar=bar % 5).verdict == "holds"
+
+
+def test_a_bar_is_for_the_mean_of_five_seeds_too(judge, tmp_path):
+    """Not for the middle ones, of which the one that failed is none."""
+    path = study(tmp_path / "x.csv", a=seeds(9.0, 9.1, 9.2, 9.3, -30.0), b=seeds(*[2.0] * 5))
+    (part,) = judge(path, bar='{ arms = ["a"], measure = "returns", at_least = 5 }').parts
+    assert part.why == "a has not learned in small: 1.32, 4 below the bar of 5"
 
 
 def test_what_would_reach_a_bar(judge, tmp_path):
@@ -488,6 +504,22 @@ def test_ranks_over_worlds(judge, tmp_path):
     assert {part.verdict for part in outcome.parts} == {outcome.verdict} == {"undecided"}
 
 
+def test_ranks_count_each_row_and_the_middle_of_five_seeds(judge, tmp_path):
+    """Of two rows a is first in one; by means over seeds, or over rows, it would be another one."""
+    figures = {"a": (20.0, 1.0), "b": (9.0, 2.0), "c": (0.0, 0.0)}
+    lines = []
+    for arm, s in itertools.product(figures, range(11, 16)):
+        x, y = figures[arm]
+        own = {"x": -1000.0 if (arm, s) == ("a", 15) else x, "y": y}
+        lines += lines_of(arm, s, own)
+    ranked = {"compare": '"rank"', "measure": '"both"', "others": '["b", "c"]'}
+    outcome = judge(write_study(tmp_path / "x.csv", lines), margin=0.5, **ranked)
+    found = {part.other: part for part in outcome.parts}
+    assert (found["b"].found.mean, found["c"].found.mean) == (0.0, 1.5)
+    assert (found["b"].plain.mean, found["c"].plain.mean) == (-1.5, 0.0)
+    assert found["b"].note == "first in 1 of 2, mean rank 1.50 of 3"
+
+
 def test_what_would_decide(judge, tmp_path):
     """An interval three times as wide as its distance needs nine times the seeds."""
     outcome = judge(study(tmp_path / "x.csv", a=AHEAD, b=BEHIND), margin=2.9)
@@ -507,6 +539,15 @@ def test_what_would_decide(judge, tmp_path):
     assert f"are {2 * wanted} more runs, {claims.hours_text(0.004 * wanted)} hours" in " ".join(
         page.split()
     )
+
+
+def test_one_arm_that_needs_fresh_seeds(judge, tmp_path):
+    """From zero there is no other arm. Half the interval is 1.242, 2.484 times the distance of .5:
+    three seeds times its square are 18.5."""
+    path = study(tmp_path / "x.csv", a=AHEAD)
+    outcome = judge(path, others=None, compare='"level"', margin=5)
+    (fresh,) = claims.fresh_runs(outcome, {})
+    assert outcome.verdict == "undecided" and (fresh.name, len(fresh.seeds)) == ("small-a", 19)
 
 
 def test_studies_of_two_worlds_may_use_the_same_names(tmp_path):
@@ -585,6 +626,14 @@ def test_commands_are_what_is_missing(tmp_path):
     text = command("claims", *words, "--commands", "M1")[1]
     assert text.splitlines()[1:] == ["# Decided: it holds."]
     assert command("claims", *words, "--commands")[1].strip() == ""
+
+
+def test_a_shorter_run_of_a_seed_is_still_missing(tmp_path):
+    """A pilot with one of the claim's seeds does not count, so the command trains that seed."""
+    lines = lines_of("a", 12, {"12": 1.0}, steps=500)
+    words = ("--criteria", toml(tmp_path / "c.toml"), "--data", tmp_path, "--commands", "M1")
+    code, text, _ = command("claims", write_study(tmp_path / "x.csv", lines), *words)
+    assert code == 0 and "for s in 11 12 13; do python mra_maddpg_particle.py" in text
 
 
 def test_commands_can_be_followed(tmp_path):

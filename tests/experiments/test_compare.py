@@ -215,6 +215,16 @@ def test_worlds_of_different_kinds_have_a_table_each(two, tmp_path):
     assert printed.count("| run |") == 2
 
 
+def test_a_drawn_mean_is_of_all_seeds():
+    """It ends where the first of them ends: behind that it would be of those that are left."""
+    compare = experiment("compare")
+    curves = {"a-s1": {"x": [(1000, 1.0), (2000, 9.0)]}, "a-s2": {"x": [(1000, 3.0)]}}
+    figure = compare.draw(curves, ("x",))
+    drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    compare.plt.close(figure)
+    assert drawn == [[[1.0, 1.0], [2.0, 9.0]], [[1.0, 3.0]], [[1.0, 2.0]]]
+
+
 def test_a_link_has_its_own_name(two, tmp_path):
     for name, path in zip(("mine-s1", "its-s1"), two, strict=True):
         (tmp_path / name).symlink_to(path)
@@ -414,3 +424,10 @@ def test_long_curves_are_thinned():
     assert len(seconds) == 100 and seconds[0] == (100, 55.0)
     assert sum(x for _, x in seconds) == sum(range(1, 1001))
     assert runs.thinned(log[:100], "x") == [(10 * k, float(k)) for k in range(1, 101)]
+
+
+def test_what_is_no_number_is_in_no_window():
+    """Of a scalar that was NaN now and then, means are of what is left."""
+    log = [{"timesteps": k, "x": float("nan") if k == 1 else float(k)} for k in range(1, 201)]
+    points = experiment("runs").thinned(log, "x")
+    assert points == [(2, 2.0), *((k, k - 0.5) for k in range(4, 201, 2))]

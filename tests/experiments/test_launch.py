@@ -185,6 +185,16 @@ def test_a_longer_study_goes_on(study, launched):
     assert records(file)["a-s1"]["starts"] == 2 and records(file)["a-s1"]["timesteps"] == 6
 
 
+def test_what_a_run_took_adds_up(tmp_path):
+    """Starts and minutes of all attempts; code, steps and host are of the last one."""
+    first = launch.Record("x", "here", "monday", starts=1, code=1, minutes=2.5, timesteps=5)
+    last = launch.Record("x", "there", "tuesday", starts=2, code=0, minutes=1.25, timesteps=9)
+    for record in (first, last):
+        launch.save_record(tmp_path, "a-s1", record)
+    total = dataclasses.replace(last, began="monday", starts=3, minutes=3.75)
+    assert launch.read_records(tmp_path) == {"a-s1": total}
+
+
 def test_a_killed_run_goes_on(study, launched):
     file = study(seeds=[1], a="--fail-once")
     code, output = launched(file)

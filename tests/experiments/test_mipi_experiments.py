@@ -261,6 +261,14 @@ def test_a_flag_that_is_newer_than_a_run(runs, tmp_path):
     assert {"REFIL", "REFIL --windows clipped"} <= set(found)
 
 
+def test_minutes_end_with_the_last_evaluation_that_counts():
+    """What came after --until is not in them; a log without times has none."""
+    log = [{"timesteps": 10 * k, "collect_s": 20.0 * k, "learn_s": 10.0 * k} for k in (1, 2, 3)]
+    log.insert(2, {"timesteps": 20, "eval/3/win": 0.5})
+    assert study.minutes_of(log, until=20) == 1.5
+    assert np.isnan(study.minutes_of(log[2:3], until=20))
+
+
 def test_tables_every(runs, tmp_path):
     """Of evaluations that came too often, the first after each multiple counts."""
     often = tmp_path / "often"

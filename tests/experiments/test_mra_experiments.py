@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,21 @@ def test_cross_play(runs, tmp_path):
     wanted = criteria.read_arm(line).wanted | {"script": "mra_maddpg_particle"}
     assert row["pac_men_flags"] == criteria.flags_text(wanted)
     assert row["ghosts_flags"].startswith("maddpg_particle --task pacman --population 3,2 ")
+
+
+def test_tables_of_cross_play():
+    """Means over pairs of runs divided by the largest mean, not by the best pair; none below 0."""
+    earned = {"aa": (4.0, 8.0), "ab": (3.0, 3.0), "ba": (1.0, 2.0), "bb": (2.4, 2.4)}
+    found = [
+        {"pac_men": a, "ghosts": b, "pac_man": x, "ghost": -x}
+        for (a, b), each in earned.items()
+        for x in each
+    ]
+    pac_men, ghosts = mra.tables(found).split("Return per ghost and episode")
+    assert "| a | a | 6.00 | 4.00, 8.00 | 2 | 1.00 |" in pac_men
+    assert "| a | b | 3.00 | 3.00, 3.00 | 2 | 0.50 |" in pac_men
+    assert "| b | a | 1.50 | 1.00, 2.00 | 2 | 0.25 |" in pac_men
+    assert "| b | a | -1.50 | -2.00, -1.00 | 2 | - |" in ghosts
 
 
 @pytest.mark.parametrize("population", ["3,2", "2,4"])
@@ -417,6 +433,20 @@ def test_ladder(tmp_path):
     assert "| +5.25 [+1.79, +8.71] | 0.33 | +5.50 [-1.42, +12.42] | 0.33 |" in line
     code, text, _ = command("mra", "ladder", *runs[::2], "--against", "uni", "--out", out)
     assert code == 0 and "| ours - uni | +6.00 | – | +6.00 | – |" in text, "of one seed each"
+
+
+def test_columns_of_the_ladder_are_of_their_players():
+    """Trained populations are 3 and 4, unseen is 6; each row of the evaluation has its figure."""
+    players = ("", " random", " best z=1", " uniform g", " blind", " knows population")
+    names = [f"{m}{player}" for player in players for m in (3, 4, 6)]
+    results = {name: {"return": float(2**k)} for k, name in enumerate(names)}
+    args = {"task": "resource", "populations": ["3", "4"], "eval_populations": ["6"]}
+    run = SimpleNamespace(name="x-s1", args=args, log=[], steps=0, summary={"eval": results})
+    row = mra.ladder_row(run, all_agents=False)
+    wanted = {"return": 1.5, "unseen": 4, "random": 12, "random, unseen": 32}
+    wanted |= {"best z": 96, "best z, unseen": 256, "uniform g": 768}
+    wanted |= {"gap closed": (1.5 - 6144) / (49152 - 6144)}
+    assert {name: row[name] for name in wanted} == pytest.approx(wanted)
 
 
 def test_ladder_of_all_agents_and_of_interquartile_means(tmp_path):

@@ -1,6 +1,7 @@
 """Table 1's runs, and runs beside each other's actors."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +141,17 @@ def test_curves_over_thetas_samples(trained, tmp_path):
     assert is_png(tmp_path / "x.png")
 
 
+def test_shares_of_past_actors_and_of_nobody():
+    """Two seats, q = .3: both past in .09 of the worlds, where one of them is spared; by hand."""
+    about = {"substrate": "toy", "seed": 1}
+    for script in ("pp_meltingpot", "rpm_meltingpot"):
+        shares = bidist.theta_shares(about | {"script": script, "history_share": 0.3})
+        assert shares == pytest.approx((0.49 + 0.42 / 2 + 0.09 / 2, 0.49))
+    assert bidist.theta_shares(about | {"script": "mappo_meltingpot"}) == (1, 1)
+    nobody = about | {"script": bidist.SCRIPT, "all_fictitious": True}
+    assert bidist.theta_shares(nobody) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -175,6 +187,25 @@ def test_focal_seats_leave_one(trained, tmp_path, capsys):
     assert bidist.main(argv) == 2
     sentence = "--num-focal 2 of 2 seats leaves none to a co-player."
     assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize(("seats", "asked", "focal"), [(6, 0, 5), (6, 2, 2), (1, 0, 1)])
+def test_all_seats_but_one_are_focal(seats, asked, focal, tmp_path, monkeypatch):
+    """Unless another number is asked for; a world of one seat has it."""
+    given = []
+
+    def play_pairs(envs, pairs, num_focal, **options):
+        given.append(num_focal)
+        return {name: {} for name in pairs}
+
+    script = SimpleNamespace(load_player=lambda *_, **__: None)
+    monkeypatch.setattr(bidist, "load_script", lambda name: script)
+    monkeypatch.setattr(bidist, "play_pairs", play_pairs)
+    runs = [bidist.Run(fake_run(tmp_path / f"a-s{s}", seed=s)) for s in (1, 2)]
+    envs = SimpleNamespace(spec=SimpleNamespace(num_agents=seats))
+    study = bidist.CrossPlay((), num_focal=asked)
+    bidist.play_pair(*runs, envs, study, np.random.default_rng(1))
+    assert given == [focal]
 
 
 def test_one_run_or_two_worlds_are_no_cross_play(trained, capsys):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import harness
 
@@ -45,6 +46,45 @@ def test_half_and_resumed_is_whole():
         assert metrics("whole") == metrics(f"half{cut}")
         replays = [torch.load(f"{name}/replay-40.pt") for name in ("whole", f"half{cut}")]
         assert differences(*replays) == []
+
+
+def test_times_in_the_log(monkeypatch):
+    """By a clock that collecting, learning, saving and evaluating move: of these sps has the first
+    two, and wall_s, which goes on in a resumed run, all four."""
+    clock = SimpleNamespace(now=0.0)
+    update, save = learner.update, harness.Run.save
+
+    def pass_by(seconds):
+        clock.now += seconds
+
+    def slow_update(*given):
+        pass_by(0.25)
+        return update(*given)
+
+    def slow_save(run):
+        pass_by(100.0)
+        save(run)
+
+    times = vars(time) | {"monotonic": lambda: clock.now, "sleep": pass_by}
+    for module in (harness, learner):
+        monkeypatch.setattr(module, "time", SimpleNamespace(**times))
+    monkeypatch.setattr(learner, "update", slow_update)
+    monkeypatch.setattr(harness.Run, "save", slow_save)
+    more = ("--log-every", 2 * PULLS, "--eval-every", 2 * PULLS, "--pause", 0.5)
+    assert run(*flags("run", 4, *more)) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    pass_by(1e6)  # nobody trains
+    assert run(*resume("run", 6)) == 0
+    lines = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    lines = [line for line in lines if "sps" in line]
+    for line in lines:
+        assert line["sps"] == pytest.approx(2 * PULLS / 1.5)
+        assert (line["collect_s"], line["learn_s"]) == pytest.approx((1.0, 0.5))
+    # The first save; two iterations; a save and four episodes; two iterations.
+    assert [line["wall_s"] for line in lines[:2]] == pytest.approx([101.5, 101.5 + 102 + 1.5])
+    saved = lines[1]["wall_s"] + 100
+    assert lines[2]["wall_s"] == pytest.approx(saved + 1.5)
+    assert summary["wall_s"] == pytest.approx(saved + 2 + 100)  # it asks to save at its end, too
 
 
 def test_another_seed_is_another_run():
@@ -303,6 +343,15 @@ def test_an_abandoned_future_goes_with_the_first_save(run_dir):
     ]
 
 
+def test_curves_of_tensorboard_are_of_one_future(run_dir):
+    """What a resumed run does again takes the place of what was there."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(*resume(run_dir / "checkpoint-16.pt", 6)) == 0
+    found = EventAccumulator(str(run_dir)).Reload().Scalars("reward")
+    assert [point.step for point in found] == [4, 8, 12, 16, 20, 24]
+
+
 def test_killed_before_a_first_save_the_log_is_still_of_one_future(run_dir, tmp_path):
     """Then the newest checkpoint is resumed: lines of the other attempt, and of none, are not in
     its log, whichever checkpoint follows."""
@@ -342,6 +391,16 @@ def test_one_writer(tmp_path, capfd):
     assert run(*resume("run", steps[-1] // PULLS + 1, "--pause", 0)) == 0  # the lock went with it
 
 
+def test_who_resumes_a_file_writes_its_run(run_dir, capfd):
+    """It is refused like who names the directory, and changes nothing."""
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    with (run_dir / "lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert run(*resume(run_dir / "checkpoint-16.pt", 8)) == 2
+    assert "is being written by another process" in only_error(capfd.readouterr().err)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_look_at_the_lock_fails_no_start(tmp_path, monkeypatch):
     """A launcher that asks whether a run is locked shares its lock for an instant; who keeps it
     longer writes the run."""
@@ -372,6 +431,20 @@ def test_two_starts_at_once(tmp_path):
 
 
 # Out of disk --------------------------------------------------------------------------------------
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkeypatch):
+    """Else a crash of the machine could leave neither of them."""
+    path, seen, fsync = tmp_path / "x", [], os.fsync
+    path.write_bytes(b"old")
+
+    def watched(number):
+        seen.append((os.fstat(number).st_size, path.read_bytes()))
+        fsync(number)
+
+    monkeypatch.setattr(harness.os, "fsync", watched)
+    harness.write(path, b"newer")
+    assert seen == [(len(b"newer"), b"old")] and path.read_bytes() == b"newer"
 
 
 def check_full(run_dir, code, stderr, words):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import harness
 
+import numpy as np
 import pytest
 import torch
 from runs import differences, exact, index, metrics, only_error, states
@@ -95,3 +96,14 @@ def test_descend_is_torchs_own_step():
     (a, norm, _), (b, _, expected) = nets
     assert norm == pytest.approx(expected, rel=1e-4)
     assert all(torch.allclose(p, q, rtol=1e-4) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_a_line_has_the_means_of_what_was_noted():
+    """Of all iterations since the line before, also where a checkpoint is between."""
+    assert run(*flags("each", 6)) == 0
+    assert run(*flags("few", 6, "--log-every", 3 * PULLS)) == 0
+    each, few = metrics("each"), metrics("few")
+    assert len(each) == 6 and len(few) == 2
+    for name in ("loss", "grad_norm"):
+        values = np.array([line[name] for line in each]).reshape(2, 3)
+        assert [line[name] for line in few] == pytest.approx(values.mean(1), rel=1e-4, abs=1e-7)

@@ -169,6 +169,24 @@ def test_a_signal_while_they_ask_each_other_is_not_lost(struck, tmp_path, monkey
     assert in_two(found, tmp_path) == [(75, 32)] * 2
 
 
+def test_two_of_a_clusters_signals_are_one(tmp_path, monkeypatch):
+    """torchrun and a cluster's manager may both send SIGTERM: the second one does not end a process
+    before it has saved."""
+
+    def found(rank):
+        advance = harness.Run.advance
+
+        def struck(run, steps):
+            advance(run, steps)
+            for _ in range(2 * (run.timesteps == 24)):
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(harness.Run, "advance", struck)
+        return as_torchrun_does(rank, flags("run", 12))
+
+    assert in_two(found, tmp_path) == [(75, 24)] * 2
+
+
 def test_nobody_leaves_before_a_checkpoint_is_written(tmp_path, monkeypatch):
     def found(rank):
         save_state = harness.Run.save_state

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from battle_tools import elsewhere, run as run_in_battles  # noqa: F401
-from particle_tools import EPC, MAAC, MADDPG, MRA, run as run_in_particles, script
+from battle_tools import elsewhere  # noqa: F401
+from battle_tools import run as run_in_battles
+from particle_tools import EPC, MAAC, MADDPG, MRA, script
+from particle_tools import run as run_in_particles
 
 STEPS = 3  # gradient steps of an update
 BATTLES = ["mipi_refil_smac", "baselines.refil_smac", "baselines.collaq_smac"]

@@ -169,3 +169,30 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "seed" not in out and "0.800" in out and not list(tmp_path.glob("y*"))
     assert study.main([*words, "--steps", "0"]) == 2
     assert "--steps 0" in capsys.readouterr().err
+
+
+def test_rows_of_the_command(tmp_path, monkeypatch):
+    """I4 reads them: rewards in (B,B) of greedy and of drawn actions, by hand from p(1) = .2, .9
+    of agents of type B at one point, .6, .3 at another; two seeds."""
+    monkeypatch.chdir(tmp_path)
+    points = np.full((2, 2, 2, 2), 0.5)  # points, seeds, agents, types
+    points[..., 1] = [[[0.2, 0.9], [0.6, 0.3]], [[0.6, 0.3], [0.2, 0.9]]]
+    monkeypatch.setattr(study, "learn_game", lambda *_: points)
+    words = ["matrix-game", "--steps", "10", "--every", "10", "--seeds", "4", "7", "--grid", "2"]
+    assert study.main([*words, "--out", "x"]) == 0
+    payoff = PAYOFFS["additive"][UNSEEN]
+
+    def drawn(p, q):
+        return (1 - p) * ((1 - q) * payoff[0, 0] + q * payoff[0, 1]) + p * (
+            (1 - q) * payoff[1, 0] + q * payoff[1, 1]
+        )
+
+    ways = {"greedy": (payoff[0, 1], payoff[1, 0]), "drawn": (drawn(0.2, 0.9), drawn(0.6, 0.3))}
+    assert len({float(x) for own in ways.values() for x in own}) > 2
+    with Path("x.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for objective, (way, (one, other)) in itertools.product(OBJECTIVES, ways.items()):
+        own = [r for r in rows if (r["objective"], r["actions"]) == (objective, way)]
+        found = {(r["seed"], r["step"]): float(r["reward"]) for r in own}
+        wanted = {("4", "0"): one, ("7", "0"): other, ("4", "10"): other, ("7", "10"): one}
+        assert found == pytest.approx(wanted)
