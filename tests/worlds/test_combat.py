@@ -1012,6 +1012,35 @@ def test_targets_are_sticky(gap, other, switches):
     assert c.units[0, 8]["target"] == int(switches)
 
 
+@pytest.mark.parametrize(
+    ("enemy_ai", "comes", "turns"),
+    [
+        ("sticky", (2.0, 5), False),
+        ("closest", (2.0, 45), True),
+        ("closest", (4.8, 5), False),
+        ("focus", (2.0, 45), False),
+        ("focus", (4.8, 5), True),
+        ("focus", (6.2, 5), False),  # beyond its reach
+    ],
+)
+def test_other_opponents_turn_to_others(enemy_ai, comes, turns):
+    """Between attacks, not while it takes aim, "closest" turns to who is nearer and "focus" to who
+    has fewer hit points left, while "sticky" keeps its target."""
+    c = field((8, STALKER, 10, 16), (0, MARINE, 15, 16), goal=(10.0, 16.0), enemy_ai=enemy_ai)
+    c.units[0, 0]["health"] = 20
+    for _ in range(2):
+        tick(c, ai=True)
+        assert c.units[0, 8]["target"] == 0 and c.units[0, 8]["winding"] >= 0
+        if not c.units[0, 1]["alive"]:
+            gap, health = comes
+            enlist(c.units[0, 1], MARINE, 10.0, 16 + 1.0 + gap)
+            c.units[0, 1]["health"] = health
+    tick(c, 2, ai=True)
+    assert c.units[0, 8]["winding"] < 0, "it has fired"
+    tick(c, ai=True)
+    assert c.units[0, 8]["target"] == int(turns)
+
+
 def test_a_new_target_when_the_old_one_is_dead():
     c = field((8, MARINE, 10, 16), (0, MARINE, 13, 16), (1, MARINE, 10, 20), goal=(10.0, 16.0))
     c.units[0, 0]["health"] = 6
@@ -1034,6 +1063,30 @@ def test_call_for_help(far, comes):
     assert c.units[0, 8]["shield"] == 44
     tick(c, 2, ai=True)
     assert (at(c, 9)[0] > 15 - far + 0.1) == comes
+
+
+def test_who_is_hit_from_afar_goes_for_the_attacker():
+    """A Stalker shoots 6 far, beyond the 5 at which an idle Zealot without friends looks around."""
+    c = field((0, STALKER, 15 + 5.6 + 1.125, 16), (8, ZEALOT, 15, 16), goal=(15.0, 16.0))
+    tick(c, 20, ai=True)
+    assert c.units[0, 8]["target"] < 0 and at(c, 8)[0] == 15
+    attack(c, 0, 8)
+    tick(c, 20, ai=True)
+    assert c.units[0, 8]["shield"] < 50 and c.units[0, 8]["target"] == 0
+
+
+@pytest.mark.parametrize(("far", "alive", "target"), [
+    ((7, 8), (T, T), 0), ((8, 7), (T, T), 1), ((7, 8), (F, T), 1), ((8, 7), (F, F), -1),
+])  # fmt: skip
+def test_of_several_attackers_the_nearest_is_taken(far, alive, target):
+    """Two friends of an idle Zealot were hit in the last frame, by Marines `far` east of it."""
+    friends = (9, ZEALOT, 15, 18), (10, ZEALOT, 15, 14)
+    marines = [(k, MARINE, 15 + x, 16 + 2 * k) for k, x in enumerate(far)]
+    c = field((8, ZEALOT, 15, 16), *friends, *marines, goal=(15.0, 16.0))
+    c.units[0, 9]["attacker"], c.units[0, 10]["attacker"] = 0, 1
+    c.units[0]["alive"][:2] = alive
+    tick(c, ai=True)
+    assert c.units[0, 8]["target"] == target
 
 
 def test_nobody_is_called_away_from_its_target():

@@ -10,6 +10,7 @@ import torch
 from envs.smac import combat
 from envs.smac.combat import ENGAGE, FAMILIES, MEDIVAC, NEVER, SIDE, SLOTS, Combat
 from envs.smac.episodes import (
+    EpisodeLog,
     focus,
     nearest,
     play,
@@ -192,6 +193,52 @@ def test_scripted_agents_choose_what_they_say():
                     checked["run"] += move > 1
         c.step(chosen["focus"])
     assert min(checked.values()) > 10, checked
+
+
+def test_who_is_hurt_retreats_from_the_nearest_enemy():
+    """With less than .35 of hit points and shields left and an enemy within 6, an agent takes the
+    available move that leads most away from the nearest; all others do as in focus."""
+    c, runs = Combat("sz", (8,), 8, seed=2), 0
+    c.reset()
+    ways = np.array([[0, 1], [0, -1], [1, 0], [-1, 0]])  # of actions 2 to 5
+    full = {combat.STALKER: 160, combat.ZEALOT: 150}
+    for _ in range(20):
+        snap, avail = c.snapshot, c.obs.avail.numpy()
+        places = np.stack([snap.x, snap.y], -1).astype(float)
+        chosen, focused = retreat(c), focus(c)
+        for b, i in np.ndindex(8, SIDE):
+            place = places[b] - places[b, i]
+            left = float(snap.health[b, i] + snap.shield[b, i])
+            foes = [j for j in range(SIDE, SLOTS) if snap.alive[b, j]]
+            far, nearest_foe = min((np.hypot(*place[j]), j) for j in foes)
+            hurt = snap.alive[b, i] and left / full[int(snap.type[b, i])] < 0.35
+            if not hurt or far >= 6:
+                assert chosen[b, i] == focused[b, i]
+                continue
+            moves = [k for k in range(2, 6) if avail[b, i, k]]
+            nearer = {k: ways[k - 2] @ place[nearest_foe] for k in moves}
+            assert nearer[int(chosen[b, i])] <= min(nearer.values()) + 1e-4
+            runs += 1
+        c.step(focused)
+    assert runs > 20
+
+
+def test_the_log_of_training_episodes():
+    """Means of all processes' episodes and of those of each size, also when saved in between."""
+    own = [
+        combat.Episode(0, (2, 1), 30, 20.0, True, 2, 0),
+        combat.Episode(1, (1, 2), 50, 4.0, False, 0, 1),
+        combat.Episode(0, (0, 5), 70, 6.0, False, 0, 2),
+    ]
+    other = combat.Episode(1, (3, 0), 10, 0.0, False, 0, 3)
+    log = EpisodeLog(combat.Episode, lambda mine: [mine, [other]])
+    log.episodes += own
+    again = EpisodeLog(combat.Episode, lambda mine: [mine, [other]])
+    again.load_state_dict(log.state_dict())
+    expected = {"episodes": 4, "return": 7.5, "win": 0.25, "length": 40.0}
+    expected |= {"return/3": 8.0, "win/3": 1 / 3, "return/5": 6.0, "win/5": 0.0}
+    assert log.means() == again.means() == pytest.approx(expected)
+    assert log.episodes == []
 
 
 def test_tables_of_results():

@@ -125,6 +125,32 @@ def test_what_training_sees_is_what_the_world_says(my_world):
         assert image[8 * row, 8 * column].tolist() == [80, 120, 255]
 
 
+def test_other_processes_have_other_worlds_and_resumed_runs_other_episodes(my_world):
+    """World b from first_world on is world first_world + b, and a loaded state goes on with the
+    episodes that would have come, whose returns have nothing of those that were cut short."""
+
+    def episodes(envs, number):
+        return [[x.copy() for x in envs.reset()[:2]] for _ in range(number)]
+
+    with OwnWorlds("my_world:Berries", 3, seed=3) as envs:
+        whole = episodes(envs, 4)
+    with OwnWorlds("my_world:Berries", 1, seed=3, first_world=2) as envs:
+        for mine, all_of_them in zip(episodes(envs, 4), whole):
+            assert all(np.array_equal(x[0], y[2]) for x, y in zip(mine, all_of_them))
+    with OwnWorlds("my_world:Berries", 3, seed=3) as first:
+        episodes(first, 2)
+        state = first.state_dict()
+    with OwnWorlds("my_world:Berries", 3, seed=3) as second:
+        obs = second.load_state_dict(state)
+        assert all(np.array_equal(x, y) for x, y in zip(obs[:2], whole[2]))
+        second.step(np.zeros((3, 2), int))
+        second.reset()
+        steps = [second.step(np.zeros((3, 2), int)) for _ in range(50)]
+        assert [x.length for x in steps[-1].episodes] == [50] * 3
+        returns = [x.returns.tolist() for x in steps[-1].episodes]
+        assert returns == sum(x.reward for x in steps).tolist()
+
+
 @pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
 def test_scripts_train_resume_and_evaluate(script, my_world, capsys):
     argv = tiny(script.__name__, "run", 2, "--substrate", "my_world:Berries")

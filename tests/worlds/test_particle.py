@@ -20,6 +20,7 @@ from envs.particle.episodes import (
     RewardScale,
     population_name,
     report_returns,
+    summarise,
 )
 from envs.particle.worlds import (
     LONGEST,
@@ -725,3 +726,16 @@ def test_returns_and_rewards_while_an_agent_learns(task, population):
     assert report_returns([returns]) == {}, "of what has ended since"
     deviations = np.repeat([np.std(x) for x in rewards], world.game.population)
     assert scale.deviation().tolist() == pytest.approx(deviations, rel=1e-4)
+
+
+def test_a_summary_has_the_means_of_each_type():
+    """Pac-Men's returns are in the first column and ghosts' in the second, with the episodes'
+    spread in their intervals."""
+    returns = np.array([[-8.0, 20.0], [-6.0, 30.0], [-7.0, 40.0], [-7.0, 30.0]], np.float32)
+    row = summarise("pacman", returns)
+    assert (row["episodes"], row["return_pac_man"], row["return_ghost"]) == (4, -7, 30)
+    assert -8 <= row["return_pac_man_low"] < -7 < row["return_pac_man_high"] <= -6
+    assert 20 <= row["return_ghost_low"] < 30 < row["return_ghost_high"] <= 40
+    alone = summarise("treasure", returns[:, 1:])
+    assert set(alone) == {"episodes", "return", "return_low", "return_high"}
+    assert alone["return"] == 30

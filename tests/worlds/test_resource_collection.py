@@ -787,6 +787,32 @@ def test_episodes_end_and_say_what_happened():
     assert told == [0] * 39 + [5]
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_an_episode_counts_what_happened_in_it(once):
+    """Rewards, pick-ups and catches of this episode alone, whether the one before ended or was cut
+    short by reset(), and also if the world was saved and loaded on the way."""
+    w, ended = world(4, B=3, episode_limit=12, once=once), []
+    total = np.zeros((3, 3))
+    for t in range(36):
+        if t == 8 or (once and t == 22):
+            w.reset()
+            total[:] = 0
+        if t == 26:
+            saved = w.state_dict()
+            w = world(4, B=3, seed=9, episode_limit=12, once=once)
+            w.load_state_dict(saved)
+        step = w.step(rc.collector(w))
+        event = step.final.event
+        picked, caught = ((event >= 2) & (event <= 4)).sum(1), (event == 5).sum(1)
+        total += torch.stack((step.reward, picked, caught), 1).double().numpy()
+        for e in step.episodes:
+            assert (e.picked, e.caught) == tuple(total[e.battle, 1:]) and e.length == 12
+            assert math.isclose(e.reward, total[e.battle, 0], abs_tol=1e-3)
+            ended.append(e)
+            total[e.battle] = 0
+    assert len(ended) == 6 and sum(e.picked for e in ended) > 6
+
+
 def test_wrong_use():
     w = world(2)
     for actions, sentence in (

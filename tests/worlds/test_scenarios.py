@@ -263,6 +263,25 @@ def test_coins_puppets_keep_to_their_colours():
     assert len(own) > 10 and np.mean(own) > 0.9
 
 
+def test_coins_puppets_go_to_what_their_goal_names():
+    """Which of two coins, one of them nearer, a puppet walks to: its own when it cooperates, the
+    nearer when it defects, the other player's when it spites."""
+    engine, goals = new_engine(COINS, RANDOM, RANDOM), configs._PUPPET_GOALS[COINS]
+    east, west = 2, 4  # values of "move" that lead there, as the puppet looks north
+    for seat, (to_own, to_theirs) in itertools.product((0, 1), ((2, 4), (4, 2))):
+        puppet = engine.new_puppet(seat)
+        (theirs,) = set(puppet.coins) - {puppet.own}
+        memory = bots.Memory(puppet.sight, 0)
+        memory.grid[:] = bots.FREE
+        memory.y, memory.x = (size // 2 for size in memory.grid.shape)
+        memory.grid[memory.y, memory.x + to_own] = puppet.own
+        memory.grid[memory.y, memory.x - to_theirs] = theirs
+        nearer = east if to_own < to_theirs else west
+        for goal, move in (("COOPERATE", east), ("DEFECT", nearer), ("SPITE", west)):
+            number = int(np.argmax(goals[goal]))
+            assert puppet.act(number, {}, memory) == puppet.action(move=move), goal
+
+
 def test_matrix_puppets_collect_and_meet():
     dove, hawk = "puppet_dove_margin_0", "puppet_hawk_margin_0"
     doves = mean_returns(CHICKEN, (dove, dove), 1000)

@@ -61,6 +61,24 @@ def test_truncation_keeps_the_ended_episode_apart():
     assert [episode.length for episode in step.episodes] == [4, 4, 4]
 
 
+def test_an_episode_counts_from_its_reset():
+    """What was earned before reset() is no part of the next episode's length and returns."""
+    envs = TileGame(4, seed=2)
+    envs.reset()
+    for _ in range(4):
+        envs.step(np.zeros((4, 2), int))
+    envs.reset()
+    earned, steps, lengths = np.zeros((4, 2)), 0, {}
+    while len(lengths) < 4:
+        step, steps = envs.step(np.ones((4, 2), int)), steps + 1
+        earned += step.reward
+        for episode in step.episodes:
+            if lengths.setdefault(episode.world, steps) == steps:
+                assert episode.length == steps
+                assert episode.returns.tolist() == earned[episode.world].tolist()
+    assert earned.any()
+
+
 def test_same_rollout_whatever_the_number_of_worlds():
     one, many = TileGame(1, seed=5, first_world=2), TileGame(4, seed=5)
     a, b = one.reset(), many.reset()
