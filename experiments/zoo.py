@@ -46,7 +46,7 @@ from experiments.runs import (
 )
 
 ZOO = ROOT / "zoo"
-LARGEST, ALL_TOGETHER = 1_000_000, 16_000_000  # most bytes: an entry's weights, a whole zoo
+LARGEST, ALL_TOGETHER = 1_000_000, 24_000_000  # most bytes: an entry's weights, a whole zoo
 # The parts of a checkpoint that evaluation and load_player() read, as shell patterns of their
 # names. "own" is the part that belongs to the first process alone.
 PLAYS = {

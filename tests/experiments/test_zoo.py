@@ -127,14 +127,14 @@ def test_an_entry_has_weights_alone(entry):
 
 
 def test_the_zoo_is_small_and_all_that_there_is():
-    """Weights are kept in the zoo alone; together they are under sixteen megabytes."""
+    """Weights are kept in the zoo alone; together they are under twenty-four megabytes."""
     tracked = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
     ).stdout.split()
     if tracked:  # in a repository
         assert {name.split("/")[0] for name in tracked if name.endswith(".pt")} <= {"zoo"}
     sizes = [path.stat().st_size for path in (ROOT / "zoo").rglob("*") if path.is_file()]
-    assert sum(sizes) <= 16_000_000
+    assert sum(sizes) <= 24_000_000
     kinds = {entry.args["script"] for entry in ENTRIES}
     assert kinds == set(zoo.PLAYS), "every script has an entry"
 
