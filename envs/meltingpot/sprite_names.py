@@ -21,7 +21,6 @@ import numpy as np
 
 from envs.meltingpot.tiles import SPRITE
 
-COMPASS = "NESW"
 # The order in which the engine draws (base_simulation.lua); a substrate's own layers come last.
 LAYERS = ("logic", "alternateLogic", "background", "lowerPhysical", "upperPhysical", "overlay")
 LAYERS += ("superOverlay",)
