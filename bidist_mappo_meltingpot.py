@@ -19,8 +19,8 @@ and away from theta (reverse, novel partners). This prepares theta for co-player
 
 Letters: pi_old the policy that acted, T steps, B worlds, N agents, A actions, F features, H W tiles
 of a view (H' W' of the global view), S units of a hidden state, L steps per chunk, C chunks per
-rollout, M samples per minibatch. A diff with baselines/mappo_meltingpot.py shows the method only.
-Decisions where the paper is silent: docs/bidist.md. Worlds: docs/meltingpot.md.
+world and rollout, M of them per minibatch. A diff with baselines/mappo_meltingpot.py shows the
+method only. Decisions where the paper is silent: docs/bidist.md. Worlds: docs/meltingpot.md.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Args(RunArgs):
     num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
     num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
     worker_timeout: Above = 8.0  # seconds without a sign of life from a worker until the run ends
-    max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
+    max_episode_steps: Count = 0  # steps until training episodes (own worlds: all) end; 0: never
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
     p: Share | None = None  # P(fictitious: v_i = 0); default .4 if N <= 2, else .2 (Sec. 5.1)
@@ -126,7 +126,7 @@ class Args(RunArgs):
     background: tuple[str, ...] = ("random", "distilled")  # co-players: random, distilled, run dirs
     num_focal: Count = 0  # seats of the trained policy beside --background; 0: N - 1
     eval_ids: Literal["random", "slot"] = "random"  # ids: drawn in each role (Eq. 2), or the seat's
-    eval_scenarios: str = "all"  # Melting Pot scenarios to evaluate in: all, none or e.g. SC0,SC3
+    eval_scenarios: str = "all"  # all (of the paper's substrates: SC0 to SC4), none or SC0,SC3
     bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
 
@@ -136,14 +136,14 @@ def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
     give them to all their arms. So may --mask-fictitious and --p 0 have a --clip-centre: w is 1."""
     forward, reverse = ("forward_lr", "forward_epochs"), ("reverse_lr", "reverse_epochs")
     phases = ("k_d", "forward", *forward, "reverse", *reverse, "reverse_mode", "noise_std")
+    needed_by_cap = ("advantages_per_population",)  # without a cap it needs two populations
     populations = ("v_redraw", "mask_fictitious", "weight_cap", "advantages_per_population")
-    one_mean = args.all_fictitious and args.weight_cap is None
     rows = [
         (args.copy_every, "--copy-every", (*phases, "distilled_width")),
         (not args.reverse, "--no-reverse", ("reverse_mode",)),
         (args.reverse_mode != "noise", f"--reverse-mode {args.reverse_mode}", ("noise_std",)),
         (args.all_fictitious, "--all-fictitious", ("p", "v_redraw")),
-        (one_mean, "--all-fictitious", ("advantages_per_population",)),
+        (args.all_fictitious and not args.weight_cap, "--all-fictitious", needed_by_cap),
         (args.p == 0, "--p 0", populations),  # there is but one
         (args.mask_fictitious, "--mask-fictitious", ("weight_cap", "advantages_per_population")),
     ]
@@ -160,18 +160,23 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     capped = args.weight_cap is not None
     apart = args.advantages_per_population
     learns = args.forward or args.reverse or args.copy_every  # phi
-    # Steps until the first distillation or copy; phases at odd multiples of k_d are forward.
-    every = args.copy_every or args.k_d * (1 if args.forward else 2)
+    # Steps until the first distillation or copy; phases at odd multiples of k_d are forward, and
+    # the run is to reach one of a --reverse-mode that was asked for, too.
+    chosen = args.reverse_mode != Args.reverse_mode
+    every = args.copy_every or args.k_d * (1 if args.forward and not chosen else 2)
     steps = args.rollout_steps * args.num_envs * process_count()  # of an iteration
     iterations = -(-args.total_timesteps // steps)  # a run ends its last one
     first = every * steps
-    flag = f"--copy-every {args.copy_every}" if args.copy_every else f"--k-d {args.k_d}"
+    phases = f"--k-d {args.k_d}" + (f" --reverse-mode {args.reverse_mode}" if chosen else "")
+    flag = f"--copy-every {args.copy_every}" if args.copy_every else phases
     too_rare = f"{flag} needs {first:,} steps, and the run has {args.total_timesteps:,}"
     wrong = [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (args.mask_fictitious and args.all_fictitious, "--mask-fictitious leaves no samples"),
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
+        # Where theta acts w is 1: a lower bound would scale its clip, too.
+        (capped and args.weight_cap < 1, "--weight-cap must be 1 or more"),
         # With capped w, E_phi[w grad log pi_theta] is not 0: a constant added to A adds a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
         (learns and every > iterations and not args.eval_only, too_rare),
@@ -263,7 +268,7 @@ class TileCNN(nn.Module):
         self.linear = orthogonal(nn.Linear(inputs, scale(64, width)), RELU)
 
     def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
-        """Tile ids (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
+        """Tile ids of M images (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
         tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
         images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
         images = images.flatten(4, 5).flatten(2, 3)
@@ -723,9 +728,9 @@ def collect(
         if step.truncated.any():
             _, _, world_ids, features = observe(step.final, device)
             joint = joint_features(features, actions, num_actions)
-            goes_on = torch.zeros(1, 1, dtype=torch.bool, device=device)
+            no_start = torch.zeros(1, 1, dtype=torch.bool, device=device)
             for b in np.flatnonzero(step.truncated):
-                view = Views(world_ids[b, None, None], joint[b, None, None], goes_on)
+                view = Views(world_ids[b, None, None], joint[b, None, None], no_start)
                 finals.append((t, b, view))
         episodes += step.episodes
         ended = terminated | truncated
@@ -1069,17 +1074,17 @@ def train(args: Args) -> int:
             envs.reset()
         log = EpisodeLog(gather)
         own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state, "log": log}
+        share = fictitious_share(args, envs.spec.num_agents)
         run.begin(
             args.substrate,
             parts={"agent": agent},
             own=own,
             bots=bots,
             amp=agent.amp,
-            fictitious_probability=fictitious_probability(args, envs.spec.num_agents),
+            fictitious_share=share,
         )
-        if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
+        if args.resume and not envs.reproducible:  # all worlds begin new episodes
             state = new_state(agent, args.num_envs)
-        share = fictitious_share(args, envs.spec.num_agents)
         run.say(f"{run.dir}: {share:.0%} of all agents will be fictitious")
         while run.goes_on():
             batch, state = collect(args, envs, agent, state, rng=rng, method_rng=method_rng)

@@ -11,8 +11,9 @@ All agents share one recurrent actor. In training, a critic sees the world and a
 
 Letters: pi_old the policy that acted, T steps, B worlds, N agents, A actions, F features, H W tiles
 of a view (H' W' of the global view), S units of a hidden state, L steps per chunk, C chunks per
-rollout, M samples per minibatch. Equations, tables and appendices are those of BiDist (Feng et al.,
-AAMAS 2025). Decisions where the paper is silent: docs/bidist.md. Worlds: docs/meltingpot.md.
+world and rollout, M of them per minibatch. Equations, tables and appendices are those of BiDist
+(Feng et al., AAMAS 2025). Decisions where the paper is silent: docs/bidist.md. Worlds:
+docs/meltingpot.md.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Args(RunArgs):
     num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
     num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
     worker_timeout: Above = 8.0  # seconds without a sign of life from a worker until the run ends
-    max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
+    max_episode_steps: Count = 0  # steps until training episodes (own worlds: all) end; 0: never
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
     rollout_steps: Positive = 200  # T, steps per rollout; worlds are not reset between rollouts
@@ -99,7 +100,7 @@ class Args(RunArgs):
     background: tuple[str, ...] = ("random",)  # co-players in evaluation: random, run directories
     num_focal: Count = 0  # seats of the trained policy beside --background; 0: N - 1
     eval_ids: Literal["random", "slot"] = "random"  # ids: drawn in each role (Eq. 2), or the seat's
-    eval_scenarios: str = "all"  # Melting Pot scenarios to evaluate in: all, none or e.g. SC0,SC3
+    eval_scenarios: str = "all"  # all (of the paper's substrates: SC0 to SC4), none or SC0,SC3
     bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
 
@@ -187,7 +188,7 @@ class TileCNN(nn.Module):
         self.linear = orthogonal(nn.Linear(inputs, 64), RELU)
 
     def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
-        """Tile ids (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
+        """Tile ids of M images (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
         tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
         images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
         images = images.flatten(4, 5).flatten(2, 3)
@@ -442,9 +443,9 @@ def collect(
         if step.truncated.any():
             _, _, world_ids, features = observe(step.final, device)
             joint = joint_features(features, actions, num_actions)
-            goes_on = torch.zeros(1, 1, dtype=torch.bool, device=device)
+            no_start = torch.zeros(1, 1, dtype=torch.bool, device=device)
             for b in np.flatnonzero(step.truncated):
-                view = Views(world_ids[b, None, None], joint[b, None, None], goes_on)
+                view = Views(world_ids[b, None, None], joint[b, None, None], no_start)
                 finals.append((t, b, view))
         episodes += step.episodes
         ended = terminated | truncated
@@ -755,7 +756,7 @@ def train(args: Args) -> int:
         log = EpisodeLog(gather)
         own = {"rng": rng, "envs": envs, "state": state, "log": log}
         run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots, amp=agent.amp)
-        if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
+        if args.resume and not envs.reproducible:  # all worlds begin new episodes
             state = new_state(agent, args.num_envs)
         while run.goes_on():
             batch, state = collect(args, envs, agent, state, rng)

@@ -19,9 +19,10 @@ RPM is a baseline of BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1).
     torchrun --nproc-per-node 2 baselines/rpm_meltingpot.py                16 worlds per process
 
 Letters: T steps, B worlds, N agents, A actions, F features, H W tiles of a view (H' W' of the
-global view), S units of a hidden state, L steps per chunk, C chunks per rollout, M samples per
-minibatch. Decisions where the paper is silent: docs/baselines_meltingpot.md, docs/bidist.md. A
-diff with baselines/pp_meltingpot.py shows the method only. Equations, tables: BiDist's.
+global view), S units of a hidden state, L steps per chunk, C chunks per world and rollout, M of
+them per minibatch. Decisions where the paper is silent: docs/baselines_meltingpot.md,
+docs/bidist.md. A diff with baselines/pp_meltingpot.py shows the method only. Equations, tables:
+BiDist's.
 """
 
 from __future__ import annotations
@@ -87,11 +88,11 @@ class Args(RunArgs):
     num_envs: Positive = 16  # B, parallel worlds per process (Table B.1: rollout threads)
     num_workers: Count = 0  # processes that step Melting Pot's worlds; 0: one per CPU core
     worker_timeout: Above = 8.0  # seconds without a sign of life from a worker until the run ends
-    max_episode_steps: Count = 0  # truncate training episodes after this many steps; 0: never
+    max_episode_steps: Count = 0  # steps until training episodes (own worlds: all) end; 0: never
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
     history_share: Share = 0.3  # p, probability that an agent acts with a past policy
-    rank_width: Above | None = None  # psi, of returns per 1,000 steps; default: 6 to 11, some empty
+    rank_width: Above | None = None  # psi, returns per 1,000 steps; default: makes 6 to 11 ranks
     per_rank: Positive = 20  # past actors that are kept per rank, a uniform sample of all
     policies_per_rollout: Positive = 4  # past actors drawn for each rollout
     use_history: bool = False  # samples of past policies train theta, too
@@ -116,7 +117,7 @@ class Args(RunArgs):
     background: tuple[str, ...] = ("random", "past")  # co-players: random, past, run directories
     num_focal: Count = 0  # seats of the trained policy beside --background; 0: N - 1
     eval_ids: Literal["random", "slot"] = "random"  # ids: drawn in each role (Eq. 2), or the seat's
-    eval_scenarios: str = "all"  # Melting Pot scenarios to evaluate in: all, none or e.g. SC0,SC3
+    eval_scenarios: str = "all"  # all (of the paper's substrates: SC0 to SC4), none or SC0,SC3
     bots: Literal["auto", "official", "scripted"] = "auto"  # auto: official if found, else scripted
 
 
@@ -208,7 +209,7 @@ class TileCNN(nn.Module):
         self.linear = orthogonal(nn.Linear(inputs, 64), RELU)
 
     def forward(self, ids: Tensor, sprites: Tensor) -> Tensor:
-        """Tile ids (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
+        """Tile ids of M images (M, H, W), rows of the sprites (P, 3, 8, 8) in [0, 1] -> (M, 64)."""
         tiles = sprites[F.pad(ids.long(), self.padding)]  # (M, H, W, 3, 8, 8)
         images = tiles.permute(0, 3, 1, 4, 2, 5)  # (M, 3, H, 8, W, 8)
         images = images.flatten(4, 5).flatten(2, 3)
@@ -651,9 +652,9 @@ def collect(
         if step.truncated.any():
             _, _, world_ids, features = observe(step.final, device)
             joint = joint_features(features, actions, num_actions)
-            goes_on = torch.zeros(1, 1, dtype=torch.bool, device=device)
+            no_start = torch.zeros(1, 1, dtype=torch.bool, device=device)
             for b in np.flatnonzero(step.truncated):
-                view = Views(world_ids[b, None, None], joint[b, None, None], goes_on)
+                view = Views(world_ids[b, None, None], joint[b, None, None], no_start)
                 finals.append((t, b, view))
         episodes += step.episodes
         for episode in step.episodes:
@@ -1003,7 +1004,7 @@ def train(args: Args) -> int:
         own = {"rng": rng, "method_rng": method_rng, "envs": envs, "state": state, "log": log}
         parts = {"agent": agent, "memory": memory}
         run.begin(args.substrate, parts=parts, own=own, bots=bots, amp=agent.amp)
-        if not envs.reproducible:  # episodes cannot be resumed: all worlds begin new ones
+        if args.resume and not envs.reproducible:  # all worlds begin new episodes
             state = new_state(agent, args.num_envs)
         while run.goes_on():
             batch, state = collect(args, envs, agent, memory, state, rng=rng, method_rng=method_rng)

@@ -106,11 +106,13 @@ WRONG = {
 WRONG_IN_BIDIST = {
     "--k-d 4 --total-timesteps 9600": "--k-d 12,800 9,600",
     "--no-forward --k-d 3 --total-timesteps 9999": "--k-d 19,200 9,999",
+    "--reverse-mode noise --k-d 2 --total-timesteps 9600": "--k-d --reverse-mode 12,800 9,600",
     "--copy-every 4 --total-timesteps 9600": "--copy-every 12,800 9,600",
     "--copy-every 1 --reverse-mode noise": "--copy-every --reverse-mode",
     "--p 1.5": "--p 1.5",
     "--k-d 0": "--k-d",
     "--weight-cap 0": "--weight-cap",
+    "--weight-cap 0.9 --advantages-per-population": "--weight-cap",
     "--distilled-width 0": "--distilled-width",
     "--distilled-width 9": "--distilled-width",
     "--forward-lr -1": "--forward-lr",
