@@ -587,10 +587,11 @@ def read_index(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def load_checkpoint(
-    path: str, quiet: bool = False, with_replays: bool = False
+    path: str, quiet: bool = False, with_replays: bool = False, alike: bool = False
 ) -> tuple[dict[str, Any], Path]:
     """Load the newest intact checkpoint of a run directory, or one file; return its state and the
-    directory. with_replays: replays must be intact, too. UsageError if there is none."""
+    directory. with_replays: replays must be intact, too. UsageError if there is none. alike: all
+    processes load it, and it must be the same in all."""
     file = Path(path)
     run_dir = file if file.is_dir() and not file.name.endswith(".pt") else file.parent
     for entry in read_index(run_dir):
@@ -599,7 +600,10 @@ def load_checkpoint(
         needed = [entry, *(entry["replays"] if with_replays else [])]
         damaged = [part["name"] for part in needed if not is_intact(run_dir, part)]
         if not damaged:
-            return read_state(run_dir / entry["name"]), run_dir
+            state = read_state(run_dir / entry["name"])
+            if alike:
+                check_alike(state["timesteps"])
+            return state, run_dir
         if not quiet:
             part = run_dir / damaged[0]
             fault = "damaged: its sha256 differs" if part.exists() else "missing"
@@ -609,6 +613,13 @@ def load_checkpoint(
     if file.is_dir() and not any((run_dir / x).exists() for x in ("args.json", "checkpoints.json")):
         raise UsageError(f"{path} is no run directory and holds no checkpoint.")
     raise UsageError(f"{path} holds no intact checkpoint.")
+
+
+def check_alike(timesteps: int) -> None:
+    """UsageError if processes have read checkpoints of different steps, as while that run goes on
+    or on a file system that shows files late."""
+    if len(steps := set(gather(timesteps))) > 1:
+        raise UsageError(f"Processes read checkpoints of different steps: {sorted(steps)}.")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -1064,9 +1075,8 @@ class Run:
 
     def resume(self) -> None:
         """Restore this process's objects and replays; UsageError for another number of ranks, or if
-        they read different checkpoints, as on a file system that shows them late."""
-        if len(steps := set(gather(self.timesteps))) > 1:
-            raise UsageError(f"Processes read checkpoints of different steps: {sorted(steps)}.")
+        they read different checkpoints."""
+        check_alike(self.timesteps)
         if (ranks := len(self.saved["ranks"])) != self.size:
             raise UsageError(f"{ranks} processes began this run; {self.size} cannot go on.")
         self.restore_own(self.own)

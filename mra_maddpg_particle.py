@@ -23,9 +23,9 @@ I(g; a|o) phi alone, L(psi, xi) psi and xi alone: --phi-gradient mi --no-psi-inf
     torchrun --nproc-per-node 2 mra_maddpg_particle.py                        two times 12 worlds
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
-key, S parameter sets, Z latents, P populations, Ds and De features of oneself and of another agent.
-Choices that the paper leaves open: docs/mra.md. The worlds: docs/particle.md.
-The parent, without the method: baselines/maddpg_particle.py.
+key or minibatches per update, S parameter sets, Z latents, P populations, Ds and De features of
+oneself and of another agent. Choices that the paper leaves open: docs/mra.md. The worlds:
+docs/particle.md. The parent, without the method: baselines/maddpg_particle.py.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Args(RunArgs):
     # Method
     latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z, number of z; with 1 Eq. (11) is 0
     representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z (Fig. 7)
-    latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); told: z is m's number
+    latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); told: of m, (11) is 0
     reptile_step: Share = 1.0  # alpha, share of the K inner steps that Reptile keeps
     share_parameters: bool = True  # one parameter set per type of agent, not one per agent
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): biased, or exact
@@ -187,11 +187,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     told = named or args.latent_prior == "told"
     unclear = told and first_unclear((*args.eval_populations, args.population), args.populations)
     still = args.latent_size == 1 and "actor" not in args.phi_gradient and args.phi_learning_rate
-    one = min(len(args.populations), args.latent_size) == 1  # z tells nothing of m
-    no_psi = one or args.latent_prior != "learned"
-    no_xi = no_psi and (one or "both" not in args.phi_gradient)
+    one_z, one_m = args.latent_size == 1, len(args.populations) == 1  # z tells nothing of m
+    no_psi = one_z or one_m or args.latent_prior != "learned"
+    no_xi = no_psi and (one_z or one_m or "both" not in args.phi_gradient)
     drawn = args.latent_size > 1 and args.latent_prior != "told"
-    one_z, one_m = args.latent_size == 1, len(args.populations) == 1
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
@@ -320,12 +319,12 @@ class MLP(nn.Module):
 
 
 def chosen(layer: Linear, choice: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Each agent's weight (M, N, I, O) and bias (M, N, O): of K layers that a parameter set has in
-    `layer`, those that choice (M, N, K), one-hot, names."""
+    """Each agent's weight (M, N, I, O) and bias (M, N, O): of C layers that a parameter set has in
+    `layer`, those that choice (M, N, C), one-hot, names."""
     each = [p.unflatten(0, (-1, choice.shape[-1])) for p in layer.parameters()]
-    weight, bias = (per_agent(p, counts) for p in each)  # (N, K, I, O), (N, K, O)
-    weight = torch.einsum("mnk,nkio->mnio", choice, weight)
-    return weight, torch.einsum("mnk,nko->mno", choice, bias)
+    weight, bias = (per_agent(p, counts) for p in each)  # (N, C, I, O), (N, C, O)
+    weight = torch.einsum("mnc,ncio->mnio", choice, weight)
+    return weight, torch.einsum("mnc,nco->mno", choice, bias)
 
 
 # [shared: mean_entity] begin
@@ -431,7 +430,7 @@ class RelationGraph(nn.Module):
     def forward(self, view: View) -> Tensor:
         """The graph g (M, N, N) for the latents view.z."""
         query = self.queries(view)
-        if self.heads > 1:  # only the query of head z is not 0; a mixture of z would mix scores
+        if self.heads > 1:  # other heads' queries become 0: scores are those of head z
             query = scale_rows(query, view.z)
         key = self.join_heads(self.key.weight)
         scores = self.entities(view).scores(query.flatten(-2), key)
@@ -1014,12 +1013,12 @@ def net_player(
 def evaluate(
     args: Args, agent: Agent, own: dict[str, Collector], evaluation: Evaluation
 ) -> dict[str, dict[str, float]]:
-    """Play episodes with z drawn, with each z for all agents and with a uniform graph; return {row:
-    {figure: value}}. The final evaluation adds the best z, scripted players and unseen populations.
-    own: collectors by training population."""
+    """Play with z drawn, with each z for all agents and with a uniform graph; return {row: {figure:
+    value}}. The final evaluation adds best z, scripts, unseen populations. own: by population."""
     Z, results = args.latent_size, {}
-    world_seed, player_seed, *seeds = evaluation.rng.integers(2**31, size=6).tolist()
-    latent_rng = torch.Generator().manual_seed(seeds[3])
+    seeds = evaluation.rng.integers(2**31, size=6).tolist()
+    world_seed, player_seed, scripted_seed, trial_seed, choice_seed, latent_seed = seeds
+    latent_rng = torch.Generator().manual_seed(latent_seed)
     unseen = args.eval_populations if evaluation.final else ()
     for population in dict.fromkeys((*own, *unseen)):
         worlds = make_envs(args, population, evaluation.episodes, world_seed)
@@ -1031,15 +1030,15 @@ def evaluate(
         same = {f"z={k}": (k,) * len(counts) for k in range(Z) if Z > 1}  # of all agents of a type
         filmed = ("", *same)
         if evaluation.final and Z > 1:
-            trial = make_envs(args, population, args.eval_episodes, seeds[1])  # not the table's
+            trial = make_envs(args, population, args.eval_episodes, trial_seed)  # not the table's
             choices = itertools.product(range(Z), repeat=len(counts))
-            drawn = {choice: net_player(agent, choice, seeds[2]) for choice in choices}
-            best = best_of(evaluation, trial, drawn, seeds[1])
+            drawn = {choice: net_player(agent, choice, choice_seed) for choice in choices}
+            best = best_of(evaluation, trial, drawn, trial_seed)
             same[f"best z={','.join(map(str, best))}"] = best
-        players |= {name: net_player(agent, z, player_seed) for name, z in same.items()}
+        players |= {name: net_player(agent, x, player_seed) for name, x in same.items()}
         players["uniform g"] = net_player(agent, z, player_seed, uniform=True)
         if evaluation.final:
-            players |= scripted_players(args.task, seeds[0])
+            players |= scripted_players(args.task, scripted_seed)
         results |= play_all(evaluation, worlds, players, world_seed, filmed)
     return results
 
@@ -1073,7 +1072,7 @@ def begin(args: Args, agent: Agent, collectors: list[Collector], rng: torch.Gene
     """Draw the first latents. With --adapt (Algorithm 5) these stay for all episodes, and networks
     and reward scale begin as those of the adapted run."""
     if args.adapt:
-        saved, _ = load_checkpoint(args.adapt)
+        saved, _ = load_checkpoint(args.adapt, alike=True)
         nets = {name: part for name, part in agent.parts().items() if isinstance(part, nn.Module)}
         restore(nets, saved["agent"], args.adapt)
         sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]

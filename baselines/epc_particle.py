@@ -740,6 +740,7 @@ class Evolution:
 
 def adapt(args: Args, evolution: Evolution) -> None:
     """Begin all sets as copies of the adapted run's best agents."""
+    load_checkpoint(args.adapt, alike=True)  # UsageError if agents would differ
     _, agent = load_agent(args.adapt)
     game = evolution.agents[0].game
     same = resized(args, agent, game)

@@ -909,7 +909,7 @@ def load_player(path: str, seed: int = 1, games: int = 1) -> Player:
 
 def adapt(args: Args, agent: Agent, collector: Collector) -> None:
     """Copy policy, value norm and average reward scale of the adapted run, in place."""
-    saved, _ = load_checkpoint(args.adapt)
+    saved, _ = load_checkpoint(args.adapt, alike=True)
     nets = {"policy": agent.policy, "value_norm": agent.value_norm}
     restore(nets, saved["agent"], args.adapt)
     sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]

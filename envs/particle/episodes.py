@@ -290,13 +290,15 @@ class RewardScale:
 
 
 def report_returns(populations: list[EpisodeReturns]) -> dict[str, float]:
-    """All populations' report() in one dictionary, and "return", the mean of their returns."""
-    scalars, returns = {}, []
+    """All populations' report() in one dictionary, "episodes" of all of them, and "return", the
+    mean of their returns."""
+    scalars, returns, episodes = {}, [], 0
     for population in populations:
         report = population.report()
         scalars |= report
         if report:
             returns.append(report[f"return/{population_name(population.game)}"])
+            episodes += report["episodes"]
     if returns:
-        scalars["return"] = sum(returns) / len(returns)
+        scalars |= {"return": sum(returns) / len(returns), "episodes": episodes}
     return scalars

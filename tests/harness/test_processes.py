@@ -202,13 +202,17 @@ def test_nobody_leaves_before_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def test_processes_that_read_different_checkpoints(tmp_path, monkeypatch, capfd):
-    """As on a file system of a cluster that shows one of them an older index."""
+    """As on a file system of a cluster that shows one of them an older index; with --adapt, too,
+    which loads by alike=True."""
 
     def found(rank):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
         codes = [learner.main([str(x) for x in flags("run", 4, "--save-every", 8)])]
         newest = "run/checkpoint-16.pt" if rank else "run/checkpoint-8.pt"
         codes.append(learner.main(["--resume", newest, "--total-timesteps", "64"]))
+        with pytest.raises(harness.UsageError, match=r"of different steps: \[8, 16\]"):
+            harness.load_checkpoint(newest, alike=True)
+        harness.load_checkpoint("run", alike=True)
         return codes
 
     assert in_two(found, tmp_path) == [[0, 2]] * 2

@@ -1558,7 +1558,7 @@ def test_log_of_the_latent():
     assert m["return"] == pytest.approx((m["return/3"] + m["return/5"]) / 2)
     returns = [float(x["rewards"].sum()) / n / 4 for x, n in zip(replays("run"), (3, 5))]
     assert [m["return/3"], m["return/5"]] == pytest.approx(returns, rel=1e-4)
-    assert m["episodes"] == 4, "each population's own"
+    assert m["episodes"] == 8, "four of each population"
 
 
 @pytest.mark.parametrize("apart", [False, True])

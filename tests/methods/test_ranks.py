@@ -163,7 +163,7 @@ def test_trials_of_two_processes(of_two):
     both = beside_one_process("rl2_particle", of_two)
     check_gradients(both)
     check_logged(both, "episodes", "return/2", "return/3", "return")
-    assert both.logs[0]["episodes"] == 8  # of a population, two trials in each world
+    assert both.logs[0]["episodes"] == 16  # two trials in each world of two populations
 
 
 @pytest.mark.long
