@@ -7,7 +7,7 @@ divergence is the mutual information of the agent's actions and s*, given s+.
 
     J        = E sum_t gamma^t (r - alpha sum_i log pi_i(u|s) / m_i(u|s+))              (3), (8)
     Q_tot    = w_final . (sum_i Q_i w_i + b) + V,  w_i, w_final softmax               (14), (15)
-    Q_tot    = sum_i w_i Q_i + V,  w softmax over agents                         --mixer linear
+    Q_tot    = sum_i w_i Q_i + V,  w softmax over 8 slots                        --mixer linear
     y        = r + gamma E_pi (Q_tot' - alpha sum_i log pi_i / m_i),  L = E (Q_tot - y)^2   (16)
     y_t      = r_t + gamma (E_pi ((1 - l) Q_tot' - alpha sum_i ..) + l y_t+1)   --returns lambda
     m_i      = E_s* pi_i(u|s+, s*):  maximum likelihood on imagined teams s*          (12), (17)
@@ -104,7 +104,7 @@ class Args(RunArgs):
     max_episode_steps: Positive = 150  # time is out after so many, at most 1000, resource 145
     # Method
     regularizer: Literal["mi", "entropy", "none"] = "mi"  # mi: as in Eq. (3); none: only rewards
-    alpha: Amount | None = None  # cost per nat, (16): .03, mmm .1, resource .05; of Lemma 2 a 30th
+    alpha: Amount | None = None  # cost per nat, (16): .03, mmm .1, resource .05 (rescaled .005)
     alpha_i: Amount | None = None  # alpha_i, the policy's alpha in Eq. (18); default: alpha
     alpha_i_over_w: bool = False  # Lemma 2: alpha_i / w_i in (18); alpha is a 30th (linear: an 8th)
     charge_times_w: bool = False  # or, for the same ratio: alpha w_i instead of alpha in Eq. (16)
@@ -138,7 +138,7 @@ class Args(RunArgs):
     batch_size: Positive = 32  # episodes (with --replay-window: windows) per minibatch
     buffer_size: Positive = 5000  # episodes in the replay buffer
     replay_window: Count = 0  # consecutive steps of each episode, a GRU begins at 0; 0: all steps
-    windows: Literal["whole", "clipped"] = "whole"  # clipped: each step is as likely as any other
+    windows: Literal["whole", "clipped"] = "whole"  # clipped: all steps of an episode alike
     updates_per_iteration: Positive = 8  # gradient steps after each round of num_envs episodes
     target_every: Positive = 200  # episodes between copies to target networks, one a round at most
     epsilon_start: Share = 1.0  # probability of a random action at the start
@@ -224,7 +224,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--imagine-weight needs --imagine, and --scenario resource has no groups",
         ),
         (
-            greedy and args.regularizer != "none",
+            greedy and regularizes,
             "--policy greedy is for --regularizer none: its logarithm is not finite",
         ),
         (
@@ -245,7 +245,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--policy exact without a marginal has nothing to alternate: no --ba-iterations",
         ),
         (
-            args.observe_self_only and args.regularizer != "mi",
+            args.observe_self_only and args.regularizer == "entropy",
             "--observe-self-only leaves nothing for --regularizer to act on",
         ),
         (
@@ -339,7 +339,9 @@ class Features(NamedTuple):
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
     empty: Tensor  # (M, S) bool: the slot has no unit
     avail_actions: Tensor  # (M, A, U) bool
-    played: Tensor  # (T, B) bool, on the CPU: True at moments; the longest battles come first
+    # Which moments a GRU reads (times, B) bool, on the CPU, longest battles first: in replays all M
+    # (T + 1 times), in rollouts the first K (T times).
+    played: Tensor
 
     def at(self, index: Tensor) -> Features:
         """Features of moments index (n,); `played`, which only a GRU needs, stays as it is."""
@@ -360,14 +362,14 @@ def encode(
     obs: Observation, last_actions: Tensor, played: Tensor, device: torch.device
 ) -> Features:
     """Features of observations (M, ...), on `device`; last_actions (M, 8), -1 at the start of an
-    episode; played (T, B): see Features."""
+    episode; played (times, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
-    E = slots_in_use(obs.entity_mask[:, SIDE:])
-    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)])
+    enemies = slots_in_use(obs.entity_mask[:, SIDE:])
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + enemies)])
     num_actions = obs.avail.shape[-1]
     # Column 0 of the one-hot code stands for -1, no last action. It is dropped.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
-    acted = F.pad(acted, (0, 0, 0, E))  # enemies' actions are unknown: 0
+    acted = F.pad(acted, (0, 0, 0, enemies))  # enemies' actions are unknown: 0
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
         entities=send(entities, device),
@@ -699,8 +701,8 @@ class Mixer(nn.Module):
         return Mixed(w, *totals)
 
     def mix_linear(self, q: Tensor, w: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-        """sum_i w_i Q_i, w a softmax over all 8 slots: (M, 1) or, if V = 3, (M, 2), the second of
-        the utilities in groups, over 2 x 8 slots. Also w (M, A). q (M, V, A), w (M, V, A, E)."""
+        """sum_i w_i Q_i, w a softmax over all 8 slots: (M, 1) or, with groups, (M, 2), the second
+        of the utilities in groups, over 2 x 8 slots. Also w (M, A). q (M, V, A), w (M, V, A, E)."""
         # paper and code differ: the dead score 0 here; in REFIL's code only empty slots do
         gone = features.avail_actions[:, None, :, 0]  # (M, 1, A): only dead and empty have a no-op
         padding = (0, SIDE - q.shape[-1])
@@ -715,8 +717,8 @@ class Mixer(nn.Module):
         return torch.stack(totals, dim=1), w[:, : gone.shape[-1]]
 
     def mix_layers(self, q: Tensor, w: Tensor, w_final: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """w_final . (sum_i Q_i w_i + b): (M, 1) or, if V = 3, (M, 2), the second of the utilities
-        in groups. Also Eq. (15)'s w (M, A). q (M, V, A), w (M, V, A, E), w_final and b (M, E)."""
+        """w_final . (sum_i Q_i w_i + b): (M, 1) or, with groups, (M, 2), the second of these
+        utilities. Also Eq. (15)'s w (M, A). q (M, V, A), w (M, V, A, E), w_final and b (M, E)."""
         w_final = w_final.softmax(-1)
         # Eq. (15)
         w = (w.softmax(-1) * w_final[:, None, None]).sum(-1)  # (M, V, A)
@@ -811,8 +813,8 @@ class Agent(Parts):
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
         if self.args.policy == "exact":
-            # Eq. (13): pi ~ m exp(Q / alpha), the same for Q minus its largest value. So a tiny
-            # alpha puts no available action but the best near or below MASKED.
+            # Eq. (13): pi ~ m exp(Q / alpha), the same for Q minus its largest value. So the best
+            # available action scores 0 for any alpha, however far others sink towards MASKED.
             best = q.masked_fill(~avail, MASKED).amax(-1, keepdim=True)
             score = ((q - best) / self.alpha_i).clamp(min=MASKED)
             return log_probabilities(log_m + score, avail)
@@ -1298,10 +1300,10 @@ def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
 def learn(
     args: Args, agent: Agent, batch: Batch, groups: Tensor | None, measures: bool = True
 ) -> dict[str, Tensor]:
-    """A gradient step of the critic and M alternations of marginal and policy. Returns scalars for
-    the log, with `measures` also those of measure().
+    """A gradient step of the critic, --ba-iterations alternations of marginal and policy. Returns
+    scalars for the log, with `measures` also those of measure().
 
-    The trunks run once. The first M - 1 alternations train only the two heads on their outputs. The
+    The trunks run once. Alternations but the last train only the two heads on their outputs. The
     last one also trains the marginal's trunk, and its policy loss is added to the critic's loss, as
     policy and utilities share a trunk.
     """

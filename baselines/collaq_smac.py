@@ -7,7 +7,7 @@ the same without other agents.
 
     Q_i   = Q_alone(o_i-) + Q_collab(o_i) - Q_collab(o_i-)
     Q_tot = w_final . ELU(sum_i Q_i w_i + b) + V,  w_i, w_final softmax: >= 0        --mixer flex
-    Q_tot = sum_i w_i Q_i + V,  w softmax over agents                              --mixer linear
+    Q_tot = sum_i w_i Q_i + V,  w softmax over 8 slots                             --mixer linear
     y     = r + gamma Q_tot'(argmax_u Q_i)                                    double Q-learning
     y_t   = r_t + gamma ((1 - l) Q_tot'(argmax_u Q_i) + l y_t+1)              --returns lambda
     MARA  = E Q_collab(o_i-)^2                              over agents, available actions
@@ -126,7 +126,7 @@ class Args(RunArgs):
     batch_size: Positive = 32  # episodes (with --replay-window: windows) per minibatch
     buffer_size: Positive = 5000  # episodes in the replay buffer
     replay_window: Count = 0  # consecutive steps of each episode, a GRU begins at 0; 0: all steps
-    windows: Literal["whole", "clipped"] = "whole"  # clipped: each step is as likely as any other
+    windows: Literal["whole", "clipped"] = "whole"  # clipped: all steps of an episode alike
     updates_per_iteration: Positive = 8  # gradient steps after each round of num_envs episodes
     target_every: Positive = 200  # episodes between copies to target networks, one a round at most
     epsilon_start: Share = 1.0  # probability of a random action at the start
@@ -265,7 +265,9 @@ class Features(NamedTuple):
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
     empty: Tensor  # (M, S) bool: the slot has no unit
     avail_actions: Tensor  # (M, A, U) bool
-    played: Tensor  # (T, B) bool, on the CPU: True at moments; the longest battles come first
+    # Which moments a GRU reads (times, B) bool, on the CPU, longest battles first: in replays all M
+    # (T + 1 times), in rollouts the first K (T times).
+    played: Tensor
 
     def at(self, index: Tensor) -> Features:
         """Features of moments index (n,); `played`, which only a GRU needs, stays as it is."""
@@ -286,14 +288,14 @@ def encode(
     obs: Observation, last_actions: Tensor, played: Tensor, device: torch.device
 ) -> Features:
     """Features of observations (M, ...), on `device`; last_actions (M, 8), -1 at the start of an
-    episode; played (T, B): see Features."""
+    episode; played (times, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
-    E = slots_in_use(obs.entity_mask[:, SIDE:])
-    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)])
+    enemies = slots_in_use(obs.entity_mask[:, SIDE:])
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + enemies)])
     num_actions = obs.avail.shape[-1]
     # Column 0 of the one-hot code stands for -1, no last action. It is dropped.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
-    acted = F.pad(acted, (0, 0, 0, E))  # enemies' actions are unknown: 0
+    acted = F.pad(acted, (0, 0, 0, enemies))  # enemies' actions are unknown: 0
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
         entities=send(entities, device),

@@ -253,7 +253,9 @@ class Features(NamedTuple):
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
     empty: Tensor  # (M, S) bool: the slot has no unit
     avail_actions: Tensor  # (M, A, U) bool
-    played: Tensor  # (T, B) bool, on the CPU: True at moments; the longest battles come first
+    # Which moments a GRU reads (times, B) bool, on the CPU, longest battles first: in replays all M
+    # (T + 1 times), in rollouts the first K (T times).
+    played: Tensor
 
     def at(self, index: Tensor) -> Features:
         """Features of moments index (n,); `played`, which only a GRU needs, stays as it is."""
@@ -274,14 +276,14 @@ def encode(
     obs: Observation, last_actions: Tensor, played: Tensor, device: torch.device
 ) -> Features:
     """Features of observations (M, ...), on `device`; last_actions (M, 8), -1 at the start of an
-    episode; played (T, B): see Features."""
+    episode; played (times, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
-    E = slots_in_use(obs.entity_mask[:, SIDE:])
-    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)])
+    enemies = slots_in_use(obs.entity_mask[:, SIDE:])
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + enemies)])
     num_actions = obs.avail.shape[-1]
     # Column 0 of the one-hot code stands for -1, no last action. It is dropped.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
-    acted = F.pad(acted, (0, 0, 0, E))  # enemies' actions are unknown: 0
+    acted = F.pad(acted, (0, 0, 0, enemies))  # enemies' actions are unknown: 0
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
         entities=send(entities, device),

@@ -6,7 +6,7 @@ gets two more utilities: one sees only its own group, one only the other group. 
 all agents, mixed together, must predict the same return as those that see everything in sight.
 
     Q_tot    = w_final . ELU(sum_i Q_i w_i + b) + V,  w_i, w_final softmax: >= 0     --mixer flex
-    Q_tot    = sum_i w_i Q_i + V,  w softmax over agents                             --mixer linear
+    Q_tot    = sum_i w_i Q_i + V,  w softmax over 8 slots                            --mixer linear
     Q_groups = Q_tot of 2 A utilities: for each agent, Q_i of its group and Q_i of the other
     y        = r + gamma Q_tot'(argmax_u Q_i)                                   double Q-learning
     y_t      = r_t + gamma ((1 - l) Q_tot'(argmax_u Q_i) + l y_t+1)             --returns lambda
@@ -126,7 +126,7 @@ class Args(RunArgs):
     batch_size: Positive = 32  # episodes (with --replay-window: windows) per minibatch
     buffer_size: Positive = 5000  # episodes in the replay buffer
     replay_window: Count = 0  # consecutive steps of each episode, a GRU begins at 0; 0: all steps
-    windows: Literal["whole", "clipped"] = "whole"  # clipped: each step is as likely as any other
+    windows: Literal["whole", "clipped"] = "whole"  # clipped: all steps of an episode alike
     updates_per_iteration: Positive = 8  # gradient steps after each round of num_envs episodes
     target_every: Positive = 200  # episodes between copies to target networks, one a round at most
     epsilon_start: Share = 1.0  # probability of a random action at the start
@@ -266,7 +266,9 @@ class Features(NamedTuple):
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
     empty: Tensor  # (M, S) bool: the slot has no unit
     avail_actions: Tensor  # (M, A, U) bool
-    played: Tensor  # (T, B) bool, on the CPU: True at moments; the longest battles come first
+    # Which moments a GRU reads (times, B) bool, on the CPU, longest battles first: in replays all M
+    # (T + 1 times), in rollouts the first K (T times).
+    played: Tensor
 
     def at(self, index: Tensor) -> Features:
         """Features of moments index (n,); `played`, which only a GRU needs, stays as it is."""
@@ -287,14 +289,14 @@ def encode(
     obs: Observation, last_actions: Tensor, played: Tensor, device: torch.device
 ) -> Features:
     """Features of observations (M, ...), on `device`; last_actions (M, 8), -1 at the start of an
-    episode; played (T, B): see Features."""
+    episode; played (times, B): see Features."""
     A = slots_in_use(obs.entity_mask[:, :SIDE])
-    E = slots_in_use(obs.entity_mask[:, SIDE:])
-    slots = torch.tensor([*range(A), *range(SIDE, SIDE + E)])
+    enemies = slots_in_use(obs.entity_mask[:, SIDE:])
+    slots = torch.tensor([*range(A), *range(SIDE, SIDE + enemies)])
     num_actions = obs.avail.shape[-1]
     # Column 0 of the one-hot code stands for -1, no last action. It is dropped.
     acted = F.one_hot(last_actions[:, :A] + 1, num_actions + 1)[..., 1:].float()
-    acted = F.pad(acted, (0, 0, 0, E))  # enemies' actions are unknown: 0
+    acted = F.pad(acted, (0, 0, 0, enemies))  # enemies' actions are unknown: 0
     entities = torch.cat((obs.entities[:, slots], acted), dim=-1)
     return Features(
         entities=send(entities, device),
@@ -568,8 +570,8 @@ class Mixer(nn.Module):
         return Mixed(*totals)
 
     def mix_flex(self, q: Tensor, w: Tensor, w_final: Tensor, b: Tensor) -> Tensor:
-        """w_final . ELU(sum_i Q_i w_i + b): (M, 1) or, if V = 3, (M, 2), the second of the 2 A
-        utilities in groups; q (M, V, A), w (M, V, A, E), w_final and b (M, E)."""
+        """w_final . ELU(sum_i Q_i w_i + b): (M, 1) or, with groups, (M, 2), the second of the
+        2 A utilities in groups; q (M, V, A), w (M, V, A, E), w_final and b (M, E)."""
         x = (q[..., None] * w.softmax(-1)).sum(2)  # (M, V, E)
         if x.shape[1] > 1:
             full_view, own_group, other_group = x.unbind(1)
@@ -578,8 +580,8 @@ class Mixer(nn.Module):
         return (x * w_final.softmax(-1)[:, None]).sum(-1)
 
     def mix_linear(self, q: Tensor, w: Tensor, features: Features) -> Tensor:
-        """sum_i w_i Q_i, w a softmax over all 8 slots: (M, 1) or, if V = 3, (M, 2), the second of
-        the utilities in groups, softmax over 2 x 8 slots; q (M, V, A), w (M, V, A, E)."""
+        """sum_i w_i Q_i, w a softmax over all 8 slots: (M, 1) or, with groups, (M, 2), the second
+        of the utilities in groups, softmax over 2 x 8 slots; q (M, V, A), w (M, V, A, E)."""
         # paper and code differ: the dead score 0 here; in REFIL's code only empty slots do
         gone = features.avail_actions[:, None, :, 0]  # (M, 1, A): only dead and empty have a no-op
         padding = (0, SIDE - q.shape[-1])

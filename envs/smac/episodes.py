@@ -1,7 +1,8 @@
 """Scripted agents for battles, evaluation of policies, and the log of training episodes.
 
-A policy is a function policy(battles) -> actions (B, A) int64, called after reset() or step(). It
-reads battles.obs and battles.snapshot alone, so it plays the simulator as well as the real game.
+A policy is a function policy(battles) -> actions (B, A) int64, called after reset() or step(). The
+scripted ones read battles.obs and battles.snapshot alone, learned ones also time, over and
+num_battles, so all play the simulator as well as the real game.
 """
 
 from __future__ import annotations
