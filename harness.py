@@ -318,6 +318,9 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
         return int(leaving.code or FINISHED)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except PermissionError as error:
+        say_error(f"{error.filename}: permission denied.")
+        return FAILED
     except BrokenPipeError:
         if not reader_has_gone():
             raise
@@ -564,12 +567,15 @@ def write(path: Path, data: bytes) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal; "" if it cannot be read."""
+    """The SHA-256 of a file in hexadecimal; "" if there is no such file. RunError if it cannot be
+    read: it may be whole, so nothing older must take its place."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return ""
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def is_intact(run_dir: Path, entry: dict[str, Any]) -> bool:
@@ -796,7 +802,8 @@ class Logger:
             if keep_whole:
                 write(self.whole, self.path.read_bytes())
             self.forget_after(timesteps)
-        self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
+        with writing(run_dir):
+            self.board = SummaryWriter(run_dir, purge_step=timesteps + 1)
 
     def forget_after(self, timesteps: int) -> None:
         """Drop lines that will be written again, which are those after `timesteps` and those of the
@@ -1070,6 +1077,11 @@ class Run:
         other = evaluated_in(self.dir)
         if other and Path(other).resolve() != Path(self.source).resolve():
             raise UsageError(f"{self.dir} holds an evaluation of {other}: name another directory.")
+        files = [self.dir / name for name in ("summary.json", "metrics.jsonl")]
+        results = [x.name for x in files if x.is_file() and x.stat().st_size]
+        if results and not self.source:
+            sentence = "of a run whose checkpoints are gone: name another directory"
+            raise UsageError(f"{self.dir} holds {' and '.join(results)} {sentence}.")
         about = {"device": str(self.device), "processes": self.size} | resolved
         write(self.dir / "args.json", describe_run(self.args, about))
 

@@ -1,9 +1,9 @@
 """Intervals and Markdown tables, for evaluations in envs/ and for experiments/.
 
-All intervals are 95 % intervals (low, high). Of one run they are bootstraps over its episodes. Over
-seeds, intervals of means are Student's, those of interquartile means bootstraps of five seeds or
-more. Every bootstrap has its own generator with a fixed seed, so the same figures in the same order
-give the same interval everywhere.
+All intervals are 95 % intervals (low, high). Of one run they are bootstraps over its episodes, of
+shares of battles won Wilson's. Over seeds, intervals of means are Student's, those of interquartile
+means bootstraps of five seeds or more. Every bootstrap has its own generator with a fixed seed, so
+the same figures in the same order give the same interval everywhere.
 """
 
 from __future__ import annotations
@@ -201,6 +201,7 @@ def two_sided(chances: np.ndarray, found: float, drawn: bool) -> float:
 # {method: figures (S, cells) of one world}; a row has all cells of one seed's policy
 World = Mapping[str, np.ndarray]
 DEALS = 2_000_000  # an exact test of ranks tries at most this many; of more, so many are drawn
+DEALS_OF_A_WORLD = 200_000  # the same in one world: up to ten seeds against ten are tried
 
 
 def ranks(figures: np.ndarray) -> np.ndarray:
@@ -241,8 +242,8 @@ def rank_difference(
         drawn = [resampled_centres(world[x], resamples, rng, centre) for x in methods]
         ahead.append(rank_sums(np.stack(drawn, 1), methods, first, other))
         cells += world[first].shape[1]
-        dealt = rank_sums(deal(world, first, other), methods, first, other)
-        drawn_deals |= len(chances) * len(dealt) > DEALS
+        dealt = rank_sums(deal(world, first, other, rng), methods, first, other)
+        drawn_deals |= len(chances) * len(dealt) > DEALS or len(dealt) == DEALS_OF_A_WORLD
         chances = sums_of_both(chances, dealt, rng)
     low, high = percentiles(sum(ahead) / cells)
     plain = mean_ranks(worlds, np.mean)
@@ -256,12 +257,18 @@ def rank_sums(figures: np.ndarray, methods: list[str], first: str, other: str) -
     return (found[:, methods.index(other)] - found[:, methods.index(first)]).sum(1)
 
 
-def deal(world: World, first: str, other: str) -> np.ndarray:
-    """Means over seeds (deals, methods, cells) for all ways to deal the seeds of two methods."""
+def deal(world: World, first: str, other: str, rng: np.random.Generator) -> np.ndarray:
+    """Means over seeds (deals, methods, cells) for all ways to deal the seeds of two methods, or
+    for DEALS_OF_A_WORLD that are drawn, where there are more."""
     both = np.concatenate([world[first], world[other]])
     count = len(world[first])
-    chosen = np.array(list(itertools.combinations(range(len(both)), count)))
-    rest = np.array([sorted({*range(len(both))} - {*row}) for row in chosen.tolist()])
+    if math.comb(len(both), count) <= DEALS_OF_A_WORLD:
+        chosen = np.array(list(itertools.combinations(range(len(both)), count)))
+    else:
+        chosen = rng.random((DEALS_OF_A_WORLD, len(both))).argsort(1)[:, :count]
+    others = np.ones((len(chosen), len(both)), dtype=bool)
+    np.put_along_axis(others, chosen, False, axis=1)
+    rest = np.nonzero(others)[1].reshape(len(chosen), -1)
     means = []
     for method, x in world.items():
         dealt = {first: both[chosen], other: both[rest]}.get(method, x[None])  # (deals or 1, S, C)

@@ -33,11 +33,10 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple
@@ -81,7 +80,14 @@ from envs.particle.worlds import (
 from envs.particle.worlds import Observation as ParticleObservation
 from envs.smac.combat import Combat, Scenario
 from experiments import zoo
-from experiments.runs import ROOT, load_script, run_subcommand, script_args, script_file
+from experiments.runs import (
+    ROOT,
+    load_script,
+    run_child,
+    run_subcommand,
+    script_args,
+    script_file,
+)
 
 CPU = torch.device("cpu")
 
@@ -398,9 +404,20 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def check_substrates(substrates: Iterable[str]) -> None:
+    """UsageError for an unknown substrate, before anything is measured."""
+    for name in substrates:
+        try:
+            get_spec(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
 def meltingpot(bench: MeltingPot) -> None:
     """Print the tables that MeltingPot describes."""
     check_device(bench)
+    if {"worlds", "memory"} & {*bench.parts}:  # training also knows the toy and your own worlds
+        check_substrates(bench.substrates)
     gpu = f", {torch.cuda.get_device_name()}" if bench.device == "cuda" else ""
     print(f"{processor()}{gpu}, torch {torch.__version__}, {bench}\n")
     tables = {
@@ -880,6 +897,7 @@ def peers(bench: Peers) -> None:
     except ModuleNotFoundError as error:
         print(f"Not run, nor is our reader of its engine: {error}")
     else:
+        check_substrates(bench.substrates)
         with held_to(bench.cores):
             pot = MeltingPot(substrates=bench.substrates, rounds=bench.rounds, steps=bench.steps)
             bench_worlds(pot)
@@ -1347,16 +1365,16 @@ WAYS = {  # processes, threads of each
 def training_rate(bench: Ranks, script: str, processes: int, threads: int) -> float:
     """Environment steps per second of one training in subprocesses; RunError if it fails."""
     training = TRAININGS[script]
-    steps = math.ceil(training.steps * bench.length)
+    flags = training.flags.format(substrate=bench.substrate)
+    steps = max(math.ceil(training.steps * bench.length), 2 * iteration_steps(script, flags))
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
     command = [*(torchrun if processes > 1 else []), str(ROOT / script_file(script))]
-    flags = training.flags.format(substrate=bench.substrate)
     flags += f" --num-envs {training.worlds // processes} --num-threads {threads}"
     flags += f" --total-timesteps {steps} --log-every {math.ceil(steps / 10)}"
     flags += " --eval-every 0 --save-every 0 --final-episodes 0 --device cpu"
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, *command, *flags.split(), "--run-dir", folder]
-        done = subprocess.run(argv, capture_output=True, text=True)
+        done = run_child(argv)
         if done.returncode:
             raise harness.RunError(f"{script} ended with code {done.returncode}: {done.stderr}")
         text = (Path(folder) / "metrics.jsonl").read_text()
@@ -1456,7 +1474,7 @@ def logged_training(script: str, flags: str, steps: int) -> list[dict[str, float
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, str(ROOT / script_file(script)), *flags.split()]
         argv += ["--run-dir", folder]
-        done = subprocess.run(argv, capture_output=True, text=True)
+        done = run_child(argv)
         if done.returncode:
             raise harness.RunError(f"{script}: code {done.returncode}: {done.stderr[-500:]}.")
         text = (Path(folder) / "metrics.jsonl").read_text()

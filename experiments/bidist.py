@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import json
 import sys
 import textwrap
 from collections import defaultdict
@@ -42,7 +41,7 @@ from harness import Above, Amount, Count, Positive, Seed, UsageError, as_flag
 import numpy as np
 import torch
 import tyro
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 
 import experiments.compare as compare
 import experiments.scenario_table as tables
@@ -617,6 +616,8 @@ def cross_play(study: CrossPlay) -> None:
             if study.num_focal >= (seats := envs.spec.num_agents) > 1:
                 sentence = f"--num-focal {study.num_focal} of {seats} seats leaves none"
                 raise UsageError(f"{sentence} to a co-player.")
+            for run in runs:  # all of them before the first pair plays
+                harness.load_checkpoint(str(run.path), quiet=True)
             for focal, background in itertools.product(runs, runs):
                 rows.append(play_pair(focal, background, envs, study, rng))
                 row = rows[-1]
@@ -778,6 +779,7 @@ class Loaded(NamedTuple):
     agent: Any
     rngs: dict[str, torch.Generator]  # by name: "rng" of the script, "method_rng" of its method
     memory: Any  # of PP and RPM: past actors; else None
+    timesteps: int  # environment steps of the checkpoint
 
     def check(self) -> None:
         """UsageError if the script refuses these arguments: with few worlds, a rollout may have
@@ -847,14 +849,9 @@ def loaded(run: Run, num_envs: int, seed: int) -> Iterator[Loaded]:
                     raise UsageError(f"{run.path} holds no past actors.")
                 harness.restore(memory, saved["memory"], str(run.path))
             envs.reset()
-            yield Loaded(script, args, envs, agent, rngs, memory)
+            yield Loaded(script, args, envs, agent, rngs, memory, saved["timesteps"])
     except WorldError as error:
         raise UsageError(str(error)) from None
-
-
-def trained_steps(run: Run) -> int:
-    """Environment steps of a run's newest checkpoint."""
-    return json.loads((run.path / "checkpoints.json").read_text())[0]["timesteps"]
 
 
 # --- Fig. 7 ---------------------------------------------------------------------------------------
@@ -918,7 +915,7 @@ def reverse_phases(study: Fig7) -> Phases:
             agent.args = phase_args = dataclasses.replace(args, reverse_mode=mode)
             scalars[mode] = distill(phase_args, "reverse")
             phis[mode] = found.policy(agent.distilled, batch, batch.distilled_hidden)
-        about = {"actions": found.envs.spec.actions, "timesteps": trained_steps(run)}
+        about = {"actions": found.envs.spec.actions, "timesteps": found.timesteps}
         for name in ("reverse_lr", "reverse_epochs", "noise_std", "substrate"):
             about[name] = getattr(args, name)
     flat = {mode: x.flatten(0, -2).double().numpy() for mode, x in phis.items()}
@@ -1115,7 +1112,7 @@ def sample_population(run: Run, study: Fig5) -> Sample:
         run=run.name,
         method=without_seed(run.name) if by_name else method_of(run.args),
         seed=run.args["seed"],
-        timesteps=trained_steps(run),
+        timesteps=found.timesteps,
         points=points[rows],
         fictitious=count[rows],
         agents=probs.shape[2],
@@ -1355,8 +1352,9 @@ class Reverse:
     """
 
     runs: Runs  # runs of bidist_mappo_meltingpot.py
-    rates: tuple[Above, ...] = (1e-5, 1e-4, 3e-4, 1e-3)  # learning rates of the phase, eta_r
-    epochs: tuple[Positive, ...] = (5, 25)  # epochs of the phase
+    # learning rates of the phase, eta_r
+    rates: Annotated[tuple[Above, ...], MinLen(1)] = (1e-5, 1e-4, 3e-4, 1e-3)
+    epochs: Annotated[tuple[Positive, ...], MinLen(1)] = (5, 25)  # epochs of the phase
     num_envs: Positive = 16  # parallel worlds of the rollout
     warm_up: Count = 1  # rollouts to play before the one that is used: episodes are under way
     seed: Seed = 1  # seed of worlds, actions and shuffling
@@ -1390,7 +1388,7 @@ def reverse_run(run: Run, study: Reverse) -> list[dict[str, Any]]:
             phase="reverse",
             rng=torch.Generator().manual_seed(study.seed),
         )
-        row = {"run": run.name, "step": trained_steps(run), "phi": start}
+        row = {"run": run.name, "step": found.timesteps, "phi": start}
         row |= {"rate": rate, "epochs": epochs}
         rows.append(row | {k.removeprefix("reverse/"): float(v) for k, v in scalars.items()})
     return rows

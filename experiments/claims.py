@@ -35,6 +35,7 @@ from harness import write as write_file
 
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 from envs.statistics import (
     FEW,
@@ -1037,7 +1038,9 @@ def claims(study: Study) -> None:
         raise UsageError(f"--data {study.data} is no directory.")
     paths = study.runs or sorted(study.data.glob("study_*.csv"))
     runs = read_runs(paths, same=name_in_world) if paths else []
-    outcomes = [judge(cases[name], runs, study.data) for name in study.commands or cases]
+    names = study.commands or [*cases]
+    names = tqdm(names, unit=" claims", disable=None)
+    outcomes = [judge(cases[name], runs, study.data) for name in names]
     missing = [missing_runs(x, runs, tables["slower"]) for x in outcomes]
     if study.commands is not None:
         for outcome, own in zip(outcomes, missing, strict=True):

@@ -9,8 +9,9 @@ Reads run directories and studies (runs.py). A run is named after its directory;
 only in their ending -s1, -s2, ... are seeds of one group; runs of other scripts, worlds, flags or
 lengths, or of one seed, are refused there. Writes OUT.png (learning curves, a colour per group: a
 thin line per seed, a thick one for their mean), OUT.csv (the curves' points), OUT.md (final
-evaluations with 95 % bootstrap intervals over episodes; --means, --against: more tables). A group's
-figure is the mean over its seeds, however many (claims.py: interquartile from five on).
+evaluations with 95 % intervals over episodes, as envs/statistics.py makes them; --means, --against:
+more tables). A group's figure is the mean over its seeds, however many (claims.py: interquartile
+from five on).
 """
 
 from __future__ import annotations

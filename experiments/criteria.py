@@ -29,6 +29,7 @@ from experiments.runs import (
     ROOT,
     SLACK,
     Run,
+    adapts,
     as_words,
     first_fault,
     free_flags,
@@ -353,15 +354,16 @@ def read_arm(command: str) -> Arm:
     if file.startswith("experiments/") or not (ROOT / file).exists():
         return Arm(file, None, {}, 0)
     module = load_training_script(file)
-    adapts = "--adapt" in flags
-    args = harness.read_flags(module.Args, flags) if adapts else script_args(module, flags)
+    adapted = adapts(flags)
+    args = harness.read_flags(module.Args, flags) if adapted else script_args(module, flags)
     wanted = json.loads(json.dumps(dataclasses.asdict(args)))
-    named = {k for k in wanted if {as_flag(k), as_flag(f"no_{k}")} & {*flags}}
+    given = {word.partition("=")[0] for word in flags}
+    named = {k for k in wanted if {as_flag(k), as_flag(f"no_{k}")} & given}
     evaluated = {k: wanted[k] for k in sorted(named & EVALUATION)}
     episodes = wanted["final_episodes"]
     for name in ("seed", "preset", *free_flags(module)):
         wanted.pop(name, None)
-    if adapts:
+    if adapted:
         wanted = {k: x for k, x in wanted.items() if k in named}
         wanted["adapt"] = source_of(wanted["adapt"])
     return Arm(file, wanted, evaluated, episodes)

@@ -150,7 +150,7 @@ class Train:
     MAPPO takes far fewer gradient steps, and fewer minutes, than the others.
     """
 
-    tables: Annotated[tuple[Table, ...], tyro.conf.Positional]  # tables to train for
+    tables: Annotated[tuple[Table, ...], tyro.conf.Positional, MinLen(1)]  # tables to train for
     tasks: Annotated[tuple[Task, ...], MinLen(1)] = ("sz", "csz", "mmm")  # scenarios of the battles
     seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (1, 2, 3)  # seeds of each method
     total_timesteps: Positive = 500_000  # environment steps of each run
@@ -854,7 +854,8 @@ def open_states(states: Run) -> Any:
     args = dataclasses.replace(args, device="cpu", replay_window=0)  # whole episodes
     battles = script.make_envs(args, args.team_sizes, 1, args.seed)
     buffer = script.ReplayBuffer(args, battles, torch.device("cpu"))
-    path = folder / f"replay-{source['timesteps']}.pt"
+    rank = "-0" if len(source["ranks"]) > 1 else ""  # each process has a replay of its own
+    path = folder / f"replay-{source['timesteps']}{rank}.pt"
     buffer.refill(torch.load(path, map_location="cpu", weights_only=True)["replay"])
     return buffer
 
@@ -1029,10 +1030,14 @@ MEASURES = ("mates", "groups", "nats", "out", "swap", *(f"kl {own}" for own in O
 
 def dependence(study: Dependence) -> None:
     """Print a table of the figures that Dependence describes, a line per run."""
-    rows = []
-    for run in read_runs(study.runs):
+    rows, runs = [], read_runs(study.runs)
+    for run in runs:
+        check_readable(run)  # all of them before the first takes its minute
+    for run in runs:
         states = Run(Path(study.states)) if study.states else run
-        found = measure(open_checkpoint(run, states), study)
+        opened = open_checkpoint(run, states)
+        harness.tell(f"measuring {run.name}", file=sys.stderr)
+        found = measure(opened, study)
         row = {"run": run.name} | dict.fromkeys(MEASURES, "")
         for name, x in found.items():
             low, high = accelerated_interval(x)
@@ -1086,7 +1091,9 @@ def frontier_row(run: Run, evaluated: Evaluated, study: Frontier) -> dict[str, f
         other = " other" if chosen else ""
         raise UsageError(f"{run.where} was evaluated in no{other} unseen size.")
     options = Dependence((), episodes=study.episodes, draws=1, fit=study.fit, seed=study.seed)
-    found = measure(open_checkpoint(run, Run(Path(study.states))), options)
+    opened = open_checkpoint(run, Run(Path(study.states)))
+    harness.tell(f"measuring {run.name}", file=sys.stderr)
+    found = measure(opened, options)
     wins = [evaluated.final("win", column, study.last) for column in unseen]
     row = {UP: float(np.mean(wins))}
     row |= {f"win, {size}": evaluated.final("win", size, study.last) for size in chosen}

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
+import harness
 from harness import Count, Positive, Seed, Share, UsageError, as_flag, check
 
 import numpy as np
@@ -246,6 +247,7 @@ class Trained(NamedTuple):
     args: Any
     agent: Any
     populations: tuple[str, ...]  # populations that it was trained in
+    timesteps: int  # environment steps of the checkpoint
 
 
 def load(run: Run) -> Trained:
@@ -256,10 +258,11 @@ def load(run: Run) -> Trained:
         raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {wanted}.")
     script = load_script(run.args["script"])
     args, agent = script.load_agent(str(run.path))
+    saved, _ = harness.load_checkpoint(str(run.path), quiet=True)
     populations = getattr(args, "populations", ())
     if own := getattr(args, "population", ""):  # MADDPG's only one, or the one MRA is adapted to
         populations = (own,)
-    return Trained(run.name, run, script, args, agent, populations)
+    return Trained(run.name, run, script, args, agent, populations, saved["timesteps"])
 
 
 def make_world(trained: Trained, population: str, episodes: int, seed: int) -> ParticleWorld:
@@ -819,13 +822,14 @@ def cross_play(study: CrossPlay) -> None:
             raise UsageError(f"{x.run.where} {only}.")
     rows = []
     for a, b in itertools.product(trained, trained):
+        harness.tell(f"Pac-Men of {a.name} beside ghosts of {b.name}", file=sys.stderr)
         pac_man, ghost = play_pair(a, b, study)
         names = {"pac_men": without_seed(a.name), "ghosts": without_seed(b.name)}
         runs = {"pac_men_run": a.name, "ghosts_run": b.name}
         returns = {"pac_man": float(pac_man), "ghost": float(ghost)}
         about: dict[str, Any] = {}
         for side, x in (("pac_men", a), ("ghosts", b)):
-            about[f"{side}_steps"] = x.run.summary["timesteps"]
+            about[f"{side}_steps"] = x.timesteps
             about[f"{side}_flags"] = flags_text(x.run.args)
         rows.append(names | runs | returns | about)
     text = f"{study.episodes} episodes per pair of runs, population {study.population}\n\n"

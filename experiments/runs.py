@@ -11,6 +11,7 @@ are not named stay, as their directories may be gone. compare.py, scenario_table
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import fnmatch
@@ -32,7 +33,7 @@ import threading
 import tomllib
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -73,13 +74,45 @@ def options_of(function: Callable) -> type:
     return kind
 
 
+@contextlib.contextmanager
+def ending_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what runs in this context by an exception, as Ctrl-C does, so that
+    it stops its children and removes its temporary files; the exit code is 128 + signal."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    restore_signals = catch_signals(end, (signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        restore_signals()
+
+
+def run_child(argv: list[str]) -> subprocess.CompletedProcess:
+    """Run a command and return its code and output. If an exception ends the wait, the command is
+    asked to end, as torchrun then ends its processes, too; after a minute it is killed."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(argv, text=True, **pipes) as child:
+        try:
+            output = child.communicate()
+        except BaseException:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=60)
+            child.kill()
+            raise
+    return subprocess.CompletedProcess(argv, child.returncode, *output)
+
+
 def run_command(function: Callable, argv: list[str] | None, text: str) -> int:
     """Call the function with options read from argv; return the exit code. text: for --help."""
 
     def run() -> int:
         study = tyro.cli(options_of(function), args=argv, description=text)
         check_bounds(study)
-        function(study)
+        with ending_by_signals():
+            function(study)
         return FINISHED
 
     return call(run)
@@ -101,7 +134,8 @@ def run_subcommand(
             elif value:
                 raise UsageError(f"{as_flag(name)} is not for this command.")
         check_bounds(study)
-        function(study)
+        with ending_by_signals():
+            function(study)
         return FINISHED
 
     return call(run)
@@ -292,7 +326,10 @@ class Run:
     def log(self) -> list[dict[str, float]]:
         """The scalars of each complete line of metrics.jsonl; empty if there is no log yet."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(True) if path.exists() else []
+        try:
+            lines = path.read_bytes().splitlines(True) if path.exists() else []
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
         try:
             log = [json.loads(line) for line in lines if line.endswith(b"\n")]
             for scalars in log:
@@ -514,7 +551,7 @@ def read_study(path: Path) -> list[Run]:
         by_run[line["run"]].append(line)
     try:
         return [unpack(path, name, own) for name, own in by_run.items()]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # the last: a line without all cells
         raise UsageError(f"{path} is damaged.") from None
 
 
@@ -706,7 +743,7 @@ def show(study: Show) -> None:
     rows = []
     for run in read_runs(study.runs, study.only, same=lambda run: run.where):
         episodes = sum(len(x.returns) for x in run.evaluations)
-        row = {"run": run.name, "script": run.args["script"], "seed": run.args["seed"]}
+        row = {"run": run.name, "script": run.args["script"], "seed": run.args.get("seed", "")}
         row |= {"steps": f"{run.summary['timesteps'] or run.steps:,}"}
         row |= minutes_of(run)
         row |= {"final rows": len(run.summary["eval"]), "episodes beside bots": episodes}
@@ -721,6 +758,11 @@ class StoppedError(RunError):
     """Training was stopped by a signal and can be resumed."""
 
     code = STOPPED
+
+
+def adapts(flags: Iterable[str]) -> bool:
+    """Whether these flags have --adapt, which takes others from the run that it names."""
+    return any(word.partition("=")[0] == "--adapt" for word in flags)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -753,7 +795,7 @@ class Job:
         they are read alone: the run that is adapted may not exist yet."""
         try:
             script = load_training_script(self.script)
-            if "--adapt" in self.flags:
+            if adapts(self.flags):
                 harness.read_flags(script.Args, self.argv())
             else:
                 script_args(script, self.argv())
@@ -775,7 +817,7 @@ class Job:
         with --resume (length, evaluation, logging, machine) are not compared."""
         script = load_script(Path(self.script).stem)
         wanted = {"script": Path(self.script).stem}
-        if "--adapt" in self.flags:  # the other arguments come from a run that may not exist yet
+        if adapts(self.flags):  # the other arguments come from a run that may not exist yet
             args = dataclasses.asdict(harness.read_flags(script.Args, self.argv()))
             given = {word.partition("=")[0] for word in self.argv()}
             args = {k: x for k, x in args.items() if {as_flag(k), as_flag(f"no_{k}")} & given}
@@ -908,11 +950,14 @@ def train_all(
     check_codes(jobs, [codes[job.run] for job in jobs])
 
 
-def catch_signals(handler: Callable[[int, Any], None]) -> Callable[[], None]:
+def catch_signals(
+    handler: Callable[[int, Any], None],
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT),
+) -> Callable[[], None]:
     """Let SIGTERM, SIGHUP and Ctrl-C call a handler, but those that are ignored, as under nohup.
     Returns a function that undoes it."""
     before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for number in numbers:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             before[number] = signal.signal(number, handler)
 

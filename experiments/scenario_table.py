@@ -167,6 +167,8 @@ def advice(run: Run) -> str:
     """How a run without an evaluation beside scenarios gets one, as part of a sentence."""
     if run.path.is_file():
         return "pack it again from runs that have one"
+    if "substrate" not in run.args:
+        return "only runs on Melting Pot can have one"
     words = ["python", script_file(run.args["script"]), "--eval-only", str(run.path)]
     words += ["--eval-scenarios", "all"]
     if has_weights_only(run.path):

@@ -30,7 +30,7 @@ from harness import Count, Positive, Seed, UsageError
 import numpy as np
 import torch
 import tyro
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 from tqdm import tqdm
 
 from envs.meltingpot.bots import puppet_kind
@@ -335,7 +335,10 @@ def meltingpot(study: Bots) -> None:
     cores = study.jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
         played = pool.map(play_bots, jobs, chunksize=2)
-        rows = list(tqdm(played, total=len(jobs), unit=" episodes"))
+        try:
+            rows = list(tqdm(played, total=len(jobs), unit=" episodes"))
+        finally:
+            pool.shutdown(cancel_futures=True)  # where a signal ends this: plays no others
     finish(study.out, bot_tables(rows, study, visitors, residents), rows)
 
 
@@ -413,7 +416,7 @@ def particle(study: Particle) -> None:
 class Battles:
     """Win rates and returns of scripted agents in battles, per scenario and team size."""
 
-    scenarios: tuple[Scenario, ...] = ("sz", "csz", "mmm")  # scenarios to play
+    scenarios: Annotated[tuple[Scenario, ...], MinLen(1)] = ("sz", "csz", "mmm")  # to play
     team_sizes: tuple[Positive, ...] = (3, 4, 5, 6, 7, 8)  # team sizes to play
     episodes: Positive = 2048  # episodes per script, scenario and team size
     seed: Seed = 1  # seed of battles and scripts

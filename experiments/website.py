@@ -27,7 +27,7 @@ from typing import Annotated, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
-from harness import Count, Positive, UsageError, as_flag
+from harness import Count, Positive, UsageError, as_flag, first_line
 
 import numpy as np
 import tyro
@@ -563,6 +563,8 @@ class LayOut:
 def lay_out(site: LayOut) -> None:
     """Write all that Sphinx needs; UsageError if the folder exists and holds no website, or cannot
     be written."""
+    if not site.studies.is_dir():
+        raise UsageError(f"--studies {site.studies} is no directory.")
     try:
         make_room(site.out)
         write_pages(site)
@@ -650,12 +652,14 @@ def gif(cut: Gif) -> None:
     import imageio.v2 as imageio
     from PIL import Image
 
+    if cut.out.suffix != ".gif":
+        raise UsageError(f"{cut.out} should end with .gif.")
     last = cut.first + cut.every * cut.pictures
     try:
         with imageio.get_reader(cut.film) as reader:
             frames = [x for i, x in enumerate(reader) if cut.first <= i < last]
-    except OSError as error:
-        raise UsageError(f"{cut.film} cannot be read: {error}.") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{cut.film} is no film: {first_line(error)}.") from None
     frames = frames[:: cut.every]
     if not frames:
         raise UsageError(f"--first {cut.first}: {cut.film} is shorter.")

@@ -18,7 +18,6 @@ import io
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -40,6 +39,7 @@ from experiments.runs import (
     Run,
     check_out,
     load_script,
+    run_child,
     run_subcommand,
     script_file,
     split_words,
@@ -170,11 +170,13 @@ def add(study: Add) -> None:
     packages = {name: run.args["packages"].get(name) for name in PACKAGES}
     args = run.args | no_paths | {"packages": packages, "note": study.note}
     rows = {row: x for row, x in run.summary["eval"].items() if row[2:] not in absent}
-    write_entry(study.out, args, run.summary | {"eval": rows}, data)
-    flags = "--eval-scenarios none" if "eval_scenarios" in args else ""
+    check_out(study.out)
+    study.out.mkdir()
     try:
+        write_entry(study.out, args, run.summary | {"eval": rows}, data)
+        flags = "--eval-scenarios none" if "eval_scenarios" in args else ""
         evaluate_again(Run(study.out), episodes=1, flags=flags)
-    except UsageError:
+    except BaseException:  # Ctrl-C, too: no entry that nobody has checked
         shutil.rmtree(study.out)
         raise
     write_cards(study.out.parent)
@@ -189,8 +191,6 @@ def as_bytes(state: dict[str, Any]) -> bytes:
 
 def write_entry(out: Path, args: dict[str, Any], summary: dict[str, Any], data: bytes) -> None:
     """Write an entry: its checkpoint, checkpoints.json, args.json and summary.json."""
-    check_out(out)
-    out.mkdir()
     weights = out / f"checkpoint-{summary['timesteps']}.pt"
     harness.write(weights, data)
     index = {"name": weights.name, "timesteps": summary["timesteps"]}
@@ -400,7 +400,7 @@ def evaluate_again(entry: Run, episodes: int, flags: str) -> dict[str, dict[str,
         command += ["--eval-only", str(entry.path), "--run-dir", str(out)]
         command += split_words(flags, "--flags")
         command += ["--final-episodes", str(episodes)] if episodes else []
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_child(command)
         if done.returncode:
             *_, last = done.stderr.splitlines() or [f"code {done.returncode}"]
             raise UsageError(f"{entry.path}: {last.removeprefix('error: ').rstrip('.')}.")

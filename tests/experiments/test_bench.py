@@ -320,7 +320,7 @@ def test_the_rate_of_a_training(monkeypatch):
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "run_child", run)
     assert bench.training_rate(bench.Ranks(), "mappo_smac", 1, 1) == pytest.approx(12)
 
 

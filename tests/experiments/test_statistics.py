@@ -245,6 +245,18 @@ def test_drawn_deals_give_no_p_of_0():
     assert 0 < rank_difference(worlds, "a", "b", resamples=10).p < 1e-4
 
 
+def test_deals_of_many_seeds_are_drawn(monkeypatch):
+    """With so few deals that five seeds have too many, p is near that of all of them."""
+    rng = np.random.default_rng(3)
+    levels = {"a": 0.6, "b": 0.0, "c": 0.3}
+    world = {x: y + rng.normal(0, 1, (5, 3)) for x, y in levels.items()}
+    every = rank_difference([world], "a", "b", resamples=10)
+    monkeypatch.setattr("envs.statistics.DEALS_OF_A_WORLD", 251)  # there are 252
+    some = rank_difference([world], "a", "b", resamples=10)
+    assert some.mean == every.mean and some.p != every.p
+    assert some.p == pytest.approx(every.p, abs=0.15)  # 251 draws: a deviation of .06 at most
+
+
 def by_enumeration(worlds, first, other):
     """Mean ranks' difference of figures {method: (cells,)}, by counting who is ahead."""
     total, cells = 0.0, 0

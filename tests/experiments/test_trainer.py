@@ -72,10 +72,13 @@ def calls(job):
         ("runs/mra-s1 --population 48 --no-shaping", {}, "its shaping is True, not False."),
     ],
 )
-def test_an_adaptation_of_another_run_is_refused(tmp_path, flags, found, sentence):
+@pytest.mark.parametrize("joined", [False, True])  # --adapt RUN, --adapt=RUN
+def test_an_adaptation_of_another_run_is_refused(tmp_path, flags, found, sentence, joined):
     """What the command says must be so; what it leaves open comes from the adapted run."""
-    words = ("--adapt", *flags.split())
+    source, *rest = flags.split()
+    words = (f"--adapt={source}" if joined else "--adapt", *([] if joined else [source]), *rest)
     job = runs.Job(tmp_path / "run", "mra_maddpg_particle.py", words, 1, 30_000)
+    job.check_flags()
     own = {"script": "mra_maddpg_particle", "adapt": "elsewhere/mra-s1", "population": "48"}
     own |= {"seed": 1, "task": "pacman", "shaping": True} | found
     if sentence is None:
@@ -161,6 +164,31 @@ def wait_for(condition, process):
         assert process.poll() is None or condition(), process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_signal_ends_the_child_of_a_tool(tmp_path):
+    """As bench.py zoo and bench.py ranks have: SIGTERM, e.g. of timeout, leaves nobody behind."""
+    lines = [
+        "import dataclasses, sys",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "from experiments import runs",
+        "@dataclasses.dataclass(frozen=True)",
+        "class Study: pass",
+        "def wait(study: Study) -> None:",
+        "    note = \"open('child', 'w').write(str(os.getpid()))\"",
+        "    sleeps = f'import os, time; {note}; time.sleep(600)'",
+        "    runs.run_child([sys.executable, '-c', sleeps])",
+        "sys.exit(runs.run_command(wait, [], 'Waits.'))",
+    ]
+    (tmp_path / "tool.py").write_text("\n".join(lines))
+    child = tmp_path / "child"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, "tool.py"], cwd=tmp_path, **options) as process:
+        wait_for(lambda: child.exists() and child.read_text(), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child.read_text()), 0)
 
 
 TINY = "--task resource --populations 3 --num-envs 2 --batch-size 8 --update-every 20 "

@@ -505,7 +505,7 @@ def test_what_a_script_refuses_is_its_last_line(monkeypatch):
     """Not a warning before it."""
     text = "a warning\nerror: --amp is not for this device.\n"
     done = subprocess.CompletedProcess([], 2, stderr=text)
-    monkeypatch.setattr(zoo.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(zoo, "run_child", lambda *_: done)
     with pytest.raises(harness.UsageError, match=f"^{ENTRIES[0].path}: --amp is not for this dev"):
         zoo.evaluate_again(ENTRIES[0], 1, "")
     with pytest.raises(harness.UsageError, match="--flags: ': no closing quotation"):

@@ -216,6 +216,31 @@ def test_both_damaged(flag, damage, run_dir, capfd):
     assert {path: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
 
 
+@pytest.mark.parametrize("left", ["summary.json", "metrics.jsonl"])
+def test_results_without_checkpoints_are_not_overwritten(left, run_dir, capfd):
+    """As where somebody has deleted checkpoint*, index and all, to have room on the disk."""
+    before = (run_dir / left).read_bytes()
+    for path in run_dir.iterdir():
+        if path.name not in (left, "args.json"):
+            path.unlink()
+    assert run(*flags(run_dir, 1)) == 2
+    assert left in only_error(capfd.readouterr().err)
+    assert (run_dir / left).read_bytes() == before
+
+
+def test_what_cannot_be_read_is_not_damaged(run_dir, capfd):
+    """The newest checkpoint may be whole, so nothing older takes its place, and nothing goes."""
+    newest = run_dir / "checkpoint-24.pt"
+    newest.rename(run_dir / "kept")
+    newest.symlink_to("/proc/self/mem")  # opens, and reading fails: Input/output error
+    for flag in ("--resume", "--eval-only"):
+        assert run(flag, run_dir, "--final-episodes", 1) == 1
+        assert "checkpoint-24.pt cannot be read" in only_error(capfd.readouterr().err)
+    (run_dir / "kept").rename(newest)
+    assert run(*resume(run_dir, 7)) == 0
+    assert index(run_dir)[1]["timesteps"] == 24
+
+
 def test_evaluation_needs_no_replay(run_dir):
     for path in run_dir.glob("replay-*"):
         path.unlink()
