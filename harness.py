@@ -319,7 +319,7 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except PermissionError as error:
-        say_error(f"{error.filename}: permission denied.")
+        say_error(f"{error.filename or first_line(error)}: permission denied.")
         return FAILED
     except BrokenPipeError:
         if not reader_has_gone():

@@ -292,9 +292,9 @@ def compare_in(
 def compare_ranks(
     cases: tuple[Claim, ...], points: list[dict[str, list[Point]]], why: dict[str, str], pilot: bool
 ) -> list[Part]:
-    """Comparisons of the first arm's mean rank with each other arm's. All worlds count; ranked are
-    the arms that have points in all of them and nothing in `why`. A rank depends on who is ranked,
-    so nothing is decided before all arms are."""
+    """Comparisons of the first arm's mean rank with each other arm's, over all worlds. A rank
+    depends on who is ranked, so there is none before all arms have points in all worlds and
+    nothing in `why`."""
     case, (first,) = cases[0], cases[0].first
     ran = [arm for arm in case.arms if all(own[arm] for own in points) and not why[arm]]
     worlds = [{arm: cells_of(own[arm]) for arm in ran} for own in points]
@@ -303,7 +303,7 @@ def compare_ranks(
     centre = np.mean if fewest < FEW else mean_or_iqm
     parts = []
     for other in case.others:
-        both = {first, other} <= {*ran}
+        both = {first, other} <= {*ran} and not missing
         part = Part(
             case=case,
             first=first,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from made_up import experiment, fake_run, is_png, rows
-from runs import BIDIST, change_newest, differences, script, states, tiny
+from runs import BIDIST, change_newest, differences, index, script, states, tiny
 
 bidist, runs = experiment("bidist"), experiment("runs")
 harness = bidist.harness
@@ -257,6 +257,17 @@ def test_a_short_run_in_few_worlds(tmp_path):
     assert bidist.main(["fig7", str(tmp_path / "run"), *out]) == 0
     few = ["--rates", "1e-3", "--epochs", "1"]
     assert bidist.main(["reverse", str(tmp_path / "run"), *few, *out]) == 0
+
+
+def test_steps_are_those_of_the_checkpoint_that_is_read(tmp_path):
+    """Where the newest is damaged, the one before it."""
+    assert script(BIDIST).main(tiny(BIDIST, tmp_path / "run", 1)) == 0
+    newest, *_, first = index(tmp_path / "run")
+    out = ["--warm-up", "0", "--out", str(tmp_path / "x")]
+    for entry in (newest, first):
+        assert bidist.main(["fig7", str(tmp_path / "run"), *out]) == 0
+        assert f" {entry['timesteps']:,} steps;" in (tmp_path / "x.md").read_text()
+        (tmp_path / "run" / newest["name"]).write_bytes(b"damaged")
 
 
 # Distillation over training ---------------------------------------------------------------------

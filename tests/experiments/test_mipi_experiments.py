@@ -19,7 +19,7 @@ import pytest
 import torch
 from made_up import ROOT, command, experiment
 from PIL import Image
-from runs import change_newest, some_long
+from runs import change_newest, index, some_long
 from scipy import stats
 from toolbox import sharpen
 
@@ -710,6 +710,20 @@ def test_whole_episodes_are_read(module, tmp_path):
     steps = batch.features.played.sum(0) - 1
     ends = buffer.fixed["length"][: buffer.size]
     assert sorted(steps.tolist()) == sorted(ends.tolist()) and min(ends) > 2
+    as_of_two_processes(tmp_path / "x")
+    theirs = study.open_states(runs_module.Run(tmp_path / "x"))
+    assert torch.equal(theirs.fixed["length"][: theirs.size], ends)
+
+
+def as_of_two_processes(run_dir):
+    """Replays of torchrun's processes have their ranks in their names; the first one's is read."""
+    change_newest(run_dir, lambda state: state.update(ranks=2 * state["ranks"]))
+    known = index(run_dir)
+    (replay,) = known[0]["replays"]
+    new = replay["name"].replace(".pt", "-0.pt")
+    (run_dir / replay["name"]).rename(run_dir / new)
+    replay["name"] = new
+    (run_dir / "checkpoints.json").write_text(json.dumps(known))
 
 
 def test_a_team_of_one(tmp_path):

@@ -258,6 +258,20 @@ def test_networks_can_be_left_out(no_trial, capsys):
     assert "A note." not in Path("zoo/README.md").read_text()
 
 
+def test_who_interrupts_add_leaves_no_entry(monkeypatch):
+    """Ctrl-C or SIGTERM during the episode that checks it: the next add() finds nothing there."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    assert script(MAPPO).main(tiny_command(MAPPO, "x")) == 0
+    monkeypatch.setattr(zoo, "evaluate_again", interrupted)
+    assert zoo.main(["add", "x", "zoo/x"]) == harness.INTERRUPTED
+    assert not Path("zoo/x").exists()
+    monkeypatch.setattr(zoo, "evaluate_again", lambda *_, **__: None)
+    assert zoo.main(["add", "x", "zoo/x"]) == 0
+
+
 def test_add_refuses(no_trial, monkeypatch, capsys):
     """What is there, what has no final evaluation, what is no run or too large; nothing is
     written."""
