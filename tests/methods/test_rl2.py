@@ -855,7 +855,7 @@ def test_what_is_logged():
     names = {"timesteps", "policy_loss", "value_loss", "entropy", "kl", "clipped", "grad_norm"}
     names |= {"scaled_return/game 1", "scaled_return/game 2", "episodes", "return"}
     names |= {f"return/{x}{kind}" for x in ("2,1", "1,2") for kind in ("", "/0", "/1")}
-    assert set(m) == names and m["episodes"] == 8
+    assert set(m) == names and m["episodes"] == 16  # of two populations
     assert 0 < m["entropy"] <= np.log(5) + 1e-6 and m["value_loss"] > 0
 
 
