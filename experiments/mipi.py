@@ -421,6 +421,8 @@ def other_flags(args: dict[str, Any]) -> dict[str, Any]:
     preset = script_args(module, flags)
     usual = json.loads(json.dumps(dataclasses.asdict(preset)))
     told = {"total_timesteps", *free_flags(module), *NAMED}
+    if args.get("observe_self_only"):
+        told.add("target_head")  # it has to be tags (docs/mipi.md: compare it with tags)
     names = [k for k in usual if k in args and k not in told]
     return {k: args[k] for k in names if args[k] != usual[k]}
 

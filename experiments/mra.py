@@ -822,8 +822,9 @@ def cross_play(study: CrossPlay) -> None:
             raise UsageError(f"{x.run.where} {only}.")
     rows = []
     for a, b in itertools.product(trained, trained):
-        harness.tell(f"Pac-Men of {a.name} beside ghosts of {b.name}", file=sys.stderr)
         pac_man, ghost = play_pair(a, b, study)
+        text = f"Pac-Men of {a.name} beside ghosts of {b.name}"
+        harness.tell(f"{text}: {pac_man:.2f}, {ghost:.2f}", file=sys.stderr)
         names = {"pac_men": without_seed(a.name), "ghosts": without_seed(b.name)}
         runs = {"pac_men_run": a.name, "ghosts_run": b.name}
         returns = {"pac_man": float(pac_man), "ghost": float(ghost)}
