@@ -228,6 +228,7 @@ def test_results_without_checkpoints_are_not_overwritten(left, run_dir, capfd):
     assert (run_dir / left).read_bytes() == before
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux")
 def test_what_cannot_be_read_is_not_damaged(run_dir, capfd):
     """The newest checkpoint may be whole, so nothing older takes its place, and nothing goes."""
     newest = run_dir / "checkpoint-24.pt"
