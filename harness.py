@@ -269,6 +269,8 @@ def show_help(path: Path) -> None:
             if not reader_has_gone():
                 raise
             sys.exit(FAILED)
+        except OSError:  # a full disk: call() will say so
+            return
 
 
 def reader_has_gone() -> bool:
@@ -289,6 +291,7 @@ if {"-h", "--help"} & set(sys.argv[1:]) and (path := started_script()):
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import datetime  # noqa: E402
+import errno  # noqa: E402
 import fcntl  # noqa: E402
 import hashlib  # noqa: E402
 import io  # noqa: E402
@@ -310,7 +313,9 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and started_script():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return function()
+        code = function()
+        sys.stdout.flush()  # here and not at exit, where Python would print a traceback
+        return code
     except (RunError, *errors) as error:
         say_error(str(error))
         return getattr(error, "code", FAILED)
@@ -324,6 +329,12 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
     except BrokenPipeError:
         if not reader_has_gone():
             raise
+        return FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        say_error(f"{error.filename or 'what this command writes'}: {error.strerror.lower()}.")
+        flush_or_drop(sys.stdout)
         return FAILED
     except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
         if "InvalidCxxCompiler" in str(error):
@@ -359,13 +370,19 @@ def tell(text: str, file: Any = None) -> None:
         (file or sys.stdout).flush()
 
 
+def flush_or_drop(stream: Any) -> None:
+    """Write what the stream still holds. Where nobody reads it or its disk is full, it becomes
+    /dev/null, as Python would try again at exit, and print a traceback."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def leave(code: int) -> None:
     """Exit with this code; under torchrun at once, as gloo's threads sometimes crash at exit."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # nobody reads it; Python would flush it again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    flush_or_drop(sys.stdout)
+    flush_or_drop(sys.stderr)
     if dist.is_initialized():
         if code == FINISHED:  # else other processes may still wait for this one
             dist.destroy_process_group()

@@ -16,10 +16,11 @@ import itertools
 import json
 import os
 import sys
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -229,6 +230,18 @@ def play_bots(job: Job) -> dict[str, Any]:
     return row
 
 
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has gone, by SIGKILL too: the pool's
+    queue would wait for it forever."""
+    parent = parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def rate(numerator: np.ndarray, denominator: np.ndarray, scale: float, digits: int = 1) -> str:
     """scale * sum / sum as text, with its 95 % interval over episodes; "" if 0 is the divisor."""
     if not denominator.sum():
@@ -333,7 +346,7 @@ def meltingpot(study: Bots) -> None:
     ]
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = study.jobs or (len(affinity(0)) if affinity else os.cpu_count() or 1)
-    with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(cores, get_context("spawn"), end_with_parent) as pool:
         played = pool.map(play_bots, jobs, chunksize=2)
         try:
             rows = list(tqdm(played, total=len(jobs), unit=" episodes"))

@@ -1,10 +1,16 @@
 """What scripted players earn, against figures made here."""
 
+import contextlib
+import os
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import command, experiment, rows
+from made_up import ROOT, command, experiment, rows
 
 from envs.particle import episodes as particle_episodes
 from envs.particle.worlds import ParticleWorld, nearest_first
@@ -39,6 +45,33 @@ def test_returns_of_bots(tmp_path):
     assert line.split("|")[2].startswith(f" {share:.1f} [")
     assert line.split("|")[3].startswith(f" {speed:.2f} [")
     assert share == 100  # for a defector all coins are right
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are read from /proc")
+def test_players_end_with_a_killed_parent(tmp_path):
+    def state(pid: str) -> str:  # "" or "Z" if the process has ended
+        with contextlib.suppress(FileNotFoundError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return ""
+
+    words = ["meltingpot", "coins", "--episodes", 5000, "--steps", 20, "--jobs", 1, "--out"]
+    line = [sys.executable, ROOT / "experiments/scripted.py", *words, tmp_path / "x"]
+    with subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE) as parent:
+        shown = b""
+        while not re.search(rb"\| [1-9]\d*/", shown):  # the bar: an episode has been played
+            more = os.read(parent.stderr.fileno(), 4096)
+            assert more, shown
+            shown += more
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+        players = [pid for pid in children if b"spawn_main" in words[pid]]
+        parent.kill()
+    end = time.monotonic() + 60
+    assert players
+    while any(state(pid) not in ("", "Z") for pid in players):
+        assert time.monotonic() < end, "a player goes on without its parent"
+        time.sleep(0.1)
 
 
 def test_a_bot_beside_itself_is_one_episode():

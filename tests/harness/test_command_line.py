@@ -261,6 +261,16 @@ def test_a_reader_of_help_that_leaves(path):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("path", ["mipi_refil_smac.py", "experiments/claims.py"])
+def test_output_to_a_full_disk(path):
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, str(ROOT / path), "--help"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    sentence = "error: what this command writes: no space left on device.\n"
+    assert (done.returncode, done.stderr) == (1, sentence)
+
+
 def test_help_in_process(capfd):
     assert run("--help") == 0
     assert "pulls of all worlds" in capfd.readouterr().out
