@@ -313,9 +313,7 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and started_script():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        code = function()
-        sys.stdout.flush()  # here and not at exit, where Python would print a traceback
-        return code
+        return function()
     except (RunError, *errors) as error:
         say_error(str(error))
         return getattr(error, "code", FAILED)
@@ -365,9 +363,13 @@ def say_error(sentence: str) -> None:
 
 def tell(text: str, file: Any = None) -> None:
     """Print a line; a closed terminal or pipe does not end the run."""
-    with contextlib.suppress(OSError):
+    try:
         tqdm.write(text, file=file)
         (file or sys.stdout).flush()
+    except BrokenPipeError:
+        reader_has_gone()
+    except OSError:  # a disk that is full now may not be later
+        pass
 
 
 def flush_or_drop(stream: Any) -> None:

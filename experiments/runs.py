@@ -113,6 +113,7 @@ def run_command(function: Callable, argv: list[str] | None, text: str) -> int:
         check_bounds(study)
         with ending_by_signals():
             function(study)
+        sys.stdout.flush()  # at exit Python would print a traceback where this fails
         return FINISHED
 
     return call(run)
@@ -136,6 +137,7 @@ def run_subcommand(
         check_bounds(study)
         with ending_by_signals():
             function(study)
+        sys.stdout.flush()  # at exit Python would print a traceback where this fails
         return FINISHED
 
     return call(run)

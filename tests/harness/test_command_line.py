@@ -262,10 +262,14 @@ def test_a_reader_of_help_that_leaves(path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("path", ["mipi_refil_smac.py", "experiments/claims.py"])
-def test_output_to_a_full_disk(path):
+@pytest.mark.parametrize(
+    "command",
+    ["mipi_refil_smac.py --help", "experiments/runs.py show docs/data/study_chicken_k_d.csv"],
+)
+def test_output_to_a_full_disk(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with open("/dev/full", "w") as full:
-        line = [sys.executable, str(ROOT / path), "--help"]
+        line = [sys.executable, *command.split()]
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
     sentence = "error: what this command writes: no space left on device.\n"
     assert (done.returncode, done.stderr) == (1, sentence)
