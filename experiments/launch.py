@@ -30,6 +30,8 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import fnmatch
+import itertools
 import json
 import os
 import platform
@@ -93,7 +95,7 @@ class Launch:
     index: int | None = None  # train only this run, from 0; default: $SLURM_ARRAY_TASK_ID if set
     engine: Literal["local", "ray"] = "local"  # local: processes of this machine; ray: Ray tasks
     gpu: Annotated[float, Field(ge=0)] = 0.0  # with --engine ray: GPUs per run, e.g. 0.5
-    only: tuple[str, ...] = ()  # train only the runs of these names in the study's [runs]
+    only: tuple[str, ...] = ()  # train only these names in the study's [runs], or "pure-*" of them
     seeds: tuple[int, ...] = ()  # use these seeds instead of the study's
     extra: str = ""  # more flags for every run, as --extra="--num-threads 4"
     dry_run: bool = False  # print the commands and train nothing
@@ -133,9 +135,11 @@ def read_study_file(path: Path) -> Study:
 
 def jobs_of(study: Study, launch: Launch) -> list[Job]:
     """All runs, seed by seed. UsageError for unknown names in --only or a missing script."""
-    if unknown := sorted(set(launch.only) - set(study.runs)):
-        have = ", ".join(study.runs)
-        raise UsageError(f"--only {unknown[0]} is not in {launch.study}, which has {have}.")
+    found = [fnmatch.filter(study.runs, pattern) for pattern in launch.only]
+    if [] in found:
+        unknown, have = launch.only[found.index([])], ", ".join(study.runs)
+        raise UsageError(f"--only {unknown} is not in {launch.study}, which has {have}.")
+    chosen = list(itertools.chain(*found)) if found else study.runs
     root = ROOT / study.dir
     shared = split_words(study.flags, f"{launch.study}: flags")
     shared += split_words(launch.extra, "--extra")
@@ -143,7 +147,7 @@ def jobs_of(study: Study, launch: Launch) -> list[Job]:
     seeds_of = {
         name: list(dict.fromkeys(launch.seeds or study.own_seeds.get(name, study.seeds)))
         for name in study.runs
-        if not launch.only or name in launch.only
+        if name in chosen
     }
     for turn in range(max(len(seeds) for seeds in seeds_of.values())):
         for name, seeds in seeds_of.items():

@@ -168,6 +168,16 @@ def test_parts_of_a_study(study, launched):
     assert {x.name for x in (file.parent / "my runs").iterdir() if x.is_dir()} == {"b-s7", "b-s8"}
 
 
+def test_only_takes_patterns(study, launched):
+    file = study(k_1="", k_10="", width="")
+    code, output = launched(file, "--dry-run", "--seeds", 1, "--only", "k_*", "wid*", "k_1")
+    assert code == 0 and [x in output for x in ("k_1-s1", "k_10-s1", "width-s1")] == [True] * 3
+    code, output = launched(file, "--dry-run", "--seeds", 1, "--only", "k_*")
+    assert code == 0 and "width" not in output and output.count("-s1") == 2
+    code, output = launched(file, "--dry-run", "--only", "k_*", "x*")
+    assert code == 2 and f"--only x* is not in {file}, which has k_1, k_10, width." in output
+
+
 def test_a_command_may_name_its_seed(study, launched):
     """And paths, which are seen from the repository."""
     assert launched(study(a="--words 'of {seed}, {seed}'"))[0] == 0
