@@ -172,12 +172,15 @@ def final_table(runs: list[Run], rows: tuple[str, ...]) -> str:
 
 def seeds_table(runs: list[Run], rows: tuple[str, ...]) -> str:
     """Final evaluations as a Markdown table with a line per row of the evaluations and a column
-    per group and figure. A cell is the mean over seeds, then each seed's value in brackets."""
+    per group and figure. A cell is the mean over seeds, then each seed's value in brackets, in the
+    order of seeds."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        for name, row in results_of(run, rows).items():
-            for figure, title in columns_of(row).items():
-                found[row_in_all(name)][f"{without_seed(run.name)}, {title}"].append(row[figure])
+    for members in grouped(runs).values():
+        for run in sorted(members, key=lambda run: run.args.get("seed", 0)):
+            for name, row in results_of(run, rows).items():
+                for figure, title in columns_of(row).items():
+                    column = f"{without_seed(run.name)}, {title}"
+                    found[row_in_all(name)][column].append(row[figure])
     columns = list(dict.fromkeys(c for row in found.values() for c in row))
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in found.items():

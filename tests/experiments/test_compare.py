@@ -160,6 +160,12 @@ def test_runs_of_a_script_that_is_gone_are_compared(tmp_path):
     assert code == 0 and "1.00 (1.00, 1.00)" in printed, err
 
 
+def test_by_seed_is_in_the_order_of_seeds(tmp_path):
+    runs = [toy_run(tmp_path / f"its-s{s}", s, mean=float(s)) for s in (10, 3, 21)]
+    code, printed, err = command("compare", *runs, "--by-seed", "--out", tmp_path / "x")
+    assert code == 0 and "11.33 (3.00, 10.00, 21.00)" in printed, err
+
+
 def test_a_difference_is_of_one_world_and_tells_of_lengths(tmp_path):
     ours = [toy_run(tmp_path / f"mine-s{s}", s) for s in (1, 2)]
     its = [toy_run(tmp_path / f"its-s{s}", s, 6400) for s in (1, 2)]
