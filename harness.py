@@ -717,6 +717,13 @@ def evaluated_in(run_dir: Path) -> str:
     return ""
 
 
+def has_evaluation(run_dir: Path) -> bool:
+    """Whether a run has finished, and its summary.json has rows of a final evaluation."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((run_dir / "summary.json").read_text()).get("eval"))
+    return False
+
+
 def pack(x: Any) -> Any:
     """Return what a checkpoint stores of x: state_dict() of networks, optimisers, worlds; parts()
     of objects that have it, fields of dataclasses, states of generators, and all else as it is."""
@@ -1098,7 +1105,7 @@ class Run:
             raise UsageError(f"{self.dir} holds an evaluation of {other}: name another directory.")
         files = [self.dir / name for name in ("summary.json", "metrics.jsonl")]
         results = [x.name for x in files if x.is_file() and x.stat().st_size]
-        if results and not self.source:
+        if results and not other:
             sentence = "of a run whose checkpoints are gone: name another directory"
             raise UsageError(f"{self.dir} holds {' and '.join(results)} {sentence}.")
         about = {"device": str(self.device), "processes": self.size} | resolved
@@ -1122,8 +1129,11 @@ class Run:
             if entry["timesteps"] <= self.timesteps and is_intact(self.dir, entry):
                 self.known.append(entry)
         if self.rank == 0:
+            goes_on = self.timesteps < self.args.total_timesteps
+            if not goes_on and not self.args.final_episodes and has_evaluation(self.dir):
+                raise UsageError(f"{self.dir} has finished: --final-episodes 0 has nothing to do.")
             self.record_changes()
-            if self.timesteps < self.args.total_timesteps:
+            if goes_on:
                 (self.dir / "summary.json").unlink(missing_ok=True)
 
     def record_changes(self) -> None:

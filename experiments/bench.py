@@ -1693,6 +1693,8 @@ def everything(bench: All) -> None:
         "mipi": Mipi(**battles, **few),
         "collaq": Collaq(**battles),
     }
+    if unknown := [name for name in bench.skip if name not in parts]:
+        raise harness.UsageError(f"--skip {unknown[0]}: there are {', '.join(parts)}.")
     failed = []
     print(f"# {machine(bench.device)}")
     for name, part in parts.items():

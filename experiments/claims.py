@@ -1037,7 +1037,9 @@ def claims(study: Study) -> None:
     if not study.data.is_dir():
         raise UsageError(f"--data {study.data} is no directory.")
     paths = study.runs or sorted(study.data.glob("study_*.csv"))
-    runs = read_runs(paths, same=name_in_world) if paths else []
+    if not paths:
+        raise UsageError(f"--data {study.data} has no study_*.csv.")
+    runs = read_runs(paths, same=name_in_world)
     names = study.commands or [*cases]
     names = tqdm(names, unit=" claims", disable=None)
     outcomes = [judge(cases[name], runs, study.data) for name in names]

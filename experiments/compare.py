@@ -282,6 +282,15 @@ def note_on_steps(runs: list[Run]) -> str:
     return f"Note: not all runs were trained for the same number of steps: {'; '.join(each)}.\n"
 
 
+def note_on_unfinished(runs: list[Run]) -> str:
+    """A line that names runs without a final evaluation, if others have one; "" if there are none
+    of the one kind or the other."""
+    missing = [run.name for run in runs if not run.summary["eval"]]
+    if len(missing) in (0, len(runs)):
+        return ""
+    return f"Note: no final evaluation yet of {', '.join(missing)}.\n"
+
+
 def compare(study: Comparison) -> None:
     """Read all runs, then write OUT.png, OUT.csv and OUT.md."""
     check_out(study.out)
@@ -303,8 +312,12 @@ def compare(study: Comparison) -> None:
         text += "\n" + means_table(runs, study.means)
     if study.against:
         text += "\n" + difference_table(runs, study.rows, study.against)
-        if note := note_on_steps(runs):
-            text += "\n" + note
+    notes = [note_on_steps(runs), note_on_unfinished(runs)]
+    if not points and any(run.log for run in runs):
+        notes.append(
+            f"Note: no curves: --every {study.every:,} is longer than each run's log of them.\n"
+        )
+    text += "".join(f"\n{note}" for note in notes if note)
     finish(study.out, text, points, draw(curves, study.curves))
 
 

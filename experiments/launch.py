@@ -104,6 +104,9 @@ class Launch:
 # --- Studies --------------------------------------------------------------------------------------
 
 
+Name = Annotated[str, Field(pattern=r"^[\w.+-]+$")]  # of a directory beside the others
+
+
 class Study(pydantic.BaseModel):
     """The contents of a study's TOML file."""
 
@@ -116,7 +119,7 @@ class Study(pydantic.BaseModel):
     flags: str = ""  # flags of every run
     processes: int = Field(default=1, ge=1)  # processes per run; more than one use torchrun
     about: str = ""  # what the study is for; only for the reader
-    runs: dict[str, str] = Field(min_length=1)  # {name: script and flags}
+    runs: dict[Name, str] = Field(min_length=1)  # {name: script and flags}
 
     @pydantic.model_validator(mode="after")
     def own_seeds_are_of_runs(self) -> Study:

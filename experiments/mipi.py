@@ -562,6 +562,17 @@ def group(runs: list[Evaluated]) -> Found:
     return found
 
 
+def row_for(rows: dict[str, list[Evaluated]], method: str) -> tuple[str, list[Evaluated], str]:
+    """Name and runs of the row that a table of the paper calls `method`, or the only one that has
+    flags after this name; else no runs, and what to show in place of their figures."""
+    named = [name for name in rows if name.startswith(f"{method} --")]
+    if method in rows:
+        return method, rows[method], ""
+    if len(named) == 1:
+        return named[0], rows[named[0]], ""
+    return method, [], "several, below" if named else "not run"
+
+
 def win_tables(found: Found, last: int) -> str:
     """Tables 1 to 3 with our win rates and the paper's; rows by Lemma 2, if run, are ours alone."""
     text = ""
@@ -569,14 +580,15 @@ def win_tables(found: Found, last: int) -> str:
         rows = []
         for task in (x for x in table if x in found):
             for method, theirs in table[task].items():
-                runs = found[task].get(method)
+                name, runs, instead = row_for(found[task], method)
                 columns = next(iter(found[task].values()))[0].columns
-                row = {"": task.upper(), "method": method} | dict.fromkeys(columns, "not run")
+                row = {"": task.upper(), "method": method} | dict.fromkeys(columns, instead)
                 row |= {"seeds": "", "steps": "", "minutes": ""}
                 if runs:
-                    row = row_of(task, method, runs, "win", last)
+                    row = row_of(task, name, runs, "win", last)
                 if method == "MIPI":
-                    row["method"] = f"MIPI, alpha {default_alpha({'scenario': task}):g}"
+                    alpha = f"MIPI, alpha {default_alpha({'scenario': task}):g}"
+                    row["method"] = name.replace("MIPI", alpha, 1)
                 names = ("paper 3-5", "paper 6", "paper 7", "paper 8")
                 rows.append(row | dict(zip(names, theirs.split(), strict=True)))
                 if runs := found[task].get(f"{method}, Lemma 2"):
@@ -1444,8 +1456,13 @@ def policies_of(policy: Nets) -> np.ndarray:
     return p.double().numpy()
 
 
+def shown_steps(study: MatrixGame) -> list[int]:
+    """Steps after which policies are shown: every study.every of them, from 0, and the last one."""
+    return sorted({*range(0, study.steps, study.every), study.steps})
+
+
 def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
-    """Train a learner; policies_of() every study.every steps, from step 0: (points, n, 2, 2)."""
+    """Train a learner; policies_of() at each of shown_steps(): (points, n, 2, 2)."""
     script, game = load_script("mipi_refil_smac"), PAYOFFS[study.payoffs]
     n, H, B = len(study.seeds), study.hidden_size, study.batch_size
     rngs = [torch.Generator().manual_seed(seed) for seed in study.seeds]
@@ -1460,7 +1477,7 @@ def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
     payoffs = torch.tensor(np.stack([game[team] for team in TRAINED]), dtype=torch.float32)
     all_actions = torch.ones(2, dtype=torch.bool)
     alpha = 0.0 if objective == "none" else study.alpha
-    points = []
+    points, shown = [], shown_steps(study)
 
     def draw(*shape: int) -> Tensor:
         return torch.stack([torch.rand(shape, generator=rng) for rng in rngs])
@@ -1471,7 +1488,7 @@ def learn_game(study: MatrixGame, objective: Objective) -> np.ndarray:
         optimiser.step()
 
     for step in range(study.steps + 1):
-        if step % study.every == 0:
+        if step in shown:
             points.append(policies_of(policy))
         team = (draw(B) < 0.5).long()  # (n, B): index of one of the two trained teams
         x = inputs_of(types[team])  # (n, B, 2, 4)
@@ -1527,7 +1544,7 @@ def matrix_game(study: MatrixGame) -> None:
     for k, objective in enumerate(OBJECTIVES):
         points = learn_game(study, objective)  # (points, n, 2, 2)
         best = optimum(game, objective, study.alpha, study.grid)
-        at, first, second = np.arange(len(points)) * study.every, *best.policies[:, B]
+        at, first, second = np.array(shown_steps(study)), *best.policies[:, B]
         greedy = np.array([[unseen_reward(game, p) for p in now] for now in points])
         soft = expected(game[UNSEEN], points[..., 0, B], points[..., 1, B])
         exact = best.unseen, float(expected(game[UNSEEN], first, second))

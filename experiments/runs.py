@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import fnmatch
 import functools
 import importlib
@@ -55,6 +56,7 @@ WORLD = ("substrate", "task", "scenario")  # flags of which each script has one:
 # Flags by which evaluations, too, are of another world. (Melting Pot's play whole episodes.)
 RULES = ("shaping", "collision_penalty", "max_episode_steps", "enemy_ai", "clip_regeneration")
 LAPS = ("collect_s", "learn_s")  # seconds, since the last line of the log
+MORE_FLAGS = ("--extra", "--flags")  # options that pass flags on
 POINTS = 100  # a packed curve has at most so many points
 SLACK = 0.05  # relative difference allowed between lengths of runs that are seeds of one arm
 # By script: values of flags that older runs lack, where they did not do what is the default now.
@@ -110,7 +112,7 @@ def run_command(function: Callable, argv: list[str] | None, text: str) -> int:
 
     def run() -> int:
         study = tyro.cli(options_of(function), args=argv, description=text)
-        check_bounds(study)
+        check_typed(study, argv)
         with ending_by_signals():
             function(study)
         sys.stdout.flush()  # at exit Python would print a traceback where this fails
@@ -129,12 +131,12 @@ def run_subcommand(
     def run() -> int:
         study = tyro.extras.subcommand_cli_from_dict(kinds, args=argv, description=text)
         (function,) = (f for name, f in functions.items() if kinds[name] is type(study))
+        check_typed(study, argv)
         for name, value in more.items():
             if hasattr(study, name):
                 study = dataclasses.replace(study, **{name: value})
             elif value:
                 raise UsageError(f"{as_flag(name)} is not for this command.")
-        check_bounds(study)
         with ending_by_signals():
             function(study)
         sys.stdout.flush()  # at exit Python would print a traceback where this fails
@@ -143,8 +145,23 @@ def run_subcommand(
     return call(run)
 
 
-def check_bounds(study: Any) -> None:
-    """Raise UsageError for the first option outside the bounds in its annotation."""
+def check_typed(study: Any, argv: list[str] | None) -> None:
+    """Raise UsageError for the first option outside the bounds in its annotation, and for what an
+    unset variable leaves: an empty word (more flags may be none), or no name after an option that
+    stands for all of them where it is not typed."""
+    words = sys.argv[1:] if argv is None else argv
+    flags = [word.partition("=")[0].replace("_", "-") for word in words]
+    for before, word in itertools.pairwise(["", *words]):
+        flag, equals, value = word.partition("=")
+        if not word:
+            flag = before if before.startswith("--") else "An argument"
+        empty = not word or (flag.startswith("--") and equals and not value)
+        if empty and flag not in MORE_FLAGS:
+            raise UsageError(f"{flag} has an empty value (an unset variable?).")
+    for field in dataclasses.fields(study):
+        flag = as_flag(field.name)
+        if field.default == () and getattr(study, field.name) == () and flag in flags:
+            raise UsageError(f"{flag} names nothing (an unset variable?).")
     try:
         pydantic.TypeAdapter(type(study)).validate_python(dataclasses.asdict(study))
     except pydantic.ValidationError as error:
@@ -569,6 +586,9 @@ def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
         kind, row, figure, value = (line[x] for x in ("kind", "row", "figure", "value"))
         if kind == "argument":
             run.args[figure] = json.loads(value)
+        elif kind == "lines":
+            if int(value) != len(lines):
+                raise ValueError(f"{len(lines)} lines of {value}")
         elif kind == "log":
             run.steps = int(value)
         elif kind == "curve":
@@ -597,7 +617,8 @@ def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
 
 
 def check_whole(run: Run) -> None:
-    """KeyError or ValueError if lines of a packed run are missing, as of a file that is cut off."""
+    """KeyError or ValueError if lines of a packed run are missing, as of a file that is cut off.
+    Runs packed before 2026-11-29 have no line with their number of lines."""
     run.args["script"]
     for x in run.evaluations:
         told = run.summary["eval"].get(f"{x.scenario} {x.bots}", {}).get("episodes")
@@ -637,7 +658,7 @@ def pack_lines(run: Run, curves: tuple[str, ...]) -> list[tuple]:
         for x, length in zip(returns, lengths, strict=True):
             lines.append((run.name, "episode", timesteps, row, "return", as_text(x)))
             lines.append((run.name, "episode", timesteps, row, "length", as_text(length)))
-    return lines
+    return [(run.name, "lines", "", "", "", len(lines) + 1), *lines]
 
 
 def as_text(x: float) -> str:
@@ -675,13 +696,31 @@ def pack(study: Pack) -> None:
     those of its runs that stay."""
     if study.out.suffix != ".csv":
         raise UsageError(f"{study.out} is no .csv.")
+    check_out(study.out)
+    with alone(study.out.parent):
+        add_to_study(study)
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """In this context no other process is in one for the same directory; it waits until then."""
+    number = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
+def add_to_study(study: Pack) -> None:
+    """Read the study and the runs, and write them together."""
     runs = read_runs(study.runs, study.only)
     is_read = any(path.resolve() == study.out.resolve() for path in study.runs)
     before = [] if is_read or not study.out.exists() else read_study(study.out)
     check_replaced(study.out, before, runs)
     packed = packed_lines(study.out) if before else {}
     packed |= {run.name: pack_lines(run, study.curves) for run in runs}
-    check_out(study.out)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -154,10 +154,10 @@ def read_all(study: Study) -> list[Cell]:
 
 
 def check_seeds(cells: list[Cell]) -> None:
-    """UsageError if two runs are one method, seed and length: one of them would count twice."""
+    """UsageError if two runs are one method and seed: one of them would count twice."""
     known: dict[tuple, str] = {}
     for x in cells:
-        what = (x.method, x.substrate, x.scenario, x.bots, x.seed, x.timesteps)
+        what = (x.method, x.substrate, x.scenario, x.bots, x.seed)
         if (other := known.setdefault(what, x.run)) != x.run:
             both = f"{other} and {x.run} would count as two seeds of {x.method}"
             raise UsageError(f"{both}, but both have seed {x.seed}: choose with --only.")

@@ -430,7 +430,7 @@ class Battles:
     """Win rates and returns of scripted agents in battles, per scenario and team size."""
 
     scenarios: Annotated[tuple[Scenario, ...], MinLen(1)] = ("sz", "csz", "mmm")  # to play
-    team_sizes: tuple[Positive, ...] = (3, 4, 5, 6, 7, 8)  # team sizes to play
+    team_sizes: Annotated[tuple[Positive, ...], MinLen(1)] = (3, 4, 5, 6, 7, 8)  # to play with
     episodes: Positive = 2048  # episodes per script, scenario and team size
     seed: Seed = 1  # seed of battles and scripts
     enemy_ai: EnemyAI = "sticky"  # script of the simulator's enemies
@@ -490,7 +490,7 @@ def combat(study: Battles) -> None:
 class Collection:
     """Returns of scripted agents in Resource Collection, per team size."""
 
-    team_sizes: tuple[Positive, ...] = (3, 4, 5, 6, 7, 8)  # team sizes to play
+    team_sizes: Annotated[tuple[Positive, ...], MinLen(1)] = (3, 4, 5, 6, 7, 8)  # to play with
     episodes: Positive = 512  # episodes per script and team size
     seed: Seed = 1  # seed of worlds and scripts
 

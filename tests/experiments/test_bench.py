@@ -404,6 +404,8 @@ def test_bench_of_all(monkeypatch, capsys):
     names = ["trainings", "scale", "meltingpot", "particle", "refil", "collaq"]
     assert done == [(name, "cpu") for name in names]
     assert "scale failed: RuntimeError: no." in capsys.readouterr().out
+    with pytest.raises(bench.harness.UsageError, match="--skip nosuch: there are trainings, "):
+        bench.everything(bench.All(device="cpu", skip=("nosuch",)))
 
 
 @pytest.mark.long

@@ -562,6 +562,13 @@ def test_studies_of_two_worlds_may_use_the_same_names(tmp_path):
     assert (code, stderr.count("\n")) == (2, 1) and "Two runs have one name: x-s1 in" in stderr
 
 
+def test_a_directory_without_studies_is_none_of_results(tmp_path):
+    """A slip like docs for docs/data does not make a page on which nothing has run."""
+    words = ("--criteria", toml(tmp_path / "c.toml"), "--data", tmp_path)
+    code, text, stderr = command("claims", *words)
+    assert (code, text) == (2, "") and stderr == f"error: --data {tmp_path} has no study_*.csv.\n"
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 
@@ -871,6 +878,7 @@ def test_an_adapted_arm_that_is_not_there(tmp_path):
     text = path.read_text()
     adapts = 'a = "mra_maddpg_particle.py --adapt runs/small-nobody-s{seed} --population 3"'
     path.write_text(re.sub("^a = .*", adapts, text, flags=re.MULTILINE))
+    study(tmp_path / "study_other.csv", b=BEHIND)
     words = ("--criteria", path, "--data", tmp_path, "--commands", "M1")
     code, _, stderr = command("claims", *words)
     assert (code, stderr) == (2, "error: claims.toml: small-a: [arms] has no nobody.\n")
@@ -979,6 +987,7 @@ def flags_of(arm, *more):
 def test_a_table_says_length_and_flags_of_its_runs(tmp_path):
     """M5: by a run that is shorter, be it an opponent, a point is a pilot's; one with other flags
     is refused."""
+    study(tmp_path / "study_other.csv", b=BEHIND)
     both = ("pacman-mra-s21", "pacman-single-s21")
     returns = dict.fromkeys(itertools.permutations(both), 5)
     arms = [(case, arm) for case in book()["M5"] for arm in case.arms]
@@ -1051,6 +1060,7 @@ def test_an_arm_without_a_label_ends_in_a_sentence(tmp_path):
 
 def measured_by_table(folder, name, labels):
     """What the command says of a claim that reads a table: code and error."""
+    study(folder / "study_other.csv", b=BEHIND)
     measure = f'kind = "table", files = ["{name}"], value = "value", key = "arm", seed = "seed"'
     measure += f', labels = {labels}, command = "experiments/mipi.py matrix-game"'
     path = toml(folder / "c.toml", measure='"table"')

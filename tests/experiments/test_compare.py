@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 from made_up import ROOT, command, experiment, fake_evaluation, fake_run, is_png, rows
 from runs import BIDIST, STEPS, script, tiny
+
+GATE = f"{ROOT}/experiments/studies/mra_gate.toml"
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +350,64 @@ def test_a_run_that_has_not_ended_has_no_row(two, tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/metrics.jsonl").write_text('{"timesteps": 40, "entropy": 1.0}\n{"times')
     code, printed, _ = command("compare", two[0], tmp_path / "begun", "--out", tmp_path / "x")
-    assert code == 0 and "| toy-s1 |" in printed and "begun" not in printed
+    assert code == 0 and "| toy-s1 |" in printed and "| begun |" not in printed
+    assert printed.count("Note: no final evaluation yet of begun.\n") == 1
+    code, printed, _ = command("compare", tmp_path / "begun", "--out", tmp_path / "x")
+    assert code == 0 and "no final" not in printed
+
+
+def test_notes_without_a_parent(tmp_path):
+    """Of other lengths, and of curves that have no window, with no --against, too."""
+    runs = [toy_run(tmp_path / "mine-s1", 1), toy_run(tmp_path / "its-s1", 1, 6400)]
+    for run in runs:
+        (run / "metrics.jsonl").write_text('{"timesteps": 40, "entropy": 1.0}\n')
+    argv = (*runs, "--curves", "entropy", "--out", tmp_path / "x")
+    code, printed, _ = command("compare", *argv)
+    assert code == 0 and "steps: mine: 40,000; its: 6,400.\n" in printed
+    assert "Note: no curves: --every 20,000 is longer than each run's log of them.\n" in printed
+    code, printed, _ = command("compare", *argv, "--every", 40)
+    assert code == 0 and "no curves" not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["compare", "RUN", "--against", ""], "--against has an empty value"),
+        (["compare", "RUN", "--out="], "--out has an empty value"),
+        (["compare", "RUN", ""], "An argument has an empty value"),
+        (["compare", "RUN", "--only"], "--only names nothing"),
+        (["mipi", "tables", "RUN", "--against="], "--against has an empty value"),
+        (["mipi", "tables", "RUN", "--only", "--last", "2"], "--only names nothing"),
+        (["launch", GATE, "--seeds"], "--seeds names nothing"),
+    ],
+)
+def test_an_unset_variable(tmp_path, words, sentence):
+    """It does not stand for all runs, all seeds or the working directory."""
+    run = toy_run(tmp_path / "mine-s1", 1)
+    name, *argv = [str(run) if word == "RUN" else word for word in words]
+    code, printed, err = command(name, *argv)
+    assert (code, printed, err) == (2, "", f"error: {sentence} (an unset variable?).\n")
+
+
+def test_more_flags_may_be_none(tmp_path):
+    """--extra="$MORE", where nothing more is wanted."""
+    for more in (["--extra", ""], ["--extra="]):
+        code, printed, err = command("launch", GATE, *more, "--dry-run")
+        assert code == 0 and printed.count("mra_maddpg_particle.py") == 10, err
+
+
+def test_a_study_is_packed_into_by_one_command_at_a_time(tmp_path):
+    """A second one waits before it reads what is there: else the first one's runs would be lost."""
+    runs, study = experiment("runs"), tmp_path / "study.csv"
+    options = [runs.Pack(study, (toy_run(tmp_path / f"mine-s{s}", s),)) for s in (1, 2)]
+    with runs.alone(tmp_path):
+        second = threading.Thread(target=runs.pack, args=(options[1],))
+        second.start()
+        second.join(timeout=1)
+        assert second.is_alive() and not study.exists()
+        runs.add_to_study(options[0])
+    second.join()
+    assert [run.name for run in runs.read_study(study)] == ["mine-s1", "mine-s2"]
 
 
 @pytest.mark.parametrize("name", ["compare", "runs pack", "mipi tables"])
@@ -417,6 +477,23 @@ def test_a_study_that_is_cut_off(tmp_path):
             code == 2 and stderr.startswith(f"error: {cut} is damaged") and stderr.count("\n") == 1
         )
     assert command("compare", study)[0] == 0
+
+
+def test_a_study_that_is_cut_off_between_two_rows(tmp_path):
+    """Its runs have their number of lines."""
+    run = toy_run(tmp_path / "mine-s1", 1)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["eval"]["self-play"] = summary["eval"]["v random"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    study, cut = tmp_path / "study.csv", tmp_path / "cut.csv"
+    assert command("runs", "pack", study, run)[0] == 0
+    lines = study.read_text().splitlines(keepends=True)
+    lines = [line for line in lines if ",self-play," not in line]
+    cut.write_text("".join(lines))
+    code, _, err = command("compare", cut, "--out", tmp_path / "x")
+    assert (code, err) == (2, f"error: {cut} is damaged.\n")
+    cut.write_text("".join(line for line in lines if ",lines," not in line))
+    assert command("compare", cut, "--out", tmp_path / "x")[0] == 0  # as studies of former days
 
 
 def test_long_curves_are_thinned():

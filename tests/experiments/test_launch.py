@@ -616,6 +616,7 @@ def test_without_scontrol(monkeypatch, capsys):
         ('dir = "x"\nseeds = [1]\ntimesteps = 1\n[runs]\na = ""', "a: names no script."),
         ('dir = "x"\nseeds = [1]\ntimesteps = 1\n[runs]\na = "x.py \'"', "a: x.py ': no closing"),
         ('dir = "x"\nseeds = [1]\ntimesteps = 1\nflags = "\'"\n[runs]\na = "x.py"', "flags: ': no"),
+        ('dir = "x"\nseeds = [1]\ntimesteps = 1\n[runs]\n"x/a" = "counter.py"', "runs.x/a."),
         (None, "cannot be read: No such file"),
     ],
 )

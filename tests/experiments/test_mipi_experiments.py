@@ -91,6 +91,24 @@ def rows_below(text, title):
     return {row[1]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
 
 
+def test_a_row_that_a_flag_has_renamed():
+    """Beside a run of a script that knows the flag; its figures are the table's all the same."""
+    one = {"MIPI --mixer linear": ["its"], "MIPI, Lemma 2 --mixer linear": ["other"], "REFIL": []}
+    assert study.row_for(one, "MIPI") == ("MIPI --mixer linear", ["its"], "")
+    assert study.row_for(one | {"MIPI": ["own"]}, "MIPI") == ("MIPI", ["own"], "")
+    assert study.row_for(one, "Value") == ("Value", [], "not run")
+    two = one | {"MIPI --mixer two-layer": ["third"]}
+    assert study.row_for(two, "MIPI") == ("MIPI", [], "several, below")
+
+
+def test_the_matrix_game_shows_its_last_step():
+    """Also where it is no multiple of --every: the table is of the policies at the end."""
+    options = study.MatrixGame(steps=25, every=10, seeds=(1,))
+    assert study.shown_steps(options) == [0, 10, 20, 25]
+    points = study.learn_game(options, "none")
+    assert len(points) == 4 and not np.array_equal(points[-1], points[-2])
+
+
 @pytest.mark.long
 def test_tables(runs, tmp_path):
     """Means over the last evaluations and over seeds, worked out here from the logs; rows that were

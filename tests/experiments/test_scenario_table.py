@@ -204,9 +204,12 @@ def test_methods(tmp_path):
 
 
 def test_a_seed_counts_once(tmp_path, capsys):
-    """Two runs of one method, seed and length are one seed; of other lengths they may stand."""
+    """Two runs of one method and seed are one seed, also where one of them is longer."""
     paths = [finished(tmp_path / name, seed=1, steps=20) for name in ("a", "b")]
     assert make(tmp_path / "x", *paths) == 2
+    assert "would count as two seeds of mappo, but both have seed 1" in capsys.readouterr().err
+    longer = finished(tmp_path / "longer", seed=1, steps=40)
+    assert make(tmp_path / "x", paths[0], longer) == 2
     assert "would count as two seeds of mappo, but both have seed 1" in capsys.readouterr().err
     assert make(tmp_path / "x", paths[0], finished(tmp_path / "c", seed=2, steps=20)) == 0
 

@@ -225,7 +225,22 @@ def test_results_without_checkpoints_are_not_overwritten(left, run_dir, capfd):
             path.unlink()
     assert run(*flags(run_dir, 1)) == 2
     assert left in only_error(capfd.readouterr().err)
+    assert run(*flags(run_dir.parent / "other", 1)) == 0
+    capfd.readouterr()
+    again = ("--final-episodes", 1, "--run-dir", run_dir)
+    assert run("--eval-only", run_dir.parent / "other", *again) == 2
+    assert left in only_error(capfd.readouterr().err)
     assert (run_dir / left).read_bytes() == before
+
+
+def test_a_final_evaluation_is_replaced_by_another_one_only(run_dir, capfd):
+    """--final-episodes 0 would leave none."""
+    assert run("--resume", run_dir, "--final-episodes", 1) == 0
+    before = (run_dir / "summary.json").read_bytes()
+    assert json.loads(before)["eval"]
+    assert run("--resume", run_dir, "--final-episodes", 0) == 2
+    assert "has finished: --final-episodes 0 has" in only_error(capfd.readouterr().err)
+    assert (run_dir / "summary.json").read_bytes() == before
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux")
