@@ -1029,7 +1029,7 @@ def evaluate(
         players = {"": net_player(agent, z, player_seed)}
         same = {f"z={k}": (k,) * len(counts) for k in range(Z) if Z > 1}  # of all agents of a type
         filmed = ("", *same)
-        if evaluation.final and Z > 1:
+        if evaluation.final and 1 < Z ** len(counts) <= 256:  # else too many to try
             trial = make_envs(args, population, args.eval_episodes, trial_seed)  # not the table's
             choices = itertools.product(range(Z), repeat=len(counts))
             drawn = {choice: net_player(agent, choice, choice_seed) for choice in choices}

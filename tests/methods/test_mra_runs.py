@@ -1284,6 +1284,9 @@ def test_episodes_are_expected_and_told(monkeypatch):
     search, rows = 2 * 3**2, 1 + 3 + 1 + 1 + 3
     expected = [("eval", 2 * 5, 2 * 5), ("final", search + 7 * rows, search + 7 * rows)]
     assert found == [*expected, ("final", 28, 28)]
+    flags = ("--final-episodes", 1, "--latent-size", 17, "--task", "pacman", "--populations", "2,1")
+    run(MRA, "many", 40, *flags)  # 289 pairs are too many to search
+    assert found[-1] == ("final", 22, 22)
 
 
 @pytest.mark.parametrize("name, source", [(MRA, "mra"), (MRA, "pacman"), (MADDPG, "maddpg")])
