@@ -313,7 +313,8 @@ def compare(study: Comparison) -> None:
     if study.against:
         text += "\n" + difference_table(runs, study.rows, study.against)
     notes = [note_on_steps(runs), note_on_unfinished(runs)]
-    if not points and any(run.log for run in runs):
+    logged = {name for run in runs for scalars in run.log for name in scalars}
+    if not points and logged.intersection(study.curves):
         notes.append(
             f"Note: no curves: --every {study.every:,} is longer than each run's log of them.\n"
         )
