@@ -1075,13 +1075,14 @@ class Sample(NamedTuple):
     timesteps: int  # environment steps of training
     points: np.ndarray  # (S, N A) action probabilities of all agents, concatenated
     fictitious: np.ndarray  # (S,) number of agents that act with phi or a past actor
+    shift: float  # mean total variation between who acts and theta, on the same views
     agents: int  # N
 
 
 def sample_population(run: Run, study: Fig5) -> Sample:
     """Play rollouts as in training and sample the action distributions of the acting policies."""
     by_name = study.group_by == "name"
-    acting, fictitious = [], []
+    acting, fictitious, shifts = [], [], []
     with loaded(run, study.num_envs, study.seed) as found:
         state = found.script.new_state(found.agent, study.num_envs)
         for number in range(study.warm_up + study.rollouts):
@@ -1091,17 +1092,20 @@ def sample_population(run: Run, study: Fig5) -> Sample:
                 continue
             if hasattr(batch, "trained"):  # BiDist: theta or phi, as drawn
                 probs = torch.where(batch.trained[..., None], batch.theta, batch.phi).exp()
+                theta = batch.theta.exp()
                 fictitious.append((~batch.trained).sum(-1).flatten())
             elif acted:  # PP, RPM: theta or a past actor
                 probs = torch.stack(acted).exp()
+                theta = found.policy(found.agent.actor, batch, batch.actor_hidden)
                 fictitious.append((~batch.current).sum(-1).flatten())
             else:
                 actor = found.agent.actor
                 if hasattr(found.agent, "psi"):  # RandNet acts on views that psi has changed
                     actor = functools.partial(actor, psi=found.agent.psi)
-                probs = found.policy(actor, batch, batch.actor_hidden)
+                probs = theta = found.policy(actor, batch, batch.actor_hidden)
                 fictitious.append(torch.zeros(probs.shape[:2], dtype=torch.int64).flatten())
             acting.append(probs.flatten(2).flatten(0, 1))
+            shifts.append((probs - theta).abs().sum(-1).mean() / 2)
     points, count = torch.cat(acting).double().numpy(), torch.cat(fictitious).numpy()
     if len(points) < study.samples:
         raise UsageError(
@@ -1115,6 +1119,7 @@ def sample_population(run: Run, study: Fig5) -> Sample:
         timesteps=found.timesteps,
         points=points[rows],
         fictitious=count[rows],
+        shift=float(torch.stack(shifts).mean()),
         agents=probs.shape[2],
     )
 
@@ -1182,6 +1187,7 @@ def text_of_samples(samples: list[Sample], world: str) -> str:
             | {"steps": f"{s.timesteps:,}", "samples": len(s.points)}
             | {"mean distance": f"{spreads['distance']:.4f}"}
             | {"mean total variation": f"{spreads['total_variation']:.4f}"}
+            | {"from theta": f"{s.shift:.4f}"}
             | {"fictitious": f"{s.fictitious.mean() / s.agents:.0%}"}
             | {"mean distance, all trained": alone}
         )
@@ -1191,7 +1197,10 @@ def text_of_samples(samples: list[Sample], world: str) -> str:
         "for all agents side by side. Mean distance: Euclidean, over all pairs of a run's samples; "
         "mean total variation: between the same agent's policies in two samples, from 0 to 1. Both "
         "are in probability space, and both grow with how much a policy depends on what it sees, "
-        "not only with the number of policies. Distances in the t-SNE itself mean nothing. "
+        "not with the number of policies: where co-players' policies are flatter than theta's they "
+        "fall. From theta: total variation between the policy that acts and theta on the same "
+        "views, mean over agents and the whole rollouts; 0 where theta acts. Distances in the "
+        "t-SNE itself mean nothing. "
         "Fictitious: agents that phi or, in PP and RPM, a past actor plays.\n\n"
     )
     return text + markdown_table(lines)

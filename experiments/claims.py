@@ -382,6 +382,7 @@ def judge(cases: tuple[Claim, ...], runs: list[Run], data: Path) -> Outcome:
         own.append({arm: counted(case, arm, points) for arm, points in found.items()})
         left.append(pilots(case, found))
         why.append({arm: too_few(case, arm, points) for arm, points in own[-1].items()})
+        why[-1] |= {arm: case.unfit for arm in case.first if case.unfit}
         for arm in case.bar.arms if case.bar else ():
             judged = counted(case, arm, points_of(case, arm, case.bar.measure))
             why[-1][arm] = why[-1][arm] or below_bar(case, arm, judged)
@@ -518,6 +519,8 @@ def what_decides(outcome: Outcome, missing: list[Missing]) -> str:
     """Text: what would decide a claim (at most three items); "" if it is decided."""
     if outcome.verdict != OPEN:
         return ""
+    if unfit := outcome.cases[0].unfit:
+        return unfit
     texts = []
     scripts = {shlex.split(x.command)[0] for x in missing}
     missed = [text for text in (bar_text(*x) for x in outcome.bars) if text]
@@ -665,14 +668,14 @@ of Eq. (13) itself, not the head of Eq. (18).
 ![effects with intervals and margins, by claim](data/claims.png)
 
 Each row has a scale of its own. A comparison holds if its interval lies right of its margin, does
-not if left, else is undecided, as it is with too few seeds or arms that have not learned.
+not if left, else is undecided, as with too few seeds or an arm that has not learned.
 """
 RULES = """## How verdicts are reached
 
 - **Criteria** are in `experiments/claims.toml`: dates, what had been seen by then, what changed.
 - **Runs that count** have the claim's flags, seeds and length; pilots are in the figure and data.
-  Three claims read tables that other commands make, which claims.toml names, too. Of these the
-  program checks flags and length of M5's runs, seeds and length of I4's, and seeds of B2's.
+  Three claims read other commands' tables: flags and length of M5's runs, seeds and length of I4's
+  and seeds of B2's are checked.
 - **An effect** is the first arm's centre less the other's, over seeds. The centre is the
   interquartile mean if both arms have five seeds, else the mean. Where rows or scenarios are
   counted, the effect is the difference of mean ranks, once all arms have run.
@@ -683,8 +686,8 @@ RULES = """## How verdicts are reached
 - **A claim** holds if all of its comparisons do, and does not hold if one of them does not. Where
   means would say something else than interquartile means, the table tells.
 - **The budget** beside a verdict is that of the comparisons which decide it, in environment steps.
-  Texts of BiDist and MRA state none: shares are of our script's default, 10,000,000, and of 80,000
-  episodes of 20 steps a game in the code of MRA's authors.
+  Texts of BiDist and MRA state none: shares are of our default, 10,000,000, and of MRA's authors'
+  code, 80,000 episodes of 20 steps a game.
 - **A margin** in per cent is of the other arm's figure in the same few seeds. Its own error is not
   in the interval: it matters most in B3, B5 to B7, whose seeds differ most.
 
@@ -695,8 +698,7 @@ Student's intervals. A bootstrap of interquartile means leaves it out one time i
 seeds (of a single arm, M8, one in nine), one of ranks with three seeds one time in nine (six arms
 in two worlds, as B1-proxy) and one in thirteen (four in three, as I1). Seeds are added until the
 list ends: more than one look. Of several comparisons at their margin one fails more easily than
-one. In particle worlds equal seeds share the worlds of the final evaluation (not RL2, which ends
-some steps later). Intervals leave this out, so M's others are too wide.
+one. In particle worlds equal seeds share final worlds (not RL2's), so M's intervals are too wide.
 """
 BARS = """The bars of I1 to I3 and I6 are what the script focus won with 3 to 5 agents in a sample
 of battles. Another sample ([battles.md](battles.md), 6,144 a family, +-.012) has .430 in SZ, .370
@@ -888,7 +890,8 @@ def page(outcomes: list[Outcome], missing: list[list[Missing]], tables: dict[str
         text += [BARS]
     text += [table([criterion_row(x) for x in outcomes])]
     parts = [x for outcome in outcomes for x in outcome.parts]
-    effects = [effect_row(x) for x in parts if not math.isnan(x.found.low)]
+    shown = [x for x in parts if not math.isnan(x.found.low) and " seeds in " not in x.why]
+    effects = [effect_row(x) for x in shown]
     if effects:
         text += ["## Effects\n", files_text(outcomes), table(effects)]
     needed, lacking, runs, fresh = [], [], [], []

@@ -141,6 +141,7 @@ class Claim(Strict):
     seeds: Seeds
     own_seeds: dict[str, Seeds] = {}  # {arm: its seeds}, where an arm changed after runs of others
     bar: Bar | None = None
+    unfit: str = Field(default="", max_length=150)  # why its measure cannot tell: no verdict
     rule: str = Field(min_length=10, max_length=150)
     pilots_seen: str = Field(min_length=4, max_length=150)
     # from the world and the paper

@@ -106,11 +106,27 @@ def test_distributions(trained, tmp_path, capsys):
         distance = np.mean([np.sqrt(((a - b) ** 2).sum()) for a, b in pairs])
         total = np.mean([np.abs(a - b).sum() / 2 / 2 for a, b in pairs])
         (line,) = [x for x in text.splitlines() if x.startswith(f"| {path.name} |")]
-        assert f"| 30 | {distance:.4f} | {total:.4f} |" in line
+        assert f"| 30 | {distance:.4f} | {total:.4f} | {sample.shift:.4f} |" in line
+        assert (sample.shift > 0) == bool(sample.fictitious.any())
     assert is_png(tmp_path / "x.png")
     # The same seed draws the same samples and places.
     assert bidist.main([*argv, "--out", str(tmp_path / "y")]) == 0
     assert rows(tmp_path / "y.csv") == found
+
+
+def test_spread_does_not_tell_how_many_policies_there_are():
+    """Why B2 has no verdict: where a third of the agents prefer other actions in every view,
+    samples are hardly further apart, and where these are flatter, they are nearer."""
+    rng = np.random.default_rng(1)
+    theta = rng.dirichlet(np.full(8, 0.1), (300, 2))  # (S, N, A), as views decide
+    chosen = rng.random((300, 2, 1)) < 1 / 3
+    others = {"same": theta, "other": np.roll(theta, 3, -1), "flat": np.full((300, 2, 8), 1 / 8)}
+    found = {}
+    for name, policy in others.items():
+        points = np.where(chosen, policy, theta).reshape(300, 16)
+        found[name] = bidist.spread(points, 2)["total_variation"]
+    assert abs(found["other"] / found["same"] - 1) < 0.1
+    assert found["flat"] < 0.95 * found["same"]
 
 
 def test_samples_are_of_who_acted(trained):
@@ -122,6 +138,9 @@ def test_samples_are_of_who_acted(trained):
     acting = torch.where(batch.trained[..., None], batch.theta, batch.phi).exp()
     expected = {tuple(np.round(x, 5)) for x in acting.flatten(2).flatten(0, 1).double().numpy()}
     assert {tuple(np.round(x, 5)) for x in points.points} == expected
+    apart = (batch.phi.exp() - batch.theta.exp()).abs().sum(-1) / 2
+    shift = (apart * ~batch.trained).mean()
+    assert points.shift == pytest.approx(float(shift), rel=1e-3) and shift > 0
     with pytest.raises(bidist.UsageError, match=r"^--samples 80: the rollouts"):
         bidist.sample_population(runs.Run(trained[0]), study)
 
@@ -180,6 +199,7 @@ def test_samples_of_past_actors(tmp_path, name):
     assert (sample.fictitious == (~current).sum(-1)).all() and 0 < current.mean() < 1
     assert np.allclose(points[current], theta[current], atol=1e-6)
     assert not np.allclose(points[~current], theta[~current], atol=1e-3)
+    assert sample.shift == pytest.approx(np.abs(points - theta).sum(-1).mean() / 2, abs=1e-6)
 
 
 def test_without_past_actors_nothing_is_played(tmp_path, capsys, monkeypatch):

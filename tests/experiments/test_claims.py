@@ -569,6 +569,20 @@ def test_a_directory_without_studies_is_none_of_results(tmp_path):
     assert (code, text) == (2, "") and stderr == f"error: --data {tmp_path} has no study_*.csv.\n"
 
 
+def test_a_measure_that_cannot_tell_gives_no_verdict(tmp_path):
+    """Whatever its figures say; the page says why, and asks for no run of it."""
+    path = study(tmp_path / "x.csv", a=AHEAD, b=BEHIND)
+    criteria_file = toml(tmp_path / "c.toml")
+    words = (path, "--criteria", criteria_file, "--data", tmp_path)
+    assert "| holds | hold: 1 |" in command("claims", *words)[1]
+    text = criteria_file.read_text().replace("margin = ", 'unfit = "it cannot tell"\nmargin = ', 1)
+    criteria_file.write_text(text)
+    code, printed, stderr = command("claims", *words)
+    assert code == 0, stderr
+    assert "| undecided | undecided: 1 (it cannot tell) |" in printed
+    assert printed.rstrip().splitlines()[-1].endswith("| it cannot tell |")
+
+
 # --- The command ----------------------------------------------------------------------------------
 
 
