@@ -786,7 +786,8 @@ class Dependence:
     sees only the own unit, or also the enemies. It is fitted on every second episode and compared
     on the others.
 
-    Only runs with a stochastic policy have nats and kl.
+    Only runs with a stochastic policy have nats and kl. Their nats, out, swap and kl are less where
+    a policy is merely flatter: --temperature 4 tells by how much.
     """
 
     runs: Runs  # run directories
@@ -795,6 +796,9 @@ class Dependence:
     draws: Positive = 8  # random groups per episode
     fit: Positive = 300  # gradient steps that fit a marginal policy, each on all its episodes
     fit_learning_rate: Above = 3e-3  # initial learning rate of the fit (Adam); falls linearly to 0
+    temperature: Above = (
+        1.0  # divides drawn policies' logits: flatter ones, as greedy ones the same
+    )
     seed: Seed = 1  # seed of episodes, groups, teammates and marginal policies
 
 
@@ -804,6 +808,7 @@ class Opened(NamedTuple):
     script: Any
     agent: Any
     buffer: Any  # episodes of this or another run: a ReplayBuffer or Battles
+    temperature: float = 1.0  # of drawn policies
 
 
 class Moments(NamedTuple):
@@ -893,6 +898,10 @@ def without_mates(features: Any) -> Any:
     return features._replace(unseen=features.unseen | mates)
 
 
+def flatter(log_pi: Tensor, temperature: float) -> Tensor:
+    return log_pi if temperature == 1 else (log_pi / temperature).log_softmax(-1)
+
+
 def says(
     opened: Opened, features: Any, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -903,7 +912,7 @@ def says(
         if groups is not None:
             features = opened.script.imagined_teams(features, groups, "self")
         log_pi, _ = agent.actor(features)
-        return log_pi.argmax(-1), log_pi
+        return log_pi.argmax(-1), flatter(log_pi, opened.temperature)
     avail = features.avail_actions
     q, *rest = agent.utility(features, groups)
     if hasattr(agent, "policy") and not agent.greedy:
@@ -911,7 +920,7 @@ def says(
         own_memory = agent.marginal(features)[0] if agent.reads_marginal else None
         log_m = agent.log_marginal(own_memory, avail)
         log_pi = agent.log_policy(getattr(q, view), memory, avail, tagged, log_m)
-        return log_pi.argmax(-1), log_pi
+        return log_pi.argmax(-1), flatter(log_pi, opened.temperature)
     return getattr(q, view).masked_fill(~avail, opened.script.MASKED).argmax(-1), None
 
 
@@ -1049,7 +1058,7 @@ def dependence(study: Dependence) -> None:
         check_readable(run)  # all of them before the first takes its minute
     for run in runs:
         states = Run(Path(study.states)) if study.states else run
-        opened = open_checkpoint(run, states)
+        opened = open_checkpoint(run, states)._replace(temperature=study.temperature)
         harness.tell(f"measuring {run.name}", file=sys.stderr)
         found = measure(opened, study)
         row = {"run": run.name} | dict.fromkeys(MEASURES, "")

@@ -101,6 +101,23 @@ def test_a_row_that_a_flag_has_renamed():
     assert study.row_for(two, "MIPI") == ("MIPI", [], "several, below")
 
 
+def test_a_flatter_policy_seems_to_depend_less(runs):
+    """Greedy actions, and so mates and groups, stay; figures of drawn ones fall."""
+    run = runs_module.Run(runs / "sz-mappo-s1")
+    options = study.Dependence((), episodes=6, draws=3, fit=3)
+    opened = study.open_checkpoint(run, run)
+    sharpen(opened.agent.actor)
+    found = {
+        T: {k: x.mean() for k, x in study.measure(opened._replace(temperature=T), options).items()}
+        for T in (1.0, 8.0)
+    }
+    assert all(found[8.0][name] == found[1.0][name] for name in ("mates", "groups"))
+    names = ("nats", "out", "swap", "kl self", "kl self+enemies")
+    assert all(found[8.0][name] < found[1.0][name] for name in names), found
+    code, text, stderr = command("mipi", "dependence", run.path, "--temperature", "-1")
+    assert code == 2 and "--temperature -1.0: input should be greater than 0" in stderr
+
+
 def test_the_matrix_game_shows_its_last_step():
     """Also where it is no multiple of --every: the table is of the policies at the end."""
     options = study.MatrixGame(steps=25, every=10, seeds=(1,))
