@@ -796,9 +796,7 @@ class Dependence:
     draws: Positive = 8  # random groups per episode
     fit: Positive = 300  # gradient steps that fit a marginal policy, each on all its episodes
     fit_learning_rate: Above = 3e-3  # initial learning rate of the fit (Adam); falls linearly to 0
-    temperature: Above = (
-        1.0  # divides drawn policies' logits: flatter ones, as greedy ones the same
-    )
+    temperature: Above = 1.0  # divides the logits of drawn policies; more: flatter ones
     seed: Seed = 1  # seed of episodes, groups, teammates and marginal policies
 
 
