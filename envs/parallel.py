@@ -235,7 +235,9 @@ class MeltingPotView(View):
         return self.state()
 
     def state(self) -> np.ndarray:
-        """The picture of the whole world, WORLD.RGB (H, W, 3) uint8."""
+        """The picture of the whole world, WORLD.RGB (H, W, 3) uint8. ValueError before reset()."""
+        if self.engine is None:
+            raise ValueError("No episode is under way: call reset() before state() or render().")
         return self.engine.lab.observation("WORLD.RGB").copy()
 
     def close(self) -> None:

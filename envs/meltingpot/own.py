@@ -259,9 +259,9 @@ class OwnWorlds:
         """Do nothing: there are no worker processes that could have died."""
 
     def close(self) -> None:
-        """Call close() of all worlds."""
+        """Call close() of all worlds that have it."""
         for world in self.worlds:
-            world.close()
+            getattr(world, "close", lambda: None)()
 
     def _begin(self, b: int) -> None:
         key = (self.seed, self.first_world + int(b), int(self.episode[b]))

@@ -88,6 +88,8 @@ class Game:
         fewest, most = min(1, landmarks), VISIBLE if self.carrying else landmarks
         if not fewest <= self.nearest <= most:
             raise ValueError(f"nearest is from {fewest} to {most}, not {self.nearest}.")
+        if self.in_order and (self.nearest != landmarks or self.sizes):
+            raise ValueError("in_order shows all landmarks, and not their sizes.")
         if not 0 <= self.collision_penalty < math.inf:
             raise ValueError(f"collision_penalty is not negative: not {self.collision_penalty}.")
         if self.carrying and self.collision_penalty:

@@ -86,6 +86,13 @@ def test_the_page_says_30_lines_and_pettingzoo_agrees(my_world):
         parallel_api_test(envs.worlds[0], num_cycles=200)
 
 
+def test_a_world_need_not_have_close(my_world):
+    add(my_world, "Open", "    close = property()  # as where there is none")
+    with OwnWorlds("my_world:Open", 2) as envs:
+        assert not hasattr(envs.worlds[0], "close")
+        envs.reset()
+
+
 def test_what_training_sees_is_what_the_world_says(my_world):
     """Two worlds beside two plain ones, over the ends of episodes."""
     rng = np.random.default_rng(0)

@@ -178,6 +178,14 @@ def test_there_is_no_hint_at_the_toy():
     assert str(error.value) == "Unknown substrate 'toy': see docs/meltingpot.md for the list."
 
 
+@needs_melting_pot
+def test_no_picture_before_an_episode():
+    env = parallel_env("meltingpot", "coins", render_mode="rgb_array")
+    for look in (env.state, env.render):
+        with pytest.raises(ValueError, match=r"call reset\(\) before state\(\) or render\(\)\.$"):
+            look()
+
+
 def test_scenarios_have_no_view():
     """All of coins_0's seats would be the caller's, also the bot's."""
     with pytest.raises(ValueError) as error:

@@ -122,6 +122,8 @@ def test_the_blind_player_is_the_best_constant_guess():
         (("rooms", (3, 2)), "A population of rooms has 3 of type leader, not 3,2."),
         (("signpost", (3, 3)), "A population of signpost is one number: 3,3 is not."),
         (("rooms", (3, 3), {"nearest": 1}), "nearest is from 0 to 0, not 1."),
+        (("signpost", 3, {"nearest": 1}), "in_order shows all landmarks, and not their sizes."),
+        (("resource", 3, {"in_order": True}), "in_order shows all landmarks, and not their sizes."),
     ],
 )
 def test_what_does_not_exist_is_one_sentence(arguments, sentence):
