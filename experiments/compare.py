@@ -9,9 +9,9 @@ Reads run directories and studies (runs.py). A run is named after its directory;
 only in their ending -s1, -s2, ... are seeds of one group; runs of other scripts, worlds, flags or
 lengths, or of one seed, are refused there. Writes OUT.png (learning curves, a colour per group: a
 thin line per seed, a thick one for their mean), OUT.csv (the curves' points), OUT.md (final
-evaluations with 95 % intervals over episodes, as envs/statistics.py makes them; --means, --against:
-more tables). A group's figure is the mean over its seeds, however many (claims.py: interquartile
-from five on).
+evaluations with 95 % intervals over episodes, as envs/statistics.py makes them; --means, --last,
+--against: more tables). A group's figure is the mean over its seeds, however many (claims.py:
+interquartile from five on).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
-from harness import Positive, UsageError, as_flag
+from harness import Count, Positive, UsageError, as_flag
 
 import numpy as np
 
@@ -65,6 +65,7 @@ class Comparison:
     )
     every: Positive = 20_000  # environment steps per window; each window is one point of a curve
     means: tuple[str, ...] = ()  # add a table: these scalars' means over all iterations of a run
+    last: Count = 0  # add a table: means of --curves over so many steps at the end of training
     rows: tuple[str, ...] = ()  # rows of the final evaluation to show in OUT.md; default: all
     against: str = ""  # add a table: other groups minus this one, with intervals over seeds
     by_seed: bool = False  # final evaluations: a column per group instead of a line per run
@@ -170,37 +171,77 @@ def final_table(runs: list[Run], rows: tuple[str, ...]) -> str:
     return "\n\n".join("\n".join(lines) for lines in tables.values()) + "\n"
 
 
+def in_order(runs: list[Run]) -> list[Run]:
+    """The runs, group by group, in the order of their seeds."""
+    by_seed = (sorted(x, key=lambda run: run.args.get("seed", 0)) for x in grouped(runs).values())
+    return list(itertools.chain(*by_seed))
+
+
+def mean_and_seeds(values: list[float], form: str = ".2f") -> str:
+    """A cell: the mean over seeds, then each seed's value in brackets; empty without values."""
+    each = ", ".join(f"{value:{form}}" for value in values)
+    return f"{np.mean(values):{form}} ({each})" if values else ""
+
+
 def seeds_table(runs: list[Run], rows: tuple[str, ...]) -> str:
     """Final evaluations as a Markdown table with a line per row of the evaluations and a column
-    per group and figure. A cell is the mean over seeds, then each seed's value in brackets, in the
-    order of seeds."""
+    per group and figure."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for members in grouped(runs).values():
-        for run in sorted(members, key=lambda run: run.args.get("seed", 0)):
-            for name, row in results_of(run, rows).items():
-                for figure, title in columns_of(row).items():
-                    column = f"{without_seed(run.name)}, {title}"
-                    found[row_in_all(name)][column].append(row[figure])
+    for run in in_order(runs):
+        for name, row in results_of(run, rows).items():
+            for figure, title in columns_of(row).items():
+                column = f"{without_seed(run.name)}, {title}"
+                found[row_in_all(name)][column].append(row[figure])
     columns = list(dict.fromkeys(c for row in found.values() for c in row))
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in found.items():
-        cells = []
-        for column in columns:
-            x = row[column]
-            each = ", ".join(f"{value:.2f}" for value in x)
-            cells.append(f"{np.mean(x):.2f} ({each})" if x else "")
+        cells = (mean_and_seeds(row[column]) for column in columns)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def difference_table(runs: list[Run], rows: tuple[str, ...], against: str) -> str:
-    """A Markdown table with a line per group, evaluation row and figure: the group's mean over
-    seeds minus that of the group `against`. UsageError if nothing can be compared."""
+def last_means(run: Run, names: tuple[str, ...], steps: int) -> dict[str, float]:
+    """{scalar: mean over the last `steps` environment steps of training}. A line of the log, or a
+    window of a packed study, counts if it begins there: it has means since the line before it."""
+    means = {}
+    for name in names:
+        lines = [(scalars["timesteps"], scalars[name]) for scalars in run.log if name in scalars]
+        begins = [0, *(at for at, _ in lines[:-1])]
+        late = [x for (_, x), begin in zip(lines, begins) if begin >= run.steps - steps]
+        if late:
+            means[name] = float(np.mean(late))
+    return means
+
+
+def last_table(runs: list[Run], names: tuple[str, ...], steps: int) -> str:
+    """Means over the last steps of training: a Markdown table, a line per scalar and a column per
+    group."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in in_order(runs):
+        for name, mean in last_means(run, names, steps).items():
+            found[name][without_seed(run.name)].append(mean)
+    if not found:
+        raise UsageError(f"--last {steps}: no line of the logs has --curves of so few steps alone.")
+    groups = list(grouped(runs))
+    lines = [f"| last {steps:,} steps | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
+    for name, means in found.items():
+        cells = (mean_and_seeds(means[group], ".4g") for group in groups)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference_table(runs: list[Run], study: Comparison) -> str:
+    """A Markdown table with a line per group, evaluation row (or end of training, --last) and
+    figure: the group's mean over seeds minus that of the group --against. UsageError if nothing can
+    be compared."""
+    against = study.against
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        for name, row in results_of(run, rows).items():
+        for name, row in results_of(run, study.rows).items():
             for figure, title in columns_of(row).items():
                 found[row_in_all(name), title][without_seed(run.name)].append(row[figure])
+        for name, mean in last_means(run, study.curves, study.last).items():
+            found[f"last {study.last:,} steps", name][without_seed(run.name)].append(mean)
     lines = [["run", "row", "figure", f"difference from {against}", "p", "seeds"]]
     for (name, title), groups in found.items():
         parent = np.array(groups.pop(against, []))
@@ -310,8 +351,10 @@ def compare(study: Comparison) -> None:
     text = table(runs, study.rows)
     if study.means:
         text += "\n" + means_table(runs, study.means)
+    if study.last:
+        text += "\n" + last_table(runs, study.curves, study.last)
     if study.against:
-        text += "\n" + difference_table(runs, study.rows, study.against)
+        text += "\n" + difference_table(runs, study)
     notes = [note_on_steps(runs), note_on_unfinished(runs)]
     logged = {name for run in runs for scalars in run.log for name in scalars}
     if not points and logged.intersection(study.curves):

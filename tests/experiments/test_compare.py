@@ -290,6 +290,34 @@ def test_means_of_a_thinned_curve_are_refused(tmp_path):
     assert code == 2 and "has it thinned; name run directories." in err
 
 
+def test_the_last_steps_of_training(tmp_path):
+    """Means of lines that begin in them, by seed; differences of these, too; studies say the same.
+    The run of seed 2 has a line fewer, which ends earlier."""
+    paths, expected = [], {}
+    for group, gain in (("mine", 5.0), ("its", 0.0)):
+        for seed, lines in ((2, 9), (1, 10)):
+            run = toy_run(tmp_path / f"{group}-s{seed}", seed)
+            values = gain + np.random.default_rng(seed).normal(size=lines)
+            log = [{"timesteps": 100 * k + 7, "entropy": x} for k, x in enumerate(values, 1)]
+            (run / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in log))
+            paths.append(run)
+            expected[run.name] = values[-3:].mean()  # 350 steps: a fourth line begins earlier
+    study = tmp_path / "study.csv"
+    command("runs", "pack", study, *paths, "--curves", "entropy")
+    argv = ("--curves", "entropy", "--out", tmp_path / "x")
+    for source in (paths, [study]):
+        code, printed, _ = command("compare", *source, *argv, "--last", 350, "--against", "its")
+        assert code == 0 and "| last 350 steps | mine | its |" in printed
+        cells = re.search(r"^\| entropy \| (\S+) \((.*)\) \| (\S+) \((.*)\) \|$", printed, re.M)
+        mine = [expected["mine-s1"], expected["mine-s2"]]
+        assert np.allclose([float(x) for x in cells[2].split(", ")], mine, atol=0.005)
+        assert np.isclose(float(cells[1]), np.mean(mine), atol=0.005)
+        (line,) = (x for x in printed.splitlines() if x.startswith("| mine") and "last 350" in x)
+        assert "entropy" in line and "+5.00 [" in line and "2 v 2" in line
+    code, _, err = command("compare", *paths, *argv, "--last", 50)
+    assert code == 2 and "--last 50: no line" in err
+
+
 def test_minutes_of_runs(tmp_path):
     """A thinned curve of seconds has their sums, so minutes outlive the log; without, none."""
     run = toy_run(tmp_path / "a-s1", 1)
