@@ -405,6 +405,10 @@ def test_other_seeds_lengths_and_flags_do_not_count(judge, tmp_path):
     (pilot,) = outcome.pilots
     assert outcome.verdict == pilot.verdict == "undecided" and pilot.found.mean == 0
     assert [x.seed for x in pilot.mine[0]] == [1, 2] and not outcome.parts[0].mine[0]
+    lengths = {1: 500, 2: 500, 3: 2000, 4: 2000}
+    seen = [x for s, n in lengths.items() for y in "ab" for x in lines_of(y, s, {"12": 3.0}, n)]
+    (pilot,) = judge(write_study(tmp_path / "v.csv", seen)).pilots
+    assert [x.seed for x in pilot.mine[0]] == [3, 4], "the longest that both have"
     changed = [x for s, y in AHEAD.items() for x in lines_of("a", s, {"12": y}, gamma=0.9)]
     outcome = judge(write_study(tmp_path / "w.csv", lines + changed))
     assert outcome.parts[0].why == "a has not run in small"
@@ -1136,6 +1140,35 @@ def test_bots_of_an_earlier_evaluation_do_not_count():
     assert [*criteria.measure_run(run, measure)] == measure.rows.split()
     run.summary = run.summary | {"timesteps": 2 * run.summary["timesteps"]}
     assert criteria.measure_run(run, measure) == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"scalar": "x"}, {"": [1, 4, 9, 16, 25, 36, 49, 64, 81, 100]}),
+        ({"scalar": "x", "last": 3}, {"": [64, 81, 100]}),
+        ({"scalar": "x", "last": 2, "part": (0.0, 0.5)}, {"": [16, 25]}),
+        ({"scalar": "x + y"}, {"": [11, 14, 19, 35, 46, 59, 74, 91, 110]}),  # a line has no y
+        ({"scalar": "x/{row}", "rows": "3 6", "last": 1}, {"3": [30], "6": [60]}),
+    ],
+)
+def test_means_over_parts_of_training(fields, expected):
+    """By hand from a log of ten lines, k^2 in line k. What a part is less another: the same less
+    the first fifth's mean, 2.5 of x, 12.5 of x + y, 4.5 and 9 of x in rows."""
+    log = [{"timesteps": 10 * k, "x": float(k**2), "y": 10.0} for k in range(1, 11)]
+    del log[3]["y"]
+    for k, line in enumerate(log, 1):
+        line |= {"x/3": 3.0 * k, "x/6": 6.0 * k}
+    run = SimpleNamespace(log=log, steps=100, summary={"eval": {}})
+    means = {row: np.mean(x) for row, x in expected.items()}
+    measure = criteria.Curve(kind="curve", **fields)
+    assert criteria.measure_run(run, measure) == pytest.approx(means)
+    begun = {"x": {"": 2.5}, "x + y": {"": 12.5}, "x/{row}": {"3": 4.5, "6": 9.0}}
+    rise = {row: x - begun[fields["scalar"]][row] for row, x in means.items()}
+    less = measure.model_copy(update={"minus": (0.0, 0.2)})
+    assert criteria.measure_run(run, less) == pytest.approx(rise)
+    with pytest.raises(KeyError):
+        criteria.measure_run(run, measure.model_copy(update={"last": 11}))
 
 
 def test_sums_have_factors():

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 from runs import MAPPO, OPRE, differences, exact, metrics, only_error, resume, script, tiny
-from toolbox import collect, mappo, opre, prepare, setting, sharpen, softmax, update
+from toolbox import (
+    UNLIKE_DEFAULTS,
+    collect,
+    mappo,
+    opre,
+    prepare,
+    setting,
+    sharpen,
+    softmax,
+    update,
+)
 
 from envs.meltingpot.toy import TileGame
 
@@ -209,11 +219,15 @@ def test_the_gradient_of_kl_is_numpys():
     )
 
 
-@pytest.mark.parametrize("form", ["options", "plain"])
-def test_one_option_is_mappo_bit_for_bit(form):
+@pytest.mark.parametrize(
+    "form, flags",
+    [("options", []), ("plain", []), ("options", UNLIKE_DEFAULTS)],
+    ids=["options", "plain", "others"],
+)
+def test_one_option_is_mappo_bit_for_bit(form, flags):
     """From the same weights: rollouts, losses, networks of three iterations. What MAPPO lacks has
     no gradient."""
-    short = ["--epochs", "2", "--minibatches", "2"]
+    short = ["--epochs", "2", "--minibatches", "2", *flags]
     parent = setting(*short, script=mappo)
     child = setting("--num-options", "1", "--critic-form", form, *short, script=opre)
     extra = child.agent.actor.load_state_dict(parent.agent.actor.state_dict(), strict=False)
@@ -374,7 +388,7 @@ def one_update(*flags):
 
 
 def test_every_flag_changes_what_it_names():
-    """Those of the method; the rest is MAPPO's (test_training.py)."""
+    """Those of the method; the rest do what they do in MAPPO: test_one_option_..."""
     s, moved, scalars = one_update()
     assert s.agent.actor.prior.out_features == 5 and "prior.weight" in moved
     assert s.agent.critic.values.out.out_features == 5

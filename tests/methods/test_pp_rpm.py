@@ -24,7 +24,7 @@ from runs import (
     states,
     tiny,
 )
-from toolbox import MAPPO, ROOT, load_script, mappo, setting, sharpen
+from toolbox import MAPPO, ROOT, UNLIKE_DEFAULTS, load_script, mappo, setting, sharpen
 
 from envs.meltingpot.episodes import in_turn
 
@@ -368,13 +368,14 @@ def test_samples_that_train(name, use):
 
 
 @NAMES
-def test_without_history_it_is_mappo_bit_for_bit(name):
-    for script, run_dir, flags in (
+@pytest.mark.parametrize("flags", [[], UNLIKE_DEFAULTS], ids=["defaults", "others"])
+def test_without_history_it_is_mappo_bit_for_bit(name, flags):
+    for script, run_dir, own in (
         (mappo, "parent", ()),
         (SCRIPTS[name], "child", ("--history-share", 0)),
         (SCRIPTS[name], "on", ()),
     ):
-        assert script.main(tiny(name, run_dir, 4, *flags)) == 0
+        assert script.main(tiny(name, run_dir, 4, *own, *flags)) == 0
     parent, child, on = (exact(x)["agent"] for x in ("parent", "child", "on"))
     assert differences(parent, child) == []
     assert any(x.startswith("/actor/") for x in differences(on, parent))
@@ -474,7 +475,7 @@ def test_flag_changes_what_it_names(name, flags, measure, expected, plain):
 
 
 def test_every_flag_is_tested():
-    """Those that the parent has are the parent's to test."""
+    """Those that the parent has change what they do in MAPPO: test_without_history_..."""
     known = {field.name for cls in (RunArgs, mappo.Args) for field in dataclasses.fields(cls)}
     for name, script in SCRIPTS.items():
         own = {field.name for field in dataclasses.fields(script.Args)} - known

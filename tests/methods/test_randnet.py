@@ -21,7 +21,18 @@ from runs import MAPPO as PARENT
 from runs import differences, exact, metrics, only_error, resume, script, tiny
 from test_networks import FORMS, choose, convolutions_on_pixels, random_views
 from test_training import shared_blocks
-from toolbox import MAPPO, ROOT, collect, load_script, mappo, prepare, setting, sharpen, update
+from toolbox import (
+    MAPPO,
+    ROOT,
+    UNLIKE_DEFAULTS,
+    collect,
+    load_script,
+    mappo,
+    prepare,
+    setting,
+    sharpen,
+    update,
+)
 
 from envs.meltingpot.random_tiles import RandomTileTables
 from envs.meltingpot.tile_tensors import FEW
@@ -296,9 +307,10 @@ def test_mc_is_the_mean_over_draws():
 # --- Runs -----------------------------------------------------------------------------------------
 
 
-def test_without_its_method_it_is_mappo_bit_for_bit():
+@pytest.mark.parametrize("other", [[], UNLIKE_DEFAULTS], ids=["defaults", "others"])
+def test_without_its_method_it_is_mappo_bit_for_bit(other):
     """alpha = 1, beta = 0: after three iterations, and the default beta is of no effect then."""
-    few = ("--epochs", 2, "--final-episodes", 3, "--eval-scenarios", "none")
+    few = ("--epochs", 2, "--final-episodes", 3, "--eval-scenarios", "none", *other)
     for beta in (0, 0.002):
         flags = ("--clean-share", 1, "--feature-matching", beta)
         assert script(NAME).main(tiny(NAME, f"child{beta}", 3, *few, *flags)) == 0

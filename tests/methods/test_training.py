@@ -13,7 +13,19 @@ from harness import Evaluation, RunArgs
 import numpy as np
 import pytest
 import torch
-from toolbox import BIDIST, MAPPO, OPRE, ROOT, bidist, collect, mappo, setting, update, weights
+from toolbox import (
+    BIDIST,
+    MAPPO,
+    OPRE,
+    ROOT,
+    UNLIKE_DEFAULTS,
+    bidist,
+    collect,
+    mappo,
+    setting,
+    update,
+    weights,
+)
 
 SCRIPTS = [
     path
@@ -57,16 +69,17 @@ def same(a, b) -> bool:
 # --- The diff is the paper ------------------------------------------------------------------------
 
 
-def test_without_its_method_bidist_is_mappo_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("flags", [[], UNLIKE_DEFAULTS], ids=["defaults", "others"])
+def test_without_its_method_bidist_is_mappo_bit_for_bit(flags, tmp_path):
     """p = 0 and no distillation: networks and optimisers after three updates."""
     off = ["--p", "0", "--no-forward", "--no-reverse"]
-    child = run(bidist, tmp_path / "child", *off)["agent"]
-    parent = run(mappo, tmp_path / "parent")["agent"]
+    child = run(bidist, tmp_path / "child", *off, *flags)["agent"]
+    parent = run(mappo, tmp_path / "parent", *flags)["agent"]
     assert parent["actor_optimiser"]["state"][0]["step"] == 3 * 25
     for name, part in parent.items():
         assert same(part, child[name]), name
     assert set(child) - set(parent) == {"distilled"}
-    on = run(bidist, tmp_path / "on")["agent"]
+    on = run(bidist, tmp_path / "on", *flags)["agent"]
     assert not same(on["actor"], parent["actor"]), "with the method they must differ"
 
 
