@@ -16,11 +16,12 @@ MAPPO = ROOT / "baselines" / "mappo_meltingpot.py"
 OPRE = ROOT / "baselines" / "opre_meltingpot.py"
 TINY = ["--substrate", "toy", "--num-envs", "4", "--rollout-steps", "20"]
 # MAPPO's flags away from their defaults: a child that does not read one of them has other bits.
-UNLIKE_DEFAULTS = (
-    "--clip 0.05 --entropy-coef 0.3 --value-clip 0.01 --huber-delta 0.05 --gamma 0.8"
-    " --gae-lambda 0.5 --actor-lr 2e-3 --critic-lr 3e-3 --adam-eps 1e-3 --max-grad-norm 0.5"
-    " --chunk-length 5 --max-episode-steps 7 --team-reward"
-).split()
+UNLIKE_DEFAULTS = [
+    *("--clip", "0.05", "--entropy-coef", "0.3", "--value-clip", "0.01", "--huber-delta", "0.05"),
+    *("--gamma", "0.8", "--gae-lambda", "0.5", "--actor-lr", "2e-3", "--critic-lr", "3e-3"),
+    *("--adam-eps", "1e-3", "--max-grad-norm", "0.5", "--chunk-length", "5"),
+    *("--max-episode-steps", "7", "--team-reward"),
+]
 
 
 def load_script(path: Path) -> ModuleType:

@@ -407,6 +407,21 @@ def test_mask_fictitious_leaves_theirs_out():
         assert all(torch.equal(a, b) for a, b in zip(*results)) == same
 
 
+@pytest.mark.parametrize("flags", [[], ["--mask-fictitious"]], ids=["all", "masked"])
+def test_whose_entropy_trains(flags):
+    """theta's, on all samples or on its own, by NumPy."""
+    s = setting("--epochs", "1", "--minibatches", "1", *flags)
+    sharpen(s.agent.actor, 2)
+    sharpen(s.agent.distilled, 2, seed=1)
+    scalars, batch = update_without_step(s, collect(s))
+    theta = batch.theta.double().numpy()
+    entropy = -(np.exp(theta) * theta).sum(-1)
+    own = entropy[batch.trained.numpy()].mean()
+    assert abs(own - entropy.mean()) > 5e-3
+    expected = own if flags else entropy.mean()
+    assert scalars["entropy"].item() == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("centre", ["printed", "old"])
 def test_population_diagnostics(centre):
     """Before the first step nothing lies outside a clip that is centred at the old policy."""

@@ -203,6 +203,38 @@ def test_each_loss_moves_what_it_should(monkeypatch):
     assert not [x for x in names if x.startswith("posterior.cnn")]
 
 
+@pytest.mark.parametrize(
+    ("trained", "coefficient"),
+    [("prior", 1.0), ("prior", 0.3), ("posterior", 0.01), ("posterior", 2.0)],
+)
+def test_divergences_have_their_sign_and_weight(trained, coefficient, monkeypatch):
+    """The gradient of the last layer's bias, by NumPy: c_p (p - q) and c_q q (log q/p - KL), means
+    over samples; the other's coefficient and all advantages are 0."""
+    other = {"prior": "posterior", "posterior": "prior"}[trained]
+    flags = [f"--{trained}-coef", str(coefficient), f"--{other}-coef", "0"]
+    s = sharp("--epochs", "1", "--minibatches", "1", "--entropy-coef", "0", *flags)
+    batch = prepare(s, collect(s))
+    batch = replace(batch, advantages=0 * batch.advantages)
+    p, _, q, _ = run_networks(s, batch, batch.critic_hidden[0])
+    q = q[:-1]
+    ratio = np.log(q / p)
+    expected = p - q if trained == "prior" else q * (ratio - (q * ratio).sum(-1, keepdims=True))
+    found = []
+
+    def descend(loss, net, optimiser, max_norm):
+        bias = s.agent.actor.prior.bias if trained == "prior" else s.agent.critic.posterior.out.bias
+        if not found:  # the policy's loss comes first
+            loss.backward()
+            found.append(bias.grad.numpy())
+        return loss.detach()
+
+    monkeypatch.setattr(opre, "descend", descend)
+    opre.update(s.args, s.agent, batch, s.rng)
+    mean = coefficient * expected.mean((0, 1, 2))
+    np.testing.assert_allclose(found[0], mean, rtol=1e-3, atol=1e-5 * coefficient)
+    assert np.abs(mean).max() > 1e-3 * coefficient
+
+
 def test_the_gradient_of_kl_is_numpys():
     """Into p: softmax(p) - q. Into q: q (log q/p - KL)."""
     a, b = normal(6, 4), normal(6, 4, seed=1)

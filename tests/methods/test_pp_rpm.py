@@ -7,8 +7,9 @@ import os
 import shlex
 import signal
 import subprocess
+from pathlib import Path
 
-from harness import RunArgs
+from harness import Evaluation, RunArgs
 
 import numpy as np
 import pytest
@@ -356,6 +357,13 @@ def test_samples_that_train(name, use):
     assert not use or abs((around_one - weight * advantage).mean()) > 0.01
     # In float32, by chunks instead of step by step
     assert scalars["policy_loss"].item() == pytest.approx(-(weight * advantage).mean(), abs=1e-4)
+    theta, _, _ = script.replay(
+        s.args, s.agent.actor, batch.actor_views(), batch.actor_hidden[0], s.agent.sprites
+    )
+    theta = theta.log_softmax(-1).double().numpy()
+    entropy = -(np.exp(theta) * theta).sum(-1)
+    assert abs(entropy[batch.current.numpy()].mean() - entropy.mean()) > 1e-3
+    assert scalars["entropy"].item() == pytest.approx(entropy[who].mean(), abs=1e-4)
     # Units of the critic's outputs are still those of before the first rollout, 0 and 1.
     mean, std = (x.item() for x in s.agent.value_norm.mean_std())
     clipped = values + np.clip(values * std + mean - values, -0.2, 0.2)
@@ -390,6 +398,32 @@ def test_diff_is_the_method(child, parent):
         gone += line.startswith("-") and not line.startswith("---")
     assert added <= 0.45 * len(child), f"{added} of {len(child)} lines are added"
     assert gone <= 0.20 * len(parent), f"{gone} of the parent's {len(parent)} are changed or gone"
+
+
+@NAMES
+def test_past_actors_play_the_row_of_the_past(name, monkeypatch):
+    """Each player beside us has the weights of a remembered actor, and none the current ones. PP
+    draws different ones."""
+    s, script = crowd(SCRIPTS[name], "--background", "past"), SCRIPTS[name]
+    crew, seen = [], {}
+
+    def watch_crew(players):
+        crew.extend(player.net.state_dict() for player in players)
+        return in_turn(players)
+
+    def watch_rows(envs, pairs, **rest):
+        seen.update(pairs)
+        return {}
+
+    monkeypatch.setattr(script, "in_turn", watch_crew)
+    monkeypatch.setattr("envs.meltingpot.scenarios.play_pairs", watch_rows)
+    evaluation = Evaluation(s.args, "eval", 0, Path())
+    script.evaluate(s.args, s.agent, memory=s.memory, others={}, evaluation=evaluation)
+    assert seen.keys() == {"self-play", "v past"} and seen["v past"][0].net is s.agent.actor
+    who = [[differences(x, dict(past)) == [] for past in s.memory.actors] for x in crew]
+    assert crew and (np.sum(who, 1) == 1).all()
+    assert script is rpm or np.sum(who, 0).max() == 1
+    assert all(differences(x, s.agent.actor.state_dict()) for x in crew)
 
 
 @NAMES

@@ -21,8 +21,10 @@ from toolbox import (
     UNLIKE_DEFAULTS,
     bidist,
     collect,
+    load_script,
     mappo,
     setting,
+    sharpen,
     update,
     weights,
 )
@@ -32,6 +34,7 @@ SCRIPTS = [
     for path in sorted([*ROOT.glob("*.py"), *(ROOT / "baselines").glob("*.py")])
     if "class Args(RunArgs)" in path.read_text()
 ]
+MELTINGPOT = [path for path in SCRIPTS if path.stem.endswith("_meltingpot")]
 TINY = ["--substrate", "toy", "--num-envs", "4", "--rollout-steps", "20", "--final-episodes", "4"]
 PARENTS = ("mappo_meltingpot", "maddpg_particle", "refil_smac")  # have no section 5
 PAPER = [
@@ -295,6 +298,32 @@ def test_eval_ids(ids, monkeypatch):
     monkeypatch.setattr("envs.meltingpot.scenarios.play_pairs", watch)
     bidist.evaluate(s.args, s.agent, {}, Evaluation(s.args, "final", 0, Path()))
     assert seen == [ids == "random"], "play_pairs shuffles ids, or not (test_episodes.py)"
+
+
+@pytest.mark.parametrize("path", MELTINGPOT, ids=lambda path: path.stem)
+def test_who_plays_beside_us(path, monkeypatch):
+    """Row by row both players, by their weights: a co-player is the one that the row names."""
+    script, seen = load_script(path), {}
+    own = ["distilled"] if script is bidist else []
+    clean = ["--randnet-test", "clean"] if "randnet" in path.stem else []
+    s = setting("--background", "x", *own, *clean, script=script)
+    other = s.agent.new_actor()
+    sharpen(other, seed=1)
+    memory = {"memory": script.new_memory(s.args)} if hasattr(script, "new_memory") else {}
+
+    def watch(envs, pairs, **rest):
+        seen.update(pairs)
+        return {}
+
+    monkeypatch.setattr("envs.meltingpot.scenarios.play_pairs", watch)
+    evaluation = Evaluation(s.args, "eval", 0, Path())
+    script.evaluate(s.args, s.agent, others={"x": other}, evaluation=evaluation, **memory)
+    partners = {"v x": other} | ({"v distilled": s.agent.distilled} if own else {})
+    assert seen.keys() == {"self-play", *partners} and seen["self-play"][1] is None
+    for row, (focal, partner) in seen.items():
+        assert torch.equal(weights(focal.net), weights(s.agent.actor)), row
+        if row in partners:
+            assert torch.equal(weights(partner.net), weights(partners[row])), row
 
 
 @pytest.mark.parametrize("script", [bidist, mappo], ids=["bidist", "mappo"])
