@@ -563,6 +563,29 @@ def test_the_agent_acts_by_running_statistics(monkeypatch):
     assert (agent.actor.norm.variance != 1).any() and (agent.actor.norm.mean != 0).any()
 
 
+def test_the_actor_acts():
+    """Actions drawn again from what was seen; the target's are other ones. In evaluations, too."""
+    s = setting()
+    agent, worlds, actions = s.agent, s.collector.worlds, []
+    for net in NETS:
+        getattr(agent, net).float().eval()
+
+    def draw(obs, rng, actor=agent.actor):
+        return maac.sample(actor(agent.view(s.game, obs)).log_softmax(-1), rng)
+
+    step, other = worlds.step, 0
+    worlds.step = lambda x: (actions.append(x.clone()), step(x))[1]
+    rng, again, slow = (seeded(3) for _ in range(3))
+    for _ in range(6):
+        seen = worlds.obs
+        maac.collect(agent, s.collector, rng)
+        assert torch.equal(actions[-1], draw(seen, again))
+        other += (actions[-1] != draw(seen, slow, agent.target_actor)).sum()
+    assert other > 5
+    worlds.step = step
+    assert torch.equal(maac.net_player(agent, seed=5)(worlds), draw(worlds.obs, seeded(5)))
+
+
 # --- The dead -------------------------------------------------------------------------------------
 
 

@@ -1560,6 +1560,36 @@ def short_pacman(script: ModuleType, flags: str = "") -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
+def test_the_actor_acts_with_the_z_that_is_stored(script):
+    """Actions drawn again from what was seen and stored; those of the target networks, and with
+    other z, are other ones. So does the player of evaluations."""
+    latents = "--latent-size 3" if script is mra else ""
+    s = setting("pacman", "3,2", script=script, flags=latents, double=False)
+    agent, collector = s.agent, s.collectors[0]
+    agent.attention.query.weight.data *= 20  # z shows in actions
+    if script is mra:
+        new = mra.draw_latents(agent, s.game, len(collector.z), s.rngs["latent_rng"])
+        collector.z = new
+
+    def draw(obs, z, rng, target=False):
+        view = agent.view(s.game, obs, *z)
+        actor = agent.target_actor if target else agent.actor
+        return script.sample(actor(view, agent.attention(view)).log_softmax(-1), rng)
+
+    again, slow, mixed = (seeded(3) for _ in range(3))
+    rows, others = record(s, collector, 20), [0, 0]
+    for row in rows:
+        z = (row.z,) if script is mra else ()
+        assert torch.equal(row.actions, draw(row.obs, z, again))
+        others[0] += (row.actions != draw(row.obs, z, slow, target=True)).sum()
+        others[1] += (row.actions != draw(row.obs, [x.roll(1, 0) for x in z], mixed)).sum()
+    assert others[0] > 5 and (others[1] > 5) == (script is mra)
+    z = (rows[-1].z,) if script is mra else ()
+    player = script.net_player(agent, *z, seed=5)
+    assert torch.equal(player(collector.worlds), draw(collector.worlds.obs, z, seeded(5)))
+
+
+@pytest.mark.parametrize("script", [mra, maddpg], ids=["mra", "maddpg"])
 def test_deviation_of_rewards_is_that_of_the_living(script):
     s = short_pacman(script)
     collector = s.collectors[0]
