@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import math
 import os
@@ -145,10 +146,15 @@ def read_args(
         [
             (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
             (args.eval_only and args.track, "--track logs training: it is not for --eval-only"),
+            (args.track and not has_wandb(), "--track needs requirements-wandb.txt installed"),
         ]
     )
     check(validate(args))
     return args
+
+
+def has_wandb() -> bool:
+    return importlib.util.find_spec("wandb") is not None
 
 
 def preset_flags(presets: Presets, args: Any) -> dict[str, Any]:
@@ -199,7 +205,8 @@ def read_kept(cls: type, argv: list[str], default: Any, kept: tuple[str, ...], s
     args = read_flags(cls, argv, default)
     for name in kept:
         if getattr(args, name) != (value := getattr(default, name)):
-            raise UsageError(f"{as_flag(name)} is {value} in {source} and stays so.")
+            shown = "not set" if value in ("", (), None) else value
+            raise UsageError(f"{as_flag(name)} is {shown} in {source} and stays so.")
     return args
 
 
@@ -310,6 +317,9 @@ from tqdm import tqdm  # noqa: E402
 
 def call(function: Callable[[], int], *errors: type[Exception]) -> int:
     """Run function() and return its exit code; RunError and `errors` print one sentence."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this, as a daemon may
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and started_script():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -414,6 +424,8 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.tf32  # its default is True
     if size > 1 and not dist.is_initialized():
+        if "MASTER_ADDR" not in os.environ:
+            raise UsageError("WORLD_SIZE is set, but not by torchrun, which sets MASTER_ADDR, too.")
         # Others wait while the first evaluates; torchrun itself notices a dead process.
         patience = datetime.timedelta(days=1)
         # gloo sums tensors that are on the CPU, e.g. numbers of episodes.
@@ -637,6 +649,8 @@ def load_checkpoint(
         raise UsageError(f"There is no {path}: it should be a run directory or a checkpoint.")
     if file.is_dir() and not any((run_dir / x).exists() for x in ("args.json", "checkpoints.json")):
         raise UsageError(f"{path} is no run directory and holds no checkpoint.")
+    if file.is_file() and file.name not in {entry["name"] for entry in read_index(run_dir)}:
+        raise UsageError(f"{path} is not in {run_dir / 'checkpoints.json'}, which has its sha256.")
     raise UsageError(f"{path} holds no intact checkpoint.")
 
 
@@ -1310,6 +1324,10 @@ class Run:
             if not self.stopped:
                 raise
             return {}
+        except OSError as error:
+            if "ffmpeg" not in str(error):  # envs/films.py
+                raise
+            raise RunError(f"{error}.") from None
         text = self.table(results)
         tell(f"{self.dir}, step {self.timesteps}\n{text}")
         if self.logger:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from envs import films
 from envs.meltingpot.tiles import Episode, Observation
 from envs.statistics import aligned_table, draw_rows, ratio_interval, with_interval
 
@@ -332,19 +333,10 @@ class Video:
 
     def save(self, path: Path) -> None:
         """Write an MP4 (H.264): longer side about 480 pixels, sides padded to multiples of 16."""
-        import imageio.v2 as imageio
-
-        path.parent.mkdir(parents=True, exist_ok=True)
         scale = max(1, round(480 / max(self.frames[0].shape[:2])))
         enlarge = f"scale=iw*{scale}:ih*{scale}:flags=neighbor"
         pad = "pad=ceil(iw/16)*16:ceil(ih/16)*16"
-        with imageio.get_writer(
-            path,
-            fps=self.fps,
-            codec="libx264",
-            quality=6,
-            macro_block_size=1,
-            output_params=["-vf", f"{enlarge},{pad}", "-preset", "veryfast"],
-        ) as writer:
+        look = ["-vf", f"{enlarge},{pad}", "-preset", "veryfast"]
+        with films.writing(path, self.fps, macro_block_size=1, output_params=look) as writer:
             for frame in self.frames:
                 writer.append_data(frame)

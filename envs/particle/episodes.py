@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs import films
 from envs.particle.worlds import (
     TASKS,
     Game,
@@ -176,10 +177,7 @@ def play_all(
 
 def save_film(path: Path, frames: list[np.ndarray], fps: int = 5) -> None:
     """Write frames (H, W, 3) uint8, H and W even, to an MP4 (H.264); fps: frames per second."""
-    import imageio.v2 as imageio
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with imageio.get_writer(path, fps=fps, codec="libx264", quality=6) as writer:
+    with films.writing(path, fps) as writer:
         for frame in frames:
             writer.append_data(frame)
 

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs import films
 from envs.particle.worlds import GOLDEN, mixed
 from envs.smac.episodes import Policy, random_policy
 from envs.smac.episodes import play as play  # re-exported: worlds.playing() looks here, too
@@ -706,11 +707,8 @@ def draw(snap: Snapshot, b: int, size: int = 480) -> np.ndarray:
 
 def film(world: ResourceCollection, policy: Policy, path: Path, fps: int = 12) -> None:
     """Play an episode of the first world and write it to an MP4 file, fps steps per second."""
-    import imageio.v2 as imageio
-
     world.reset()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with imageio.get_writer(path, fps=fps, codec="libx264", quality=6) as writer:
+    with films.writing(path, fps) as writer:
         writer.append_data(draw(world.snapshot, 0))
         over = False
         while not over:

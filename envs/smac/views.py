@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from envs import films
 from envs.smac.combat import (
     BANELING,
     BEAM_HALF,
@@ -208,12 +209,8 @@ class Canvas:
 def film(battles: Any, policy: Callable[[Any], Any], path: Path, fps: int = 6) -> None:
     """Play an episode of the first battle and write it to an MP4 file, one picture per step. fps:
     pictures per second. Resets the battles; makes the file's folder."""
-    import imageio.v2 as imageio
-
     battles.reset()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"fps": fps, "codec": "libx264", "quality": 6}
-    with imageio.get_writer(path, **options) as writer:
+    with films.writing(path, fps) as writer:
         writer.append_data(draw(battles.snapshot, 0))
         while True:
             actions = policy(battles)

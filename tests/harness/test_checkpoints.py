@@ -361,7 +361,7 @@ def test_resume_of_the_older_checkpoint(run_dir):
     assert run(*resume(run_dir, 7)) == 0  # the newest fits its replay
 
 
-def test_copies_that_a_user_makes_stay(run_dir):
+def test_copies_that_a_user_makes_stay(run_dir, capfd):
     """Only files of the names that saving gives go."""
     names = ("checkpoint-best.pt", "checkpoint-keep-16.pt", "replay-of-mine.pt", "x.pt.part")
     for name in names:
@@ -371,6 +371,9 @@ def test_copies_that_a_user_makes_stay(run_dir):
     assert run(*resume(run_dir, 7)) == 0
     found = {path.name for path in run_dir.iterdir()}
     assert found >= set(names)
+    assert run("--eval-only", run_dir / "checkpoint-best.pt", "--final-episodes", 1) == 2
+    sentence = f"is not in {run_dir / 'checkpoints.json'}, which has its sha256."
+    assert sentence in only_error(capfd.readouterr().err)
     assert not found & {"checkpoint-7.pt", "replay-7-1.pt", "checkpoint-9.pt.part"}
 
 

@@ -98,7 +98,7 @@ REFUSED = {  # what is typed with --resume: what the sentence names
     "--seed 2": "--seed is 1",
     "--num-envs 8": "--num-envs is 4",
     "--use-replay": "--use-replay is False",
-    "--arms num_envs": "--arms is ('x',)",
+    "--arms num_envs": "--arms is not set",
     "--preset cpu": "--preset is paper",
     "--run-dir elsewhere": "--run-dir",
 }
@@ -106,7 +106,7 @@ REFUSED = {  # what is typed with --resume: what the sentence names
 
 @pytest.mark.parametrize("typed", REFUSED)
 def test_what_may_not_differ(typed, capfd):
-    assert run(*flags("run", 2, "--no-use-replay", "--arms", "x")) == 0
+    assert run(*flags("run", 2, "--no-use-replay", "--arms")) == 0
     capfd.readouterr()
     assert run(*resume("run", 4, *typed.split())) == 2
     error = only_error(capfd.readouterr().err)
@@ -167,6 +167,30 @@ def test_tracking_is_of_training(capfd):
     assert "--track logs training" in only_error(capfd.readouterr().err)
     change_newest("run", lambda state: state["args"].update(track=True))
     assert run("--eval-only", "run") == 0
+
+
+def test_tracking_without_its_package(tmp_path, monkeypatch, capfd):
+    """requirements.txt alone trains, and does not have it."""
+    monkeypatch.setattr(harness, "has_wandb", lambda: False)
+    assert run(*flags("run", 1, "--track")) == 2
+    assert "--track needs requirements-wandb.txt" in only_error(capfd.readouterr().err)
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_several_processes_that_nobody_brings_together(monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*flags("run", 1)) == 2
+    assert "WORLD_SIZE is set, but not by torchrun" in only_error(capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_are_closed(closed):
+    """As a daemon starts programs: the run says nothing there, and ends as it should."""
+    line = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, learner.__file__]
+    done = subprocess.run([*line, *flags("run", 2)], capture_output=True, text=True)
+    assert done.returncode == 0 and Path("run/summary.json").exists()
+    assert done.stderr == "" or "2>&-" not in closed
+    assert "Traceback" not in done.stderr
 
 
 def test_a_directory_has_one_runs_evaluation(capfd):

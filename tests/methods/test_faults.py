@@ -2,6 +2,7 @@
 numbers. Damage, full disks and signals in general: tests/harness."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -42,6 +43,45 @@ def elsewhere(tmp_path, monkeypatch):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+# Out of room -------------------------------------------------------------------------------------
+
+
+def test_a_film_that_cannot_be_written(capfd):
+    """What ffmpeg cannot do ends in a sentence, after its own words; the checkpoints stay."""
+    looks = ("--eval-every", STEPS, "--eval-episodes", 1, "--capture-video")
+    assert script(MAPPO).main(tiny(MAPPO, "whole", 2, *looks)) == 0
+    films = sorted(Path("whole/videos").glob(f"eval-{2 * STEPS}-*.mp4"))
+    for film in films:  # a directory in its place
+        (Path("cut/videos") / film.name).mkdir(parents=True)
+    assert films and script(MAPPO).main(tiny(MAPPO, "cut", 1, *looks)) == 0
+    capfd.readouterr()
+    assert script(MAPPO).main(resume("cut", 2)) == 1
+    err = capfd.readouterr().err
+    error = err.splitlines()[-1]
+    assert error.startswith("error: cut/videos/eval-80-") and "ffmpeg cannot write this" in error
+    assert "Traceback" not in err
+    assert states("cut")[0]["timesteps"] >= STEPS
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux and unshare")
+def test_a_disk_with_no_room_for_a_film(tmp_path):
+    """A file system for the films alone: some frames fit and the end does not."""
+    folder = tmp_path / "run/videos"
+    folder.mkdir(parents=True)
+    shell = (
+        'mount -t tmpfs -o size=8k none run/videos || exit 77; "$@"; c=$?; ls run/videos; exit $c'
+    )
+    looks = ("--eval-every", STEPS, "--eval-episodes", 1, "--capture-video")
+    line = ["unshare", "-rm", "sh", "-c", shell, "sh", *command(MAPPO)]
+    done = subprocess.run([*line, *tiny(MAPPO, "run", 2, *looks)], capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("may not mount a file system here")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last.startswith("error: run/videos/eval-40-") and "ffmpeg cannot write this" in last
+    assert last.split(":")[1].strip() not in done.stdout, "no part of it is left"
 
 
 # Out of numbers ---------------------------------------------------------------------------------
