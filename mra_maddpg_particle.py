@@ -422,7 +422,7 @@ class RelationGraph(nn.Module):
 
     def normalise(self, scores: Tensor, view: View) -> Tensor:
         """The graph g (M, N, N). Row i sums to 1, or to 0 if agent i sees nobody."""
-        # Eq. (1)
+        # MRA, Eq. (1)
         scores = scores / math.sqrt(self.key_size)
         scores = scores.masked_fill(~view.mask, -1e9)
         return scores.softmax(-1) * view.mask
@@ -816,12 +816,12 @@ def critic_loss(
     next_g: Tensor,
     rng: torch.Generator,
 ) -> Tensor:
-    """Loss of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. As in the authors' code, the
+    """Loss of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. As in MRA's code, the
     target has an entropy bonus: -log pi'(a')."""
     next_view = batch.next_view
     with torch.no_grad():
         log_probs = agent.target_actor(next_view, next_g).log_softmax(-1)
-        actions = sample(log_probs, rng)  # paper and code differ: drawn at o', in the code at o
+        actions = sample(log_probs, rng)  # MRA's paper and code differ: at o', in the code at o
         next_q = pick(agent.target_critic(next_view, next_g, actions), actions)
         next_q = next_q - args.entropy_coef * pick(log_probs, actions)
         goes_on = next_view.alive * ~batch.terminated[:, None]

@@ -107,7 +107,7 @@ class Args(RunArgs):
     actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # Eq. (9): biased, or exact
     target: Literal["polyak", "hard"] = "polyak"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
-    inner_steps: Positive = 1  # K, minibatches per update
+    inner_steps: Positive = 1  # minibatches per update
     hidden_size: Positive = 64  # H, units of a hidden layer
     value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # layers of V in e_i; the paper prints 1
     own_beside: bool = True  # the actor reads its own features o_s, too; off: e_i alone
@@ -298,7 +298,7 @@ class RelationGraph(nn.Module):
         entity = self.entity
         pairs = self.pairs(view.others, entity.weight, entity.bias, view.counts)
         scores = pairs.scores(query, self.key.weight)
-        # Eq. (1)
+        # MRA, Eq. (1)
         scores = scores / math.sqrt(self.key_size)
         scores = scores.masked_fill(~view.mask, -1e9)
         return scores.softmax(-1) * view.mask
@@ -537,12 +537,12 @@ def critic_loss(
     next_g: Tensor,
     rng: torch.Generator,
 ) -> Tensor:
-    """Loss of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. As in the authors' code, the
+    """Loss of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. As in MRA's code, the
     target has an entropy bonus: -log pi'(a')."""
     next_view = batch.next_view
     with torch.no_grad():
         log_probs = agent.target_actor(next_view, next_g).log_softmax(-1)
-        actions = sample(log_probs, rng)  # paper and code differ: drawn at o', in the code at o
+        actions = sample(log_probs, rng)  # MRA's paper and code differ: at o', in the code at o
         next_q = pick(agent.target_critic(next_view, next_g, actions), actions)
         next_q = next_q - args.entropy_coef * pick(log_probs, actions)
         goes_on = next_view.alive * ~batch.terminated[:, None]
@@ -585,7 +585,7 @@ def actor_loss(
 def update(
     args: Args, agent: Agent, collector: Collector, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """K minibatch steps of critic and actor, then a step of the target networks. Returns scalars
+    """Some minibatch steps of critic and actor, then one of the target networks. Returns scalars
     for the log; RunError if one of them or a reward is not finite."""
     scalars = collections.defaultdict(list)
     policy = nn.ModuleList((agent.actor, agent.attention))

@@ -87,7 +87,7 @@ CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """MAPPO in StarCraft micromanagement. Defaults are those of MIPI's paper."""
+    """MAPPO in StarCraft micromanagement. Defaults: EPyMARL's, MIPI's rate."""
 
     # Environment
     backend: Literal["sim", "sc2"] = "sim"  # sim: the simulator in envs/smac; sc2: StarCraft II

@@ -8,8 +8,8 @@ use in later games what actions and rewards showed in earlier ones, without grad
     pi  = softmax(W h_t),  V = w . h_t                                                         (2)
     A_t = d_t + gamma lambda A_t+1,  d_t = r_t / std + gamma V_t+1 - V_t                       (3)
           where t + 1 may be the first step of the trial's next game
-    L   = E [- min(rho A, clip(rho, 1 -+ eps) A) + c (V - G)^2 - beta H(pi)],  G = V_old + A   (4)
-          rho = pi(a_t) / pi_old(a_t)
+    L   = E [- min(rho A, clip(rho, 1 -+ eps) A) + c (V - y)^2 - beta entropy(pi)]             (4)
+          y = V_old + A,  rho = pi(a_t) / pi_old(a_t)
 
 L moves the encoder c, the GRU, the policy and the value. Each type of agent has its own set.
 
@@ -317,7 +317,7 @@ class RelationGraph(nn.Module):
         entity = self.entity
         pairs = self.pairs(view.others, entity.weight, entity.bias, view.counts)
         scores = pairs.scores(query, self.key.weight)
-        # Eq. (1)
+        # MRA, Eq. (1)
         scores = scores / math.sqrt(self.key_size)
         scores = scores.masked_fill(~view.mask, -1e9)
         return scores.softmax(-1) * view.mask
@@ -412,7 +412,7 @@ def sample(log_probs: Tensor, rng: torch.Generator) -> Tensor:
 
 
 class ValueNorm(nn.Module):
-    """Running mean and deviation of returns G: exponential averages over iterations, debiased."""
+    """Running mean and deviation of returns: exponential averages over iterations, debiased."""
 
     DECAY = 0.8
 

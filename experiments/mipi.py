@@ -677,8 +677,14 @@ def dependence_in_training(found: Found, last: int) -> str:
         for method, runs in methods.items():
             names = {k for run in runs for x in run.learning for k in x}
             names = sorted(names & {"mi", "kl", "entropy"} | {k for k in names if "mi/" in k})
-            if names:
-                cells = {k: f"{np.mean([run.logged(k, last) for run in runs]):.3f}" for k in names}
+            cells = {}
+            for name in names:
+                values = np.array([run.logged(name, last) for run in runs])
+                known = values[np.isfinite(values)]  # studies may lack a scalar of some runs
+                less = f" ({len(known)} of {len(runs)} runs)" if len(known) < len(runs) else ""
+                if len(known):
+                    cells[name] = f"{known.mean():.3f}{less}"
+            if cells:
                 rows.append({"": task.upper(), "method": method} | cells)
         if rows:
             rows = [dict.fromkeys(max(rows, key=len), "") | row for row in rows]

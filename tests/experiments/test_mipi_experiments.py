@@ -8,11 +8,13 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import re
 import shlex
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +198,21 @@ def test_tables(runs, tmp_path):
     with Image.open(tmp_path / "win.png") as image:
         assert image.size[1] < 0.6 * height
     assert (tmp_path / "t.csv").read_text().count("\n") > 50
+
+
+def test_policies_of_runs_that_lack_a_scalar():
+    """A study may have dropped it: a mean is of those that have it, and no cell is nan."""
+
+    def runs(*values):
+        return [
+            SimpleNamespace(learning=[{"entropy": x}], logged=lambda name, last, x=x: x)
+            for x in values
+        ]
+
+    found = {"sz": {"MAPPO": runs(0.5, math.nan, 0.7), "MIPI": runs(math.nan)}}
+    text = study.dependence_in_training(found, last=5)
+    assert "| SZ | MAPPO | 0.600 (2 of 3 runs) |" in text and "MIPI" not in text
+    assert study.dependence_in_training({"sz": {"MIPI": runs(math.nan)}}, last=5) == ""
 
 
 def test_tables_against(tmp_path):
