@@ -259,7 +259,7 @@ def figures_of(cells: list[Cell], study: Study) -> list[Figure]:
         for method, own in groups.items():
             figure = figure_of(own, quantity, study)
             figures.append(figure._replace(normalised=scores.get(method, np.nan)))
-            for cell in own:
+            for cell in sorted(own, key=lambda cell: cell.seed):
                 figure = figure_of([cell], quantity, study, over="episodes")
                 figures.append(figure._replace(run=cell.run, seed=cell.seed))
     return figures
