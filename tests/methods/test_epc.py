@@ -747,8 +747,13 @@ def test_final_evaluation(capfd):
     first = epc.Agent(args, epc.make_envs(args, "2", 1, 1).game, CPU)
     harness.restore(first, state["best"]["2"], "run")
     seeds = np.random.default_rng((1, 16, 1)).integers(2**31, size=3).tolist()
-    for row, agent in (("2", first), ("2 last stage", epc.resized(args, last, first.game))):
-        worlds = epc.make_envs(args, "2", 5, seeds[0])
+    of_five = epc.resized(args, last, epc.make_envs(args, "5", 1, 1).game, epc.ACTING)
+    for row, agent in (
+        ("2", first),
+        ("2 last stage", epc.resized(args, last, first.game)),
+        ("5", of_five),
+    ):
+        worlds = epc.make_envs(args, row[0], 5, seeds[0])
         returns = play(worlds, epc.net_player(agent, seeds[1]))
         assert results[row]["return"] == pytest.approx(returns.mean())
     capfd.readouterr()
@@ -765,6 +770,30 @@ def test_evaluation_on_the_way():
     rows = [{k.split("/")[1] for k in m if k.startswith("eval")} for m in metrics("run")]
     rows = [own for own in rows if own]
     assert rows == [{"2 set=0", "2 set=1"}] + [{"3 set=0", "3 set=1"}] * 3
+    # The last one by hand, from the checkpoint's sets.
+    state, args = newest("run")["agent"], epc.load_agent("run")[0]
+    seeds = np.random.default_rng((1, 40, 0)).integers(2**31, size=3).tolist()
+    last = [m for m in metrics("run") if "eval/3 set=0/return" in m][-1]
+    for k, saved in enumerate(state["sets"].values()):
+        worlds = epc.make_envs(args, "3", args.eval_episodes, seeds[0])
+        agent = epc.Agent(args, worlds.game, CPU)
+        harness.restore(agent, saved, "run")
+        returns = play(worlds, epc.net_player(agent, seeds[1]))
+        assert last[f"eval/3 set={k}/return"] == pytest.approx(returns.mean())
+
+
+def test_figures_of_sets_are_their_own():
+    """Returns and fitness of each set under its own number."""
+    game = epc.make_envs(args_of("resource", "2"), "2", 1, 1).game
+    sets = {}
+    for k in range(2):
+        returns = SimpleNamespace(game=game)
+        sets[k] = SimpleNamespace(collector=SimpleNamespace(returns=returns))
+        returns.report = lambda k=k: {"episodes": 3.0, "return/2": 10.0 + k}
+    evolution = SimpleNamespace(sets=sets, stage=0, population="2")
+    found = epc.report(evolution, np.array([[5.0, 1.0]]))
+    assert [found[f"fitness/2/0/set={k}"] for k in range(2)] == [5.0, 1.0]
+    assert [found[f"return/2/set={k}"] for k in range(2)] == [10.0, 11.0]
 
 
 def test_a_stage_that_is_not_over(monkeypatch, capfd):

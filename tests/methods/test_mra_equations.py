@@ -1291,6 +1291,19 @@ def test_without_own_features_the_actor_reads_e_alone():
     assert (critic(view, g, actions) != critic(other, g, actions)).any(), "the critic reads it"
 
 
+def test_logged_information_is_of_the_living(monkeypatch):
+    s = setting("pacman", "3,2", flags="--latent-size 3")
+    view, buffer = random_view(s, 40, dead=0.4), s.collectors[0].buffer
+    buffer.steps = 40
+    monkeypatch.setattr(buffer, "sample", lambda agent, rng, size: SimpleNamespace(view=view))
+    found = mra.diagnose(s.agent, s.collectors, seeded(1))["information/3,2"]
+    with torch.no_grad():
+        each = mra.graph_information(s.agent, view, s.agent.log_prior(s.game))
+    each, alive = numbers(each), view.alive.numpy()
+    assert float(found) == pytest.approx(each[alive].mean(), rel=1e-6)
+    assert abs(each[alive].mean() / each.mean() - 1) > 1e-3
+
+
 def test_a_player_with_a_z_of_each_type():
     """Acts as one with this z of every agent, and not as others."""
     s, acted = setting("pacman", "3,2", flags="--latent-size 3", double=False), []

@@ -757,6 +757,11 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
         lambda s, d: (len(s["agent"]["attention"]["query.weight"]), int(replays(d)[0]["z"].max())),
         ((6, 5), (2, 1)),
     ),
+    "learning_rate of psi and xi": (
+        "--learning-rate 0",
+        moved("actor", "latent_prior", "population_classifier", "attention"),
+        ([True] * 4, [False, False, False, True]),
+    ),
     "representation": (
         "--representation concat",
         lambda s, d: ("entity_z.weight" in str(s["agent"]["attention"].keys()), len_of_query(s)),
@@ -1628,6 +1633,28 @@ def test_xi_is_measured(monkeypatch):
         assert [m[f"{kind}/{n}"] for n in (3, 5)] == pytest.approx([0, 1], abs=1e-6)
     losses = [m[f"xi_loss/{n}"] for n in (3, 5)]
     assert losses == pytest.approx([np.log(1 + np.e), np.log(1 + np.e) - 1], abs=1e-5)
+
+
+def test_xi_is_measured_with_both_graphs(monkeypatch):
+    """An xi that says the second population where the graph is uniform, and else the first."""
+    module = script(MRA)
+    diagnose = module.diagnose
+
+    def watched(agent, collectors, rng):
+        def forward(view, graphs):
+            uniform = (graphs == module.uniform_graph(view)).all(-1)  # (Z, M, N)
+            return torch.stack([~uniform, uniform], -1).float()
+
+        agent.population_classifier.forward = forward
+        found = diagnose(agent, collectors, rng)
+        del agent.population_classifier.forward
+        return found
+
+    monkeypatch.setattr(module, "diagnose", watched)
+    run(MRA, "run", 2 * VISIT, "--log-every", 2 * VISIT)
+    (m,) = metrics("run")
+    assert [m[f"xi_accuracy/{n}"] for n in (3, 5)] == pytest.approx([1, 0], abs=1e-6)
+    assert [m[f"xi_accuracy_uniform_g/{n}"] for n in (3, 5)] == pytest.approx([0, 1], abs=1e-6)
 
 
 # --- Learning -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import shlex
 import shutil
@@ -593,16 +594,18 @@ def test_the_dead_and_games_that_end():
 @pytest.mark.parametrize("name", ["N changes", "chased"])
 def test_the_value_at_a_games_end_is_of_its_last_state(name, monkeypatch):
     """Of the state after the last step, not of the new game's first one, which the world shows
-    already; with the memory of that step."""
-    s = playing(name, "--num-envs 16")
-    finals, beginnings = [], []
-    collector = s.collectors[0]
+    already; with the memory of that step. Who died in that step, or whose world had ended, has
+    none."""
+    s = playing(name, "--num-envs 256")
+    finals, beginnings, results = [], [], []
+    collector = s.collectors[1]
     real = collector.worlds.step
 
     def step(actions):
         result = real(actions)
         finals.append(result.final)
         beginnings.append(collector.worlds.obs)
+        results.append(result)
         return result
 
     monkeypatch.setattr(collector.worlds, "step", step)
@@ -612,6 +615,9 @@ def test_the_value_at_a_games_end_is_of_its_last_state(name, monkeypatch):
     played = rl2.play_game(player, collector)
     goes_on = played.values[-1] != 0
     assert goes_on.any() and len(finals) == collector.worlds.horizon
+    ended = torch.stack([x.terminated for x in results]).any(0)[:, None]
+    assert torch.equal(goes_on, results[-1].alive & ~ended)
+    assert name != "chased" or (played.acts[-1] & ~results[-1].alive).any()
 
     def values(obs):
         return s.agent.act(played.game, obs, player.memory, goes_on)[1][goes_on]
@@ -879,22 +885,32 @@ def test_evaluations(capfd):
 
 
 def test_an_evaluation_keeps_its_memory(monkeypatch):
-    """Game k of a trial begins with what game k - 1 left; each population with nothing."""
-    begun = []
-    real = rl2.begin_game
+    """Game k of a trial begins with what game k - 1 left; each population with nothing. Games are
+    as many as --trial-games, in other episodes; scripts play those of the first."""
+    begun, starts = [], []
+    real, reset = rl2.begin_game, rl2.ParticleWorld.reset
 
     def watch(agent, game, num_worlds, last):
         begun.append((game.population, None if last is None else last.hidden.abs().sum() > 0))
         return real(agent, game, num_worlds, last)
 
-    run(RL2, "run", 4)
+    def watch_reset(self, *given):
+        reset(self, *given)
+        starts.append(self.state.clone())
+
+    run(RL2, "run", 4, "--trial-games", 3)
     args, agent = rl2.load_agent("run")
     monkeypatch.setattr(rl2, "begin_game", watch)
+    monkeypatch.setattr(rl2.ParticleWorld, "reset", watch_reset)
     evaluation = harness.Evaluation(args, "final", 0, Path())
     evaluation.episodes = 3
     rl2.evaluate(args, agent, ["3", "5"], evaluation)
-    assert begun == [((n,), last) for n in (3, 5) for last in (None, True)]
-    assert evaluation.played == evaluation.expected == 2 * (2 + 3) * 3
+    assert begun == [((n,), last) for n in (3, 5) for last in (None, True, True)]
+    assert evaluation.played == evaluation.expected == 2 * (3 + 3) * 3
+    assert len(starts) == 2 * (3 + 3)
+    for own in (starts[:6], starts[6:]):
+        assert not any(torch.equal(x, y) for x, y in itertools.combinations(own[:3], 2))
+        assert all(torch.equal(x, own[0]) for x in own[3:])
 
 
 def test_a_run_as_a_player():
