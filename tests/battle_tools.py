@@ -17,6 +17,7 @@ import pytest
 import torch
 from runs import differences, exact, index, metrics
 
+from envs.smac import worlds
 from envs.smac.combat import SIDE, Combat
 from envs.smac.resource_collection import forager
 
@@ -63,6 +64,24 @@ def run(module, run_dir, steps, *flags):
     """A whole run; its last checkpoint."""
     assert module.main(tiny(run_dir, steps, *flags)) == 0
     return exact(run_dir)
+
+
+def watch_evaluations(module, monkeypatch):
+    """What a script's evaluations meet, as they go on: [(policy, seed of its battles)]."""
+    seeds, met = [], []
+    make_envs, score = module.make_envs, worlds.score
+
+    def made(args, sizes, num_envs, seed, **where):
+        seeds.append(seed)
+        return make_envs(args, sizes, num_envs, seed, **where)
+
+    def scored(scenario, battles, policy, *rest):
+        met.append((policy, seeds[-1]))
+        return score(scenario, battles, policy, *rest)
+
+    monkeypatch.setattr(module, "make_envs", made)
+    monkeypatch.setattr(worlds, "score", scored)
+    return met
 
 
 def initial(run_dir):

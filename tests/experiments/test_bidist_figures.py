@@ -80,6 +80,29 @@ def test_heat_maps(trained, tmp_path, capsys):
             assert values == pytest.approx([scaled[place] for place in places], abs=1e-4)
     assert is_png(tmp_path / "x.png")
 
+    # The table: what theta prefers, and phi's largest, each in its own column.
+    text = (tmp_path / "x.md").read_text()
+    for mode, phi in phis.items():
+        (line,) = [x for x in text.splitlines() if x.startswith(f"| {mode} |")]
+        cells = [float(x) for x in line.split(" | ")[1:5]]
+        kl = (theta * np.log(theta / phi)).sum(1).mean()
+        preferred = phi[np.arange(len(phi)), theta.argmax(1)].mean()
+        expected = [kl, (theta.argmax(1) != phi.argmax(1)).mean(), preferred, phi.max(1).mean()]
+        assert cells == pytest.approx(expected, rel=2e-3, abs=1e-4)
+    phases = bidist.Phases(about | {"actions": []}, theta, phis, scalars)
+    maps = bidist.heat_maps(phases, surest)
+    figure = bidist.draw_heat_maps(study, phases, maps, surest)
+    for column, (mode, phi) in enumerate(phis.items()):
+        drawn = [x.images[0].get_array() for x in figure.axes[column :: len(phis)][:2]]
+        one, mean = np.outer(theta[surest], phi[surest]), bidist.joint(theta, phi)
+        assert np.allclose(drawn[0], bidist.min_max(one)), mode
+        assert np.allclose(drawn[1], bidist.min_max(mean)), mode
+    bidist.plt.close(figure)
+    # From near, a forward phase has come first: the same theta, another phi, nearer to it.
+    near = bidist.reverse_phases(dataclasses.replace(study, start="near"))
+    assert np.allclose(near.theta, theta) and not np.allclose(near.phis["before"], phis["before"])
+    assert near.scalars["kl"]["kl_before"] < scalars["kl"]["kl_before"]
+
     assert bidist.main(["fig7", *argv, "--observation", "120"]) == 2
     assert "error: --observation 120: the rollout has 0 to 119." in capsys.readouterr().err
     assert bidist.main(["fig7", str(trained[2])]) == 2
@@ -107,6 +130,9 @@ def test_distributions(trained, tmp_path, capsys):
         total = np.mean([np.abs(a - b).sum() / 2 / 2 for a, b in pairs])
         (line,) = [x for x in text.splitlines() if x.startswith(f"| {path.name} |")]
         assert f"| 30 | {distance:.4f} | {total:.4f} | {sample.shift:.4f} |" in line
+        alone = list(itertools.combinations(sample.points[sample.fictitious == 0], 2))
+        trained_alone = np.mean([np.sqrt(((a - b) ** 2).sum()) for a, b in alone])
+        assert line.endswith(f"| {trained_alone:.4f} |")
         assert (sample.shift > 0) == bool(sample.fictitious.any())
     assert is_png(tmp_path / "x.png")
     # The same seed draws the same samples and places.
@@ -389,11 +415,13 @@ def test_reverse_distillation(trained, tmp_path, capsys):
 
 def test_where_reverse_phases_begin(trained, monkeypatch):
     """Lagged is the checkpoint's phi, near what a forward phase made of it, initial neither."""
-    module, seen = script(BIDIST), []
+    module, seen, how = script(BIDIST), [], []
     distill = module.distill
 
     def watched(args, agent, *given, phase, **more):
         seen.append({name: x.clone() for name, x in agent.distilled.state_dict().items()})
+        hidden = given[0].distilled_hidden.any().item()
+        how.append((phase, args.reverse_lr, args.reverse_epochs, args.reverse_mode, hidden))
         found = distill(args, agent, *given, phase=phase, **more)
         if phase == "forward":
             seen.append(agent.distilled.state_dict())
@@ -406,6 +434,11 @@ def test_where_reverse_phases_begin(trained, monkeypatch):
     own = states(trained[0])[0]["agent"]["distilled"]
     assert differences(begun, own) == differences(lagged, own) == differences(near, ended) == []
     assert differences(near, own) and differences(initial, own) and differences(initial, near)
+    assert how[0][0] == "forward" and how[0][-1], "the rollout's hidden states"
+    assert how[1:] == [("reverse", 1e-3, 1, "kl", False)] * 3
+    how.clear()
+    bidist.reverse_run(runs.Run(trained[0]), dataclasses.replace(study, epochs=(2, 3)))
+    assert [x[2] for x in how[1:]] == [2, 3] * 3
 
 
 def test_an_older_run(trained, tmp_path, capsys):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from made_up import command, experiment, rows
+from particle_tools import sharpen
 from PIL import Image
 
 pytestmark = pytest.mark.long  # the runs that its tests read take a quarter of a minute
@@ -83,6 +84,41 @@ def test_ways_begin_alike_and_depend_on_the_run(runs):
         assert np.array_equal(way[0], ways[0][0])
     assert np.array_equal(ways[0], ways[1])
     assert not np.array_equal(ways[2], ways[3])
+
+
+def test_ways_and_graphs_are_of_each_z(runs):
+    """Figs. 10, 11: with policies that z changes, other ways; and an edge for each weight."""
+    trained, study = mra.load(runs_module.Run(runs / "several-s1")), mra.Figures(runs=(), seed=3)
+    sharpen(trained.agent.attention, 3)
+    sharpen(trained.agent.actor, 3, seed=1)
+    ways = [mra.walk(trained, study, "4", z) for z in range(3)]
+    assert not np.array_equal(ways[0], ways[1]) and not np.array_equal(ways[1], ways[2])
+    seen, view = [], trained.agent.view
+
+    def watched(game, obs, z):
+        seen.append(z)
+        return view(game, obs, z)
+
+    trained.agent.view = watched
+    figure = mra.draw_graphs(trained, study, "4")
+    assert [x.unique().tolist() for x in seen] == [[0], [1], [2]]
+    shown = [[line for line in x.lines if line.get_color() == "tab:red"] for x in figure.axes[:3]]
+    assert all(shown) and len({tuple(x.get_linewidth() for x in own) for own in shown}) == 3
+
+
+def test_returns_are_less_their_mean_over_z():
+    """Fig. 9: a line per z of the population, about 0."""
+    rows = [
+        {"figure": "return", "of": f"{m} z={z}", "timesteps": 1000 * t, "value": 10.0 * m + z * t}
+        for m in (3, 4)
+        for z in (0, 1)
+        for t in (1, 2)
+    ]
+    figure, axis = mra.plt.subplots()
+    mra.draw_returns(axis, rows, "return", "3", "C0")
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[-0.5, -1.0], [0.5, 1.0]]
+    assert [line.get_xdata() for line in axis.lines] == [[1, 2], [1, 2]]
+    mra.plt.close(figure)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +289,7 @@ def test_runs_of_the_figures(tmp_path):
     figures = ["fig2", "fig3", "fig4", "fig5", "fig7", "fig8"]
     code, text, stderr = command("mra", "train", *figures, *words)
     assert code == 0, stderr
-    lines, later = [shlex.split(line) for line in text.splitlines()], []
+    lines, later, named = [shlex.split(line) for line in text.splitlines()], [], {}
     # in each world six of fig. 2, uni, Algorithm 4, EPC, RL2, five for each target; three of fig.
     # 7, one of 8
     assert len(lines) == len(set(map(tuple, lines))) == 2 * (3 * (6 + 4) + 3 * 5 + 3 + 1)
@@ -269,7 +305,15 @@ def test_runs_of_the_figures(tmp_path):
         module = runs_module.load_script(Path(path).stem)
         args = runs_module.script_args(module, argv)
         assert args.total_timesteps in (240_000, 120_000) and args.preset == "cpu"
+        named[Path(args.run_dir).name] = args
     assert len(later) == 2 * 3 * 3
+    assert named["resource-of-2-s1"].populations == ("6", "12")  # fig. 8
+    for form in ("option", "concat", "bilinear"):
+        assert named[f"resource-3-{form}-s2"].representation == form
+        assert named[f"resource-3-{form}-s2"].populations == ("6", "9", "12")
+    assert all(args.shaping != ("sparse" in name) for name, args in named.items())
+    for _, argv, _ in later:
+        assert ("--no-shaping" in argv) == ("sparse" in argv[1])
     assert not (tmp_path / "my runs").exists()
     for path, argv, source in later[:9]:  # of seed 1
         if not source.exists():

@@ -1,5 +1,6 @@
 """Table 1's runs, and runs beside each other's actors."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -139,6 +140,22 @@ def test_curves_over_thetas_samples(trained, tmp_path):
             assert theta / steps == pytest.approx(v.float().mean().item(), abs=0.02)
             assert everybody / steps == pytest.approx(v.all(1).float().mean().item(), abs=0.02)
     assert is_png(tmp_path / "x.png")
+    # Values are the log's (a window is an iteration); the page has each run's last.
+    text = (tmp_path / "x.md").read_text()
+    for run in (child, parent):
+        log = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+        wanted = {x["timesteps"]: x["entropy"] for x in log if "entropy" in x}
+        own = {int(r["timesteps"]): float(r["value"]) for r in found if r["run"] == run.name}
+        assert own.keys() == wanted.keys() and len(own) > 1
+        assert [own[x] for x in own] == pytest.approx([wanted[x] for x in own], rel=1e-4)
+        (line,) = [x for x in text.splitlines() if x.startswith(f"| {run.name} | {max(own)} |")]
+        assert line.endswith(f"| {own[max(own)]:.1f} |")
+    every = [{k: float(x) if k != "run" else x for k, x in row.items()} for row in found]
+    figure = bidist.draw_samples_axes(every, "entropy")
+    for axis, count in zip(figure.axes, ("timesteps", "theta_samples", "all_theta_samples")):
+        drawn = [x for line in axis.lines for x in line.get_xdata()]
+        assert drawn == pytest.approx([row[count] / 1000 for row in every]), count
+    bidist.plt.close(figure)
 
 
 def test_shares_of_past_actors_and_of_nobody():

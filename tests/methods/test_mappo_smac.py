@@ -35,6 +35,7 @@ from battle_tools import (
     shape,
     sharpen,
     stand_and_shoot,
+    watch_evaluations,
 )
 from runs import differences, exact, index, metrics, only_error, script, some_long, states
 
@@ -599,6 +600,18 @@ def run(run_dir, steps, *flags):
     """A whole run; its last checkpoint."""
     assert mappo.main(tiny(run_dir, steps, *flags)) == 0
     return exact(run_dir)
+
+
+def test_rows_of_the_greedy_policy_and_of_draws(monkeypatch):
+    """The run's actor, in battles of one seed, which is not the run's."""
+    met = watch_evaluations(mappo, monkeypatch)
+    run("run", 64, "--final-episodes", 2)
+    own = [policy for policy, _ in met if isinstance(policy, mappo.Player)]
+    assert len(own) % 2 == 0 and len({seed for _, seed in met} - {1}) == 1
+    assert [policy.rng is None for policy in own] == [True, False] * (len(own) // 2)
+    for policy in own:
+        actor = dict(policy.agent.actor.state_dict())
+        assert differences(actor, exact("run")["agent"]["actor"]) == []
 
 
 def test_same_seed_same_bits():

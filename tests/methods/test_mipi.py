@@ -43,6 +43,7 @@ from battle_tools import (
     stand_and_shoot,
     things_moved,
     tiny,
+    watch_evaluations,
     weights_of,
 )
 from runs import differences, exact, index, metrics, only_error, script, some_long, states
@@ -241,7 +242,7 @@ def test_critic_is_that_of_numpy(how):
     """Eqs. (15), (16): policies, marginals and utilities as given; the rest by loops."""
     imagine = "--no-imagine" not in how
     weight = "--imagine-weight .3" if imagine else ""
-    s = setting(f"--gamma .9 --alpha .7 {weight} {how}", double=True)
+    s = setting(f"--gamma .9 --alpha .7 --alpha-i .3 {weight} {how}", double=True)
     batch, features, alpha = s.batch, s.batch.features, 0.7
     trunks, log_pi, log_m = forward(s)
     log_pi, log_m = log_pi.detach().numpy(), log_m.detach().numpy()
@@ -284,7 +285,8 @@ def test_critic_is_that_of_numpy(how):
 @pytest.mark.parametrize("how", ["", "--mixer linear", "--returns lambda --td-lambda 0"])
 def test_charge_times_w(how):
     """Of what an agent pays, the share by which its utility counts in Q_tot, by loops."""
-    s = setting(f"--gamma .9 --alpha .7 --no-imagine --charge-times-w {how}", double=True)
+    flags = "--gamma .9 --alpha .7 --alpha-i .3 --no-imagine --charge-times-w"
+    s = setting(f"{flags} {how}", double=True)
     batch, features = s.batch, s.batch.features
     trunks, log_pi, log_m = forward(s)
     y = mipi.find_targets(s.args, s.agent, batch, trunks)
@@ -310,7 +312,8 @@ def test_charge_times_w(how):
 @pytest.mark.parametrize("timeout", ["", "--no-timeout-terminates"])
 def test_lambda_returns_are_sums_of_n_step_returns(timeout):
     """Of which each charges what policies pay on the way and, where it bootstraps, then."""
-    s = setting(f"--gamma .9 --alpha .7 --returns lambda --td-lambda .6 {timeout}", double=True)
+    flags = "--gamma .9 --alpha .7 --alpha-i .3 --returns lambda --td-lambda .6"
+    s = setting(f"{flags} {timeout}", double=True)
     trunks, log_pi, log_m = forward(s)
     found = mipi.find_targets(s.args, s.agent, s.batch, trunks)
     args = dataclasses.replace(s.args, returns="one-step")
@@ -481,8 +484,8 @@ def test_a_policys_pointer_reads_what_the_utilities_read():
 
 @pytest.mark.numeric
 def test_alpha_i_over_w():
-    """Eq. (18) with alpha / w_i per agent and state."""
-    s = setting("--ba-iterations 1 --alpha .2 --alpha-i-over-w", double=True)
+    """Eq. (18) with alpha_i / w_i per agent and state; logged: alpha / w_i."""
+    s = setting("--ba-iterations 1 --alpha .2 --alpha-i .6 --alpha-i-over-w", double=True)
     trunks, log_pi, _ = forward(s)
     features, now = s.batch.features, s.batch.now
     chosen = trunks.q.map(lambda x: mipi.pick(x[now], s.batch.actions))
@@ -492,7 +495,7 @@ def test_alpha_i_over_w():
     moved = mipi.log_probabilities(logits, features.avail_actions)[now]
     log_pi, q = log_pi[0][now], trunks.q.full_view[now]
     there = ~features.avail_actions[now][..., 0]
-    each = (log_pi.exp() * (0.2 / w[..., None] * (log_pi - moved) - q)).sum(-1)
+    each = (log_pi.exp() * (0.6 / w[..., None] * (log_pi - moved) - q)).sum(-1)
     assert torch.isclose(scalars["policy_loss"], each[there].mean(), rtol=1e-9)
     assert torch.isclose(scalars["alpha_over_w"], (0.2 / w)[there].mean(), rtol=1e-9)
     assert torch.isclose(scalars["w"], w[there].mean(), rtol=1e-9)
@@ -502,7 +505,7 @@ def test_alpha_i_over_w():
 @pytest.mark.parametrize("flags", ["", "--alpha-i-over-w"])
 def test_actor_loss_times_w(flags):
     """Eq. (18) times w_i, with both forms of alpha_i; by loops over living agents."""
-    both = "--ba-iterations 1 --regularizer entropy --alpha .2"
+    both = "--ba-iterations 1 --regularizer entropy --alpha .2 --alpha-i .6"
     s = setting(f"{both} --actor-loss-times-w {flags}", double=True)
     trunks, log_pi, _ = forward(s)
     features, now = s.batch.features, s.batch.now
@@ -516,7 +519,7 @@ def test_actor_loss_times_w(flags):
         if may[0]:
             continue
         logs, values = log_pi[now[k], i][may], q[now[k], i][may]
-        alpha = 0.2 / w[k, i] if flags else 0.2
+        alpha = 0.6 / w[k, i] if flags else 0.6
         each.append(w[k, i] * (np.exp(logs) * (alpha * logs - values)).sum())
     assert np.isclose(found, np.mean(each), rtol=1e-9)
 
@@ -693,6 +696,39 @@ def test_a_step_of_critic_and_policy_clips_each_by_its_own_norm(limit):
     for name, net in (("critic", agent.critic()), ("policy", agent.policy)):
         for p, x in zip(net.parameters(), expected[name]):
             assert np.allclose(p.detach(), x, rtol=1e-6, atol=1e-7), name
+
+
+@pytest.mark.parametrize("flags", ["--alpha .2 --alpha-i 0", "--alpha 0 --alpha-i .5"])
+def test_one_alpha_is_enough_for_a_marginal(flags):
+    """It is charged in Eq. (16), or in Eq. (18), and learns in both cases."""
+    s = setting(flags)
+    _, _, log_m = forward(s)
+    assert s.agent.informed and (log_m != 0).any()
+    before = snapshot(s.agent)
+    scalars = mipi.learn(s.args, s.agent, s.batch, s.groups)
+    assert {"mi", "marginal_loss"} <= scalars.keys()
+    assert any(name.startswith("marginal.") for name in moved(before, snapshot(s.agent)))
+
+
+def test_optimisers_are_of_one_kind():
+    for flags, kind in (("--optimiser adam", "Adam"), ("--rmsprop-alpha .5", "RMSprop")):
+        agent = setting(flags, rounds=0).agent
+        optimisers = agent.optimiser, agent.policy_optimiser, agent.marginal_optimiser
+        assert {type(x).__name__ for x in optimisers} == {kind}
+        groups = [group for x in optimisers for group in x.param_groups]
+        assert kind == "Adam" or {group["alpha"] for group in groups} == {0.5}
+
+
+def test_the_row_without_a_name_is_the_greedy_policy(monkeypatch):
+    """The run's, without exploration or draws, in battles of one seed, which is not the run's."""
+    met = watch_evaluations(mipi, monkeypatch)
+    run(mipi, "run", 16, "--final-episodes", 2)
+    own = [policy for policy, _ in met if isinstance(policy, mipi.Player)]
+    assert len(own) == 3 and len({seed for _, seed in met} - {1}) == 1
+    for policy in own:
+        assert policy.rng is None and policy.epsilon == 0
+        utility = dict(policy.agent.utility.state_dict())
+        assert differences(utility, exact("run")["agent"]["utility"]) == []
 
 
 def test_a_learning_rate_is_that_of_all_optimisers():

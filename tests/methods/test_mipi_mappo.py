@@ -31,6 +31,7 @@ from battle_tools import (
     sharpen,
     stand_and_shoot,
     things_moved,
+    watch_evaluations,
 )
 from runs import differences, exact, metrics, script, some_long
 
@@ -148,6 +149,38 @@ def test_diff_of_the_two_files_is_the_method():
 
 @pytest.mark.numeric
 @EACH_MODE
+def test_a_minibatch_of_lessons_has_its_own_teachers(mode):
+    """Each step's policy stays beside its features, and each is there once."""
+    s = setting(f"{MODES[mode]} --minibatches 4")
+    features = mipi.own_states(s.features, "self")
+    K, A, _ = features.entities.shape
+    names = torch.arange(K, dtype=torch.float32)
+    features.entities[:, 0, 0] = names
+    log_pi = names[:, None, None].expand(K, A, 5)
+    lesson, found = mipi.Lesson(features, log_pi), []
+    for part in mipi.minibatches(s.args, lesson, s.rng):
+        assert torch.equal(part.log_pi[:, 0, 0], part.features.entities[:, 0, 0])
+        found.append(len(part.log_pi))
+    assert len(found) == 4 and sum(found) == K
+
+
+def test_the_marginals_loss_is_that_of_the_living():
+    """Eq. (17) by loops, as it is logged of one minibatch."""
+    s = setting("--marginal real --marginal-epochs 1 --minibatches 1", double=True)
+    log_pi = s.agent.say(s.agent.actor, s.features).detach().numpy()
+    own = mipi.own_states(s.features, "self")
+    log_m = s.agent.say(s.agent.marginal, own).detach().numpy()
+    avail, each = s.features.avail_actions.numpy(), []
+    for k, i in np.ndindex(*avail.shape[:2]):
+        may = avail[k, i]
+        if not may[0]:  # who may do nothing else is dead, or no agent
+            each.append(-(np.exp(log_pi[k, i]) * log_m[k, i])[may].sum())
+    _, told = mipi.find_term(s.args, s.agent, s.rollout)
+    assert 0 < len(each) < avail[..., 0].size
+    assert told["marginal_loss"].item() == pytest.approx(np.mean(each), rel=1e-6)
+
+
+@EACH_MODE
 @pytest.mark.parametrize("regularizer", ["mi", "entropy"])
 def test_rewards_are_those_of_numpy(mode, regularizer):
     """r - alpha sum_i KL(pi_i || m), by loops over battles, steps and living agents; the policy is
@@ -222,7 +255,8 @@ def test_the_policy_loss_is_that_of_numpy(mode, penalise):
 def test_advantages_are_the_parents_of_the_charged_rewards(mode, penalise):
     """What prepare() makes of r~, bit for bit what MAPPO makes of a world with these rewards; a
     nat's price is alpha over the deviation that advantages were divided by."""
-    s = setting(f"{MODES[mode]} --alpha .4 --penalise {penalise} --value-norm")
+    more = "--value-norm --gae-lambda .6 --gamma .9"
+    s = setting(f"{MODES[mode]} --alpha .4 --penalise {penalise} {more}")
     term, _ = mipi.find_term(s.args, s.agent, s.rollout)
     batch = mipi.prepare(s.args, s.agent, s.rollout, term)
     steps = s.rollout.steps
@@ -695,6 +729,18 @@ def run(run_dir, steps, *flags):
     """A whole run; its last checkpoint."""
     assert mipi.main(of_parent.tiny(run_dir, steps, *flags)) == 0
     return exact(run_dir)
+
+
+def test_rows_of_the_greedy_policy_and_of_draws(monkeypatch):
+    """The run's actor, in battles of one seed, which is not the run's."""
+    met = watch_evaluations(mipi, monkeypatch)
+    run("run", 64, "--final-episodes", 2)
+    own = [policy for policy, _ in met if isinstance(policy, mipi.Player)]
+    assert len(own) % 2 == 0 and len({seed for _, seed in met} - {1}) == 1
+    assert [policy.rng is None for policy in own] == [True, False] * (len(own) // 2)
+    for policy in own:
+        actor = dict(policy.agent.actor.state_dict())
+        assert differences(actor, exact("run")["agent"]["actor"]) == []
 
 
 def test_same_seed_same_bits():

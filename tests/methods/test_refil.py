@@ -50,6 +50,7 @@ from battle_tools import (
     stacked,
     stand_and_shoot,
     tiny,
+    watch_evaluations,
     weights_of,
 )
 from runs import ROOT, differences, exact, index, metrics, only_error, script, some_long, states
@@ -1255,6 +1256,19 @@ def test_everybody_meets_the_same_battles(monkeypatch):
     assert made[0] == ((3, 4), 2, 1)
     assert [x[:2] for x in made[1:]] == [((size,), 3) for size in (3, 4, 5) for _ in range(5)]
     assert len({x[2] for x in made[1:]}) == 1 != made[1][2]
+
+
+@EACH
+def test_the_row_without_a_name_is_the_greedy_policy(module, monkeypatch):
+    """The run's, without exploration, in battles of one seed, which is not the run's."""
+    met = watch_evaluations(module, monkeypatch)
+    run(module, "run", 16, "--final-episodes", 2)
+    own = [policy for policy, _ in met if isinstance(policy, module.Player)]
+    assert len(own) == 3 and len({seed for _, seed in met} - {1}) == 1
+    for policy in own:
+        assert policy.rng is None and policy.epsilon == 0
+        utility = dict(policy.agent.utility.state_dict())
+        assert differences(utility, exact("run")["agent"]["utility"]) == []
 
 
 @EACH

@@ -1021,6 +1021,7 @@ def test_targets_are_sticky(gap, other, switches):
         ("focus", (2.0, 45), False),
         ("focus", (4.8, 5), True),
         ("focus", (6.2, 5), False),  # beyond its reach
+        ("focus", (4.8, 5, ZEALOT), False),  # 50 points of shield, too
     ],
 )
 def test_other_opponents_turn_to_others(enemy_ai, comes, turns):
@@ -1032,8 +1033,8 @@ def test_other_opponents_turn_to_others(enemy_ai, comes, turns):
         tick(c, ai=True)
         assert c.units[0, 8]["target"] == 0 and c.units[0, 8]["winding"] >= 0
         if not c.units[0, 1]["alive"]:
-            gap, health = comes
-            enlist(c.units[0, 1], MARINE, 10.0, 16 + 1.0 + gap)
+            gap, health, *kind = comes
+            enlist(c.units[0, 1], *(kind or [MARINE]), 10.0, 16 + 1.0 + gap)
             c.units[0, 1]["health"] = health
     tick(c, 2, ai=True)
     assert c.units[0, 8]["winding"] < 0, "it has fired"

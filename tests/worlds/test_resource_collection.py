@@ -787,6 +787,12 @@ def test_episodes_end_and_say_what_happened():
     assert told == [0] * 39 + [5]
 
 
+def test_a_summary_keeps_its_counts_apart():
+    episode = rc.Episode(0, (3,), 145, 1.0, picked=4, caught=2, arrived=7)
+    found = rc.summarise([episode, episode])
+    assert [found[name] for name in ("picked", "caught", "arrived")] == [4, 2, 7]
+
+
 @pytest.mark.parametrize("once", [False, True])
 def test_an_episode_counts_what_happened_in_it(once):
     """Rewards, pick-ups and catches of this episode alone, whether the one before ended or was cut
