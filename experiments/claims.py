@@ -640,8 +640,7 @@ def write_studies(folder: Path, cases: list[Claim], tables: dict[str, Any]) -> N
 
 # --- The page -------------------------------------------------------------------------------------
 
-LACKING = """One comparison that fails is enough for a verdict. What else these claims name has not
-run. It would complete the papers' figures, and cannot change the verdict.
+LACKING = """One comparison that fails is enough: what else these claims name changes no verdict.
 """
 HOURS = "those of runs on two shared cores (where from: `experiments/claims.toml`)."
 CORES = "two shared cores"
@@ -656,14 +655,12 @@ Does what the three papers claim hold in this implementation? The criteria were 
 runs that decide them, but for runs of others that the lemma claims share (in their rows).
 
 **Methods are judged in our forms.** B's arm `bidist` has the clip of Eq. (9) centred at the old
-policy, not its letter (`--clip-centre printed`; [bidist.md](bidist.md)). M's arm `mra` is the
-script's default, the form that [the ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11) and
-(13), psi by (11) and (13), not by Algorithm 4 as printed (`--phi-gradient mi
---no-psi-information`); `uni` and `single` learn by these losses, too. M's arms have `--preset cpu`:
-2.5 to 3.3 % of the steps of the authors' code, but [.5 % of its minibatches](results_mra.md), of
-half their size. So have I's: no memory, a width of 64, windows of 8 steps, lambda-returns, Adam, in
-battles a pointer as target head ([mipi.md](mipi.md)); in Resource Collection MIPI plays the policy
-of Eq. (13) itself, not the head of Eq. (18).
+policy, not its letter ([bidist.md](bidist.md)). M's arm `mra`, and with it `uni` and `single`, has
+the form that [the ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11), (13), psi by (11),
+(13), not by Algorithm 4 as printed. M's arms have `--preset cpu`: 2.5 to 3.3 % of the steps of the
+authors' code, but [.5 % of its minibatches](results_mra.md), of half their size. So have I's: no
+memory, windows of 8 steps, lambda-returns, Adam, in battles a pointer ([mipi.md](mipi.md)); in
+Resource Collection MIPI plays the policy of Eq. (13) itself, not the head of Eq. (18).
 
 ![effects with intervals and margins, by claim](data/claims.png)
 
@@ -674,8 +671,7 @@ RULES = """## How verdicts are reached
 
 - **Criteria** are in `experiments/claims.toml`: dates, what had been seen by then, what changed.
 - **Runs that count** have the claim's flags, seeds and length; pilots are in the figure and data.
-  Three claims read other commands' tables: flags and length of M5's runs, seeds and length of I4's
-  and seeds of B2's are checked.
+  Of other commands' tables flags and length (M5), seeds and length (I4), seeds (B2) are checked.
 - **An effect** is the first arm's centre less the other's, over seeds. The centre is the
   interquartile mean if both arms have five seeds, else the mean. Where rows or scenarios are
   counted, the effect is the difference of mean ranks, once all arms have run.
@@ -686,19 +682,19 @@ RULES = """## How verdicts are reached
 - **A claim** holds if all of its comparisons do, and does not hold if one of them does not. Where
   means would say something else than interquartile means, the table tells.
 - **The budget** beside a verdict is that of the comparisons which decide it, in environment steps.
-  Texts of BiDist and MRA state none: shares are of our default, 10,000,000, and of MRA's authors'
-  code, 80,000 episodes of 20 steps a game.
+  BiDist and MRA state none: shares are of our default, 10,000,000, and of MRA's authors' code,
+  80,000 episodes of 20 steps a game.
 - **A margin** in per cent is of the other arm's figure in the same few seeds. Its own error is not
   in the interval: it matters most in B3, B5 to B7, whose seeds differ most.
 
-**Few seeds decide too easily.** Take two arms that are equal, with normal figures
-(`tests/experiments/test_statistics.py` counts them). A bootstrap of means leaves 0 out one time in
-five with three seeds an arm, and one in eight with five, where one in twenty is meant: hence
-Student's intervals. A bootstrap of interquartile means leaves it out one time in sixteen with five
-seeds (of a single arm, M8, one in nine), one of ranks with three seeds one time in nine (six arms
-in two worlds, as B1-proxy) and one in thirteen (four in three, as I1). Seeds are added until the
-list ends: more than one look. Of several comparisons at their margin one fails more easily than
-one. In particle worlds equal seeds share final worlds (not RL2's), so M's intervals are too wide.
+**Few seeds decide too easily.** Of two equal arms with normal figures
+(`tests/experiments/test_statistics.py`) a bootstrap of means leaves 0 out one time in five with
+three seeds an arm, one in eight with five, where one in twenty is meant: hence Student's. One of
+interquartile means leaves it out one time in sixteen with five seeds (of a single arm, M8, one in
+nine), one of ranks with three seeds one time in nine (six arms in two worlds, as B1-proxy) or
+thirteen (four in three, as I1). Seeds are added until the list ends: more than one look. Of several
+comparisons at their margin one fails more easily than one. In particle worlds equal seeds share
+final worlds (not RL2's), so M's intervals are too wide.
 """
 BARS = """The bars of I1 to I3 and I6 are what the script focus won with 3 to 5 agents in a sample
 of battles. Another sample ([battles.md](battles.md), 6,144 a family, +-.012) has .430 in SZ, .370

@@ -117,7 +117,7 @@ def test_returns_are_less_their_mean_over_z():
     figure, axis = mra.plt.subplots()
     mra.draw_returns(axis, rows, "return", "3", "C0")
     assert [line.get_ydata().tolist() for line in axis.lines] == [[-0.5, -1.0], [0.5, 1.0]]
-    assert [line.get_xdata() for line in axis.lines] == [[1, 2], [1, 2]]
+    assert [list(line.get_xdata()) for line in axis.lines] == [[1, 2], [1, 2]]
     mra.plt.close(figure)
 
 
