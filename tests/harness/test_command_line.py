@@ -179,6 +179,7 @@ def test_tracking_without_its_package(tmp_path, monkeypatch, capfd):
 
 def test_several_processes_that_nobody_brings_together(monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert run(*flags("run", 1)) == 2
     assert "WORLD_SIZE is set, but not by torchrun" in only_error(capfd.readouterr().err)
 
