@@ -829,25 +829,27 @@ class Loaded(NamedTuple):
 
 
 @contextlib.contextmanager
-def loaded(run: Run, num_envs: int, seed: int) -> Iterator[Loaded]:
-    """Context with a run's script, arguments and newest agent, and with new worlds."""
+def loaded(run: Run, num_envs: int, seed: int, checkpoint: Path | None = None) -> Iterator[Loaded]:
+    """Context with a run's script, arguments and agent of `checkpoint`, or else of the newest, and
+    with new worlds."""
     script = load_script(run.args["script"])
+    source = str(checkpoint or run.path)
     try:
-        args = harness.saved_args(str(run.path), script.Args)
+        args = harness.saved_args(source, script.Args)
         args = dataclasses.replace(args, num_envs=num_envs, device="cpu")
-        saved, _ = harness.load_checkpoint(str(run.path))
-        harness.refuse_weights_only(saved, str(run.path))
+        saved, _ = harness.load_checkpoint(source)
+        harness.refuse_weights_only(saved, source)
         with script.make_envs(args, num_envs, seed + 10**6) as envs:
             agent = script.Agent(args, envs, torch.device("cpu"))
-            harness.restore(agent, saved["agent"], str(run.path))
+            harness.restore(agent, saved["agent"], source)
             seeds = {"rng": seed, "method_rng": seed + 1}
             rngs = {name: torch.Generator().manual_seed(x) for name, x in seeds.items()}
             memory = None
             if hasattr(script, "new_memory"):
                 memory = script.new_memory(args)
                 if "memory" not in saved:  # weights only
-                    raise UsageError(f"{run.path} holds no past actors.")
-                harness.restore(memory, saved["memory"], str(run.path))
+                    raise UsageError(f"{source} holds no past actors.")
+                harness.restore(memory, saved["memory"], source)
             envs.reset()
             yield Loaded(script, args, envs, agent, rngs, memory, saved["timesteps"])
     except WorldError as error:
@@ -1057,7 +1059,8 @@ class Fig5:
 
     runs: Runs  # runs of any method, all in one substrate
     samples: Several = 500  # samples to draw from each run
-    rollouts: Positive = 4  # rollouts to draw them from; BiDist draws new agents v for each
+    checkpoints: Positive = 1  # newest checkpoints to play; BiDist's may end different phases
+    rollouts: Positive = 4  # rollouts of each checkpoint; BiDist draws new agents v for each
     num_envs: Positive = 16  # parallel worlds of a rollout
     warm_up: Count = 1  # rollouts to play before them, so that episodes are under way
     perplexity: Above = 30.0  # perplexity of t-SNE
@@ -1072,41 +1075,70 @@ class Sample(NamedTuple):
     run: str
     method: str
     seed: int
-    timesteps: int  # environment steps of training
+    timesteps: int  # environment steps of training, of the newest checkpoint
     points: np.ndarray  # (S, N A) action probabilities of all agents, concatenated
     fictitious: np.ndarray  # (S,) number of agents that act with phi or a past actor
     shift: float  # mean total variation between who acts and theta, on the same views
     agents: int  # N
 
 
-def sample_population(run: Run, study: Fig5) -> Sample:
-    """Play rollouts as in training and sample the action distributions of the acting policies."""
-    by_name = study.group_by == "name"
+class Acted(NamedTuple):
+    """The policies that acted in P steps of worlds, theta or others."""
+
+    probs: torch.Tensor  # (P, N, A) action probabilities
+    fictitious: torch.Tensor  # (P,) number of agents that acted with phi or a past actor
+    shift: torch.Tensor  # () mean total variation between them and theta, on the same views
+
+
+def last_checkpoints(run: Run, number: int) -> list[Path]:
+    """Paths of a run's newest checkpoints, newest first; of one the run itself, which stands for
+    its newest intact one."""
+    if number == 1:
+        return [run.path]
+    names = [entry["name"] for entry in harness.read_index(run.path)]
+    if len(names) < number:
+        raise UsageError(f"--checkpoints {number}: {run.path} holds {len(names)}.")
+    return [run.path / name for name in names[:number]]
+
+
+def act_in_population(found: Loaded, study: Fig5) -> Acted:
+    """Play rollouts as in training."""
     acting, fictitious, shifts = [], [], []
-    with loaded(run, study.num_envs, study.seed) as found:
-        state = found.script.new_state(found.agent, study.num_envs)
-        for number in range(study.warm_up + study.rollouts):
-            with found.listening() as acted:
-                batch, state = found.play(state)
-            if number < study.warm_up:
-                continue
-            if hasattr(batch, "trained"):  # BiDist: theta or phi, as drawn
-                probs = torch.where(batch.trained[..., None], batch.theta, batch.phi).exp()
-                theta = batch.theta.exp()
-                fictitious.append((~batch.trained).sum(-1).flatten())
-            elif acted:  # PP, RPM: theta or a past actor
-                probs = torch.stack(acted).exp()
-                theta = found.policy(found.agent.actor, batch, batch.actor_hidden)
-                fictitious.append((~batch.current).sum(-1).flatten())
-            else:
-                actor = found.agent.actor
-                if hasattr(found.agent, "psi"):  # RandNet acts on views that psi has changed
-                    actor = functools.partial(actor, psi=found.agent.psi)
-                probs = theta = found.policy(actor, batch, batch.actor_hidden)
-                fictitious.append(torch.zeros(probs.shape[:2], dtype=torch.int64).flatten())
-            acting.append(probs.flatten(2).flatten(0, 1))
-            shifts.append((probs - theta).abs().sum(-1).mean() / 2)
-    points, count = torch.cat(acting).double().numpy(), torch.cat(fictitious).numpy()
+    state = found.script.new_state(found.agent, study.num_envs)
+    for number in range(study.warm_up + study.rollouts):
+        with found.listening() as acted:
+            batch, state = found.play(state)
+        if number < study.warm_up:
+            continue
+        if hasattr(batch, "trained"):  # BiDist: theta or phi, as drawn
+            probs = torch.where(batch.trained[..., None], batch.theta, batch.phi).exp()
+            theta = batch.theta.exp()
+            fictitious.append((~batch.trained).sum(-1).flatten())
+        elif acted:  # PP, RPM: theta or a past actor
+            probs = torch.stack(acted).exp()
+            theta = found.policy(found.agent.actor, batch, batch.actor_hidden)
+            fictitious.append((~batch.current).sum(-1).flatten())
+        else:
+            actor = found.agent.actor
+            if hasattr(found.agent, "psi"):  # RandNet acts on views that psi has changed
+                actor = functools.partial(actor, psi=found.agent.psi)
+            probs = theta = found.policy(actor, batch, batch.actor_hidden)
+            fictitious.append(torch.zeros(probs.shape[:2], dtype=torch.int64).flatten())
+        acting.append(probs.flatten(0, 1))
+        shifts.append((probs - theta).abs().sum(-1).mean() / 2)
+    return Acted(torch.cat(acting), torch.cat(fictitious), torch.stack(shifts).mean())
+
+
+def sample_population(run: Run, study: Fig5) -> Sample:
+    """Play rollouts of each checkpoint and sample the action distributions of who acted."""
+    by_name = study.group_by == "name"
+    parts, timesteps = [], []
+    for checkpoint in last_checkpoints(run, study.checkpoints):
+        with loaded(run, study.num_envs, study.seed, checkpoint) as found:
+            parts.append(act_in_population(found, study))
+            timesteps.append(found.timesteps)
+    points = torch.cat([part.probs for part in parts]).flatten(1).double().numpy()
+    count = torch.cat([part.fictitious for part in parts]).numpy()
     if len(points) < study.samples:
         raise UsageError(
             f"--samples {study.samples}: the rollouts of {run.path} have {len(points)}."
@@ -1116,11 +1148,11 @@ def sample_population(run: Run, study: Fig5) -> Sample:
         run=run.name,
         method=without_seed(run.name) if by_name else method_of(run.args),
         seed=run.args["seed"],
-        timesteps=found.timesteps,
+        timesteps=timesteps[0],
         points=points[rows],
         fictitious=count[rows],
-        shift=float(torch.stack(shifts).mean()),
-        agents=probs.shape[2],
+        shift=float(torch.stack([part.shift for part in parts]).mean()),
+        agents=parts[0].probs.shape[1],
     )
 
 
@@ -1199,8 +1231,9 @@ def text_of_samples(samples: list[Sample], world: str) -> str:
         "are in probability space, and both grow with how much a policy depends on what it sees, "
         "not with the number of policies: where co-players' policies are flatter than theta's they "
         "fall. From theta: total variation between the policy that acts and theta on the same "
-        "views, mean over agents and the whole rollouts; 0 where theta acts. Distances in the "
-        "t-SNE itself mean nothing. "
+        "views, mean over agents and the whole rollouts; 0 where theta acts. Samples of "
+        "several checkpoints (--checkpoints) are taken together; steps are those of the newest. "
+        "Distances in the t-SNE itself mean nothing. "
         "Fictitious: agents that phi or, in PP and RPM, a past actor plays.\n\n"
     )
     return text + markdown_table(lines)

@@ -205,6 +205,28 @@ def test_errors_of_distributions(trained, tmp_path, capsys):
     assert "nowhere is no run directory." in capsys.readouterr().err
 
 
+def test_samples_of_the_last_two_checkpoints(tmp_path, capsys):
+    """One is saved after a forward phase, one after a reverse: their samples, taken together."""
+    more = ("--save-every", 1, "--actor-lr", "0.01", "--forward-lr", "0.01", "--reverse-lr", "0.01")
+    assert script(BIDIST).main(tiny(BIDIST, tmp_path / "run-s1", 2, *more)) == 0
+    run = runs.Run(tmp_path / "run-s1")
+    study = bidist.Fig5((run.path,), samples=40, rollouts=1, num_envs=2, warm_up=0)
+    both = dataclasses.replace(study, samples=80, checkpoints=2)
+    newest, together = (bidist.sample_population(run, x) for x in (study, both))
+    names = [entry["name"] for entry in index(run.path)]
+    assert names == ["checkpoint-80.pt", "checkpoint-40.pt"]
+    assert newest.timesteps == together.timesteps == 80
+    (run.path / "checkpoints.json").write_text(json.dumps(index(run.path)[1:]))
+    older = bidist.sample_population(run, study)
+    assert older.timesteps == 40 and older.shift != pytest.approx(newest.shift, rel=0.01)
+    assert together.shift == pytest.approx((newest.shift + older.shift) / 2)
+    parts = {tuple(np.round(x, 5)) for x in np.concatenate((newest.points, older.points))}
+    assert {tuple(np.round(x, 5)) for x in together.points} == parts
+    argv = ["fig5", str(run.path), "--checkpoints", "2", "--out", str(tmp_path / "x")]
+    assert bidist.main(argv) == 2
+    assert capsys.readouterr().err == f"error: --checkpoints 2: {run.path} holds 1.\n"
+
+
 @pytest.mark.parametrize("name", ["pp_meltingpot", "rpm_meltingpot"])
 def test_samples_of_past_actors(tmp_path, name):
     """The points are the policies that acted, a past actor's where one played; the loaded actors
@@ -262,6 +284,7 @@ WRONG = [
     ("fig5", "--seed -1", "--seed -1: input should be greater than or equal to 0."),
     ("fig5", "--num-envs 0", "--num-envs 0: input should be greater than or equal to 1."),
     ("fig5", "--rollouts 0", "--rollouts 0: input should be greater than or equal to 1."),
+    ("fig5", "--checkpoints 0", "--checkpoints 0: input should be greater than or equal to 1."),
     ("fig5", "--samples 1", "--samples 1: input should be greater than or equal to 2."),
     ("fig5", "--perplexity 0", "--perplexity 0.0: input should be greater than 0."),
     ("fig5", "--perplexity nan", "--perplexity nan: input should be less than inf."),
