@@ -70,7 +70,8 @@ Device = Annotated[str, pydantic.StringConstraints(pattern=r"^(auto|cpu|cuda(:\d
 FINISHED, FAILED, WRONG_USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130  # exit codes
 FORMAT = 2  # of checkpoints
 OWN_FILE = re.compile(r"(checkpoint-\d+|replay-\d+(-\d+)?)\.pt(\.part)?")  # .part: killed in a save
-STOPPING = b"\nStopping after this iteration; a second signal ends it at once.\n"
+STOPPING = b"\nStopping after this iteration; a second Ctrl-C ends it at once.\n"
+SAME_SIGNAL = 3.0  # seconds in which several SIGTERMs or SIGHUPs are one request to stop
 
 
 class RunError(Exception):
@@ -133,6 +134,7 @@ def read_args(
         [
             (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
             (args.resume and args.run_dir, "--resume goes on in its own directory, not --run-dir"),
+            (args.run_dir.endswith(".pt"), "--run-dir is a directory: .pt is for checkpoints"),
         ]
     )
     if args.resume or args.eval_only:
@@ -410,8 +412,8 @@ def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
     torch.set_num_threads(args.num_threads)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: there is no CUDA device here.")
-    rank = int(os.environ.get("RANK", 0))
     size = process_count()
+    rank = int(os.environ.get("RANK", 0)) if size > 1 else 0  # some schedulers set RANK alone
     if size > 1 and ":" in args.device:
         raise UsageError("Under torchrun each process has its own device: --device cuda.")
     device = torch.device("cpu")
@@ -663,10 +665,13 @@ def check_alike(timesteps: int) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """Load the state in a checkpoint file, without executing code in it; UsageError if it is no
-    checkpoint or has an older format."""
+    checkpoint or has an older format, RunError if it cannot be read now."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         version, _ = state.get("format"), state["args"]
+    except (OSError, MemoryError) as error:  # the file may be whole
+        reason = getattr(error, "strerror", None) or error or "no memory"
+        raise RunError(f"{path} cannot be read: {reason}.") from None
     except Exception:  # whatever the file holds
         raise UsageError(f"{path} is no checkpoint of these scripts.") from None
     if version != FORMAT:
@@ -758,7 +763,13 @@ class Parts:
     """An object of which a checkpoint stores the attributes that are networks or optimisers."""
 
     def parts(self) -> dict[str, Any]:
-        """{name of the attribute: the network or optimiser}."""
+        """{name of the attribute: the network or optimiser}. TypeError if a list, tuple or dict
+        holds some: several networks are an nn.ModuleList."""
+        for name, part in vars(self).items():
+            members = part.values() if isinstance(part, dict) else part
+            plain = isinstance(part, list | tuple | dict)
+            if plain and any(hasattr(x, "state_dict") for x in members):
+                raise TypeError(f"no checkpoint would hold {name}, a {type(part).__name__}.")
         return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
 
@@ -1168,24 +1179,31 @@ class Run:
 
     def catch_signals(self) -> None:
         """Let Ctrl-C, SIGTERM and SIGHUP stop the run after its iteration, an evaluation at once. A
-        second signal has its usual effect. Ignored signals, as under nohup, stay ignored."""
-        old = {}
+        second Ctrl-C, and another signal after SAME_SIGNAL, has its usual effect. Ignored signals,
+        as under nohup, stay ignored."""
+        old, first = {}, math.inf  # first: when the first signal came
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(number)
             if handler not in (signal.SIG_IGN, None):
                 old[number] = handler
 
         def stop(number: int, frame: Any) -> None:
-            # torchrun and cluster managers may both send SIGTERM to each of several processes.
-            if self.size == 1 or number == signal.SIGINT:
+            nonlocal first
+            # A launcher or torchrun and a cluster's manager may both send SIGTERM: one request.
+            is_second = self.size == 1 and time.monotonic() - first > SAME_SIGNAL
+            first = min(first, time.monotonic())
+            if number == signal.SIGINT or is_second:
                 for each, handler in old.items():
                     signal.signal(each, handler)
+            if number != signal.SIGINT and is_second:
+                signal.raise_signal(number)
             if self.rank == 0 and not self.stopped:
                 # Not by print(), which a signal may interrupt; the terminal may be gone.
                 with contextlib.suppress(OSError):
                     os.write(2, STOPPING)
             self.stopped = True
             if self.evaluating:
+                self.evaluating = False  # once: not again while the evaluation is left
                 raise KeyboardInterrupt
 
         for number, handler in old.items():

@@ -82,6 +82,7 @@ from envs.smac.combat import Combat, Scenario
 from experiments import zoo
 from experiments.runs import (
     ROOT,
+    is_signal,
     load_script,
     run_child,
     run_subcommand,
@@ -1705,6 +1706,8 @@ def everything(bench: All) -> None:
         try:
             COMMANDS[name](part)
         except (Exception, SystemExit) as error:  # one failure must not stop the other benchmarks
+            if is_signal(error):
+                raise
             print(f"\n{name} failed: {type(error).__name__}: {error}")
             failed.append(name)
         print(f"\n({time.perf_counter() - began:.0f} s)")

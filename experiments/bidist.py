@@ -1277,12 +1277,14 @@ class Shift:
 
 def read_rows(run: Run) -> list[dict[str, Any]]:
     """The CSV's rows, one per logged figure; phase and when ("before", "after") are "" outside
-    phases. UsageError if the run is of another script (OPRE's `kl` is of other policies) or logged
-    no KL."""
+    phases. UsageError if the run is of another script (OPRE's `kl` is of other policies) or lacks
+    one of SCALARS."""
     if run.args["script"] != SCRIPT:
         raise UsageError(f"{run.where} is not a run of {SCRIPT}.py, and has no phi.")
-    if not any("kl" in scalars for scalars in run.log):
-        raise UsageError(f"{run.where} logs no KL: it has not begun.")
+    for name in SCALARS:
+        if not any(name in scalars for scalars in run.log):
+            without = "it has not begun, or pack left it out (--curves)"
+            raise UsageError(f"{run.where} has no scalar {name}: {without}.")
     rows = []
     for scalars in run.log:
         place = dict(run=run.name, timesteps=scalars["timesteps"])

@@ -51,6 +51,7 @@ from harness import (
     FINISHED,
     STOPPED,
     WRONG_USAGE,
+    RunError,
     UsageError,
     check,
     leave,
@@ -273,7 +274,10 @@ class Launcher(Trainer):
             self.records[job.run.name] = record
         known = read_records(self.root).get(job.run.name, record)
         if record.starts or (record.code == FINISHED and known.code != FINISHED):
-            save_record(self.root, job.run.name, record)
+            try:
+                save_record(self.root, job.run.name, record)
+            except RunError as error:  # the run has ended as it has
+                self.tell(f"{job.run.name} is not in study.json: {error}")
         return record.code
 
     def try_often(self, job: Job, record: Record, environment: dict[str, str]) -> int | None:
@@ -513,7 +517,9 @@ def train_on_ray(jobs: list[Job], root: Path, launch: Launch) -> None:
                     codes[job.run] = records[job.run.name].code
                 except ray.exceptions.RayError as error:
                     if not isinstance(error, ray.exceptions.TaskCancelledError):
-                        print(f"{job.run.name}: {type(error).__name__}", flush=True)
+                        cause = getattr(error, "cause", None)  # what the task raised
+                        reason = cause if isinstance(cause, RunError) else type(error).__name__
+                        print(f"{job.run.name}: {reason}", flush=True)
                         codes[job.run] = FAILED
                     lost = Record(job.text(), host="", began="", code=codes[job.run])
                     records[job.run.name] = lost

@@ -24,6 +24,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import shlex
 import sys
 from collections import defaultdict
@@ -1147,9 +1148,10 @@ def frontier_rows(study: Frontier) -> list[dict[str, Any]]:
     rows = []
     for name, members in next(iter(found.values())).items():
         method, _, rest = name.partition(", alpha ")
-        alpha, *words = rest.split() if rest else ("0",)
+        alpha = re.match("[^ ,]*", rest)[0]  # what follows are flags, or steps
+        arm = method + rest.removeprefix(alpha)
         for x in members:
-            row = {"run": x.name, "arm": " ".join([method, *words]), "alpha": float(alpha)}
+            row = {"run": x.name, "arm": arm, "alpha": float(alpha or 0)}
             row |= {"seed": x.seed, "steps": x.steps}
             rows.append(row | frontier_row(runs[x.where], x, study))
     return sorted(rows, key=lambda row: (row["arm"], row["alpha"], row["seed"]))

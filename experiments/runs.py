@@ -91,6 +91,11 @@ def ending_by_signals() -> Iterator[None]:
         restore_signals()
 
 
+def is_signal(error: BaseException) -> bool:
+    """Whether this is the exception by which ending_by_signals() ends a program."""
+    return isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128
+
+
 def run_child(argv: list[str]) -> subprocess.CompletedProcess:
     """Run a command and return its code and output. If an exception ends the wait, the command is
     asked to end, as torchrun then ends its processes, too; after a minute it is killed."""
@@ -697,20 +702,41 @@ def pack(study: Pack) -> None:
     if study.out.suffix != ".csv":
         raise UsageError(f"{study.out} is no .csv.")
     check_out(study.out)
-    with alone(study.out.parent):
+    with alone(study.out):
         add_to_study(study)
 
 
 @contextlib.contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """In this context no other process is in one for the same directory; it waits until then."""
-    number = os.open(directory, os.O_RDONLY)
+def alone(path: Path) -> Iterator[None]:
+    """In this context no other process is in one for the same file; it waits until then. NFS locks
+    files that are open for writing, and no directories."""
+    place = path.with_name(f".{path.name}.lock")
+    file = locked(place)
+    while not is_file_at(place, file):  # whom this one waited for has removed it
+        file.close()
+        file = locked(place)
+    with file:
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+
+
+def locked(path: Path) -> Any:
+    """A file that is open, made if need be, and locked, where its file system has locks."""
+    with harness.writing(path):
+        file = path.open("a")
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def is_file_at(path: Path, file: Any) -> bool:
+    """Whether the open file is still the one at this path."""
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(number, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(number)
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def add_to_study(study: Pack) -> None:
@@ -842,7 +868,9 @@ class Job:
                 script_args(script, self.argv())
         except UsageError as error:
             raise UsageError(f"{self.run.name}: {error}") from None
-        except SystemExit:  # tyro, which has said why
+        except SystemExit as error:  # tyro, which has said why
+            if is_signal(error):
+                raise
             raise UsageError(f"{self.run.name}: {self.script} refuses its flags.") from None
 
     def is_finished(self) -> bool:

@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -404,6 +405,10 @@ def test_bench_of_all(monkeypatch, capsys):
     names = ["trainings", "scale", "meltingpot", "particle", "refil", "collaq"]
     assert done == [(name, "cpu") for name in names]
     assert "scale failed: RuntimeError: no." in capsys.readouterr().out
+    stopped = mock.Mock(side_effect=SystemExit(143))  # SIGTERM, by ending_by_signals()
+    with mock.patch.dict(bench.COMMANDS, trainings=stopped), pytest.raises(SystemExit):
+        bench.everything(bench.All(device="cpu"))
+    assert stopped.call_count == 1 and len(done) == len(names)
     with pytest.raises(bench.harness.UsageError, match="--skip nosuch: there are trainings, "):
         bench.everything(bench.All(device="cpu", skip=("nosuch",)))
 

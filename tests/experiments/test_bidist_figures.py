@@ -112,6 +112,8 @@ def test_heat_maps(trained, tmp_path, capsys):
     assert "is not a run of bidist_mappo_meltingpot.py, and has no phi." in capsys.readouterr().err
 
 
+LEFT_OUT = "it has not begun, or pack left it out (--curves)"
+
 # Figure 5 ---------------------------------------------------------------------------------------
 
 
@@ -387,7 +389,7 @@ def test_the_kl_of_other_methods_is_no_distillation(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {sentence}\n"
     new = fake_run(tmp_path / "new-s1")
     assert bidist.main(["shift", str(new), "--out", str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err == f"error: {new} logs no KL: it has not begun.\n"
+    assert capsys.readouterr().err == f"error: {new} has no scalar kl: {LEFT_OUT}.\n"
 
 
 def test_the_last_third_of_phases():

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 from made_up import ROOT, command, experiment, fake_evaluation, fake_run, is_png, rows
 from runs import BIDIST, STEPS, script, tiny
 
+runs_module = experiment("runs")
 GATE = f"{ROOT}/experiments/studies/mra_gate.toml"
 
 
@@ -240,6 +242,22 @@ def test_a_link_has_its_own_name(two, tmp_path):
     links = [tmp_path / "mine-s1", tmp_path / "its-s1"]
     code, printed, _ = command("compare", *links, "--against", "its", "--out", tmp_path / "x")
     assert code == 0 and "| mine-s1 |" in printed and "difference from its" in printed
+
+
+def test_packs_into_one_study_wait_for_each_other(two, tmp_path):
+    """Even where whom they wait for takes the lock's file away; it is left to nobody."""
+    study = tmp_path / "study.csv"
+    packs = [runs_module.Pack(study, (run,)) for run in two]
+    threads = [threading.Thread(target=runs_module.pack, args=(pack,)) for pack in packs]
+    with runs_module.alone(study):
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        assert not study.exists()
+    for thread in threads:
+        thread.join()
+    assert {run.name for run in runs_module.read_study(study)} == {path.name for path in two}
+    assert list(tmp_path.glob(".*")) == []
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux and unshare")

@@ -596,6 +596,15 @@ def test_a_full_disk(study):
     assert "not begun" not in done.stdout and ".part" not in done.stdout
 
 
+def test_a_record_that_cannot_be_written(study, launched):
+    """The run has ended as it has, whatever study.json says."""
+    file = study(seeds=[1], a="")
+    (file.parent / "my runs" / "study.lock").mkdir(parents=True)
+    code, output = launched(file)
+    assert code == 0 and "a-s1 is not in study.json: " in output
+    assert "| a-s1 | finished | 5 |" in output
+
+
 def test_without_scontrol(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("SLURM_JOB_ID", "123")

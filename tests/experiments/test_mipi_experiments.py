@@ -1058,6 +1058,24 @@ def test_frontier(runs, tmp_path):
         assert code == 2 and stderr.count("\n") == 1 and sentence in stderr, (words, stderr)
 
 
+def test_frontier_of_runs_of_two_lengths(runs, tmp_path, monkeypatch):
+    """Alpha is a number, whatever stands behind it in a row's name."""
+    longer = shutil.copytree(runs / PPO_RUNS[1], tmp_path / "longer-s1")
+    log = [json.loads(line) for line in (longer / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(x | {"timesteps": 2 * x["timesteps"]}) + "\n" for x in log)
+    (longer / "metrics.jsonl").write_text(text)
+    monkeypatch.setattr(study, "frontier_row", lambda *found: {})
+    paths = (*(runs / name for name in PPO_RUNS[:2]), longer)
+    rows = study.frontier_rows(study.Frontier(paths, states=paths[0], last=1))
+    found = {x["run"]: (x["arm"].partition(", ")[0], x["alpha"]) for x in rows}
+    assert found == {
+        PPO_RUNS[0]: ("MAPPO", 0),
+        PPO_RUNS[1]: ("MAPPO + MI", 0.1),
+        "longer-s1": ("MAPPO + MI", 0.1),
+    }
+    assert len({x["arm"] for x in rows}) == 3  # the longer one is an arm of its own
+
+
 def test_alphas_are_chosen_in_one_size_and_judged_in_others(runs, tmp_path):
     """By the mean over seeds, in each arm out of its own; the size that chose is not in what is
     reported, of any arm."""

@@ -564,6 +564,25 @@ print((peak - before) * 1024 / sum(4 * x.numel() for x in replay.x.values()))
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
+def test_a_checkpoint_that_cannot_be_read_now():
+    """As when a network's file system fails: it may be whole, so starting again may help."""
+    with pytest.raises(harness.RunError, match="mem cannot be read: Input/output error") as found:
+        harness.read_state(Path("/proc/self/mem"))
+    assert found.value.code == 1
+
+
+@pytest.mark.parametrize("wrapped", [list, tuple, lambda nets: dict(enumerate(nets))])
+def test_several_networks_that_no_checkpoint_would_hold(wrapped):
+    agent = harness.Parts()
+    agent.several = wrapped([torch.nn.Linear(1, 1)])
+    with pytest.raises(TypeError, match="no checkpoint would hold several, a "):
+        harness.pack(agent)
+    agent.several = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+    agent.sizes = wrapped([1])
+    assert list(harness.pack(agent)) == ["several"]
+
+
 def test_a_replay_is_saved_and_loaded_without_a_second_copy():
     """Peak memory while saving and resuming: at most a fifth of the replay above it."""
     for args in ({"run_dir": "run"}, {"resume": "run"}):

@@ -184,6 +184,20 @@ def test_several_processes_that_nobody_brings_together(monkeypatch, capfd):
     assert "WORLD_SIZE is set, but not by torchrun" in only_error(capfd.readouterr().err)
 
 
+def test_a_rank_alone_is_one_process(monkeypatch):
+    """Some schedulers set RANK: without WORLD_SIZE it must not keep the run from saving."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert run(*flags("run", 1)) == 0
+    assert Path("run/summary.json").exists() and index("run")
+
+
+def test_a_directory_that_looks_like_a_checkpoint(tmp_path, capfd):
+    assert run(*flags("run.pt", 1)) == 2
+    assert "--run-dir is a directory: .pt is for chec" in only_error(capfd.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_streams_that_are_closed(closed):
     """As a daemon starts programs: the run says nothing there, and ends as it should."""

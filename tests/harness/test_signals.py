@@ -54,15 +54,36 @@ def test_stop_says_so_saves_and_resumes(number, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_ends_it_at_once(number, tmp_path):
+    """A service manager and a launcher may both send SIGTERM, so it is a second one only later."""
     with start(NAME, flags("run", FOREVER, "--pause", 300), tmp_path) as process:
         until(lambda: index("run"), process)
         time.sleep(0.5)
         process.send(number)
         until(lambda: "Stopping" in process.stderr(), process)
         assert process.poll() is None
+        if number == signal.SIGTERM:
+            process.send(number)
+            time.sleep(harness.SAME_SIGNAL + 0.2)
+            assert process.poll() is None
         process.send(number)
         assert process.wait() == (130 if number == signal.SIGINT else -number)
     assert index("run")[0]["timesteps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("pause", "more"), [(2, ()), (0.3, ("--eval-every", 4, "--eval-episodes", 1000))]
+)
+def test_two_sigterms_are_one(pause, more, tmp_path):
+    """In an iteration and, as the evaluation is left, there: the run is saved."""
+    argv = flags("run", FOREVER, "--pause", pause, *more)
+    with start(NAME, argv, tmp_path) as process:
+        until(lambda: index("run"), process)
+        time.sleep(0.8)
+        process.send(signal.SIGTERM)
+        process.send(signal.SIGTERM)
+        assert process.wait() == 75
+    assert "Traceback" not in process.stderr()
+    assert index("run")[0]["timesteps"] > 0
 
 
 @pytest.mark.parametrize("number", SIGNALS)
