@@ -178,7 +178,8 @@ PRESETS = {
         "eval_episodes": 64,
         "detach_actor_trunk": True,
     },
-    # Keys "PRESET FLAG VALUE" add to the values of PRESET, where FLAG has this VALUE.
+    # Keys "PRESET FLAG VALUE" add to the values of PRESET where the command line, or FLAG's default
+    # without a preset, has this VALUE; later keys replace earlier ones.
     "cpu regularizer mi": {"alpha_i_over_w": True},
     "cpu regularizer entropy": {"alpha_i_over_w": True},
     "cpu policy exact": {"alpha_i_over_w": False},
@@ -237,7 +238,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         ),
         (exact and args.alpha_i_over_w, "--policy exact has no Eq. (18): no --alpha-i-over-w"),
         (
-            exact and regularizes and alpha_i == 0 != args.alpha,
+            exact and regularizes and alpha_i == 0 and args.alpha != 0,
             "--policy exact with --alpha-i 0 is greedy: its logarithm is not finite",
         ),
         (
@@ -701,8 +702,9 @@ class Mixer(nn.Module):
         return Mixed(w, *totals)
 
     def mix_linear(self, q: Tensor, w: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-        """sum_i w_i Q_i, w a softmax over all 8 slots: (M, 1) or, with groups, (M, 2), the second
-        of the utilities in groups, over 2 x 8 slots. Also w (M, A). q (M, V, A), w (M, V, A, E)."""
+        """sum_i w_i Q_i of the full view, w a softmax over all 8 slots, and, with groups, of both
+        groups together, over 2 x 8 slots: (M, 1 or 2). Also w (M, A), of the full view.
+        q (M, V, A), w (M, V, A, E)."""
         # paper and code differ: the dead score 0 here; in REFIL's code only empty slots do
         gone = features.avail_actions[:, None, :, 0]  # (M, 1, A): only dead and empty have a no-op
         padding = (0, SIDE - q.shape[-1])
@@ -717,8 +719,9 @@ class Mixer(nn.Module):
         return torch.stack(totals, dim=1), w[:, : gone.shape[-1]]
 
     def mix_layers(self, q: Tensor, w: Tensor, w_final: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """w_final . (sum_i Q_i w_i + b): (M, 1) or, with groups, (M, 2), the second of these
-        utilities. Also Eq. (15)'s w (M, A). q (M, V, A), w (M, V, A, E), w_final and b (M, E)."""
+        """w_final . (sum_i Q_i w_i + b) of the full view and, with groups, of both groups' agents
+        together: (M, 1 or 2). Also Eq. (15)'s w (M, A), of the full view. q (M, V, A),
+        w (M, V, A, E), w_final and b (M, E)."""
         w_final = w_final.softmax(-1)
         # Eq. (15)
         w = (w.softmax(-1) * w_final[:, None, None]).sum(-1)  # (M, V, A)
@@ -778,7 +781,8 @@ class Agent(Parts):
                 net.compile(dynamic=True)
 
     def resolve(self, args: Args) -> None:
-        """Set Eq. (16)'s alpha, Eq. (18)'s alpha_i, and M; defaults: the paper's for each world."""
+        """Set Eq. (16)'s alpha, Eq. (18)'s alpha_i and M, by default the paper's for each world;
+        also who needs m: `informed` (to learn), `reads_marginal` (to act), and `greedy`."""
         collecting = 0.005 if args.rescale else 0.05  # rescaled rewards are a tenth
         alpha = {"mmm": 0.1, "resource": collecting}.get(args.scenario, 0.03)
         if args.alpha_i_over_w:  # as w_i at first, so that alpha_i / w_i is near the paper's
@@ -822,7 +826,8 @@ class Agent(Parts):
             return log_probabilities(self.policy(memory, tagged), avail)
 
     def log_marginal(self, own_memory: Tensor | None, avail: Tensor) -> Tensor:
-        """log m (..., U) from own_memory (..., R); 0 without a marginal."""
+        """log m (..., U) from own_memory (..., R), to which policies are held. Without a marginal
+        it is 0, so that the divergence from it is minus the entropy."""
         if own_memory is None:
             return torch.zeros_like(avail, dtype=torch.float32)
         return log_probabilities(self.marginal.head(own_memory), avail)
@@ -854,10 +859,10 @@ def divergence(log_pi: Tensor, log_m: Tensor) -> Tensor:
     return (log_pi.exp() * (log_pi - log_m)).sum(-1)
 
 
-def soft_value(q_total: Tensor, cost: Tensor, alpha: float) -> Tensor:
-    """V (K,): expected q_total (K,) minus the agents' cost (K, A), divergences from marginals."""
-    # Eq. (16): E_pi (Q_tot' - alpha sum_i log pi_i / m_i)
-    return q_total - alpha * cost.sum(-1)
+def charge(nats: Tensor, alpha: float) -> Tensor:
+    """What the agents' divergences (..., A) from their marginals cost the team, (...)."""
+    # Eqs. (3), (16): alpha sum_i log pi_i / m_i
+    return alpha * nats.sum(-1)
 
 
 def marginal_loss(log_pi: Tensor, log_m: Tensor) -> Tensor:
@@ -869,8 +874,8 @@ def marginal_loss(log_pi: Tensor, log_m: Tensor) -> Tensor:
 def policy_loss(log_pi: Tensor, log_m: Tensor, q: Tensor, alpha: Tensor | float) -> Tensor:
     """Loss (...) from (..., U); log_m and q get no gradient; alpha: a number or (...)."""
     # Eq. (18), exact over actions: smallest at Eq. (13), where pi is m exp(q / alpha), normalised
-    cost = divergence(log_pi, log_m.detach())
-    return alpha * cost - (log_pi.exp() * q.detach()).sum(-1)
+    nats = divergence(log_pi, log_m.detach())
+    return alpha * nats - (log_pi.exp() * q.detach()).sum(-1)
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -1125,23 +1130,34 @@ class Trunks(NamedTuple):
     own_memory: Tensor | None  # (M, A, R): input of the marginal's head
 
 
-class LivingAgents(NamedTuple):
-    """What policy and marginal learn from: n agents, each alive at one step of a minibatch."""
+class Team(NamedTuple):
+    """What policies read at the K steps of a minibatch, in one view."""
 
-    own_state: Tensor  # (n, D)
-    avail_actions: Tensor  # (n, U) bool
-    q: Tensor  # (n, U): utilities, without gradient
-    team_q: Tensor  # (n, U): in an imagined team s*, without gradient
-    memory: Tensor  # (n, R)
-    team_memory: Tensor  # (n, R): in an imagined team, without gradient
-    own_memory: Tensor | None  # (n, R)
-    units: Tensor | None = None  # (n, U - 6, H): this and the next two, with pointers
-    choices: Tensor | None = None  # (n, U - 6)
-    team_choices: Tensor | None = None  # (n, U - 6): in an imagined team
+    q: Tensor  # (K, A, U): utilities, without gradient
+    memory: Tensor  # (K, A, R)
+    tagged: Tagged | None  # units (K, U - 6, H), choices (K, A, U - 6); None without pointers
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> LivingAgents:
-        """Apply function to each tensor that is present."""
-        return LivingAgents(*[None if x is None else function(x) for x in self])
+
+class Acting(NamedTuple):
+    """What policy and marginal learn from: the agents at the K steps of a minibatch."""
+
+    alive: Tensor  # (K, A) bool
+    avail_actions: Tensor  # (K, A, U) bool
+    own_state: Tensor  # (K, A, D)
+    own_memory: Tensor | None  # (K, A, R): input of the marginal's head
+    team: Team  # the real team
+    imagined: Team  # s*: the units in the agent's group, without gradient
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean () over the living agents of x (K, A)."""
+        return (x * self.alive).sum() / self.alive.sum()
+
+
+def detached(x: Any) -> Any:
+    """The same tensor, None or named tuple of such, through which no gradient passes."""
+    if x is None or isinstance(x, Tensor):
+        return x if x is None else x.detach()
+    return x._make(detached(part) for part in x)
 
 
 def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunks:
@@ -1152,32 +1168,25 @@ def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunk
     return Trunks(q, memory, tagged, own_memory)
 
 
-def find_living(trunks: Trunks, batch: Batch, rows: tuple[Tensor, Tensor]) -> LivingAgents:
-    """Data of the agents that are alive at the steps of a minibatch; rows: the indices of step and
-    agent, (n,) each."""
-    features = batch.features
-    A = features.unseen.shape[1]
-    tagged = trunks.tagged.full_view
-    # s*: the units in the agent's group
-    team_q, team_memory = trunks.q.own_group, trunks.memory.own_group
-    if team_memory is None:
-        team_q, team_memory = trunks.q.full_view, trunks.memory.full_view
-    everybody = LivingAgents(  # (M, A, ...)
-        own_state=features.entities[:, :A],
-        avail_actions=features.avail_actions,
-        q=trunks.q.full_view.detach(),
-        team_q=team_q.detach(),
-        memory=trunks.memory.full_view,
-        team_memory=team_memory.detach(),
-        own_memory=trunks.own_memory,
+def find_acting(trunks: Trunks, batch: Batch) -> Acting:
+    """Data of the agents at the steps of a minibatch."""
+    now, A = batch.now, trunks.memory.full_view.shape[1]
+    avail = batch.features.avail_actions[now]
+
+    def team(view: str) -> Team:
+        q, memory, tagged = (getattr(x, view) for x in (trunks.q, trunks.memory, trunks.tagged))
+        if tagged is not None:
+            tagged = Tagged(tagged.units[now], tagged.choices[now])
+        return Team(q[now].detach(), memory[now], tagged)
+
+    return Acting(
+        alive=~avail[..., 0],  # dead and empty have a no-op
+        avail_actions=avail,
+        own_state=batch.features.entities[now, :A],
+        own_memory=None if trunks.own_memory is None else trunks.own_memory[now],
+        team=team("full_view"),
+        imagined=detached(team("full_view" if trunks.memory.own_group is None else "own_group")),
     )
-    if tagged is not None:
-        everybody = everybody._replace(
-            units=tagged.units[:, None].expand(-1, A, -1, -1),
-            choices=tagged.choices,
-            team_choices=(trunks.tagged.own_group or tagged).choices,
-        )
-    return everybody.map(lambda x: x[batch.now][rows])
 
 
 # [shared: returns] begin
@@ -1213,18 +1222,19 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
     log_pi = agent.log_policy(q, memory, avail, tagged, log_m)[later]  # (K, A, U)
     with agent.autocast():
         next_q, *_ = agent.target_utility(features)
-        # The mixer is linear: the expectation of Q_tot is Q_tot of expectations.
+        # The mixer is linear in utilities: E Q_tot is Q_tot of their expectations. Another mixer
+        # needs drawn actions here, and another w_i in Eq. (18).
         expected = Views((log_pi.exp() * next_q.full_view[later]).sum(-1))
         w, q_total, _ = agent.target_mixer(expected, features.at(later))
-    cost = divergence(log_pi, log_m[later])  # (K, A)
+    nats = divergence(log_pi, log_m[later])  # (K, A)
     if args.charge_times_w:
-        cost = w * cost
+        nats = w * nats
+    # Eq. (16): V = E_pi Q_tot' - charge. No y_t+1 has this charge, so the reward pays it.
+    paid = args.gamma * charge(nats, agent.alpha) * ~batch.terminated
+    rewards = batch.rewards - paid
     if args.returns == "lambda":
-        # The cost at the end of a step is not in y_t+1, so it is subtracted from the reward.
-        paid = args.gamma * agent.alpha * cost.sum(-1) * ~batch.terminated
-        return lambda_returns(args, batch._replace(rewards=batch.rewards - paid), q_total)
-    value = soft_value(q_total, cost, agent.alpha)
-    return batch.rewards + args.gamma * value * ~batch.terminated
+        return lambda_returns(args, batch._replace(rewards=rewards), q_total)
+    return rewards + args.gamma * q_total * ~batch.terminated
 
 
 def critic_loss(
@@ -1249,43 +1259,36 @@ def critic_loss(
     return (1 - weight) * td_loss + weight * group_loss, w, scalars
 
 
-def log_policies(agent: Agent, living: LivingAgents, imagined: bool = False) -> Tensor:
-    """log pi (n, U) of living agents in real or, if `imagined`, in imagined teams."""
-    q, memory, choices = living.q, living.memory, living.choices
-    if imagined:
-        q, memory, choices = living.team_q, living.team_memory, living.team_choices
-    avail = living.avail_actions
-    if agent.args.policy == "exact":
-        log_m = agent.log_marginal(living.own_memory, avail)
-        return agent.log_policy(q, memory, avail, log_m=log_m)
-    if living.units is None:
-        return agent.log_policy(q, memory, avail)
-    tagged = Tagged(living.units, choices[:, None])  # an axis for one agent
-    return agent.log_policy(q[:, None], memory[:, None], avail[:, None], tagged)[:, 0]
+def log_policies(agent: Agent, acting: Acting, team: Team) -> Tensor:
+    """log pi (K, A, U) of the agents in a team, real or imagined."""
+    avail, log_m = acting.avail_actions, 0.0
+    if agent.reads_marginal:
+        log_m = agent.log_marginal(acting.own_memory, avail)
+    return agent.log_policy(team.q, team.memory, avail, team.tagged, log_m)
 
 
-def learn_marginal(args: Args, agent: Agent, living: LivingAgents) -> dict[str, Tensor]:
+def learn_marginal(args: Args, agent: Agent, acting: Acting) -> dict[str, Tensor]:
     """Eq. (12): a gradient step of the marginal, if it is needed, on Eq. (17). Returns scalars."""
     if not agent.informed:
         return {}
     with torch.no_grad():
-        log_pi = log_policies(agent, living, imagined=True)
-    log_m = agent.log_marginal(living.own_memory, living.avail_actions)
-    loss = marginal_loss(log_pi, log_m).mean()
+        log_pi = log_policies(agent, acting, acting.imagined)
+    log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)
+    loss = acting.mean(marginal_loss(log_pi, log_m))
     descend(loss, agent.marginal, agent.marginal_optimiser, args.max_grad_norm)
     return {"marginal_loss": loss}
 
 
-def actor_loss(args: Args, agent: Agent, living: LivingAgents, w: Tensor) -> Tensor:
-    """Eq. (13): the mean loss of the policy, Eq. (18), over living agents; w (n,)."""
+def actor_loss(args: Args, agent: Agent, acting: Acting, w: Tensor) -> Tensor:
+    """Eq. (13): the mean loss of the policy, Eq. (18), over living agents; w (K, A)."""
     alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
     if args.detach_actor_trunk:
-        living = living.map(lambda x: x.detach())
-    log_pi = log_policies(agent, living)
+        acting = detached(acting)
+    log_pi = log_policies(agent, acting, acting.team)
     with torch.no_grad():
-        log_m = agent.log_marginal(living.own_memory, living.avail_actions)
-    loss = policy_loss(log_pi, log_m, living.q, alpha)  # (n,)
-    return (w * loss if args.actor_loss_times_w else loss).mean()
+        log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)
+    loss = policy_loss(log_pi, log_m, acting.team.q, alpha)  # (K, A)
+    return acting.mean(w * loss if args.actor_loss_times_w else loss)
 
 
 def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
@@ -1310,46 +1313,44 @@ def learn(
     trunks = run_trunks(agent, batch.features, groups)
     y = find_targets(args, agent, batch, trunks)
     loss, w, scalars = critic_loss(args, agent, batch, groups, trunks.q, y)
-    alive = ~batch.features.avail_actions[batch.now][..., 0]  # (K, A): dead and empty have a no-op
-    rows = alive.nonzero(as_tuple=True)  # once, as the CPU waits for a GPU here
-    living = find_living(trunks, batch, rows)
-    w = w[rows].clamp(min=1e-6)  # (n,); a softmax can underflow to 0
+    acting = find_acting(trunks, batch)
+    w = w.clamp(min=1e-6)  # (K, A); a softmax can underflow to 0
     if measures:
-        scalars |= measure(agent, living, w)
+        scalars |= measure(agent, acting, w)
     has_head = args.policy == "head"
-    fixed = living.map(lambda x: x.detach())  # no gradient reaches the trunks
+    fixed = detached(acting)  # no gradient reaches the trunks
     for _ in range(agent.ba_iterations - 1):
         learn_marginal(args, agent, fixed)
         if has_head:
             actor = actor_loss(args, agent, fixed, w)
             descend(actor, agent.policy, agent.policy_optimiser, args.max_grad_norm)
-    scalars |= learn_marginal(args, agent, living)
+    scalars |= learn_marginal(args, agent, acting)
     if not has_head:
         scalars["grad_norm"] = step_together(args, agent, loss)
         return scalars
-    actor = actor_loss(args, agent, living, w)
+    actor = actor_loss(args, agent, acting, w)
     scalars["policy_loss"] = actor
     scalars["grad_norm"] = step_together(args, agent, loss + actor)
     return scalars
 
 
 @torch.no_grad()
-def measure(agent: Agent, living: LivingAgents, w: Tensor) -> dict[str, Tensor]:
+def measure(agent: Agent, acting: Acting, w: Tensor) -> dict[str, Tensor]:
     """Means over living agents, for the log: divergence of policy and marginal in imagined teams
-    (mi, also by type of unit) and in the real team (kl), entropy, w (n,) and alpha / w."""
-    avail = living.avail_actions
-    log_pi = log_policies(agent, living)
+    (mi, also by type of unit) and in the real team (kl), entropy, w (K, A) and alpha / w."""
+    log_pi = log_policies(agent, acting, acting.team)
     entropy = -divergence(log_pi, torch.zeros_like(log_pi))
-    alpha_over_w = agent.alpha / w
-    scalars = {"entropy": entropy.mean(), "w": w.mean(), "alpha_over_w": alpha_over_w.mean()}
+    figures = {"entropy": entropy, "w": w, "alpha_over_w": agent.alpha / w}
+    scalars = {name: acting.mean(x) for name, x in figures.items()}
     if not agent.informed:
         return scalars
-    log_m = agent.log_marginal(living.own_memory, avail)
-    scalars["kl"] = divergence(log_pi, log_m).mean()
-    information = divergence(log_policies(agent, living, imagined=True), log_m)  # (n,)
-    scalars["mi"] = information.mean()
+    log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)
+    scalars["kl"] = acting.mean(divergence(log_pi, log_m))
+    imagined = log_policies(agent, acting, acting.imagined)
+    information = divergence(imagined, log_m)  # (K, A)
+    scalars["mi"] = acting.mean(information)
     for name, column in agent.types.items():
-        is_type = living.own_state[:, column] > 0
+        is_type = acting.alive & (acting.own_state[..., column] > 0)
         if is_type.any():
             scalars[f"mi/{name}"] = information[is_type].mean()
     return scalars

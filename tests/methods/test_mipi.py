@@ -378,11 +378,10 @@ def test_the_exact_policy_solves_eq_18(flags):
     loss = mipi.policy_loss(mine, log_m, q, 0.6)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert gradient.abs().max() < 1e-10
-    alive = ~avail[now][..., 0]
-    living = mipi.find_living(trunks, s.batch, alive.nonzero(as_tuple=True))
-    for view, imagined in ((0, False), (1, True)):
-        found = mipi.log_policies(s.agent, living, imagined)
-        assert torch.allclose(found, log_pi[view][now][alive], atol=1e-10)
+    acting = mipi.find_acting(trunks, s.batch)
+    for view, team in enumerate((acting.team, acting.imagined)):
+        found = mipi.log_policies(s.agent, acting, team)[acting.alive]
+        assert torch.allclose(found, log_pi[view][now][acting.alive], atol=1e-10)
 
 
 @pytest.mark.numeric
@@ -462,16 +461,14 @@ def test_an_exact_policy_trains_no_head():
 
 @pytest.mark.numeric
 def test_a_policys_pointer_reads_what_the_utilities_read():
-    """Of living agents the same policies as of all moments, in real and in imagined teams; agents
-    that do not see a unit attack all such ones with one probability."""
+    """At steps the same policies as at all moments, in real and in imagined teams; agents that do
+    not see a unit attack all such ones with one probability."""
     s = setting("--target-head pointer", double=True)
     trunks, log_pi, _ = forward(s)
-    features, now = s.batch.features, s.batch.now
-    alive = ~features.avail_actions[now][..., 0]
-    living = mipi.find_living(trunks, s.batch, alive.nonzero(as_tuple=True))
-    for view, imagined in ((0, False), (1, True)):
-        found = mipi.log_policies(s.agent, living, imagined)
-        assert torch.allclose(found, log_pi[view][now][alive], atol=1e-12)
+    acting = mipi.find_acting(trunks, s.batch)
+    for view, team in enumerate((acting.team, acting.imagined)):
+        found = mipi.log_policies(s.agent, acting, team)[acting.alive]
+        assert torch.allclose(found, log_pi[view][s.batch.now][acting.alive], atol=1e-12)
     assert not torch.allclose(log_pi[0], log_pi[1], atol=1e-3)
     for memory, tagged in zip(trunks.memory, trunks.tagged):
         targets = s.agent.policy(memory, tagged)[..., 6:].detach()  # (M, A, 8)
@@ -524,26 +521,33 @@ def test_actor_loss_times_w(flags):
     assert np.isclose(found, np.mean(each), rtol=1e-9)
 
 
-def test_living_agents_are_those_that_may_act():
-    """In the order of steps, then slots; what is given has no gradient."""
-    s = setting()
+def test_who_acts_and_on_what():
+    """The living have something to do; in imagined teams nothing has a gradient, nor in what is
+    detached."""
+    s = setting("--target-head pointer")
     trunks = mipi.run_trunks(s.agent, s.batch.features, s.groups)
     features, now = s.batch.features, s.batch.now
-    alive = ~features.avail_actions[now][..., 0]
-    living = mipi.find_living(trunks, s.batch, alive.nonzero(as_tuple=True))
-    rows = [(m, i) for m in now.tolist() for i in range(alive.shape[1])]
-    rows = [(m, i) for m, i in rows if not features.avail_actions[m, i, 0]]
-    assert 0 < len(rows) < alive.numel() and len(living.q) == len(rows)
-    for n, (m, i) in enumerate(rows):
-        assert torch.equal(living.own_state[n], features.entities[m, i])
-        assert torch.equal(living.q[n], trunks.q.full_view[m, i])
-        assert torch.equal(living.memory[n], trunks.memory.full_view[m, i])
-        assert torch.equal(living.team_memory[n], trunks.memory.own_group[m, i])
-        assert torch.equal(living.own_memory[n], trunks.own_memory[m, i])
-    learns = [living.q, living.memory, living.team_memory, living.own_memory]
-    assert [x.requires_grad for x in learns] == [False, True, False, True]
-    given = [x for x in living.map(lambda x: x.detach()) if x is not None]
-    assert len(given) == len(living) - 3 and not any(x.requires_grad for x in given)
+    acting = mipi.find_acting(trunks, s.batch)
+    assert 0 < acting.alive.sum() < acting.alive.numel()
+    for k, m in enumerate(now.tolist()):
+        for i in range(acting.alive.shape[1]):
+            assert acting.alive[k, i] == (not features.avail_actions[m, i, 0])
+            assert torch.equal(acting.own_state[k, i], features.entities[m, i])
+            assert torch.equal(acting.own_memory[k, i], trunks.own_memory[m, i])
+            for view, team in enumerate((acting.team, acting.imagined)):
+                assert torch.equal(team.q[k, i], trunks.q[view][m, i])
+                assert torch.equal(team.memory[k, i], trunks.memory[view][m, i])
+                assert torch.equal(team.tagged.units[k], trunks.tagged[view].units[m])
+                assert torch.equal(team.tagged.choices[k], trunks.tagged[view].choices[m])
+    assert not torch.equal(acting.team.tagged.choices, acting.imagined.tagged.choices)
+    learns = [acting.team.memory, acting.team.tagged.units, acting.own_memory]
+    assert all(x.requires_grad for x in learns) and not acting.team.q.requires_grad
+    fixed = mipi.detached(acting)
+    for x in (*fixed.team[:2], fixed.team.tagged.units, *fixed.imagined[:2], fixed.own_memory):
+        assert not x.requires_grad
+    assert not any(x.requires_grad for x in (*acting.imagined[:2], *acting.imagined.tagged))
+    x = torch.arange(acting.alive.numel()).view_as(acting.alive).double()
+    assert acting.mean(x) == x[acting.alive].mean()
 
 
 class Saying(torch.nn.Module):
@@ -565,29 +569,35 @@ def test_mutual_information_is_exact_where_it_can_be_counted():
     pi = np.concatenate((np.zeros((units, teams, 1)), pi), -1)  # no-op is for the dead
     mean = pi.mean(1, keepdims=True)
     information = (pi * np.log(np.where(pi > 0, pi / np.maximum(mean, 1e-9), 1))).sum(-1).mean(1)
-    real = rng.dirichlet(np.ones(U - 1), size=units * teams)
-    n = units * teams
-    own_state = torch.zeros(n, s.batch.features.entities.shape[-1])
-    own_state[torch.arange(n), torch.tensor(columns)[np.repeat(types, teams)]] = 1
-    avail = torch.ones(n, U, dtype=torch.bool)
+    real = rng.dirichlet(np.ones(U - 1), size=(units, teams))
+    own_state = torch.zeros(units, teams, s.batch.features.entities.shape[-1])
+    own_state[torch.arange(units), :, torch.tensor(columns)[types]] = 1
+    avail = torch.ones(units, teams, U, dtype=torch.bool)
     avail[..., 0] = False
     log = lambda p: torch.from_numpy(np.log(np.maximum(p, 1e-300))).float()  # noqa: E731
     s.agent.policy = s.agent.marginal.head = Saying()
-    living = mipi.LivingAgents(
-        own_state=own_state,
-        avail_actions=avail,
-        q=torch.zeros(n, U),
-        team_q=torch.zeros(n, U),
-        memory=log(np.concatenate((np.zeros((n, 1)), real), -1)),
-        team_memory=log(pi.reshape(n, U)),
-        own_memory=log(np.repeat(mean[:, 0], teams, 0)),
+    first = np.concatenate((np.zeros((units, teams, 1)), real), -1)
+    alive = torch.ones(units, teams, dtype=torch.bool)
+
+    def and_dead(x):
+        """Another row, of others, who are dead and count nowhere."""
+        return torch.cat((x, x[:1].flip(-1)))
+
+    q = torch.zeros(units + 1, teams, U)
+    acting = mipi.Acting(
+        alive=torch.cat((alive, ~alive[:1])),
+        avail_actions=and_dead(avail),
+        own_state=and_dead(own_state),
+        own_memory=and_dead(log(np.repeat(mean, teams, 1))),
+        team=mipi.Team(q, and_dead(log(first)), None),
+        imagined=mipi.Team(q, and_dead(log(pi)), None),
     )
-    found = mipi.measure(s.agent, living, torch.full((n,), 0.5))
+    found = mipi.measure(s.agent, acting, torch.full((units + 1, teams), 0.5))
     for k, name in enumerate(s.agent.types):
         assert np.isclose(found[f"mi/{name}"].item(), information[types == k].mean(), rtol=1e-4)
     assert np.isclose(found["mi"].item(), information.mean(), rtol=1e-4)
     assert np.isclose(found["entropy"].item(), -(real * np.log(real)).sum(-1).mean(), rtol=1e-4)
-    ratio = np.log(real / np.repeat(mean[:, 0, 1:], teams, 0))
+    ratio = np.log(real / mean[..., 1:])
     assert np.isclose(found["kl"].item(), (real * ratio).sum(-1).mean(), rtol=1e-4)
 
 
@@ -740,21 +750,21 @@ def test_a_learning_rate_is_that_of_all_optimisers():
 
 @pytest.mark.numeric
 def test_the_policys_w_is_that_of_the_mixer(monkeypatch):
-    """w_i of the agents that live, small ones, too: it weighs the loss and divides alpha_i."""
+    """w_i as it is, small ones, too: it weighs the loss and divides alpha_i."""
     s, seen, actor_loss = setting("--alpha-i-over-w", noise=2.0), [], mipi.actor_loss
     trunks, _, _ = forward(s)
     y = mipi.find_targets(s.args, s.agent, s.batch, trunks)
     _, w, _ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.q, y)
     dead = s.batch.features.avail_actions[s.batch.now][..., 0]
 
-    def watched(args, agent, living, w):
+    def watched(args, agent, acting, w):
         seen.append(w)
-        return actor_loss(args, agent, living, w)
+        return actor_loss(args, agent, acting, w)
 
     monkeypatch.setattr(mipi, "actor_loss", watched)
     mipi.learn(s.args, s.agent, s.batch, s.groups)
-    expected = w[~dead].clamp(min=1e-6)  # a softmax can underflow to 0
-    assert dead.any() and (expected < 0.05).any() and len(seen) == s.agent.ba_iterations
+    expected = w.clamp(min=1e-6)  # a softmax can underflow to 0
+    assert (expected[~dead] < 0.05).any() and len(seen) == s.agent.ba_iterations
     assert all(torch.equal(x, expected) for x in seen)
 
 
@@ -771,9 +781,8 @@ def test_what_the_policys_loss_moves(flags, head):
     parameters = dict(s.agent.critic().named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
     alone = dict(zip(parameters, found))
-    rows = (~s.batch.features.avail_actions[s.batch.now][..., 0]).nonzero(as_tuple=True)
-    living = mipi.find_living(trunks, s.batch, rows)
-    actor = mipi.actor_loss(s.args, s.agent, living, w[rows].clamp(min=1e-6))
+    acting = mipi.find_acting(trunks, s.batch)
+    actor = mipi.actor_loss(s.args, s.agent, acting, w.clamp(min=1e-6))
     policy = {f"policy.{n}": p for n, p in s.agent.policy.named_parameters()}
     every = parameters | policy
     summed = torch.autograd.grad(loss + actor, list(every.values()))

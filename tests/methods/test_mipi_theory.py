@@ -69,7 +69,7 @@ def joint_backup(chains, pi, q_jt):
     each = mipi.divergence(log_pi, log_m)  # (AGENTS, STATES)
     pairs = torch.stack([x.flatten() for x in torch.meshgrid(*each, indexing="ij")], -1)
     pairs = pairs * torch.from_numpy(chains.share)
-    v = mipi.soft_value(total, pairs, ALPHA).view(STATES, STATES).numpy()
+    v = (total - mipi.charge(pairs, ALPHA)).view(STATES, STATES).numpy()
     reward = joint(chains, chains.r)
     return reward + GAMMA * np.einsum("sua,tvb,ab->stuv", *chains.P, v)
 
@@ -267,5 +267,5 @@ def test_expectation_of_a_linear_mixer_is_exact():
         truth += p * (sum(w[i] * q[i, u[i]] for i in (0, 1)) + b - ALPHA * ratio)
     log_pi, log_m = torch.from_numpy(np.log(pi)), torch.from_numpy(np.log(m))
     total = torch.tensor([(w * (pi * q).sum(-1)).sum() + b])
-    found = mipi.soft_value(total, mipi.divergence(log_pi, log_m)[None], ALPHA)
+    found = total - mipi.charge(mipi.divergence(log_pi, log_m)[None], ALPHA)
     assert np.isclose(found.item(), truth)
