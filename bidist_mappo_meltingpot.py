@@ -5,7 +5,7 @@ network phi, the others with the learning network theta. Every k_d iterations, p
 last rollout: alternately towards theta (forward distillation, an implicit self-play with the past)
 and away from theta (reverse, novel partners). This prepares theta for co-players it has never met.
 
-    v_i ~ B(v_<i; p, N)    v_i = 1: agent i is trained, 0: fictitious; never all 0      Eqs. (3)-(5)
+    v_i ~ B(v_<i; p, N)    1: agent i is trained; 0, by p: fictitious; never all 0      Eqs. (3)-(5)
     tau ~ (pi_theta where v_i = 1, pi_phi where v_i = 0)                                Eq. (6)
     phi <- phi - eta_f grad L(phi),  L = 1/N sum_i E KL(pi_theta(.|o_i) || pi_phi(.|o_i))  Eq. (7)
     phi <- phi + eta_r grad L(phi)                                                      Eq. (8)
@@ -457,7 +457,7 @@ class Agent(Parts):
 
 def fictitious_probability(args: Args, num_agents: int) -> float:
     """P(v_i = 0), the probability that an agent is fictitious: --p, or its default."""
-    # paper and paper differ: p is P(v_i = 0) in App. B.3, but P(v_i = 1) in Eq. (4)
+    # paper and paper differ: p is P(v_i = 1) in Eq. (4); App. B.3's text fits P(v_i = 0)
     if args.p is not None:
         return args.p
     return 0.4 if num_agents <= 2 else 0.2
@@ -514,7 +514,9 @@ def distillation_loss(mode: str, theta: Tensor, phi: Tensor) -> Tensor:
         return kl_divergence(theta, phi)  # Eq. (7)
     if mode == "kl":
         return -kl_divergence(theta, phi)  # Eq. (8)
-    return (phi.exp() * phi).sum(-1).mean()  # Fig. 6: maximise the entropy
+    if mode == "entropy":
+        return (phi.exp() * phi).sum(-1).mean()  # Fig. 6: maximise the entropy
+    raise ValueError(f"no loss for the mode {mode}")
 
 
 def distill(
@@ -542,6 +544,7 @@ def distill(
         # paper is silent: every phase starts with a new Adam optimiser
         optimiser = agent.new_optimiser(agent.distilled, lr)
         for _ in range(epochs):
+            # theta: no longer log pi when it acted, but the teacher's
             chunks = dataclasses.replace(batch, theta=theta, distilled_hidden=hidden)
             for part in minibatches(args, chunks, rng):
                 views = part.actor_views()

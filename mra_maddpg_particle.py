@@ -99,7 +99,7 @@ PhiGradient = Literal["actor", "mi", "both", "both+actor"]
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """MRA in particle worlds. Sizes and rates are the paper's; what phi and psi learn by, ours."""
+    """MRA in particle worlds. Defaults: the paper's or its code's; what phi, psi learn by: ours."""
 
     # Run
     total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes

@@ -144,6 +144,8 @@ def too_few(case: Claim, arm: str, points: list[Point]) -> str:
         return f"{arm} has not run in {case.run}"
     if missing := {*case.seeds_of(arm)[: len(points)]} - {x.seed for x in points}:
         return f"{arm}: seed {min(missing)} is left out in {case.run}"
+    if np.isnan(values(points)).any():
+        return f"{arm}: a figure in {case.run} is not a number"
     if len(points) < case.least_seeds:
         return f"{arm}: {len(points)} of {case.least_seeds} seeds in {case.run}"
     return ""
@@ -154,7 +156,7 @@ def below_bar(case: Claim, arm: str, points: list[Point]) -> str:
     if not points:
         return f"{arm}: whether it has learned in {case.run} is not known"
     level, bar = float(np.mean(values(points))), case.bar.at_least
-    if level < bar:
+    if not level >= bar:
         gap = f"{bar - level:.1g} below the bar of {bar:.3g}"
         return f"{arm} has not learned in {case.run}: {level:.3g}, {gap}"
     return ""
@@ -189,6 +191,7 @@ class Part(NamedTuple):
     found: Difference  # the effect, first minus other, that the verdict uses
     plain: Difference  # the same effect by means over seeds instead of interquartile means
     margin: float  # in the effect's unit
+    plain_margin: float  # the margin of `plain`
     mine: list[list[Point]]  # points of the first arm, a list per world
     theirs: list[list[Point]]  # points of the other arm, a list per world
     why: str  # why nothing can be decided yet; "": the interval decides
@@ -204,7 +207,7 @@ class Part(NamedTuple):
     @property
     def by_means(self) -> str:
         """The verdict by means over seeds, as text, if it differs from `verdict`; else ""."""
-        other = verdict_of(self.plain, self.margin)
+        other = verdict_of(self.plain, self.plain_margin)
         if self.why or self.pilot or other == self.verdict:
             return ""
         return f"by means {other}: {effect_text(self.plain)}"
@@ -280,6 +283,7 @@ def compare_in(
             found=compare_seeds(points[first], theirs, centre),
             plain=compare_seeds(points[first], theirs, np.mean),
             margin=margin_of(case, theirs or [], centre),
+            plain_margin=margin_of(case, theirs or [], np.mean),
             mine=[points[first]],
             theirs=[theirs or []],
             why="; ".join(filter(None, (why[first], why.get(other)))),
@@ -311,6 +315,7 @@ def compare_ranks(
             found=rank_difference(worlds, first, other, centre=centre) if both else UNKNOWN,
             plain=rank_difference(worlds, first, other, centre=np.mean) if both else UNKNOWN,
             margin=case.margin,
+            plain_margin=case.margin,
             mine=[own[first] for own in points],
             theirs=[own[other] for own in points],
             why="; ".join(filter(None, (why[first], why[other])))
@@ -366,7 +371,7 @@ class Outcome(NamedTuple):
     @property
     def verdict_by_means(self) -> str:
         """The verdict by means over seeds instead of interquartile means."""
-        found = [OPEN if x.why else verdict_of(x.plain, x.margin) for x in self.parts]
+        found = [OPEN if x.why else verdict_of(x.plain, x.plain_margin) for x in self.parts]
         return verdict_of_claim(found)
 
 
@@ -872,7 +877,7 @@ def papers_table(outcomes: list[Outcome]) -> str:
             texts.append(f"{in_short(unknown)} not stated")
         if decided and paper.steps_of:
             texts[0] += " (the paper states none)"
-        row["decided with, of the paper's steps"] = "; ".join(texts)
+        row["training steps, of the paper's"] = "; ".join(texts)
         rows.append(row)
     return markdown_table(rows)
 

@@ -4,6 +4,7 @@ import ast
 import functools
 import glob
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -29,6 +30,7 @@ FOREIGN = {
     *("--mask-empty-slots", "--mi-samples", "--latent-gradient", "--parallel-populations"),
     "--prior-floor",
     *("--help", "--no-deps", "--nproc-per-node", "--logdir", "--x", "--no-x"),
+    "--extra-index-url",  # pip's
     *("--array", "--signal", "--requeue", "--time", "--gres"),  # SLURM's
 }
 
@@ -225,6 +227,30 @@ def test_links_and_images_resolve(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
             assert anchor in map(slug, headings), target
+
+
+def test_first_runs_are_what_the_zoo_holds():
+    """Steps, minutes and figures of a line are of the entry that it names."""
+    lines = (ROOT / "docs/first_runs.md").read_text().splitlines()
+    rows = [line for line in lines if "](../zoo/README.md#" in line and line.startswith("|")]
+    assert len(rows) > 10
+    for line in rows:
+        _, entry, steps, minutes, figure, learned, random, script = (
+            cell.strip() for cell in line.strip("|").split("|")
+        )
+        name = re.match(r"\[(.*?)\]", entry)[1]
+        summary = json.loads((ROOT / "zoo" / name / "summary.json").read_text())
+        found = summary["eval"]
+        key, row = re.fullmatch(r"`(\w+)`, (.*)", figure).groups()
+        chance = found["random v random"] if "v" in row or "self" in row else found[f"{row} random"]
+        expected = [(learned, found[row][key]), (random, chance[key])]
+        if script:
+            player, _, x = script.rpartition(" ")
+            expected.append((x, found[f"{row} {player}"][key]))
+        for shown, x in expected:
+            assert float(shown) == pytest.approx(x, rel=0.005), (name, shown, x)
+        assert steps == f"{summary['timesteps']:,}"
+        assert minutes == f"{summary['wall_s'] / 60:.0f}"
 
 
 def test_pages_named_in_other_files_exist():

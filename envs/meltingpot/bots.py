@@ -5,7 +5,7 @@ step, e.g. "COLLECT_DOVE", and a puppet (a SavedModel), which pursues it. The Sa
 that may be missing. The puppets of this file pursue the same goals by rules. A puppet uses its own
 view (RGB, read through envs.meltingpot.sprite_names), the other observations of its player
 (INVENTORY, READY_TO_SHOOT, ...), its position and orientation, and its memory of the map. It does
-not see the global view or other players' observations.
+not see the global view. Puppeteers read more: inventories of both who interacted, for example.
 
 `puppet_kind` gives the puppet of a substrate. A puppet has the methods of meltingpot's Policy, so
 meltingpot's PuppetPolicy can join it with a puppeteer. docs/scenarios.md says how well each reaches
@@ -285,6 +285,8 @@ class Puppet:
             m.last = (int(x), int(y), m.step)
         action = self.act(int(np.argmax(seen["GOAL"])), seen, m)
         here = (m.x, m.y, m.facing)
+        # Being frozen after an interaction counts, too, so the step after it is random. It is kept,
+        # as all tables have these bots (docs/scenarios.md).
         m.stuck = m.stuck + 1 if here == m.before and action != 0 else 0
         m.before = here
         m.step += 1
@@ -386,8 +388,8 @@ class MatrixPuppet(Puppet):
     """Goals: collect resource 1, ..., R; interact while playing resource 1, ..., R; and, in some
     substrates, collect resource 1, ..., R ignoring other considerations.
 
-    An interaction with a player that has collected nothing would waste the puppet's resources, so
-    it interacts only with players that carry the mark "Ready".
+    The engine ignores a beam at a player that has collected nothing, so the puppet aims only at
+    players that carry the mark "Ready".
     """
 
     players = ("Ready",)

@@ -262,7 +262,9 @@ def fresh(clocks: Clocks, sizes: Tensor) -> Snapshot:
 
 def overlap(depth: Tensor) -> Tensor:
     """Softplus of the depth by which two bodies overlap: about depth, about 0 if it is negative."""
-    return torch.nn.functional.softplus(depth / CONTACT_MARGIN) * CONTACT_MARGIN
+    x = depth / CONTACT_MARGIN
+    # torch's softplus rounds by where a number stands in a batch, exp and log do not.
+    return (x.clamp(min=0) + torch.log(1 + torch.exp(-x.abs()))) * CONTACT_MARGIN
 
 
 def walls(position: Tensor) -> Tensor:

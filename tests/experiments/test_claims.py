@@ -325,6 +325,17 @@ def test_too_few_seeds_decide_nothing(judge, tmp_path):
     assert outcome.verdict == "undecided" and outcome.parts[0].why == "b has not run in small"
 
 
+def test_a_figure_that_is_no_number_decides_nothing(judge, tmp_path):
+    """Neither as a figure nor where it should pass a bar."""
+    path = study(tmp_path / "x.csv", a=seeds(5.0, math.nan, 6.0), b=BEHIND)
+    for more in ({}, {"bar": '{ arms = ["a"], measure = "returns", at_least = 1 }'}):
+        outcome = judge(path, **more)
+        assert outcome.verdict == "undecided"
+        assert outcome.parts[0].why == "a: a figure in small is not a number"
+    said = claims.below_bar(outcome.cases[0], "a", outcome.parts[0].mine[0])
+    assert said.startswith("a has not learned in small: nan")
+
+
 def test_no_seed_is_left_out(judge, tmp_path):
     """Neither by a gap, nor by its outcome: the mean of five sees the fifth in the interval."""
     outcome = judge(study(tmp_path / "x.csv", a={11: 5.0, 13: 5.5, 14: 6.0}, b=BEHIND))
