@@ -697,9 +697,9 @@ RULES = """## How verdicts are reached
 three seeds an arm, one in eight with five, where one in twenty is meant: hence Student's. One of
 interquartile means leaves it out one time in sixteen with five seeds (of a single arm, M8, one in
 nine), one of ranks with three seeds one time in nine (six arms in two worlds, as B1-proxy) or
-thirteen (four in three, as I1). Seeds are added until the list ends: more than one look. Of several
-comparisons at their margin one fails more easily than one. In particle worlds equal seeds share
-final worlds (not RL2's), so M's intervals are too wide.
+thirteen (four in three, as I1). Verdicts are looked at again as seeds come in. Of several
+comparisons at their margin one fails more easily than of one. In particle worlds runs of equal
+seeds are judged in the same worlds (not RL2's), so M's intervals are too wide.
 """
 BARS = """The bars of I1 to I3 and I6 are what the script focus won with 3 to 5 agents in a sample
 of battles. Another sample ([battles.md](battles.md), 6,144 a family, +-.012) has .430 in SZ, .370
@@ -930,8 +930,8 @@ def what_all_needs(missing: list[Missing], fresh: list[Missing]) -> str:
     """A paragraph: number and hours of all runs that undecided claims need."""
     runs, hours = total_of(missing)
     bots, long = total_of(x for x in missing if x.own_bots)
-    text = f"What is undecided needs {runs:,} runs and {hours_text(hours)} core hours, each run "
-    text += "once, those that others adapt among them."
+    text = f"Undecided claims need {runs:,} different runs, those that are adapted among them, and "
+    text += f"{hours_text(hours)} core hours."
     if bots:
         text += f" {bots:,} of them, {hours_text(long)} hours, are with Melting Pot's own bots."
     if fresh:

@@ -797,7 +797,7 @@ def test_what_is_undecided_needs_its_sources_too():
     two = [own[0]._replace(name="x", seeds=seeds, hours=1.0) for seeds in ((21, 22), (22, 23))]
     assert claims.total_of(claims.each_once(two)) == (3, 3.0)
     text = claims.what_all_needs(every, [])
-    assert text.startswith("What is undecided needs 110 runs and ") and "own bots" not in text
+    assert text.startswith("Undecided claims need 110 different runs") and "own bots" not in text
 
 
 def test_own_bots_are_told(tmp_path):
