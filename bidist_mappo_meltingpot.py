@@ -785,7 +785,7 @@ def prepare(
 # [shared: meltingpot_data] begin
 def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batch]:
     """Yield the minibatches of one epoch: shuffled (chunk, world) pairs, each with all agents.
-    (T, B, ...) becomes (L, M, ...), hidden (C, B, N, S) becomes (M, N, S)."""
+    (T or T + 1, B, ...) becomes (L, M, ...), what is called ...hidden (C, B, N, S): (M, N, S)."""
     # paper is silent: how a rollout is cut into chunks and minibatches for recurrent networks
     chunks, worlds = batch.actor_hidden.shape[:2]
     length = args.chunk_length
