@@ -77,7 +77,7 @@ from envs.meltingpot.tiles import Episode, Observation, Spec, WorldError
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """BiDist on MAPPO in Melting Pot. Defaults: paper (Tables B.1, B.2), except --clip-centre."""
+    """BiDist on MAPPO in Melting Pot. Defaults: paper (Tables B.1, B.2), but --clip-centre, --p."""
 
     # Environment
     substrate: str = "chicken_in_the_matrix__repeated"  # Melting Pot substrate, toy or module:Class

@@ -764,13 +764,16 @@ class Parts:
 
     def parts(self) -> dict[str, Any]:
         """{name of the attribute: the network or optimiser}. TypeError if a list, tuple or dict
-        holds some: several networks are an nn.ModuleList."""
-        for name, part in vars(self).items():
-            members = part.values() if isinstance(part, dict) else part
-            plain = isinstance(part, list | tuple | dict)
-            if plain and any(hasattr(x, "state_dict") for x in members):
-                raise TypeError(f"no checkpoint would hold {name}, a {type(part).__name__}.")
-        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
+        holds others: several networks are an nn.ModuleList."""
+        found = {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
+        known = {id(part) for part in found.values()}
+        for name, x in vars(self).items():
+            if not isinstance(x, list | tuple | dict):
+                continue
+            members = x.values() if isinstance(x, dict) else x
+            if any(hasattr(part, "state_dict") and id(part) not in known for part in members):
+                raise TypeError(f"no checkpoint would hold {name}, a {type(x).__name__}.")
+        return found
 
 
 def restore(x: Any, saved: Any, source: str) -> None:
@@ -1179,8 +1182,8 @@ class Run:
 
     def catch_signals(self) -> None:
         """Let Ctrl-C, SIGTERM and SIGHUP stop the run after its iteration, an evaluation at once. A
-        second Ctrl-C, and another signal after SAME_SIGNAL, has its usual effect. Ignored signals,
-        as under nohup, stay ignored."""
+        second Ctrl-C, and any signal that comes SAME_SIGNAL after the first, has its usual effect
+        (the latter not where there are several processes). Ignored ones, as by nohup, stay so."""
         old, first = {}, math.inf  # first: when the first signal came
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(number)
@@ -1192,10 +1195,11 @@ class Run:
             # A launcher or torchrun and a cluster's manager may both send SIGTERM: one request.
             is_second = self.size == 1 and time.monotonic() - first > SAME_SIGNAL
             first = min(first, time.monotonic())
-            if number == signal.SIGINT or is_second:
+            if number == signal.SIGINT:  # somebody types: the next one is meant
+                signal.signal(number, old[number])
+            if is_second:
                 for each, handler in old.items():
                     signal.signal(each, handler)
-            if number != signal.SIGINT and is_second:
                 signal.raise_signal(number)
             if self.rank == 0 and not self.stopped:
                 # Not by print(), which a signal may interrupt; the terminal may be gone.

@@ -272,12 +272,12 @@ class Launcher(Trainer):
         record.timesteps = last_line(job.run).get("timesteps", 0)
         with self.lock:
             self.records[job.run.name] = record
-        known = read_records(self.root).get(job.run.name, record)
-        if record.starts or (record.code == FINISHED and known.code != FINISHED):
-            try:
+        try:
+            known = read_records(self.root).get(job.run.name, record)
+            if record.starts or (record.code == FINISHED and known.code != FINISHED):
                 save_record(self.root, job.run.name, record)
-            except RunError as error:  # the run has ended as it has
-                self.tell(f"{job.run.name} is not in study.json: {error}")
+        except RunError as error:  # the run has ended as it has
+            self.tell(f"{job.run.name} is not in study.json: {error}")
         return record.code
 
     def try_often(self, job: Job, record: Record, environment: dict[str, str]) -> int | None:

@@ -708,35 +708,15 @@ def pack(study: Pack) -> None:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """In this context no other process is in one for the same file; it waits until then. NFS locks
-    files that are open for writing, and no directories."""
+    """In this context no other process is in one for the same file; it waits until then. What is
+    locked is a file beside it, which stays: NFS locks what is open for writing, no directories."""
     place = path.with_name(f".{path.name}.lock")
-    file = locked(place)
-    while not is_file_at(place, file):  # whom this one waited for has removed it
-        file.close()
-        file = locked(place)
+    with harness.writing(place):
+        file = place.open("a")
     with file:
-        try:
-            yield
-        finally:
-            place.unlink(missing_ok=True)
-
-
-def locked(path: Path) -> Any:
-    """A file that is open, made if need be, and locked, where its file system has locks."""
-    with harness.writing(path):
-        file = path.open("a")
-    with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
-
-
-def is_file_at(path: Path, file: Any) -> bool:
-    """Whether the open file is still the one at this path."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def add_to_study(study: Pack) -> None:
@@ -916,7 +896,8 @@ class Trainer:
         self.lock, self.stopped = threading.RLock(), False
 
     def stop(self, number: int, frame: Any) -> None:
-        """Signal handler: pass SIGTERM on to all scripts; a second one makes them end at once."""
+        """Signal handler: pass SIGTERM on to all scripts; a second one, some seconds later,
+        makes those of one process end at once."""
         with self.lock:
             self.stopped = True
             for child in self.children:

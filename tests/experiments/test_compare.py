@@ -7,14 +7,12 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
 from made_up import ROOT, command, experiment, fake_evaluation, fake_run, is_png, rows
 from runs import BIDIST, STEPS, script, tiny
 
-runs_module = experiment("runs")
 GATE = f"{ROOT}/experiments/studies/mra_gate.toml"
 
 
@@ -244,22 +242,6 @@ def test_a_link_has_its_own_name(two, tmp_path):
     assert code == 0 and "| mine-s1 |" in printed and "difference from its" in printed
 
 
-def test_packs_into_one_study_wait_for_each_other(two, tmp_path):
-    """Even where whom they wait for takes the lock's file away; it is left to nobody."""
-    study = tmp_path / "study.csv"
-    packs = [runs_module.Pack(study, (run,)) for run in two]
-    threads = [threading.Thread(target=runs_module.pack, args=(pack,)) for pack in packs]
-    with runs_module.alone(study):
-        for thread in threads:
-            thread.start()
-        time.sleep(0.3)
-        assert not study.exists()
-    for thread in threads:
-        thread.join()
-    assert {run.name for run in runs_module.read_study(study)} == {path.name for path in two}
-    assert list(tmp_path.glob(".*")) == []
-
-
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs Linux and unshare")
 def test_a_study_on_a_full_disk_stays(two, tmp_path):
     """Packed in place where there is no room for it: one sentence, and the study is as it was."""
@@ -446,7 +428,7 @@ def test_a_study_is_packed_into_by_one_command_at_a_time(tmp_path):
     """A second one waits before it reads what is there: else the first one's runs would be lost."""
     runs, study = experiment("runs"), tmp_path / "study.csv"
     options = [runs.Pack(study, (toy_run(tmp_path / f"mine-s{s}", s),)) for s in (1, 2)]
-    with runs.alone(tmp_path):
+    with runs.alone(study):
         second = threading.Thread(target=runs.pack, args=(options[1],))
         second.start()
         second.join(timeout=1)
