@@ -733,6 +733,23 @@ def test_a_seed_is_a_course_whatever_the_number_of_worlds():
     assert not equal(alone, course(7, 6, 0, slice(2, 3)))
 
 
+@pytest.mark.numeric
+def test_forces_round_alike_in_any_batch():
+    """A battle's course must not depend on how many others there are: torch's softplus rounds by
+    where a number stands."""
+    rng = torch.Generator().manual_seed(1)
+    position = torch.rand(301, 8, 2, generator=rng) * 2 - 1  # inner edges of walls: .9
+    position[:, ::2] = 0.8 + 0.1 * torch.rand(301, 4, 2, generator=rng)
+    together, depth = rc.walls(position), position.flatten() - 0.85
+    assert (together != 0).float().mean() > 0.1
+    for b in range(0, 301, 7):
+        assert torch.equal(rc.walls(position[b : b + 1])[0], together[b])
+    alone = torch.stack([rc.overlap(x) for x in depth[:500]])
+    assert torch.equal(alone, rc.overlap(depth)[:500])
+    exact = np.logaddexp(0.0, depth.double().numpy() / 1e-3) * 1e-3
+    assert np.abs(rc.overlap(depth).numpy() - exact).max() < 1e-6
+
+
 @pytest.mark.parametrize("once", [False, True])
 def test_saved_states_go_on_alike(once):
     w = rc.ResourceCollection((3, 5), 4, 1, episode_limit=30, once=once)
