@@ -960,6 +960,10 @@ def start_wandb(args: RunArgs, run_dir: Path) -> Any:
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
+class EvaluationStopped(Exception):
+    """Raised by Evaluation.progress() when the run is asked to stop."""
+
+
 class Evaluation:
     """What a script's evaluate() has to know, and a progress bar for it.
 
@@ -972,8 +976,16 @@ class Evaluation:
 
     INTERVAL = 15.0  # seconds between lines where there is no terminal
 
-    def __init__(self, args: RunArgs, kind: str, timesteps: int, run_dir: Path | None):
+    def __init__(
+        self,
+        args: RunArgs,
+        kind: str,
+        timesteps: int,
+        run_dir: Path | None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ):
         self.kind, self.timesteps, self.run_dir = kind, timesteps, run_dir
+        self.is_stopped = is_stopped
         self.final = kind == "final"
         self.episodes = args.final_episodes if self.final else args.eval_episodes
         self.rng = np.random.default_rng((args.seed, timesteps, int(self.final)))
@@ -992,7 +1004,10 @@ class Evaluation:
         self.bar.refresh()
 
     def progress(self, episodes: int = 1) -> None:
-        """Report that this many more episodes have been played."""
+        """Report a step in which this many episodes have ended. Raises EvaluationStopped if the run
+        is to stop: a step is a place where nothing is half done, which a signal's is not."""
+        if self.is_stopped():
+            raise EvaluationStopped
         self.played += episodes
         self.bar.update(episodes)
         now = time.monotonic()
@@ -1041,7 +1056,7 @@ class Run:
         self.noted: dict[str, list[Tensor]] = collections.defaultdict(list)
         self.laps: dict[str, float] = collections.defaultdict(float)
         self.mark = self.busy = 0.0  # time of the last lap; seconds of iterations since a log line
-        self.stopped = self.evaluating = False
+        self.stopped = False
         self.judge: Judge | None = None  # the script's, set before begin()
         self.logger: Logger | None = None
 
@@ -1181,9 +1196,9 @@ class Run:
                 write(path, json.dumps(about, indent=1).encode())
 
     def catch_signals(self) -> None:
-        """Let Ctrl-C, SIGTERM and SIGHUP stop the run after its iteration, an evaluation at once. A
-        second Ctrl-C, and any signal that comes SAME_SIGNAL after the first, has its usual effect
-        (the latter not where there are several processes). Ignored ones, as by nohup, stay so."""
+        """Let Ctrl-C, SIGTERM and SIGHUP stop the run after its iteration, an evaluation after its
+        step. A second Ctrl-C, and any signal that comes SAME_SIGNAL after the first, has its usual
+        effect (the latter not where there are several processes). Ignored ones stay so."""
         old, first = {}, math.inf  # first: when the first signal came
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handler = signal.getsignal(number)
@@ -1206,9 +1221,6 @@ class Run:
                 with contextlib.suppress(OSError):
                     os.write(2, STOPPING)
             self.stopped = True
-            if self.evaluating:
-                self.evaluating = False  # once: not again while the evaluation is left
-                raise KeyboardInterrupt
 
         for number, handler in old.items():
             signal.signal(number, stop)
@@ -1334,17 +1346,11 @@ class Run:
         if self.rank or self.stopped:
             return {}
         folder = None if self.keeps_out() else self.dir
-        evaluation = Evaluation(self.args, kind, self.timesteps, folder)
+        evaluation = Evaluation(self.args, kind, self.timesteps, folder, lambda: self.stopped)
         try:
-            try:
-                self.evaluating = True
+            with contextlib.closing(evaluation):
                 results = self.judge(evaluation)
-            finally:
-                self.evaluating = False
-                evaluation.close()
-        except KeyboardInterrupt:
-            if not self.stopped:
-                raise
+        except EvaluationStopped:
             return {}
         except OSError as error:
             if "ffmpeg" not in str(error):  # envs/films.py

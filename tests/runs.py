@@ -228,6 +228,10 @@ class Run:
     def stderr(self):
         return self.err.read_text()
 
+    def __repr__(self):
+        """What pytest prints where an exit code is not the expected one: how the run ended."""
+        return f"<Run: {' / '.join(sentences(self.stderr()))[-160:]}>"
+
 
 @contextlib.contextmanager
 def start(name, argv, cwd, **options):

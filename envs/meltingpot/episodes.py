@@ -159,7 +159,8 @@ def play_all(
                  episode draws the ids of its seats among those of their roles, without replacement;
                  with shuffle_ids=False the k-th seat of a role has the k-th id of this role
     videos       {label: film that records the first world of this label}
-    progress     progress(1) is called after every counted episode; its exceptions end the play
+    progress     progress(n) is called after each step, in which n counted episodes have ended; its
+                 exceptions end the play
     The first `episodes` that begin are counted, and played to their end. To count the first that
     finish would favour short episodes.
     """
@@ -207,6 +208,7 @@ def play_all(
             actions = np.where(is_focal, actions, background(obs, starts, ids))
         obs, _, terminated, truncated, _, ended = envs.step(actions)
         starts = terminated | truncated
+        progress(sum(bool(counted[episode.world]) for episode in ended))
         for episode in ended:
             world = episode.world
             if counted[world]:
@@ -220,7 +222,6 @@ def play_all(
                     for who in (us, ~us)
                 ]
                 results[labels[world]].append(Result(*map(float, means), episode.length))
-                progress(1)
                 counted[world] = counts(world)
                 if world in films:
                     films[world].stop()

@@ -113,6 +113,25 @@ def test_stop_in_an_evaluation(kind, number, tmp_path):
     assert evaluated == [4, 8]  # what was stopped is made up, at its own step
 
 
+def test_a_signal_that_comes_while_a_library_runs(tmp_path, monkeypatch):
+    """Numba turns what a handler raises in one of its calls into a SystemError; others lose it. So
+    no handler may raise, and the evaluation ends at its next step."""
+    played = []
+
+    def judge(args, agent, evaluation):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise SystemError("returned a result with an exception set") from error
+        for _ in range(3):
+            evaluation.progress(1)
+            played.append(1)
+
+    monkeypatch.setattr(learner, "evaluate", judge)
+    assert run(*flags("run", 1, "--final-episodes", 3)) == 75
+    assert not played and not Path("run/summary.json").exists()
+
+
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_an_evaluation_that_was_killed_is_made_up(iterations, tmp_path):
     """Saved at the same step, so that no iteration leads to it again; and once is enough."""
