@@ -446,8 +446,9 @@ def process_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def own_generator(seed: int) -> torch.Generator:
-    """A generator with a stream for each process; rank 0 has that of a run with one process."""
+def own_generator(seed: int, stream: Literal[0, 1] = 0) -> torch.Generator:
+    """A generator with two streams for each process; rank 0 has those of a run with one process."""
+    seed = (seed + stream * 2**31) % 2**32  # torch uses 32 bits
     if rank := process_rank():
         seed = int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
     return torch.Generator().manual_seed(seed)

@@ -94,14 +94,13 @@ from envs.particle.worlds import Game, Observation, ParticleWorld, constant
 
 # --- 2. Args --------------------------------------------------------------------------------------
 
-PhiGradient = Literal["actor", "mi", "both", "both+actor"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
     """MRA in particle worlds. Defaults: the paper's or its code's; what phi, psi learn by: ours."""
 
     # Run
+    preset: Literal["paper", "cpu", "relation"] = "paper"  # flags' values; docs/mra.md; others win
     total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
     log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
     eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
@@ -125,7 +124,8 @@ class Args(RunArgs):
     reptile_step: Share = 1.0  # alpha, share of the K inner steps that Reptile keeps
     share_parameters: bool = True  # one parameter set per type of agent, not one per agent
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): biased, or exact
-    phi_gradient: PhiGradient = "both+actor"  # phi by Eq. (10); (11); (11), (13); or all three
+    # phi learns by Eq. (10); by Eq. (11); by Eqs. (11), (13); or by all three
+    phi_gradient: Literal["actor", "mi", "both", "both+actor"] = "both+actor"
     psi_information: bool = True  # psi by Eqs. (11) and (13); off: by (13) alone
     redraw_z: bool = False  # minibatches draw z anew from p(z|m); off: they have those that acted
     xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
@@ -167,13 +167,16 @@ PRESETS = {
         "compile": True,
     },
 }
+RELATION = {"phi_gradient": "actor", "psi_information": False, "psi_input": "standardised"}
+RELATION |= {"redraw_z": True, "xi_reads_z": True, "critic_reads_z": True}
+RELATION |= {"batch_size": 256, "update_every": 64, "entropy_coef": 0.01}
+PRESETS["relation"] = PRESETS["cpu"] | RELATION  # with which z matters in rooms and signpost
 LINE = ("return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
 # --adapt keeps these flags of the adapted run: its networks need them, or adapting ignores them.
-FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "psi_input")
-FIXED += ("hidden_size", "key_size", "share_parameters", "value_layers", "own_beside", "redraw_z")
-FIXED += ("psi_information", "xi_reads_z", "critic_reads_z", "tell_population", "reptile_step")
-FIXED += ("head_gain",)
+FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "share_parameters")
+FIXED += ("psi_input", "hidden_size", "key_size", "value_layers", "reptile_step", "psi_information")
+FIXED += ("own_beside", "redraw_z", "xi_reads_z", "critic_reads_z", "tell_population", "head_gain")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -221,10 +224,11 @@ def read(argv: list[str]) -> Args:
     if not own.share_parameters:
         raise UsageError(f"{source} has parameters per agent, which fit no other population.")
     new = {field.name: getattr(given, field.name) for field in dataclasses.fields(RunArgs)}
-    new |= {"population": "", "eval_populations": (), "phi_gradient": "actor"}
     typed = any(word.partition("=")[0] == "--preset" for word in argv)
-    preset = {name: getattr(Args, name) for name in PRESETS["cpu"]} | PRESETS[given.preset]
+    preset = {name: getattr(Args, name) for name in PRESETS["relation"]} | PRESETS[given.preset]
+    preset = {name: x for name, x in preset.items() if name not in FIXED}
     new |= preset if typed else {"preset": own.preset}
+    new |= {"population": "", "eval_populations": (), "phi_gradient": "actor"}
     default = dataclasses.replace(own, **new)
     args = read_kept(Args, argv, default, FIXED, source)
     idle = args.target == "hard" and args.polyak != default.polyak  # typed, not the source's
@@ -621,10 +625,6 @@ class Agent(Parts):
 # --- 5. The paper ---------------------------------------------------------------------------------
 
 
-def latent_generator(seed: int) -> torch.Generator:
-    return own_generator((seed + 2**31) % 2**32)  # a stream apart from seed's; torch uses 32 bits
-
-
 def draw_latents(agent: Agent, game: Game, num_worlds: int, rng: torch.Generator) -> Tensor:
     """Draw latents z ~ p_psi(z|m), one for each agent of each world -> (B, N)."""
     log_p = agent.log_prior(game).detach()  # (N, Z)
@@ -987,7 +987,7 @@ def net_player(
     latents (B, N), or (N,) for all worlds, or one of each type, or None: then p(z|m) draws them
     when an episode begins. uniform: play with the uniform graph instead of phi's."""
     rng = torch.Generator().manual_seed(seed)
-    latent_rng = latent_generator(seed)
+    latent_rng = own_generator(seed, stream=1)
     drawn = weakref.WeakKeyDictionary()  # worlds -> latents drawn for them (B, N)
 
     def latents(worlds: ParticleWorld) -> Tensor:
@@ -1095,7 +1095,7 @@ def train(args: Args) -> int:
         collectors = [Collector(args, name, run.device) for name in names]
         agent = Agent(args, collectors[0].game, run.device)
         rng = own_generator(args.seed)
-        latent_rng = latent_generator(args.seed)
+        latent_rng = own_generator(args.seed, stream=1)
         by_name = {collector.name: collector for collector in collectors}
         own = {"rng": rng, "latent_rng": latent_rng, "collectors": by_name}
         run.restore(agent=agent)

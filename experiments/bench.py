@@ -943,7 +943,7 @@ def begin_mra(script: Any, flags: str) -> SimpleNamespace:
     collectors = [script.Collector(args, name, CPU) for name in args.populations]
     agent = script.Agent(args, collectors[0].game, CPU)
     rng = torch.Generator().manual_seed(args.seed)
-    latent_rng = script.latent_generator(args.seed)
+    latent_rng = script.own_generator(args.seed, stream=1)
     script.begin(args, agent, collectors, latent_rng)
     return SimpleNamespace(
         args=args, collectors=collectors, agent=agent, rng=rng, latent_rng=latent_rng

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import harness
@@ -582,6 +583,25 @@ def test_presets(name, monkeypatch):
         assert given(name, argv, monkeypatch) == dataclasses.replace(fast, num_envs=7)
     copied = given(name, ["--preset", "cpu", "--target", "hard"], monkeypatch)
     assert copied == dataclasses.replace(fast, target="hard"), "the preset's --polyak is not typed"
+
+
+def test_preset_of_the_form_in_which_z_matters(monkeypatch):
+    """It is --preset cpu with the flags of the study that found it; an adapted run takes of it what
+    adapting may change."""
+    with (ROOT / "experiments/studies/mra_untold_rooms.toml").open("rb") as file:
+        study = tomllib.load(file)
+    flags = study["runs"]["rooms-layer_per_z_standardised"].split()[1:]
+    typed = given(MRA, ["--preset", "cpu", *study.get("flags", "").split(), *flags], monkeypatch)
+    world = ["--task", "rooms", "--populations", *typed.populations]
+    world += ["--eval-populations", *typed.eval_populations]
+    short = given(MRA, [*world, "--preset", "relation"], monkeypatch)
+    assert short == dataclasses.replace(typed, preset="relation")
+    run(MRA, "source", 4)
+    few = ["--adapt", "source", "--population", 4]
+    source, adapted = (given(MRA, [*few, *x], monkeypatch) for x in ([], ["--preset", "relation"]))
+    changed = {k for k, x in vars(adapted).items() if x != vars(source)[k]}
+    assert {"preset", "batch_size", "entropy_coef", "inner_steps"} <= changed
+    assert not changed & set(script(MRA).FIXED) and adapted.phi_gradient == "actor"
 
 
 # --- Flags ----------------------------------------------------------------------------------------
