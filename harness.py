@@ -333,6 +333,10 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
         return int(leaving.code or FINISHED)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemError as error:
+        if not is_interrupt(error):
+            raise
+        return INTERRUPTED
     except PermissionError as error:
         say_error(f"{error.filename or first_line(error)}: permission denied.")
         return FAILED
@@ -354,6 +358,13 @@ def call(function: Callable[[], int], *errors: type[Exception]) -> int:
         else:
             raise
         return FAILED
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether an error comes of Ctrl-C, which is a SystemError once it has left numba."""
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
 
 
 def is_about_memory(error: Exception) -> bool:

@@ -317,3 +317,22 @@ def test_output_to_a_full_disk(command, monkeypatch):
 def test_help_in_process(capfd):
     assert run("--help") == 0
     assert "pulls of all worlds" in capfd.readouterr().out
+
+
+def test_ctrl_c_in_a_call_of_numba(monkeypatch, capfd):
+    """What numba makes of it; an error of numba's own stays one."""
+
+    def stop(args):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise SystemError("returned a result with an exception set") from error
+
+    def fail(args):
+        raise SystemError("bad argument") from ValueError()
+
+    monkeypatch.setattr(learner, "train", stop)
+    assert run() == 130 and not capfd.readouterr().err
+    monkeypatch.setattr(learner, "train", fail)
+    with pytest.raises(SystemError):
+        run()
