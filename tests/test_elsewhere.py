@@ -320,6 +320,7 @@ def test_every_flag_there(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")  # as it should
 def test_an_adapted_run_there(tmp_path, monkeypatch):
     """What a CPU has trained."""
     for name, flags in ((MRA, SHORT[MRA]), (RL2, ())):
