@@ -1,4 +1,4 @@
-# docker build -t unseen .
+# docker build -t unseen --build-arg COMMIT="$(git describe --always --dirty)" .
 # docker run --rm --init -v "$PWD/runs:/unseen/runs" unseen
 # docker run --rm --init --gpus all -v "$PWD/runs:/unseen/runs" unseen \
 #     python bidist_mappo_meltingpot.py --device cuda
@@ -36,5 +36,8 @@ RUN make setup PIP_ARGS=--no-cache-dir
 # numba keeps what it has compiled here; an image that is read only, as Apptainer's, needs a place.
 ENV PATH=/unseen/.venv/bin:$PATH NUMBA_CACHE_DIR=/tmp/numba
 COPY --chown=unseen . .
+# Which commit runs are of: the image has no .git.
+ARG COMMIT
+ENV UNSEEN_COMMIT=$COMMIT
 RUN mkdir -p runs
 CMD ["make", "train"]

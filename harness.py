@@ -713,10 +713,12 @@ def lock(run_dir: Path) -> Any:
 def describe_run(args: RunArgs, resolved: dict[str, Any]) -> bytes:
     """The content of args.json; resolved: values that defaults like auto stand for."""
     script = script_of(type(args))
-    about = {"script": script.stem, "resolved": resolved, "commit": ""}
+    about = {"script": script.stem, "resolved": resolved}
+    about["commit"] = os.environ.get("UNSEEN_COMMIT", "")  # of the Dockerfile
     with contextlib.suppress(OSError):  # no git
         git = ["git", "-C", str(script.parent), "describe", "--always", "--dirty"]
-        about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        about["commit"] = found or about["commit"]
     about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
     return json.dumps(dataclasses.asdict(args) | about, indent=1).encode()
 

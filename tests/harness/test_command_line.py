@@ -47,6 +47,18 @@ def test_every_flag_arrives():
     assert found["script"] == "learner" and "torch" in found["packages"]
 
 
+def test_commit_of_a_run(monkeypatch):
+    """By git; where it finds none, as in an image, what the image says."""
+    monkeypatch.setenv("UNSEEN_COMMIT", "abc1234")
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    assert run(*flags("here", 1)) == 0 and stored("here")["commit"] == (found or "abc1234")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert run(*flags("image", 1)) == 0 and stored("image")["commit"] == "abc1234"
+    monkeypatch.delenv("UNSEEN_COMMIT")
+    assert run(*flags("neither", 1)) == 0 and stored("neither")["commit"] == ""
+
+
 def test_preset_and_what_overrides_it():
     for name, more in (("a", ()), ("b", ("--preset", "cpu")), ("c", ("--num-envs", 2))):
         preset = () if name == "a" else ("--preset", "cpu")
