@@ -131,6 +131,7 @@ class Args(RunArgs):
     xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
     critic_reads_z: bool = False  # the critic's V has a first layer for each z
     psi_input: Literal["tenth", "standardised"] = "tenth"  # numbers of agents, as psi reads them
+    psi_entropy: Count = 0  # steps in which the weight of p(z|m)'s entropy falls from 1 to 0
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
     target: Literal["polyak", "hard"] = "hard"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
@@ -177,6 +178,7 @@ RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change wi
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "share_parameters")
 FIXED += ("psi_input", "hidden_size", "key_size", "value_layers", "reptile_step", "psi_information")
 FIXED += ("own_beside", "redraw_z", "xi_reads_z", "critic_reads_z", "tell_population", "head_gain")
+FIXED += ("psi_entropy",)
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -206,6 +208,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (unclear, f"{unclear} cannot be told its number: two of --populations are next in size"),
         (args.critic_reads_z and named, "--critic-reads-z needs --tell-population nobody"),
         (begins and no_psi and args.psi_input != "tenth", "--psi-input needs a learned p(z|m)"),
+        (begins and no_psi and args.psi_entropy, "--psi-entropy needs a learned p(z|m)"),
         (begins and no_xi and args.xi_reads_z, "--xi-reads-z needs a classifier that learns"),
         (begins and args.redraw_z and not drawn, "--redraw-z needs several z, none of them told"),
         (begins and one_z and args.critic_reads_z, "--critic-reads-z needs several z"),
@@ -645,8 +648,7 @@ def graph_information(agent: Agent, view: View, log_prior: Tensor) -> Tensor:
 def population_loss(agent: Agent, view: View, log_prior: Tensor, label: int) -> Tensor:
     """Cross-entropy () of xi, exact over z. label: index of the population; log_prior (N, Z)."""
     g = agent.attention.all(view)  # (Z, M, N, N)
-    log_guess = agent.population_classifier(view, g).log_softmax(-1)
-    surprise = -log_guess[..., label]  # (Z, M, N)
+    surprise = -agent.population_classifier(view, g).log_softmax(-1)[..., label]  # (Z, M, N)
     p = log_prior.exp().T[:, None]  # (Z, 1, N)
     # Eq. (13)
     return mean((p * surprise).sum(0), view.alive)
@@ -750,8 +752,7 @@ class Collector:
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
         self.returns = EpisodeReturns(self.worlds, sum_over_processes)
-        shape = (args.num_envs, self.game.num_agents)
-        self.z = torch.zeros(shape, dtype=torch.int64, device=device)  # of the running episodes
+        self.z = torch.zeros(args.num_envs, self.game.num_agents, dtype=torch.int64, device=device)
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -885,9 +886,10 @@ def frozen(*nets: nn.Module) -> Iterator[None]:
 def latent_update(
     args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """One step of psi and xi on observations of all populations; returns scalars for the log."""
+    """One step of psi, by Eq. (13) and --psi-entropy (ours), and of xi; returns scalars to log."""
     losses, scalars = [], {}
     size = math.ceil(args.batch_size / len(collectors))
+    weight = max(0, 1 - sum(x.buffer.steps for x in collectors) / max(1, args.psi_entropy))
     for label, collector in enumerate(collectors):
         if collector.buffer.size:
             view = collector.buffer.sample(agent, rng, size).view
@@ -897,7 +899,7 @@ def latent_update(
                 scalars[f"xi_loss/{collector.name}"] = loss.detach()
                 if args.psi_information and agent.learns_prior:
                     loss = loss - mean(graph_information(agent, view, log_prior), view.alive)
-            losses.append(loss)
+            losses.append(loss + weight * (log_prior.exp() * log_prior).sum(-1).mean())
     loss = torch.stack(losses).mean()
     descend(loss, nn.ModuleList(agent.latent_nets), agent.latent_optimiser, args.max_grad_norm)
     return scalars
@@ -956,16 +958,14 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
         name, game, known = collector.name, collector.game, agent.args.populations
         view = collector.buffer.sample(agent, rng, 256).view
         log_prior = agent.log_prior(game)
-        information = graph_information(agent, view, log_prior)
-        scalars[f"information/{name}"] = mean(information, view.alive)
+        scalars[f"information/{name}"] = mean(graph_information(agent, view, log_prior), view.alive)
         p = log_prior.exp()  # (N, Z)
         priors.append(torch.stack([each[0] for each in p.split(game.population)]))  # (types, Z)
         if agent.classifies and name in known:
-            label = known.index(name)
             g = agent.attention.all(view)  # (Z, M, N, N)
             for kind, graphs in (("", g), ("_uniform_g", uniform_graph(view).expand_as(g))):
                 guess = agent.population_classifier(view, graphs).argmax(-1)  # (Z, M, N)
-                right = (p.T[:, None] * (guess == label)).sum(0)  # (M, N)
+                right = (p.T[:, None] * (guess == known.index(name))).sum(0)  # (M, N)
                 scalars[f"xi_accuracy{kind}/{name}"] = mean(right, view.alive)
         if agent.learns_prior:
             for kind, row in enumerate(agent.latent_prior(game.population).exp()):
@@ -1078,8 +1078,7 @@ def begin(args: Args, agent: Agent, collectors: list[Collector], rng: torch.Gene
         sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]
         collectors[0].buffer.reward_scale.sums += torch.stack(sums).mean(0).to(agent.device)
     for collector in collectors:
-        B = 1 if args.adapt else args.num_envs
-        z = draw_latents(agent, collector.game, B, rng).cpu()
+        z = draw_latents(agent, collector.game, 1 if args.adapt else args.num_envs, rng).cpu()
         collector.z[:] = gather(z)[0] if args.adapt else z  # kept; the same in all processes
 
 
@@ -1087,7 +1086,7 @@ def train(args: Args) -> int:
     """Train, or only evaluate with --eval-only; return the exit code."""
     keep_freed_memory()
     with Run(args, table, LINE) as run:
-        args = run.own_share(args, "batch_size", "buffer_size", "update_every")
+        args = run.own_share(args, "batch_size", "buffer_size", "update_every", "psi_entropy")
         check(validate(args))  # again: a step of its worlds must fit into a process's share
         for name in args.eval_populations:
             make_envs(args, name, num_envs=1, seed=args.seed)  # UsageError now, not after training
@@ -1112,8 +1111,7 @@ def train(args: Args) -> int:
             replays={name: collector.buffer for name, collector in by_name.items()},
         )
         while run.goes_on():
-            turn = run.iteration // args.max_episode_steps % len(collectors)
-            collector = collectors[turn]
+            collector = collectors[run.iteration // args.max_episode_steps % len(collectors)]
             buffer = collector.buffer
             before = buffer.steps // args.update_every
             collect(agent, collector, rng, latent_rng)

@@ -1159,6 +1159,25 @@ def test_psi_by_both_ascends_eq_11(monkeypatch):
     assert max(np.abs(x).max() for x in own.values()) > 1e-4
 
 
+@pytest.mark.parametrize("steps, weight", [(0, 0.0), (24, 0.0), (96, 0.75), (240, 0.9)])
+def test_entropy_of_the_prior_in_psis_loss(steps, weight, monkeypatch):
+    """Less the entropy of p(z|m), mean over agents and populations, whose weight falls from 1 to 0
+    in so many environment steps, of all populations together; 24 have been made."""
+    losses, s = [], setting("resource", "3", "5", flags=f"--psi-entropy {steps}")
+    for collector, _ in itertools.product(s.collectors, range(3)):
+        mra.collect(to_single(s.agent), collector, **s.rngs)
+    assert sum(collector.buffer.steps for collector in s.collectors) == 24
+    monkeypatch.setattr(mra, "descend", lambda loss, *_: losses.append(loss.item()))
+    for args in (s.args, dataclasses.replace(s.args, psi_entropy=0)):
+        mra.latent_update(args, s.agent, s.collectors, seeded(1))
+    entropies = []
+    for collector in s.collectors:
+        log_p = s.agent.log_prior(collector.game).detach().numpy()
+        entropies.append(-(np.exp(log_p) * log_p).sum(-1).mean())
+    assert abs(losses[0] - losses[1] + weight * np.mean(entropies)) < 1e-5
+    assert np.mean(entropies) > 1
+
+
 def to_single(agent):
     for net in parts_of(agent).values():
         net.float()

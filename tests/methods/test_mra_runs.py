@@ -472,6 +472,8 @@ WRONG_IN_MRA = {
     "--value-layers 3": "--value-layers 3",
     "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told z",
     "--latent-prior uniform --psi-input standardised": "--psi-input learned",
+    "--latent-prior uniform --psi-entropy 9": "--psi-entropy learned",
+    "--adapt {runs}/mra --population 4 --psi-entropy 9": "--psi-entropy 0",
     "--populations 3 --psi-input standardised": "--psi-input learned",
     "--latent-size 1 --psi-input standardised": "--psi-input learned",
     "--latent-prior uniform --phi-gradient mi --xi-reads-z": "--xi-reads-z classifier",
@@ -820,6 +822,7 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
         ([1, 1], [1, 6]),
     ),
     "psi_input": ("--psi-input standardised", changed("latent_prior"), None),
+    "psi_entropy": ("--psi-entropy 1000", changed("latent_prior"), None),
     "tell_population": (
         "--tell-population critic",
         lambda s, d: [shape(x, "entity.weight")(s, d)[0] for x in ("actor", "critic")],
