@@ -100,7 +100,7 @@ class Args(RunArgs):
     """MRA in particle worlds. Defaults: the paper's or its code's; what phi, psi learn by: ours."""
 
     # Run
-    preset: Literal["paper", "cpu", "relation"] = "paper"  # flags' values; docs/mra.md; others win
+    preset: Literal["paper", "cpu", "relation"] = "paper"  # named values of flags (docs/mra.md)
     total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
     log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
     eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
