@@ -5,19 +5,20 @@ network phi, the others with the learning network theta. Every k_d iterations, p
 last rollout: alternately towards theta (forward distillation, an implicit self-play with the past)
 and away from theta (reverse, novel partners). This prepares theta for co-players it has never met.
 
-    v_i ~ B(v_<i; p, N)    1: agent i is trained; 0, by p: fictitious; never all 0      Eqs. (3)-(5)
+    v_i ~ B(v_<i; p, N)  0 (fictitious) with probability p, else 1 (trained); never all 0  (3)-(5)
     tau ~ (pi_theta where v_i = 1, pi_phi where v_i = 0)                                Eq. (6)
     phi <- phi - eta_f grad L(phi),  L = 1/N sum_i E KL(pi_theta(.|o_i) || pi_phi(.|o_i))  Eq. (7)
     phi <- phi + eta_r grad L(phi)                                                      Eq. (8)
-    J(theta) = 1/N sum_i E min(r A, clip(r, c (1 -+ eps)) A),  r = pi_theta / pi_old    Eq. (9)
-    c = pi_theta_old / pi_old, but 1 in the paper and with --clip-centre printed
+    J(theta) = 1/N sum_i E min(r A, clip(r, c (1 -+ eps)) A),  r = pi_theta / pi_acted  Eq. (9)
+    c = pi_theta_old / pi_acted, but 1 in the paper and with --clip-centre printed
 
-    python bidist_mappo_meltingpot.py --k-d 5                     the paper's settings, except c
+    python bidist_mappo_meltingpot.py --k-d 5       the paper's settings, except c and what p counts
     python bidist_mappo_meltingpot.py --resume runs/RUN --total-timesteps 2000000
     python bidist_mappo_meltingpot.py --eval-only runs/RUN --background random runs/OTHER
     torchrun --nproc-per-node 2 bidist_mappo_meltingpot.py                   16 worlds per process
 
-Letters: pi_old the policy that acted, T steps, B worlds, N agents, A actions, F features, H W tiles
+Letters: pi_acted pi_theta or pi_phi, as v says (pi^old in Eq. (9)), theta_old theta before the
+update, T steps, B worlds, N agents, A actions, F features, H W tiles
 of a view (H' W' of the global view), S units of a hidden state, L steps per chunk, C chunks per
 world and rollout, M of them per minibatch. A diff with baselines/mappo_meltingpot.py shows the
 method only. Decisions where the paper is silent: docs/bidist.md. Worlds: docs/meltingpot.md.
@@ -87,7 +88,7 @@ class Args(RunArgs):
     max_episode_steps: Count = 0  # steps until training episodes (own worlds: all) end; 0: never
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
-    p: Share | None = None  # P(fictitious: v_i = 0); default .4 if N <= 2, else .2 (Sec. 5.1)
+    p: Share | None = None  # P(fictitious: v_i = 0); default .4, for N > 2 .2 (Sec. 5.1)
     v_redraw: Literal["iteration", "episode"] = "iteration"  # when v is redrawn (Alg. 1: iteration)
     all_fictitious: bool = False  # ablation v = 0: phi acts for all agents
     mask_fictitious: bool = False  # drop fictitious samples from PPO losses (Eq. 9 keeps them)
@@ -131,19 +132,19 @@ class Args(RunArgs):
 
 
 def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
-    """Yield (whether there are any, error message) of flags that another leaves without effect. A
+    """Yield (whether one makes others that were given idle, error message) of some flags. A
     phase that is off or takes no steps (random, noise) may have its rate, epochs and k_d: studies
     give them to all their arms. So may --mask-fictitious and --p 0 have a --clip-centre: w is 1."""
     forward, reverse = ("forward_lr", "forward_epochs"), ("reverse_lr", "reverse_epochs")
     phases = ("k_d", "forward", *forward, "reverse", *reverse, "reverse_mode", "noise_std")
-    needed_by_cap = ("advantages_per_population",)  # without a cap it needs two populations
+    one_population = ("advantages_per_population",)  # but for a cap, which needs the flag
     populations = ("v_redraw", "mask_fictitious", "weight_cap", "advantages_per_population")
     rows = [
         (args.copy_every, "--copy-every", (*phases, "distilled_width")),
         (not args.reverse, "--no-reverse", ("reverse_mode",)),
         (args.reverse_mode != "noise", f"--reverse-mode {args.reverse_mode}", ("noise_std",)),
         (args.all_fictitious, "--all-fictitious", ("p", "v_redraw")),
-        (args.all_fictitious and not args.weight_cap, "--all-fictitious", needed_by_cap),
+        (args.all_fictitious and not args.weight_cap, "--all-fictitious", one_population),
         (args.p == 0, "--p 0", populations),  # there is but one
         (args.mask_fictitious, "--mask-fictitious", ("weight_cap", "advantages_per_population")),
     ]
@@ -153,23 +154,31 @@ def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
         yield bool(applies and given), f"{flag} leaves no use for {listed}"
 
 
+def first_change(args: Args) -> tuple[int, str]:
+    """After how many iterations phi changes first, or first in reverse if a flag asks for that; 0:
+    never. And the flags that say so."""
+    if args.copy_every:
+        return args.copy_every, f"--copy-every {args.copy_every}"
+    if not (args.forward or args.reverse):
+        return 0, ""
+    names = ("reverse_mode", "reverse_lr", "reverse_epochs")
+    given = [x for x in names if args.reverse and getattr(args, x) != getattr(Args, x)]
+    if args.forward and not given:
+        return args.k_d, f"--k-d {args.k_d}"
+    flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in given]
+    return 2 * args.k_d, " ".join([f"--k-d {args.k_d}", *flags])
+
+
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     old = args.clip_centre == "old"
     capped = args.weight_cap is not None
     apart = args.advantages_per_population
-    learns = args.forward or args.reverse or args.copy_every  # phi
-    # Steps until the first distillation or copy; phases at odd multiples of k_d are forward, and
-    # the run is to reach one of a --reverse-mode that was asked for, too.
-    chosen = args.reverse_mode != Args.reverse_mode
-    every = args.copy_every or args.k_d * (1 if args.forward and not chosen else 2)
+    first, flags = first_change(args)
     steps = args.rollout_steps * args.num_envs * process_count()  # of an iteration
-    iterations = -(-args.total_timesteps // steps)  # a run ends its last one
-    first = every * steps
-    phases = f"--k-d {args.k_d}" + (f" --reverse-mode {args.reverse_mode}" if chosen else "")
-    flag = f"--copy-every {args.copy_every}" if args.copy_every else phases
-    too_rare = f"{flag} needs {first:,} steps, and the run has {args.total_timesteps:,}"
+    iterations = math.ceil(args.total_timesteps / steps)  # a run ends its last one
+    too_rare = f"{flags} needs {first * steps:,} steps, and the run has {args.total_timesteps:,}"
     wrong = [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
@@ -179,7 +188,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (capped and args.weight_cap < 1, "--weight-cap must be 1 or more"),
         # With capped w, E_phi[w grad log pi_theta] is not 0: a constant added to A adds a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
-        (learns and every > iterations and not args.eval_only, too_rare),
+        (first > iterations and not args.eval_only, too_rare),
     ]
     if args.resume or args.eval_only:  # a run that was begun with idle flags goes on
         return wrong
@@ -526,18 +535,18 @@ def distill(
     and after it, and the state with phi's new hidden states."""
     mode = "forward" if phase == "forward" else args.reverse_mode
 
-    def run(net: Actor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def play_through(net: Actor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log pi (T, B, N, A), hidden before each chunk (C, B, N, S), last hidden (B, N, S)."""
         views = batch.actor_views()
         logits, before, after = replay(args, net, views, hidden[0], agent.sprites)
         return logits.log_softmax(-1), before, after[-1]
 
-    theta, _, _ = run(agent.actor, batch.actor_hidden)  # the teacher: the updated theta
-    phi, hidden, last = run(agent.distilled, batch.distilled_hidden)
+    theta, _, _ = play_through(agent.actor, batch.actor_hidden)  # the teacher: the updated theta
+    phi, hidden, last = play_through(agent.distilled, batch.distilled_hidden)
     scalars = {f"{phase}/{name}_before": x for name, x in compare(theta, phi).items()}
     if mode in ("random", "noise"):
         replace_distilled(agent, mode, rng)
-        phi, hidden, last = run(agent.distilled, batch.distilled_hidden)
+        phi, hidden, last = play_through(agent.distilled, batch.distilled_hidden)
     else:
         lr = args.forward_lr if mode == "forward" else args.reverse_lr
         epochs = args.forward_epochs if mode == "forward" else args.reverse_epochs
@@ -552,7 +561,7 @@ def distill(
                 loss = distillation_loss(mode, part.theta, logits.log_softmax(-1))
                 descend(loss, agent.distilled, optimiser, args.max_grad_norm)
             # phi's hidden states before each chunk are recomputed with its new weights
-            phi, hidden, last = run(agent.distilled, batch.distilled_hidden)
+            phi, hidden, last = play_through(agent.distilled, batch.distilled_hidden)
     scalars |= {f"{phase}/{name}_after": x for name, x in compare(theta, phi).items()}
     check_finite(**scalars)  # Eq. (8) has no bound
     return scalars, dataclasses.replace(state, distilled_hidden=last)
@@ -569,7 +578,7 @@ def replace_distilled(agent: Agent, mode: str, rng: torch.Generator) -> None:
 
 
 def ratio_and_centre(args: Args, log_prob: Tensor, part: Batch) -> tuple[Tensor, Tensor]:
-    """The ratio pi_theta / pi_old and the centre of its clip, (L, M, N) each."""
+    """The ratio pi_theta / pi_acted and the centre of its clip, (L, M, N) each."""
     if args.clip_centre == "printed":
         ratio = (log_prob - part.log_probs).exp()
         return ratio, torch.ones_like(ratio)
@@ -697,9 +706,9 @@ def collect(
         for name, x in tensors.items():
             record[name].append(x)
 
-    trained = state.trained
     if args.v_redraw == "iteration":
-        trained = send(draw_trained(args, shape, method_rng), device)
+        drawn = send(draw_trained(args, shape, method_rng), device)
+        state = dataclasses.replace(state, trained=drawn)
     for t in range(args.rollout_steps + 1):
         tile_ids, actor_features, world_ids, features = observe(envs.obs, device)
         joint = joint_features(features, state.previous, num_actions)
@@ -708,18 +717,19 @@ def collect(
             break
         if args.v_redraw == "episode" and state.starts.any():
             drawn = send(draw_trained(args, shape, method_rng), device)
-            trained = torch.where(state.starts[:, None], drawn, trained)
+            trained = torch.where(state.starts[:, None], drawn, state.trained)
+            state = dataclasses.replace(state, trained=trained)
         if t % args.chunk_length == 0:
             add(actor_hidden=state.actor_hidden, distilled_hidden=state.distilled_hidden)
         views = Views(tile_ids, actor_features, state.starts)
         theta, actor_hidden = act(agent.actor, views, state.actor_hidden, agent.sprites)
         hidden = state.distilled_hidden
         phi, distilled_hidden = act(agent.distilled, views, hidden, agent.sprites)
-        acting = torch.where(trained[..., None], theta, phi)  # Eq. (6)
+        acting = torch.where(state.trained[..., None], theta, phi)  # Eq. (6)
         actions = sample(acting, rng)
         add(tile_ids=tile_ids, actor_features=actor_features)
         add(actions=actions, log_probs=chosen(acting, actions))
-        add(trained=trained, theta=theta, phi=phi)
+        add(trained=state.trained, theta=theta, phi=phi)
 
         step = envs.step(actions.cpu().numpy())
         rewards = send(torch.from_numpy(step.reward), device)
@@ -743,7 +753,6 @@ def collect(
             previous=actions.masked_fill(ended[:, None], -1),
             actor_hidden=actor_hidden,
             distilled_hidden=distilled_hidden,
-            trained=trained,
         )
     tensors = {name: torch.stack(x) for name, x in record.items()}
     return Batch(**tensors, finals=finals, episodes=episodes), state
@@ -751,9 +760,12 @@ def collect(
 
 def normalise_advantages(args: Args, advantages: Tensor, trained: Tensor) -> Tensor:
     """Advantages (T, B, N), normalised over the samples that train theta, or in each population."""
-    groups = [trained if args.mask_fictitious else torch.ones_like(trained)]
     if args.advantages_per_population:
         groups = [trained, ~trained]
+    elif args.mask_fictitious:
+        groups = [trained]
+    else:
+        groups = [torch.ones_like(trained)]
     normalised = advantages
     for group in groups:
         _, mean, square = moments(advantages[group])  # NaN if the group is empty: not used
@@ -897,10 +909,8 @@ def estimate(
 # --- 7. Update ------------------------------------------------------------------------------------
 
 
-def clip_objective(
-    ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor | float = 1.0
-) -> Tensor:
-    """PPO's clipped objective of each sample; ratio: pi_theta / pi_old of its action; centre: the
+def clip_objective(ratio: Tensor, advantage: Tensor, clip: float, centre: Tensor | float) -> Tensor:
+    """PPO's clipped objective of each sample; ratio: pi_theta / pi_acted of its action; centre: the
     value around which the ratio is clipped, by a share `clip` of it; 1 in the paper."""
     # Eq. (9), Sec. 4.5
     clipped = ratio.clamp(centre * (1 - clip), centre * (1 + clip))

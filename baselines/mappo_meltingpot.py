@@ -469,14 +469,14 @@ def prepare(
     # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(returns))
     mean, std = agent.value_norm.mean_std()
-    _, centre, square = moments(advantages)
-    deviation = (square - centre**2).clamp(min=0).sqrt()
+    _, average, square = moments(advantages)
+    deviation = (square - average**2).clamp(min=0).sqrt()
     batch = dataclasses.replace(
         batch,
         critic_hidden=hidden[:-1],
         values=(values - mean) / std,
         targets=(returns - mean) / std,
-        advantages=(advantages - centre) / (deviation + 1e-5),
+        advantages=(advantages - average) / (deviation + 1e-5),
     )
     return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
 

@@ -7,16 +7,16 @@ weights the options by what the others do; a prior p learns to predict q from an
     pi(a|o, s) = sum_z q(z|s) eta(a|o, z)    is trained;  r = pi / mu_old, w = pi_old / mu_old
     J = E min(r A, clip(r, w (1 -+ eps)) A) + c_H H(pi)                 trains eta and q
         - KL(q || p)                              trains p (weight 1) and q (weight .01)
-    V(o, s) = sum_z q(z|s) c(s, z)           the value loss trains c
+    V(s) = sum_z q(z|s) c(s, z)              the value loss trains c
 
     python baselines/opre_meltingpot.py                                      the paper's settings
     torchrun --nproc-per-node 2 baselines/opre_meltingpot.py                 16 worlds per process
 
 Letters: T steps, B worlds, N agents, A actions, K options, F features, H W tiles of a view (H' W'
 of the global view), S units of a hidden state, L steps per chunk, C chunks per world and rollout, M
-of them per minibatch; o an agent's history, s the world. Eq. (9) and tables are BiDist's (AAMAS
-2025). Decisions: docs/baselines_meltingpot.md, for MAPPO docs/bidist.md. Worlds:
-docs/meltingpot.md.
+of them per minibatch; o an agent's history, s the world, old: before this update. Eq. (9) and
+tables are BiDist's (AAMAS 2025). Decisions: docs/baselines_meltingpot.md, for MAPPO docs/bidist.md.
+Worlds: docs/meltingpot.md.
 """
 
 from __future__ import annotations
@@ -578,24 +578,24 @@ def prepare(
     """Update agent.value_norm and add to the rollout what the losses need (last fields of Batch).
     Returns the rollout, and the state with the critic's new hidden states."""
     views = batch.critic_views()
-    _, hidden = state.critic_hidden.chunk(2, -1)  # q's half: q did not act, but pi_old needs it
-    logits, _, _ = replay(args, agent.critic.posterior, views, hidden, agent.sprites)
+    _, memory = state.critic_hidden.chunk(2, -1)  # q's half: q did not act, but pi_old needs it
+    logits, _, _ = replay(args, agent.critic.posterior, views, memory, agent.sprites)
     posterior = logits[:-1].log_softmax(-1)  # (T, B, N, K)
-    pi = (posterior + batch.options).logsumexp(-1)
+    old_log_probs = (posterior + batch.options).logsumexp(-1)  # (T, B, N)
     values, advantages, hidden = estimate(args, agent, batch, state.critic_hidden)
     returns = values + advantages
     # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(returns))
     mean, std = agent.value_norm.mean_std()
-    _, centre, square = moments(advantages)
-    deviation = (square - centre**2).clamp(min=0).sqrt()
+    _, average, square = moments(advantages)
+    deviation = (square - average**2).clamp(min=0).sqrt()
     batch = dataclasses.replace(
         batch,
         critic_hidden=hidden[:-1],
-        old_log_probs=pi,
+        old_log_probs=old_log_probs,
         values=(values - mean) / std,
         targets=(returns - mean) / std,
-        advantages=(advantages - centre) / (deviation + 1e-5),
+        advantages=(advantages - average) / (deviation + 1e-5),
     )
     return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
 

@@ -5,7 +5,8 @@ policy theta or, with probability q = .3, with a past one, so theta learns to pl
 PP is a baseline of BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1).
 
     M_k = a uniform sample of {theta_1, ..., theta_k-1}     the actors of earlier iterations
-    who_i = theta with 1 - q, else uniform from M_k         per agent, at least one theta per world
+    C_k = four actors, drawn uniformly from M_k             --policies-per-rollout
+    who_i = theta with 1 - q, else uniform from C_k         per agent, at least one theta per world
     J(theta) = E_{i: who_i = theta} min(r A_i, clip(r, 1 -+ eps) A_i),  r = pi_theta / pi_theta_old
     --use-history: all i, with r = pi_theta / pi_who_i,  clip(r, w (1 -+ eps)),
                    w = pi_theta_old / pi_who_i
@@ -121,7 +122,8 @@ class Args(RunArgs):
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
-    alone, few = not args.history_share, 0 < args.memory < args.policies_per_rollout
+    alone = args.history_share == 0
+    few = 0 < args.memory < args.policies_per_rollout
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
@@ -423,11 +425,11 @@ def new_memory(args: Args) -> Memory:
 
 def draw_players(args: Args, shape: torch.Size, drawn: int, rng: torch.Generator) -> Tensor:
     """Draw who acts, for shape (B, N) -> (B, N) int64: one of `drawn` past actors, or CURRENT."""
-    worlds, _ = shape
     past = torch.rand(shape, generator=rng) < args.history_share
     # paper is silent: at least one agent, drawn at random, is current in each world
     spared = torch.rand(shape, generator=rng).argmax(1)
-    past[torch.arange(worlds), spared] &= ~past.all(1)
+    everyone = past.all(1)
+    past[everyone, spared[everyone]] = False
     players = torch.randint(max(1, drawn), shape, generator=rng)
     return torch.where(past & (drawn > 0), players, CURRENT)
 
@@ -491,6 +493,7 @@ def clip_centre(batch: Batch) -> Tensor:
 def training_samples(args: Args, x: Tensor, current: Tensor) -> Tensor:
     """Select from x (..., N) what trains theta: its own samples, or all with --use-history."""
     # paper is silent: which samples train theta; those of past policies are off-policy
+    # Not x[current] if all are current: another order of sums than MAPPO's, other last bits.
     return x if args.use_history or current.all() else x[current]
 
 
@@ -650,14 +653,14 @@ def prepare(
     agent.value_norm.update(moments(training_samples(args, returns, batch.current)))
     mean, std = agent.value_norm.mean_std()
     ours = training_samples(args, advantages, batch.current)
-    _, centre, square = moments(ours)
-    deviation = (square - centre**2).clamp(min=0).sqrt()
+    _, average, square = moments(ours)
+    deviation = (square - average**2).clamp(min=0).sqrt()
     batch = dataclasses.replace(
         batch,
         critic_hidden=hidden[:-1],
         values=(values - mean) / std,
         targets=(returns - mean) / std,
-        advantages=(advantages - centre) / (deviation + 1e-5),
+        advantages=(advantages - average) / (deviation + 1e-5),
     )
     return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
 

@@ -4,7 +4,8 @@ A random convolution f_psi, drawn in every iteration, distorts the views of the 
 not to rely on colours and textures. A loss L_FM makes h, its layers before the GRU, ignore f_psi.
 
     P(psi) = alpha [psi = identity] + (1 - alpha) N(0, 2 / (n_in + n_out))     BiDist, App. B.1
-    L_FM = mean |h(f_psi(o)) - h(o)|^2, no gradient through h(o)               App. B.1; netrand
+    L_FM = mean over samples and units of (h(f_psi(o)) - h(o))^2,              App. B.1; netrand
+           no gradient through h(o)
     J(theta) = J of MAPPO with pi_theta(.|f_psi(o)), in rollout and update, - beta L_FM
     evaluation: pi_theta(.|o), or with --randnet-test mc 1/M sum_m pi_theta(.|f_psi_m(o)), M = 10
 
@@ -550,14 +551,14 @@ def prepare(
     # paper is silent: returns and advantages are normalised once, before the epochs
     agent.value_norm.update(moments(returns))
     mean, std = agent.value_norm.mean_std()
-    _, centre, square = moments(advantages)
-    deviation = (square - centre**2).clamp(min=0).sqrt()
+    _, average, square = moments(advantages)
+    deviation = (square - average**2).clamp(min=0).sqrt()
     batch = dataclasses.replace(
         batch,
         critic_hidden=hidden[:-1],
         values=(values - mean) / std,
         targets=(returns - mean) / std,
-        advantages=(advantages - centre) / (deviation + 1e-5),
+        advantages=(advantages - average) / (deviation + 1e-5),
     )
     return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
 

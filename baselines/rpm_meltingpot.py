@@ -471,11 +471,11 @@ def remember(memory: Memory, actor: Actor, batch: Batch) -> None:
 
 def draw_players(args: Args, shape: torch.Size, drawn: int, rng: torch.Generator) -> Tensor:
     """Draw who acts, for shape (B, N) -> (B, N) int64: one of `drawn` past actors, or CURRENT."""
-    worlds, _ = shape
     past = torch.rand(shape, generator=rng) < args.history_share
     # paper is silent: at least one agent, drawn at random, is current in each world
     spared = torch.rand(shape, generator=rng).argmax(1)
-    past[torch.arange(worlds), spared] &= ~past.all(1)
+    everyone = past.all(1)
+    past[everyone, spared[everyone]] = False
     players = torch.randint(max(1, drawn), shape, generator=rng)
     return torch.where(past & (drawn > 0), players, CURRENT)
 
@@ -689,14 +689,14 @@ def prepare(
     agent.value_norm.update(moments(training_samples(args, returns, batch.current)))
     mean, std = agent.value_norm.mean_std()
     ours = training_samples(args, advantages, batch.current)
-    _, centre, square = moments(ours)
-    deviation = (square - centre**2).clamp(min=0).sqrt()
+    _, average, square = moments(ours)
+    deviation = (square - average**2).clamp(min=0).sqrt()
     batch = dataclasses.replace(
         batch,
         critic_hidden=hidden[:-1],
         values=(values - mean) / std,
         targets=(returns - mean) / std,
-        advantages=(advantages - centre) / (deviation + 1e-5),
+        advantages=(advantages - average) / (deviation + 1e-5),
     )
     return batch, dataclasses.replace(state, critic_hidden=hidden[-1])
 

@@ -327,7 +327,8 @@ def test_clip_objective():
         for i in np.ndindex(*ratio.shape):
             bounded = min(max(ratio[i], 1 - clip), 1 + clip)
             expected[i] = min(ratio[i] * advantage[i], bounded * advantage[i])
-        ours = bidist.clip_objective(torch.from_numpy(ratio), torch.from_numpy(advantage), clip)
+        tensors = map(torch.from_numpy, (ratio, advantage))
+        ours = bidist.clip_objective(*tensors, clip, centre=1.0)
         assert np.allclose(ours, expected, atol=1e-15)
 
 
