@@ -1,5 +1,5 @@
 """What a script needs around its method: a command line, a run directory, checkpoints, a log,
-signals, processes, progress. Nothing in this file depends on a method, a network or a world.
+signals, processes, progress. Nothing in this file knows a method, a network or a world's rules.
 
     args = read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
     with Run(args, table, LINE) as run:
@@ -130,6 +130,7 @@ def read_args(
     saved arguments; of these only RunArgs' and `resumable` may change. UsageError for values
     out of bounds and combinations that validate() refuses; tyro itself exits with code 2."""
     args = read_flags(cls, argv)
+    offline = args.wandb_mode == "offline"
     check(
         [
             (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
@@ -149,6 +150,7 @@ def read_args(
             (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
             (args.eval_only and args.track, "--track logs training: it is not for --eval-only"),
             (args.track and not has_wandb(), "--track needs requirements-wandb.txt installed"),
+            (offline and not args.track, "--wandb-mode offline needs --track"),
         ]
     )
     check(validate(args))
@@ -171,10 +173,12 @@ def preset_flags(presets: Presets, args: Any) -> dict[str, Any]:
 
 def read_flags(cls: type, argv: list[str], default: Any = None) -> Any:
     """Parse the command line on top of `default`; UsageError for values empty or out of bounds."""
-    for position, word in enumerate(argv):
-        flag = argv[position - 1] if position and not word else word.removesuffix("=")
-        if not word or (word.startswith("--") and word.endswith("=")):
-            raise UsageError(f"{flag} has an empty value (an unset variable?).")
+    for before, word in zip(["", *argv], argv):
+        if not word:
+            name = before if before.startswith("--") else "An argument"
+            raise UsageError(f"{name} has an empty value (an unset variable?).")
+        if re.fullmatch("--[^=]+=", word):
+            raise UsageError(f"{word[:-1]} has an empty value (an unset variable?).")
     options = {} if default is None else {"default": default}
     script = Path(inspect.getfile(cls))
     if script.resolve() != Path(sys.argv[0]).resolve():  # a study's flags, read by a launcher
@@ -710,7 +714,7 @@ def lock(run_dir: Path) -> Any:
     return file
 
 
-def describe_run(args: RunArgs, resolved: dict[str, Any]) -> bytes:
+def describe_run(args: RunArgs, resolved: dict[str, Any]) -> dict[str, Any]:
     """The content of args.json; resolved: values that defaults like auto stand for."""
     script = script_of(type(args))
     about = {"script": script.stem, "resolved": resolved}
@@ -720,7 +724,7 @@ def describe_run(args: RunArgs, resolved: dict[str, Any]) -> bytes:
         found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         about["commit"] = found or about["commit"]
     about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
-    return json.dumps(dataclasses.asdict(args) | about, indent=1).encode()
+    return json.loads(json.dumps(dataclasses.asdict(args) | about))  # tuples become lists
 
 
 def latest_args(about: dict[str, Any]) -> dict[str, Any]:
@@ -1126,8 +1130,9 @@ class Run:
         replays: objects with filled(), which returns {name: rows in use}, and refill() of the same.
         resolved: for args.json, values that defaults stand for."""
         self.parts, self.own, self.replays = parts, own, replays or {}
+        resolved = {"device": str(self.device), "processes": self.size} | resolved
         if self.saved:
-            self.resume()
+            self.resume(resolved)
         elif self.rank == 0:
             self.make_dir(world, resolved)
         self.dir = gather(self.dir)[0]  # the first process has named it
@@ -1165,10 +1170,10 @@ class Run:
         if results and not other:
             sentence = "of a run whose checkpoints are gone: name another directory"
             raise UsageError(f"{self.dir} holds {' and '.join(results)} {sentence}.")
-        about = {"device": str(self.device), "processes": self.size} | resolved
-        write(self.dir / "args.json", describe_run(self.args, about))
+        about = describe_run(self.args, resolved)
+        write(self.dir / "args.json", json.dumps(about, indent=1).encode())
 
-    def resume(self) -> None:
+    def resume(self, resolved: dict[str, Any]) -> None:
         """Restore this process's objects and replays; UsageError for another number of ranks, or if
         they read different checkpoints."""
         check_alike(self.timesteps)
@@ -1189,20 +1194,19 @@ class Run:
             goes_on = self.timesteps < self.args.total_timesteps
             if not goes_on and not self.args.final_episodes and has_evaluation(self.dir):
                 raise UsageError(f"{self.dir} has finished: --final-episodes 0 has nothing to do.")
-            self.record_changes()
+            self.record_changes(resolved)
             if goes_on:
                 (self.dir / "summary.json").unlink(missing_ok=True)
 
-    def record_changes(self) -> None:
-        """Add to the list "resumed" in args.json which flags have another value from here on."""
+    def record_changes(self, resolved: dict[str, Any]) -> None:
+        """Add to the list "resumed" in args.json what it says otherwise from here on."""
         path = self.dir / "args.json"
         with contextlib.suppress(OSError, ValueError):  # it is lost or damaged: the run goes on
             about = json.loads(path.read_text())
             before = latest_args(about)
-            flags = json.loads(json.dumps(dataclasses.asdict(self.args)))
             changed = {
                 name: x
-                for name, x in flags.items()
+                for name, x in describe_run(self.args, resolved).items()
                 if name not in ("resume", "run_dir") and before.get(name) != x
             }
             if changed:

@@ -877,7 +877,7 @@ def papers_table(outcomes: list[Outcome]) -> str:
             texts.append(f"{in_short(unknown)} not stated")
         if decided and paper.steps_of:
             texts[0] += " (the paper states none)"
-        row["training steps, of the paper's"] = "; ".join(texts)
+        row["steps of the decided claims, of the paper's"] = "; ".join(texts)
         rows.append(row)
     return markdown_table(rows)
 

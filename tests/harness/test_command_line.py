@@ -29,7 +29,7 @@ def test_every_flag_arrives():
         "final_episodes": "1",
         "save_every": "4",
         "wandb_project": "elsewhere",
-        "wandb_mode": "offline",
+        "wandb_mode": "online",  # offline needs --track: test_wandb.py
         "wandb_timeout": "3.5",
         "device": "cpu",
         "num_threads": "2",
@@ -98,6 +98,21 @@ def test_a_resumed_run_tells_what_changed():
     assert (latest["final_episodes"], latest["seed"]) == (2, began["seed"])
 
 
+def test_a_resumed_run_tells_of_another_machine():
+    """The same flags, but the device that auto stands for, a package and the commit are others."""
+    assert run(*flags("run", 2)) == 0
+    path = Path("run/args.json")
+    here = json.loads(path.read_text())
+    there = {"resolved": here["resolved"] | {"device": "cuda:0"}, "commit": "0123456"}
+    there["packages"] = here["packages"] | {"numpy": "1.0"}
+    path.write_text(json.dumps(here | there))
+    assert run(*resume("run", 4)) == 0
+    found = json.loads(path.read_text())
+    changed = {name: here[name] for name in there} | {"timesteps": 8, "total_timesteps": 16}
+    assert found.pop("resumed") == [changed]
+    assert found == here | there, "what it began with stays"
+
+
 def test_a_run_goes_on_without_its_args():
     """A file that is damaged tells no more, and is left as it is."""
     assert run(*flags("run", 2)) == 0
@@ -150,6 +165,7 @@ WRONG = {  # what is typed: what the message names; in one sentence unless tyro 
     "--resume=": "--resume has an empty value",
     "--eval-only=": "--eval-only has an empty value",
     "--run-dir=": "--run-dir has an empty value",
+    "--wandb-mode offline": "--wandb-mode offline needs --track",
     "--resume nowhere": "There is no nowhere: it should be a run directory",
     "--eval-only nowhere": "There is no nowhere: it should be a run directory",
     "--resume a --eval-only b": "exclude each other",
@@ -239,6 +255,8 @@ def test_empty_word(tmp_path, capfd):
     """As a shell hands over an unset variable in quotes."""
     assert run("--resume", "") == 2
     assert "--resume has an empty value" in only_error(capfd.readouterr().err)
+    assert run(*flags("run", 2), "--seed", "1", "") == 2
+    assert "An argument has an empty value" in only_error(capfd.readouterr().err)
 
 
 @pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is one here")
