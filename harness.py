@@ -130,12 +130,10 @@ def read_args(
     saved arguments; of these only RunArgs' and `resumable` may change. UsageError for values
     out of bounds and combinations that validate() refuses; tyro itself exits with code 2."""
     args = read_flags(cls, argv)
-    offline = args.wandb_mode == "offline"
     check(
         [
             (args.resume and args.eval_only, "--resume and --eval-only exclude each other"),
             (args.resume and args.run_dir, "--resume goes on in its own directory, not --run-dir"),
-            (args.run_dir.endswith(".pt"), "--run-dir is a directory: .pt is for checkpoints"),
         ]
     )
     if args.resume or args.eval_only:
@@ -145,16 +143,27 @@ def read_args(
             raise UsageError(f"--preset {args.preset}: this script has none of that name.")
         default = cls(**preset_flags(presets, args), preset=args.preset)
         args = read_flags(cls, argv, default)
+    mode = any(word.startswith("--wandb-mode") for word in argv)
     check(
         [
             (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
             (args.eval_only and args.track, "--track logs training: it is not for --eval-only"),
-            (args.track and not has_wandb(), "--track needs requirements-wandb.txt installed"),
-            (offline and not args.track, "--wandb-mode offline needs --track"),
+            (mode and not args.track, "--wandb-mode needs --track"),
         ]
     )
+    check_run(args)
     check(validate(args))
     return args
+
+
+def check_run(args: RunArgs) -> None:
+    """UsageError for a run directory that reads as a checkpoint, or --track without wandb."""
+    check(
+        [
+            (args.run_dir.endswith(".pt"), "--run-dir is a directory: .pt is for checkpoints"),
+            (args.track and not has_wandb(), "--track needs requirements-wandb.txt installed"),
+        ]
+    )
 
 
 def has_wandb() -> bool:
@@ -213,6 +222,7 @@ def read_kept(cls: type, argv: list[str], default: Any, kept: tuple[str, ...], s
         if getattr(args, name) != (value := getattr(default, name)):
             shown = "not set" if value in ("", (), None) else value
             raise UsageError(f"{as_flag(name)} is {shown} in {source} and stays so.")
+    check_run(args)
     return args
 
 
@@ -541,9 +551,10 @@ def average_gradients(net: nn.Module) -> list[nn.Parameter]:
 def descend(
     loss: Tensor, net: nn.Module, optimiser: torch.optim.Optimizer, max_norm: float
 ) -> Tensor:
-    """Step on gradients averaged over processes, then clipped; return their norm before that."""
+    """Step on gradients averaged over processes, then clipped; return their norm before that. Other
+    networks that the loss passes through get no gradients."""
     optimiser.zero_grad()
-    loss.backward()
+    loss.backward(inputs=list(net.parameters()))
     norm = nn.utils.clip_grad_norm_(average_gradients(net), max_norm)
     optimiser.step()
     return norm

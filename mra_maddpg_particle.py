@@ -31,7 +31,6 @@ docs/particle.md. The parent, without the method: baselines/maddpg_particle.py.
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -39,7 +38,6 @@ import itertools
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from harness import (
@@ -89,7 +87,7 @@ from envs.particle.episodes import (
     scripted_players,
     table,
 )
-from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory, scale_rows
+from envs.particle.pairs import FastPairs, grouped_linear, keep_freed_memory
 from envs.particle.worlds import Game, Observation, ParticleWorld, constant
 
 # --- 2. Args --------------------------------------------------------------------------------------
@@ -104,7 +102,7 @@ class Args(RunArgs):
     total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
     log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
     eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
-    eval_episodes: Positive = 100  # episodes per row of the table in evaluations during training
+    eval_episodes: Positive = 100  # per row, evaluations in training; in the final one, per trial z
     final_episodes: Count = 1000  # episodes per row, final evaluation or --eval-only; 0: none
     save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
@@ -115,12 +113,12 @@ class Args(RunArgs):
     eval_populations: tuple[str, ...] = ()  # unseen populations of the final evaluation
     shaping: bool = True  # treasure, pacman, delivery: also reward -.1 x distance to the goal
     collision_penalty: Amount = 0.0  # treasure: subtracted from rewards, per agent touched and step
-    num_envs: Positive = 12  # B, parallel worlds in each process
+    num_envs: Positive = 12  # B, parallel worlds of each population in each process
     max_episode_steps: Positive = 20  # steps after which an episode is truncated
     # Method
     latent_size: Annotated[int, Interval(ge=1, le=128)] = 6  # Z, number of z; with 1 Eq. (11) is 0
     representation: Literal["option", "concat", "bilinear"] = "option"  # how phi reads z (Fig. 7)
-    latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); told: of m, (11) is 0
+    latent_prior: Literal["learned", "uniform", "told"] = "learned"  # p(z|m); told: z is m's number
     reptile_step: Share = 1.0  # alpha, share of the K inner steps that Reptile keeps
     share_parameters: bool = True  # one parameter set per type of agent, not one per agent
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): biased, or exact
@@ -130,7 +128,9 @@ class Args(RunArgs):
     redraw_z: bool = False  # minibatches draw z anew from p(z|m); off: they have those that acted
     xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
     critic_reads_z: bool = False  # the critic's V has a first layer for each z
-    psi_input: Literal["tenth", "standardised"] = "tenth"  # numbers of agents, as psi reads them
+    psi_input: Literal["tenth", "standardised"] = (
+        "tenth"  # psi reads a tenth of counts, or z-scores
+    )
     psi_entropy: Count = 0  # steps in which the weight of p(z|m)'s entropy falls from 1 to 0
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
     target: Literal["polyak", "hard"] = "hard"  # target networks move by --polyak, or are copied
@@ -148,8 +148,9 @@ class Args(RunArgs):
     phi_learning_rate: Amount = 3e-4  # learning rate of Adam for phi, the attention network
     gamma: Share = 0.95  # discount factor
     batch_size: Positive = 1024  # M, transitions in a minibatch, over all processes
-    buffer_size: Positive = 1_000_000  # transitions that a replay holds, over all processes
+    buffer_size: Positive = 1_000_000  # transitions of each population's replay, all processes
     update_every: Positive = 100  # environment steps that a replay gets between updates
+    learn_from: Literal["turn", "all"] = "turn"  # minibatches: of who acts, or a share of each m
     entropy_coef: Amount = 1 / 30  # entropy's weight in the critic's targets and the actor's loss
     scale_rewards: bool = True  # divide rewards by their running standard deviation
     max_grad_norm: Above = 10.0  # gradients of each loss are clipped to this norm
@@ -178,7 +179,14 @@ RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change wi
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "share_parameters")
 FIXED += ("psi_input", "hidden_size", "key_size", "value_layers", "reptile_step", "psi_information")
 FIXED += ("own_beside", "redraw_z", "xi_reads_z", "critic_reads_z", "tell_population", "head_gain")
-FIXED += ("psi_entropy",)
+FIXED += ("psi_entropy", "learn_from")
+
+
+def who_learns(args: Args) -> tuple[bool, bool]:
+    """Whether psi learns, and xi. With one z, or in one population, z can tell nothing of m."""
+    several = min(len(args.populations), args.latent_size) > 1
+    psi = several and args.latent_prior == "learned"
+    return psi, psi or (several and "both" in args.phi_gradient)
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -187,15 +195,15 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     begins = not (args.resume or args.eval_only or args.adapt)
     idle = begins and args.target == "hard" and args.polyak != usual
     several = len(args.populations + args.eval_populations) > 1
+    one_z, one_m = args.latent_size == 1, len(args.populations) == 1
     too_few = args.latent_prior == "told" and args.latent_size < len(args.populations)
     named = args.tell_population != "nobody"
     told = named or args.latent_prior == "told"
     unclear = told and first_unclear((*args.eval_populations, args.population), args.populations)
-    still = args.latent_size == 1 and "actor" not in args.phi_gradient and args.phi_learning_rate
-    one_z, one_m = args.latent_size == 1, len(args.populations) == 1  # z tells nothing of m
-    no_psi = one_z or one_m or args.latent_prior != "learned"
-    no_xi = no_psi and (one_z or one_m or "both" not in args.phi_gradient)
-    drawn = args.latent_size > 1 and args.latent_prior != "told"
+    always = one_z or (one_m and args.latent_prior == "told")  # always the same z: (11) is 0
+    still = always and "actor" not in args.phi_gradient and args.phi_learning_rate
+    psi, xi = who_learns(args)
+    drawn = not one_z and args.latent_prior != "told"
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
@@ -207,13 +215,14 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (too_few, "--latent-prior told needs more z"),
         (unclear, f"{unclear} cannot be told its number: two of --populations are next in size"),
         (args.critic_reads_z and named, "--critic-reads-z needs --tell-population nobody"),
-        (begins and no_psi and args.psi_input != "tenth", "--psi-input needs a learned p(z|m)"),
-        (begins and no_psi and args.psi_entropy, "--psi-entropy needs a learned p(z|m)"),
-        (begins and no_xi and args.xi_reads_z, "--xi-reads-z needs a classifier that learns"),
+        (begins and not psi and args.psi_input != "tenth", "--psi-input needs a learned p(z|m)"),
+        (begins and not psi and args.psi_entropy, "--psi-entropy needs a learned p(z|m)"),
+        (begins and not xi and args.xi_reads_z, "--xi-reads-z needs a classifier that learns"),
         (begins and args.redraw_z and not drawn, "--redraw-z needs several z, none of them told"),
         (begins and one_z and args.critic_reads_z, "--critic-reads-z needs several z"),
         (begins and one_m and named, "--tell-population needs several --populations"),
-        (begins and still, "--latent-size 1 needs --phi-gradient actor: else phi never learns"),
+        (begins and one_m and args.learn_from == "all", "--learn-from all needs several"),
+        (begins and still, "With one z for all phi never learns without --phi-gradient actor"),
     ]
 
 
@@ -228,9 +237,11 @@ def read(argv: list[str]) -> Args:
         raise UsageError(f"{source} has parameters per agent, which fit no other population.")
     new = {field.name: getattr(given, field.name) for field in dataclasses.fields(RunArgs)}
     typed = any(word.partition("=")[0] == "--preset" for word in argv)
-    preset = {name: getattr(Args, name) for name in PRESETS["relation"]} | PRESETS[given.preset]
-    preset = {name: x for name, x in preset.items() if name not in FIXED}
-    new |= preset if typed else {"preset": own.preset}
+    new["preset"] = own.preset
+    if typed:
+        values = {name: getattr(Args, name) for name in PRESETS["relation"]}
+        values |= PRESETS[given.preset] | {"preset": given.preset}
+        new |= {name: x for name, x in values.items() if name not in FIXED}
     new |= {"population": "", "eval_populations": (), "phi_gradient": "actor"}
     default = dataclasses.replace(own, **new)
     args = read_kept(Args, argv, default, FIXED, source)
@@ -285,7 +296,7 @@ class View(NamedTuple):
     mask: Tensor  # (M, N, N) bool: i sees j
     counts: tuple[int, ...]  # agents of each parameter set, in order
     z: Tensor  # (M, N, Z) latents, one-hot
-    population: Tensor  # (M, N, P) m, one-hot, for networks that --tell-population names
+    population: int  # the number of m, for networks that --tell-population names
 
 
 # [shared: layers] begin
@@ -438,7 +449,7 @@ class RelationGraph(nn.Module):
         """The graph g (M, N, N) for the latents view.z."""
         query = self.queries(view)
         if self.heads > 1:  # other heads' queries become 0: scores are those of head z
-            query = scale_rows(query, view.z)
+            query = query * view.z[..., None]
         key = self.join_heads(self.key.weight)
         scores = self.entities(view).scores(query.flatten(-2), key)
         return self.normalise(scores, view)
@@ -474,7 +485,8 @@ class GraphNet(nn.Module):
         super().__init__()
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
-        self.own_size, self.knows, self.linear = own_size, knows, args.value_layers == 1
+        self.sets, self.own_size = sets, own_size
+        self.knows, self.linear = knows, args.value_layers == 1
         self.own = MLP(sets, own_size, H, H)
         each = sets * {"": 1, "population": len(args.populations), "z": args.latent_size}[knows]
         self.entity = None if self.linear else Linear(each, entity_size, H, gain=RELU)
@@ -483,8 +495,8 @@ class GraphNet(nn.Module):
         self.of_z = nn.Parameter(0.2 * torch.randn(sets, latents, H)) if latents else None
 
     def forward(self, view: View, g: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Outputs (..., M, N, .) with graphs g (..., M, N, N), one of each z if it reads z; critics
-        also read actions (M, N)."""
+        """Outputs (..., M, N, .) with graphs g (..., M, N, N), which for a network that reads z has
+        one of each z, as RelationGraph.all(). Critics also read actions (M, N)."""
         others = view.others
         if actions is not None:  # of the others: g_ii = 0 leaves out agent i's own
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
@@ -492,12 +504,15 @@ class GraphNet(nn.Module):
         x = self.own(view.own[..., : self.own_size], view.counts)
         layer = self.value if self.linear else self.entity
         weight, bias = layer.parameters()
-        if self.knows:
-            weight, bias = chosen(layer, getattr(view, self.knows), view.counts)
+        if self.knows == "population":
+            each = [p.unflatten(0, (self.sets, -1)) for p in (weight, bias)]
+            weight, bias = (p[:, view.population].contiguous() for p in each)
+        if self.knows == "z":
+            weight, bias = chosen(layer, view.z, view.counts)
         if not self.linear:
             pairs = self.pairs(others, weight, bias, view.counts)
 
-        def read(g: Tensor, z: int = 0) -> Tensor:
+        def read(g: Tensor, z: int | None = None) -> Tensor:
             if self.linear:  # V is linear: V of the mean is the mean of V
                 e = grouped_linear(mean_entity(others, g), weight, bias, view.counts)
                 e = e * view.mask.any(-1, keepdim=True)  # no bias if nobody is seen
@@ -566,8 +581,7 @@ class Agent(Parts):
         critic_knows = "z" if args.critic_reads_z else "population" if who != "nobody" else ""
         # A small last layer: the first policy tries all actions about equally.
         beside = own if args.own_beside else 0
-        actor = net(beside, entity, NUM_ACTIONS, gain=0.1, knows=actor_knows)
-        self.actor = actor.to(device)
+        self.actor = net(beside, entity, NUM_ACTIONS, gain=0.1, knows=actor_knows).to(device)
         # The critic also reads the others' actions.
         critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, knows=critic_knows)
         self.critic = critic.to(device)
@@ -578,34 +592,32 @@ class Agent(Parts):
         actor = {"params": self.actor.parameters()}
         self.actor_optimiser = adam([actor, attention])
         self.critic_optimiser = adam(self.critic.parameters())
-        several = min(len(args.populations), args.latent_size) > 1  # else z tells nothing of m
-        self.learns_prior = several and args.latent_prior == "learned"
-        self.classifies = self.learns_prior or (several and "both" in args.phi_gradient)
+        self.learns_prior, self.classifies = who_learns(args)
         self.latent_nets = []  # psi and xi, as far as they learn
         if self.learns_prior:
             self.latent_prior = LatentPrior(len(game.population), args).to(device)
             self.latent_nets.append(self.latent_prior)
         if self.classifies:
-            P, Z = len(args.populations), args.latent_size * args.xi_reads_z
-            self.population_classifier = net(own, entity, P, gain=1.0, latents=Z).to(device)
+            P, latents = len(args.populations), args.latent_size if args.xi_reads_z else 0
+            self.population_classifier = net(own, entity, P, gain=1.0, latents=latents).to(device)
             self.latent_nets.append(self.population_classifier)
             self.latent_optimiser = adam(nn.ModuleList(self.latent_nets).parameters())
 
     def log_prior(self, game: Game) -> Tensor:
         """log p(z|m) (N, Z): learned, uniform (uni-MRA) or told (z is the number of m)."""
-        Z = self.args.latent_size
-        log_p = torch.zeros(len(game.population), Z, device=self.device).log_softmax(-1)
+        size = (len(game.population), self.args.latent_size)
         if self.learns_prior:
             log_p = self.latent_prior(game.population)
-        if self.args.latent_prior == "told":
-            log_p = torch.full_like(log_p, -1e9)
+        elif self.args.latent_prior == "told":
+            log_p = torch.full(size, -1e9, device=self.device)
             log_p[:, number_of(game, self.args.populations)] = 0.0
+        else:
+            log_p = torch.zeros(size, device=self.device).log_softmax(-1)
         return per_agent(log_p, game.population)
 
     def view(self, game: Game, obs: Observation, z: Tensor) -> View:
         """The networks' input for observations of a game and latents z (M, N)."""
         counts = game.population if self.args.share_parameters else (1,) * game.num_agents
-        number = torch.full_like(z, number_of(game, self.args.populations), dtype=torch.int64)
         return View(
             own=obs.own.contiguous(),
             others=obs.others.contiguous(),
@@ -613,7 +625,7 @@ class Agent(Parts):
             mask=obs.mask(),
             counts=counts,
             z=F.one_hot(z.long(), self.args.latent_size).float(),
-            population=F.one_hot(number, len(self.args.populations)).float(),
+            population=number_of(game, self.args.populations),
         )
 
     @torch.no_grad()
@@ -634,9 +646,9 @@ def draw_latents(agent: Agent, game: Game, num_worlds: int, rng: torch.Generator
     return sample(log_p.expand(num_worlds, -1, -1), rng)
 
 
-def graph_information(agent: Agent, view: View, log_prior: Tensor) -> Tensor:
-    """The lower bound on I(g; a|o) in nats (M, N), exact over z and a; log_prior (N, Z)."""
-    g = agent.attention.all(view)  # (Z, M, N, N)
+def graph_information(agent: Agent, view: View, g: Tensor, log_prior: Tensor) -> Tensor:
+    """The lower bound on I(g; a|o) in nats (M, N), exact over z and a: g (Z, M, N, N), those of all
+    z; log_prior (N, Z)."""
     log_pi = agent.actor(view, g).log_softmax(-1)  # (Z, M, N, A)
     log_bar = agent.target_actor(view, g).log_softmax(-1)  # log pi' (Z, M, N, A)
     log_prior = log_prior.T[:, None, :, None]  # (Z, 1, N, 1)
@@ -645,9 +657,9 @@ def graph_information(agent: Agent, view: View, log_prior: Tensor) -> Tensor:
     return (log_prior.exp() * log_pi.exp() * (log_bar - log_p)).sum((0, -1))
 
 
-def population_loss(agent: Agent, view: View, log_prior: Tensor, label: int) -> Tensor:
-    """Cross-entropy () of xi, exact over z. label: index of the population; log_prior (N, Z)."""
-    g = agent.attention.all(view)  # (Z, M, N, N)
+def population_loss(agent: Agent, view: View, g: Tensor, log_prior: Tensor, label: int) -> Tensor:
+    """Cross-entropy () of xi, exact over z: g (Z, M, N, N), those of all z; log_prior (N, Z);
+    label: the number of the population."""
     surprise = -agent.population_classifier(view, g).log_softmax(-1)[..., label]  # (Z, M, N)
     p = log_prior.exp().T[:, None]  # (Z, 1, N)
     # Eq. (13)
@@ -752,7 +764,8 @@ class Collector:
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
         self.returns = EpisodeReturns(self.worlds, sum_over_processes)
-        self.z = torch.zeros(args.num_envs, self.game.num_agents, dtype=torch.int64, device=device)
+        shape = (args.num_envs, self.game.num_agents)
+        self.z = torch.zeros(shape, dtype=torch.int64, device=device)  # (B, N) latents
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -810,15 +823,10 @@ def pick(x: Tensor, actions: Tensor) -> Tensor:  # (M, N, A), (M, N) -> (M, N)
 
 
 def critic_loss(
-    args: Args,
-    agent: Agent,
-    batch: Batch,
-    g: Tensor,
-    next_g: Tensor,
-    rng: torch.Generator,
+    args: Args, agent: Agent, batch: Batch, g: Tensor, next_g: Tensor, rng: torch.Generator
 ) -> Tensor:
-    """Loss of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. As in MRA's code, the
-    target has an entropy bonus: -log pi'(a')."""
+    """Loss () of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. The target has an entropy
+    bonus -log pi'(a') as in MRA's code, but discounted."""
     next_view = batch.next_view
     with torch.no_grad():
         log_probs = agent.target_actor(next_view, next_g).log_softmax(-1)
@@ -834,15 +842,10 @@ def critic_loss(
 
 
 def actor_loss(
-    args: Args,
-    actor: Callable[..., Tensor],
-    critic: Callable[..., Tensor],
-    batch: Batch,
-    g: Tensor,
-    rng: torch.Generator,
+    args: Args, agent: Agent, batch: Batch, g: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Loss of Eq. (9), or of (10) if g (M, N, N) carries gradients; and the mean entropy."""
-    log_probs = actor(batch.view, g).log_softmax(-1)  # (M, N, A)
+    """Loss () of Eq. (9), or of (10) if g (M, N, N) carries gradients; and the mean entropy ()."""
+    log_probs = agent.actor(batch.view, g).log_softmax(-1)  # (M, N, A)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     if args.actor_gradient == "gumbel":  # as Lowe et al.: the others' actions are the replay's
         others = batch.actions
@@ -853,7 +856,7 @@ def actor_loss(
         others = sample(log_probs, rng)
         probs = log_probs.exp()
     with torch.no_grad():
-        q = critic(batch.view, g, others)  # (M, N, A): Q of each own action
+        q = agent.critic(batch.view, g, others)  # (M, N, A): Q of each own action
     # Eq. (9)
     objective = (probs * q).sum(-1) + args.entropy_coef * entropy
     return -mean(objective, batch.view.alive), mean(entropy, batch.view.alive)
@@ -863,43 +866,40 @@ def actor_loss(
 
 
 def information_update(agent: Agent, game: Game, view: View, label: int) -> Tensor:
-    """One step of phi that raises the bound on I(g; a|o) and, unless --phi-gradient mi, lowers the
-    classifier's loss. label: index of the population. Returns the bound before the step, ()."""
+    """One step of phi that raises the bound on I(g; a|o) and, unless --phi-gradient mi or nothing
+    can be told apart, lowers the classifier's loss. label: the number of the population. Returns
+    the bound before the step, ()."""
     log_prior = agent.log_prior(game).detach()
-    with frozen(agent.actor, agent.target_actor, *agent.latent_nets):  # phi learns by them
-        information = mean(graph_information(agent, view, log_prior), view.alive)
-        loss = -information
-        if agent.classifies and "both" in agent.args.phi_gradient:
-            loss = loss + population_loss(agent, view, log_prior, label)
-        descend(loss, agent.attention, agent.actor_optimiser, agent.args.max_grad_norm)
+    g = agent.attention.all(view)
+    information = mean(graph_information(agent, view, g, log_prior), view.alive)
+    loss = -information
+    if agent.classifies and "both" in agent.args.phi_gradient:
+        loss = loss + population_loss(agent, view, g, log_prior, label)
+    descend(loss, agent.attention, agent.actor_optimiser, agent.args.max_grad_norm)
     return information.detach()
-
-
-@contextlib.contextmanager
-def frozen(*nets: nn.Module) -> Iterator[None]:
-    """Within this context, gradients pass through these networks; their weights get none."""
-    every = nn.ModuleList(nets).requires_grad_(False)
-    yield
-    every.requires_grad_(True)
 
 
 def latent_update(
     args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """One step of psi, by Eq. (13) and --psi-entropy (ours), and of xi; returns scalars to log."""
+    """One step of psi, by Eqs. (13), (11) (--psi-information) and --psi-entropy (ours), and of xi,
+    by (13). Returns scalars to log."""
     losses, scalars = [], {}
     size = math.ceil(args.batch_size / len(collectors))
-    weight = max(0, 1 - sum(x.buffer.steps for x in collectors) / max(1, args.psi_entropy))
+    steps = sum(collector.buffer.steps for collector in collectors)
+    weight = max(0, 1 - steps / max(1, args.psi_entropy))
     for label, collector in enumerate(collectors):
         if collector.buffer.size:
             view = collector.buffer.sample(agent, rng, size).view
             log_prior = agent.log_prior(collector.game)
-            with frozen(agent.attention, agent.actor, agent.target_actor):
-                loss = population_loss(agent, view, log_prior, label)
-                scalars[f"xi_loss/{collector.name}"] = loss.detach()
-                if args.psi_information and agent.learns_prior:
-                    loss = loss - mean(graph_information(agent, view, log_prior), view.alive)
-            losses.append(loss + weight * (log_prior.exp() * log_prior).sum(-1).mean())
+            with torch.no_grad():
+                g = agent.attention.all(view)
+            loss = population_loss(agent, view, g, log_prior, label)
+            scalars[f"xi_loss/{collector.name}"] = loss.detach()
+            if args.psi_information and agent.learns_prior:
+                loss = loss - mean(graph_information(agent, view, g, log_prior), view.alive)
+            entropy = -(log_prior.exp() * log_prior).sum(-1).mean()
+            losses.append(loss - weight * entropy)
     loss = torch.stack(losses).mean()
     descend(loss, nn.ModuleList(agent.latent_nets), agent.latent_optimiser, args.max_grad_norm)
     return scalars
@@ -913,24 +913,33 @@ def update(
     rng: torch.Generator,
     latent_rng: torch.Generator,
 ) -> dict[str, Tensor]:
-    """K minibatch steps of critic and actor, then Reptile's step, a step of phi, one of psi and xi,
-    one of the targets. Returns scalars for the log; RunError if one or a reward is not finite."""
+    """K minibatch steps of critic and actor, then (but for --adapt) Reptile's step, a step of phi
+    by Eqs. (11), (13), one of psi and xi; at last one of the targets. collector: who acts. Returns
+    scalars for the log; RunError if one or a reward is not finite."""
     scalars = collections.defaultdict(list)
     policy = nn.ModuleList((agent.actor, agent.attention))
-    limit, buffer = args.max_grad_norm, collector.buffer
+    limit = args.max_grad_norm
+    learned = [collector]
+    if args.learn_from == "all":
+        learned = [each for each in collectors if each.buffer.size]
+    size = args.batch_size // len(learned)
     omega = policy if "actor" in args.phi_gradient else agent.actor  # what Eq. (10) or (9) moves
     start = [p.detach().clone() for p in omega.parameters()]
     for _ in range(args.inner_steps):
-        batch = buffer.sample(agent, rng, args.batch_size)
+        batches = [each.buffer.sample(agent, rng, size) for each in learned]
         with torch.set_grad_enabled("actor" in args.phi_gradient):  # Eq. (10)
-            g = agent.attention(batch.view)
-        with torch.no_grad():
-            next_g = agent.attention(batch.next_view)
-        loss = critic_loss(args, agent, batch, g.detach(), next_g, rng)
+            graphs = [agent.attention(batch.view) for batch in batches]
+        losses = []
+        for batch, g in zip(batches, graphs):
+            with torch.no_grad():
+                next_g = agent.attention(batch.next_view)
+            losses.append(critic_loss(args, agent, batch, g.detach(), next_g, rng))
+        loss = torch.stack(losses).mean()
         scalars["critic_loss"].append(loss.detach())
         norm = descend(loss, agent.critic, agent.critic_optimiser, limit)
         scalars["critic_grad_norm"].append(norm)
-        loss, entropy = actor_loss(args, agent.actor, agent.critic, batch, g, rng)
+        losses = [actor_loss(args, agent, batch, g, rng) for batch, g in zip(batches, graphs)]
+        loss, entropy = (torch.stack(x).mean() for x in zip(*losses))
         scalars["actor_loss"].append(loss.detach())
         scalars["entropy"].append(entropy.detach())
         norm = descend(loss, policy, agent.actor_optimiser, limit)
@@ -939,8 +948,10 @@ def update(
     if not args.adapt:
         reptile(args, omega, start)
         if args.phi_gradient != "actor" and args.latent_size > 1:
-            label, game = collectors.index(collector), collector.game
-            means[f"mi/{collector.name}"] = information_update(agent, game, batch.view, label)
+            for each, batch in zip(learned, batches):
+                label = collectors.index(each)
+                information = information_update(agent, each.game, batch.view, label)
+                means[f"mi/{each.name}"] = information
         if agent.classifies:
             means |= latent_update(args, agent, collectors, latent_rng)
     agent.follow()
@@ -957,21 +968,25 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
     for collector in (each for each in collectors if each.buffer.size):
         name, game, known = collector.name, collector.game, agent.args.populations
         view = collector.buffer.sample(agent, rng, 256).view
+        g = agent.attention.all(view)  # (Z, M, N, N)
         log_prior = agent.log_prior(game)
-        scalars[f"information/{name}"] = mean(graph_information(agent, view, log_prior), view.alive)
+        information = graph_information(agent, view, g, log_prior)
+        scalars[f"information/{name}"] = mean(information, view.alive)
         p = log_prior.exp()  # (N, Z)
-        priors.append(torch.stack([each[0] for each in p.split(game.population)]))  # (types, Z)
+        of_types = torch.stack([each[0] for each in p.split(game.population)])  # (types, Z)
+        priors.append(of_types)
         if agent.classifies and name in known:
-            g = agent.attention.all(view)  # (Z, M, N, N)
             for kind, graphs in (("", g), ("_uniform_g", uniform_graph(view).expand_as(g))):
                 guess = agent.population_classifier(view, graphs).argmax(-1)  # (Z, M, N)
                 right = (p.T[:, None] * (guess == known.index(name))).sum(0)  # (M, N)
                 scalars[f"xi_accuracy{kind}/{name}"] = mean(right, view.alive)
         if agent.learns_prior:
-            for kind, row in enumerate(agent.latent_prior(game.population).exp()):
+            for kind, row in enumerate(of_types):
                 scalars |= {f"prior/{name}/{kind}/{z}": x for z, x in enumerate(row)}
     if len(priors) > 1:
-        distances = [(p - q).abs().sum(-1) / 2 for p, q in itertools.combinations(priors, 2)]
+        distances = []
+        for p, q in itertools.combinations(priors, 2):
+            distances.append((p - q).abs().sum(-1) / 2)
         scalars["prior_distance"] = torch.stack(distances).mean()
     check_finite(**scalars)
     return scalars
@@ -1071,15 +1086,18 @@ def load_player(path: str, seed: int = 1) -> Player:
 def begin(args: Args, agent: Agent, collectors: list[Collector], rng: torch.Generator) -> None:
     """Draw the first latents. With --adapt (Algorithm 5) these stay for all episodes, and networks
     and reward scale begin as those of the adapted run."""
-    if args.adapt:
-        saved, _ = load_checkpoint(args.adapt, alike=True)
-        nets = {name: part for name, part in agent.parts().items() if isinstance(part, nn.Module)}
-        restore(nets, saved["agent"], args.adapt)
-        sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]
-        collectors[0].buffer.reward_scale.sums += torch.stack(sums).mean(0).to(agent.device)
-    for collector in collectors:
-        z = draw_latents(agent, collector.game, 1 if args.adapt else args.num_envs, rng).cpu()
-        collector.z[:] = gather(z)[0] if args.adapt else z  # kept; the same in all processes
+    if not args.adapt:
+        for collector in collectors:
+            collector.z[:] = draw_latents(agent, collector.game, args.num_envs, rng)
+        return
+    (collector,) = collectors
+    saved, _ = load_checkpoint(args.adapt, alike=True)
+    nets = {name: part for name, part in agent.parts().items() if isinstance(part, nn.Module)}
+    restore(nets, saved["agent"], args.adapt)
+    sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]
+    collector.buffer.reward_scale.sums += torch.stack(sums).mean(0).to(agent.device)
+    z = draw_latents(agent, collector.game, 1, rng).cpu()
+    collector.z[:] = gather(z)[0]  # the same in all processes
 
 
 def train(args: Args) -> int:

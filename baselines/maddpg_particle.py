@@ -31,7 +31,6 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -530,15 +529,10 @@ def pick(x: Tensor, actions: Tensor) -> Tensor:  # (M, N, A), (M, N) -> (M, N)
 
 
 def critic_loss(
-    args: Args,
-    agent: Agent,
-    batch: Batch,
-    g: Tensor,
-    next_g: Tensor,
-    rng: torch.Generator,
+    args: Args, agent: Agent, batch: Batch, g: Tensor, next_g: Tensor, rng: torch.Generator
 ) -> Tensor:
-    """Loss of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. As in MRA's code, the
-    target has an entropy bonus: -log pi'(a')."""
+    """Loss () of Eq. (8); g, next_g (M, N, N) are the graphs at o and o'. The target has an entropy
+    bonus -log pi'(a') as in MRA's code, but discounted."""
     next_view = batch.next_view
     with torch.no_grad():
         log_probs = agent.target_actor(next_view, next_g).log_softmax(-1)
@@ -554,15 +548,10 @@ def critic_loss(
 
 
 def actor_loss(
-    args: Args,
-    actor: Callable[..., Tensor],
-    critic: Callable[..., Tensor],
-    batch: Batch,
-    g: Tensor,
-    rng: torch.Generator,
+    args: Args, agent: Agent, batch: Batch, g: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Loss of Eq. (9), or of (10) if g (M, N, N) carries gradients; and the mean entropy."""
-    log_probs = actor(batch.view, g).log_softmax(-1)  # (M, N, A)
+    """Loss () of Eq. (9), or of (10) if g (M, N, N) carries gradients; and the mean entropy ()."""
+    log_probs = agent.actor(batch.view, g).log_softmax(-1)  # (M, N, A)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     if args.actor_gradient == "gumbel":  # as Lowe et al.: the others' actions are the replay's
         others = batch.actions
@@ -573,7 +562,7 @@ def actor_loss(
         others = sample(log_probs, rng)
         probs = log_probs.exp()
     with torch.no_grad():
-        q = critic(batch.view, g, others)  # (M, N, A): Q of each own action
+        q = agent.critic(batch.view, g, others)  # (M, N, A): Q of each own action
     # Eq. (9)
     objective = (probs * q).sum(-1) + args.entropy_coef * entropy
     return -mean(objective, batch.view.alive), mean(entropy, batch.view.alive)
@@ -599,7 +588,7 @@ def update(
         scalars["critic_loss"].append(loss.detach())
         norm = descend(loss, agent.critic, agent.critic_optimiser, limit)
         scalars["critic_grad_norm"].append(norm)
-        loss, entropy = actor_loss(args, agent.actor, agent.critic, batch, g, rng)
+        loss, entropy = actor_loss(args, agent, batch, g, rng)
         scalars["actor_loss"].append(loss.detach())
         scalars["entropy"].append(entropy.detach())
         norm = descend(loss, policy, agent.actor_optimiser, limit)

@@ -180,22 +180,6 @@ class PairSums(torch.autograd.Function):
         return *chosen(ctx, of_g, of_weight, of_bias, of_a, of_b), None
 
 
-class ScaledRows(torch.autograd.Function):
-    """x (..., K) times scale (...), without a gradient of scale."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _scale_rows(*arrays(x.flatten(0, -2), scale.flatten()), out.flatten(0, -2).numpy())
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
-        return ScaledRows.apply(d, *ctx.saved_tensors), None
-
-
 def chosen(ctx: Any, *gradients: np.ndarray) -> list[Tensor | None]:
     """The gradients as tensors, None for inputs that need none."""
     needed = zip(gradients, ctx.needs_input_grad)
@@ -306,14 +290,6 @@ def _linear_weights(
             for row in range(len(rows)):
                 for k in range(O):
                     of_bias[s, k] += rows[row, k]
-
-
-@numba.njit(cache=True)
-def _scale_rows(x: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
-    """Write x (R, K) times scale (R,) to out (R, K)."""
-    for row in range(len(x)):
-        for k in range(x.shape[1]):
-            out[row, k] = x[row, k] * scale[row]
 
 
 # --- Tiles ----------------------------------------------------------------------------------------

@@ -51,13 +51,6 @@ def grouped_linear(
     return torch.cat(parts, 1)
 
 
-def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) times scale (...), which must need no gradient: (..., K)."""
-    if x.device.type == "cpu" and x.dtype == scale.dtype:
-        return kernels.ScaledRows.apply(x, scale)
-    return x * scale[..., None]
-
-
 class FastPairs:
     """Hidden layer relu(o_ij @ weight + bias) of all pairs (i, j), kept as b_i and, for each set of
     weights, a_j: M N^2 H numbers if each agent has its own weight, else M S N H.

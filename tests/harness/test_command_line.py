@@ -29,7 +29,6 @@ def test_every_flag_arrives():
         "final_episodes": "1",
         "save_every": "4",
         "wandb_project": "elsewhere",
-        "wandb_mode": "online",  # offline needs --track: test_wandb.py
         "wandb_timeout": "3.5",
         "device": "cpu",
         "num_threads": "2",
@@ -165,7 +164,7 @@ WRONG = {  # what is typed: what the message names; in one sentence unless tyro 
     "--resume=": "--resume has an empty value",
     "--eval-only=": "--eval-only has an empty value",
     "--run-dir=": "--run-dir has an empty value",
-    "--wandb-mode offline": "--wandb-mode offline needs --track",
+    "--wandb-mode offline": "--wandb-mode needs --track",
     "--resume nowhere": "There is no nowhere: it should be a run directory",
     "--eval-only nowhere": "There is no nowhere: it should be a run directory",
     "--resume a --eval-only b": "exclude each other",

@@ -111,9 +111,16 @@ def random_view(s: SimpleNamespace, M: int, seed: int = 0, dead: float = 0.0):
     if s.script is mra:
         z = rng.integers(s.args.latent_size, size=(M, N))
         fields.append(torch.tensor(np.eye(s.args.latent_size)[z], dtype=s.dtype))
-        told = np.eye(len(s.args.populations))[rng.integers(len(s.args.populations), size=(M, N))]
-        fields.append(torch.tensor(told, dtype=s.dtype))
+        fields.append(int(rng.integers(len(s.args.populations))))
     return s.script.View(*fields)
+
+
+def eq_11(agent: Any, view: Any, log_prior: torch.Tensor) -> torch.Tensor:
+    return mra.graph_information(agent, view, agent.attention.all(view), log_prior)
+
+
+def eq_13(agent: Any, view: Any, log_prior: torch.Tensor, label: int) -> torch.Tensor:
+    return mra.population_loss(agent, view, agent.attention.all(view), log_prior, label)
 
 
 def random_batch(s: SimpleNamespace, M: int, seed: int = 0, dead: float = 0.0):
@@ -677,7 +684,7 @@ def test_actor_loss_is_eq_9(script, name):
     s = games(script, name, "--actor-gradient expectation --entropy-coef .2")
     batch, actor = random_batch(s, 4, dead=0.3), s.agent.actor
     view, g = batch.view, random_graph(batch.view)
-    loss, entropy = script.actor_loss(s.args, actor, s.agent.critic, batch, g, seeded(8))
+    loss, entropy = script.actor_loss(s.args, s.agent, batch, g, seeded(8))
     log_pi = log_softmax(read(arrays(actor), view, numbers(g)))
     drawn = (log_pi + gumbel_noise(8, log_pi.shape)[0]).argmax(-1)
     q, alive = read(arrays(s.agent.critic), view, numbers(g), drawn), view.alive.numpy()
@@ -704,7 +711,7 @@ def test_eq_10_is_eq_9_with_a_graph_that_learns(how):
     batch, agent = random_batch(s, 3, dead=0.2), s.agent
     view = batch.view
     g = agent.attention(view)
-    loss, _ = script.actor_loss(s.args, agent.actor, agent.critic, batch, g, seeded(8))
+    loss, _ = script.actor_loss(s.args, agent, batch, g, seeded(8))
     loss.backward()
     w, actor = arrays(agent.attention), arrays(agent.actor)
     g = graph(w, view, how)
@@ -728,7 +735,7 @@ def test_gumbel_form_is_lowes_straight_through(script):
     s = games(script, "per type", "--actor-gradient gumbel --entropy-coef .2")
     batch, actor = random_batch(s, 5, dead=0.3), s.agent.actor
     view, g, alive = batch.view, random_graph(batch.view), batch.view.alive
-    loss, _ = script.actor_loss(s.args, actor, s.agent.critic, batch, g, seeded(8))
+    loss, _ = script.actor_loss(s.args, s.agent, batch, g, seeded(8))
     q = torch.tensor(read(arrays(s.agent.critic), view, numbers(g), batch.actions.numpy()))
     noise = torch.tensor(gumbel_noise(8, q.shape)[0])
 
@@ -745,8 +752,8 @@ def test_gumbel_form_is_lowes_straight_through(script):
     assert_same_gradients(loss, lowe(logits), actor, 1e-9)
 
     free = logits.detach().requires_grad_()
-    given = s.args, lambda *_: free, lambda *_: q, batch, g, seeded(8)
-    script.actor_loss(*given)[0].backward()
+    fixed = SimpleNamespace(actor=lambda *_: free, critic=lambda *_: q)
+    script.actor_loss(s.args, fixed, batch, g, seeded(8))[0].backward()
     y, log_pi, pi = softmax(numbers(free + noise)), log_softmax(numbers(free)), 0
     pi, values = np.exp(log_pi), q.numpy()
     slope = y * (values - (y * values).sum(-1, keepdims=True))
@@ -780,7 +787,7 @@ def test_information_is_eq_11_by_enumeration(how, name):
     log_prior = random_prior(s.game.num_agents, 3)
     prior, alive = np.exp(log_prior.numpy()), view.alive.numpy()
     expected = information(s, w, view, prior, how)
-    ours = mra.graph_information(s.agent, view, log_prior)
+    ours = eq_11(s.agent, view, log_prior)
     assert np.abs(numbers(ours) - expected).max() < 1e-9
     value = mra.mean(ours, view.alive)
     assert abs(scalar(value) - average(expected, alive)) < 1e-9
@@ -799,17 +806,17 @@ def test_information_lies_between_zero_and_log_z(how):
         for part in (s.agent.attention.query, s.agent.actor.value, s.agent.target_actor.value):
             part.weight.data *= scale
         view = random_view(s, 50, seed=int(scale))
-        ours = mra.graph_information(s.agent, view, random_prior(4, 3, 1))
+        ours = eq_11(s.agent, view, random_prior(4, 3, 1))
         assert ours.min() >= -1e-9 and ours.max() <= np.log(3)
         assert ours.max() > 0.01 * scale, "the test sees some"
     same = s.agent.attention.all
     s.agent.attention.all = lambda view: same(view)[:1].expand(3, -1, -1, -1)
-    assert mra.graph_information(s.agent, view, random_prior(4, 3, 1)).abs().max() < 1e-12
+    assert eq_11(s.agent, view, random_prior(4, 3, 1)).abs().max() < 1e-12
 
 
 def repeated(view, times: int):
     """One observation many times."""
-    fields = {"own", "others", "alive", "mask", "z", "population"}
+    fields = {"own", "others", "alive", "mask", "z"}
     rows = {k: x for k, x in view._asdict().items() if k in fields}
     return view._replace(**{k: x.expand(times, *x.shape[1:]) for k, x in rows.items()})
 
@@ -850,7 +857,7 @@ def test_sampled_information_has_the_exact_value_and_gradient_in_the_mean(target
         s.agent.target_actor.load_state_dict(s.agent.actor.state_dict())
     phi, log_prior, rng = s.agent.attention, random_prior(3, 3), seeded(11)
     view = random_view(s, 1)
-    exact = mra.graph_information(s.agent, view, log_prior).mean()
+    exact = eq_11(s.agent, view, log_prior).mean()
     slope, many = vector(exact, phi), repeated(view, draws)
     values, slopes = [], []
     for _ in range(times):
@@ -870,9 +877,9 @@ def test_exact_gradient_is_zero_without_the_actions_probability():
     s = setting("resource", "4", flags="--latent-size 3")
     s.agent.target_actor.load_state_dict(s.agent.actor.state_dict())
     view, log_prior, actor = random_view(s, 4), random_prior(4, 3), s.agent.actor
-    whole = vector(mra.graph_information(s.agent, view, log_prior).mean(), s.agent.attention)
+    whole = vector(eq_11(s.agent, view, log_prior).mean(), s.agent.attention)
     s.agent.actor = lambda view, g: actor(view, g).detach()
-    rest = vector(mra.graph_information(s.agent, view, log_prior).mean(), s.agent.attention)
+    rest = vector(eq_11(s.agent, view, log_prior).mean(), s.agent.attention)
     assert whole.norm() > 1e-2
     assert rest.norm() < 1e-12
 
@@ -896,7 +903,7 @@ def test_xi_reads_z_as_eq_13_of_the_authors_code(population):
     log_prior = agent.log_prior(s.game)
     prior, lost = np.exp(numbers(log_prior)), surprise(s, view, "option", label)
     expected = sum(prior[:, k] * lost[k] for k in range(3))
-    loss = mra.population_loss(agent, view, log_prior, label)
+    loss = eq_13(agent, view, log_prior, label)
     assert abs(scalar(loss) - average(expected, view.alive.numpy())) < 1e-9
     loss.backward()
     assert agent.population_classifier.of_z.grad.abs().amax(-1).min() > 1e-6, "each type and z"
@@ -917,14 +924,14 @@ def test_population_loss_is_eq_13(how, population):
     log_prior = agent.log_prior(s.game)
     prior, lost = np.exp(numbers(log_prior)), surprise(s, view, how, label)
     expected = sum(prior[:, k] * lost[k] for k in range(3))
-    loss = mra.population_loss(agent, view, log_prior, label)
+    loss = eq_13(agent, view, log_prior, label)
     assert abs(scalar(loss) - average(expected, view.alive.numpy())) < 1e-9
     g = plain_graphs(agent.attention, view, how).detach()
     plain = -plain_read(agent.population_classifier, view, g).log_softmax(-1)[..., label]
     plain = (agent.log_prior(s.game).exp().T[:, None] * plain).sum(0)[view.alive].mean()
     both = torch.nn.ModuleList((agent.latent_prior, agent.population_classifier))
     assert_same_gradients(loss, plain, both, 1e-9)
-    mra.population_loss(agent, view, agent.log_prior(s.game), label).backward()
+    eq_13(agent, view, agent.log_prior(s.game), label).backward()
     for name, p in both.named_parameters():
         assert p.grad.abs().max() > 1e-6, name
 
@@ -946,7 +953,7 @@ def test_straight_through_form_has_the_mean_of_the_exact_one(how):
     view, log_prior = random_view(s, 1), s.agent.log_prior(s.game).detach()
     many, rng = repeated(view, 2000), seeded(12)
     with torch.no_grad():
-        exact = mra.population_loss(s.agent, view, log_prior, 0)
+        exact = eq_13(s.agent, view, log_prior, 0)
         found = [straight_through_loss(s.agent, many, log_prior, 0, rng) for _ in range(40)]
     found = torch.stack(found)
     error = scalar(found.std() / 40**0.5)
@@ -1111,7 +1118,12 @@ def test_phi_by_both_ascends_eq_11_and_descends_eq_13(how, monkeypatch):
     given."""
     s = setting("resource", "3", "5", flags=f"--phi-gradient both {small_latents(how)}")
     view, agent, seen = random_view(s, 4, dead=0.2), s.agent, []
-    monkeypatch.setattr(mra, "descend", lambda loss, net, *_: (seen.append(loss), loss.backward()))
+
+    def descend(loss, net, *_):
+        seen.append(loss)
+        loss.backward(inputs=list(net.parameters()))  # as the harness's
+
+    monkeypatch.setattr(mra, "descend", descend)
     told = mra.information_update(agent, s.collectors[0].game, view, label=1)
     prior = np.exp(numbers(agent.log_prior(s.game)))
     alive, w = view.alive.numpy(), arrays(agent.attention)
@@ -1127,6 +1139,40 @@ def test_phi_by_both_ascends_eq_11_and_descends_eq_13(how, monkeypatch):
     check_slopes(value, w, gradients_of(agent.attention), each=1)
     for net in (agent.population_classifier, agent.actor, agent.target_actor):
         assert not gradients_of(net) and all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("form, learned", [("turn", [5]), ("all", [3, 5])])
+def test_learn_from(form, learned, monkeypatch):
+    """Each minibatch has all its transitions of who acts, or as many of each population; losses are
+    means over populations."""
+    flags = f"--latent-size 3 --phi-gradient actor --learn-from {form} --batch-size 12"
+    s = setting("resource", "3", "5", flags=f"{flags} --inner-steps 2", double=False)
+    for collector, _ in itertools.product(s.collectors, range(15)):
+        mra.collect(s.agent, collector, **s.rngs)
+    parts, descended, real = [], [], (mra.critic_loss, mra.actor_loss, mra.descend)
+
+    def critic_loss(args, agent, batch, *rest):
+        loss = real[0](args, agent, batch, *rest)
+        parts.append((*batch.actions.shape, loss))
+        return loss
+
+    def actor_loss(args, agent, batch, *rest):
+        loss, entropy = real[1](args, agent, batch, *rest)
+        parts.append((*batch.actions.shape, loss))
+        return loss, entropy
+
+    def descend(loss, *rest):
+        descended.append(scalar(loss))
+        return real[2](loss, *rest)
+
+    for function in (critic_loss, actor_loss, descend):
+        monkeypatch.setattr(mra, function.__name__, function)
+    mra.update(s.args, s.agent, s.collectors[1], s.collectors, **s.rngs)
+    P = len(learned)
+    assert len(parts) == 4 * P and len(descended) == 4 + 1  # psi and xi have one step
+    assert [part[:2] for part in parts] == [(12 // P, n) for n in learned] * 4
+    losses = [np.mean([scalar(loss) for *_, loss in parts[k * P : (k + 1) * P]]) for k in range(4)]
+    assert descended[:4] == pytest.approx(losses, rel=1e-6)
 
 
 def test_psi_by_both_ascends_eq_11(monkeypatch):
@@ -1149,7 +1195,7 @@ def test_psi_by_both_ascends_eq_11(monkeypatch):
         slopes[flags] = gradients_of(s.agent.latent_prior)
     s.agent.latent_prior.zero_grad(set_to_none=True)
     terms = [
-        mra.mean(mra.graph_information(s.agent, view, s.agent.log_prior(game)), view.alive)
+        mra.mean(eq_11(s.agent, view, s.agent.log_prior(game)), view.alive)
         for view, game in sampled
     ]
     torch.stack(terms).mean().backward()
@@ -1231,7 +1277,7 @@ def test_values_with_one_layer_are_linear(name, plain):
 def test_who_is_told_the_population(flags, actor, critic):
     s = setting("resource", "3", "5", flags=flags)
     view = random_view(s, 6)
-    other = view._replace(population=view.population.flip(-1))
+    other = view._replace(population=1 - view.population)
     g, actions = random_graph(view), torch.zeros(6, 3, dtype=torch.int64)
     for net, given, told in ((s.agent.actor, (), actor), (s.agent.critic, (actions,), critic)):
         differ = (net(view, g, *given) - net(other, g, *given)).abs().amax((1, 2))
@@ -1252,8 +1298,7 @@ def test_who_is_told_m_has_a_layer_of_its_own_above_entities(layers):
         for part in (f"{name}.weight", f"{name}.bias"):
             weights[part] = weights[part].unflatten(0, (2, 2))[:, m]  # of each type, of each m
         plain.load_state_dict(weights)
-        population = torch.nn.functional.one_hot(torch.tensor(m), 2).to(view.population)
-        seen = view._replace(population=population.expand_as(view.population))
+        seen = view._replace(population=m)
         outputs.append(told.agent.actor(seen, g))
         torch.testing.assert_close(outputs[m], plain(seen, g), rtol=1e-12, atol=1e-12)
     assert not torch.allclose(*outputs, atol=1e-3)
@@ -1317,7 +1362,7 @@ def test_logged_information_is_of_the_living(monkeypatch):
     monkeypatch.setattr(buffer, "sample", lambda agent, rng, size: SimpleNamespace(view=view))
     found = mra.diagnose(s.agent, s.collectors, seeded(1))["information/3,2"]
     with torch.no_grad():
-        each = mra.graph_information(s.agent, view, s.agent.log_prior(s.game))
+        each = eq_11(s.agent, view, s.agent.log_prior(s.game))
     each, alive = numbers(each), view.alive.numpy()
     assert float(found) == pytest.approx(each[alive].mean(), rel=1e-6)
     assert abs(each[alive].mean() / each.mean() - 1) > 1e-3
@@ -1367,7 +1412,7 @@ def test_a_population_has_its_own_number_whatever_others_have_its_size(known):
         assert number_of(game, known) == number
         assert (s.agent.log_prior(game).exp().argmax(-1) == number).all()
         view = s.agent.view(game, collector.worlds.obs, z[:, :1].expand(4, game.num_agents))
-        assert (view.population.argmax(-1) == number).all()
+        assert view.population == number
 
 
 def test_which_unseen_populations_have_no_clear_number():
@@ -1480,11 +1525,11 @@ def test_the_dead_receive_no_gradient(name):
     if name == "critic":
         loss = mra.critic_loss(s.args, nets, batch, g, next_g, seeded(0))
     elif name in ("expectation", "gumbel"):
-        loss = mra.actor_loss(s.args, nets.actor, nets.critic, batch, g, seeded(0))[0]
+        loss = mra.actor_loss(s.args, nets, batch, g, seeded(0))[0]
     elif name == "Eq. (11)":
-        loss = -mra.mean(mra.graph_information(nets, view, log_prior), alive)
+        loss = -mra.mean(eq_11(nets, view, log_prior), alive)
     else:
-        loss = mra.population_loss(nets, view, log_prior, 0)
+        loss = eq_13(nets, view, log_prior, 0)
     loss.backward()
     # Whoever has less than two others alive has one graph for all z, hence no information to gain:
     # what is left of its gradient in Eq. (11) is rounding, and 0 on some processors.
@@ -1677,7 +1722,8 @@ def test_replay_gives_back_what_was_seen(script):
                 expected = s.agent.view(world.game, obs, *latents)
                 for name, x in expected._asdict().items():
                     mine = getattr(ours, name)
-                    assert mine == x if name == "counts" else torch.equal(mine[m], x[0]), name
+                    alike = torch.equal(mine[m], x[0]) if isinstance(x, torch.Tensor) else mine == x
+                    assert alike, name
             assert torch.equal(batch.actions[m], row.actions[b])
             assert torch.equal(batch.rewards[m], row.reward[b] / buffer.reward_scale.deviation())
             assert batch.terminated[m] == row.terminated[b]

@@ -93,11 +93,6 @@ def test_gradients_of_some(wanted):
         assert name not in wanted or torch.equal(x.grad, whole[name])
 
 
-def test_scaled_rows():
-    x, scale = exact(3, 4, 2, K, dtype=torch.float32), torch.rand(3, 4, 2).round()
-    assert_same(x * scale[..., None], pairs.scale_rows(x, scale), [x])
-
-
 def test_nan_is_seen():
     """A ReLU hides no NaN."""
     a = torch.full((1, 3, 1, 40), torch.nan)

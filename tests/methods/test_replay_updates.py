@@ -68,12 +68,12 @@ def test_what_losses_of_particle_scripts_are_given(name, flags, monkeypatch):
         seen.append([p.detach().clone() for p in agent.critic.parameters()])
         return critic_loss(args, agent, batch, g, next_g, rng)
 
-    def actors(args, actor, critic, batch, g, rng):
-        moved = [p.detach().clone() for p in critic.parameters()]
+    def actors(args, agent, batch, g, rng):
+        moved = [p.detach().clone() for p in agent.critic.parameters()]
         assert any(not torch.equal(a, b) for a, b in zip(moved, seen[-1], strict=True))
         assert g.requires_grad == (flags != "--phi-gradient both")  # there information moves phi
-        seen.append(critic)
-        return actor_loss(args, actor, critic, batch, g, rng)
+        seen.append(agent.critic)
+        return actor_loss(args, agent, batch, g, rng)
 
     critic_loss, actor_loss = module.critic_loss, module.actor_loss
     agents = []
