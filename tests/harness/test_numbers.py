@@ -98,6 +98,18 @@ def test_descend_is_torchs_own_step():
     assert all(torch.allclose(p, q, rtol=1e-4) for p, q in zip(a.parameters(), b.parameters()))
 
 
+def test_descend_moves_its_network_alone():
+    """The loss passes through another network, whose gradients stay what they were."""
+    net, other = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
+    other(torch.ones(2)).sum().backward()
+    before = [p.grad.clone() for p in other.parameters()]
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    harness.descend(other(net(torch.ones(3))).sum(), net, sgd, max_norm=10.0)
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+    for p, grad in zip(other.parameters(), before, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
 def test_a_line_has_the_means_of_what_was_noted():
     """Of all iterations since the line before, also where a checkpoint is between."""
     assert run(*flags("each", 6)) == 0
