@@ -128,9 +128,7 @@ class Args(RunArgs):
     redraw_z: bool = False  # minibatches draw z anew from p(z|m); off: they have those that acted
     xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
     critic_reads_z: bool = False  # the critic's V has a first layer for each z
-    psi_input: Literal["tenth", "standardised"] = (
-        "tenth"  # psi reads a tenth of counts, or z-scores
-    )
+    psi_input: Literal["tenth", "standardised"] = "tenth"  # psi reads numbers / 10, or z-scores
     psi_entropy: Count = 0  # steps in which the weight of p(z|m)'s entropy falls from 1 to 0
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
     target: Literal["polyak", "hard"] = "hard"  # target networks move by --polyak, or are copied
@@ -196,14 +194,13 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     idle = begins and args.target == "hard" and args.polyak != usual
     several = len(args.populations + args.eval_populations) > 1
     one_z, one_m = args.latent_size == 1, len(args.populations) == 1
-    too_few = args.latent_prior == "told" and args.latent_size < len(args.populations)
-    named = args.tell_population != "nobody"
-    told = named or args.latent_prior == "told"
+    by_hand, named = args.latent_prior == "told", args.tell_population != "nobody"
+    too_few = by_hand and args.latent_size < len(args.populations)
+    told = by_hand or named
     unclear = told and first_unclear((*args.eval_populations, args.population), args.populations)
-    always = one_z or (one_m and args.latent_prior == "told")  # always the same z: (11) is 0
+    always = one_z or (one_m and by_hand)  # always the same z, so that Eq. (11) is 0
     still = always and "actor" not in args.phi_gradient and args.phi_learning_rate
     psi, xi = who_learns(args)
-    drawn = not one_z and args.latent_prior != "told"
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
@@ -218,7 +215,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (begins and not psi and args.psi_input != "tenth", "--psi-input needs a learned p(z|m)"),
         (begins and not psi and args.psi_entropy, "--psi-entropy needs a learned p(z|m)"),
         (begins and not xi and args.xi_reads_z, "--xi-reads-z needs a classifier that learns"),
-        (begins and args.redraw_z and not drawn, "--redraw-z needs several z, none of them told"),
+        (begins and args.redraw_z and (one_z or by_hand), "--redraw-z needs several z, none told"),
         (begins and one_z and args.critic_reads_z, "--critic-reads-z needs several z"),
         (begins and one_m and named, "--tell-population needs several --populations"),
         (begins and one_m and args.learn_from == "all", "--learn-from all needs several"),
@@ -523,6 +520,7 @@ class GraphNet(nn.Module):
             return self.out(F.relu(x + e, inplace=True), view.counts)
 
         if g.dim() == 3:
+            assert self.of_z is None, "a network that reads z needs the graphs of all z"
             return read(g)
         return torch.stack([read(each, z) for z, each in enumerate(g)])
 
@@ -764,8 +762,7 @@ class Collector:
         self.game = self.worlds.game
         self.buffer = ReplayBuffer(args, self.worlds, device)
         self.returns = EpisodeReturns(self.worlds, sum_over_processes)
-        shape = (args.num_envs, self.game.num_agents)
-        self.z = torch.zeros(shape, dtype=torch.int64, device=device)  # (B, N) latents
+        self.z = torch.zeros(args.num_envs, self.game.num_agents, dtype=torch.int64, device=device)
         self.worlds.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -866,9 +863,8 @@ def actor_loss(
 
 
 def information_update(agent: Agent, game: Game, view: View, label: int) -> Tensor:
-    """One step of phi that raises the bound on I(g; a|o) and, unless --phi-gradient mi or nothing
-    can be told apart, lowers the classifier's loss. label: the number of the population. Returns
-    the bound before the step, ()."""
+    """One step of phi that raises the bound on I(g; a|o) and, unless --phi-gradient mi, lowers the
+    loss of xi, if that learns. label: the number of the population. Returns the bound before ()."""
     log_prior = agent.log_prior(game).detach()
     g = agent.attention.all(view)
     information = mean(graph_information(agent, view, g, log_prior), view.alive)
@@ -892,8 +888,7 @@ def latent_update(
         if collector.buffer.size:
             view = collector.buffer.sample(agent, rng, size).view
             log_prior = agent.log_prior(collector.game)
-            with torch.no_grad():
-                g = agent.attention.all(view)
+            g = agent.attention.all(view).detach()
             loss = population_loss(agent, view, g, log_prior, label)
             scalars[f"xi_loss/{collector.name}"] = loss.detach()
             if args.psi_information and agent.learns_prior:
@@ -913,20 +908,18 @@ def update(
     rng: torch.Generator,
     latent_rng: torch.Generator,
 ) -> dict[str, Tensor]:
-    """K minibatch steps of critic and actor, then (but for --adapt) Reptile's step, a step of phi
-    by Eqs. (11), (13), one of psi and xi; at last one of the targets. collector: who acts. Returns
+    """K minibatch steps of critic and actor, then (but for --adapt) Reptile's, one of phi by Eqs.
+    (11), (13), one of psi and xi; at last one of the targets. collector: whose turn it is. Returns
     scalars for the log; RunError if one or a reward is not finite."""
     scalars = collections.defaultdict(list)
     policy = nn.ModuleList((agent.actor, agent.attention))
     limit = args.max_grad_norm
-    learned = [collector]
-    if args.learn_from == "all":
-        learned = [each for each in collectors if each.buffer.size]
-    size = args.batch_size // len(learned)
+    filled = [each for each in collectors if each.buffer.size]
+    learned = filled if args.learn_from == "all" else [collector]
     omega = policy if "actor" in args.phi_gradient else agent.actor  # what Eq. (10) or (9) moves
     start = [p.detach().clone() for p in omega.parameters()]
     for _ in range(args.inner_steps):
-        batches = [each.buffer.sample(agent, rng, size) for each in learned]
+        batches = [x.buffer.sample(agent, rng, args.batch_size // len(learned)) for x in learned]
         with torch.set_grad_enabled("actor" in args.phi_gradient):  # Eq. (10)
             graphs = [agent.attention(batch.view) for batch in batches]
         losses = []
@@ -950,8 +943,7 @@ def update(
         if args.phi_gradient != "actor" and args.latent_size > 1:
             for each, batch in zip(learned, batches):
                 label = collectors.index(each)
-                information = information_update(agent, each.game, batch.view, label)
-                means[f"mi/{each.name}"] = information
+                means[f"mi/{each.name}"] = information_update(agent, each.game, batch.view, label)
         if agent.classifies:
             means |= latent_update(args, agent, collectors, latent_rng)
     agent.follow()
@@ -984,9 +976,7 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
             for kind, row in enumerate(of_types):
                 scalars |= {f"prior/{name}/{kind}/{z}": x for z, x in enumerate(row)}
     if len(priors) > 1:
-        distances = []
-        for p, q in itertools.combinations(priors, 2):
-            distances.append((p - q).abs().sum(-1) / 2)
+        distances = [(p - q).abs().sum(-1) / 2 for p, q in itertools.combinations(priors, 2)]
         scalars["prior_distance"] = torch.stack(distances).mean()
     check_finite(**scalars)
     return scalars
@@ -1090,8 +1080,7 @@ def begin(args: Args, agent: Agent, collectors: list[Collector], rng: torch.Gene
         for collector in collectors:
             collector.z[:] = draw_latents(agent, collector.game, args.num_envs, rng)
         return
-    (collector,) = collectors
-    saved, _ = load_checkpoint(args.adapt, alike=True)
+    (collector,), (saved, _) = collectors, load_checkpoint(args.adapt, alike=True)
     nets = {name: part for name, part in agent.parts().items() if isinstance(part, nn.Module)}
     restore(nets, saved["agent"], args.adapt)
     sums = [each["rewards"] for each in saved["ranks"][0]["collectors"].values()]
