@@ -250,6 +250,34 @@ def finish(name, argv, cwd, **options):
     return run
 
 
+def children(pid):
+    """Processes below `pid`: {their ids: their command lines}."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            line = (path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if parent == pid:
+            found |= {int(path.parent.name): line} | children(int(path.parent.name))
+    return found
+
+
+@contextlib.contextmanager
+def opened(command, **options):
+    """A Popen that is killed with all below it when the block ends, whatever happens there: a run
+    without end that a failing test leaves would be waited for, and for ever."""
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for pid in (*children(process.pid), process.pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+
 def until(condition, run=None, pause=0.01):
     """Wait for a condition; fail if it does not come, or if `run` ends before."""
     deadline = time.monotonic() + PATIENCE

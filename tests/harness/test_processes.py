@@ -14,7 +14,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from runs import PATIENCE, differences, exact, index, metrics, only_error, until
+from runs import PATIENCE, differences, exact, index, metrics, only_error, opened, until
 from two_processes import in_two
 
 from tests.harness.tools import FOREVER, flags, learner, resume, run
@@ -61,7 +61,7 @@ def test_two_processes(capfd):
 def test_sigterm_to_torchrun_saves_in_all(tmp_path):
     """Both stop behind the same iteration, and the run can go on."""
     argv = command(flags("run", FOREVER, "--pause", 0.05))
-    with subprocess.Popen(argv, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    with opened(argv, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         until(lambda: len(index("run")) > 1, pause=0.1)
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()

@@ -15,7 +15,7 @@ from pathlib import Path
 import harness
 
 import pytest
-from runs import differences, exact, index, metrics, start, until
+from runs import differences, exact, index, metrics, opened, start, until
 
 from tests.harness.tools import FOREVER, NAME, PULLS, flags, learner, resume, run
 
@@ -169,7 +169,7 @@ def test_a_finished_run_has_a_summary_and_a_resumed_one_has_none_until_it_has_fi
 def test_ctrl_c_while_importing(tmp_path):
     """No traceback of whatever torch was doing."""
     for delay in (0.1, 0.4, 0.8):
-        with subprocess.Popen(
+        with opened(
             [sys.executable, learner.__file__, *flags("run", FOREVER)],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

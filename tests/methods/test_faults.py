@@ -15,6 +15,7 @@ from runs import (
     BOTH,
     MAPPO,
     STEPS,
+    children,
     command,
     differences,
     exact,
@@ -22,6 +23,7 @@ from runs import (
     metrics,
     not_finite,
     only_error,
+    opened,
     resume,
     script,
     start,
@@ -186,20 +188,6 @@ def test_stop_in_an_evaluation(tmp_path):
 # Without its workers ----------------------------------------------------------------------------
 
 
-def children(pid):
-    """Processes below `pid`: {their ids: their command lines}."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            line = (path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if parent == pid:
-            found |= {int(path.parent.name): line} | children(int(path.parent.name))
-    return found
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
 @pytest.mark.parametrize(
     "name, number",
@@ -236,13 +224,11 @@ def test_sigterm_to_the_whole_group_saves(tmp_path):
     run_dir = tmp_path / "run"
     argv = tiny(BIDIST, run_dir, FOREVER)
     argv[argv.index("toy")] = "chicken_in_the_matrix__repeated"
-    with subprocess.Popen(
-        [*command(BIDIST), *argv], stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as run:
+    with opened([*command(BIDIST), *argv], stderr=subprocess.PIPE, text=True) as run:
         until(lambda: (run_dir / "metrics.jsonl").exists() and metrics(run_dir), pause=0.1)
         below = children(run.pid)
         os.killpg(run.pid, signal.SIGTERM)
         assert run.wait(60) == 75
         assert "error" not in run.stderr.read()
+        assert [line for pid, line in below.items() if Path(f"/proc/{pid}").exists()] == []
     assert index(run_dir)[0]["timesteps"] > 0
-    assert [line for pid, line in below.items() if Path(f"/proc/{pid}").exists()] == []

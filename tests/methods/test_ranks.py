@@ -14,7 +14,18 @@ import harness
 
 import pytest
 import torch
-from runs import PATIENCE, ROOT, differences, exact, index, metrics, only_error, script, until
+from runs import (
+    PATIENCE,
+    ROOT,
+    differences,
+    exact,
+    index,
+    metrics,
+    only_error,
+    opened,
+    script,
+    until,
+)
 from two_processes import in_two
 from under_torchrun import drive
 
@@ -256,7 +267,7 @@ def test_sigterm_to_torchrun_saves_in_both(name):
     path = ROOT / f"{module(name).replace('.', '/')}.py"
     command = [*TORCHRUN, str(path), *argv]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **quiet) as process:
+    with opened(command, **quiet) as process:
         until(lambda: len(index("run")) > 1, pause=0.1)
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE)
