@@ -104,9 +104,9 @@ class Args(RunArgs):
     max_episode_steps: Positive = 150  # time is out after so many, at most 1000, resource 145
     # Method
     regularizer: Literal["mi", "entropy", "none"] = "mi"  # mi: as in Eq. (3); none: only rewards
-    alpha: Amount | None = None  # cost per nat, (16): .03, mmm .1, resource .05 (rescaled .005)
+    alpha: Amount | None = None  # per nat: .03, mmm .1, resource .05 (rescaled .005); less over w_i
     alpha_i: Amount | None = None  # alpha_i, the policy's alpha in Eq. (18); default: alpha
-    alpha_i_over_w: bool = False  # Lemma 2: alpha_i / w_i in (18); alpha is a 30th (linear: an 8th)
+    alpha_i_over_w: bool = False  # Lemma 2: alpha_i / w_i in (18); alpha's default / 30 (linear: 8)
     charge_times_w: bool = False  # or, for the same ratio: alpha w_i instead of alpha in Eq. (16)
     observe_self_only: bool = False  # agents see only s+, their own unit; alpha is 0 (Table 3)
     ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
@@ -182,7 +182,7 @@ PRESETS = {
     # without a preset, has this VALUE; later keys replace earlier ones.
     "cpu regularizer mi": {"alpha_i_over_w": True},
     "cpu regularizer entropy": {"alpha_i_over_w": True},
-    "cpu policy exact": {"alpha_i_over_w": False},
+    "cpu policy exact": {"alpha_i_over_w": False},  # so alpha's default is not divided, either
     "cpu scenario resource": {
         "rescale": True,
         "egocentric": True,
@@ -207,15 +207,22 @@ RESUMABLE = ("backend", "env_threads", "game_version", "num_envs", "eval_team_si
 LINE = ("return", "win", "td_loss", "sps")  # scalars of lines printed where there is no terminal
 
 
+def alphas_of(args: Args) -> tuple[float, float]:
+    """Eq. (16)'s alpha and Eq. (18)'s alpha_i, by default the paper's for each world."""
+    if args.regularizer == "none" or args.observe_self_only:
+        return 0.0, 0.0
+    collecting = 0.005 if args.rescale else 0.05  # rescaled rewards are a tenth
+    usual = {"mmm": 0.1, "resource": collecting}.get(args.scenario, 0.03)
+    if args.alpha_i_over_w:  # as w_i at first, so that alpha_i / w_i is near the paper's
+        usual /= 8 if args.mixer == "linear" else 30
+    alpha = usual if args.alpha is None else args.alpha
+    return alpha, alpha if args.alpha_i is None else args.alpha_i
+
+
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(whether it is wrong, message) for combinations of flags that would not do what they say."""
     no_lambda = args.returns != "lambda" or args.replay_window == 1
-    greedy, exact = args.policy == "greedy", args.policy == "exact"
     imagines = args.imagine and args.scenario != "resource"
-    regularizes = args.regularizer != "none" and not args.observe_self_only
-    alpha_i = args.alpha if args.alpha_i is None else args.alpha_i
-    is_free = args.alpha == alpha_i == 0  # None: a default, which is not 0
-    informed = regularizes and args.regularizer == "mi" and not is_free
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
@@ -224,47 +231,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             not imagines and args.imagine_weight != 0.5,
             "--imagine-weight needs --imagine, and --scenario resource has no groups",
         ),
-        (
-            greedy and regularizes,
-            "--policy greedy is for --regularizer none: its logarithm is not finite",
-        ),
-        (
-            greedy and args.ba_iterations,
-            "--policy greedy has no alternations of (12) and (13): no --ba-iterations",
-        ),
-        (
-            (greedy or exact) and args.actor_loss_times_w,
-            f"--policy {args.policy} has no Eq. (18): no --actor-loss-times-w",
-        ),
-        (exact and args.alpha_i_over_w, "--policy exact has no Eq. (18): no --alpha-i-over-w"),
-        (
-            exact and regularizes and alpha_i == 0 and args.alpha != 0,
-            "--policy exact with --alpha-i 0 is greedy: its logarithm is not finite",
-        ),
-        (
-            exact and not informed and args.ba_iterations,
-            "--policy exact without a marginal has nothing to alternate: no --ba-iterations",
-        ),
-        (
-            args.observe_self_only and args.regularizer == "entropy",
-            "--observe-self-only leaves nothing for --regularizer to act on",
-        ),
-        (
-            not regularizes and (args.alpha, args.alpha_i) != (None, None),
-            "--alpha and --alpha-i are of a regulariser, which this run has not",
-        ),
-        (
-            args.charge_times_w and (not regularizes or args.alpha == 0),
-            "--charge-times-w needs a regulariser and an --alpha that is not 0",
-        ),
-        (
-            args.charge_times_w and args.alpha_i_over_w,
-            "--charge-times-w and --alpha-i-over-w mend the same ratio: one of them is enough",
-        ),
-        (
-            args.alpha_i_over_w and args.regularizer == "none",
-            "--alpha-i-over-w is of a regulariser, which this run has not",
-        ),
+        *wrong_terms(args),
         (args.windows != "whole" and not args.replay_window, "--windows needs --replay-window"),
         (no_lambda and args.td_lambda != 0.8, "--td-lambda needs --returns lambda, longer windows"),
         (
@@ -285,6 +252,66 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--scenario resource has nobody to attack: it needs --target-head tags",
         ),
         *worlds.wrong_flags(args),
+    ]
+
+
+def wrong_terms(args: Args) -> list[tuple[Any, str]]:
+    """(whether it is wrong, message) for flags of regulariser and policy, as in validate()."""
+    greedy, exact = args.policy == "greedy", args.policy == "exact"
+    regularizes = args.regularizer != "none" and not args.observe_self_only
+    alpha, alpha_i = alphas_of(args)
+    informed = args.regularizer == "mi" and alpha + alpha_i > 0
+    return [
+        (
+            greedy and regularizes,
+            "--policy greedy is for --regularizer none: its logarithm is not finite",
+        ),
+        (
+            greedy and args.ba_iterations,
+            "--policy greedy has no alternations of (12) and (13): no --ba-iterations",
+        ),
+        (
+            (greedy or exact) and args.actor_loss_times_w,
+            f"--policy {args.policy} has no Eq. (18): no --actor-loss-times-w",
+        ),
+        (
+            exact and args.alpha_i_over_w,
+            "--policy exact acts without w_i, which the mixer alone knows: no --alpha-i-over-w; "
+            "--charge-times-w has the same ratio",
+        ),
+        (
+            exact and alpha_i == 0 and alpha != 0,
+            "--policy exact with --alpha-i 0 is greedy: its logarithm is not finite",
+        ),
+        (
+            exact and not informed and args.ba_iterations,
+            "--policy exact without a marginal has nothing to alternate: no --ba-iterations",
+        ),
+        (
+            args.observe_self_only and args.regularizer == "entropy",
+            "--observe-self-only leaves nothing for --regularizer to act on",
+        ),
+        (
+            not regularizes and (args.alpha, args.alpha_i) != (None, None),
+            "--alpha and --alpha-i are of a regulariser, which this run has not",
+        ),
+        (
+            args.charge_times_w and alpha == 0,
+            "--charge-times-w needs a regulariser and an --alpha that is not 0",
+        ),
+        (
+            args.charge_times_w and args.alpha_i_over_w,
+            "--charge-times-w and --alpha-i-over-w mend the same ratio, and one of them is enough: "
+            "add --no-alpha-i-over-w",
+        ),
+        (
+            args.alpha_i_over_w and args.regularizer == "none",
+            "--alpha-i-over-w is of a regulariser, which this run has not",
+        ),
+        (
+            args.alpha_i_over_w and args.alpha_i == 0,
+            "--alpha-i 0 leaves nothing to divide: add --no-alpha-i-over-w",
+        ),
     ]
 
 
@@ -334,7 +361,8 @@ CHUNK = 25  # time steps that the GRU gets in one call
 
 class Features(NamedTuple):
     """Input of the networks at M moments: the states of battles, without padding, in order of
-    time, then battle. A and S count only the slots up to the last one that any moment uses."""
+    time, then battle. In rollouts the moments after last steps come after the K in which a step
+    begins. A and S count only the slots up to the last one that any moment uses."""
 
     entities: Tensor  # (M, S, D) float32: features; of agents also the last action, one-hot
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
@@ -389,15 +417,15 @@ class Views(NamedTuple):
     """One quantity, computed with three masks: agents see all that is in sight; of that, only
     their own group; only the other group. Without imagined groups only full_view is present."""
 
-    full_view: Tensor
-    own_group: Tensor | None = None
-    other_group: Tensor | None = None
+    full_view: Any  # a tensor, or a named tuple of tensors
+    own_group: Any = None
+    other_group: Any = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Views:
+    def map(self, function: Callable[[Any], Any]) -> Views:
         """Apply function to each view that is present."""
         return Views(*[function(x) for x in self.present()])
 
-    def present(self) -> list[Tensor]:
+    def present(self) -> list[Any]:
         return [x for x in self if x is not None]
 
 
@@ -561,12 +589,25 @@ def others(unseen: Tensor) -> Tensor:
     return ~torch.eye(A, S, dtype=torch.bool, device=unseen.device)
 
 
-def split_views(tagged: Tagged | None) -> Views:
-    """A Tagged per view: units (M, U - 6, H), choices (M, A, U - 6); None without pointers."""
-    if tagged is None:
-        return Views(None)
-    units = tagged.units[:, 0]
-    return Views(*[Tagged(units, choices) for choices in tagged.choices.unbind(1)])
+class Team(NamedTuple):
+    """What policies read in one view, at all M moments or those of at()."""
+
+    q: Tensor  # (M, A, U): utilities
+    memory: Tensor  # (M, A, R): input of the heads of utilities and policy
+    tagged: Tagged | None  # units (M, U - 6, H), choices (M, A, U - 6); None without pointers
+
+    def at(self, index: Tensor) -> Team:
+        """The team at moments index (n,)."""
+        tagged = None if self.tagged is None else Tagged(*[x[index] for x in self.tagged])
+        return Team(self.q[index], self.memory[index], tagged)
+
+
+def split_views(q: Tensor, memory: Tensor, tagged: Tagged | None) -> Views:
+    """A Team per view, of q (M, V, A, U), memory (M, V, A, R) and what by_tag() gives."""
+    parts = [None] * q.shape[1]
+    if tagged is not None:
+        parts = [Tagged(tagged.units[:, 0], choices) for choices in tagged.choices.unbind(1)]
+    return Views(*map(Team, q.unbind(1), memory.unbind(1), parts))
 
 
 def without(entities: Tensor, things: slice) -> Tensor:
@@ -596,9 +637,8 @@ class Utility(nn.Module):
 
     def forward(
         self, features: Features, groups: Tensor | None = None, hidden: Tensor | None = None
-    ) -> tuple[Views, Views, Tensor, Views]:
-        """Utilities (M, A, U) and memory (M, A, R), the input of their head, in each view; the
-        hidden state (1, B V A, R) after them; what pointers read in each view, or None."""
+    ) -> tuple[Views, Tensor | None]:
+        """A Team of each view, and the hidden state (1, B V A, R) after them."""
         A, unseen, entities = features.unseen.shape[1], features.unseen, features.entities
         if self.observe_self_only:
             unseen = unseen | others(unseen)
@@ -614,7 +654,7 @@ class Utility(nn.Module):
             x, hidden = remember(self.gru, F.relu(x), features.played, hidden)  # (M, V, A, R)
             tagged = by_tag(units, features, mask) if self.points else None
             q = self.head(x, tagged).masked_fill(features.empty[:, None, :A, None], 0.0)
-        return Views(*q.movedim(1, 0)), Views(*x.movedim(1, 0)), hidden, split_views(tagged)
+        return split_views(q, x, tagged), hidden
 
 
 class Marginal(nn.Module):
@@ -661,6 +701,7 @@ class Mixer(nn.Module):
     def __init__(self, inputs: int, args: Args):
         super().__init__()
         self.linear = args.mixer == "linear"
+        # Hypernetworks, in this order: w, V and, of two layers, w_final, b
         G, H, E = 2 if self.linear else 4, args.hidden_size, args.mixing_size
         self.embed = nn.Linear(inputs, G * H)
         self.attention = Attention(G, H, args.heads)
@@ -673,8 +714,8 @@ class Mixer(nn.Module):
         """Q_tot of q (M, A), and its w; also Q_groups, if q has views of groups (M, S) bool."""
         A, G = features.unseen.shape[1], len(self.project)
         filled = ~features.empty[:, :A]
-        nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
-        mask = mask_views(nobody, groups)  # (M, V, A, S)
+        no_unit = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
+        mask = mask_views(no_unit, groups)  # (M, V, A, S)
         x = F.relu(self.embed(features.entities))  # (M, S, G H)
         x = x.unflatten(-1, (G, -1))  # (M, S, G, H)
         query, key, value = self.attention(x, A)
@@ -773,46 +814,27 @@ class Agent(Parts):
         self.marginal_optimiser = new_optimiser(args, self.marginal)
         own_seed = int(np.random.default_rng((args.seed, 1)).integers(2**31))
         self.rng = own_generator(own_seed)  # for draws that the parent does not make
-        self.resolve(args)
+        self.alpha, self.alpha_i = alphas_of(args)
+        self.ba_iterations = args.ba_iterations or (1 if args.scenario == "resource" else 4)
+        # Without this a marginal is neither trained nor read.
+        self.informed = args.regularizer == "mi" and self.alpha + self.alpha_i > 0
+        # With alpha = 0, Eq. (13) is greedy.
+        exact = args.policy == "exact"
+        self.greedy = args.policy == "greedy" or (exact and self.alpha_i == 0)
         self.types = family.type_columns  # {unit type: its column in the features}
         if args.compile:
             nets = self.utility, self.mixer, self.target_utility, self.target_mixer, self.marginal
             for net in nets:
                 net.compile(dynamic=True)
 
-    def resolve(self, args: Args) -> None:
-        """Set Eq. (16)'s alpha, Eq. (18)'s alpha_i and M, by default the paper's for each world;
-        also who needs m: `informed` (to learn), `reads_marginal` (to act), and `greedy`."""
-        collecting = 0.005 if args.rescale else 0.05  # rescaled rewards are a tenth
-        alpha = {"mmm": 0.1, "resource": collecting}.get(args.scenario, 0.03)
-        if args.alpha_i_over_w:  # as w_i at first, so that alpha_i / w_i is near the paper's
-            alpha /= 8 if args.mixer == "linear" else 30
-        self.alpha = alpha if args.alpha is None else args.alpha
-        self.alpha_i = self.alpha if args.alpha_i is None else args.alpha_i
-        if args.regularizer == "none" or args.observe_self_only:
-            self.alpha = self.alpha_i = 0.0
-        self.ba_iterations = args.ba_iterations or (1 if args.scenario == "resource" else 4)
-        # Whether a marginal is needed; if not, it is neither trained nor read.
-        self.informed = args.regularizer == "mi" and self.alpha + self.alpha_i > 0
-        exact = args.policy == "exact"
-        self.reads_marginal = self.informed and exact  # to act
-        # With alpha = 0, Eq. (13) is greedy.
-        self.greedy = args.policy == "greedy" or (exact and self.alpha_i == 0)
-
     def critic(self) -> nn.ModuleList:
         """The networks that the critic's loss trains."""
         return nn.ModuleList((self.utility, self.mixer))
 
-    def log_policy(
-        self,
-        q: Tensor,
-        memory: Tensor,
-        avail: Tensor,
-        tagged: Tagged | None = None,
-        log_m: Tensor | float = 0.0,
-    ) -> Tensor:
-        """log pi (..., U) from memory (..., R); a pointer reads memory (..., A, R) and `tagged`.
-        Other policies read utilities q (..., U) instead, exact ones also log m (..., U)."""
+    def log_policy(self, team: Team, avail: Tensor, own_memory: Tensor | None) -> Tensor:
+        """log pi (M, A, U): of the head, which reads the team's memory; without a head of its
+        utilities and, for --policy exact, of the marginal, which reads own_memory (M, A, R)."""
+        q = team.q
         if self.greedy:
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
@@ -821,9 +843,9 @@ class Agent(Parts):
             # available action scores 0 for any alpha, however far others sink towards MASKED.
             best = q.masked_fill(~avail, MASKED).amax(-1, keepdim=True)
             score = ((q - best) / self.alpha_i).clamp(min=MASKED)
-            return log_probabilities(log_m + score, avail)
-        with torch.autocast(memory.device.type, enabled=False):
-            return log_probabilities(self.policy(memory, tagged), avail)
+            return log_probabilities(self.log_marginal(own_memory, avail) + score, avail)
+        with torch.autocast(q.device.type, enabled=False):
+            return log_probabilities(self.policy(team.memory, team.tagged), avail)
 
     def log_marginal(self, own_memory: Tensor | None, avail: Tensor) -> Tensor:
         """log m (..., U) from own_memory (..., R), to which policies are held. Without a marginal
@@ -901,13 +923,11 @@ class Player:
             self.last_actions = torch.full(obs.avail.shape[:2], -1)
         played = torch.ones(1, len(obs.avail), dtype=torch.bool)
         features = encode(obs, self.last_actions, played, self.agent.device)
-        q, memory, self.hidden, tagged = self.agent.utility(features, hidden=self.hidden)
+        teams, self.hidden = self.agent.utility(features, hidden=self.hidden)
         avail, own_memory = features.avail_actions, None
-        if self.agent.reads_marginal:
+        if self.agent.informed and self.agent.args.policy == "exact":
             own_memory, self.own_hidden = self.agent.marginal(features, self.own_hidden)
-        log_m = self.agent.log_marginal(own_memory, avail)
-        views = q.full_view, memory.full_view, avail, tagged.full_view
-        log_pi = self.agent.log_policy(*views, log_m).cpu()
+        log_pi = self.agent.log_policy(teams.full_view, avail, own_memory).cpu()
         if self.rng:  # draw: the largest of log pi + Gumbel noise
             log_pi -= torch.empty_like(log_pi).exponential_(generator=self.agent.rng).log()
         actions = log_pi.argmax(-1)
@@ -1021,18 +1041,19 @@ class ReplayBuffer:
         order = length.argsort(descending=True, stable=True)
         index, ends, length, start = index[order], ends[order], length[order], start[order]
         T = int(length[0])
-        time = torch.arange(T + 1)[:, None]
-        played = time <= length  # (T + 1, B)
-        time = (start + time).minimum(ends)  # (T + 1, B): step in the episode; of padding its end
+        step = torch.arange(T + 1)[:, None]
+        played = step <= length  # (T + 1, B)
+        time = (start + step).minimum(ends)  # (T + 1, B), in the episode; of padding any real one
         obs = self.observe(index, time, played)
+        # At time 0 this reads the last slot, which is masked.
         last_actions = self.steps["actions"][index, time - 1]  # (T + 1, B, 8)
         last_actions = last_actions.masked_fill((time == 0)[..., None], -1)[played].long()
-        time = time[:-1].minimum(ends - 1)
-        actions = self.steps["actions"][index, time]  # (T, B, 8)
-        rewards = self.steps["rewards"][index, time]  # (T, B)
-        terminated = self.steps["terminated"][index, time]
+        acted = time[:-1].minimum(ends - 1)  # (T, B): when these steps began
+        actions = self.steps["actions"][index, acted]  # (T, B, 8)
+        rewards = self.steps["rewards"][index, acted]  # (T, B)
+        terminated = self.steps["terminated"][index, acted]
         if self.args.timeout_terminates:
-            terminated = terminated | (time == ends - 1)
+            terminated = terminated | (acted == ends - 1)
         features = encode(obs, last_actions, played, self.device)
         A = features.unseen.shape[1]
         moment = played.flatten().cumsum(0).view_as(played) - 1  # (T + 1, B)
@@ -1124,18 +1145,8 @@ def draw_groups(features: Features, rng: torch.Generator) -> Tensor:
 class Trunks(NamedTuple):
     """Outputs of the recurrent networks at the M moments of a minibatch."""
 
-    q: Views  # (M, A, U): utilities
-    memory: Views  # (M, A, R): input of the heads of utilities and policy
-    tagged: Views  # what pointers of these heads read, or None
+    teams: Views  # a Team each
     own_memory: Tensor | None  # (M, A, R): input of the marginal's head
-
-
-class Team(NamedTuple):
-    """What policies read at the K steps of a minibatch, in one view."""
-
-    q: Tensor  # (K, A, U): utilities, without gradient
-    memory: Tensor  # (K, A, R)
-    tagged: Tagged | None  # units (K, U - 6, H), choices (K, A, U - 6); None without pointers
 
 
 class Acting(NamedTuple):
@@ -1163,29 +1174,23 @@ def detached(x: Any) -> Any:
 def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunks:
     """Run the utilities in all views and, if needed, the marginal's network; groups (M, S)."""
     with agent.autocast():
-        q, memory, _, tagged = agent.utility(features, groups)
+        teams, _ = agent.utility(features, groups)
         own_memory = agent.marginal(features)[0] if agent.informed else None
-    return Trunks(q, memory, tagged, own_memory)
+    return Trunks(teams, own_memory)
 
 
 def find_acting(trunks: Trunks, batch: Batch) -> Acting:
     """Data of the agents at the steps of a minibatch."""
-    now, A = batch.now, trunks.memory.full_view.shape[1]
+    now, teams = batch.now, trunks.teams
     avail = batch.features.avail_actions[now]
-
-    def team(view: str) -> Team:
-        q, memory, tagged = (getattr(x, view) for x in (trunks.q, trunks.memory, trunks.tagged))
-        if tagged is not None:
-            tagged = Tagged(tagged.units[now], tagged.choices[now])
-        return Team(q[now].detach(), memory[now], tagged)
-
+    imagined = teams.own_group or teams.full_view  # without groups s* is s-
     return Acting(
         alive=~avail[..., 0],  # dead and empty have a no-op
         avail_actions=avail,
-        own_state=batch.features.entities[now, :A],
+        own_state=batch.features.entities[now, : avail.shape[1]],
         own_memory=None if trunks.own_memory is None else trunks.own_memory[now],
-        team=team("full_view"),
-        imagined=detached(team("full_view" if trunks.memory.own_group is None else "own_group")),
+        team=teams.full_view.at(now),
+        imagined=detached(imagined.at(now)),
     )
 
 
@@ -1217,16 +1222,15 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
     """Targets y (K,), with the present policy and marginal, and with target networks for Q."""
     features, later = batch.features, batch.later
     avail = features.avail_actions
-    q, memory, tagged = trunks.q.full_view, trunks.memory.full_view, trunks.tagged.full_view
-    log_m = agent.log_marginal(trunks.own_memory, avail)  # (M, A, U)
-    log_pi = agent.log_policy(q, memory, avail, tagged, log_m)[later]  # (K, A, U)
+    log_m = agent.log_marginal(trunks.own_memory, avail)[later]  # (K, A, U)
+    log_pi = agent.log_policy(trunks.teams.full_view, avail, trunks.own_memory)[later]
     with agent.autocast():
-        next_q, *_ = agent.target_utility(features)
+        next_teams, _ = agent.target_utility(features)
         # The mixer is linear in utilities: E Q_tot is Q_tot of their expectations. Another mixer
         # needs drawn actions here, and another w_i in Eq. (18).
-        expected = Views((log_pi.exp() * next_q.full_view[later]).sum(-1))
+        expected = Views((log_pi.exp() * next_teams.full_view.q[later]).sum(-1))
         w, q_total, _ = agent.target_mixer(expected, features.at(later))
-    nats = divergence(log_pi, log_m[later])  # (K, A)
+    nats = divergence(log_pi, log_m)  # (K, A)
     if args.charge_times_w:
         nats = w * nats
     # Eq. (16): V = E_pi Q_tot' - charge. No y_t+1 has this charge, so the reward pays it.
@@ -1238,11 +1242,11 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
 
 
 def critic_loss(
-    args: Args, agent: Agent, batch: Batch, groups: Tensor | None, q: Views, y: Tensor
+    args: Args, agent: Agent, batch: Batch, groups: Tensor | None, teams: Views, y: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The critic's loss, w (K, A), scalars for the log; groups (M, S), q (M, A, U), y (K,)."""
+    """The critic's loss, w (K, A), scalars for the log; groups (M, S), y (K,)."""
     features, now = batch.features, batch.now
-    chosen = q.map(lambda x: pick(x[now], batch.actions))  # (K, A) each
+    chosen = teams.map(lambda team: pick(team.q[now], batch.actions))  # (K, A) each
     groups_now = None if groups is None else groups[now]
     with agent.autocast():
         mixed = agent.mixer(chosen, features.at(now), groups_now)
@@ -1259,20 +1263,12 @@ def critic_loss(
     return (1 - weight) * td_loss + weight * group_loss, w, scalars
 
 
-def log_policies(agent: Agent, acting: Acting, team: Team) -> Tensor:
-    """log pi (K, A, U) of the agents in a team, real or imagined."""
-    avail, log_m = acting.avail_actions, 0.0
-    if agent.reads_marginal:
-        log_m = agent.log_marginal(acting.own_memory, avail)
-    return agent.log_policy(team.q, team.memory, avail, team.tagged, log_m)
-
-
 def learn_marginal(args: Args, agent: Agent, acting: Acting) -> dict[str, Tensor]:
     """Eq. (12): a gradient step of the marginal, if it is needed, on Eq. (17). Returns scalars."""
     if not agent.informed:
         return {}
     with torch.no_grad():
-        log_pi = log_policies(agent, acting, acting.imagined)
+        log_pi = agent.log_policy(acting.imagined, acting.avail_actions, acting.own_memory)
     log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)
     loss = acting.mean(marginal_loss(log_pi, log_m))
     descend(loss, agent.marginal, agent.marginal_optimiser, args.max_grad_norm)
@@ -1284,7 +1280,7 @@ def actor_loss(args: Args, agent: Agent, acting: Acting, w: Tensor) -> Tensor:
     alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
     if args.detach_actor_trunk:
         acting = detached(acting)
-    log_pi = log_policies(agent, acting, acting.team)
+    log_pi = agent.log_policy(acting.team, acting.avail_actions, acting.own_memory)
     with torch.no_grad():
         log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)
     loss = policy_loss(log_pi, log_m, acting.team.q, alpha)  # (K, A)
@@ -1294,6 +1290,8 @@ def actor_loss(args: Args, agent: Agent, acting: Acting, w: Tensor) -> Tensor:
 def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
     """A gradient step of critic and policy on one loss; returns the critic's gradient norm."""
     agent.policy_optimiser.zero_grad()
+    loss.backward(inputs=list(agent.policy.parameters()), retain_graph=True)
+    # This gives gradients to the critic alone.
     norm = descend(loss, agent.critic(), agent.optimiser, args.max_grad_norm)
     nn.utils.clip_grad_norm_(average_gradients(agent.policy), args.max_grad_norm)
     agent.policy_optimiser.step()
@@ -1312,7 +1310,7 @@ def learn(
     """
     trunks = run_trunks(agent, batch.features, groups)
     y = find_targets(args, agent, batch, trunks)
-    loss, w, scalars = critic_loss(args, agent, batch, groups, trunks.q, y)
+    loss, w, scalars = critic_loss(args, agent, batch, groups, trunks.teams, y)
     acting = find_acting(trunks, batch)
     w = w.clamp(min=1e-6)  # (K, A); a softmax can underflow to 0
     if measures:
@@ -1325,12 +1323,10 @@ def learn(
             actor = actor_loss(args, agent, fixed, w)
             descend(actor, agent.policy, agent.policy_optimiser, args.max_grad_norm)
     scalars |= learn_marginal(args, agent, acting)
-    if not has_head:
-        scalars["grad_norm"] = step_together(args, agent, loss)
-        return scalars
-    actor = actor_loss(args, agent, acting, w)
-    scalars["policy_loss"] = actor
-    scalars["grad_norm"] = step_together(args, agent, loss + actor)
+    if has_head:
+        scalars["policy_loss"] = actor_loss(args, agent, acting, w)
+        loss = loss + scalars["policy_loss"]
+    scalars["grad_norm"] = step_together(args, agent, loss)
     return scalars
 
 
@@ -1338,7 +1334,7 @@ def learn(
 def measure(agent: Agent, acting: Acting, w: Tensor) -> dict[str, Tensor]:
     """Means over living agents, for the log: divergence of policy and marginal in imagined teams
     (mi, also by type of unit) and in the real team (kl), entropy, w (K, A) and alpha / w."""
-    log_pi = log_policies(agent, acting, acting.team)
+    log_pi = agent.log_policy(acting.team, acting.avail_actions, acting.own_memory)
     entropy = -divergence(log_pi, torch.zeros_like(log_pi))
     figures = {"entropy": entropy, "w": w, "alpha_over_w": agent.alpha / w}
     scalars = {name: acting.mean(x) for name, x in figures.items()}
@@ -1346,7 +1342,7 @@ def measure(agent: Agent, acting: Acting, w: Tensor) -> dict[str, Tensor]:
         return scalars
     log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)
     scalars["kl"] = acting.mean(divergence(log_pi, log_m))
-    imagined = log_policies(agent, acting, acting.imagined)
+    imagined = agent.log_policy(acting.imagined, acting.avail_actions, acting.own_memory)
     information = divergence(imagined, log_m)  # (K, A)
     scalars["mi"] = acting.mean(information)
     for name, column in agent.types.items():

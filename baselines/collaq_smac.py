@@ -259,7 +259,8 @@ CHUNK = 25  # time steps that the GRU gets in one call
 
 class Features(NamedTuple):
     """Input of the networks at M moments: the states of battles, without padding, in order of
-    time, then battle. A and S count only the slots up to the last one that any moment uses."""
+    time, then battle. In rollouts the moments after last steps come after the K in which a step
+    begins. A and S count only the slots up to the last one that any moment uses."""
 
     entities: Tensor  # (M, S, D) float32: features; of agents also the last action, one-hot
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
@@ -468,7 +469,7 @@ class Utility(nn.Module):
 
     def forward(
         self, features: Features, mask: Tensor, hidden: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Utilities (V, M, A, U) in the views with mask (M, V, A, S), True: hidden; and the hidden
         state (1, B V A, R) after them."""
         A = features.unseen.shape[1]
@@ -504,7 +505,7 @@ class CollaborativeUtility(nn.Module):
 
     def forward(
         self, features: Features, hidden: tuple[Tensor | None, Tensor | None] = (None, None)
-    ) -> tuple[Tensor, Terms, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Terms, tuple[Tensor | None, Tensor | None]]:
         """Q_i (M, A, U), its terms, and hidden states (1, B V A, R) of both networks after them."""
         without = without_teammates(features.unseen)  # (M, A, S)
         q_alone, hidden_alone = self.alone(features, without[:, None], hidden[0])
@@ -521,6 +522,7 @@ class Mixer(nn.Module):
     def __init__(self, inputs: int, args: Args):
         super().__init__()
         self.linear = args.mixer == "linear"
+        # Hypernetworks, in this order: w, V and, of two layers, w_final, b
         G, H, E = 2 if self.linear else 4, args.hidden_size, args.mixing_size
         self.embed = nn.Linear(inputs, G * H)
         self.attention = Attention(G, H, args.heads)
@@ -533,11 +535,11 @@ class Mixer(nn.Module):
         """Q_tot (M,) of q (M, A)."""
         A, G = features.unseen.shape[1], len(self.project)
         filled = ~features.empty[:, :A]
-        nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
+        no_unit = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
         x = F.relu(self.embed(features.entities))  # (M, S, G H)
         x = x.unflatten(-1, (G, -1))  # (M, S, G, H)
         query, key, value = self.attention(x, A)
-        x = attend(query, key, value, nobody[:, None])[:, :, 0]  # (G, M, A, H)
+        x = attend(query, key, value, no_unit[:, None])[:, :, 0]  # (G, M, A, H)
         w, rest = x[0], x[1:]
         with torch.autocast(x.device.type, enabled=False):
             weight = self.project @ self.out  # (G, H, E): two layers as one, see apply_both()
@@ -791,18 +793,19 @@ class ReplayBuffer:
         order = length.argsort(descending=True, stable=True)
         index, ends, length, start = index[order], ends[order], length[order], start[order]
         T = int(length[0])
-        time = torch.arange(T + 1)[:, None]
-        played = time <= length  # (T + 1, B)
-        time = (start + time).minimum(ends)  # (T + 1, B): step in the episode; of padding its end
+        step = torch.arange(T + 1)[:, None]
+        played = step <= length  # (T + 1, B)
+        time = (start + step).minimum(ends)  # (T + 1, B), in the episode; of padding any real one
         obs = self.observe(index, time, played)
+        # At time 0 this reads the last slot, which is masked.
         last_actions = self.steps["actions"][index, time - 1]  # (T + 1, B, 8)
         last_actions = last_actions.masked_fill((time == 0)[..., None], -1)[played].long()
-        time = time[:-1].minimum(ends - 1)
-        actions = self.steps["actions"][index, time]  # (T, B, 8)
-        rewards = self.steps["rewards"][index, time]  # (T, B)
-        terminated = self.steps["terminated"][index, time]
+        acted = time[:-1].minimum(ends - 1)  # (T, B): when these steps began
+        actions = self.steps["actions"][index, acted]  # (T, B, 8)
+        rewards = self.steps["rewards"][index, acted]  # (T, B)
+        terminated = self.steps["terminated"][index, acted]
         if self.args.timeout_terminates:
-            terminated = terminated | (time == ends - 1)
+            terminated = terminated | (acted == ends - 1)
         features = encode(obs, last_actions, played, self.device)
         A = features.unseen.shape[1]
         moment = played.flatten().cumsum(0).view_as(played) - 1  # (T + 1, B)

@@ -179,7 +179,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     pointer = args.target_head == "pointer"
     return [
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
-        (windows and args.recurrent, "--rollout windows needs --no-recurrent"),
+        (
+            windows and args.recurrent,
+            "--rollout windows has no memory: --no-recurrent, or --rollout rounds",
+        ),
         (windows and in_game, "--rollout windows needs --backend sim: no game can be saved"),
         (not windows and "window_steps" in given, "--window-steps needs --rollout windows"),
         (not args.recurrent and "rnn_size" in given, "--rnn-size needs --recurrent"),
@@ -247,7 +250,8 @@ CHUNK = 25  # time steps that the GRU gets in one call
 
 class Features(NamedTuple):
     """Input of the networks at M moments: the states of battles, without padding, in order of
-    time, then battle. A and S count only the slots up to the last one that any moment uses."""
+    time, then battle. In rollouts the moments after last steps come after the K in which a step
+    begins. A and S count only the slots up to the last one that any moment uses."""
 
     entities: Tensor  # (M, S, D) float32: features; of agents also the last action, one-hot
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
@@ -461,8 +465,8 @@ class Critic(nn.Module):
         """Values (M,), in units of the value norm."""
         A = features.unseen.shape[1]
         filled = ~features.empty[:, :A]
-        nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
-        _, agents = self.trunk(features.entities, nobody)
+        no_unit = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
+        _, agents = self.trunk(features.entities, no_unit)
         with torch.autocast(agents.device.type, enabled=False):
             x = F.relu(self.project(agents)) * filled[..., None]
             # A mean over the 8 slots: a mean over agents would hide how many there are.
@@ -782,15 +786,16 @@ def prepare(args: Args, agent: Agent, rollout: Rollout) -> Batch:
     steps, device = rollout.steps, agent.device
     played = steps.going
     K = len(rollout.later)
-    values = later_values = all_values(agent, agent.critic, rollout.features)  # (M,)
-    if args.returns == "n-step":
-        later_values = all_values(agent, agent.target_critic, rollout.features)
+    values = all_values(agent, agent.critic, rollout.features)  # (M,)
     next_values = torch.zeros(played.shape)  # (T, B)
-    next_values[played] = later_values[rollout.later]
     if args.returns == "n-step":
-        returns = n_step_returns(steps, next_values, args.gamma, args.n_steps)[played]  # (K,)
+        slow = all_values(agent, agent.target_critic, rollout.features)
+        next_values[played] = slow[rollout.later]
+        returns = n_step_returns(steps, next_values, args.gamma, args.n_steps)
     else:
-        returns = lambda_returns(steps, next_values, args.gamma, args.gae_lambda)[played]
+        next_values[played] = values[rollout.later]
+        returns = lambda_returns(steps, next_values, args.gamma, args.gae_lambda)
+    returns = returns[played]  # (K,)
     # A = G - V(s)
     advantages = returns - values[:K]
     if args.value_norm:

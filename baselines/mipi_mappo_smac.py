@@ -13,10 +13,11 @@ marginal policy m. The marginal sees s+, a part of the state without teammates.
     G_t  = r~_t + gamma ((1 - l) V(s_t+1) + l G_t+1)                          --returns lambda
     G_t  = r~_t + .. + gamma^n V'(s_t+n)           V': a slow copy of V        --returns n-step
 
-Each rollout first trains the marginal by (17). Then m, r~ (with pi_old), A~ and its deviation sigma
-(1 without --normalise-advantages) stay fixed, while L_pi trains the actor and L_V the critic. KL is
-exact over actions and counts living agents only. With --alpha 0 the results are the parent's, bit
-for bit. With --regularizer entropy, m is uniform over available actions.
+Each rollout first trains the marginal by (17). Then m, r~ (with pi_old), A~ and sigma stay fixed,
+while L_pi trains the actor and L_V the critic. sigma is 1 or, with --normalise-advantages, the
+deviation of A~, which is then less its mean. KL is exact over actions and counts living agents
+only. With --alpha 0 the results are the parent's, bit for bit. With --regularizer entropy, m is
+uniform over available actions.
 
     python baselines/mipi_mappo_smac.py --scenario sz --preset cpu                for CPUs
     python baselines/mipi_mappo_smac.py --scenario sz --preset cpu --regularizer entropy
@@ -94,7 +95,7 @@ CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """MIPI on MAPPO in StarCraft micromanagement. MAPPO's defaults are those of MIPI's paper."""
+    """MIPI on MAPPO in StarCraft micromanagement. MAPPO's defaults: EPyMARL's, MIPI's rate."""
 
     # Environment
     backend: Literal["sim", "sc2"] = "sim"  # sim: the simulator in envs/smac; sc2: StarCraft II
@@ -196,7 +197,10 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     return [
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         *wrong_terms(args, given),
-        (windows and args.recurrent, "--rollout windows needs --no-recurrent"),
+        (
+            windows and args.recurrent,
+            "--rollout windows has no memory: --no-recurrent, or --rollout rounds",
+        ),
         (windows and in_game, "--rollout windows needs --backend sim: no game can be saved"),
         (not windows and "window_steps" in given, "--window-steps needs --rollout windows"),
         (not args.recurrent and "rnn_size" in given, "--rnn-size needs --recurrent"),
@@ -283,7 +287,8 @@ CHUNK = 25  # time steps that the GRU gets in one call
 
 class Features(NamedTuple):
     """Input of the networks at M moments: the states of battles, without padding, in order of
-    time, then battle. A and S count only the slots up to the last one that any moment uses."""
+    time, then battle. In rollouts the moments after last steps come after the K in which a step
+    begins. A and S count only the slots up to the last one that any moment uses."""
 
     entities: Tensor  # (M, S, D) float32: features; of agents also the last action, one-hot
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
@@ -538,8 +543,8 @@ class Critic(nn.Module):
         """Values (M,), in units of the value norm."""
         A = features.unseen.shape[1]
         filled = ~features.empty[:, :A]
-        nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
-        _, agents = self.trunk(features.entities, nobody)
+        no_unit = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
+        _, agents = self.trunk(features.entities, no_unit)
         with torch.autocast(agents.device.type, enabled=False):
             x = F.relu(self.project(agents)) * filled[..., None]
             # A mean over the 8 slots: a mean over agents would hide how many there are.
@@ -576,7 +581,7 @@ class Agent(Parts):
     """Actor, critic, the critic's slow copy, value norm, marginal, optimisers."""
 
     def __init__(self, args: Args, family: Family, device: torch.device):
-        self.args, self.device = args, device
+        self.args, self.device, self.alpha = args, device, alpha_of(args)
         self.amp = args.amp and has_bf16(device)
         inputs, self.things = family.features + family.n_actions, family.things
         torch.manual_seed(args.seed)
@@ -955,18 +960,19 @@ def prepare(args: Args, agent: Agent, rollout: Rollout, term: Term) -> Batch:
     """The Batch of a rollout, with returns and advantages; updates agent.value_norm."""
     steps, device = rollout.steps, agent.device
     if args.penalise != "loss":
-        steps = charged(steps, term.nats, alpha_of(args))
+        steps = charged(steps, term.nats, agent.alpha)
     played = steps.going
     K = len(rollout.later)
-    values = later_values = all_values(agent, agent.critic, rollout.features)  # (M,)
-    if args.returns == "n-step":
-        later_values = all_values(agent, agent.target_critic, rollout.features)
+    values = all_values(agent, agent.critic, rollout.features)  # (M,)
     next_values = torch.zeros(played.shape)  # (T, B)
-    next_values[played] = later_values[rollout.later]
     if args.returns == "n-step":
-        returns = n_step_returns(steps, next_values, args.gamma, args.n_steps)[played]  # (K,)
+        slow = all_values(agent, agent.target_critic, rollout.features)
+        next_values[played] = slow[rollout.later]
+        returns = n_step_returns(steps, next_values, args.gamma, args.n_steps)
     else:
-        returns = lambda_returns(steps, next_values, args.gamma, args.gae_lambda)[played]
+        next_values[played] = values[rollout.later]
+        returns = lambda_returns(steps, next_values, args.gamma, args.gae_lambda)
+    returns = returns[played]  # (K,)
     # A = G - V(s)
     advantages = returns - values[:K]
     if args.value_norm:
@@ -988,7 +994,7 @@ def prepare(args: Args, agent: Agent, rollout: Rollout, term: Term) -> Batch:
         advantages=send(advantages, device),
         targets=send((returns - mean) / std, device),
         log_marginal=term.log_marginal,
-        price=send((alpha_of(args) / sigma).expand(K), device),
+        price=send((agent.alpha / sigma).expand(K), device),
     )
 
 
@@ -1020,7 +1026,7 @@ def find_term(args: Args, agent: Agent, rollout: Rollout) -> tuple[Term, dict[st
     K = len(rollout.later)
     features = rollout.features.at(torch.arange(K, device=agent.device))
     log_m, scalars = uniform(features.avail_actions), {}
-    if alpha_of(args) == 0:
+    if agent.alpha == 0:
         return Term(log_m, torch.zeros(K, device=agent.device)), scalars
     log_pi = agent.say(agent.actor, features)  # (K, A, U)
     if args.regularizer == "mi":
@@ -1031,7 +1037,7 @@ def find_term(args: Args, agent: Agent, rollout: Rollout) -> tuple[Term, dict[st
     scalars["marginal_kl"] = mean_of(each, acts)  # per agent, in its real team
     scalars["reward"] = reward
     if args.penalise != "loss":
-        scalars["regularised_reward"] = reward - alpha_of(args) * nats.mean().cpu()
+        scalars["regularised_reward"] = reward - agent.alpha * nats.mean().cpu()
     return Term(log_m, nats), scalars
 
 
@@ -1079,7 +1085,7 @@ def policy_loss(
         "clipped": mean_of(((ratio - 1).abs() > args.clip).float(), acts),
     }
     loss = -objective - entropy_coef * entropy
-    if alpha_of(args) and args.penalise != "return":
+    if agent.alpha and args.penalise != "return":
         # + alpha / sigma mean_i KL(pi_i || m)
         nats = divergence(log_probs, part.log_marginal)  # (M, A)
         penalty = mean_of(part.price[:, None] * nats, acts)
@@ -1216,7 +1222,7 @@ def train(args: Args) -> int:
                 "log": log,
             },
             amp=agent.amp,
-            alpha=alpha_of(args),
+            alpha=agent.alpha,
             game_version=getattr(battles, "game_version", None),
         )
         while run.goes_on():

@@ -260,7 +260,8 @@ CHUNK = 25  # time steps that the GRU gets in one call
 
 class Features(NamedTuple):
     """Input of the networks at M moments: the states of battles, without padding, in order of
-    time, then battle. A and S count only the slots up to the last one that any moment uses."""
+    time, then battle. In rollouts the moments after last steps come after the K in which a step
+    begins. A and S count only the slots up to the last one that any moment uses."""
 
     entities: Tensor  # (M, S, D) float32: features; of agents also the last action, one-hot
     unseen: Tensor  # (M, A, S) bool: agent i does not see entity j
@@ -315,15 +316,15 @@ class Views(NamedTuple):
     """One quantity, computed with three masks: agents see all that is in sight; of that, only
     their own group; only the other group. Without imagined groups only full_view is present."""
 
-    full_view: Tensor
-    own_group: Tensor | None = None
-    other_group: Tensor | None = None
+    full_view: Any  # a tensor, or a named tuple of tensors
+    own_group: Any = None
+    other_group: Any = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Views:
+    def map(self, function: Callable[[Any], Any]) -> Views:
         """Apply function to each view that is present."""
         return Views(*[function(x) for x in self.present()])
 
-    def present(self) -> list[Tensor]:
+    def present(self) -> list[Any]:
         return [x for x in self if x is not None]
 
 
@@ -499,7 +500,7 @@ class Utility(nn.Module):
 
     def forward(
         self, features: Features, groups: Tensor | None = None, hidden: Tensor | None = None
-    ) -> tuple[Views, Tensor]:
+    ) -> tuple[Views, Tensor | None]:
         """Utilities (M, A, U) of each view, and the hidden state (1, B V A, R) after them."""
         A = features.unseen.shape[1]
         mask = mask_views(features.unseen, groups)  # (M, V, A, S)
@@ -529,6 +530,7 @@ class Mixer(nn.Module):
     def __init__(self, inputs: int, args: Args):
         super().__init__()
         self.linear = args.mixer == "linear"
+        # Hypernetworks, in this order: w, V and, of two layers, w_final, b
         G, H, E = 2 if self.linear else 4, args.hidden_size, args.mixing_size
         self.embed = nn.Linear(inputs, G * H)
         self.attention = Attention(G, H, args.heads)
@@ -541,8 +543,8 @@ class Mixer(nn.Module):
         """Q_tot of q (M, A); also Q_groups, if q has views of groups (M, S) bool."""
         A, G = features.unseen.shape[1], len(self.project)
         filled = ~features.empty[:, :A]
-        nobody = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
-        mask = mask_views(nobody, groups)  # (M, V, A, S)
+        no_unit = features.empty[:, :A, None] | features.empty[:, None]  # (M, A, S)
+        mask = mask_views(no_unit, groups)  # (M, V, A, S)
         x = F.relu(self.embed(features.entities))  # (M, S, G H)
         x = x.unflatten(-1, (G, -1))  # (M, S, G, H)
         query, key, value = self.attention(x, A)
@@ -786,18 +788,19 @@ class ReplayBuffer:
         order = length.argsort(descending=True, stable=True)
         index, ends, length, start = index[order], ends[order], length[order], start[order]
         T = int(length[0])
-        time = torch.arange(T + 1)[:, None]
-        played = time <= length  # (T + 1, B)
-        time = (start + time).minimum(ends)  # (T + 1, B): step in the episode; of padding its end
+        step = torch.arange(T + 1)[:, None]
+        played = step <= length  # (T + 1, B)
+        time = (start + step).minimum(ends)  # (T + 1, B), in the episode; of padding any real one
         obs = self.observe(index, time, played)
+        # At time 0 this reads the last slot, which is masked.
         last_actions = self.steps["actions"][index, time - 1]  # (T + 1, B, 8)
         last_actions = last_actions.masked_fill((time == 0)[..., None], -1)[played].long()
-        time = time[:-1].minimum(ends - 1)
-        actions = self.steps["actions"][index, time]  # (T, B, 8)
-        rewards = self.steps["rewards"][index, time]  # (T, B)
-        terminated = self.steps["terminated"][index, time]
+        acted = time[:-1].minimum(ends - 1)  # (T, B): when these steps began
+        actions = self.steps["actions"][index, acted]  # (T, B, 8)
+        rewards = self.steps["rewards"][index, acted]  # (T, B)
+        terminated = self.steps["terminated"][index, acted]
         if self.args.timeout_terminates:
-            terminated = terminated | (time == ends - 1)
+            terminated = terminated | (acted == ends - 1)
         features = encode(obs, last_actions, played, self.device)
         A = features.unseen.shape[1]
         moment = played.flatten().cumsum(0).view_as(played) - 1  # (T + 1, B)

@@ -919,14 +919,14 @@ def says(
         log_pi, _ = agent.actor(features)
         return log_pi.argmax(-1), flatter(log_pi, opened.temperature)
     avail = features.avail_actions
-    q, *rest = agent.utility(features, groups)
-    if hasattr(agent, "policy") and not agent.greedy:
-        memory, _, tagged = (getattr(x, view, None) for x in rest)
-        own_memory = agent.marginal(features)[0] if agent.reads_marginal else None
-        log_m = agent.log_marginal(own_memory, avail)
-        log_pi = agent.log_policy(getattr(q, view), memory, avail, tagged, log_m)
-        return log_pi.argmax(-1), flatter(log_pi, opened.temperature)
-    return getattr(q, view).masked_fill(~avail, opened.script.MASKED).argmax(-1), None
+    views, _ = agent.utility(features, groups)
+    seen = getattr(views, view)  # MIPI: what policies read; REFIL: utilities
+    if not hasattr(agent, "policy"):
+        return seen.masked_fill(~avail, opened.script.MASKED).argmax(-1), None
+    own_memory = agent.marginal(features)[0] if agent.informed else None
+    log_pi = agent.log_policy(seen, avail, own_memory)
+    greedy = log_pi.argmax(-1)
+    return greedy, None if agent.greedy else flatter(log_pi, opened.temperature)
 
 
 def policy_of(opened: Opened, features: Any) -> Tensor:

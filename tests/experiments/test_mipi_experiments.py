@@ -804,7 +804,7 @@ def test_a_greedy_policy_says_no_probabilities(flags):
     features = mipi.encode(battles.obs, none, played, mipi.CPU)
     opened = study.Opened(mipi, agent, None)
     action, log_pi = study.says(opened, features)
-    q = agent.utility(features)[0].full_view.masked_fill(~features.avail_actions, -np.inf)
+    q = agent.utility(features)[0].full_view.q.masked_fill(~features.avail_actions, -np.inf)
     assert log_pi is None and torch.equal(action, q.argmax(-1))
     p = study.policy_of(opened, features)
     assert torch.equal(p.argmax(-1), action) and (p.amax(-1) == 1).all()
@@ -822,8 +822,8 @@ def test_an_exact_policy_is_read_with_its_marginal():
     groups = mipi.draw_groups(features, torch.Generator().manual_seed(1))
     avail, opened = features.avail_actions, study.Opened(mipi, agent, None)
     log_m = agent.log_marginal(agent.marginal(features)[0], avail)
-    q, *_ = agent.utility(features, groups)
-    for seen, view in ((None, q.full_view), (groups, q.own_group)):
+    teams, _ = agent.utility(features, groups)
+    for seen, view in ((None, teams.full_view.q), (groups, teams.own_group.q)):
         _, log_pi = study.says(opened, features, seen)
         weights = (log_m + view / 0.5).exp() * avail
         assert torch.allclose(log_pi.exp(), weights / weights.sum(-1, keepdim=True), atol=1e-5)
@@ -845,10 +845,9 @@ def test_what_team_dependence_measures(runs, monkeypatch):
 
     def policy(view, groups=None):
         with torch.no_grad():
-            q, x, _, tagged = opened.agent.utility(view, groups)
-            seen = 0 if groups is None else 1
-            reads = q[seen], x[seen], view.avail_actions, tagged[seen]
-            return opened.agent.log_policy(*reads).exp().numpy()
+            teams, _ = opened.agent.utility(view, groups)
+            team = teams[0 if groups is None else 1]
+            return opened.agent.log_policy(team, view.avail_actions, None).exp().numpy()
 
     alone = view._replace(unseen=view.unseen.clone())
     for i in range(A):

@@ -86,10 +86,9 @@ def forward(s):
     features = s.batch.features
     trunks = mipi.run_trunks(s.agent, features, s.groups)
     avail = features.avail_actions
-    views = zip(*(x.present() for x in (trunks.q, trunks.memory)))
-    tagged = trunks.tagged.present() or [None] * len(trunks.q)
     log_m = s.agent.log_marginal(trunks.own_memory, avail)
-    found = [s.agent.log_policy(q, x, avail, where, log_m) for (q, x), where in zip(views, tagged)]
+    own = trunks.own_memory
+    found = [s.agent.log_policy(team, avail, own) for team in trunks.teams.present()]
     return trunks, torch.stack(found), log_m
 
 
@@ -133,8 +132,8 @@ def test_the_marginal_sees_its_own_unit_only(flags):
         other = features._replace(entities=changed)
         again = s.agent.marginal.head(s.agent.marginal(other)[0])
         assert torch.equal(again[:, i], logits[:, i])
-        _, memory, *_ = s.agent.utility(now)
-        (gradient,) = torch.autograd.grad(memory.full_view[:, i].square().sum(), x)
+        memory = s.agent.utility(now)[0].full_view.memory
+        (gradient,) = torch.autograd.grad(memory[:, i].square().sum(), x)
         assert (gradient[:, others] != 0).any()
 
 
@@ -149,7 +148,7 @@ def test_attention_to_one_entity_is_its_value():
     weights["value"] = weights.pop("attention.key_value")[0, :, 8:]
     marginal.load_state_dict(weights)
     alone = features._replace(unseen=mipi.others(features.unseen) | features.unseen)
-    memory = utility(alone)[1].full_view
+    memory = utility(alone)[0].full_view.memory
     own, _ = marginal(features)
     there = features.avail_actions[..., 0].logical_not()  # (M, A): the dead see nobody
     assert there.any() and torch.allclose(memory[there], own[there], atol=1e-12)
@@ -171,8 +170,11 @@ def test_observe_self_only_sees_nobody_else():
     changed[:, 1:] = 5.0
     other = features._replace(entities=changed)
     for net in (s.agent.utility, s.agent.target_utility):
-        for a, b in zip(net(features, s.groups)[:2], net(other, s.groups)[:2]):
-            assert torch.equal(stacked(a)[:, :, 0], stacked(b)[:, :, 0])
+        mine, theirs = (net(x, s.groups)[0] for x in (features, other))
+        assert len(mine.present()) == 3
+        for a, b in zip(mine, theirs):
+            assert torch.equal(a.q[:, 0], b.q[:, 0])
+            assert torch.equal(a.memory[:, 0], b.memory[:, 0])
     assert s.agent.alpha == s.agent.alpha_i == 0 and not s.agent.informed
     zero = mipi.Views(torch.zeros(features.avail_actions.shape[:2], dtype=torch.float64))
     q_total = [s.agent.mixer(zero, x).q_total for x in (features, other)]
@@ -188,7 +190,7 @@ def test_things_in_sight_are_no_part_of_the_own_state(flags):
     log_m = [s.agent.marginal.head(s.agent.marginal(x)[0]) for x in (now, then)]
     assert torch.equal(*log_m) and sees.sum() > 10
     for net in (s.agent.utility, s.agent.target_utility):
-        a, b = (net(x)[0].full_view for x in (now, then))
+        a, b = (net(x)[0].full_view.q for x in (now, then))
         if s.args.observe_self_only:
             assert torch.equal(a, b)
         else:
@@ -206,9 +208,9 @@ def test_actions_are_drawn_from_policy_and_noise():
     s.battles.reset()
     obs, epsilon = s.battles.obs, 0.3
     features = mipi.encode(obs, torch.full((4, 8), -1), torch.ones(1, 4, dtype=torch.bool), CPU)
-    q, memory, *_ = s.agent.utility(features)
+    teams, _ = s.agent.utility(features)
     avail = features.avail_actions
-    pi = s.agent.log_policy(q.full_view, memory.full_view, avail).exp()  # (4, A, actions)
+    pi = s.agent.log_policy(teams.full_view, avail, None).exp()  # (4, A, actions)
     A = pi.shape[1]
     assert torch.equal(mipi.Player(s.agent)(s.battles)[:, :A], pi.argmax(-1))
     drawn = [mipi.Player(s.agent, epsilon, s.rng)(s.battles)[:, :A] for _ in range(3000)]
@@ -247,9 +249,10 @@ def test_critic_is_that_of_numpy(how):
     trunks, log_pi, log_m = forward(s)
     log_pi, log_m = log_pi.detach().numpy(), log_m.detach().numpy()
     y = mipi.find_targets(s.args, s.agent, batch, trunks)
-    loss, w, scalars = mipi.critic_loss(s.args, s.agent, batch, s.groups, trunks.q, y)
-    later_q = s.agent.target_utility(features)[0].full_view.detach().numpy()
-    q, avail = stacked(trunks.q).detach().numpy(), features.avail_actions.numpy()
+    loss, w, scalars = mipi.critic_loss(s.args, s.agent, batch, s.groups, trunks.teams, y)
+    later_q = s.agent.target_utility(features)[0].full_view.q.detach().numpy()
+    q = stacked(team.q for team in trunks.teams.present()).detach().numpy()
+    avail = features.avail_actions.numpy()
     A = avail.shape[1]
     p, target_p = weights_of(s.agent.mixer), weights_of(s.agent.target_mixer)
     mix = functools.partial(numpy_mix, heads=2, linear="linear" in how, elu=False)
@@ -337,7 +340,7 @@ def test_policy_and_marginal_losses_are_those_of_numpy(how):
     now, avail = s.batch.now, s.batch.features.avail_actions.numpy()
     star = np.exp(log_pi[-1 if how else 1].detach().numpy())  # in imagined teams
     log_m = log_m.detach().numpy()
-    q = trunks.q.full_view.detach().numpy()
+    q = trunks.teams.full_view.q.detach().numpy()
     likelihood = []
     there = [(m, i) for m in now.tolist() for i in range(avail.shape[1]) if not avail[m, i, 0]]
     for m, i in there:
@@ -367,20 +370,21 @@ def test_the_exact_policy_solves_eq_18(flags):
     avail = features.avail_actions
     entropy = "entropy" in flags
     assert entropy == bool((log_m == 0).all())
-    for found, q in zip(log_pi.detach().numpy(), trunks.q):
+    utilities = [team.q for team in trunks.teams.present()]
+    for found, q in zip(log_pi.detach().numpy(), utilities):
         for m, i in (~avail[..., 0]).nonzero().tolist():
             may = avail[m, i].numpy()
             score = log_m[m, i].detach().numpy()[may] + q[m, i].detach().numpy()[may] / 0.6
             assert np.allclose(np.exp(found[m, i][may]), softmax(score), atol=1e-10)
             assert (np.exp(found[m, i][~may]) == 0).all()
     logits = log_pi[0].detach().requires_grad_()
-    mine, q = mipi.log_probabilities(logits, avail), trunks.q.full_view
+    mine, q = mipi.log_probabilities(logits, avail), trunks.teams.full_view.q
     loss = mipi.policy_loss(mine, log_m, q, 0.6)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert gradient.abs().max() < 1e-10
     acting = mipi.find_acting(trunks, s.batch)
     for view, team in enumerate((acting.team, acting.imagined)):
-        found = mipi.log_policies(s.agent, acting, team)[acting.alive]
+        found = s.agent.log_policy(team, acting.avail_actions, acting.own_memory)[acting.alive]
         assert torch.allclose(found, log_pi[view][now][acting.alive], atol=1e-10)
 
 
@@ -424,11 +428,11 @@ def test_an_exact_policy_with_a_tiny_alpha():
     s = setting("--policy exact")
     trunks, _, log_m = forward(s)
     avail = s.batch.features.avail_actions
-    q = trunks.q.full_view
+    q = trunks.teams.full_view.q
     q = q - q.max() - 1.0  # all below 0: over a tiny alpha, below what masks
     for alpha in (1e-2, 1e-10, 1e-30, 1e-40):
         s.agent.alpha_i = alpha
-        found = s.agent.log_policy(q, None, avail, log_m=log_m)
+        found = s.agent.log_policy(mipi.Team(q, None, None), avail, trunks.own_memory)
         assert found.isfinite().all()
         for m, i in (~avail[..., 0]).nonzero().tolist():
             may = avail[m, i].numpy()
@@ -442,7 +446,7 @@ def test_an_exact_policy_with_a_tiny_alpha():
 def test_an_exact_policy_without_alpha_is_greedy(flags):
     s = setting(f"--policy exact {flags}")
     trunks, log_pi, _ = forward(s)
-    best = trunks.q.full_view.masked_fill(~s.batch.features.avail_actions, -np.inf).argmax(-1)
+    best = trunks.teams.full_view.q.masked_fill(~s.batch.features.avail_actions, -np.inf).argmax(-1)
     assert torch.equal(log_pi[0].argmax(-1), best) and (log_pi[0].amax(-1) == 0).all()
     scalars = mipi.learn(s.args, s.agent, s.batch, s.groups)
     assert all(x.isfinite() for x in scalars.values()) and "marginal_loss" not in scalars
@@ -467,12 +471,12 @@ def test_a_policys_pointer_reads_what_the_utilities_read():
     trunks, log_pi, _ = forward(s)
     acting = mipi.find_acting(trunks, s.batch)
     for view, team in enumerate((acting.team, acting.imagined)):
-        found = mipi.log_policies(s.agent, acting, team)[acting.alive]
+        found = s.agent.log_policy(team, acting.avail_actions, acting.own_memory)[acting.alive]
         assert torch.allclose(found, log_pi[view][s.batch.now][acting.alive], atol=1e-12)
     assert not torch.allclose(log_pi[0], log_pi[1], atol=1e-3)
-    for memory, tagged in zip(trunks.memory, trunks.tagged):
-        targets = s.agent.policy(memory, tagged)[..., 6:].detach()  # (M, A, 8)
-        hidden = tagged.choices == 0
+    for team in trunks.teams:
+        targets = s.agent.policy(team.memory, team.tagged)[..., 6:].detach()  # (M, A, 8)
+        hidden = team.tagged.choices == 0
         low, high = targets.masked_fill(~hidden, np.inf), targets.masked_fill(~hidden, -np.inf)
         some = hidden.any(-1)
         assert some.any() and torch.equal(low.amin(-1)[some], high.amax(-1)[some])
@@ -485,12 +489,12 @@ def test_alpha_i_over_w():
     s = setting("--ba-iterations 1 --alpha .2 --alpha-i .6 --alpha-i-over-w", double=True)
     trunks, log_pi, _ = forward(s)
     features, now = s.batch.features, s.batch.now
-    chosen = trunks.q.map(lambda x: mipi.pick(x[now], s.batch.actions))
+    chosen = trunks.teams.map(lambda team: mipi.pick(team.q[now], s.batch.actions))
     w = s.agent.mixer(chosen, features.at(now), s.groups[now]).w
     scalars = mipi.learn(s.args, s.agent, s.batch, s.groups)
     logits = s.agent.marginal.head(trunks.own_memory)
     moved = mipi.log_probabilities(logits, features.avail_actions)[now]
-    log_pi, q = log_pi[0][now], trunks.q.full_view[now]
+    log_pi, q = log_pi[0][now], trunks.teams.full_view.q[now]
     there = ~features.avail_actions[now][..., 0]
     each = (log_pi.exp() * (0.6 / w[..., None] * (log_pi - moved) - q)).sum(-1)
     assert torch.isclose(scalars["policy_loss"], each[there].mean(), rtol=1e-9)
@@ -506,10 +510,10 @@ def test_actor_loss_times_w(flags):
     s = setting(f"{both} --actor-loss-times-w {flags}", double=True)
     trunks, log_pi, _ = forward(s)
     features, now = s.batch.features, s.batch.now
-    chosen = trunks.q.map(lambda x: mipi.pick(x[now], s.batch.actions))
+    chosen = trunks.teams.map(lambda team: mipi.pick(team.q[now], s.batch.actions))
     w = s.agent.mixer(chosen, features.at(now), s.groups[now]).w.detach().numpy()
     found = mipi.learn(s.args, s.agent, s.batch, s.groups)["policy_loss"].item()
-    log_pi, q = log_pi[0].detach().numpy(), trunks.q.full_view.detach().numpy()
+    log_pi, q = log_pi[0].detach().numpy(), trunks.teams.full_view.q.detach().numpy()
     each = []
     for k, i in np.ndindex(*w.shape):
         may = features.avail_actions[now[k], i].numpy()
@@ -535,13 +539,17 @@ def test_who_acts_and_on_what():
             assert torch.equal(acting.own_state[k, i], features.entities[m, i])
             assert torch.equal(acting.own_memory[k, i], trunks.own_memory[m, i])
             for view, team in enumerate((acting.team, acting.imagined)):
-                assert torch.equal(team.q[k, i], trunks.q[view][m, i])
-                assert torch.equal(team.memory[k, i], trunks.memory[view][m, i])
-                assert torch.equal(team.tagged.units[k], trunks.tagged[view].units[m])
-                assert torch.equal(team.tagged.choices[k], trunks.tagged[view].choices[m])
+                whole = trunks.teams[view]
+                assert torch.equal(team.q[k, i], whole.q[m, i])
+                assert torch.equal(team.memory[k, i], whole.memory[m, i])
+                assert torch.equal(team.tagged.units[k], whole.tagged.units[m])
+                assert torch.equal(team.tagged.choices[k], whole.tagged.choices[m])
     assert not torch.equal(acting.team.tagged.choices, acting.imagined.tagged.choices)
     learns = [acting.team.memory, acting.team.tagged.units, acting.own_memory]
-    assert all(x.requires_grad for x in learns) and not acting.team.q.requires_grad
+    assert all(x.requires_grad for x in learns)
+    loss = mipi.actor_loss(s.args, s.agent, acting, torch.ones(acting.alive.shape))
+    of_q, of_memory = torch.autograd.grad(loss, acting.team[:2], allow_unused=True)
+    assert of_q is None and (of_memory != 0).any(), "utilities get no gradient"
     fixed = mipi.detached(acting)
     for x in (*fixed.team[:2], fixed.team.tagged.units, *fixed.imagined[:2], fixed.own_memory):
         assert not x.requires_grad
@@ -666,11 +674,12 @@ def test_alternations_on_cached_trunks_are_blahut_and_arimotos(monkeypatch):
     clip = args.max_grad_norm
     for m in range(2):
         trunks = mipi.run_trunks(agent, features, twin.groups)
+        full_view, own_group, _ = trunks.teams
         full, team, own = (
             x[twin.batch.now][alive].detach()
-            for x in (trunks.memory.full_view, trunks.memory.own_group, trunks.own_memory)
+            for x in (full_view.memory, own_group.memory, trunks.own_memory)
         )
-        q = trunks.q.full_view[twin.batch.now][alive].detach()
+        q = trunks.teams.full_view.q[twin.batch.now][alive].detach()
         log_m = agent.marginal.head(own).masked_fill(~avail, -1e9).log_softmax(-1)
         pi = agent.policy(team).masked_fill(~avail, -1e9).softmax(-1).detach()
         likelihood = -(pi * log_m).sum(-1).mean()
@@ -754,7 +763,7 @@ def test_the_policys_w_is_that_of_the_mixer(monkeypatch):
     s, seen, actor_loss = setting("--alpha-i-over-w", noise=2.0), [], mipi.actor_loss
     trunks, _, _ = forward(s)
     y = mipi.find_targets(s.args, s.agent, s.batch, trunks)
-    _, w, _ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.q, y)
+    _, w, _ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.teams, y)
     dead = s.batch.features.avail_actions[s.batch.now][..., 0]
 
     def watched(args, agent, acting, w):
@@ -777,7 +786,7 @@ def test_what_the_policys_loss_moves(flags, head):
     s = setting(f"{unclipped} --target-head {head} {flags}", double=True)
     trunks, _, _ = forward(s)
     y = mipi.find_targets(s.args, s.agent, s.batch, trunks)
-    loss, w, _ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.q, y)
+    loss, w, _ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.teams, y)
     parameters = dict(s.agent.critic().named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
     alone = dict(zip(parameters, found))
@@ -790,7 +799,7 @@ def test_what_the_policys_loss_moves(flags, head):
 
     def keep(loss, net, optimiser, clip):
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward(inputs=list(net.parameters()))
         grads[net] = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
         return loss.detach()
 
@@ -823,7 +832,7 @@ def test_ablations(regularizer):
     assert (log_m == 0).all() and trunks.own_memory is None
     before = snapshot(s.agent)
     scalars = mipi.learn(s.args, s.agent, s.batch, s.groups)
-    now, q = s.batch.now, trunks.q.full_view
+    now, q = s.batch.now, trunks.teams.full_view.q
     there = ~s.batch.features.avail_actions[now][..., 0]
     each = (log_pi[0].exp() * (alpha * log_pi[0] - q)).sum(-1)[now]
     assert torch.isclose(scalars["policy_loss"], each[there].mean(), rtol=1e-9)
@@ -1004,7 +1013,7 @@ WRONG = {
     "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
     "--policy exact --actor-loss-times-w": "--policy exact --actor-loss-times-w",
     "--policy exact --alpha-i 0": "--policy exact --alpha-i 0",
-    "--policy exact --alpha-i-over-w": "--policy exact --alpha-i-over-w",
+    "--policy exact --alpha-i-over-w": "--policy exact --alpha-i-over-w --charge-times-w",
     "--policy exact --regularizer none --ba-iterations 2": "--policy exact --ba-iterations",
     "--policy exact --regularizer entropy --ba-iterations 2": "--policy exact --ba-iterations",
     "--policy exact --alpha 0 --ba-iterations 2": "--policy exact --ba-iterations",
@@ -1015,7 +1024,8 @@ WRONG = {
     "--observe-self-only --charge-times-w": "--charge-times-w regulariser",
     "--regularizer none --charge-times-w": "--charge-times-w regulariser",
     "--alpha 0 --charge-times-w": "--charge-times-w 0",
-    "--alpha-i-over-w --charge-times-w": "--alpha-i-over-w --charge-times-w",
+    "--preset cpu --charge-times-w": "--alpha-i-over-w --charge-times-w --no-alpha-i-over-w",
+    "--alpha-i-over-w --alpha-i 0": "--alpha-i 0 --no-alpha-i-over-w",
     "--regularizer none --alpha .1": "--alpha regulariser",
     "--regularizer none --alpha-i-over-w": "--alpha-i-over-w regulariser",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
@@ -1070,6 +1080,7 @@ def test_alphas():
     assert coefficients(f"{cpu} --alpha .2") == (0.2, 0.2)
     assert coefficients("--alpha .2") == (0.2, 0.2)
     assert coefficients("--alpha .2 --alpha-i 0") == (0.2, 0)
+    assert coefficients("--alpha .2 --policy exact --charge-times-w") == (0.2, 0.2)
     assert coefficients("--alpha-i .5") == (0.03, 0.5)
     assert coefficients("--observe-self-only") == coefficients("--regularizer none") == (0, 0)
     run(mipi, "run", 4)

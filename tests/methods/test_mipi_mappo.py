@@ -103,7 +103,7 @@ def batch_of(s):
         advantages=torch.randn(K, generator=rng, dtype=torch.float64),
         targets=torch.zeros(K),
         log_marginal=term.log_marginal,
-        price=torch.full((K,), mipi.alpha_of(s.args) / 1.7, dtype=torch.float64),
+        price=torch.full((K,), s.agent.alpha / 1.7, dtype=torch.float64),
     )
 
 
@@ -321,10 +321,10 @@ def test_a_uniform_marginal_is_entropy_regularisation():
     assert torch.allclose(batch.log_marginal.exp().sum(-1), torch.ones(()), atol=1e-6)
     parameters = list(s.agent.actor.parameters())
     found = torch.autograd.grad(mipi.policy_loss(s.args, s.agent, batch, 0.0)[0], parameters)
-    off = dataclasses.replace(s.args, alpha=0.0)
+    s.agent.alpha = 0.0
     # alpha / sigma as the base bonus has it
-    same = torch.autograd.grad(mipi.policy_loss(off, s.agent, batch, 0.4 / 1.7)[0], parameters)
-    plain = torch.autograd.grad(mipi.policy_loss(off, s.agent, batch, 0.0)[0], parameters)
+    same = torch.autograd.grad(mipi.policy_loss(s.args, s.agent, batch, 0.4 / 1.7)[0], parameters)
+    plain = torch.autograd.grad(mipi.policy_loss(s.args, s.agent, batch, 0.0)[0], parameters)
     for a, b in zip(found, same):
         assert torch.allclose(a, b, atol=1e-7)
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(found, plain))
@@ -372,6 +372,7 @@ def bandit(alpha, sigma, entropy_coef, log_m, advantages):
     start[0] = -1e9
     agent = mipi.Agent.__new__(mipi.Agent)
     agent.actor, agent.device, agent.amp = Table(start), CPU, False
+    agent.alpha = mipi.alpha_of(args)
     optimiser = torch.optim.LBFGS(
         agent.actor.parameters(),
         max_iter=500,
@@ -811,7 +812,7 @@ WRONG = {  # with words that the sentence has to contain
     "--max-episode-steps 1001": "--max-episode-steps 1000",
     "--alpha -1": "--alpha",
     "--drop-teammates 2 --alpha 0": "--drop-teammates",
-    "--rollout windows": "--rollout windows --no-recurrent",
+    "--preset cpu --recurrent": "--rollout windows --no-recurrent, --rollout rounds",
 }
 
 
@@ -838,6 +839,7 @@ def test_alpha_of_each_world(flags, alpha):
     number itself."""
     assert mipi.alpha_of(read(mipi, flags)) == alpha
     s = setting(flags)
+    assert s.agent.alpha == alpha
     term, told = mipi.find_term(s.args, s.agent, s.rollout)
     batch = mipi.prepare(s.args, s.agent, s.rollout, term)
     assert float(told["regularised_reward"]) == pytest.approx(
