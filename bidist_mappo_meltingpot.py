@@ -155,18 +155,15 @@ def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
 
 
 def first_change(args: Args) -> tuple[int, str]:
-    """After how many iterations phi changes first, or first in reverse if a flag asks for that; 0:
-    never. And the flags that say so."""
+    """After how many iterations phi changes first, or first in reverse if --reverse-mode asks for
+    that; 0: never. And the flags that say so. Rates and epochs are given to short runs, too."""
     if args.copy_every:
         return args.copy_every, f"--copy-every {args.copy_every}"
     if not (args.forward or args.reverse):
         return 0, ""
-    names = ("reverse_mode", "reverse_lr", "reverse_epochs")
-    given = [x for x in names if args.reverse and getattr(args, x) != getattr(Args, x)]
-    if args.forward and not given:
-        return args.k_d, f"--k-d {args.k_d}"
-    flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in given]
-    return 2 * args.k_d, " ".join([f"--k-d {args.k_d}", *flags])
+    if args.reverse and args.reverse_mode != Args.reverse_mode:
+        return 2 * args.k_d, f"--k-d {args.k_d} --reverse-mode {args.reverse_mode}"
+    return args.k_d if args.forward else 2 * args.k_d, f"--k-d {args.k_d}"
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
