@@ -554,7 +554,7 @@ def descend(
     """Step on gradients averaged over processes, then clipped; return their norm before that. Other
     networks that the loss passes through get no gradients."""
     optimiser.zero_grad()
-    loss.backward(inputs=list(net.parameters()))
+    loss.backward(inputs=[p for p in net.parameters() if p.requires_grad])
     norm = nn.utils.clip_grad_norm_(average_gradients(net), max_norm)
     optimiser.step()
     return norm
