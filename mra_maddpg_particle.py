@@ -128,6 +128,7 @@ class Args(RunArgs):
     redraw_z: bool = False  # minibatches draw z anew from p(z|m); off: they have those that acted
     xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
     critic_reads_z: bool = False  # the critic's V has a first layer for each z
+    critic_graph: Literal["policy", "uniform"] = "policy"  # g in Eq. (8); uniform: sees all alike
     psi_input: Literal["tenth", "standardised"] = "tenth"  # psi reads numbers / 10, or z-scores
     psi_entropy: Count = 0  # steps in which the weight of p(z|m)'s entropy falls from 1 to 0
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
@@ -177,7 +178,7 @@ RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change wi
 FIXED = ("task", "populations", "latent_size", "representation", "latent_prior", "share_parameters")
 FIXED += ("psi_input", "hidden_size", "key_size", "value_layers", "reptile_step", "psi_information")
 FIXED += ("own_beside", "redraw_z", "xi_reads_z", "critic_reads_z", "tell_population", "head_gain")
-FIXED += ("psi_entropy", "learn_from")
+FIXED += ("psi_entropy", "learn_from", "critic_graph")
 
 
 def who_learns(args: Args) -> tuple[bool, bool]:
@@ -466,7 +467,8 @@ class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. own_size: how many numbers of
     o_s it reads. knows: "population" or "z" if V has a first layer for each m or z, as a softmax
-    cannot count agents. latents: Z if it reads z (xi with --xi-reads-z), else 0."""
+    cannot count agents. latents: Z if it reads z (xi with --xi-reads-z), else 0. flat: whether it
+    attends to all alike, whatever g."""
 
     def __init__(
         self,
@@ -478,11 +480,12 @@ class GraphNet(nn.Module):
         args: Args,
         knows: str = "",
         latents: int = 0,
+        flat: bool = False,
     ):
         super().__init__()
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
-        self.sets, self.own_size = sets, own_size
+        self.sets, self.own_size, self.flat = sets, own_size, flat
         self.knows, self.linear = knows, args.value_layers == 1
         self.own = MLP(sets, own_size, H, H)
         each = sets * {"": 1, "population": len(args.populations), "z": args.latent_size}[knows]
@@ -495,6 +498,8 @@ class GraphNet(nn.Module):
         """Outputs (..., M, N, .) with graphs g (..., M, N, N), which for a network that reads z has
         one of each z, as RelationGraph.all(). Critics also read actions (M, N)."""
         others = view.others
+        if self.flat:
+            g = uniform_graph(view)
         if actions is not None:  # of the others: g_ii = 0 leaves out agent i's own
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
@@ -581,7 +586,8 @@ class Agent(Parts):
         beside = own if args.own_beside else 0
         self.actor = net(beside, entity, NUM_ACTIONS, gain=0.1, knows=actor_knows).to(device)
         # The critic also reads the others' actions.
-        critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, knows=critic_knows)
+        flat, inputs = args.critic_graph == "uniform", entity + NUM_ACTIONS
+        critic = net(own, inputs, NUM_ACTIONS, gain=1.0, knows=critic_knows, flat=flat)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
@@ -674,7 +680,8 @@ def reptile(args: Args, omega: nn.Module, start: list[Tensor]) -> None:
 
 def uniform_graph(view: View) -> Tensor:
     """A graph g (M, N, N) that attends to all visible agents alike."""
-    return view.mask / view.mask.sum(-1, keepdim=True).clamp(min=1)
+    seen = view.mask.to(view.own.dtype)
+    return seen / seen.sum(-1, keepdim=True).clamp(min=1)
 
 
 # --- 6. Data --------------------------------------------------------------------------------------

@@ -1331,6 +1331,26 @@ def test_a_critic_that_reads_z_has_a_layer_of_each_z_above_entities(plain, layer
     )
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("plain", ["", "--plain"])
+def test_a_critic_with_a_uniform_graph_attends_to_all_that_it_sees_alike(plain, layers):
+    """Its Q is that of a critic which is given equal weights; the actor reads the policy's g."""
+    flags = f"--value-layers {layers} {plain}"
+    s = setting("pacman", "2,2", "3,2", flags=f"{flags} --critic-graph uniform")
+    usual = setting("pacman", "2,2", "3,2", flags=flags)
+    view = random_view(s, 6, dead=0.2)
+    g, actions = random_graph(view), torch.randint(0, 5, (6, 4), generator=seeded(2))
+    seen = numbers(view.mask)
+    alike = torch.from_numpy(seen / np.maximum(seen.sum(-1, keepdims=True), 1))
+    for name in ("critic", "target_critic"):
+        net = getattr(usual.agent, name)
+        net.load_state_dict(getattr(s.agent, name).state_dict())
+        q = getattr(s.agent, name)(view, g, actions)
+        torch.testing.assert_close(q, net(view, alike, actions), rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(q, net(view, g, actions), atol=1e-3)
+    assert not torch.allclose(s.agent.actor(view, g), s.agent.actor(view, alike), atol=1e-4)
+
+
 @pytest.mark.parametrize("population", [(2, 3), (3, 3), (7, 3), (24, 5)])
 @pytest.mark.parametrize("form", ["tenth", "standardised"])
 def test_psi_reads_numbers_of_agents(form, population):

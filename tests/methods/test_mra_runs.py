@@ -825,6 +825,7 @@ METHOD = {  # of MRA, on a run with populations of 3 and 5
         lambda s, d: [shape(x, "entity.weight")(s, d)[0] for x in ("actor", "critic")],
         ([1, 1], [1, 6]),
     ),
+    "critic_graph": ("--critic-graph uniform", changed("critic"), None),
     "psi_input": ("--psi-input standardised", changed("latent_prior"), None),
     "psi_entropy": ("--psi-entropy 1000", changed("latent_prior"), None),
     "learn_from": ("--learn-from all", changed("critic"), None),
