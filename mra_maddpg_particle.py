@@ -196,7 +196,6 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     several = len(args.populations + args.eval_populations) > 1
     one_z, one_m = args.latent_size == 1, len(args.populations) == 1
     by_hand, named = args.latent_prior == "told", args.tell_population != "nobody"
-    too_few = by_hand and args.latent_size < len(args.populations)
     told = by_hand or named
     unclear = told and first_unclear((*args.eval_populations, args.population), args.populations)
     always = one_z or (one_m and by_hand)  # always the same z, so that Eq. (11) is 0
@@ -210,7 +209,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (several and not args.share_parameters, "Several populations need --share-parameters"),
-        (too_few, "--latent-prior told needs more z"),
+        (by_hand and args.latent_size < len(args.populations), "--latent-prior told needs more z"),
         (unclear, f"{unclear} cannot be told its number: two of --populations are next in size"),
         (args.critic_reads_z and named, "--critic-reads-z needs --tell-population nobody"),
         (begins and not psi and args.psi_input != "tenth", "--psi-input needs a learned p(z|m)"),
@@ -234,13 +233,11 @@ def read(argv: list[str]) -> Args:
     if not own.share_parameters:
         raise UsageError(f"{source} has parameters per agent, which fit no other population.")
     new = {field.name: getattr(given, field.name) for field in dataclasses.fields(RunArgs)}
-    typed = any(word.partition("=")[0] == "--preset" for word in argv)
-    new["preset"] = own.preset
-    if typed:
+    new |= {"preset": own.preset, "population": "", "eval_populations": (), "phi_gradient": "actor"}
+    if any(word.partition("=")[0] == "--preset" for word in argv):  # typed
         values = {name: getattr(Args, name) for name in PRESETS["relation"]}
         values |= PRESETS[given.preset] | {"preset": given.preset}
-        new |= {name: x for name, x in values.items() if name not in FIXED}
-    new |= {"population": "", "eval_populations": (), "phi_gradient": "actor"}
+        new |= {name: x for name, x in values.items() if name not in (*FIXED, "phi_gradient")}
     default = dataclasses.replace(own, **new)
     args = read_kept(Args, argv, default, FIXED, source)
     idle = args.target == "hard" and args.polyak != default.polyak  # typed, not the source's
@@ -467,8 +464,8 @@ class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. own_size: how many numbers of
     o_s it reads. knows: "population" or "z" if V has a first layer for each m or z, as a softmax
-    cannot count agents. latents: Z if it reads z (xi with --xi-reads-z), else 0. flat: whether it
-    attends to all alike, whatever g."""
+    cannot count agents. latents: Z if it reads z (xi with --xi-reads-z), else 0. critic: it attends
+    to all alike, whatever g, by --critic-graph uniform."""
 
     def __init__(
         self,
@@ -480,12 +477,13 @@ class GraphNet(nn.Module):
         args: Args,
         knows: str = "",
         latents: int = 0,
-        flat: bool = False,
+        critic: bool = False,
     ):
         super().__init__()
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
-        self.sets, self.own_size, self.flat = sets, own_size, flat
+        self.sets, self.own_size = sets, own_size
+        self.flat = critic and args.critic_graph == "uniform"
         self.knows, self.linear = knows, args.value_layers == 1
         self.own = MLP(sets, own_size, H, H)
         each = sets * {"": 1, "population": len(args.populations), "z": args.latent_size}[knows]
@@ -498,8 +496,7 @@ class GraphNet(nn.Module):
         """Outputs (..., M, N, .) with graphs g (..., M, N, N), which for a network that reads z has
         one of each z, as RelationGraph.all(). Critics also read actions (M, N)."""
         others = view.others
-        if self.flat:
-            g = uniform_graph(view)
+        g = uniform_graph(view) if self.flat else g
         if actions is not None:  # of the others: g_ii = 0 leaves out agent i's own
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
@@ -580,14 +577,13 @@ class Agent(Parts):
         self.attention = RelationGraph(self.sets, own, entity, args).to(device)
         net = functools.partial(GraphNet, self.sets, args=args)
         who = args.tell_population
-        actor_knows = "population" if who == "all" else ""
-        critic_knows = "z" if args.critic_reads_z else "population" if who != "nobody" else ""
         # A small last layer: the first policy tries all actions about equally.
         beside = own if args.own_beside else 0
-        self.actor = net(beside, entity, NUM_ACTIONS, gain=0.1, knows=actor_knows).to(device)
+        knows = "population" if who == "all" else ""
+        self.actor = net(beside, entity, NUM_ACTIONS, gain=0.1, knows=knows).to(device)
         # The critic also reads the others' actions.
-        flat, inputs = args.critic_graph == "uniform", entity + NUM_ACTIONS
-        critic = net(own, inputs, NUM_ACTIONS, gain=1.0, knows=critic_knows, flat=flat)
+        knows = "z" if args.critic_reads_z else "population" if who != "nobody" else ""
+        critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, knows=knows, critic=True)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
@@ -680,8 +676,7 @@ def reptile(args: Args, omega: nn.Module, start: list[Tensor]) -> None:
 
 def uniform_graph(view: View) -> Tensor:
     """A graph g (M, N, N) that attends to all visible agents alike."""
-    seen = view.mask.to(view.own.dtype)
-    return seen / seen.sum(-1, keepdim=True).clamp(min=1)
+    return view.mask.to(view.own.dtype) / view.mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 # --- 6. Data --------------------------------------------------------------------------------------
@@ -1003,14 +998,13 @@ def net_player(
     drawn = weakref.WeakKeyDictionary()  # worlds -> latents drawn for them (B, N)
 
     def latents(worlds: ParticleWorld) -> Tensor:
-        B = worlds.num_worlds
         if isinstance(z, tuple):
             each = constant(z, torch.int64, agent.device)
-            return per_agent(each, worlds.game.population).expand(B, -1)
+            return per_agent(each, worlds.game.population).expand(worlds.num_worlds, -1)
         if z is not None:
-            return z.expand(B, -1)
-        new = draw_latents(agent, worlds.game, B, latent_rng)
-        begins = worlds.clocks.time[:B, None] == 0
+            return z.expand(worlds.num_worlds, -1)
+        new = draw_latents(agent, worlds.game, worlds.num_worlds, latent_rng)
+        begins = worlds.clocks.time[: worlds.num_worlds, None] == 0
         drawn[worlds] = torch.where(begins, new, drawn.get(worlds, new))
         return drawn[worlds]
 
