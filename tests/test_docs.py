@@ -4,6 +4,7 @@ import ast
 import functools
 import glob
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -290,7 +291,7 @@ def test_files_tests_and_functions_named_in_the_text_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_can_be_read(page):
     """Lengths, 100 columns but for tables (commands: 105), no cell of more than 200 characters,
-    no paths of a machine."""
+    a blank line above code, no paths of a machine."""
     text, name = page.read_text(), page.name
     lines = text.splitlines()
     kind = METHOD if name in METHODS else RESULTS if name.startswith("results_") else WORLD
@@ -302,4 +303,7 @@ def test_pages_can_be_read(page):
         elif name != "README.md" and "](" not in line and "http" not in line:
             is_code = line.startswith("    ")
             assert len(line) <= (105 if is_code else 100), line
+    for above, line in itertools.pairwise(lines):
+        begins = line.startswith("    ") and above and not above.startswith(("  ", "- "))
+        assert not begins, f"code needs a blank line above it: {line}"
     assert not re.search(r"(?<![\w.~])/(?:work|root|home|tmp|Users)/", text)
