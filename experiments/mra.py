@@ -5,11 +5,12 @@
     python experiments/mra.py cross-play runs/pacman-single-s* runs/pacman-mra-s* --population 8,4
     python experiments/mra.py ladder runs/rooms-*-s1[1-5] --against rooms-algorithm_4 rooms-uni_mra
     python experiments/mra.py attention runs/rooms-algorithm_4-s11
+    python experiments/mra.py critics runs/rooms-algorithm_4-s11
 
 `train` trains every run that Figs. 2, 3, 4, 5, 7 and 8 need, and compare.py draws them. `figures`
 makes Figs. 9, 10 and 11, `cross-play` makes Tables 1 and 2, `ladder` compares forms of MRA in a
-world where the population matters, `attention` shows whom each z attends to. `SUBCOMMAND --help`
-has the options.
+world where the population matters, `attention` shows whom each z attends to, `critics` what a graph
+hides from the critic. `SUBCOMMAND --help` has the options.
 """
 
 from __future__ import annotations
@@ -741,6 +742,93 @@ def attention(study: Attention) -> None:
     finish(study.out, markdown_table(shown), rows)
 
 
+# --- What a graph hides from the critic -----------------------------------------------------------
+
+
+GRAPHS = ("policy", "uniform")  # by which a critic attends
+
+
+@dataclasses.dataclass(frozen=True)
+class Critics:
+    """How well a critic fits a policy that stands still, by its graph and by a uniform one.
+
+    Plays with a run's networks, which do not change, and trains its critic on by Eq. (8), from the
+    run's weights: once with the policy's graph, as in the paper, once attending to all alike
+    (--critic-graph uniform). A row per graph and part of the minibatches: the mean loss in each
+    training population. Writes OUT.csv and OUT.md, which has the last parts.
+    """
+
+    runs: Runs  # runs of mra_maddpg_particle.py, not adapted ones
+    timesteps: Positive = 20_000  # environment steps in each population, at most --buffer-size
+    minibatches: Positive = 2000  # of the run's --batch-size, shared by its populations
+    every: Positive = 200  # minibatches whose losses a row is the mean of
+    seed: Seed = 1  # seed of actions and minibatches
+    out: Path = Path("mra_critics")  # common beginning of the names of the .csv and .md files
+
+
+def refilled(trained: Trained, study: Critics, rng: torch.Generator) -> list[Any]:
+    """A collector for each population, whose replay has only what the run's policy does now."""
+    saved, _ = harness.load_checkpoint(str(trained.run.path), quiet=True)
+    saved = saved["ranks"][0]["collectors"]
+    args = dataclasses.replace(trained.args, buffer_size=study.timesteps)
+    collectors = []
+    for name in trained.populations:
+        collector = trained.script.Collector(args, name, trained.agent.device)
+        collector.load_state_dict(saved[name])  # the scale of its rewards, its episodes
+        collector.buffer.steps = 0
+        while collector.buffer.size < study.timesteps:
+            trained.script.collect(trained.agent, collector, rng, rng)
+        collectors.append(collector)
+    return collectors
+
+
+def critic_rows(trained: Trained, study: Critics, graph: str) -> list[dict[str, Any]]:
+    """Rows of OUT.csv of a run's critic with this graph. Moves the critic's weights."""
+    script, args, agent = trained.script, trained.args, trained.agent
+    rng = torch.Generator().manual_seed(study.seed)
+    collectors = refilled(trained, study, rng)
+    critics = (agent.critic, agent.target_critic)
+    for critic in critics:
+        critic.flat = graph == "uniform"
+    optimiser = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate)
+    size = math.ceil(args.batch_size / len(collectors))
+    rows, part = [], []
+    for step in range(1, study.minibatches + 1):
+        losses = []
+        for batch in (collector.buffer.sample(agent, rng, size) for collector in collectors):
+            with torch.no_grad():
+                g, next_g = agent.attention(batch.view), agent.attention(batch.next_view)
+            losses.append(script.critic_loss(args, agent, batch, g, next_g, rng))
+        losses = torch.stack(losses)
+        script.descend(losses.mean(), agent.critic, optimiser, args.max_grad_norm)
+        if step % args.inner_steps == 0:  # as often as in training
+            agent.follow()
+        part.append(losses.detach())
+        if len(part) == study.every:
+            means = torch.stack(part).mean(0).tolist()
+            row = {"run": trained.name, "critic's graph": graph, "minibatches": step}
+            rows.append(row | dict(zip(trained.populations, means)))
+            part = []
+    return rows
+
+
+def critics(study: Critics) -> None:
+    """Write OUT.csv and OUT.md. UsageError if a run is not of MRA, or was adapted."""
+    check_out(study.out)
+    check([(study.every > study.minibatches, "--every exceeds --minibatches")])
+    runs = read_runs(study.runs)
+    for run in runs:
+        if run.args["script"] != Path(MRA).stem or run.args["adapt"]:
+            raise UsageError(f"{run.where} is no run of {MRA} that trained by itself.")
+    rows, last = [], []
+    for run, graph in itertools.product(runs, GRAPHS):
+        rows += critic_rows(load(run), study, graph)
+        last.append(rows[-1])
+        harness.tell(f"{run.name}: the critic with the {graph} graph is trained")
+    shown = [{k: f"{x:.2f}" if isinstance(x, float) else x for k, x in r.items()} for r in last]
+    finish(study.out, markdown_table(shown), rows)
+
+
 # --- Tables 1 and 2 -------------------------------------------------------------------------------
 
 
@@ -845,6 +933,7 @@ COMMANDS = {
     "figures": figures,
     "ladder": ladder,
     "attention": attention,
+    "critics": critics,
     "cross-play": cross_play,
 }
 

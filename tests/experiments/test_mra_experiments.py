@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -575,3 +576,52 @@ def test_attention(runs, tmp_path):
     assert (code, stderr.count("\n")) == (2, 1) and "--least 1.0: no z" in stderr
     code, _, stderr = command("mra", "attention", runs / "several-s1", "--out", tmp_path / "b")
     assert (code, stderr.count("\n")) == (2, 1) and "in rooms" in stderr
+
+
+def test_critics(runs, tmp_path):
+    """The critic alone learns, and by an attention without preferences both graphs are the same."""
+    study = mra.Critics(runs=(), timesteps=80, minibatches=60, every=20)
+
+    def losses(graph, change):
+        trained = mra.load(runs_module.Run(runs / "several-s1"))
+        change(trained.agent.attention)
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in nets(trained)}
+        found = mra.critic_rows(trained, study, graph)
+        for name, part in nets(trained):
+            same = all(torch.equal(x, part.state_dict()[key]) for key, x in before[name].items())
+            assert same == (name not in ("critic", "target_critic")), name
+        assert [row["minibatches"] for row in found] == [20, 40, 60]
+        return np.array([[row["3"], row["4"]] for row in found])
+
+    def nets(trained):
+        return [(k, x) for k, x in trained.agent.parts().items() if isinstance(x, torch.nn.Module)]
+
+    def flatten(attention):
+        with torch.no_grad():
+            [parameter.zero_() for parameter in attention.parameters()]
+
+    flat = [losses(graph, flatten) for graph in ("policy", "uniform")]
+    assert np.allclose(*flat, rtol=1e-3)
+    policy, uniform = (losses(x, lambda attention: sharpen(attention, 3)) for x in mra.GRAPHS)
+    assert (policy[-1] < policy[0]).all() and (uniform[-1] < uniform[0]).all(), "nothing is learned"
+    assert (abs(policy - uniform) > 0.01 * uniform).all()
+    words = ("--timesteps", 40, "--minibatches", 4, "--every", 2, "--out", tmp_path / "c")
+    code, _, stderr = command("mra", "critics", runs / "several-s1", *words)
+    assert code == 0, stderr
+    graphs = [row["critic's graph"] for row in rows(tmp_path / "c.csv")]
+    assert graphs == ["policy", "policy", "uniform", "uniform"]
+    assert (tmp_path / "c.md").read_text().count("several-s1") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "sentence"),
+    [
+        ("parent-s1", (), "trained by itself"),
+        ("adapted-s1", (), "trained by itself"),
+        ("several-s1", ("--every", 3000), "--every exceeds --minibatches"),
+    ],
+)
+def test_critics_refuses(runs, tmp_path, name, more, sentence):
+    words = ("mra", "critics", runs / name, "--out", tmp_path / "c", *more)
+    code, _, stderr = command(*words)
+    assert (code, stderr.count("\n")) == (2, 1) and sentence in stderr
