@@ -53,7 +53,8 @@ NAVIGATION = {
         gallery""",
     "Claims and results": """docs/CLAIMS docs/results_bidist docs/cross_play docs/reverse_phases
         docs/pure_coordination docs/results_mra docs/results_mipi""",
-    "Methods": """docs/bidist docs/mra docs/mra_ladder docs/mra_networks docs/mra_unseen docs/mipi
+    "Methods": """docs/bidist docs/mra docs/mra_ladder docs/mra_signpost
+        docs/mra_networks docs/mra_unseen docs/mipi
         docs/mipi_lemma docs/mipi_mappo docs/mipi_strengths""",
     "Baselines": """docs/baselines_meltingpot docs/baselines_particle docs/baselines_rl2
         docs/baselines_smac docs/value_learners""",
