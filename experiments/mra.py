@@ -759,7 +759,7 @@ class Critics:
     """
 
     runs: Runs  # runs of mra_maddpg_particle.py, not adapted ones
-    timesteps: Positive = 20_000  # environment steps in each population, at most --buffer-size
+    timesteps: Positive = 20_000  # environment steps in each population
     minibatches: Positive = 2000  # of the run's --batch-size, shared by its populations
     every: Positive = 200  # minibatches whose losses a row is the mean of
     seed: Seed = 1  # seed of actions and minibatches
