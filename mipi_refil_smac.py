@@ -232,7 +232,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
             "--imagine-weight needs --imagine, and --scenario resource has no groups",
         ),
         *wrong_terms(args),
-        (args.windows != "whole" and not args.replay_window, "--windows needs --replay-window"),
+        (args.windows != "whole" and args.replay_window < 2, "--windows needs --replay-window 2"),
         (no_lambda and args.td_lambda != 0.8, "--td-lambda needs --returns lambda, longer windows"),
         (
             args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),

@@ -194,7 +194,7 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
-        (args.windows != "whole" and not args.replay_window, "--windows needs --replay-window"),
+        (args.windows != "whole" and args.replay_window < 2, "--windows needs --replay-window 2"),
         (no_lambda and args.td_lambda != 0.8, "--td-lambda needs --returns lambda, longer windows"),
         (
             args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
