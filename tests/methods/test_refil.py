@@ -930,6 +930,7 @@ WRONG = {  # with words that the sentence has to contain
     "--egocentric": "--egocentric --scenario resource",
     "--replay-window -1": "--replay-window",
     "--windows clipped": "--windows --replay-window",
+    "--windows clipped --replay-window 1": "--windows --replay-window",
     "--max-episode-steps 1001": "--max-episode-steps 1000",
     "--scenario resource --max-episode-steps 500": "--scenario resource 145 steps",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
