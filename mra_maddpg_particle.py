@@ -128,7 +128,7 @@ class Args(RunArgs):
     redraw_z: bool = False  # minibatches draw z anew from p(z|m); off: they have those that acted
     xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
     critic_reads_z: bool = False  # the critic's V has a first layer for each z
-    critic_graph: Literal["policy", "uniform"] = "policy"  # g in Eq. (8); uniform: sees all alike
+    critic_graph: Literal["policy", "own", "uniform"] = "policy"  # g in Eq. (8); own: by (8) alone
     psi_input: Literal["tenth", "standardised"] = "tenth"  # psi reads numbers / 10, or z-scores
     psi_entropy: Count = 0  # steps in which the weight of p(z|m)'s entropy falls from 1 to 0
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
@@ -464,8 +464,8 @@ class GraphNet(nn.Module):
     """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
     e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. own_size: how many numbers of
     o_s it reads. knows: "population" or "z" if V has a first layer for each m or z, as a softmax
-    cannot count agents. latents: Z if it reads z (xi with --xi-reads-z), else 0. critic: it attends
-    to all alike, whatever g, by --critic-graph uniform."""
+    cannot count agents. latents: Z if it reads z (xi with --xi-reads-z), else 0. graph: what makes
+    the g by which it attends, whatever g it is given, by --critic-graph uniform or own."""
 
     def __init__(
         self,
@@ -477,13 +477,12 @@ class GraphNet(nn.Module):
         args: Args,
         knows: str = "",
         latents: int = 0,
-        critic: bool = False,
+        graph: Any = None,
     ):
         super().__init__()
         H = args.hidden_size
         self.pairs = Pairs if args.plain else functools.partial(FastPairs, compiled=args.compile)
-        self.sets, self.own_size = sets, own_size
-        self.flat = critic and args.critic_graph == "uniform"
+        self.sets, self.own_size, self.graph = sets, own_size, graph
         self.knows, self.linear = knows, args.value_layers == 1
         self.own = MLP(sets, own_size, H, H)
         each = sets * {"": 1, "population": len(args.populations), "z": args.latent_size}[knows]
@@ -496,7 +495,7 @@ class GraphNet(nn.Module):
         """Outputs (..., M, N, .) with graphs g (..., M, N, N), which for a network that reads z has
         one of each z, as RelationGraph.all(). Critics also read actions (M, N)."""
         others = view.others
-        g = uniform_graph(view) if self.flat else g
+        g = self.graph(view) if self.graph else g
         if actions is not None:  # of the others: g_ii = 0 leaves out agent i's own
             actions = F.one_hot(actions, NUM_ACTIONS).to(others.dtype)
             others = torch.cat((others, actions), -1)
@@ -583,7 +582,9 @@ class Agent(Parts):
         self.actor = net(beside, entity, NUM_ACTIONS, gain=0.1, knows=knows).to(device)
         # The critic also reads the others' actions.
         knows = "z" if args.critic_reads_z else "population" if who != "nobody" else ""
-        critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, knows=knows, critic=True)
+        graphs = {"policy": None, "uniform": uniform_graph, "own": copy.deepcopy(self.attention)}
+        graph = graphs[args.critic_graph]  # its own one begins as phi (App. E.1: as MAAC's attends)
+        critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, knows=knows, graph=graph)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
@@ -642,8 +643,7 @@ class Agent(Parts):
 
 def draw_latents(agent: Agent, game: Game, num_worlds: int, rng: torch.Generator) -> Tensor:
     """Draw latents z ~ p_psi(z|m), one for each agent of each world -> (B, N)."""
-    log_p = agent.log_prior(game).detach()  # (N, Z)
-    return sample(log_p.expand(num_worlds, -1, -1), rng)
+    return sample(agent.log_prior(game).detach().expand(num_worlds, -1, -1), rng)  # p: (N, Z)
 
 
 def graph_information(agent: Agent, view: View, g: Tensor, log_prior: Tensor) -> Tensor:

@@ -789,7 +789,8 @@ def critic_rows(trained: Trained, study: Critics, graph: str) -> list[dict[str, 
     collectors = refilled(trained, study, rng)
     critics = (agent.critic, agent.target_critic)
     for critic in critics:
-        critic.flat = graph == "uniform"
+        del critic.graph  # its own one, if it has one
+        critic.graph = script.uniform_graph if graph == "uniform" else None
     optimiser = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate)
     size = math.ceil(args.batch_size / len(collectors))
     rows, part = [], []
