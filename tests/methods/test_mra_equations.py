@@ -1351,6 +1351,35 @@ def test_a_critic_with_a_uniform_graph_attends_to_all_that_it_sees_alike(plain, 
     assert not torch.allclose(s.agent.actor(view, g), s.agent.actor(view, alike), atol=1e-4)
 
 
+@pytest.mark.parametrize("how", REPRESENTATIONS)
+def test_a_critic_with_a_graph_of_its_own(how):
+    """It begins as phi, reads by that graph whatever g it is given, and learns where phi does not."""
+    flags = f"--critic-graph own --representation {how} --inner-steps 2"
+    s = setting("pacman", "2,2", "3,2", flags=f"{flags} --phi-learning-rate 0", double=False)
+    usual = setting("pacman", "2,2", "3,2", flags=f"--representation {how}", double=False)
+    new = mra.Agent(s.args, s.collectors[0].game, torch.device("cpu"))
+    assert torch.equal(weights(new.critic.graph), weights(new.attention))
+    own, phi = s.agent.critic.graph, s.agent.attention
+    sharpen(own, 3)
+    view = random_view(s, 6, dead=0.2)
+    view = view._replace(**{k: x.float() for k, x in view._asdict().items() if is_double(x)})
+    g, actions = random_graph(view).float(), torch.randint(0, 5, (6, 4), generator=seeded(2))
+    state = s.agent.critic.state_dict()
+    usual.agent.critic.load_state_dict({k: x for k, x in state.items() if "graph." not in k})
+    q = s.agent.critic(view, g, actions)
+    torch.testing.assert_close(q, usual.agent.critic(view, own(view), actions))
+    assert not torch.allclose(q, usual.agent.critic(view, g, actions), atol=1e-3)
+    before = weights(own), weights(phi)
+    run_update(s, 8)
+    assert not torch.equal(weights(own), before[0]) and torch.equal(weights(phi), before[1])
+    moved = [p.grad.abs().max() > 0 for name, p in own.named_parameters() if "key.bias" not in name]
+    assert all(moved)
+
+
+def is_double(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dtype == torch.float64
+
+
 @pytest.mark.parametrize("population", [(2, 3), (3, 3), (7, 3), (24, 5)])
 @pytest.mark.parametrize("form", ["tenth", "standardised"])
 def test_psi_reads_numbers_of_agents(form, population):
