@@ -1353,7 +1353,7 @@ def test_a_critic_with_a_uniform_graph_attends_to_all_that_it_sees_alike(plain, 
 
 @pytest.mark.parametrize("how", REPRESENTATIONS)
 def test_a_critic_with_a_graph_of_its_own(how):
-    """It begins as phi, reads by that graph whatever g it is given, and learns where phi does not."""
+    """It begins as phi, reads by that graph whatever g it gets, and learns where phi does not."""
     flags = f"--critic-graph own --representation {how} --inner-steps 2"
     s = setting("pacman", "2,2", "3,2", flags=f"{flags} --phi-learning-rate 0", double=False)
     usual = setting("pacman", "2,2", "3,2", flags=f"--representation {how}", double=False)
