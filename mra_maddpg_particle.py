@@ -170,7 +170,7 @@ PRESETS = {
 }
 RELATION = {"phi_gradient": "actor", "psi_information": False, "psi_input": "standardised"}
 RELATION |= {"redraw_z": True, "xi_reads_z": True, "critic_reads_z": True}
-RELATION |= {"batch_size": 256, "update_every": 64, "entropy_coef": 0.01}
+RELATION |= {"critic_graph": "own", "batch_size": 256, "update_every": 64, "entropy_coef": 0.01}
 PRESETS["relation"] = PRESETS["cpu"] | RELATION  # with which z matters in rooms and signpost
 LINE = ("return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume

@@ -596,7 +596,7 @@ def test_preset_of_the_form_in_which_z_matters(monkeypatch):
     adapting may change."""
     with (ROOT / "experiments/studies/mra_untold_rooms.toml").open("rb") as file:
         study = tomllib.load(file)
-    flags = study["runs"]["rooms-layer_per_z_standardised"].split()[1:]
+    flags = study["runs"]["rooms-layer_per_z_standardised_own"].split()[1:]
     typed = given(MRA, ["--preset", "cpu", *study.get("flags", "").split(), *flags], monkeypatch)
     world = ["--task", "rooms", "--populations", *typed.populations]
     world += ["--eval-populations", *typed.eval_populations]
