@@ -968,7 +968,6 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     policies, in the same battles. Returns {"SIZE" or "SIZE SCRIPT": the row of summarise()}."""
     world = worlds.playing(args.scenario)
     battle_seed, policy_seed = evaluation.rng.integers(2**31, size=2).tolist()
-    new_battles = functools.partial(make_envs, args, seed=battle_seed)
     number = together = evaluation.episodes
     if args.backend == "sc2":
         together = min(number, args.num_envs)
@@ -980,12 +979,13 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     evaluation.expect(len(sizes) * len(policies) * rounds * together)
     results = {}
     for size in sizes:
+        seed = battle_seed + size  # with one seed, all sizes would have nearly the same mixes
         for name, policy in policies.items():
-            with contextlib.closing(new_battles(sizes=(size,), num_envs=together)) as battles:
+            with contextlib.closing(make_envs(args, (size,), together, seed)) as battles:
                 row = worlds.score(args.scenario, battles, policy, number, evaluation.progress)
             results[f"{size} {name}".rstrip()] = row
         if evaluation.videos:
-            with contextlib.closing(new_battles(sizes=(size,), num_envs=1)) as battles:
+            with contextlib.closing(make_envs(args, (size,), 1, seed)) as battles:
                 path = evaluation.videos / f"{evaluation.stem}-{size}.mp4"
                 evaluation.expect(1)
                 world.film(battles, Player(agent), path)

@@ -1253,7 +1253,7 @@ class Teammates:
     teammates: tuple[str, ...] = ("focus",)  # scripts' names or run directories
     team_sizes: Annotated[tuple[Positive, ...], MinLen(1)] = (3, 4, 5, 6, 7, 8)  # to play with
     episodes: Positive = 160  # battles per team size
-    seed: Seed = 1  # seed of battles and of the halves
+    seed: Seed = 1  # seed of the halves; of a size's battles: this + the size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1269,7 +1269,7 @@ class Mixes:
 
     runs: Runs  # run directories
     episodes: Positive = 160  # battles per team size
-    seed: Seed = 1  # seed of battles
+    seed: Seed = 1  # seed of battles; a size's own is this + the size
 
 
 class Beside:
@@ -1346,7 +1346,7 @@ def teammates(study: Teammates) -> None:
             policy = player_of(name, study.seed)
             if mate:
                 policy = Beside(policy, player_of(mate, study.seed), study.seed)
-            battles = new_battles(runs[0], size, study.episodes, study.seed)
+            battles = new_battles(runs[0], size, study.episodes, study.seed + size)
             ended += episodes.play(battles, policy)
         return score(ended)
 
@@ -1389,10 +1389,10 @@ def mixes(study: Mixes) -> None:
     def played(name: str, is_new: bool) -> str:
         ended = []
         for size in sizes:
-            battles = new_battles(runs[0], size, study.episodes, study.seed)
+            battles = new_battles(runs[0], size, study.episodes, study.seed + size)
             if is_new:
                 battles.teams = [team for team in teams if sum(team) == size]
-                battles.setup = make_setup(battles.family, battles.teams, study.seed, 0)
+                battles.setup = make_setup(battles.family, battles.teams, study.seed + size, 0)
             ended += episodes.play(battles, player_of(name, study.seed))
         return score(ended)
 

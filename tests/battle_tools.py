@@ -67,21 +67,31 @@ def run(module, run_dir, steps, *flags):
 
 
 def watch_evaluations(module, monkeypatch):
-    """What a script's evaluations meet, as they go on: [(policy, seed of its battles)]."""
-    seeds, met = [], []
+    """What a script's evaluations meet, as they go on: [(policy, sizes, seed of its battles)]."""
+    battles_of, met = [], []
     make_envs, score = module.make_envs, worlds.score
 
     def made(args, sizes, num_envs, seed, **where):
-        seeds.append(seed)
+        battles_of.append((sizes, seed))
         return make_envs(args, sizes, num_envs, seed, **where)
 
     def scored(scenario, battles, policy, *rest):
-        met.append((policy, seeds[-1]))
+        met.append((policy, *battles_of[-1]))
         return score(scenario, battles, policy, *rest)
 
     monkeypatch.setattr(module, "make_envs", made)
     monkeypatch.setattr(worlds, "score", scored)
     return met
+
+
+def check_seeds_of_evaluations(met, run_seed=1):
+    """All policies of an evaluation meet a size in battles of one seed; other sizes have others."""
+    seeds = {}
+    for _, sizes, seed in met:
+        seeds.setdefault(sizes, set()).add(seed)
+    assert len(seeds) > 1 and {len(sizes) for sizes in seeds} == {1}
+    assert {len(found) for found in seeds.values()} == {1}
+    assert len(set.union(*seeds.values(), {run_seed})) == len(seeds) + 1
 
 
 def initial(run_dir):

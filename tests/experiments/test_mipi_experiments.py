@@ -1179,13 +1179,13 @@ def test_teammates(runs, monkeypatch):
     """A run beside itself is itself, beside a script it earns something else; the script's own
     figures are those of its battles."""
     make_worlds = study.worlds.make_worlds
-    longer = functools.partial(make_worlds, "sim", "sz", num_battles=24, seed=1, episode_limit=60)
+    longer = functools.partial(make_worlds, "sim", "sz", num_battles=24, episode_limit=60)
 
     def new_battles(run, size, number, seed):
-        assert (number, seed) == (24, 1)
+        assert (number, seed) == (24, 1 + size), "sizes share no mixes"
         args = runs_module.Run(runs / "sz-mappo-s1").args
         assert first(run, size, number, seed).rules.limit == args["max_episode_steps"]
-        return longer(team_sizes=(size,))
+        return longer(team_sizes=(size,), seed=seed)
 
     first = study.new_battles
     monkeypatch.setattr(study, "new_battles", new_battles)
@@ -1198,7 +1198,8 @@ def test_teammates(runs, monkeypatch):
     assert len({row["focus"] for row in rows.values()}) == 4
     ended = []
     for size in (3, 6):
-        ended += study.episodes.play(longer(team_sizes=(size,)), study.episodes.focus)
+        battles = longer(team_sizes=(size,), seed=1 + size)
+        ended += study.episodes.play(battles, study.episodes.focus)
     assert rows["focus"]["itself"] == study.score(ended)
     for words, sentence in (
         ((names[0], "--teammates", runs / "nothing"), "is no run directory"),

@@ -24,6 +24,7 @@ from battle_tools import (
     WeakEnemies,
     changed,
     check_effect,
+    check_seeds_of_evaluations,
     elsewhere,
     initial,
     read,
@@ -733,11 +734,12 @@ def run(run_dir, steps, *flags):
 
 
 def test_rows_of_the_greedy_policy_and_of_draws(monkeypatch):
-    """The run's actor, in battles of one seed, which is not the run's."""
+    """The run's actor, in battles of a seed of their size's own, not the run's."""
     met = watch_evaluations(mipi, monkeypatch)
     run("run", 64, "--final-episodes", 2)
-    own = [policy for policy, _ in met if isinstance(policy, mipi.Player)]
-    assert len(own) % 2 == 0 and len({seed for _, seed in met} - {1}) == 1
+    own = [policy for policy, *_ in met if isinstance(policy, mipi.Player)]
+    assert len(own) % 2 == 0
+    check_seeds_of_evaluations(met)
     assert [policy.rng is None for policy in own] == [True, False] * (len(own) // 2)
     for policy in own:
         actor = dict(policy.agent.actor.state_dict())

@@ -33,6 +33,7 @@ from battle_tools import (
     WeakEnemies,
     as_double,
     check_effect,
+    check_seeds_of_evaluations,
     elsewhere,
     finite,
     forward_view,
@@ -1245,7 +1246,8 @@ def test_evaluation_alone_repeats(module, capfd):
 
 
 def test_everybody_meets_the_same_battles(monkeypatch):
-    """One battle per episode, of one size, begun by the same seed for all."""
+    """One battle per episode, of one size, begun by the same seed for all, another for each size.
+    One seed for all sizes would give them nearly the same mixes (test_combat)."""
     made, make_envs = [], refil.make_envs
 
     def watched(args, sizes, num_envs, seed, **where):
@@ -1256,16 +1258,17 @@ def test_everybody_meets_the_same_battles(monkeypatch):
     run(refil, "run", 16, "--final-episodes", 3)
     assert made[0] == ((3, 4), 2, 1)
     assert [x[:2] for x in made[1:]] == [((size,), 3) for size in (3, 4, 5) for _ in range(5)]
-    assert len({x[2] for x in made[1:]}) == 1 != made[1][2]
+    check_seeds_of_evaluations([(None, sizes, seed) for sizes, _, seed in made[1:]])
 
 
 @EACH
 def test_the_row_without_a_name_is_the_greedy_policy(module, monkeypatch):
-    """The run's, without exploration, in battles of one seed, which is not the run's."""
+    """The run's, without exploration, in battles of a seed of their size's own, not the run's."""
     met = watch_evaluations(module, monkeypatch)
     run(module, "run", 16, "--final-episodes", 2)
-    own = [policy for policy, _ in met if isinstance(policy, module.Player)]
-    assert len(own) == 3 and len({seed for _, seed in met} - {1}) == 1
+    own = [policy for policy, *_ in met if isinstance(policy, module.Player)]
+    assert len(own) == 3
+    check_seeds_of_evaluations(met)
     for policy in own:
         assert policy.rng is None and policy.epsilon == 0
         utility = dict(policy.agent.utility.state_dict())

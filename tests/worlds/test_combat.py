@@ -1712,6 +1712,21 @@ def test_a_seed_gives_a_battle_one_course(family):
     assert not same(first, [x[1] for x in whole[0]])
 
 
+def test_sizes_share_their_mixes_if_they_share_a_seed():
+    """So evaluations give each size a seed of its own: else its luck is that of all."""
+
+    def stalkers(size, seed):
+        """Their share of a team in each battle."""
+        battles = Combat("sz", (size,), 2000, seed=seed)
+        battles.reset()
+        return (battles.snapshot.type[:, :size] == STALKER).double().mean(dim=1)
+
+    for a, b in ((3, 4), (5, 6), (3, 8)):
+        one = np.corrcoef(stalkers(a, 5), stalkers(b, 5))[0, 1]
+        own = np.corrcoef(stalkers(a, 5 + a), stalkers(b, 5 + b))[0, 1]
+        assert one > 0.8 and abs(own) < 0.1  # 1 / 2000 ** .5 = .022
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_battles_go_on_exactly_where_they_were_saved(family):
     """In the middle of fights, wind-ups, beams and flights."""
