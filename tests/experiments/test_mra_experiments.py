@@ -582,9 +582,13 @@ def test_critics(runs, tmp_path):
     """The critic alone learns, and by an attention without preferences both graphs are the same."""
     study = mra.Critics(runs=(), timesteps=80, minibatches=60, every=20)
 
-    def losses(graph, change):
+    def losses(graph, change, own=False):
         trained = mra.load(runs_module.Run(runs / "several-s1"))
         change(trained.agent.attention)
+        if own:  # as of a run with --critic-graph own, whose graph is not measured here
+            for critic in (trained.agent.critic, trained.agent.target_critic):
+                critic.graph = copy.deepcopy(trained.agent.attention)
+                sharpen(critic.graph, 5)
         before = {name: copy.deepcopy(part.state_dict()) for name, part in nets(trained)}
         found = mra.critic_rows(trained, study, graph)
         for name, part in nets(trained):
@@ -605,6 +609,9 @@ def test_critics(runs, tmp_path):
     policy, uniform = (losses(x, lambda attention: sharpen(attention, 3)) for x in mra.GRAPHS)
     assert (policy[-1] < policy[0]).all() and (uniform[-1] < uniform[0]).all(), "nothing is learned"
     assert (abs(policy - uniform) > 0.01 * uniform).all()
+    for graph, expected in zip(mra.GRAPHS, (policy, uniform)):
+        found = losses(graph, lambda attention: sharpen(attention, 3), own=True)
+        assert (found == expected).all()
     words = ("--timesteps", 40, "--minibatches", 4, "--every", 2, "--out", tmp_path / "c")
     code, _, stderr = command("mra", "critics", runs / "several-s1", *words)
     assert code == 0, stderr
