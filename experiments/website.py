@@ -52,7 +52,7 @@ NAVIGATION = {
     "Start": """README docs/first_runs docs/running docs/IDEA docs/scripts docs/zoo zoo/README
         gallery""",
     "Claims and results": """docs/CLAIMS docs/results_bidist docs/cross_play docs/reverse_phases
-        docs/pure_coordination docs/results_mra docs/results_mipi""",
+        docs/pure_coordination docs/results_mra docs/results_mra_printed docs/results_mipi""",
     "Methods": """docs/bidist docs/mra docs/mra_ladder docs/mra_signpost
         docs/mra_networks docs/mra_unseen docs/mipi
         docs/mipi_lemma docs/mipi_mappo docs/mipi_strengths""",
