@@ -143,23 +143,24 @@ def read_args(
             raise UsageError(f"--preset {args.preset}: this script has none of that name.")
         default = cls(**preset_flags(presets, args), preset=args.preset)
         args = read_flags(cls, argv, default)
-    mode = any(word.startswith("--wandb-mode") for word in argv)
     check(
         [
             (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
             (args.eval_only and args.track, "--track logs training: it is not for --eval-only"),
-            (mode and not args.track, "--wandb-mode needs --track"),
         ]
     )
-    check_run(args)
+    check_run(args, argv)
     check(validate(args))
     return args
 
 
-def check_run(args: RunArgs) -> None:
-    """UsageError for a run directory that reads as a checkpoint, or --track without wandb."""
+def check_run(args: RunArgs, argv: list[str]) -> None:
+    """UsageError for a run directory that reads as a checkpoint, --track without wandb, or flags of
+    --track that are typed without it."""
+    mode = any(word.startswith("--wandb-mode") for word in argv)
     check(
         [
+            (mode and not args.track, "--wandb-mode needs --track"),
             (args.run_dir.endswith(".pt"), "--run-dir is a directory: .pt is for checkpoints"),
             (args.track and not has_wandb(), "--track needs requirements-wandb.txt installed"),
         ]
@@ -222,7 +223,7 @@ def read_kept(cls: type, argv: list[str], default: Any, kept: tuple[str, ...], s
         if getattr(args, name) != (value := getattr(default, name)):
             shown = "not set" if value in ("", (), None) else value
             raise UsageError(f"{as_flag(name)} is {shown} in {source} and stays so.")
-    check_run(args)
+    check_run(args, argv)
     return args
 
 

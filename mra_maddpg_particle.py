@@ -1,9 +1,9 @@
 """MRA (TMLR): meta representations that generalise to populations never met in training.
 
 A latent z picks one of six graphs g = phi(o, z), and g weights the agents that an agent attends to.
-One policy theta learns to act well with every graph in every population m. phi learns graphs that
-make a difference to the actions. The prior p_psi(z|m) learns to draw z whose graphs tell the
-populations apart; it reads numbers of agents only, so it also serves unseen populations.
+One policy theta learns to act well with the graphs that it meets in all populations m. phi learns
+graphs that make a difference to the actions. The prior p_psi(z|m) learns to draw z whose graphs
+tell the populations apart; it reads numbers of agents only, so it also serves unseen populations.
 
     g_ij       = softmax_j q_i . k_ij,  e_i = sum_j g_ij V(o_ij),  o_ij = [p_j - p_i, ...]  Eq. (1)
     L(zeta)    = E (Q(o, a, g) - y)^2,  y = r + gamma Q'(o', a', g'),  a' ~ pi'             Eq. (8)
@@ -11,16 +11,16 @@ populations apart; it reads numbers of agents only, so it also serves unseen pop
     I(g; a|o)  >= E log pi'(a | o, g) / p(a | o),  p(a | o) = E_z pi'(a | o, phi(o, z))     Eq. (11)
     L(psi, xi) = E_z~p_psi(z|m) [- log p_xi(m | o, phi(o, z))]                              Eq. (13)
 
-L(zeta) moves the critic; dJ the actor and, as Eq. (10), phi, with Reptile's step (Sec. 4.4); L(psi,
-xi) the population classifier xi. phi and the latent prior psi learn by I(g; a|o) and L(psi, xi), as
-in Eqs. (5), (7). The targets Q' and pi' follow. In Algorithm 4 as printed dJ moves the actor alone,
-I(g; a|o) phi alone, L(psi, xi) psi and xi alone: --phi-gradient mi --no-psi-information.
+L(zeta) moves the critic; dJ the actor and, as Eq. (10), by which the paper only adapts, phi, with
+Reptile's step (Sec. 4.4); L(psi, xi) the population classifier xi. phi and the latent prior psi
+learn by I(g; a|o) and L(psi, xi), as in Eqs. (5), (7). Targets Q', pi' follow. In Algorithm 4 dJ
+moves the actor alone, I(g; a|o) phi, L(psi, xi) psi and xi: --phi-gradient mi --no-psi-information.
 
     python mra_maddpg_particle.py --task resource --populations 6 9 12 --preset cpu
     python mra_maddpg_particle.py --adapt runs/RUN --population 24            or 2,8 for two types
     python mra_maddpg_particle.py --resume runs/RUN --total-timesteps 2000000
     python mra_maddpg_particle.py --eval-only runs/RUN --eval-populations 3 7 10 13 18 24
-    torchrun --nproc-per-node 2 mra_maddpg_particle.py                        two times 12 worlds
+    torchrun --nproc-per-node 2 mra_maddpg_particle.py          two times 12 worlds a population
 
 Letters: B worlds, N agents, A actions, M transitions of a minibatch, H hidden units, K units of a
 key or minibatches per update, S parameter sets, Z latents, P populations, Ds and De features of
@@ -95,14 +95,14 @@ from envs.particle.worlds import Game, Observation, ParticleWorld, constant
 
 @dataclasses.dataclass(frozen=True)
 class Args(RunArgs):
-    """MRA in particle worlds. Defaults: the paper's or its code's; what phi, psi learn by: ours."""
+    """MRA in particle worlds. Most sizes and rates are the paper's or its code's (docs/mra.md)."""
 
     # Run
     preset: Literal["paper", "cpu", "relation"] = "paper"  # named values of flags (docs/mra.md)
     total_timesteps: Positive = 1_000_000  # environment steps, summed over all worlds and processes
     log_every: Positive = 10_000  # environment steps between lines of metrics.jsonl
     eval_every: Count = 100_000  # environment steps between evaluations in training; 0: none
-    eval_episodes: Positive = 100  # per row, evaluations in training; in the final one, per trial z
+    eval_episodes: Positive = 100  # per row, evaluations in training; in the final one per z tried
     final_episodes: Count = 1000  # episodes per row, final evaluation or --eval-only; 0: none
     save_every: Count = 200_000  # environment steps between checkpoints (last two kept); 0: at end
     # Environment
@@ -122,15 +122,15 @@ class Args(RunArgs):
     reptile_step: Share = 1.0  # alpha, share of the K inner steps that Reptile keeps
     share_parameters: bool = True  # one parameter set per type of agent, not one per agent
     actor_gradient: Literal["gumbel", "expectation"] = "expectation"  # Eq. (9): biased, or exact
-    # phi learns by Eq. (10); by Eq. (11); by Eqs. (11), (13); or by all three
+    # phi learns by: Eq. (10) (actor), (11) (mi), (11) and (13) (both), or all three (both+actor)
     phi_gradient: Literal["actor", "mi", "both", "both+actor"] = "both+actor"
     psi_information: bool = True  # psi by Eqs. (11) and (13); off: by (13) alone
     redraw_z: bool = False  # minibatches draw z anew from p(z|m); off: they have those that acted
     xi_reads_z: bool = False  # the population classifier xi reads z, too, as in the authors' code
     critic_reads_z: bool = False  # the critic's V has a first layer for each z
-    critic_graph: Literal["policy", "own", "uniform"] = "policy"  # g in Eq. (8); own: by (8) alone
-    psi_input: Literal["tenth", "standardised"] = "tenth"  # psi reads numbers / 10, or z-scores
-    psi_entropy: Count = 0  # steps in which the weight of p(z|m)'s entropy falls from 1 to 0
+    critic_graph: Literal["policy", "own", "uniform"] = "policy"  # by which it attends; own: by (8)
+    psi_input: Literal["tenth", "standardised"] = "tenth"  # how psi reads numbers of agents
+    psi_entropy: Count = 0  # environment steps in which the weight of psi's entropy falls to 0
     tell_population: Literal["nobody", "critic", "all"] = "nobody"  # who reads m; all: actor too
     target: Literal["polyak", "hard"] = "hard"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
@@ -194,12 +194,11 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     begins = not (args.resume or args.eval_only or args.adapt)
     idle = begins and args.target == "hard" and args.polyak != usual
     several = len(args.populations + args.eval_populations) > 1
-    one_z, one_m = args.latent_size == 1, len(args.populations) == 1
+    Z, P = args.latent_size, len(args.populations)
     by_hand, named = args.latent_prior == "told", args.tell_population != "nobody"
     told = by_hand or named
     unclear = told and first_unclear((*args.eval_populations, args.population), args.populations)
-    always = one_z or (one_m and by_hand)  # always the same z, so that Eq. (11) is 0
-    still = always and "actor" not in args.phi_gradient and args.phi_learning_rate
+    still = Z == 1 and "actor" not in args.phi_gradient and args.phi_learning_rate
     psi, xi = who_learns(args)
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
@@ -209,17 +208,18 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (len(set(args.populations)) < len(args.populations), "--populations has one twice"),
         (not args.populations, "--populations is empty"),
         (several and not args.share_parameters, "Several populations need --share-parameters"),
-        (by_hand and args.latent_size < len(args.populations), "--latent-prior told needs more z"),
+        (begins and by_hand and not 1 < P <= Z, "--latent-prior told needs 2 to --latent-size m"),
         (unclear, f"{unclear} cannot be told its number: two of --populations are next in size"),
         (args.critic_reads_z and named, "--critic-reads-z needs --tell-population nobody"),
+        (P == 1 and args.preset == "relation", "--preset relation needs several --populations"),
         (begins and not psi and args.psi_input != "tenth", "--psi-input needs a learned p(z|m)"),
         (begins and not psi and args.psi_entropy, "--psi-entropy needs a learned p(z|m)"),
         (begins and not xi and args.xi_reads_z, "--xi-reads-z needs a classifier that learns"),
-        (begins and args.redraw_z and (one_z or by_hand), "--redraw-z needs several z, none told"),
-        (begins and one_z and args.critic_reads_z, "--critic-reads-z needs several z"),
-        (begins and one_m and named, "--tell-population needs several --populations"),
-        (begins and one_m and args.learn_from == "all", "--learn-from all needs several"),
-        (begins and still, "With one z for all phi never learns without --phi-gradient actor"),
+        (begins and args.redraw_z and (Z == 1 or by_hand), "--redraw-z needs several z, none told"),
+        (begins and Z == 1 and args.critic_reads_z, "--critic-reads-z needs several z"),
+        (begins and P == 1 and named, "--tell-population needs several --populations"),
+        (begins and P == 1 and args.learn_from == "all", "--learn-from all needs several"),
+        (begins and still, "With one z phi never learns but by --phi-gradient actor, both+actor"),
     ]
 
 
@@ -461,11 +461,10 @@ class RelationGraph(nn.Module):
 
 
 class GraphNet(nn.Module):
-    """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and
-    e_i = sum_j g_ij V(o_ij). e_i is 0 for an agent that sees nobody. own_size: how many numbers of
-    o_s it reads. knows: "population" or "z" if V has a first layer for each m or z, as a softmax
-    cannot count agents. latents: Z if it reads z (xi with --xi-reads-z), else 0. graph: what makes
-    the g by which it attends, whatever g it is given, by --critic-graph uniform or own."""
+    """Actor (theta), critic (zeta) or population classifier (xi): layers above o_s and e_i = sum_j
+    g_ij V(o_ij), 0 for an agent that sees nobody. own_size: how many numbers of o_s it reads.
+    knows: "population" (a softmax cannot count agents) or "z": V has a first layer for each.
+    latents: Z if it reads z (--xi-reads-z), else 0. graph: makes g in place of the given one."""
 
     def __init__(
         self,
@@ -583,7 +582,7 @@ class Agent(Parts):
         # The critic also reads the others' actions.
         knows = "z" if args.critic_reads_z else "population" if who != "nobody" else ""
         graphs = {"policy": None, "uniform": uniform_graph, "own": copy.deepcopy(self.attention)}
-        graph = graphs[args.critic_graph]  # its own one begins as phi (App. E.1: as MAAC's attends)
+        graph = graphs[args.critic_graph]  # Sec. 4.2: phi's; App. E.1: as MAAC's, its own
         critic = net(own, entity + NUM_ACTIONS, NUM_ACTIONS, gain=1.0, knows=knows, graph=graph)
         self.critic = critic.to(device)
         self.target_actor = copy.deepcopy(self.actor)
@@ -910,8 +909,8 @@ def update(
     rng: torch.Generator,
     latent_rng: torch.Generator,
 ) -> dict[str, Tensor]:
-    """K minibatch steps of critic and actor, then (but for --adapt) Reptile's, one of phi by Eqs.
-    (11), (13), one of psi and xi; at last one of the targets. collector: whose turn it is. Returns
+    """K minibatch steps of critic and actor, then (but for --adapt) Reptile's, phi's by Eqs. (11),
+    (13), one of psi and xi; at last one of the targets. collector: whose turn it is. Returns
     scalars for the log; RunError if one or a reward is not finite."""
     scalars = collections.defaultdict(list)
     policy = nn.ModuleList((agent.actor, agent.attention))
@@ -920,8 +919,9 @@ def update(
     learned = filled if args.learn_from == "all" else [collector]
     omega = policy if "actor" in args.phi_gradient else agent.actor  # what Eq. (10) or (9) moves
     start = [p.detach().clone() for p in omega.parameters()]
+    size = max(1, args.batch_size // len(learned))
     for _ in range(args.inner_steps):
-        batches = [x.buffer.sample(agent, rng, args.batch_size // len(learned)) for x in learned]
+        batches = [each.buffer.sample(agent, rng, size) for each in learned]
         with torch.set_grad_enabled("actor" in args.phi_gradient):  # Eq. (10)
             graphs = [agent.attention(batch.view) for batch in batches]
         losses = []

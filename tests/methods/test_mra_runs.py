@@ -471,7 +471,7 @@ WRONG_IN_MRA = {
     "--critic-reads-z --tell-population critic": "--critic-reads-z --tell-population nobody",
     "--adapt {runs}/mra --population 4 --polyak .5": "--polyak --target",
     "--value-layers 3": "--value-layers 3",
-    "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told z",
+    "--latent-prior told --populations 3 4 5 --latent-size 2": "--latent-prior told --latent-size",
     "--latent-prior uniform --psi-input standardised": "--psi-input learned",
     "--latent-prior uniform --psi-entropy 9": "--psi-entropy learned",
     "--adapt {runs}/mra --population 4 --psi-entropy 9": "--psi-entropy 0",
@@ -487,9 +487,11 @@ WRONG_IN_MRA = {
     "--populations 3 --learn-from all": "--learn-from all needs several",
     "--adapt {runs}/mra --population 4 --learn-from all": "--learn-from turn",
     "--adapt {runs}/mra --population 4 --head-gain 9": "--head-gain 2.0",
-    "--latent-size 1 --phi-gradient mi": "one z --phi-gradient actor phi never learns",
+    "--latent-size 1 --phi-gradient mi": "one z --phi-gradient actor both+actor phi never learns",
     "--latent-size 1 --phi-gradient both --populations 3": "one z phi never learns",
-    "--latent-prior told --phi-gradient both --populations 3": "one z phi never learns",
+    "--latent-prior told --populations 3": "--latent-prior told --latent-size",
+    "--preset relation --populations 3": "--preset relation needs several --populations",
+    "--adapt {runs}/mra --population 4 --wandb-mode offline": "--wandb-mode needs --track",
     "--task pacman --populations 4,2 2,4 --eval-populations 8,4 --tell-population critic": "8,4",
     "--task pacman --populations 4,2 2,4 --eval-populations 4,2 3,3 --latent-prior told": "3,3",
     "--adapt {runs}/told --population 3,3": "3,3 cannot be told --populations",
@@ -573,6 +575,13 @@ def test_an_old_run_whose_phi_stands_still_can_be_looked_at(monkeypatch):
         run(MRA, "old", 4, "--latent-size", 1, "--phi-gradient", "mi")
     for flags in ("--resume old", "--eval-only old --final-episodes 1"):
         assert given(MRA, flags.split(), monkeypatch).phi_gradient == "mi"
+
+
+def test_a_minibatch_of_fewer_transitions_than_populations():
+    """Each population gives one, rather than none."""
+    flags = ("--learn-from", "all", "--populations", 3, 4, 5, "--batch-size", 2)
+    run(MRA, "run", 3 * VISIT + 20, *flags, "--update-every", 8, "--log-every", 20)
+    assert any("critic_loss" in row for row in metrics("run"))
 
 
 @pytest.mark.parametrize("name", BOTH)
