@@ -183,7 +183,7 @@ FIXED += ("psi_entropy", "learn_from", "critic_graph")
 
 def who_learns(args: Args) -> tuple[bool, bool]:
     """Whether psi learns, and xi. With one z, or in one population, z can tell nothing of m."""
-    several = min(len(args.populations), args.latent_size) > 1
+    several = len(args.populations) > 1 and args.latent_size > 1
     psi = several and args.latent_prior == "learned"
     return psi, psi or (several and "both" in args.phi_gradient)
 
@@ -484,9 +484,9 @@ class GraphNet(nn.Module):
         self.sets, self.own_size, self.graph = sets, own_size, graph
         self.knows, self.linear = knows, args.value_layers == 1
         self.own = MLP(sets, own_size, H, H)
-        each = sets * {"": 1, "population": len(args.populations), "z": args.latent_size}[knows]
-        self.entity = None if self.linear else Linear(each, entity_size, H, gain=RELU)
-        self.value = Linear(each, entity_size, H) if self.linear else Linear(sets, H, H)
+        first = sets * {"": 1, "population": len(args.populations), "z": args.latent_size}[knows]
+        self.entity = None if self.linear else Linear(first, entity_size, H, gain=RELU)
+        self.value = Linear(first, entity_size, H) if self.linear else Linear(sets, H, H)
         self.out = Linear(sets, H, outputs, gain)
         self.of_z = nn.Parameter(0.2 * torch.randn(sets, latents, H)) if latents else None
 
@@ -500,7 +500,7 @@ class GraphNet(nn.Module):
             others = torch.cat((others, actions), -1)
         x = self.own(view.own[..., : self.own_size], view.counts)
         layer = self.value if self.linear else self.entity
-        weight, bias = layer.parameters()
+        weight, bias = layer.weight, layer.bias
         if self.knows == "population":
             each = [p.unflatten(0, (self.sets, -1)) for p in (weight, bias)]
             weight, bias = (p[:, view.population].contiguous() for p in each)
@@ -660,9 +660,9 @@ def population_loss(agent: Agent, view: View, g: Tensor, log_prior: Tensor, labe
     """Cross-entropy () of xi, exact over z: g (Z, M, N, N), those of all z; log_prior (N, Z);
     label: the number of the population."""
     surprise = -agent.population_classifier(view, g).log_softmax(-1)[..., label]  # (Z, M, N)
-    p = log_prior.exp().T[:, None]  # (Z, 1, N)
+    prior = log_prior.exp().T[:, None]  # p(z|m) (Z, 1, N)
     # Eq. (13)
-    return mean((p * surprise).sum(0), view.alive)
+    return mean((prior * surprise).sum(0), view.alive)
 
 
 @torch.no_grad()
@@ -884,7 +884,7 @@ def latent_update(
     losses, scalars = [], {}
     size = math.ceil(args.batch_size / len(collectors))
     steps = sum(collector.buffer.steps for collector in collectors)
-    weight = max(0, 1 - steps / max(1, args.psi_entropy))
+    entropy_weight = max(0, 1 - steps / max(1, args.psi_entropy))
     for label, collector in enumerate(collectors):
         if collector.buffer.size:
             view = collector.buffer.sample(agent, rng, size).view
@@ -895,7 +895,7 @@ def latent_update(
             if args.psi_information and agent.learns_prior:
                 loss = loss - mean(graph_information(agent, view, g, log_prior), view.alive)
             entropy = -(log_prior.exp() * log_prior).sum(-1).mean()
-            losses.append(loss - weight * entropy)
+            losses.append(loss - entropy_weight * entropy)
     loss = torch.stack(losses).mean()
     descend(loss, nn.ModuleList(agent.latent_nets), agent.latent_optimiser, args.max_grad_norm)
     return scalars
@@ -966,13 +966,13 @@ def diagnose(agent: Agent, collectors: list[Collector], rng: torch.Generator) ->
         log_prior = agent.log_prior(game)
         information = graph_information(agent, view, g, log_prior)
         scalars[f"information/{name}"] = mean(information, view.alive)
-        p = log_prior.exp()  # (N, Z)
-        of_types = torch.stack([each[0] for each in p.split(game.population)])  # (types, Z)
+        prior = log_prior.exp()  # p(z|m) (N, Z)
+        of_types = torch.stack([each[0] for each in prior.split(game.population)])  # (types, Z)
         priors.append(of_types)
         if agent.classifies and name in known:
             for kind, graphs in (("", g), ("_uniform_g", uniform_graph(view).expand_as(g))):
                 guess = agent.population_classifier(view, graphs).argmax(-1)  # (Z, M, N)
-                right = (p.T[:, None] * (guess == known.index(name))).sum(0)  # (M, N)
+                right = (prior.T[:, None] * (guess == known.index(name))).sum(0)  # (M, N)
                 scalars[f"xi_accuracy{kind}/{name}"] = mean(right, view.alive)
         if agent.learns_prior:
             for kind, row in enumerate(of_types):
