@@ -5,7 +5,7 @@ network phi, the others with the learning network theta. Every k_d iterations, p
 last rollout: alternately towards theta (forward distillation, an implicit self-play with the past)
 and away from theta (reverse, novel partners). This prepares theta for co-players it has never met.
 
-    v_i ~ B(v_<i; p, N)  0 (fictitious) with probability p, else 1 (trained); never all 0  (3)-(5)
+    v_i = 0 (fictitious) with probability p (in Eq. (4) 1 - p), else 1; never all 0   Eqs. (3)-(5)
     tau ~ (pi_theta where v_i = 1, pi_phi where v_i = 0)                                Eq. (6)
     phi <- phi - eta_f grad L(phi),  L = 1/N sum_i E KL(pi_theta(.|o_i) || pi_phi(.|o_i))  Eq. (7)
     phi <- phi + eta_r grad L(phi)                                                      Eq. (8)
@@ -17,11 +17,11 @@ and away from theta (reverse, novel partners). This prepares theta for co-player
     python bidist_mappo_meltingpot.py --eval-only runs/RUN --background random runs/OTHER
     torchrun --nproc-per-node 2 bidist_mappo_meltingpot.py                   16 worlds per process
 
-Letters: pi_acted pi_theta or pi_phi, as v says (pi^old in Eq. (9)), theta_old theta before the
-update, T steps, B worlds, N agents, A actions, F features, H W tiles
-of a view (H' W' of the global view), S units of a hidden state, L steps per chunk, C chunks per
-world and rollout, M of them per minibatch. A diff with baselines/mappo_meltingpot.py shows the
-method only. Decisions where the paper is silent: docs/bidist.md. Worlds: docs/meltingpot.md.
+Letters: theta_old theta before the update; pi_acted pi_theta_old or pi_phi, as v says (Eq. (9)'s
+pi^old); T steps, B worlds, N agents, A actions, F features, H W tiles of a view (H' W' of the
+global view), S units of a hidden state, L steps per chunk, C chunks per world and rollout, M of
+them per minibatch. A diff with baselines/mappo_meltingpot.py shows the method. Where the paper is
+silent: docs/bidist.md. Worlds: docs/meltingpot.md.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ class Args(RunArgs):
     max_episode_steps: Count = 0  # steps until training episodes (own worlds: all) end; 0: never
     team_reward: bool = False  # reward every agent with the sum of all agents' rewards
     # Method
-    p: Share | None = None  # P(fictitious: v_i = 0); default .4, for N > 2 .2 (Sec. 5.1)
+    p: Share | None = None  # P(fictitious) = 1 - p of Eq. (4); default .4, for N > 2 agents .2
     v_redraw: Literal["iteration", "episode"] = "iteration"  # when v is redrawn (Alg. 1: iteration)
     all_fictitious: bool = False  # ablation v = 0: phi acts for all agents
     mask_fictitious: bool = False  # drop fictitious samples from PPO losses (Eq. 9 keeps them)
-    clip_centre: Literal["printed", "old"] = "old"  # clip around 1, or pi_theta_old / acting policy
-    weight_cap: Above | None = None  # upper bound of that centre; needs --advantages-per-population
+    clip_centre: Literal["printed", "old"] = "old"  # printed: 1; old: theta before update / acted
+    weight_cap: Above | None = None  # 1 or more: bound of w = pi_theta_old / pi_acted in the loss
     advantages_per_population: bool = False  # normalise theta's and phi's advantages separately
     copy_every: Count = 0  # control: copy theta to phi every N iterations, no distillation; 0: off
     k_d: Positive = 5  # distillation interval, in iterations
@@ -155,8 +155,8 @@ def without_effect(args: Args) -> Iterator[tuple[bool, str]]:
 
 
 def first_change(args: Args) -> tuple[int, str]:
-    """After how many iterations phi changes first, or first in reverse if --reverse-mode asks for
-    that; 0: never. And the flags that say so. Rates and epochs are given to short runs, too."""
+    """Iteration after which phi first changes (0: never), and the flags that say so. With another
+    --reverse-mode than kl that of the first reverse phase; rates and epochs ask for none."""
     if args.copy_every:
         return args.copy_every, f"--copy-every {args.copy_every}"
     if not (args.forward or args.reverse):
@@ -181,11 +181,11 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (args.mask_fictitious and args.all_fictitious, "--mask-fictitious leaves no samples"),
         (capped and not old, "--weight-cap bounds weights of --clip-centre old"),
-        # Where theta acts w is 1: a lower bound would scale its clip, too.
+        # Where theta acts w is 1: a cap below 1 would scale its clip, too.
         (capped and args.weight_cap < 1, "--weight-cap must be 1 or more"),
         # With capped w, E_phi[w grad log pi_theta] is not 0: a constant added to A adds a gradient.
         (capped and not apart, "--weight-cap needs --advantages-per-population"),
-        (first > iterations and not args.eval_only, too_rare),
+        (first > iterations and not (args.resume or args.eval_only), too_rare),
     ]
     if args.resume or args.eval_only:  # a run that was begun with idle flags goes on
         return wrong
@@ -462,7 +462,7 @@ class Agent(Parts):
 
 
 def fictitious_probability(args: Args, num_agents: int) -> float:
-    """P(v_i = 0), the probability that an agent is fictitious: --p, or its default."""
+    """P(v_i = 0) where delta_i = 1, 1 - p of Eq. (4): --p, or its default."""
     # paper and paper differ: p is P(v_i = 1) in Eq. (4); App. B.3's text fits P(v_i = 0)
     if args.p is not None:
         return args.p
@@ -470,7 +470,7 @@ def fictitious_probability(args: Args, num_agents: int) -> float:
 
 
 def fictitious_share(args: Args, num_agents: int) -> float:
-    """Expected share of fictitious agents, below P(v_i = 0) because Eq. (5) excludes v = 0."""
+    """Expected share of fictitious agents; below q, as Eq. (5) trains one if all would be."""
     q = fictitious_probability(args, num_agents)
     return 1.0 if args.all_fictitious else q - q**num_agents / num_agents
 
@@ -478,10 +478,10 @@ def fictitious_share(args: Args, num_agents: int) -> float:
 def draw_trained(args: Args, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
     """Draw v for shape (B, N) -> (B, N) bool, True where an agent is trained."""
     # Eqs. (3)-(5), Alg. 1 lines 2-6; paper is silent: one v per world (here) or for all
-    index = torch.rand(shape, generator=rng).argsort(1)  # "randomize agents' indexes"
+    place = torch.rand(shape, generator=rng).argsort(1)  # each agent's in a random order (line 2)
     v = torch.rand(shape, generator=rng) >= fictitious_probability(args, shape[1])
     v[:, -1] |= ~v[:, :-1].any(1)  # delta_N = 0: the last is trained if all others are fictitious
-    return v.gather(1, index) & (not args.all_fictitious)
+    return torch.zeros_like(v) if args.all_fictitious else v.gather(1, place)
 
 
 def distillation_phase(args: Args, iteration: int) -> str | None:
@@ -575,12 +575,12 @@ def replace_distilled(agent: Agent, mode: str, rng: torch.Generator) -> None:
 
 
 def ratio_and_centre(args: Args, log_prob: Tensor, part: Batch) -> tuple[Tensor, Tensor]:
-    """The ratio pi_theta / pi_acted and the centre of its clip, (L, M, N) each."""
+    """The ratio pi_theta / pi_acted and its clip's centre, (L, M, N); --weight-cap lowers both."""
     if args.clip_centre == "printed":
         ratio = (log_prob - part.log_probs).exp()
         return ratio, torch.ones_like(ratio)
-    # The ratio of a fictitious sample starts at pi_theta_old / pi_phi. Outside a clip around 1,
-    # only gradients that pull theta to phi pass. A clip around w bounds the step from theta_old.
+    # A fictitious sample's ratio starts at w = pi_theta_old / pi_phi: around 1, only gradients that
+    # pull theta to phi pass outside the clip; around w, the clip bounds the step from theta_old.
     old = chosen(part.theta, part.actions)
     weight = (old - part.log_probs).exp()  # w; 1 where theta acted
     if args.weight_cap is not None:
@@ -594,20 +594,16 @@ def training_samples(args: Args, x: Tensor, trained: Tensor) -> Tensor:
 
 
 def diagnose(args: Args, ratios: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """Per population, the largest ratio and the share of ratios outside the clip. ratios: (ratio,
-    centre, v), (L, M, N) each, of all minibatches. Where A < 0, the clip limits no large ratio."""
+    """Per population, the largest ratio and the share of samples whose ratio is outside the clip,
+    which limits large ratios where A > 0 alone, small ones where A < 0. ratios: (ratio, centre, v),
+    (L, M, N) each, of all minibatches."""
+    ratio, centre, trained = (torch.cat(x, dim=1) for x in zip(*ratios))
+    outside = (ratio / centre - 1).abs() > args.clip
     figures = {}
-    for name in ("trained", "fictitious"):
-        largest, clipped = [], []
-        for ratio, centre, trained in ratios:
-            who = trained if name == "trained" else ~trained
-            moved = (ratio / centre - 1).abs() > args.clip
-            largest.append(torch.where(who, ratio, 0.0).max())
-            clipped.append((moved & who).sum() / who.sum())  # NaN if there is none
-        shares = torch.stack(clipped)
-        if not shares.isnan().all():
-            figures[f"ratio_max/{name}"] = torch.stack(largest).max()
-            figures[f"clipped/{name}"] = shares.nanmean()
+    for name, who in (("trained", trained), ("fictitious", ~trained)):
+        if who.any():
+            figures[f"ratio_max/{name}"] = ratio[who].max()
+            figures[f"clipped/{name}"] = outside[who].float().mean()
     return figures
 
 

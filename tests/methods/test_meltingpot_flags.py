@@ -177,6 +177,16 @@ def test_a_reverse_phase_that_diverges(tmp_path, capfd):
     assert "NaN" not in (run / "metrics.jsonl").read_text()
 
 
+def test_a_run_past_its_first_phase_may_end_at_once(tmp_path, monkeypatch):
+    """--resume asks for no phase: the steps that it names may be over."""
+    argv = tiny(BIDIST, tmp_path / "run", 2, "--k-d", 2, "--final-episodes", 0)
+    assert script(BIDIST).main([str(x) for x in argv]) == 0
+    seen = []
+    monkeypatch.setattr(script(BIDIST), "train", lambda args: seen.append(args) or 0)
+    again = ["--resume", str(tmp_path / "run"), "--total-timesteps", "1", "--final-episodes", "1"]
+    assert script(BIDIST).main(again) == 0 and seen[0].total_timesteps == 1
+
+
 def test_flags_of_the_method_are_the_childs_alone(capfd):
     """tyro's own message, and nothing else happens."""
     assert script(MAPPO).main(["--k-d", "5"]) == 2
