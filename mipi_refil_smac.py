@@ -2,11 +2,11 @@
 
 An agent that relies on its teammates fails when the team changes. So each agent has utilities, a
 policy pi_i, and a marginal policy m_i that sees only the agent's own unit, s+. The policy pays for
-its divergence from the marginal. If m_i is the mean of pi_i over all else in sight, s*, the mean
-divergence is the mutual information of the agent's actions and s*, given s+.
+its divergence from the marginal. If m_i is the mean of pi_i over s-, all else in sight, the mean
+divergence is the mutual information of the agent's actions and s-, given s+.
 
     J        = E sum_t gamma^t (r - alpha sum_i log pi_i(u|s) / m_i(u|s+))              (3), (8)
-    Q_tot    = w_final . (sum_i Q_i w_i + b) + V,  w_i, w_final softmax               (14), (15)
+    Q_tot    = sum_i w_i Q_i + w_final . b + V,  w_i = w_final . softmax(W_i)         (14), (15)
     Q_tot    = sum_i w_i Q_i + V,  w softmax over 8 slots                        --mixer linear
     y        = r + gamma E_pi (Q_tot' - alpha sum_i log pi_i / m_i),  L = E (Q_tot - y)^2   (16)
     y_t      = r_t + gamma (E_pi ((1 - l) Q_tot' - alpha sum_i ..) + l y_t+1)   --returns lambda
@@ -16,7 +16,7 @@ divergence is the mutual information of the agent's actions and s*, given s+.
 (12) and (13) alternate --ba-iterations times per step of the critic (Blahut-Arimoto algorithm).
 (16), with REFIL's loss of imagined groups, trains utilities and mixer. (17) trains the marginal's
 network. (18) trains the policy's head and, unless --detach-actor-trunk, the layers that the policy
-shares with the utilities; --policy exact has no head and plays the maximum of (13) itself.
+shares with the utilities; --policy exact has no head and plays (13) itself.
 
     python mipi_refil_smac.py --scenario sz --team-sizes 3 4 5 --eval-team-sizes 6 7 8
     python mipi_refil_smac.py --scenario mmm --preset cpu                    for CPUs
@@ -106,11 +106,11 @@ class Args(RunArgs):
     regularizer: Literal["mi", "entropy", "none"] = "mi"  # mi: as in Eq. (3); none: only rewards
     alpha: Amount | None = None  # per nat: .03, mmm .1, resource .05 (rescaled .005); less over w_i
     alpha_i: Amount | None = None  # alpha_i, the policy's alpha in Eq. (18); default: alpha
-    alpha_i_over_w: bool = False  # Lemma 2: alpha_i / w_i in (18); alpha's default / 30 (linear: 8)
-    charge_times_w: bool = False  # or, for the same ratio: alpha w_i instead of alpha in Eq. (16)
-    observe_self_only: bool = False  # agents see only s+, their own unit; alpha is 0 (Table 3)
+    alpha_i_over_w: bool = False  # alpha_i / w_i in (18), Lemma 2; alpha's default / 30 (linear: 8)
+    charge_times_w: bool = False  # (16) charges alpha w_i: that ratio too, by the critic's side
+    observe_self_only: bool = False  # agents see only s+, nothing is charged: Table 3, row infinity
     ba_iterations: Positive | None = None  # M, alternations of (12), (13); default 4, resource 1
-    actor_loss_times_w: bool = False  # multiply Eq. (18) by w_i: the gradient of E_pi Q_tot
+    actor_loss_times_w: bool = False  # (18) times w_i, so that Q_i's part is E_pi Q_tot's gradient
     detach_actor_trunk: bool = False  # (18) moves no shared layer; no effect without --policy head
     policy: Literal["head", "exact", "greedy"] = "head"  # exact: Eq. (13); greedy: max utility
     imagine: bool = True  # imagined groups, for Eq. (17) and REFIL's loss; not in resource
@@ -257,61 +257,25 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 def wrong_terms(args: Args) -> list[tuple[Any, str]]:
     """(whether it is wrong, message) for flags of regulariser and policy, as in validate()."""
-    greedy, exact = args.policy == "greedy", args.policy == "exact"
-    regularizes = args.regularizer != "none" and not args.observe_self_only
+    greedy, head, exact = (args.policy == name for name in ("greedy", "head", "exact"))
+    alone, over_w, charged = args.observe_self_only, args.alpha_i_over_w, args.charge_times_w
     alpha, alpha_i = alphas_of(args)
-    informed = args.regularizer == "mi" and alpha + alpha_i > 0
+    given, times = (args.alpha, args.alpha_i) != (None, None), args.ba_iterations
+    no_term = args.regularizer == "none" or alone
+    no_marginal = args.regularizer != "mi" or alpha + alpha_i == 0
     return [
-        (
-            greedy and regularizes,
-            "--policy greedy is for --regularizer none: its logarithm is not finite",
-        ),
-        (
-            greedy and args.ba_iterations,
-            "--policy greedy has no alternations of (12) and (13): no --ba-iterations",
-        ),
-        (
-            (greedy or exact) and args.actor_loss_times_w,
-            f"--policy {args.policy} has no Eq. (18): no --actor-loss-times-w",
-        ),
-        (
-            exact and args.alpha_i_over_w,
-            "--policy exact acts without w_i, which the mixer alone knows: no --alpha-i-over-w; "
-            "--charge-times-w has the same ratio",
-        ),
-        (
-            exact and alpha_i == 0 and alpha != 0,
-            "--policy exact with --alpha-i 0 is greedy: its logarithm is not finite",
-        ),
-        (
-            exact and not informed and args.ba_iterations,
-            "--policy exact without a marginal has nothing to alternate: no --ba-iterations",
-        ),
-        (
-            args.observe_self_only and args.regularizer == "entropy",
-            "--observe-self-only leaves nothing for --regularizer to act on",
-        ),
-        (
-            not regularizes and (args.alpha, args.alpha_i) != (None, None),
-            "--alpha and --alpha-i are of a regulariser, which this run has not",
-        ),
-        (
-            args.charge_times_w and alpha == 0,
-            "--charge-times-w needs a regulariser and an --alpha that is not 0",
-        ),
-        (
-            args.charge_times_w and args.alpha_i_over_w,
-            "--charge-times-w and --alpha-i-over-w mend the same ratio, and one of them is enough: "
-            "add --no-alpha-i-over-w",
-        ),
-        (
-            args.alpha_i_over_w and args.regularizer == "none",
-            "--alpha-i-over-w is of a regulariser, which this run has not",
-        ),
-        (
-            args.alpha_i_over_w and args.alpha_i == 0,
-            "--alpha-i 0 leaves nothing to divide: add --no-alpha-i-over-w",
-        ),
+        (greedy and not no_term, "--policy greedy needs --regularizer none"),
+        (greedy and times, "--policy greedy alternates nothing: no --ba-iterations"),
+        (not head and args.actor_loss_times_w, "--actor-loss-times-w needs --policy head"),
+        (exact and over_w, "--policy exact sees no w_i: --charge-times-w, not --alpha-i-over-w"),
+        (exact and alpha > alpha_i == 0, "--policy exact needs an --alpha-i above 0, or --alpha 0"),
+        (exact and no_marginal and times, "--policy exact has no marginal: no --ba-iterations"),
+        (alone and args.regularizer == "entropy", "--observe-self-only has no --regularizer"),
+        (given and no_term, "--alpha and --alpha-i need a regulariser, which this run has not"),
+        (charged and alpha == 0, "--charge-times-w needs a regulariser and an --alpha above 0"),
+        (charged and over_w, "--charge-times-w is --alpha-i-over-w's ratio: --no-alpha-i-over-w"),
+        (over_w and args.regularizer == "none", "--alpha-i-over-w needs a regulariser"),
+        (over_w and args.alpha_i == 0, "--alpha-i 0 is not divided: add --no-alpha-i-over-w"),
     ]
 
 
@@ -764,7 +728,7 @@ class Mixer(nn.Module):
         together: (M, 1 or 2). Also Eq. (15)'s w (M, A), of the full view. q (M, V, A),
         w (M, V, A, E), w_final and b (M, E)."""
         w_final = w_final.softmax(-1)
-        # Eq. (15)
+        # Eq. (15); its b(s) is `shift`, below, and v, which forward() adds
         w = (w.softmax(-1) * w_final[:, None, None]).sum(-1)  # (M, V, A)
         totals = [(w[:, 0] * q[:, 0]).sum(-1)]
         if q.shape[1] > 1:
@@ -883,13 +847,14 @@ def divergence(log_pi: Tensor, log_m: Tensor) -> Tensor:
 
 def charge(nats: Tensor, alpha: float) -> Tensor:
     """What the agents' divergences (..., A) from their marginals cost the team, (...)."""
-    # Eqs. (3), (16): alpha sum_i log pi_i / m_i
+    # Eqs. (3), (16): alpha sum_i log(pi_i / m_i); 0 of the dead and empty, who have one action
     return alpha * nats.sum(-1)
 
 
 def marginal_loss(log_pi: Tensor, log_m: Tensor) -> Tensor:
     """Cross-entropy (...) of m and pi (..., U); pi, in imagined teams, gets no gradient."""
-    # Eq. (17), exact over actions: smallest at Eq. (12), where m is the mean of pi over s*
+    # Eq. (17), printed without its minus, exact over actions: smallest at Eq. (12), where m is the
+    # mean of pi over s*
     return -(log_pi.detach().exp() * log_m).sum(-1)
 
 
@@ -1233,7 +1198,7 @@ def find_targets(args: Args, agent: Agent, batch: Batch, trunks: Trunks) -> Tens
     nats = divergence(log_pi, log_m)  # (K, A)
     if args.charge_times_w:
         nats = w * nats
-    # Eq. (16): V = E_pi Q_tot' - charge. No y_t+1 has this charge, so the reward pays it.
+    # Eq. (16): y = r + gamma (E_pi Q_tot' - charge). The reward pays it, as no y_t+1 has it.
     paid = args.gamma * charge(nats, agent.alpha) * ~batch.terminated
     rewards = batch.rewards - paid
     if args.returns == "lambda":
@@ -1251,7 +1216,7 @@ def critic_loss(
     with agent.autocast():
         mixed = agent.mixer(chosen, features.at(now), groups_now)
     w = mixed.w.detach()
-    # Eq. (16)
+    # Eq. (16), which is printed without its square
     td_loss = (mixed.q_total - y).square().mean()
     scalars = {"td_loss": td_loss, "q_total": mixed.q_total.mean()}
     if groups is None:
@@ -1277,6 +1242,7 @@ def learn_marginal(args: Args, agent: Agent, acting: Acting) -> dict[str, Tensor
 
 def actor_loss(args: Args, agent: Agent, acting: Acting, w: Tensor) -> Tensor:
     """Eq. (13): the mean loss of the policy, Eq. (18), over living agents; w (K, A)."""
+    # paper is silent: Eq. (20) follows from (19) only with alpha / w_i
     alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
     if args.detach_actor_trunk:
         acting = detached(acting)
@@ -1291,7 +1257,7 @@ def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
     """A gradient step of critic and policy on one loss; returns the critic's gradient norm."""
     agent.policy_optimiser.zero_grad()
     loss.backward(inputs=list(agent.policy.parameters()), retain_graph=True)
-    # This gives gradients to the critic alone.
+    # The head steps last, as the critic's backward pass reads its weights. No head: nothing.
     norm = descend(loss, agent.critic(), agent.optimiser, args.max_grad_norm)
     nn.utils.clip_grad_norm_(average_gradients(agent.policy), args.max_grad_norm)
     agent.policy_optimiser.step()

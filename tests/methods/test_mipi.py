@@ -1012,8 +1012,8 @@ def test_what_is_logged():
 WRONG = {
     "--policy greedy": "--policy greedy --regularizer none",
     "--regularizer none --policy greedy --actor-loss-times-w": "--policy --actor-loss-times-w",
-    "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy (13)",
-    "--policy exact --actor-loss-times-w": "--policy exact --actor-loss-times-w",
+    "--regularizer none --policy greedy --ba-iterations 2": "--policy greedy --ba-iterations",
+    "--policy exact --actor-loss-times-w": "--policy head --actor-loss-times-w",
     "--policy exact --alpha-i 0": "--policy exact --alpha-i 0",
     "--policy exact --alpha-i-over-w": "--policy exact --alpha-i-over-w --charge-times-w",
     "--policy exact --regularizer none --ba-iterations 2": "--policy exact --ba-iterations",
