@@ -221,7 +221,7 @@ def alphas_of(args: Args) -> tuple[float, float]:
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(whether it is wrong, message) for combinations of flags that would not do what they say."""
-    no_lambda = args.returns != "lambda" or args.replay_window == 1
+    lambdas = args.returns == "lambda"
     imagines = args.imagine and args.scenario != "resource"
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
@@ -233,7 +233,8 @@ def validate(args: Args) -> list[tuple[Any, str]]:
         ),
         *wrong_terms(args),
         (args.windows != "whole" and args.replay_window < 2, "--windows needs --replay-window 2"),
-        (no_lambda and args.td_lambda != 0.8, "--td-lambda needs --returns lambda, longer windows"),
+        (not lambdas and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
+        (lambdas and args.replay_window == 1, "--returns lambda needs --replay-window 2 or more"),
         (
             args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
             "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",
@@ -1299,10 +1300,10 @@ def learn(
 @torch.no_grad()
 def measure(agent: Agent, acting: Acting, w: Tensor) -> dict[str, Tensor]:
     """Means over living agents, for the log: divergence of policy and marginal in imagined teams
-    (mi, also by type of unit) and in the real team (kl), entropy, w (K, A) and alpha / w."""
+    (mi, also by type of unit) and in the real team (kl), entropy, w (K, A) and alpha_i / w."""
     log_pi = agent.log_policy(acting.team, acting.avail_actions, acting.own_memory)
     entropy = -divergence(log_pi, torch.zeros_like(log_pi))
-    figures = {"entropy": entropy, "w": w, "alpha_over_w": agent.alpha / w}
+    figures = {"entropy": entropy, "w": w, "alpha_over_w": agent.alpha_i / w}
     scalars = {name: acting.mean(x) for name, x in figures.items()}
     if not agent.informed:
         return scalars

@@ -189,14 +189,15 @@ LINE = ("return", "win", "td_loss", "sps")  # scalars of lines printed where the
 
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(whether it is wrong, message) for combinations of flags that would not do what they say."""
-    no_lambda = args.returns != "lambda" or args.replay_window == 1
+    lambdas = args.returns == "lambda"
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
         (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
         (not args.imagine and args.imagine_weight != 0.5, "--imagine-weight needs --imagine"),
         (args.windows != "whole" and args.replay_window < 2, "--windows needs --replay-window 2"),
-        (no_lambda and args.td_lambda != 0.8, "--td-lambda needs --returns lambda, longer windows"),
+        (not lambdas and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
+        (lambdas and args.replay_window == 1, "--returns lambda needs --replay-window 2 or more"),
         (
             args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
             "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",

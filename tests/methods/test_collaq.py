@@ -470,6 +470,7 @@ WRONG = {  # with words that the sentence has to contain
     "--batch-size 33 --buffer-size 32": "--batch-size --buffer-size",
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",
     "--td-lambda .5": "--td-lambda --returns lambda",
+    "--returns lambda --replay-window 1": "--returns lambda --replay-window",
     "--scenario resource --target-head pointer": "--target-head tags",
     "--optimiser adam --rmsprop-alpha .1": "--rmsprop-alpha --optimiser rmsprop",
     "--anneal-from 10": "--anneal-from --final-share",

@@ -486,7 +486,7 @@ def test_a_policys_pointer_reads_what_the_utilities_read():
 
 @pytest.mark.numeric
 def test_alpha_i_over_w():
-    """Eq. (18) with alpha_i / w_i per agent and state; logged: alpha / w_i."""
+    """Eq. (18) with alpha_i / w_i per agent and state; logged: alpha_i / w_i."""
     s = setting("--ba-iterations 1 --alpha .2 --alpha-i .6 --alpha-i-over-w", double=True)
     trunks, log_pi, _ = forward(s)
     features, now = s.batch.features, s.batch.now
@@ -499,7 +499,7 @@ def test_alpha_i_over_w():
     there = ~features.avail_actions[now][..., 0]
     each = (log_pi.exp() * (0.6 / w[..., None] * (log_pi - moved) - q)).sum(-1)
     assert torch.isclose(scalars["policy_loss"], each[there].mean(), rtol=1e-9)
-    assert torch.isclose(scalars["alpha_over_w"], (0.2 / w)[there].mean(), rtol=1e-9)
+    assert torch.isclose(scalars["alpha_over_w"], (0.6 / w)[there].mean(), rtol=1e-9)
     assert torch.isclose(scalars["w"], w[there].mean(), rtol=1e-9)
 
 
@@ -1037,6 +1037,7 @@ WRONG = {
     "--batch-size 33 --buffer-size 32": "--batch-size --buffer-size",
     "--num-envs 50 --buffer-size 40": "--num-envs --buffer-size",
     "--td-lambda .5": "--td-lambda --returns lambda",
+    "--returns lambda --replay-window 1": "--returns lambda --replay-window",
     "--scenario resource --target-head pointer": "--target-head tags",
     "--observe-self-only --target-head pointer": "--observe-self-only --target-head",
     "--optimiser adam --rmsprop-alpha .1": "--rmsprop-alpha --optimiser rmsprop",

@@ -936,7 +936,7 @@ WRONG = {  # with words that the sentence has to contain
     "--scenario resource --max-episode-steps 500": "--scenario resource 145 steps",
     "--no-imagine --imagine-weight .3": "--imagine-weight --imagine",
     "--td-lambda .5": "--td-lambda --returns lambda",
-    "--returns lambda --replay-window 1 --td-lambda .5": "--td-lambda longer windows",
+    "--returns lambda --replay-window 1": "--returns lambda --replay-window",
     "--scenario resource --target-head pointer": "--target-head tags",
     "--optimiser adam --rmsprop-eps .1": "--rmsprop-eps --optimiser rmsprop",
     "--anneal-from 10": "--anneal-from --final-share",
