@@ -1142,34 +1142,15 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     """Greedy episodes of every team size. The final evaluation plays the same battles with drawn
     actions ("sampled"), too, and in the simulator with scripted policies. Returns {"SIZE" or
     "SIZE POLICY": the row of summarise()}."""
-    world = worlds.playing(args.scenario)
     battle_seed, policy_seed = evaluation.rng.integers(2**31, size=2).tolist()
-    number = together = evaluation.episodes
-    if args.backend == "sc2":
-        together = min(number, args.num_envs)
     policies: dict[str, Policy] = {"": Player(agent)}
     if evaluation.final:
         rng = torch.Generator().manual_seed(policy_seed)
         policies["sampled"] = Player(agent, rng)
     if evaluation.final and args.backend == "sim":
-        policies |= world.scripted_policies(policy_seed)
-    sizes = dict.fromkeys((*args.team_sizes, *args.eval_team_sizes))
-    rounds = math.ceil(number / together)
-    evaluation.expect(len(sizes) * len(policies) * rounds * together)
-    results = {}
-    for size in sizes:
-        seed = battle_seed + size  # with one seed, all sizes would have nearly the same mixes
-        for name, policy in policies.items():
-            with contextlib.closing(make_envs(args, (size,), together, seed)) as battles:
-                row = worlds.score(args.scenario, battles, policy, number, evaluation.progress)
-            results[f"{size} {name}".rstrip()] = row
-        if evaluation.videos:
-            with contextlib.closing(make_envs(args, (size,), 1, seed)) as battles:
-                path = evaluation.videos / f"{evaluation.stem}-{size}.mp4"
-                evaluation.expect(1)
-                world.film(battles, Player(agent), path)
-                evaluation.progress(1)
-    return results
+        policies |= worlds.playing(args.scenario).scripted_policies(policy_seed)
+    make = functools.partial(make_envs, args)
+    return worlds.play_all(args, evaluation, policies, make, battle_seed)
 
 
 def load_player(path: str) -> Policy:

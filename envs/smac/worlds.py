@@ -4,10 +4,13 @@ Collection. All have the interface of envs.smac.combat.Combat.
     wrong_flags(args)                      which of --scenario, --backend, ... exclude each other
     battles = make_worlds("sim", "sz", (3, 4, 5), num_battles=8, seed=1)
     playing("sz").play(battles, policy)    one episode in each world
+    play_all(args, evaluation, policies, make, seed)       what a script's evaluation plays
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -145,3 +148,37 @@ def score(
         row["lost_to_failures"] = sum(battles.lost)
         tqdm.write(f"{battles.game_version}: {sum(battles.lost)} episodes lost")
     return row
+
+
+def play_all(
+    args: Any,
+    evaluation: Any,
+    policies: dict[str, Policy],
+    make: Callable[[tuple[int, ...], int, int], Any],
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Play evaluation.episodes of every team size with all policies, which meet the same battles.
+    Returns {"SIZE" or "SIZE POLICY": the row of score()}. Of a script's args it reads --scenario,
+    --backend, --num-envs, --team-sizes and --eval-team-sizes; evaluation: harness.Evaluation, which
+    has the folder of films, of the policy "", and the progress bar; make(sizes, number, seed):
+    worlds that are closed afterwards; seed: of the battles."""
+    number = together = evaluation.episodes
+    if args.backend == "sc2":
+        together = min(number, args.num_envs)
+    sizes = dict.fromkeys((*args.team_sizes, *args.eval_team_sizes))
+    rounds = math.ceil(number / together)
+    films = len(sizes) if evaluation.videos else 0
+    evaluation.expect(len(sizes) * len(policies) * rounds * together + films)
+    results = {}
+    for size in sizes:
+        own = seed + size  # with one seed, all sizes would have nearly the same mixes
+        for name, policy in policies.items():
+            with contextlib.closing(make((size,), together, own)) as battles:
+                row = score(args.scenario, battles, policy, number, evaluation.progress)
+            results[f"{size} {name}".rstrip()] = row
+        if evaluation.videos:
+            path = evaluation.videos / f"{evaluation.stem}-{size}.mp4"
+            with contextlib.closing(make((size,), 1, own)) as battles:
+                playing(args.scenario).film(battles, policies[""], path)
+            evaluation.progress(1)
+    return results
