@@ -106,7 +106,7 @@ class Args(RunArgs):
     actor_gradient: Literal["gumbel", "expectation"] = "gumbel"  # Eq. (9): biased, or exact
     target: Literal["polyak", "hard"] = "polyak"  # target networks move by --polyak, or are copied
     polyak: Share = 0.01  # share of the way that target networks go per update (--target polyak)
-    inner_steps: Positive = 1  # minibatches per update
+    inner_steps: Positive = 10  # minibatches per update, as many as in MRA
     hidden_size: Positive = 64  # H, units of a hidden layer
     value_layers: Annotated[int, Interval(ge=1, le=2)] = 2  # layers of V in e_i; the paper prints 1
     own_beside: bool = True  # the actor reads its own features o_s, too; off: e_i alone

@@ -3,8 +3,8 @@ Reinforcement Learning", ICLR 2023): population play whose memory is ordered by 
 
 The memory Psi holds past actors in ranks, by the return that they reached. At the start of an
 episode, each agent gets the current policy theta or, with probability p, a past actor: a rank is
-drawn, then an actor of that rank, so that theta plays with weak and strong actors equally often.
-RPM is a baseline of BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1).
+drawn, then an actor of that rank, so that theta plays with actors of rare and of common returns
+equally often. RPM is a baseline of BiDist (Feng et al., AAMAS 2025, Sec. 5.1 and App. B.1).
 
     kappa = floor(R / psi)     rank of theta;  R: return per 1,000 steps of agents that theta played
     Psi[kappa] <- Psi[kappa] + theta
@@ -660,7 +660,7 @@ def collect(
         for episode in step.episodes:
             ours = state.players[episode.world] == CURRENT
             # paper and code differ: there R is the whole return. In chicken and coins episodes end
-            # at random, after 1,000 steps or 3,000, and their length would decide the rank.
+            # at random, and their length, 400 steps (coins) to thousands, would decide the rank.
             rates = 1000 * episode.returns / episode.length
             if args.team_reward:  # theta learns from the sum of all agents' rewards
                 rates = np.full_like(rates, rates.sum())
