@@ -55,7 +55,7 @@ NAVIGATION = {
         docs/pure_coordination docs/results_mra docs/results_mra_printed docs/results_mipi""",
     "Methods": """docs/bidist docs/mra docs/mra_ladder docs/mra_signpost
         docs/mra_networks docs/mra_unseen docs/mipi
-        docs/mipi_lemma docs/mipi_mappo docs/mipi_strengths""",
+        docs/mipi_lemma docs/mipi_mappo docs/mipi_strengths docs/mipi_controls""",
     "Baselines": """docs/baselines_meltingpot docs/baselines_particle docs/baselines_rl2
         docs/baselines_smac docs/value_learners""",
     "Scripts and their benchmarks": "scripts/index",
