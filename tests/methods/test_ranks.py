@@ -41,10 +41,11 @@ SMALL = {
     "mappo_smac": BATTLES,
     "mipi_mappo_smac": f"{BATTLES} --value-norm --normalise-advantages",
     "rl2_particle": f"{PARTICLES} --populations 2 3 --rnn-size 8 --minibatches 2",
-    "maddpg_particle": f"{PARTICLES} --population 3 {REPLAY}",
+    "maddpg_particle": f"{PARTICLES} --population 3 {REPLAY} --inner-steps 2",
     "mra_maddpg_particle": f"{PARTICLES} --populations 2 3 {REPLAY} --inner-steps 2",
     "maac_particle": f"{PARTICLES} --population 3 {REPLAY} --heads 2",
-    "epc_particle": f"{PARTICLES} --populations 2 3 {REPLAY} --sets 2 --tournament-episodes 4",
+    "epc_particle": f"{PARTICLES} --populations 2 3 {REPLAY} --sets 2 --tournament-episodes 4 "
+    "--inner-steps 2",
     "refil_smac": f"{BATTLES} {EPISODES} --mixing-size 8",
     "collaq_smac": f"{BATTLES} {EPISODES}",
     "mipi_refil_smac": f"{BATTLES} {EPISODES} --mixing-size 8",
@@ -183,7 +184,7 @@ def test_a_replay_of_two_processes(of_two):
     both = beside_one_process("maddpg_particle", of_two)
     check_logged(both, "episodes", "return/3")
     two, one = (run["parts"]["agent"]["actor_optimiser"]["state"] for run in (both.two, both.one))
-    assert two[0]["step"] == one[0]["step"] == 3  # at 40, 60 and 80 steps
+    assert two[0]["step"] == one[0]["step"] == 3 * 2  # two steps each at 40, 60 and 80
     collectors = [notes(2, rank, of_two)["own"]["collector"] for rank in (0, 1)]
     for collector in collectors:
         assert collector["steps"] == 40
