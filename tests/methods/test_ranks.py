@@ -53,8 +53,6 @@ SMALL = {
 STEPS = {name: 60 for name in SMALL}  # of a run of an iteration or more
 STEPS["rl2_particle"] = 120
 
-pytestmark = pytest.mark.numeric
-
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
@@ -160,6 +158,7 @@ def check_logged(both, *names):
 
 
 @pytest.mark.long
+@pytest.mark.numeric
 def test_battles_of_two_processes(of_two):
     """The first gradients of actor and critic, with statistics of returns and advantages, and what
     is counted and logged of episodes."""
@@ -170,6 +169,7 @@ def test_battles_of_two_processes(of_two):
 
 
 @pytest.mark.long
+@pytest.mark.numeric
 def test_trials_of_two_processes(of_two):
     """The same of games in which rewards are divided by their deviation up to then."""
     both = beside_one_process("rl2_particle", of_two)
@@ -179,6 +179,7 @@ def test_trials_of_two_processes(of_two):
 
 
 @pytest.mark.long
+@pytest.mark.numeric
 def test_a_replay_of_two_processes(of_two):
     """Episodes, updates and steps count over both, and so does how large rewards are."""
     both = beside_one_process("maddpg_particle", of_two)
@@ -192,6 +193,7 @@ def test_a_replay_of_two_processes(of_two):
         assert torch.equal(collector["rewards"], collectors[0]["rewards"])
 
 
+@pytest.mark.numeric
 def test_batch_norm_of_two_processes(tmp_path):
     """MAAC's: rows of a process are normalised, and running statistics moved, by those of both."""
     maac = script("baselines.maac_particle")
