@@ -12,7 +12,8 @@ learn from it for some epochs, and it is thrown away. i: living agents, as only 
     G_t  = R_t + .. + gamma^n V'(s_t+n)            V': a slow copy of V        --returns n-step
 
 L_pi trains the actor, L_V the critic. G ends where a battle terminates; when time is out, it
-bootstraps from V. An agent's death does not end G: its actions may lead to later rewards, too.
+bootstraps from V (n-step: V'). An agent's death does not end G: its actions may lead to later
+rewards, too.
 
     python baselines/mappo_smac.py --scenario sz --preset cpu                for CPUs
     python baselines/mappo_smac.py --scenario mmm                            as in MIPI's paper
@@ -23,7 +24,8 @@ bootstraps from V. An agent's death does not end G: its actions may lead to late
 
 Letters: T steps, B battles, K steps of all battles, M moments (K in which a step begins, then those
 after last steps), A agents, S entities (agents, then enemies), U actions, D features of an entity,
-H hidden units, R of the GRU, h heads of size d. What the paper leaves open:
+H hidden units, R of the GRU, h heads of size d; in losses M steps of a minibatch. In equations R
+is a reward, A an advantage, G a return, H an entropy, V a value. What the paper leaves open:
 docs/baselines_smac.md; worlds: docs/battles.md.
 """
 
@@ -110,7 +112,7 @@ class Args(RunArgs):
     heads: Positive = 4  # h, attention heads
     rnn_size: Positive = 64  # R, units of the GRU
     returns: Literal["n-step", "lambda"] = "n-step"  # G: n-step returns or lambda-returns
-    n_steps: Positive = 5  # n, rewards in an n-step return
+    n_steps: Positive = 5  # n, rewards in an n-step return; in a window at most --window-steps
     target_tau: Share = 0.01  # n-step: share by which V' moves to V after each rollout
     gae_lambda: Share = 0.95  # l of --returns lambda; 0: one-step, 1: all later rewards
     timeout_terminates: bool = False  # no bootstrap when time is out, as in REFIL's code
@@ -548,13 +550,13 @@ def lambda_returns(steps: Played, next_values: Tensor, gamma: float, gae_lambda:
     """Lambda-returns G (T, B); G - V is GAE. next_values (T, B): V at the end of each step."""
     returns = torch.zeros_like(next_values)
     goes_on = ~steps.terminated
-    later = next_values[-1]
+    G = torch.zeros_like(next_values[0])  # no step reads it: the last one of each battle `ends`
     for t in reversed(range(len(returns))):
-        later = torch.where(steps.ends[t], next_values[t], later)
+        G = torch.where(steps.ends[t], next_values[t], G)  # G_t+1
         # G_t = R_t + gamma ((1 - l) V(s_t+1) + l G_t+1)
-        mixed = (1 - gae_lambda) * next_values[t] + gae_lambda * later
-        later = steps.rewards[t] + gamma * mixed * goes_on[t]
-        returns[t] = later
+        mixed = (1 - gae_lambda) * next_values[t] + gae_lambda * G
+        G = steps.rewards[t] + gamma * mixed * goes_on[t]
+        returns[t] = G
     return returns
 
 
@@ -563,7 +565,7 @@ def n_step_returns(steps: Played, next_values: Tensor, gamma: float, n: int) -> 
     goes_on = ~steps.terminated
     later = next_values  # G^(0)_t+1 = V'(s_t+1)
     for _ in range(min(n, len(next_values))):  # no return has more than T rewards
-        # G^(n)_t = R_t + gamma G^(n-1)_t+1
+        # G^(k)_t = R_t + gamma G^(k-1)_t+1, k = 1, 2, ..
         returns = steps.rewards + gamma * later * goes_on
         later = F.pad(returns[1:], (0, 0, 0, 1))
         later = torch.where(steps.ends, next_values, later)
@@ -733,15 +735,19 @@ def assemble(
 ) -> Rollout:
     """The rollout of these steps. seen (T, B, ...): observations before each; finals (n, ...):
     observations after last steps (`ends`), in order of time, then battle."""
-    last_actions = steps.actions[steps.ends]
-    final = steps.going.sum() + numbered(steps.ends)  # (T, B)
-    order = steps.going.sum(0).argsort(descending=True, stable=True)
-    steps = steps._make([x[:, order] for x in steps])
+    # The first K moments begin steps; those after last steps follow, in the order of finals.
+    K = steps.going.sum()
+    after_last = K + numbered(steps.ends)  # (T, B) int64: read where `ends`
+    acted_last = steps.actions[steps.ends]  # (M - K, 8)
+    longest_first = steps.going.sum(0).argsort(descending=True, stable=True)
+    steps = steps._make([x[:, longest_first] for x in steps])
+    seen = seen._make([x[:, longest_first] for x in seen])
+    after_last = after_last[:, longest_first]
     played = steps.going
-    following = F.pad(numbered(played)[1:], (0, 0, 0, 1))  # (T, B): the moment one step later
-    later = torch.where(steps.ends, final[:, order], following)[played]
-    obs = Observation(*(torch.cat((x[:, order][played], y)) for x, y in zip(seen, finals)))
-    last_actions = torch.cat((steps.last_actions[played], last_actions))
+    next_step = F.pad(numbered(played)[1:], (0, 0, 0, 1))  # (T, B) int64: read where not `ends`
+    later = torch.where(steps.ends, after_last, next_step)[played]
+    obs = Observation(*(torch.cat((x[played], y)) for x, y in zip(seen, finals)))
+    last_actions = torch.cat((steps.last_actions[played], acted_last))
     return Rollout(steps, encode(obs, last_actions, played, device), later)
 
 
@@ -823,11 +829,12 @@ def minibatches(args: Args, batch: Batch, rng: torch.Generator) -> Iterator[Batc
     if not args.recurrent:
         played = torch.ones(1, len(batch.actions), dtype=torch.bool)
     number = numbered(played)
-    for battles in torch.randperm(played.shape[1], generator=rng).tensor_split(args.minibatches):
-        battles = battles.sort().values  # the longest first
-        part = played[:, battles]
-        part = part[part.any(1)]
-        index = number[: len(part), battles][part]
+    # A column is a battle, which stays whole, or a single step.
+    for columns in torch.randperm(played.shape[1], generator=rng).tensor_split(args.minibatches):
+        columns = columns.sort().values  # the longest battles first
+        part = played[:, columns]
+        part = part[part.any(1)]  # times until the longest of them ends
+        index = number[: len(part), columns][part]
         yield batch.at(send(index, batch.actions.device), part)
 
 

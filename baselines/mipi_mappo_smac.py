@@ -127,7 +127,7 @@ class Args(RunArgs):
     heads: Positive = 4  # h, attention heads
     rnn_size: Positive = 64  # R, units of the GRU
     returns: Literal["n-step", "lambda"] = "n-step"  # G: n-step returns or lambda-returns
-    n_steps: Positive = 5  # n, rewards in an n-step return
+    n_steps: Positive = 5  # n, rewards in an n-step return; in a window at most --window-steps
     target_tau: Share = 0.01  # n-step: share by which V' moves to V after each rollout
     gae_lambda: Share = 0.95  # l of --returns lambda; 0: one-step, 1: all later rewards
     timeout_terminates: bool = False  # no bootstrap when time is out, as in REFIL's code
@@ -646,13 +646,13 @@ def lambda_returns(steps: Played, next_values: Tensor, gamma: float, gae_lambda:
     """Lambda-returns G (T, B); G - V is GAE. next_values (T, B): V at the end of each step."""
     returns = torch.zeros_like(next_values)
     goes_on = ~steps.terminated
-    later = next_values[-1]
+    G = torch.zeros_like(next_values[0])  # no step reads it: the last one of each battle `ends`
     for t in reversed(range(len(returns))):
-        later = torch.where(steps.ends[t], next_values[t], later)
+        G = torch.where(steps.ends[t], next_values[t], G)  # G_t+1
         # G_t = R_t + gamma ((1 - l) V(s_t+1) + l G_t+1)
-        mixed = (1 - gae_lambda) * next_values[t] + gae_lambda * later
-        later = steps.rewards[t] + gamma * mixed * goes_on[t]
-        returns[t] = later
+        mixed = (1 - gae_lambda) * next_values[t] + gae_lambda * G
+        G = steps.rewards[t] + gamma * mixed * goes_on[t]
+        returns[t] = G
     return returns
 
 
@@ -661,7 +661,7 @@ def n_step_returns(steps: Played, next_values: Tensor, gamma: float, n: int) -> 
     goes_on = ~steps.terminated
     later = next_values  # G^(0)_t+1 = V'(s_t+1)
     for _ in range(min(n, len(next_values))):  # no return has more than T rewards
-        # G^(n)_t = R_t + gamma G^(n-1)_t+1
+        # G^(k)_t = R_t + gamma G^(k-1)_t+1, k = 1, 2, ..
         returns = steps.rewards + gamma * later * goes_on
         later = F.pad(returns[1:], (0, 0, 0, 1))
         later = torch.where(steps.ends, next_values, later)
@@ -880,15 +880,19 @@ def assemble(
 ) -> Rollout:
     """The rollout of these steps. seen (T, B, ...): observations before each; finals (n, ...):
     observations after last steps (`ends`), in order of time, then battle."""
-    last_actions = steps.actions[steps.ends]
-    final = steps.going.sum() + numbered(steps.ends)  # (T, B)
-    order = steps.going.sum(0).argsort(descending=True, stable=True)
-    steps = steps._make([x[:, order] for x in steps])
+    # The first K moments begin steps; those after last steps follow, in the order of finals.
+    K = steps.going.sum()
+    after_last = K + numbered(steps.ends)  # (T, B) int64: read where `ends`
+    acted_last = steps.actions[steps.ends]  # (M - K, 8)
+    longest_first = steps.going.sum(0).argsort(descending=True, stable=True)
+    steps = steps._make([x[:, longest_first] for x in steps])
+    seen = seen._make([x[:, longest_first] for x in seen])
+    after_last = after_last[:, longest_first]
     played = steps.going
-    following = F.pad(numbered(played)[1:], (0, 0, 0, 1))  # (T, B): the moment one step later
-    later = torch.where(steps.ends, final[:, order], following)[played]
-    obs = Observation(*(torch.cat((x[:, order][played], y)) for x, y in zip(seen, finals)))
-    last_actions = torch.cat((steps.last_actions[played], last_actions))
+    next_step = F.pad(numbered(played)[1:], (0, 0, 0, 1))  # (T, B) int64: read where not `ends`
+    later = torch.where(steps.ends, after_last, next_step)[played]
+    obs = Observation(*(torch.cat((x[played], y)) for x, y in zip(seen, finals)))
+    last_actions = torch.cat((steps.last_actions[played], acted_last))
     return Rollout(steps, encode(obs, last_actions, played, device), later)
 
 
@@ -1005,11 +1009,12 @@ def minibatches(args: Args, batch: Any, rng: torch.Generator) -> Iterator[Any]:
     if not args.recurrent:
         played = torch.ones(1, len(batch.features.empty), dtype=torch.bool)
     number = numbered(played)
-    for battles in torch.randperm(played.shape[1], generator=rng).tensor_split(args.minibatches):
-        battles = battles.sort().values  # the longest first
-        part = played[:, battles]
-        part = part[part.any(1)]
-        index = number[: len(part), battles][part]
+    # A column is a battle, which stays whole, or a single step.
+    for columns in torch.randperm(played.shape[1], generator=rng).tensor_split(args.minibatches):
+        columns = columns.sort().values  # the longest battles first
+        part = played[:, columns]
+        part = part[part.any(1)]  # times until the longest of them ends
+        index = number[: len(part), columns][part]
         yield batch.at(send(index, batch.features.empty.device), part)
 
 
@@ -1033,8 +1038,9 @@ def find_term(args: Args, agent: Agent, rollout: Rollout) -> tuple[Term, dict[st
         log_m, scalars = fit_marginal(args, agent, features, log_pi)
     acts = choosing(features)  # (K, A)
     each = divergence(log_pi, log_m) * acts
-    reward, nats = rollout.steps.rewards[rollout.steps.going].mean(), each.sum(-1)
-    scalars["marginal_kl"] = mean_of(each, acts)  # per agent, in its real team
+    nats = each.sum(-1)  # (K,): of the team, as the reward is the team's
+    reward = rollout.steps.rewards[rollout.steps.going].mean()
+    scalars["marginal_kl"] = mean_of(each, acts)  # of an agent, as in L_pi
     scalars["reward"] = reward
     if args.penalise != "loss":
         scalars["regularised_reward"] = reward - agent.alpha * nats.mean().cpu()
