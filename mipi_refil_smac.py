@@ -796,10 +796,17 @@ class Agent(Parts):
         """The networks that the critic's loss trains."""
         return nn.ModuleList((self.utility, self.mixer))
 
-    def log_policy(self, team: Team, avail: Tensor, own_memory: Tensor | None) -> Tensor:
+    def log_policy(
+        self,
+        team: Team,
+        avail: Tensor,
+        own_memory: Tensor | None,
+        living: Tensor | None = None,
+    ) -> Tensor:
         """log pi (M, A, U): of the head, which reads the team's memory; without a head of its
-        utilities and, for --policy exact, of the marginal, which reads own_memory (M, A, R)."""
-        q = team.q
+        utilities and, for --policy exact, of the marginal, which reads own_memory (M, A, R). With
+        living (L,), for rows() of agents only, (L, U); avail and own_memory are then theirs."""
+        q = rows(team.q, living)
         if self.greedy:
             best = q.masked_fill(~avail, MASKED).argmax(-1, keepdim=True)
             return torch.full_like(q, MASKED).scatter(-1, best, 0.0)
@@ -810,7 +817,8 @@ class Agent(Parts):
             score = ((q - best) / self.alpha_i).clamp(min=MASKED)
             return log_probabilities(self.log_marginal(own_memory, avail) + score, avail)
         with torch.autocast(q.device.type, enabled=False):
-            return log_probabilities(self.policy(team.memory, team.tagged), avail)
+            logits = self.policy(team.memory, team.tagged)
+        return log_probabilities(rows(logits, living), avail)
 
     def log_marginal(self, own_memory: Tensor | None, avail: Tensor) -> Tensor:
         """log m (..., U) from own_memory (..., R), to which policies are held. Without a marginal
@@ -839,6 +847,11 @@ class Agent(Parts):
 def log_probabilities(logits: Tensor, avail: Tensor) -> Tensor:
     """Log-softmax of logits (..., U); actions that are not available get probability 0."""
     return logits.masked_fill(~avail, MASKED).log_softmax(-1)
+
+
+def rows(x: Tensor, living: Tensor | None) -> Tensor:
+    """Rows living (L,) of x (K, A, ...), with K and A as one axis: (L, ...). None: x itself."""
+    return x if living is None else x.flatten(0, 1).index_select(0, living)
 
 
 def divergence(log_pi: Tensor, log_m: Tensor) -> Tensor:
@@ -1116,18 +1129,14 @@ class Trunks(NamedTuple):
 
 
 class Acting(NamedTuple):
-    """What policy and marginal learn from: the agents at the K steps of a minibatch."""
+    """What policy and marginal learn from: the L living agents at the K steps of a minibatch."""
 
-    alive: Tensor  # (K, A) bool
-    avail_actions: Tensor  # (K, A, U) bool
-    own_state: Tensor  # (K, A, D)
-    own_memory: Tensor | None  # (K, A, R): input of the marginal's head
-    team: Team  # the real team
+    living: Tensor  # (L,) int64: which of the K A agents these are
+    avail_actions: Tensor  # (L, U) bool
+    own_state: Tensor  # (L, D)
+    own_memory: Tensor | None  # (L, R): input of the marginal's head
+    team: Team  # the real team, of K moments
     imagined: Team  # s*: the units in the agent's group, without gradient
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean () over the living agents of x (K, A)."""
-        return (x * self.alive).sum() / self.alive.sum()
 
 
 def detached(x: Any) -> Any:
@@ -1148,13 +1157,16 @@ def run_trunks(agent: Agent, features: Features, groups: Tensor | None) -> Trunk
 def find_acting(trunks: Trunks, batch: Batch) -> Acting:
     """Data of the agents at the steps of a minibatch."""
     now, teams = batch.now, trunks.teams
-    avail = batch.features.avail_actions[now]
+    avail = batch.features.avail_actions[now]  # (K, A, U)
+    own_state = batch.features.entities[now, : avail.shape[1]]  # (K, A, D)
     imagined = teams.own_group or teams.full_view  # without groups s* is s-
+    living = (~avail[..., 0]).flatten().nonzero()[:, 0]  # dead and empty have a no-op
+    own_memory = trunks.own_memory
     return Acting(
-        alive=~avail[..., 0],  # dead and empty have a no-op
-        avail_actions=avail,
-        own_state=batch.features.entities[now, : avail.shape[1]],
-        own_memory=None if trunks.own_memory is None else trunks.own_memory[now],
+        living=living,
+        avail_actions=rows(avail, living),
+        own_state=rows(own_state, living),
+        own_memory=None if own_memory is None else rows(own_memory[now], living),
         team=teams.full_view.at(now),
         imagined=detached(imagined.at(now)),
     )
@@ -1233,25 +1245,27 @@ def learn_marginal(args: Args, agent: Agent, acting: Acting) -> dict[str, Tensor
     """Eq. (12): a gradient step of the marginal, if it is needed, on Eq. (17). Returns scalars."""
     if not agent.informed:
         return {}
+    living = acting.living
     with torch.no_grad():
-        log_pi = agent.log_policy(acting.imagined, acting.avail_actions, acting.own_memory)
-    log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)
-    loss = acting.mean(marginal_loss(log_pi, log_m))
+        log_pi = agent.log_policy(acting.imagined, acting.avail_actions, acting.own_memory, living)
+    log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)  # (L, U)
+    loss = marginal_loss(log_pi, log_m).mean()
     descend(loss, agent.marginal, agent.marginal_optimiser, args.max_grad_norm)
     return {"marginal_loss": loss}
 
 
 def actor_loss(args: Args, agent: Agent, acting: Acting, w: Tensor) -> Tensor:
-    """Eq. (13): the mean loss of the policy, Eq. (18), over living agents; w (K, A)."""
+    """Eq. (13): the mean loss of the policy, Eq. (18), over living agents; w (L,)."""
     # paper is silent: Eq. (20) follows from (19) only with alpha / w_i
     alpha = agent.alpha_i / w if args.alpha_i_over_w else agent.alpha_i
     if args.detach_actor_trunk:
         acting = detached(acting)
-    log_pi = agent.log_policy(acting.team, acting.avail_actions, acting.own_memory)
+    team, living = acting.team, acting.living
+    log_pi = agent.log_policy(team, acting.avail_actions, acting.own_memory, living)  # (L, U)
     with torch.no_grad():
         log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)
-    loss = policy_loss(log_pi, log_m, acting.team.q, alpha)  # (K, A)
-    return acting.mean(w * loss if args.actor_loss_times_w else loss)
+    loss = policy_loss(log_pi, log_m, rows(team.q, living), alpha)  # (L,)
+    return (w * loss if args.actor_loss_times_w else loss).mean()
 
 
 def step_together(args: Args, agent: Agent, loss: Tensor) -> Tensor:
@@ -1279,7 +1293,7 @@ def learn(
     y = find_targets(args, agent, batch, trunks)
     loss, w, scalars = critic_loss(args, agent, batch, groups, trunks.teams, y)
     acting = find_acting(trunks, batch)
-    w = w.clamp(min=1e-6)  # (K, A); a softmax can underflow to 0
+    w = rows(w, acting.living).clamp(min=1e-6)  # (L,); a softmax can underflow to 0
     if measures:
         scalars |= measure(agent, acting, w)
     has_head = args.policy == "head"
@@ -1300,20 +1314,20 @@ def learn(
 @torch.no_grad()
 def measure(agent: Agent, acting: Acting, w: Tensor) -> dict[str, Tensor]:
     """Means over living agents, for the log: divergence of policy and marginal in imagined teams
-    (mi, also by type of unit) and in the real team (kl), entropy, w (K, A) and alpha_i / w."""
-    log_pi = agent.log_policy(acting.team, acting.avail_actions, acting.own_memory)
+    (mi, also by type of unit) and in the real team (kl), entropy, w (L,) and alpha_i / w."""
+    given = acting.avail_actions, acting.own_memory, acting.living
+    log_pi = agent.log_policy(acting.team, *given)  # (L, U)
     entropy = -divergence(log_pi, torch.zeros_like(log_pi))
     figures = {"entropy": entropy, "w": w, "alpha_over_w": agent.alpha_i / w}
-    scalars = {name: acting.mean(x) for name, x in figures.items()}
+    scalars = {name: x.mean() for name, x in figures.items()}
     if not agent.informed:
         return scalars
     log_m = agent.log_marginal(acting.own_memory, acting.avail_actions)
-    scalars["kl"] = acting.mean(divergence(log_pi, log_m))
-    imagined = agent.log_policy(acting.imagined, acting.avail_actions, acting.own_memory)
-    information = divergence(imagined, log_m)  # (K, A)
-    scalars["mi"] = acting.mean(information)
+    scalars["kl"] = divergence(log_pi, log_m).mean()
+    information = divergence(agent.log_policy(acting.imagined, *given), log_m)  # (L,)
+    scalars["mi"] = information.mean()
     for name, column in agent.types.items():
-        is_type = acting.alive & (acting.own_state[..., column] > 0)
+        is_type = acting.own_state[:, column] > 0
         if is_type.any():
             scalars[f"mi/{name}"] = information[is_type].mean()
     return scalars

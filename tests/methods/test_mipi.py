@@ -93,6 +93,16 @@ def forward(s):
     return trunks, torch.stack(found), log_m
 
 
+def alive(s):
+    """(K, A) bool: who lives at the steps of the minibatch; the dead and empty have a no-op."""
+    return ~s.batch.features.avail_actions[s.batch.now][..., 0]
+
+
+def given(acting):
+    """What log_policy() reads beside a team, for the living alone."""
+    return acting.avail_actions, acting.own_memory, acting.living
+
+
 # --- Policies -------------------------------------------------------------------------------------
 
 
@@ -385,8 +395,8 @@ def test_the_exact_policy_solves_eq_18(flags):
     assert gradient.abs().max() < 1e-10
     acting = mipi.find_acting(trunks, s.batch)
     for view, team in enumerate((acting.team, acting.imagined)):
-        found = s.agent.log_policy(team, acting.avail_actions, acting.own_memory)[acting.alive]
-        assert torch.allclose(found, log_pi[view][now][acting.alive], atol=1e-10)
+        found = s.agent.log_policy(team, *given(acting))
+        assert torch.allclose(found, log_pi[view][now][alive(s)], atol=1e-10)
 
 
 @pytest.mark.numeric
@@ -472,8 +482,8 @@ def test_a_policys_pointer_reads_what_the_utilities_read():
     trunks, log_pi, _ = forward(s)
     acting = mipi.find_acting(trunks, s.batch)
     for view, team in enumerate((acting.team, acting.imagined)):
-        found = s.agent.log_policy(team, acting.avail_actions, acting.own_memory)[acting.alive]
-        assert torch.allclose(found, log_pi[view][s.batch.now][acting.alive], atol=1e-12)
+        found = s.agent.log_policy(team, *given(acting))
+        assert torch.allclose(found, log_pi[view][s.batch.now][alive(s)], atol=1e-12)
     assert not torch.allclose(log_pi[0], log_pi[1], atol=1e-3)
     for team in trunks.teams:
         targets = s.agent.policy(team.memory, team.tagged)[..., 6:].detach()  # (M, A, 8)
@@ -533,30 +543,32 @@ def test_who_acts_and_on_what():
     trunks = mipi.run_trunks(s.agent, s.batch.features, s.groups)
     features, now = s.batch.features, s.batch.now
     acting = mipi.find_acting(trunks, s.batch)
-    assert 0 < acting.alive.sum() < acting.alive.numel()
+    A, row = features.avail_actions.shape[1], 0
     for k, m in enumerate(now.tolist()):
-        for i in range(acting.alive.shape[1]):
-            assert acting.alive[k, i] == (not features.avail_actions[m, i, 0])
-            assert torch.equal(acting.own_state[k, i], features.entities[m, i])
-            assert torch.equal(acting.own_memory[k, i], trunks.own_memory[m, i])
+        for i in range(A):
+            if not features.avail_actions[m, i, 0]:
+                assert acting.living[row] == k * A + i
+                assert torch.equal(acting.avail_actions[row], features.avail_actions[m, i])
+                assert torch.equal(acting.own_state[row], features.entities[m, i])
+                assert torch.equal(acting.own_memory[row], trunks.own_memory[m, i])
+                row += 1
             for view, team in enumerate((acting.team, acting.imagined)):
                 whole = trunks.teams[view]
                 assert torch.equal(team.q[k, i], whole.q[m, i])
                 assert torch.equal(team.memory[k, i], whole.memory[m, i])
                 assert torch.equal(team.tagged.units[k], whole.tagged.units[m])
                 assert torch.equal(team.tagged.choices[k], whole.tagged.choices[m])
+    assert 0 < row == len(acting.living) < len(now) * A
     assert not torch.equal(acting.team.tagged.choices, acting.imagined.tagged.choices)
     learns = [acting.team.memory, acting.team.tagged.units, acting.own_memory]
     assert all(x.requires_grad for x in learns)
-    loss = mipi.actor_loss(s.args, s.agent, acting, torch.ones(acting.alive.shape))
+    loss = mipi.actor_loss(s.args, s.agent, acting, torch.ones(row))
     of_q, of_memory = torch.autograd.grad(loss, acting.team[:2], allow_unused=True)
     assert of_q is None and (of_memory != 0).any(), "utilities get no gradient"
     fixed = mipi.detached(acting)
     for x in (*fixed.team[:2], fixed.team.tagged.units, *fixed.imagined[:2], fixed.own_memory):
         assert not x.requires_grad
     assert not any(x.requires_grad for x in (*acting.imagined[:2], *acting.imagined.tagged))
-    x = torch.arange(acting.alive.numel()).view_as(acting.alive).double()
-    assert acting.mean(x) == x[acting.alive].mean()
 
 
 class Saying(torch.nn.Module):
@@ -586,7 +598,6 @@ def test_mutual_information_is_exact_where_it_can_be_counted():
     log = lambda p: torch.from_numpy(np.log(np.maximum(p, 1e-300))).float()  # noqa: E731
     s.agent.policy = s.agent.marginal.head = Saying()
     first = np.concatenate((np.zeros((units, teams, 1)), real), -1)
-    alive = torch.ones(units, teams, dtype=torch.bool)
 
     def and_dead(x):
         """Another row, of others, who are dead and count nowhere."""
@@ -594,14 +605,14 @@ def test_mutual_information_is_exact_where_it_can_be_counted():
 
     q = torch.zeros(units + 1, teams, U)
     acting = mipi.Acting(
-        alive=torch.cat((alive, ~alive[:1])),
-        avail_actions=and_dead(avail),
-        own_state=and_dead(own_state),
-        own_memory=and_dead(log(np.repeat(mean, teams, 1))),
+        living=torch.arange(units * teams),
+        avail_actions=avail.flatten(0, 1),
+        own_state=own_state.flatten(0, 1),
+        own_memory=log(np.repeat(mean, teams, 1)).flatten(0, 1),
         team=mipi.Team(q, and_dead(log(first)), None),
         imagined=mipi.Team(q, and_dead(log(pi)), None),
     )
-    found = mipi.measure(s.agent, acting, torch.full((units + 1, teams), 0.5))
+    found = mipi.measure(s.agent, acting, torch.full((units * teams,), 0.5))
     for k, name in enumerate(s.agent.types):
         assert np.isclose(found[f"mi/{name}"].item(), information[types == k].mean(), rtol=1e-4)
     assert np.isclose(found["mi"].item(), information.mean(), rtol=1e-4)
@@ -766,7 +777,6 @@ def test_the_policys_w_is_that_of_the_mixer(monkeypatch):
     trunks, _, _ = forward(s)
     y = mipi.find_targets(s.args, s.agent, s.batch, trunks)
     _, w, _ = mipi.critic_loss(s.args, s.agent, s.batch, s.groups, trunks.teams, y)
-    dead = s.batch.features.avail_actions[s.batch.now][..., 0]
 
     def watched(args, agent, acting, w):
         seen.append(w)
@@ -774,8 +784,8 @@ def test_the_policys_w_is_that_of_the_mixer(monkeypatch):
 
     monkeypatch.setattr(mipi, "actor_loss", watched)
     mipi.learn(s.args, s.agent, s.batch, s.groups)
-    expected = w.clamp(min=1e-6)  # a softmax can underflow to 0
-    assert (expected[~dead] < 0.05).any() and len(seen) == s.agent.ba_iterations
+    expected = w[alive(s)].clamp(min=1e-6)  # a softmax can underflow to 0
+    assert (expected < 0.05).any() and len(seen) == s.agent.ba_iterations
     assert all(torch.equal(x, expected) for x in seen)
 
 
@@ -793,7 +803,7 @@ def test_what_the_policys_loss_moves(flags, head):
     found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
     alone = dict(zip(parameters, found))
     acting = mipi.find_acting(trunks, s.batch)
-    actor = mipi.actor_loss(s.args, s.agent, acting, w.clamp(min=1e-6))
+    actor = mipi.actor_loss(s.args, s.agent, acting, w[alive(s)].clamp(min=1e-6))
     policy = {f"policy.{n}": p for n, p in s.agent.policy.named_parameters()}
     every = parameters | policy
     summed = torch.autograd.grad(loss + actor, list(every.values()))
