@@ -276,7 +276,7 @@ def wrong_terms(args: Args) -> list[tuple[Any, str]]:
         (charged and alpha == 0, "--charge-times-w needs a regulariser and an --alpha above 0"),
         (charged and over_w, "--charge-times-w is --alpha-i-over-w's ratio: --no-alpha-i-over-w"),
         (over_w and args.regularizer == "none", "--alpha-i-over-w needs a regulariser"),
-        (over_w and args.alpha_i == 0, "--alpha-i 0 is not divided: add --no-alpha-i-over-w"),
+        (over_w and alpha_i == 0, "an alpha_i of 0 is not divided: add --no-alpha-i-over-w"),
     ]
 
 
