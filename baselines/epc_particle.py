@@ -22,7 +22,7 @@ Each set has --total-timesteps, split equally over stages. The result: each role
 
     python baselines/epc_particle.py --task resource --populations 6 9 12 15 --preset cpu
     python baselines/epc_particle.py --task pacman --populations 4,2 6,3 8,4 --preset cpu
-    python baselines/epc_particle.py --adapt runs/RUN --populations 48 --sets 1 --parents 1
+    python baselines/epc_particle.py --adapt runs/RUN --populations 48 --preset cpu
     python baselines/epc_particle.py --resume runs/RUN
     python baselines/epc_particle.py --eval-only runs/RUN --eval-populations 48
     torchrun --nproc-per-node 2 baselines/epc_particle.py                    two times 12 worlds
@@ -163,8 +163,10 @@ PRESETS = {
 }
 LINE = ("stage", "return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
-# --adapt takes these flags from the adapted run: its agents are copied. It takes no others.
+# --adapt keeps these flags of the adapted run, whose agents are copied,
 FIXED = ("task", "hidden_size", "value_layers", "own_beside", "key_size", "head_gain")
+# and has these of its world where they are not given. It takes no others.
+WORLD = ("shaping", "collision_penalty", "max_episode_steps")
 
 
 def validate(args: Args) -> list[tuple[Any, str]]:
@@ -187,13 +189,14 @@ def validate(args: Args) -> list[tuple[Any, str]]:
 
 def read(argv: list[str]) -> Args:
     """Read the command line on top of what --preset, --resume or --eval-only stand for; with
-    --adapt FIXED flags are the adapted run's. UsageError for flags that must not differ."""
+    --adapt also on top of FIXED and WORLD of the adapted run. UsageError for flags that must not
+    differ."""
     given = read_flags(Args, argv)
     if not given.adapt or given.resume or given.eval_only:
         return read_args(Args, argv, validate, resumable=RESUMABLE, presets=PRESETS)
     source, own = given.adapt, saved_args(given.adapt, Args, whole=True)
     default = Args(preset=given.preset, **PRESETS[given.preset])
-    default = dataclasses.replace(default, **{name: getattr(own, name) for name in FIXED})
+    default = dataclasses.replace(default, **{name: getattr(own, name) for name in FIXED + WORLD})
     args = read_kept(Args, argv, default, FIXED, source)
     check(validate(args))
     return args

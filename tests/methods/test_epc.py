@@ -909,15 +909,30 @@ def test_adapting(population, source):
         assert differences(sets, newest("cut")["agent"]["sets"]) == []
 
 
-@pytest.mark.parametrize("task, games", [("pacman", "2,1 2,2 2,3"), ("resource", "2 3 4")])
-def test_adapting_takes_what_copies_need_from_the_source(task, games):
-    """The world and the networks' sizes, in every world; other flags are the command line's."""
+@pytest.mark.parametrize(
+    "task, games, rules",
+    [
+        ("pacman", "2,1 2,2 2,3", {"max_episode_steps": 7, "shaping": False}),
+        ("resource", "2 3 4", {"max_episode_steps": 7}),
+        ("treasure", "2 3 4", {"max_episode_steps": 7, "collision_penalty": 1.0}),
+    ],
+)
+def test_adapting_takes_what_copies_need_from_the_source(task, games, rules):
+    """The world with its rules and the networks' sizes, in every world; other flags are the command
+    line's, as are rules that it has."""
     *known, new = games.split()
-    run(EPC, "source", 40, "--task", task, "--populations", *known, "--gamma", 0.5)
+    flags = [
+        ["--no-shaping"] if x is False else ["--" + name.replace("_", "-"), x]
+        for name, x in rules.items()
+    ]
+    flags = itertools.chain(["--task", task, "--populations", *known, "--gamma", 0.5], *flags)
+    run(EPC, "source", 40, *flags)
     few = ["--adapt", "source", "--populations", new, "--sets", 1, "--parents", 1]
     args = parse(epc, few)
     own = {"adapt": "source", "populations": (new,), "sets": 1, "parents": 1}
-    needed = {"task": task, "hidden_size": 8, "key_size": 4}
+    needed = {"task": task, "hidden_size": 8, "key_size": 4} | rules
+    changed = parse(epc, [*few, "--max-episode-steps", 9])
+    assert changed == dataclasses.replace(args, max_episode_steps=9)
     assert args == dataclasses.replace(epc.Args(), **own, **needed)
     fast = dataclasses.replace(args, preset="cpu", **epc.PRESETS["cpu"])
     assert parse(epc, [*few, "--preset", "cpu", "--task", task, "--key-size", 4]) == fast
