@@ -890,7 +890,7 @@ def evaluate(
 
 def load_agent(path: str) -> tuple[Args, Agent]:
     """Load arguments and the last stage's best set of a run or checkpoint, on the CPU; UsageError
-    if another script wrote it."""
+    if another script wrote it. For a run that is not over sets play a tournament at every call."""
     args = saved_args(path, Args)
     args = dataclasses.replace(args, device="cpu", compile=False, num_envs=1, buffer_size=1)
     saved, _ = load_checkpoint(path)

@@ -310,7 +310,7 @@ class AttentionCritic(nn.Module):
             value=F.leaky_relu(self.value(x)).unflatten(-1, split),
             mask=others_alive(view),
         )
-        # Eq. (5); paper and code differ: s_i lacks a_i, as in the code, which gives all Q at once
+        # Eq. (5), with s_i of o_i alone, as in the code: so Q_i has an output for every action
         hidden = torch.cat((s, e.flatten(2)), -1)  # (M, N, 2 H)
         hidden = F.leaky_relu(self.first(hidden, view))
         return self.out(hidden, view), logits

@@ -9,7 +9,7 @@ use in later games what actions and rewards showed in earlier ones, without grad
     A_t = d_t + gamma lambda A_t+1,  d_t = r_t / std + gamma V_t+1 - V_t                       (3)
           where t + 1 may be the first step of the trial's next game
     L   = E [- min(rho A, clip(rho, 1 -+ eps) A) + c (V - y)^2 - beta entropy(pi)]             (4)
-          y = V_old + A,  rho = pi(a_t) / pi_old(a_t)
+          y = V_old + A,  rho = pi(a_t) / pi_old(a_t),  A beside rho normalised
 
 L moves the encoder c, the GRU, the policy and the value. Each type of agent has its own set.
 
