@@ -20,6 +20,7 @@ import itertools
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -535,9 +536,9 @@ class Ladder:
     between a type's p(z|m) in two populations; 1 if they share no z (less in logs until 2026-11-26
     with two types, which averaged p(z|m) over agents first). heads used: exp of the entropy of
     p(z|m). These last ones are means of the last fifth of training, over populations.
-    Writes OUT.csv (a row per run) and OUT.md: means over seeds, and differences between forms with
-    95 % intervals over seeds (Student's; with --interquartile bootstraps) and the p of an exact
-    permutation test.
+    Writes OUT.csv (a row per run), OUT.png (every seed's returns) and OUT.md: means over seeds, and
+    differences between forms with 95 % intervals over seeds (Student's; with --interquartile
+    bootstraps) and the p of an exact permutation test.
     """
 
     runs: Runs  # runs of mra_maddpg_particle.py in one task and the same populations, or studies
@@ -545,7 +546,7 @@ class Ladder:
     against: tuple[str, ...] = ()  # forms to subtract from the others, as rooms-algorithm_4
     all_agents: bool = False  # mean return of all agents (pacman: what roles take cancels)
     interquartile: bool = False  # differences of interquartile means from five seeds on
-    out: Path = Path("mra_ladder")  # common beginning of the names of the .csv and .md files
+    out: Path = Path("mra_ladder")  # common beginning of the names of the .csv, .md, .png files
 
 
 def last_fifth(run: Run, name: str) -> float:
@@ -568,8 +569,8 @@ def heads_used(run: Run) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def ladder_row(run: Run, all_agents: bool) -> dict[str, Any]:
-    """The row of OUT.csv of a run; a figure that the run does not have is NaN."""
+def ladder_returns(run: Run, all_agents: bool) -> Callable[..., float]:
+    """A function (populations, player) of mean returns in the final evaluation; NaN: none."""
     results, roles = run.summary["eval"], TASKS[run.args["task"]].roles
     figures = ["return"] if len(roles) == 1 else [f"return_{role}" for role in roles]
 
@@ -586,6 +587,12 @@ def ladder_row(run: Run, all_agents: bool) -> dict[str, Any]:
         found = [named.get(f"{p} {player}".strip(), math.nan) for p in populations]
         return float(np.mean(found)) if found else math.nan
 
+    return returns
+
+
+def ladder_row(run: Run, all_agents: bool) -> dict[str, Any]:
+    """The row of OUT.csv of a run; a figure that the run does not have is NaN."""
+    returns = ladder_returns(run, all_agents)
     trained, unseen = run.args["populations"], run.args["eval_populations"]
     blind, knows = returns(trained, "blind"), returns(trained, "knows population")
     drawn = returns(trained)
@@ -656,8 +663,40 @@ def difference_text(found: Difference) -> str:
     return "–" if math.isnan(found.mean) else f"{found.mean:+.2f}{interval}"
 
 
+def draw_ladder(rows: list[dict[str, Any]], bounds: dict[str, float]) -> Any:
+    """A figure with a line per form, best first, and two dots per seed: trained and unseen
+    populations. Dashes: `bounds`, what scripts earn in trained populations."""
+    forms = by_form(rows)
+    means = {form: np.mean([row["return"] for row in seeds]) for form, seeds in forms.items()}
+    forms = {form: forms[form] for form in sorted(forms, key=lambda form: -means[form])}
+    figure, axis = plt.subplots(figsize=(8, 1.1 + 0.32 * len(forms)), layout="constrained")
+    styles = {
+        "return": ("trained", "#1f4e9c", "o", -0.12),
+        "unseen": ("unseen", "#d8781b", "^", 0.12),
+    }
+    for name, (label, colour, marker, shift) in styles.items():
+        for height, seeds in enumerate(forms.values()):
+            x = [row[name] for row in seeds]
+            places = np.full(len(x), height + shift)
+            look = {"c": colour, "marker": marker, "label": label if not height else None}
+            axis.scatter(x, places, s=22, alpha=0.7, **look)
+            axis.plot([np.mean(x)] * 2, [height + shift - 0.2, height + shift + 0.2], color=colour)
+    for name, x in bounds.items():
+        if not math.isnan(x):
+            axis.axvline(x, color="0.5", ls="--", lw=1)
+            axis.annotate(
+                name.split()[0], (x, -0.8), ha="center", va="bottom", fontsize=8, color="0.3"
+            )
+    axis.set_yticks(range(len(forms)), list(forms), fontsize=8)
+    axis.set_ylim(len(forms) - 0.4, -0.8)
+    axis.set_xlabel("return; a dot is a seed, a line their mean")
+    axis.grid(axis="x", color="0.9")
+    axis.legend(fontsize=8, loc="best")
+    return figure
+
+
 def ladder(study: Ladder) -> None:
-    """Read the runs, then write OUT.csv and OUT.md. UsageError if they are not comparable."""
+    """Read runs, write OUT.csv, OUT.md and OUT.png. UsageError if they are not comparable."""
     check_out(study.out)
     runs = read_runs(study.runs, study.only)
     for run in runs:
@@ -685,7 +724,12 @@ def ladder(study: Ladder) -> None:
     text = ladder_table(rows)
     if study.against:
         text += "\n" + ladder_differences(rows, study.against, study.interquartile)
-    finish(study.out, text, rows)
+    earned = [ladder_returns(run, study.all_agents) for run in runs]
+    bounds = {
+        player: float(np.mean([x(run.args["populations"], player) for x, run in zip(earned, runs)]))
+        for player in ("blind", "knows population")
+    }
+    finish(study.out, text, rows, draw_ladder(rows, bounds))
 
 
 # --- Whom heads attend to -------------------------------------------------------------------------

@@ -478,6 +478,21 @@ def test_ladder(tmp_path):
     assert "| +5.25 [+1.79, +8.71] | 0.33 | +5.50 [-1.42, +12.42] | 0.33 |" in line
     code, text, _ = command("mra", "ladder", *runs[::2], "--against", "uni", "--out", out)
     assert code == 0 and "| ours - uni | +6.00 | – | +6.00 | – |" in text, "of one seed each"
+    assert Image.open(f"{out}.png").width > 500
+
+
+def test_the_ladders_figure(tmp_path):
+    """A dot per seed at its return, the best form first; scripts' returns where there are some."""
+    table = [
+        {"form": form, "run": f"{form}-s{k}", "return": x + k, "unseen": x - k}
+        for form, x in {"low": -9.0, "high": -7.0}.items()
+        for k in (1, 2)
+    ]
+    (axis,) = mra.draw_ladder(table, {"blind": -12.0, "knows population": np.nan}).axes
+    assert [x.get_text() for x in axis.get_yticklabels()] == ["high", "low"]
+    dots = [tuple(dots.get_offsets()[:, 0]) for dots in axis.collections]
+    assert dots == [(-6.0, -5.0), (-8.0, -7.0), (-8.0, -9.0), (-10.0, -11.0)]
+    assert [x.get_text() for x in axis.texts] == ["blind"]
 
 
 def test_columns_of_the_ladder_are_of_their_players():
