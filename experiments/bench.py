@@ -977,9 +977,7 @@ def time_cycle(script: Any, number: int, kind: str, repeats: int) -> dict[str, f
 
     return {
         "round": cpu_ms(lambda: cycle(once), repeats),
-        "phi": cpu_ms(
-            lambda: script.information_update(s.args, s.agent, first.buffer, view, 0), repeats
-        ),
+        "phi": cpu_ms(lambda: script.information_update(s.agent, first.game, view, 0), repeats),
         "psi, xi": cpu_ms(
             lambda: script.latent_update(s.args, s.agent, s.collectors, s.latent_rng), repeats
         ),

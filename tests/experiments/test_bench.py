@@ -254,9 +254,13 @@ def test_peers_without_melting_pot(monkeypatch):
     assert "| substrate" not in printed
 
 
-def test_bench_of_mra(capsys):
-    """Tiny: the replay's table and that of returns."""
+def test_bench_of_mra(monkeypatch, capsys):
+    """Tiny: cycles, the replay's table and that of returns."""
     bench = experiment("bench")
+    small = {kind: f"{flags} --batch-size 8" for kind, flags in bench.KINDS.items()}
+    monkeypatch.setattr(bench, "KINDS", small)
+    bench.cycle_table(bench.load_script("mra_maddpg_particle"), bench.Mra(numbers=(3,), repeats=1))
+    assert "| 3 | fast | " in (text := capsys.readouterr().out) and "N = 3: plain / fast" in text
     script = bench.load_script("mra_maddpg_particle")
     bench.replay_table(script)
     text = capsys.readouterr().out
