@@ -163,9 +163,9 @@ PRESETS = {
 }
 LINE = ("stage", "return", "critic_loss", "entropy", "sps")  # printed if there is no progress bar
 RESUMABLE = ("eval_populations", "plain", "compile")  # flags that may change with --resume
-# --adapt keeps these flags of the adapted run, whose agents are copied,
+# --adapt keeps these flags of the adapted run, as its agents are copied. It takes no others but
 FIXED = ("task", "hidden_size", "value_layers", "own_beside", "key_size", "head_gain")
-# and has these of its world where they are not given. It takes no others.
+# the rules of its world, which may be given anew.
 WORLD = ("shaping", "collision_penalty", "max_episode_steps")
 
 
