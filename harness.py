@@ -176,7 +176,7 @@ def preset_flags(presets: Presets, args: Any) -> dict[str, Any]:
     flags = {}
     for name, more in presets.items():
         preset, *when = name.split()
-        if preset == args.preset and (not when or getattr(args, when[0]) == when[1]):
+        if preset == args.preset and (not when or str(getattr(args, when[0])) == when[1]):
             flags |= more
     return flags
 

@@ -183,6 +183,7 @@ PRESETS = {
     "cpu regularizer mi": {"alpha_i_over_w": True},
     "cpu regularizer entropy": {"alpha_i_over_w": True},
     "cpu policy exact": {"alpha_i_over_w": False},  # so alpha's default is not divided, either
+    "cpu observe_self_only True": {"alpha_i_over_w": False},
     "cpu scenario resource": {
         "rescale": True,
         "egocentric": True,

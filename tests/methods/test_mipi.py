@@ -1091,7 +1091,8 @@ def test_alphas():
     assert coefficients(f"{cpu} --policy exact") == (0.03, 0.03), "it has no Eq. (18)"
     assert coefficients(f"{cpu} --scenario resource --policy head") == (0.005, 0.005)
     assert coefficients(f"{cpu} --observe-self-only --target-head tags") == (0, 0)
-    assert coefficients(f"{cpu} --regularizer none") == coefficients(f"{cpu} --alpha 0") == (0, 0)
+    assert coefficients(f"{cpu} --regularizer none") == (0, 0)
+    assert coefficients(f"{cpu} --alpha 0 --no-alpha-i-over-w") == (0, 0)
     assert coefficients(f"{cpu} --alpha .2") == (0.2, 0.2)
     assert coefficients("--alpha .2") == (0.2, 0.2)
     assert coefficients("--alpha .2 --alpha-i 0") == (0.2, 0)
