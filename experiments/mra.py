@@ -254,7 +254,7 @@ class Trained(NamedTuple):
 
 def load(run: Run) -> Trained:
     """Load a run's agent on the CPU. UsageError if it is a run of another script."""
-    known = [Path(path).stem for path in (MRA, MADDPG, RL2, EPC)]
+    known = [Path(path).stem for path in (MRA, MADDPG, RL2, EPC, MAAC)]
     if run.args["script"] not in known:
         wanted = ", ".join(known)
         raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {wanted}.")
@@ -889,7 +889,7 @@ class CrossPlay:
     paper, returns divided by the table's largest (if all are positive).
     """
 
-    runs: Runs  # pacman runs of mra_maddpg_particle.py, or of maddpg, rl2 or epc in baselines/
+    runs: Runs  # pacman runs of mra_maddpg_particle.py, or of maddpg, maac, rl2, epc in baselines/
     population: str = "8,4"  # numbers of Pac-Men and ghosts
     episodes: Annotated[int, Interval(ge=2)] = 200  # episodes of each pair of runs
     seed: Seed = 1  # seed of worlds, latents and actions
@@ -949,10 +949,13 @@ def cross_play(study: CrossPlay) -> None:
             if getattr(x.args, name) != getattr(trained[0].args, name):
                 other = f"and {trained[0].run.where} differ in {as_flag(name)}"
                 raise UsageError(f"{x.run.where} {other}: these are two worlds.")
-        for_one = not getattr(x.args, "share_parameters", True)  # scripts without the flag fit all
-        if for_one and x.populations != (study.population,):
-            only = f"has parameters per agent, for {x.populations[0]} only"
-            raise UsageError(f"{x.run.where} {only}.")
+        why = ""
+        if not getattr(x.args, "share_parameters", True):  # scripts without the flag fit all
+            why = "has parameters per agent"
+        elif x.run.args["script"] == Path(MAAC).stem:
+            why = "reads a vector with a place for each other agent"
+        if why and x.populations != (study.population,):
+            raise UsageError(f"{x.run.where} {why}: it plays {x.populations[0]} only.")
     rows = []
     for a, b in itertools.product(trained, trained):
         pac_man, ghost = play_pair(a, b, study)

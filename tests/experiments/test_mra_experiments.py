@@ -233,6 +233,30 @@ def test_cross_play_of_rl2(tmp_path):
     assert found == pytest.approx(returns.tolist(), rel=1e-5)
 
 
+@pytest.mark.parametrize("flags", ["", "--share-parameters"])
+def test_cross_play_of_maac(flags, runs, tmp_path):
+    """Its policies beside any other's; they read places of 3 + 2 agents, and play no others."""
+    maac = runs_module.load_script("maac_particle")
+    argv = "--task pacman --population 3,2 --num-envs 4 --batch-size 16 --hidden-size 8 --heads 2 "
+    argv += f"--total-timesteps 240 --final-episodes 0 --run-dir {tmp_path / 'maac-s1'} {flags}"
+    assert maac.main(argv.split()) == 0
+    words = [tmp_path / "maac-s1", runs / "chase-s1", "--out", tmp_path / "x", "--episodes", 6]
+    code, _, stderr = command("mra", "cross-play", *words, "--population", "3,2")
+    assert code == 0, stderr
+    found_rows = rows(tmp_path / "x.csv")
+    assert len(found_rows) == 4
+    world = maac.make_envs(maac.load_agent(str(tmp_path / "maac-s1"))[0], "3,2", 6, 1)
+    players = [maac.load_player(str(tmp_path / "maac-s1"), 1)]
+    players += [script.load_player(str(runs / "chase-s1"), 2)]
+    returns = mra.play(world, mra.together(*players)).mean(0)
+    (row,) = (r for r in found_rows if (r["pac_men"], r["ghosts"]) == ("maac", "chase"))
+    found = [float(row["pac_man"]), float(row["ghost"])]
+    assert found == pytest.approx(returns.tolist(), rel=1e-5)
+    code, _, stderr = command("mra", "cross-play", *words, "--population", "2,4")
+    assert (code, stderr.count("\n")) == (2, 1), stderr
+    assert f"{tmp_path / 'maac-s1'} " in stderr and "it plays 3,2 only" in stderr
+
+
 def test_cross_play_refuses(runs, tmp_path):
     worlds = {"sparse": "--no-shaping", "short": "--max-episode-steps 5"}
     for name, flag in worlds.items():
