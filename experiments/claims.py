@@ -657,15 +657,15 @@ HEAD = """# The papers' claims
     python experiments/launch.py experiments/studies/claims_chicken.toml   # runs it
 
 Does what the three papers claim hold in this implementation? The criteria were written before the
-runs that decide them, but for runs of others that the lemma claims share (in their rows).
+runs that decide them, but for the lemma claims, which also count older runs of others (their rows).
 
 **Methods are judged in our forms.** B's arm `bidist` has the clip of Eq. (9) centred at the old
 policy, not its letter ([bidist.md](bidist.md)). M's arm `mra`, and with it `uni` and `single`, has
 the form that [the ladder](mra_ladder.md) chose: phi learns by Eqs. (10), (11), (13), psi by (11),
 (13), not by Algorithm 4 as printed. M's arms have `--preset cpu`: 2.5 to 3.3 % of the steps of the
-authors' code, but [.5 % of its minibatches](results_mra.md), of half their size. So have I's: no
-memory, windows of 8 steps, lambda-returns, Adam, in battles a pointer ([mipi.md](mipi.md)); in
-Resource Collection MIPI plays the policy of Eq. (13) itself, not the head of Eq. (18).
+authors' code, but [.5 % of its minibatches](results_mra.md), of half their size. I's arms have that
+preset, too: no memory, windows of 8 steps, lambda-returns, Adam, a pointer ([mipi.md](mipi.md)); in
+Resource Collection MIPI plays the policy of Eq. (13) itself, not the head of Eq. (18), by tags.
 
 ![effects with intervals and margins, by claim](data/claims.png)
 
@@ -690,7 +690,8 @@ RULES = """## How verdicts are reached
   BiDist and MRA state none: shares are of our default, 10,000,000, and of MRA's authors' code,
   80,000 episodes of 20 steps a game.
 - **A margin** in per cent is of the other arm's figure in the same few seeds. Its own error is not
-  in the interval: it matters most in B3, B5 to B7, whose seeds differ most.
+  in the interval: it matters most in B3, B5 to B7, whose seeds differ most. Of an arm that earns as
+  random play does it is 0, and being ahead says little (M3's MADDPG and MAAC in Pacman).
 
 **Few seeds decide too easily.** Of two equal arms with normal figures
 (`tests/experiments/test_statistics.py`) a bootstrap of means leaves 0 out one time in five with

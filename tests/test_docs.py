@@ -254,6 +254,15 @@ def test_first_runs_are_what_the_zoo_holds():
         assert minutes == f"{summary['wall_s'] / 60:.0f}"
 
 
+def test_lengths_of_scripts_are_todays():
+    """The table of docs/scripts.md has each script, with its lines."""
+    rows = re.findall(
+        r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", (ROOT / "docs/scripts.md").read_text(), re.MULTILINE
+    )
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in map(str, SCRIPTS)}
+    assert {name: int(length.replace(",", "")) for name, length in rows} == lengths
+
+
 def test_pages_named_in_other_files_exist():
     """In docstrings, the Makefile, requirements and the like."""
     names = [ROOT / "Makefile", ROOT / "harness.py", *ROOT.glob("requirements*.txt")]
