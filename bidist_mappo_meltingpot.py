@@ -982,6 +982,7 @@ class NetPlayer:
 # [shared: meltingpot_players] end
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_player(path: str, envs: Any, seed: int = 0, network: str = "actor") -> Player:
     """Load the actor ("distilled": phi) of a run or checkpoint as a player in the worlds `envs`."""
     args = saved_args(path, Args)
@@ -1002,7 +1003,7 @@ def check_kept(agent: Agent, source: str) -> None:
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
     """{path: actor} for each path in --background; UsageError if an actor does not fit."""
-    if args.num_focal >= agent.spec.num_agents > 1:
+    if args.background and args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
     others = {}

@@ -146,6 +146,10 @@ def read_args(
     check(
         [
             (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
+            (
+                args.eval_only and any(word.startswith("--eval-episodes") for word in argv),
+                "--eval-episodes is of evaluations in training: --eval-only plays --final-episodes",
+            ),
             (args.eval_only and args.track, "--track logs training: it is not for --eval-only"),
         ]
     )
@@ -793,16 +797,18 @@ class Parts:
     """An object of which a checkpoint stores the attributes that are networks or optimisers."""
 
     def parts(self) -> dict[str, Any]:
-        """{name of the attribute: the network or optimiser}. TypeError if a list, tuple or dict
-        holds others: several networks are an nn.ModuleList."""
+        """{name of the attribute: the network or optimiser}. TypeError if an attribute, list, tuple
+        or dict holds others: several networks are an nn.ModuleList, a weight of its own is in an
+        nn.ParameterList."""
         found = {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
         known = {id(part) for part in found.values()}
         for name, x in vars(self).items():
-            if not isinstance(x, list | tuple | dict):
-                continue
-            members = x.values() if isinstance(x, dict) else x
-            if any(hasattr(part, "state_dict") and id(part) not in known for part in members):
-                raise TypeError(f"no checkpoint would hold {name}, a {type(x).__name__}.")
+            members = x if isinstance(x, list | tuple) else [x]
+            members = x.values() if isinstance(x, dict) else members
+            for part in members:
+                learns = isinstance(part, Tensor) and part.requires_grad
+                if learns or (hasattr(part, "state_dict") and id(part) not in known):
+                    raise TypeError(f"no checkpoint would hold {name}, a {type(x).__name__}.")
         return found
 
 

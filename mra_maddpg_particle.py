@@ -1049,6 +1049,7 @@ def evaluate(
     return results
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_agent(path: str) -> tuple[Args, Agent]:
     """Load arguments and networks of a run or checkpoint, on the CPU; UsageError if another script
     wrote it."""

@@ -2,8 +2,8 @@
 
 An agent that relies on its teammates fails when the team changes. So its utility is the sum of two
 parts: what an action is worth to the agent alone, and how teammates change this value. The second
-part is 0 until the agent has seen a teammate. o_i is all that agent i sees and has seen; o_i- is
-the same without other agents.
+part is 0 until the agent has seen a teammate. o_i is all that agent i sees and has seen (without
+memory: sees); o_i- is the same without other agents.
 
     Q_i   = Q_alone(o_i-) + Q_collab(o_i) - Q_collab(o_i-)
     Q_tot = w_final . ELU(sum_i Q_i w_i + b) + V,  w_i, w_final softmax: >= 0        --mixer flex
@@ -190,15 +190,21 @@ LINE = ("return", "win", "td_loss", "sps")  # scalars of lines printed where the
 def validate(args: Args) -> list[tuple[Any, str]]:
     """(whether it is wrong, message) for combinations of flags that would not do what they say."""
     lambdas = args.returns == "lambda"
+    too_many = args.num_envs > args.buffer_size and not args.eval_only
+    rmsprop = ("rmsprop_alpha", "rmsprop_eps")
+    own_rmsprop = any(getattr(args, x) != getattr(Args, x) for x in rmsprop)
     return [
         (args.batch_size > args.buffer_size, "--batch-size exceeds --buffer-size"),
-        (args.num_envs > args.buffer_size, "--num-envs exceeds --buffer-size"),
+        (too_many, "--num-envs exceeds --buffer-size"),
         (args.hidden_size % args.heads, "--hidden-size is no multiple of --heads"),
-        (args.windows != "whole" and args.replay_window < 2, "--windows needs --replay-window 2"),
-        (not lambdas and args.td_lambda != 0.8, "--td-lambda needs --returns lambda"),
+        (
+            args.windows != "whole" and args.replay_window < 2,
+            "--windows needs --replay-window 2 or more",
+        ),
+        (not lambdas and args.td_lambda != Args.td_lambda, "--td-lambda needs --returns lambda"),
         (lambdas and args.replay_window == 1, "--returns lambda needs --replay-window 2 or more"),
         (
-            args.optimiser != "rmsprop" and (args.rmsprop_alpha, args.rmsprop_eps) != (0.99, 1e-5),
+            args.optimiser != "rmsprop" and own_rmsprop,
             "--rmsprop-alpha and --rmsprop-eps need --optimiser rmsprop",
         ),
         (args.anneal_from and args.final_share == 1, "--anneal-from needs --final-share below 1"),
@@ -975,6 +981,7 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     return worlds.play_all(args, evaluation, policies, make, battle_seed)
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_player(path: str) -> Policy:
     """The greedy policy of a run or checkpoint, for battles of its scenario that begin together."""
     args = dataclasses.replace(saved_args(path, Args), compile=False)
@@ -993,8 +1000,8 @@ def train(args: Args) -> int:
     """Train (--resume: continue a run) or, with --eval-only, evaluate; returns the exit code."""
     table = worlds.playing(args.scenario).table
     with Run(args, table, LINE) as run:
-        if args.resume:
-            check(worlds.wrong_to_resume(args, run.saved["args"]))
+        if args.resume or args.eval_only:
+            check(worlds.wrong_to_continue(args, run.saved["args"]))
         args = run.own_share(args, "batch_size", "buffer_size", "target_every")
         check(validate(args))  # again: a round must fit into this process's share of the buffer
         battles = make_envs(

@@ -888,6 +888,7 @@ def evaluate(
     return results
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_agent(path: str) -> tuple[Args, Agent]:
     """Load arguments and the last stage's best set of a run or checkpoint, on the CPU; UsageError
     if another script wrote it. For a run that is not over sets play a tournament at every call."""
@@ -905,6 +906,7 @@ def load_player(path: str, seed: int = 1) -> Player:
     args, agent = load_agent(path)
 
     @functools.cache
+    @torch.random.fork_rng(devices=[])
     def player(game: Game) -> Player:
         return net_player(resized(args, agent, game, ACTING), seed)
 

@@ -624,6 +624,7 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     return play_all(evaluation, worlds, players, world_seed)
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_agent(path: str) -> tuple[Args, Agent]:
     """Load arguments and networks of a run or checkpoint, on the CPU; UsageError if another script
     wrote it."""

@@ -927,6 +927,7 @@ def evaluate(args: Args, agent: Agent, evaluation: Evaluation) -> dict[str, dict
     return worlds.play_all(args, evaluation, policies, make, battle_seed)
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_player(path: str) -> Policy:
     """The greedy policy of a run or checkpoint, for battles of its scenario."""
     args = saved_args(path, Args)
@@ -945,8 +946,8 @@ def train(args: Args) -> int:
     """Train (--resume: continue a run) or, with --eval-only, evaluate; returns the exit code."""
     table = worlds.playing(args.scenario).table
     with Run(args, table, LINE) as run:
-        if args.resume:
-            check(worlds.wrong_to_resume(args, run.saved["args"]))
+        if args.resume or args.eval_only:
+            check(worlds.wrong_to_continue(args, run.saved["args"]))
         battles = make_envs(
             args,
             sizes=args.team_sizes,

@@ -808,6 +808,7 @@ class NetPlayer:
 # [shared: meltingpot_players] end
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_player(path: str, envs: Any, seed: int = 0) -> Player:
     """Load mu, the actor of a run directory or checkpoint, as a player in the worlds `envs`."""
     args = saved_args(path, Args)
@@ -820,7 +821,7 @@ def load_player(path: str, envs: Any, seed: int = 0) -> Player:
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
     """{path: actor} for each path in --background; UsageError if an actor does not fit."""
-    if args.num_focal >= agent.spec.num_agents > 1:
+    if args.background and args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
     others = {}

@@ -124,11 +124,12 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     alone = args.history_share == 0
     few = 0 < args.memory < args.policies_per_rollout
+    idle = args.redraw == "episode" and alone and not (args.resume or args.eval_only)
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
         (args.use_history and alone, "--use-history has no samples with --history-share 0"),
-        (args.redraw == "episode" and alone, "--history-share 0 leaves no use for --redraw"),
+        (idle, "--history-share 0 leaves no use for --redraw"),
         (few, f"--policies-per-rollout exceeds --memory {args.memory}"),
     ]
 
@@ -858,6 +859,7 @@ class NetPlayer:
 # [shared: meltingpot_players] end
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_player(path: str, envs: Any, seed: int = 0) -> Player:
     """Load the actor of a run directory or checkpoint as a player in the worlds `envs`."""
     args = saved_args(path, Args)
@@ -870,7 +872,7 @@ def load_player(path: str, envs: Any, seed: int = 0) -> Player:
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
     """{path: actor} for each path in --background; UsageError if an actor does not fit."""
-    if args.num_focal >= agent.spec.num_agents > 1:
+    if args.background and args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
     others = {}
@@ -912,7 +914,8 @@ def evaluate(
     if memory.actors:  # none before the first iteration
         partners["past"] = past
     elif evaluation.final and "past" in args.background:
-        tell("There are no past actors yet, so no row is of them.")
+        none = f"{args.eval_only} holds" if args.eval_only else "So far there are"
+        tell(f"{none} no past actors, so no row is of them.")
     seed = int(rng.integers(2**31))
     with make_envs(args, min(args.num_envs, evaluation.episodes), seed) as envs:
         rows = background_rows(args, evaluation, envs, new_player, partners)

@@ -118,12 +118,13 @@ def validate(args: Args) -> list[tuple[Any, str]]:
     """(condition, error message) pairs: the flags are rejected if a condition is true."""
     chunks = args.rollout_steps // args.chunk_length * args.num_envs
     never = args.clean_share == 1
+    begins = never and not (args.resume or args.eval_only)  # a run with idle flags goes on
     matched = args.feature_matching not in (0, Args.feature_matching)
     return [
         (args.rollout_steps % args.chunk_length, "--chunk-length must divide --rollout-steps"),
         (args.minibatches > chunks, f"--minibatches exceeds the {chunks} chunks of a rollout"),
-        (never and args.randnet_fan == "channels", "--clean-share 1 has no psi for --randnet-fan"),
-        (never and matched, "--clean-share 1 has no psi for --feature-matching"),
+        (begins and args.randnet_fan == "channels", "--clean-share 1 has no psi for --randnet-fan"),
+        (begins and matched, "--clean-share 1 has no psi for --feature-matching"),
         (never and args.randnet_test == "mc", "--clean-share 1 has no psi for --randnet-test mc"),
     ]
 
@@ -760,6 +761,7 @@ class NetPlayer:
 # [shared: meltingpot_players] end
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_player(path: str, envs: Any, seed: int = 0) -> Player:
     """Load the actor of a run directory or checkpoint as a player in the worlds `envs`."""
     args = saved_args(path, Args)
@@ -773,7 +775,7 @@ def load_player(path: str, envs: Any, seed: int = 0) -> Player:
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
     """{path: actor} for each path in --background; UsageError if an actor does not fit."""
-    if args.num_focal >= agent.spec.num_agents > 1:
+    if args.background and args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
     others = {}
@@ -853,6 +855,7 @@ def train(args: Args) -> int:
             "log": log,
         }
         run.begin(args.substrate, parts={"agent": agent}, own=own, bots=bots, amp=agent.amp)
+        agent.psi = own["psi"]
         if args.resume and not envs.reproducible:  # all worlds begin new episodes
             state = new_state(agent, args.num_envs)
         while run.goes_on():

@@ -8,7 +8,8 @@ equally often. RPM is a baseline of BiDist (Feng et al., AAMAS 2025, Sec. 5.1 an
 
     kappa = floor(R / psi)     rank of theta;  R: return per 1,000 steps of agents that theta played
     Psi[kappa] <- Psi[kappa] + theta
-    who_i = theta with 1 - p, else uniform from Psi[kappa'], kappa' uniform from the ranks of Psi
+    who_i = theta with 1 - p, else uniform from Psi[kappa'], kappa' uniform from the ranks of Psi;
+            at least one theta per world
     J(theta) = E_{i: who_i = theta} min(r A_i, clip(r, 1 -+ eps) A_i),  r = pi_theta / pi_theta_old
     --use-history: all i, with r = pi_theta / pi_who_i,  clip(r, w (1 -+ eps)),
                    w = pi_theta_old / pi_who_i
@@ -894,6 +895,7 @@ class NetPlayer:
 # [shared: meltingpot_players] end
 
 
+@torch.random.fork_rng(devices=[])  # a new network draws its weights: the caller's generator stays
 def load_player(path: str, envs: Any, seed: int = 0) -> Player:
     """Load the actor of a run directory or checkpoint as a player in the worlds `envs`."""
     args = saved_args(path, Args)
@@ -906,7 +908,7 @@ def load_player(path: str, envs: Any, seed: int = 0) -> Player:
 
 def load_background(args: Args, agent: Agent) -> dict[str, Actor]:
     """{path: actor} for each path in --background; UsageError if an actor does not fit."""
-    if args.num_focal >= agent.spec.num_agents > 1:
+    if args.background and args.num_focal >= agent.spec.num_agents > 1:
         seats = f"--num-focal {args.num_focal} of {agent.spec.num_agents} seats"
         raise UsageError(f"{seats} leaves none to a co-player.")
     others = {}
@@ -948,7 +950,8 @@ def evaluate(
     if memory.actors:  # none before the first episode has ended
         partners["past"] = past
     elif evaluation.final and "past" in args.background:
-        tell("There are no past actors yet, so no row is of them.")
+        none = f"{args.eval_only} holds" if args.eval_only else "So far there are"
+        tell(f"{none} no past actors, so no row is of them.")
     seed = int(rng.integers(2**31))
     with make_envs(args, min(args.num_envs, evaluation.episodes), seed) as envs:
         rows = background_rows(args, evaluation, envs, new_player, partners)

@@ -886,11 +886,13 @@ def open_states(states: Run) -> Any:
 
 def open_checkpoint(run: Run, states: Run) -> Opened:
     """A run's agent with the episodes of the run `states`. UsageError if one of them is not
-    readable (see check_readable()) or if their scenarios differ."""
+    readable (see check_readable()) or if their scenarios, or how features tell places, differ."""
     check_readable(run)
-    if run.args["scenario"] != states.args["scenario"]:
-        own, other = run.args["scenario"], states.args["scenario"]
-        raise UsageError(f"{run.where} is of {own}, {states.where} of {other}.")
+    for name in ("scenario", "rescale", "egocentric"):
+        own, other = run.args.get(name, False), states.args.get(name, False)
+        if own != other:
+            flag = "" if name == "scenario" else f"--{name} "
+            raise UsageError(f"{run.where} is of {flag}{own}, {states.where} of {flag}{other}.")
     check_readable(states)
     script, _, agent = open_agent(run)
     return Opened(script, agent, open_states(states))

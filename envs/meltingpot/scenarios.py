@@ -483,7 +483,8 @@ def background_rows(
     partners: Mapping[str, Callable[[Any], Player]],
 ) -> dict[str, dict[str, float]]:
     """{row name: summarise()}: "self-play" of new_player(envs), "v NAME" for new_player(envs) with
-    each NAME of --background, and "random v random" if random is one of these names.
+    each NAME of --background, and "random v random" if random is one of these names. In a world for
+    one agent nobody is beside it: no "v NAME".
 
     args: as for scenario_rows(), with background and num_focal. evaluation: harness.Evaluation.
     partners: {NAME: function that makes its player for envs}; a NAME without one is left out.
@@ -499,7 +500,8 @@ def background_rows(
             them = partners[name](envs)
         else:
             continue
-        pairs[f"v {name}"] = (new_player(envs), them)
+        if envs.spec.num_agents > 1:
+            pairs[f"v {name}"] = (new_player(envs), them)
     evaluation.expect(evaluation.episodes * len(pairs))
     return play_pairs(
         envs,
@@ -521,7 +523,8 @@ def scenario_rows(
     id_roles: tuple[str, ...],
 ) -> dict[str, dict[str, float]]:
     """Play every scenario that args selects with new_player(envs); return {"SC0 scripted":
-    envs.meltingpot.episodes.summarise()}, and write CSVs to evaluation.run_dir / "evaluation".
+    envs.meltingpot.episodes.summarise()}, and write CSVs to evaluation.run_dir / "evaluation" in
+    place of those that an evaluation after the same steps has left there (see find_kept()).
 
     args: of a script, with substrate, seed, num_envs, num_workers, worker_timeout, eval_ids,
     eval_scenarios, eval_only, run_dir and bots. evaluation: harness.Evaluation; a run_dir of None
@@ -529,39 +532,36 @@ def scenario_rows(
     and as find_kept(); WorldError: cannot write.
     """
     names, bots = find_scenarios(args)
-    if not names:
-        return {}
     kept = find_kept(args, evaluation, names, bots)
-    evaluation.expect(evaluation.episodes * len(names))
-    played = play_scenarios(
-        names,
-        bots,
-        new_player,
-        episodes=evaluation.episodes,
-        num_envs=args.num_envs,
-        rng=evaluation.rng,
-        id_roles=id_roles,
-        shuffle_ids=args.eval_ids == "random",
-        videos=evaluation.videos,
-        stem=evaluation.stem,
-        progress=evaluation.progress,
-        num_workers=args.num_workers,
-        timeout=args.worker_timeout,
-    )
+    played = {}
+    if names:
+        evaluation.expect(evaluation.episodes * len(names))
+        played = play_scenarios(
+            names,
+            bots,
+            new_player,
+            episodes=evaluation.episodes,
+            num_envs=args.num_envs,
+            rng=evaluation.rng,
+            id_roles=id_roles,
+            shuffle_ids=args.eval_ids == "random",
+            videos=evaluation.videos,
+            stem=evaluation.stem,
+            progress=evaluation.progress,
+            num_workers=args.num_workers,
+            timeout=args.worker_timeout,
+        )
     if evaluation.run_dir:
         folder = evaluation.run_dir / "evaluation"
         new = {row: results for row, results in played.items() if row not in kept}
         if kept:
             print(f"{folder} keeps what it has of {', '.join(kept)}: for a copy name a --run-dir.")
+        before = files_of(folder, evaluation)
         try:
-            save_results(
-                folder,
-                evaluation.kind,
-                args.substrate,
-                seed=args.seed,
-                timesteps=evaluation.timesteps,
-                results=new,
-            )
+            written = save_results(folder, evaluation, args.substrate, args.seed, new)
+            if args.run_dir or not args.eval_only:  # it replaces an evaluation that was here
+                for path in {*before}.difference(written):
+                    path.unlink()
         except OSError as error:
             raise WorldError(f"{folder} cannot be written: {error.strerror or error}.") from None
     return {row: summarise(results) for row, results in played.items()}
@@ -569,11 +569,12 @@ def scenario_rows(
 
 def find_kept(args: Any, evaluation: Any, names: Sequence[str], bots: Kind) -> list[str]:
     """The rows whose files --eval-only without --run-dir must not replace, as the run has finished.
-    NoWorldError, before anything is played, if it would replace better files."""
+    NoWorldError, before anything is played, if it would replace better files, or write files of
+    another policy or of other ids beside those that are there."""
     # Tables read these files as the run's final evaluation, of which summary.json has the figures:
     # a later look must not take its place. With fewer episodes or by another policy it is refused.
     run_dir = evaluation.run_dir
-    if not args.eval_only or args.run_dir or not run_dir:
+    if not args.eval_only or args.run_dir or not run_dir or not names:
         return []
     finished = (run_dir / "summary.json").exists()
     own: dict[str, Any] = {}
@@ -582,43 +583,48 @@ def find_kept(args: Any, evaluation: Any, names: Sequence[str], bots: Kind) -> l
         for flags in (about, *about.get("resumed", ())):
             own |= flags
     other = [x for x in ("eval_ids", "randnet_test") if x in own and own[x] != getattr(args, x)]
-    kept = []
-    for name in names:
-        file = file_of(evaluation.kind, evaluation.timesteps, short(name), bots)
-        path = run_dir / "evaluation" / file
-        if not path.exists():
-            continue
+    folder = run_dir / "evaluation"
+    files = {f"{short(x)} {bots}": folder / file_of(evaluation, short(x), bots) for x in names}
+    kept = {row: path for row, path in files.items() if path.exists()}
+    for path in (*kept.values(), *(files_of(folder, evaluation) if other else ())):
         reasons = [f"--{x.replace('_', '-')} {own[x]}" for x in other]
         episodes = len(path.read_text().splitlines()) - 1
-        if episodes > evaluation.episodes:
+        if path in kept.values() and episodes > evaluation.episodes:
             reasons.append(f"{episodes} episodes")
         if reasons:
             text = f"{path} has {' and '.join(reasons)} and stays as it is"
             raise NoWorldError(f"{text}: name another directory by --run-dir.")
-        if finished:
-            kept.append(f"{short(name)} {bots}")
-    return kept
+    return list(kept) if finished else []
 
 
 COLUMNS = ("scenario", "bots", "seed", "timesteps", "episode", *Result._fields)
 
 
-def file_of(kind: str, timesteps: int, scenario: str, bots: str) -> str:
+def file_of(evaluation: Any, scenario: str, bots: str) -> str:
     """The name of a scenario's file, as "final-1000000-SC0-scripted.csv"."""
-    return f"{kind}-{timesteps}-{scenario}-{bots}.csv"
+    return f"{evaluation.kind}-{evaluation.timesteps}-{scenario}-{bots}.csv"
+
+
+def files_of(folder: Path, evaluation: Any) -> list[Path]:
+    """The files in `folder` of this kind of evaluation after these steps."""
+    return sorted(folder.glob(file_of(evaluation, "*", "*")))
 
 
 def save_results(
-    folder: Path, kind: str, substrate: str, seed: int, timesteps: int, results: dict
-) -> None:
-    """Write a CSV per scenario, a line per episode, named by file_of()."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder: Path, evaluation: Any, substrate: str, seed: int, results: dict
+) -> list[Path]:
+    """Write a CSV per scenario, a line per episode, named by file_of(). Returns their paths."""
+    paths = []
     for row, episodes in results.items():
+        folder.mkdir(parents=True, exist_ok=True)
         scenario, _, bots = row.partition(" ")
-        about = (f"{substrate}_{scenario.removeprefix('SC')}", bots, seed, timesteps)
-        part = folder / f".{file_of(kind, timesteps, scenario, bots)}"
+        name = f"{substrate}_{scenario.removeprefix('SC')}"
+        about = (name, bots, seed, evaluation.timesteps)
+        paths.append(folder / file_of(evaluation, scenario, bots))
+        part = paths[-1].with_name(f".{paths[-1].name}")
         with part.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows([*about, k, *result] for k, result in enumerate(episodes))
-        part.replace(part.with_name(part.name[1:]))
+        part.replace(paths[-1])
+    return paths

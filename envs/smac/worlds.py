@@ -114,19 +114,26 @@ def wrong_flags(args: Any) -> list[tuple[Any, str]]:
     ]
 
 
-def wrong_to_resume(args: Any, own: dict[str, Any]) -> list[tuple[Any, str]]:
+def wrong_to_continue(args: Any, own: dict[str, Any]) -> list[tuple[Any, str]]:
     """[(whether it is wrong, sentence)]: a run with the saved arguments `own` can be resumed only
-    with its --backend, --game-version and --num-envs. (It may be evaluated with others.)"""
+    with its --backend, --game-version and --num-envs. It may be evaluated with others, if they do
+    something there."""
     in_simulator = args.backend == "sim" and args.scenario != "resource"
+    version, backend, number = own["game_version"], own["backend"], own["num_envs"]
+    other_version = args.game_version != version
     return [
-        (args.backend != own["backend"], f"{args.resume} is a run with --backend {own['backend']}"),
+        (other_version and args.backend == "sim", "--game-version is for --backend sc2"),
         (
-            args.game_version != own["game_version"],
-            f"{args.resume} is a run with --game-version {own['game_version'] or 'unset'}",
+            args.resume and args.backend != backend,
+            f"{args.resume} is a run with --backend {backend}",
         ),
         (
-            args.num_envs != own["num_envs"],
-            f"{args.resume} is a run with --num-envs {own['num_envs']}",
+            args.resume and other_version,
+            f"{args.resume} is a run with --game-version {version or 'unset'}",
+        ),
+        (
+            args.resume and args.num_envs != number,
+            f"{args.resume} is a run with --num-envs {number}",
         ),
         (
             args.env_threads not in (1, own["env_threads"]) and not in_simulator,

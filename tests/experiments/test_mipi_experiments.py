@@ -720,14 +720,17 @@ def test_team_dependence(runs, tmp_path):
         for pair in ((names[0], names[0]), (seed_2, seed_2), (names[0], seed_2))
     )
     assert torch.equal(other, theirs) and not torch.equal(other, mine)
-    made = {"scenario": "csz", "backend": "sc2"}
+    made = {"scenario": "csz", "backend": "sc2", "rescale": True, "egocentric": True}
     for name, x in made.items():
+        x = name if x is True else x
         shutil.copytree(runs / "sz-mipi-s1", tmp_path / x)
-        args = json.loads((tmp_path / x / "args.json").read_text()) | {name: x}
+        args = json.loads((tmp_path / x / "args.json").read_text()) | {name: made[name]}
         (tmp_path / x / "args.json").write_text(json.dumps(args))
     for words, sentence in (
         ((tmp_path / "sc2",), "is of the game itself"),
         ((names[0], "--states", tmp_path / "csz"), "is of sz"),
+        ((names[0], "--states", tmp_path / "rescale"), "is of --rescale False"),
+        ((names[0], "--states", tmp_path / "egocentric"), "is of --egocentric False"),
         ((names[0], "--states", tmp_path / "sc2"), "is of the game itself"),
         ((runs,), "is no run directory"),
         ((runs / "sz-mipi-s1", "--states", runs / "nothing"), "is no run directory"),

@@ -86,12 +86,15 @@ def players_and_actions(module, path, worlds_of, monkeypatch):
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_an_entry_loads_and_plays(entry, worlds_of, monkeypatch):
-    """It is intact, of today's flags, and acts."""
+    """It is intact, of today's flags, and acts. Loading it draws from no generator of the caller's:
+    whoever loads co-players while training would begin the same numbers again."""
     if "substrate" in entry.args:
         pytest.importorskip("dmlab2d")
     module = zoo.load_script(entry.args["script"])
     path = str(entry.path)
+    before = torch.get_rng_state()
     actions, shape, count = players_and_actions(module, path, worlds_of, monkeypatch)
+    assert torch.equal(torch.get_rng_state(), before)
     actions = np.asarray(actions)
     assert actions.shape == shape and np.issubdtype(actions.dtype, np.integer)
     assert (actions >= 0).all() and (count is None or (actions < count).all())
@@ -541,7 +544,9 @@ def test_scenarios_without_a_place_write_nothing(monkeypatch):
     monkeypatch.setattr(scenarios, "find_scenarios", lambda args: (["SC0"], "scripted"))
     monkeypatch.setattr(scenarios, "play_scenarios", lambda *_, **__: {"SC0 scripted": []})
     monkeypatch.setattr(scenarios, "summarise", lambda results: {"return": 1.0})
-    monkeypatch.setattr(scenarios, "save_results", lambda folder, *_, **__: saved.append(folder))
+    monkeypatch.setattr(
+        scenarios, "save_results", lambda folder, *_, **__: saved.append(folder) or []
+    )
     args = script(MAPPO).Args()
     for place in (None, Path("here")):
         evaluation = harness.Evaluation(args, "final", 1, place)

@@ -581,6 +581,20 @@ def test_several_networks_that_no_checkpoint_would_hold(wrapped):
     agent.sizes = wrapped([1])
     agent.again = wrapped([agent.several])  # stored as `several`
     assert list(harness.pack(agent)) == ["several"]
+    agent.weights = wrapped([torch.zeros(2), torch.zeros(2, requires_grad=True)])
+    with pytest.raises(TypeError, match="no checkpoint would hold weights, a "):
+        harness.pack(agent)
+
+
+def test_a_weight_that_no_checkpoint_would_hold():
+    """A fork's temperature, say: it would begin anew with every --resume."""
+    agent = harness.Parts()
+    agent.scale = torch.ones(2)  # a constant
+    agent.log_alpha = torch.nn.Parameter(torch.zeros(()))
+    with pytest.raises(TypeError, match="no checkpoint would hold log_alpha, a Parameter"):
+        harness.pack(agent)
+    agent.log_alpha = torch.nn.ParameterList([torch.zeros(())])
+    assert list(harness.pack(agent)) == ["log_alpha"]
 
 
 @pytest.mark.long

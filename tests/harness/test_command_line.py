@@ -187,6 +187,13 @@ def test_wrong(typed, tmp_path, capfd):
         only_error(err)
 
 
+def test_an_evaluation_plays_its_own_number_of_episodes(capfd):
+    assert run(*flags("run", 1, "--final-episodes", 1)) == 0
+    capfd.readouterr()
+    assert run("--eval-only", "run", "--eval-episodes=3") == 2
+    assert "--eval-only plays --final-episodes" in only_error(capfd.readouterr().err)
+
+
 def test_tracking_is_of_training(capfd):
     """An evaluation alone logs nothing there; a tracked run can be evaluated."""
     assert run(*flags("run", 1, "--final-episodes", 1)) == 0

@@ -150,14 +150,17 @@ def changed(change):
             super().__init__(grid)
             if change == "a layer":
                 self.conv3 = torch.nn.Conv2d(32, 32, 1)
+            if change == "a gate":  # as in ReZero: it begins at 0
+                self.gate = torch.nn.Parameter(torch.zeros(64))
 
         def forward(self, ids, sprites):
-            return super().forward(ids, sprites) * (2 if change == "the function" else 1)
+            x = super().forward(ids, sprites) * (2 if change == "the function" else 1)
+            return x + self.gate * x.sin() if change == "a gate" else x
 
     return Changed((7, 7))
 
 
-@pytest.mark.parametrize("change", ["a layer", "the function"])
+@pytest.mark.parametrize("change", ["a layer", "the function", "a gate"])
 def test_tables_refuse_another_network(change):
     """Whoever changes TileCNN is told that --plain is needed; else the change would never run."""
     TileTables(changed("nothing"))

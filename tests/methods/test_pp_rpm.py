@@ -552,6 +552,18 @@ def test_wrong_command_line(name, line, plain, tmp_path, capfd):
         assert [word for word in WRONG[line].split() if word not in sentence] == []
 
 
+def test_a_run_that_was_begun_with_idle_flags_goes_on():
+    """Such a run may be from before they were refused."""
+    line = ["--substrate", "toy", "--redraw", "episode", "--history-share", "0"]
+    args = SCRIPTS[PP].Args(history_share=0.0, redraw="episode")
+    idle = [text for wrong, text in SCRIPTS[PP].validate(args) if wrong]
+    assert idle == ["--history-share 0 leaves no use for --redraw"]
+    assert SCRIPTS[PP].main(line) == 2
+    for flag in ("resume", "eval_only"):
+        later = dataclasses.replace(args, **{flag: "run"})
+        assert not any(wrong for wrong, _ in SCRIPTS[PP].validate(later))
+
+
 @NAMES
 def test_another_substrates_memory_is_refused(name, plain, capfd):
     """Whose actors have other shapes; and a run of another substrate beside us."""
@@ -618,7 +630,11 @@ def test_a_past_that_is_not_there_is_refused(name, plain, tmp_path, capfd):
     capfd.readouterr()
     assert script.main([*line, "random", "past"]) == 0  # the default
     out = capfd.readouterr().out
-    assert "There are no past actors yet" in out and "v past" not in out and "v random" in out
+    assert (
+        "run holds no past actors, so no row is of them." in out
+        and "v past" not in out
+        and "v random" in out
+    )
     assert script.main([*line, "past"]) == 2
     sentence = "error: --background past: run holds no past actors."
     assert only_error(capfd.readouterr().err).startswith(sentence)

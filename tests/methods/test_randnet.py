@@ -416,6 +416,17 @@ def test_wrong_command_lines(tmp_path, capfd):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_run_that_was_begun_with_idle_flags_goes_on():
+    """Only the evaluation that needs psi is refused then."""
+    module = script(NAME)
+    args = module.Args(clean_share=1.0, randnet_fan="channels", feature_matching=1.0)
+    assert len([text for wrong, text in module.validate(args) if wrong]) == 2
+    later = dataclasses.replace(args, eval_only="run")
+    assert not any(wrong for wrong, _ in module.validate(later))
+    later = dataclasses.replace(later, randnet_test="mc")
+    assert len([text for wrong, text in module.validate(later) if wrong]) == 1
+
+
 def test_help_and_args_json(tmp_path):
     flags_of_all.test_without_melting_pot(NAME, tmp_path)
     flags_of_all.test_every_flag_arrives_in_args_json(NAME, tmp_path)

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import harness
@@ -955,7 +956,7 @@ def test_threads_are_not_given_to_a_run_that_has_no_use_for_them():
     args = dataclasses.replace(refil.Args(), scenario="resource", resume="run", env_threads=4)
     own = dataclasses.asdict(refil.Args())
     for threads, wrong in ((1, True), (4, False)):  # 4: begun before they were refused
-        found = worlds.wrong_to_resume(args, own | {"env_threads": threads})
+        found = worlds.wrong_to_continue(args, own | {"env_threads": threads})
         assert [text for bad, text in found if bad] == wrong * [
             "--env-threads is for battles of --backend sim"
         ]
@@ -964,8 +965,45 @@ def test_threads_are_not_given_to_a_run_that_has_no_use_for_them():
 def test_a_run_goes_on_with_as_many_battles():
     own = dataclasses.asdict(refil.Args())
     args = dataclasses.replace(refil.Args(), resume="run", num_envs=4)
-    found = worlds.wrong_to_resume(args, own)
+    found = worlds.wrong_to_continue(args, own)
     assert [text for bad, text in found if bad] == ["run is a run with --num-envs 8"]
+
+
+def test_an_evaluation_has_no_flags_that_its_world_ignores():
+    """A version of the game in the simulator; a run in the game may be evaluated in either."""
+    args = dataclasses.replace(refil.Args(), eval_only="run", num_envs=4)
+    own = dataclasses.asdict(refil.Args())
+    assert not any(bad for bad, _ in worlds.wrong_to_continue(args, own))
+    found = worlds.wrong_to_continue(dataclasses.replace(args, game_version="4.10.0"), own)
+    assert [text for bad, text in found if bad] == ["--game-version is for --backend sc2"]
+    played = own | {"backend": "sc2", "game_version": "4.10.0"}
+    for flags in ({}, {"backend": "sc2", "game_version": "4.6.2"}):
+        later = dataclasses.replace(args, **({"game_version": "4.10.0"} | flags))
+        assert not any(bad for bad, _ in worlds.wrong_to_continue(later, played))
+
+
+def test_a_fork_may_have_other_defaults():
+    """What is refused beside another flag is a value that was typed."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Forked(refil.Args):
+        td_lambda: float = 0.9
+        imagine_weight: float = 0.3
+        rmsprop_eps: float = 1e-6
+
+    module = type(refil)("fork")
+    module.__dict__.update(vars(refil) | {"Args": Forked})
+    validate = types.FunctionType(refil.validate.__code__, vars(module))
+    for flags in ({}, {"imagine": False}, {"optimiser": "adam"}):
+        assert not any(bad for bad, _ in validate(Forked(**flags)))
+    assert any(bad for bad, _ in validate(Forked(td_lambda=0.8)))
+
+
+def test_an_evaluation_alone_needs_no_replay():
+    args = refil.Args(num_envs=6000)
+    assert "--num-envs exceeds --buffer-size" in [x for bad, x in refil.validate(args) if bad]
+    args = dataclasses.replace(args, eval_only="run")
+    assert not any(bad for bad, _ in refil.validate(args))
 
 
 @pytest.mark.parametrize("source", ["resume", "eval_only"])

@@ -67,6 +67,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHICKEN, COINS, MINING = "chicken_in_the_matrix__repeated", "coins", "coop_mining"
 ARENA = "prisoners_dilemma_in_the_matrix__arena"
 BIG = (MINING, ARENA)
+FINAL = types.SimpleNamespace(kind="final", timesteps=100)
 
 
 def new_engine(substrate, *names, seed=1):
@@ -764,7 +765,7 @@ def test_players_are_framed():
 
 def test_results_are_written_whole(tmp_path):
     results = {"SC3 scripted": [Result(1.5, 2.0, 3.0, 4.0, 5), Result(0.0, 1.0, 0.0, 2.0, 7)]}
-    save_results(tmp_path / "evaluation", "final", COINS, 4, 100, results)
+    save_results(tmp_path / "evaluation", FINAL, COINS, 4, results)
     (path,) = (tmp_path / "evaluation").iterdir()
     assert path.name == "final-100-SC3-scripted.csv"
     with path.open() as file:
@@ -791,7 +792,7 @@ def test_a_look_at_a_run_keeps_its_final_evaluation(flags, reason, tmp_path):
     args = script("baselines.randnet_meltingpot").Args(substrate=COINS, final_episodes=2)
     (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
     results = {"SC3 scripted": [Result(1.5, 2.0, 3.0, 4.0, 5), Result(0.0, 1.0, 0.0, 2.0, 7)]}
-    save_results(tmp_path / "evaluation", "final", COINS, 1, 100, results)
+    save_results(tmp_path / "evaluation", FINAL, COINS, 1, results)
     path = tmp_path / "evaluation/final-100-SC3-scripted.csv"
     options = {"eval_only": str(tmp_path), "eval_scenarios": "SC3", "bots": "scripted"}
     again = dataclasses.replace(args, **options)
@@ -811,13 +812,62 @@ def test_a_look_at_a_run_keeps_its_final_evaluation(flags, reason, tmp_path):
     find_kept(look, harness.Evaluation(look, "final", 200, tmp_path), ["coins_3"], "scripted")
 
 
+@pytest.mark.parametrize("flags", [{"eval_ids": "slot"}, {"randnet_test": "mc"}])
+def test_no_other_evaluation_comes_beside_a_runs_own(flags, tmp_path):
+    """Tables would show both as one: of another scenario, too. Without scenarios all is free."""
+    args = script("baselines.randnet_meltingpot").Args(substrate=COINS, eval_only=str(tmp_path))
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    look, folder = dataclasses.replace(args, **flags), tmp_path / "evaluation"
+    evaluation = harness.Evaluation(look, "final", 100, tmp_path)
+    assert find_kept(look, evaluation, ["coins_4"], "scripted") == []
+    save_results(folder, FINAL, COINS, 1, {"SC3 scripted": []})
+    with pytest.raises(NoWorldError, match=r"SC3-scripted.csv has --.* and stays as it is"):
+        find_kept(look, evaluation, ["coins_4"], "scripted")
+    assert find_kept(look, evaluation, [], "scripted") == []
+    assert find_kept(args, evaluation, ["coins_4"], "scripted") == []
+
+
+@pytest.mark.parametrize("options", [{"resume": "run"}, {"eval_only": "run", "run_dir": "copy"}])
+@pytest.mark.parametrize("chosen", ["SC4", "none"])
+def test_an_evaluation_replaces_one_of_other_scenarios(options, chosen, tmp_path, monkeypatch):
+    """As summary.json is written anew, --resume and --run-dir leave no other scenario's file of
+    these steps; those of other steps stay. --eval-only without --run-dir adds to a run's files."""
+    monkeypatch.setattr(scenarios, "play_scenarios", lambda *_, **__: {"SC4 scripted": played})
+    played = [Result(9.0, 9.0, 9.0, 9.0, 9)]
+    for steps in (50, 100):
+        before = types.SimpleNamespace(kind="final", timesteps=steps)
+        save_results(tmp_path / "evaluation", before, COINS, 1, {"SC3 scripted": played})
+
+    def files(**flags):
+        args = script(MAPPO).Args(substrate=COINS, bots="scripted", eval_scenarios=chosen, **flags)
+        evaluation = harness.Evaluation(args, "final", 100, tmp_path)
+        scenario_rows(args, evaluation, None, id_roles=FIVE[:2])
+        return sorted(path.name for path in (tmp_path / "evaluation").iterdir())
+
+    earlier = "final-50-SC3-scripted.csv"
+    new = ["final-100-SC4-scripted.csv"] if chosen == "SC4" else []
+    assert files(eval_only="run") == sorted(["final-100-SC3-scripted.csv", *new, earlier])
+    assert files(**options) == [*new, earlier]
+
+
+def test_nobody_is_beside_a_single_agent(monkeypatch):
+    monkeypatch.setattr(scenarios, "play_pairs", lambda envs, pairs, **_: pairs)
+    args = script(MAPPO).Args(substrate="toy", background=("random", "other"))
+    evaluation = harness.Evaluation(args, "final", 100, None)
+    for agents, rows in ((1, set()), (2, {"v random", "v other"})):
+        spec = types.SimpleNamespace(num_agents=agents, num_actions=3)
+        envs = types.SimpleNamespace(spec=spec)
+        found = background_rows(args, evaluation, envs, str, {"other": str})
+        assert found.keys() == {"self-play", "random v random", *rows}
+
+
 def test_a_resumed_run_keeps_what_its_last_flags_made(tmp_path):
     """--resume may change --eval-ids. Without an intact args.json the number of episodes counts."""
     args = script(MAPPO).Args(substrate=COINS, final_episodes=2)
     about = dataclasses.asdict(args) | {"resumed": [{"timesteps": 50, "eval_ids": "slot"}]}
     (tmp_path / "args.json").write_text(json.dumps(about))
     results = {"SC3 scripted": [Result(1.5, 2.0, 3.0, 4.0, 5), Result(0.0, 1.0, 0.0, 2.0, 7)]}
-    save_results(tmp_path / "evaluation", "final", COINS, 1, 100, results)
+    save_results(tmp_path / "evaluation", FINAL, COINS, 1, results)
 
     def look(**flags):
         again = dataclasses.replace(args, eval_only=str(tmp_path), **flags)
@@ -839,7 +889,7 @@ def test_a_finished_run_keeps_its_final_evaluation(tmp_path, monkeypatch, capsys
     args = script(MAPPO).Args(substrate=COINS, final_episodes=2)
     (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
     results = {"SC3 scripted": [Result(1.5, 2.0, 3.0, 4.0, 5), Result(0.0, 1.0, 0.0, 2.0, 7)]}
-    save_results(tmp_path / "evaluation", "final", COINS, 1, 100, results)
+    save_results(tmp_path / "evaluation", FINAL, COINS, 1, results)
     (path,) = (tmp_path / "evaluation").iterdir()
     before = path.read_bytes()
     others = [Result(9.0, 9.0, 9.0, 9.0, 9)] * 2
