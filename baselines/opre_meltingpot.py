@@ -578,7 +578,8 @@ def prepare(
     """Update agent.value_norm and add to the rollout what the losses need (last fields of Batch).
     Returns the rollout, and the state with the critic's new hidden states."""
     views = batch.critic_views()
-    _, memory = state.critic_hidden.chunk(2, -1)  # q's half: q did not act, but pi_old needs it
+    # q's half: q did not act, but pi_old needs it. It runs once more in MAPPO's estimate().
+    _, memory = state.critic_hidden.chunk(2, -1)
     logits, _, _ = replay(args, agent.critic.posterior, views, memory, agent.sprites)
     posterior = logits[:-1].log_softmax(-1)  # (T, B, N, K)
     old_log_probs = (posterior + batch.options).logsumexp(-1)  # (T, B, N)

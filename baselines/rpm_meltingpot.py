@@ -95,7 +95,7 @@ class Args(RunArgs):
     history_share: Share = 0.3  # p, probability that an agent acts with a past policy
     rank_width: Above | None = None  # psi, returns per 1,000 steps; default: makes 6 to 11 ranks
     per_rank: Positive = 20  # past actors that are kept per rank, a uniform sample of all
-    policies_per_rollout: Positive = 4  # past actors drawn for each rollout
+    policies_per_rollout: Positive = 4  # past actors drawn (again, too) for a rollout
     use_history: bool = False  # samples of past policies train theta, too
     # Base algorithm: MAPPO
     rollout_steps: Positive = 200  # T, steps per rollout; worlds are not reset between rollouts
