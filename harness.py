@@ -147,7 +147,7 @@ def read_args(
         [
             (args.eval_only and not args.final_episodes, "--eval-only needs --final-episodes"),
             (
-                args.eval_only and any(word.startswith("--eval-episodes") for word in argv),
+                args.eval_only and "--eval-episodes" in typed_flags(argv),
                 "--eval-episodes is of evaluations in training: --eval-only plays --final-episodes",
             ),
             (args.eval_only and args.track, "--track logs training: it is not for --eval-only"),
@@ -158,14 +158,20 @@ def read_args(
     return args
 
 
+def typed_flags(words: list[str]) -> set[str]:
+    """The flags among the words of a command line, with dashes: tyro takes underscores, too."""
+    return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+
+
 def check_run(args: RunArgs, argv: list[str]) -> None:
     """UsageError for a run directory that reads as a checkpoint, --track without wandb, or flags of
     --track that are typed without it."""
-    mode = any(word.startswith("--wandb-mode") for word in argv)
+    mode = "--wandb-mode" in typed_flags(argv)
+    is_file = Path(args.run_dir).suffix == ".pt"
     check(
         [
             (mode and not args.track, "--wandb-mode needs --track"),
-            (args.run_dir.endswith(".pt"), "--run-dir is a directory: .pt is for checkpoints"),
+            (is_file, "--run-dir is a directory: .pt is for checkpoints"),
             (args.track and not has_wandb(), "--track needs requirements-wandb.txt installed"),
         ]
     )
@@ -923,6 +929,12 @@ class Logger:
         if self.wandb:
             self.wandb.log({"timesteps": timesteps, **scalars, **(media or {})})
 
+    def sync(self) -> None:
+        """Put the log on the disk: no checkpoint may outlive the lines before it."""
+        if self.path.is_file():  # there is none before the first line
+            with writing(self.path), self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
     def log_results(
         self, timesteps: int, kind: str, results: dict[str, dict[str, float]], text: str
     ) -> None:
@@ -1326,9 +1338,6 @@ class Run:
         own = pack(self.own) | {"noted": pack(noted)}
         filled = {name: replay.filled() for name, replay in self.replays.items()}
         check_finite(**dict(tensors_in(parts | own | {"replay": filled}, "")))
-        if self.rank == 0 and self.saved and self.saved_at == self.saved["timesteps"]:
-            self.write_index()  # this forgets newer checkpoints, which the run has left behind
-            self.logger.whole.unlink(missing_ok=True)
         replay = [self.save_replay(filled)] if filled else []
         ranks, replays = gather(own), gather(replay)
         if self.rank == 0:
@@ -1365,6 +1374,10 @@ class Run:
             "replays": replays,
         }
         write(self.dir / entry["name"], data)
+        self.logger.sync()
+        if self.saved and self.saved_at == self.saved["timesteps"]:
+            self.write_index()  # this forgets newer checkpoints, which the run has left behind
+            self.logger.whole.unlink(missing_ok=True)
         others = [old for old in self.known if old["name"] != entry["name"]]
         self.known = [entry, *others[:1]]
         self.write_index()

@@ -189,7 +189,7 @@ def seed_level(
 def two_sided(chances: np.ndarray, found: float, drawn: bool) -> float:
     """Two-sided p-value of `found` among `chances` (n,): twice the smaller tail, at most 1. If they
     are drawn and not all there are, `found` counts as one more of them, so that p is never 0."""
-    slack = 1e-9 * max(1.0, abs(found))
+    slack = 1e-9 * max(abs(found), np.abs(chances).max())  # equal but for rounding
     above = np.sum(chances >= found - slack)
     below = np.sum(chances <= found + slack)
     tail = (min(above, below) + drawn) / (len(chances) + drawn)
@@ -208,7 +208,10 @@ def ranks(figures: np.ndarray) -> np.ndarray:
     """Ranks, cell by cell, of figures (..., methods, cells): 1 is the largest, ties share one."""
     from scipy.stats import rankdata
 
-    return rankdata(-figures, axis=-2)
+    # Means of the same numbers in another order are equal but for rounding: a tie.
+    largest = np.abs(figures).max(-2, keepdims=True)
+    shares = figures / np.where(largest > 0, largest, 1.0)
+    return rankdata(-shares.round(10), axis=-2)
 
 
 def mean_ranks(worlds: Sequence[World], centre: Centre = mean_or_iqm) -> dict[str, float]:

@@ -358,7 +358,7 @@ def read_arm(command: str) -> Arm:
     adapted = adapts(flags)
     args = harness.read_flags(module.Args, flags) if adapted else script_args(module, flags)
     wanted = json.loads(json.dumps(dataclasses.asdict(args)))
-    given = {word.partition("=")[0] for word in flags}
+    given = harness.typed_flags(flags)
     named = {k for k in wanted if {as_flag(k), as_flag(f"no_{k}")} & given}
     evaluated = {k: wanted[k] for k in sorted(named & EVALUATION)}
     episodes = wanted["final_episodes"]

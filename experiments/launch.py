@@ -426,7 +426,11 @@ def train_here(jobs: list[Job], root: Path, launch: Launch) -> None:
 def report(jobs: list[Job], root: Path, records: dict[str, Record]) -> None:
     """Print a table of how each run ended now; study.json adds the figures of earlier starts."""
     names = {FINISHED: "finished", STOPPED: "stopped", None: "not begun"}
-    known = read_records(root)
+    try:
+        known = read_records(root)
+    except UsageError as error:  # it must not take the place of how the runs ended
+        print(f"{error} Figures of earlier starts are missing here.")
+        known = records
     rows = []
     for job in jobs:
         now = records.get(job.run.name, Record("", host="", began=""))

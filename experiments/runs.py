@@ -340,7 +340,8 @@ class Run:
         """The run's arguments and, as "script", its script. UsageError if there are none."""
         try:
             args = json.loads((self.path / "args.json").read_text())
-            args["script"]
+            if not isinstance(args["script"], str):
+                raise TypeError(args["script"])
         except (OSError, ValueError, KeyError, TypeError):
             sentence = "is no run directory: it has no args.json with a script."
             raise UsageError(f"{self.where} {sentence}") from None
@@ -614,7 +615,7 @@ def unpack(path: Path, name: str, lines: list[dict[str, str]]) -> Run:
         Evaluation(
             steps, scenario, bots, np.array(x), np.array(episodes[steps, scenario, bots, "length"])
         )
-        for (steps, scenario, bots, figure), x in episodes.items()
+        for (steps, scenario, bots, figure), x in list(episodes.items())
         if figure == "return"
     ]
     check_whole(run)
@@ -653,7 +654,7 @@ def pack_lines(run: Run, curves: tuple[str, ...]) -> list[tuple]:
     for name in names:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in curves):
             for at, value in thinned(run.log, name):
-                lines.append((run.name, "curve", at, "", name, as_text(value)))
+                lines.append((run.name, "curve", at, "", name, f"{value:.9g}"))
     for row, figures in run.summary["eval"].items():
         for figure, value in figures.items():
             at = run.summary["timesteps"]
@@ -668,7 +669,7 @@ def pack_lines(run: Run, curves: tuple[str, ...]) -> list[tuple]:
 
 def as_text(x: float) -> str:
     """A figure with 9 digits, enough to restore a float32, or with 12 if it is no float32."""
-    return f"{x:.9g}" if np.float32(x) == x else f"{x:.12g}"
+    return f"{x:.9g}" if float(np.float32(x)) == x else f"{x:.12g}"
 
 
 def thinned(log: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
@@ -730,8 +731,12 @@ def add_to_study(study: Pack) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for lines in packed.values():
+    for name, lines in packed.items():
         writer.writerows(lines)
+        try:  # what could not be read would take all other runs of the study with it
+            unpack(study.out, name, [dict(zip(COLUMNS, map(str, x), strict=True)) for x in lines])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{name} cannot be packed: {error} does not fit the rest.") from None
     harness.write(study.out, text.getvalue().encode())  # at once: it may be one of those read
     others = f", {len(packed) - len(runs)} of them from before" if len(packed) > len(runs) else ""
     size = study.out.stat().st_size / 1000
@@ -858,6 +863,8 @@ class Job:
         if not any((self.run / name).exists() for name in ("checkpoints.json", "summary.json")):
             return False
         found = Run(self.run)
+        if other := found.args.get("eval_only"):
+            raise UsageError(f"{self.run} holds an evaluation of {other}, no run.")
         self.check_same(found.args)
         return (self.run / "summary.json").exists() and found.summary["timesteps"] >= self.timesteps
 
@@ -868,7 +875,7 @@ class Job:
         wanted = {"script": Path(self.script).stem}
         if adapts(self.flags):  # the other arguments come from a run that may not exist yet
             args = dataclasses.asdict(harness.read_flags(script.Args, self.argv()))
-            given = {word.partition("=")[0] for word in self.argv()}
+            given = harness.typed_flags(self.argv())
             args = {k: x for k, x in args.items() if {as_flag(k), as_flag(f"no_{k}")} & given}
             args["adapt"] = Path(args["adapt"]).name
             found = found | {"adapt": Path(found.get("adapt") or "").name}
@@ -979,8 +986,6 @@ def train_all(
                 return
             try:
                 code = trainer.train(job)
-            except UsageError:
-                raise
             except RunError as error:  # of this run alone, as from a full disk
                 trainer.tell(f"{job.run.name}: {error}")
                 code = error.code

@@ -424,6 +424,28 @@ def test_more_flags_may_be_none(tmp_path):
         assert code == 0 and printed.count("mra_maddpg_particle.py") == 10, err
 
 
+def test_what_could_not_be_read_again_is_not_packed(tmp_path):
+    """It would take the other runs of the study with it: here the episodes of a scenario are fewer
+    than the summary says, as after an evaluation that was cut off."""
+    study = tmp_path / "study.csv"
+    for name in ("a-s1", "b-s1"):
+        fake_run(tmp_path / name)
+        summary = {"timesteps": 1000, "eval": {"SC0 scripted": {"episodes": 4, "return": 1.0}}}
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    assert command("runs", "pack", study, tmp_path / "a-s1")[0] == 0
+    before = study.read_bytes()
+    fake_evaluation(tmp_path / "b-s1", "SC0", [1.0, 2.0])
+    code, _, error = command("runs", "pack", study, tmp_path / "b-s1")
+    assert code == 2 and "b-s1 cannot be packed" in error and study.read_bytes() == before
+
+
+def test_figures_have_the_digits_that_they_need():
+    """Nine restore a float32; what is none has twelve."""
+    as_text = experiment("runs").as_text
+    assert as_text(0.1) == "0.1" and as_text(1 / 3) == "0.333333333333"
+    assert as_text(float(np.float32(1 / 3))) == "0.333333343"
+
+
 def test_a_study_is_packed_into_by_one_command_at_a_time(tmp_path):
     """A second one waits before it reads what is there: else the first one's runs would be lost."""
     runs, study = experiment("runs"), tmp_path / "study.csv"

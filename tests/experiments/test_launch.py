@@ -249,6 +249,38 @@ def test_a_damaged_study_json_is_found_first(study, launched, text):
     assert not calls(file, "a-s1")
 
 
+def test_a_run_that_cannot_begin_leaves_the_others_their_turns(study, launched):
+    """As where the file system has no room for its log."""
+    file = study(seeds=[1], timesteps=2, a="--pause 0", b="--pause 0")
+    (file.parent / "my runs/a-s1.log").mkdir(parents=True)
+    code, output = launched(file)
+    assert code == 2 and "a-s1 cannot be made: Is a directory" in output
+    assert "| b-s1 | finished |" in output
+
+
+def test_the_evaluation_of_a_run_is_no_run(study, launched):
+    file = study(seeds=[1], timesteps=2, a="--pause 0")
+    assert launched(file)[0] == 0
+    path = file.parent / "my runs/a-s1/args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eval_only": "other"}))
+    code, output = launched(file)
+    assert code == 2 and "a-s1 holds an evaluation of other, no run." in output
+
+
+def test_a_study_json_that_is_lost_meanwhile_changes_no_code(study, launched):
+    """A run that was stopped is requeued then, too."""
+    file = study(seeds=[1], timesteps=400, a="--pause 0.05")
+    with start(file) as process:
+        wait_for(lambda: calls(file, "a-s1"))
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        while process.poll() is None:  # the launcher may write it once more
+            (file.parent / "my runs/study.json").write_text("{")
+            time.sleep(0.02)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "study.json is damaged" in output
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_launcher_stops_its_runs_saved(study, launched, number):

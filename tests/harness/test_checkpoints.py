@@ -387,6 +387,34 @@ def test_an_abandoned_future_goes_with_the_first_save(run_dir):
     ]
 
 
+def test_a_first_save_that_fails_leaves_the_newer_checkpoint(run_dir, capfd):
+    """And its log, so that it can be resumed as if nobody had gone back."""
+    before = metrics(run_dir)
+    in_the_way = run_dir / "checkpoint-20.pt.part"
+    in_the_way.mkdir()
+    assert run(*resume(run_dir / "checkpoint-16.pt", 5)) == 1
+    assert "Is a directory" in only_error(capfd.readouterr().err)
+    assert [entry["timesteps"] for entry in index(run_dir)] == [24, 16]
+    in_the_way.rmdir()
+    assert run(*resume(run_dir, 7)) == 0
+    assert metrics(run_dir)[:6] == before
+    assert [entry["timesteps"] for entry in index(run_dir)] == [28, 24]
+
+
+def test_the_log_is_on_the_disk_before_the_index(monkeypatch):
+    """After a power failure no checkpoint is there without the lines before it."""
+    synced, fsync = [], os.fsync
+
+    def remember(number):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    assert run(*flags("run", 2)) == 0
+    synced.reverse()
+    assert synced.index("metrics.jsonl") > synced.index("checkpoints.json.part")
+
+
 def test_curves_of_tensorboard_are_of_one_future(run_dir):
     """What a resumed run does again takes the place of what was there."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -165,6 +165,8 @@ WRONG = {  # what is typed: what the message names; in one sentence unless tyro 
     "--eval-only=": "--eval-only has an empty value",
     "--run-dir=": "--run-dir has an empty value",
     "--wandb-mode offline": "--wandb-mode needs --track",
+    "--wandb_mode=offline": "--wandb-mode needs --track",
+    "--run-dir run.pt/": "--run-dir is a directory",
     "--resume nowhere": "There is no nowhere: it should be a run directory",
     "--eval-only nowhere": "There is no nowhere: it should be a run directory",
     "--resume a --eval-only b": "exclude each other",
@@ -190,8 +192,9 @@ def test_wrong(typed, tmp_path, capfd):
 def test_an_evaluation_plays_its_own_number_of_episodes(capfd):
     assert run(*flags("run", 1, "--final-episodes", 1)) == 0
     capfd.readouterr()
-    assert run("--eval-only", "run", "--eval-episodes=3") == 2
-    assert "--eval-only plays --final-episodes" in only_error(capfd.readouterr().err)
+    for words in (["--eval-episodes=3"], ["--eval_episodes", "3"]):
+        assert run("--eval-only", "run", *words) == 2
+        assert "--eval-only plays --final-episodes" in only_error(capfd.readouterr().err)
 
 
 def test_tracking_is_of_training(capfd):
