@@ -122,7 +122,7 @@ class View(ParallelEnv):
         image = self._draw()
         if self.render_mode == "rgb_array":
             return image
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot as plt  # of requirements-experiments.txt
 
         if self._window is None:
             self._window = plt.figure(figsize=(5, 5)).add_axes((0, 0, 1, 1)).imshow(image)

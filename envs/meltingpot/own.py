@@ -154,6 +154,8 @@ class OwnWorlds:
         for method in ("observation_space", "action_space", "reset", "step"):
             if not callable(getattr(self.worlds[0], method, None)):
                 raise ValueError(f"--substrate {name}: it has no method {method}().")
+        if len({id(world) for world in self.worlds}) < num_envs:
+            raise ValueError(f"--substrate {name}: it returns one world several times.")
         self.spec, self.kinds = self.plan()
         self.palette = Palette.private()
         kinds = max(self.kinds)

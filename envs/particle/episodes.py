@@ -102,7 +102,9 @@ def scripted_players(task: str, seed: int) -> dict[str, Player]:
     if task == "delivery":
         apart = functools.partial(deliver, fear=0.15)
         return players | {"deliver": deliver, "deliver apart": apart}
-    return players | {"nearest-first": nearest_first, "flee": flee}
+    if task in ("treasure", "resource", "pacman"):
+        return players | {"nearest-first": nearest_first, "flee": flee}
+    return players  # a task of your own
 
 
 def tell_nobody(episodes: int) -> None:
@@ -254,12 +256,12 @@ class EpisodeReturns:
         return scalars
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"returns": self.running, "ended": self.ended}
+        return {"returns": self.running.clone(), "ended": self.ended.clone()}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Restore a state_dict(), which may be part of a larger dictionary."""
-        self.running = saved["returns"].to(self.device)
-        self.ended = saved["ended"].to(self.device)
+        self.running = saved["returns"].clone().to(self.device)
+        self.ended = saved["ended"].clone().to(self.device)
 
 
 class RewardScale:
@@ -281,6 +283,7 @@ class RewardScale:
     def deviation(self) -> Tensor:
         """(N,) float32: the standard deviation of each agent's type, at least .01."""
         count, total, square = self.sums
+        count = count.clamp(min=1)  # none before the first add()
         variance = square / count - (total / count) ** 2
         deviation = variance.clamp(min=0).sqrt().float().clamp(min=0.01)
         counts = constant(self.game.population, torch.int64, deviation.device)

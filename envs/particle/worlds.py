@@ -834,11 +834,15 @@ class ParticleWorld:
 
     @torch.no_grad()
     def step(self, actions: Tensor) -> Step:
-        """Play a step with ints (B, N) in [0, 5). ValueError before reset() or for other shapes."""
+        """Play a step with ints (B, N) in [0, 5): others are as 0. ValueError before reset(), for
+        other shapes or for floats."""
         B, padded = self.num_worlds, self.bodies.shape[1]
-        if actions.shape != (B, self.num_agents) or self.seen is None:
-            have = tuple(actions.shape)
-            raise ValueError(f"After reset(), actions are {(B, self.num_agents)}, not {have}.")
+        actions = torch.as_tensor(actions, device=self.device)
+        if self.seen is None:
+            raise ValueError("Before step() comes reset().")
+        if actions.shape != (B, self.num_agents) or actions.is_floating_point():
+            have = f"{tuple(actions.shape)} of {actions.dtype}"
+            raise ValueError(f"Actions are ints {(B, self.num_agents)}, not {have}.")
         actions = actions.to(torch.int64)
         if padded > B:
             actions = torch.nn.functional.pad(actions, (0, 0, 0, padded - B))
@@ -1114,7 +1118,7 @@ def agent_colours(game: Game, bodies: Bodies) -> list[tuple[tuple[int, ...], ...
     if game.carrying:
         collectors = [((GREY, *COLOURS)[int(kind)], GREY) for kind in bodies.carried[:, 0]]
         return collectors + [(colour, BLACK) for colour in COLOURS]
-    return [(COLOURS[kind], COLOURS[kind]) for kind in game.types]
+    return [(COLOURS[kind % len(COLOURS)],) * 2 for kind in game.types]
 
 
 def draw(game: Game, state: np.ndarray, size: int = 480) -> np.ndarray:

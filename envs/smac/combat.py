@@ -1040,6 +1040,10 @@ class Results(NamedTuple):
     team: Any
 
 
+# NumPy views of Combat, and the tensors whose memory they share.
+VIEWS = {"_snap": "snapshot", "_final": "final", "_obs": "obs", "_results": "results"}
+
+
 def shared(cls: Any, B: int, **fields: tuple) -> tuple[Any, Any]:
     """cls of zero tensors (B, *shape) and cls of their NumPy views; fields: name=(shape, dtype)."""
     tensors = cls(*(torch.zeros(B, *shape, dtype=kind) for shape, kind in fields.values()))
@@ -1157,6 +1161,17 @@ class Combat:
         self.spans = list(pairwise(bounds))
         self.pool = ThreadPoolExecutor(len(self.spans)) if len(self.spans) > 1 else None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name not in (*VIEWS, "pool")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle, whose tensors and arrays share memory as this object's do."""
+        vars(self).update(state)
+        for view, name in VIEWS.items():
+            tensors = getattr(self, name)
+            setattr(self, view, type(tensors)(*(x.numpy() for x in tensors)))
+        self.pool = ThreadPoolExecutor(len(self.spans)) if len(self.spans) > 1 else None
+
     @property
     def over(self) -> Tensor:
         """(B,) bool: which battles have ended and stand still; all False without `once`."""
@@ -1184,9 +1199,12 @@ class Combat:
     def step(self, actions: Tensor | np.ndarray) -> Step:
         """Play one step with actions (B, A), ints. ValueError (nothing is changed) before reset(),
         for another shape, or for an unavailable action in a battle that does not stand still."""
-        actions = np.asarray(actions).astype(np.int64, copy=False)
+        actions = np.asarray(actions)
         if not self.battles["episode"].all():
             raise ValueError("Before step() comes reset().")
+        if actions.dtype.kind not in "iu":
+            raise ValueError(f"Actions are ints, not {actions.dtype}.")
+        actions = actions.astype(np.int64, copy=False)
         if actions.shape != (self.num_battles, SIDE):
             wanted = (self.num_battles, SIDE)
             raise ValueError(f"Actions are {wanted}, not {actions.shape}.")
@@ -1227,6 +1245,8 @@ class Combat:
         self.setup = self.setup._replace(**drawn_from)
         for b in range(self.num_battles):
             take(self.units[b], self._snap, b)
+            if self.battles["over"][b]:
+                take(self.units[b], self._final, b)
         observe_all(self._snap, self.setup, self._obs)
 
     def _run(self, kernel: Any, *args: Any) -> None:

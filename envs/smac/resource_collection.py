@@ -509,9 +509,12 @@ class ResourceCollection:
     def step(self, actions: Tensor | np.ndarray) -> Step:
         """Play one step with actions (B, A), ints. ValueError (nothing is changed) before reset(),
         for another shape, or for an unavailable action in a world that does not stand still."""
-        actions = torch.as_tensor(actions, device=self.device).long()
+        actions = torch.as_tensor(actions, device=self.device)
         if not self.begun:
             raise ValueError("Before step() comes reset().")
+        if actions.is_floating_point():
+            raise ValueError(f"Actions are ints, not {actions.dtype}.")
+        actions = actions.long()
         if actions.shape != (self.num_battles, SIDE):
             wanted = (self.num_battles, SIDE)
             raise ValueError(f"Actions are {wanted}, not {tuple(actions.shape)}.")

@@ -1747,6 +1747,28 @@ def test_battles_go_on_exactly_where_they_were_saved(family):
         Combat(family, (6, 7), 6, **made).load_state_dict(saved)
 
 
+def test_the_end_of_battles_that_are_over_is_restored():
+    """`final` of battles that stand still is the same in a world that has loaded them."""
+    c = Combat("sz", (3,), 8, seed=2, once=True, episode_limit=60)
+    c.reset()
+    for seed in itertools.count():
+        course(c, 1, seed, start=False)
+        if c.over.any():
+            break
+    assert not c.over.all()
+    other = Combat("sz", (3,), 8, seed=2, once=True, episode_limit=60)
+    other.load_state_dict(c.state_dict())
+    over = c.over.numpy()
+    assert same([x[over] for x in copied(c.final)], [x[over] for x in copied(other.final)])
+
+
+def test_actions_are_ints():
+    c = Combat("sz", (3,), 2)
+    c.reset()
+    with pytest.raises(ValueError, match="Actions are ints, not float64"):
+        c.step(np.ones((2, 8)))
+
+
 def test_a_saved_state_is_a_copy():
     c = Combat("mmm", (3,), 2)
     c.reset()

@@ -109,20 +109,20 @@ def test_what_training_sees_is_what_the_world_says(my_world):
         ended = 0
         for _ in range(120):
             for b in range(2):
-                expected = np.stack([views[b]["a"], views[b]["b"]])
+                expected = np.stack([views[b]["player_0"], views[b]["player_1"]])
                 assert np.array_equal(obs.tile_ids[b], expected)
                 assert np.array_equal(obs.world_ids[b], expected.reshape(10, 5))
             actions = rng.integers(0, 5, (2, 2))
             step = envs.step(actions)
             obs = step.obs
             for b in range(2):
-                chosen = {"a": actions[b, 0], "b": actions[b, 1]}
+                chosen = {"player_0": actions[b, 0], "player_1": actions[b, 1]}
                 views[b], rewards, _, cuts, _ = plain[b].step(chosen)
-                assert step.reward[b].tolist() == [rewards["a"], rewards["b"]]
+                assert step.reward[b].tolist() == [rewards["player_0"], rewards["player_1"]]
                 total[b] += step.reward[b]
-                assert step.truncated[b] == cuts["a"] and not step.terminated[b]
-                if cuts["a"]:
-                    assert np.array_equal(step.final.tile_ids[b, 0], views[b]["a"])
+                assert step.truncated[b] == cuts["player_0"] and not step.terminated[b]
+                if cuts["player_0"]:
+                    assert np.array_equal(step.final.tile_ids[b, 0], views[b]["player_0"])
                     (mine,) = (x for x in step.episodes if x.world == b)
                     assert mine.length == 50 and mine.returns.tolist() == total[b].tolist()
                     views[b], total[b], ended = begin(b), 0, ended + 1
@@ -219,7 +219,7 @@ def test_actions_that_do_not_start_at_0(my_world):
     with OwnWorlds("my_world:Late", 1) as envs:
         envs.reset()
         envs.step(np.array([[0, 2]]))
-        assert envs.worlds[0].seen == {"a": 2, "b": 4}
+        assert envs.worlds[0].seen == {"player_0": 2, "player_1": 4}
         assert envs.spec.actions == ({"action": 2}, {"action": 3}, {"action": 4})
 
 
@@ -248,7 +248,9 @@ def test_an_end_that_terminates_some_and_truncates_others_is_a_truncation(my_wor
         "    def step(self, actions):",
         "        views, pay, ends, _, infos = super().step(actions)",
     ]
-    step += ["        return views, pay, ends | {'a': True}, ends | {'b': True}, infos"]
+    step += [
+        "        return views, pay, ends | {'player_0': True}, ends | {'player_1': True}, infos"
+    ]
     add(my_world, "Both", *step)
     with OwnWorlds("my_world:Both", 1) as envs:
         envs.reset()
@@ -268,8 +270,12 @@ def test_colours_of_an_instance(my_world):
 
 def test_players_keep_the_ids_of_their_role(my_world):
     """A name without its number is a role, as PettingZoo names agents."""
-    paid = ["    def step(self, actions):", "        answer = super().step(actions)"]
-    paid += ["        pay = {x: float(actions[x] == 'ab'.index(x)) for x in 'ab'}"]
+    with OwnWorlds("my_world:Berries", 1) as envs:
+        assert envs.spec.roles == ("player", "player")
+    sys.modules.pop("my_world")
+    paid = ["    NAMES[:] = ['cook', 'eater']"]
+    paid += ["    def step(self, actions):", "        answer = super().step(actions)"]
+    paid += ["        pay = {x: float(actions[x] == NAMES.index(x)) for x in NAMES}"]
     add(my_world, "Unlike", *paid, "        return (answer[0], pay, *answer[2:])")
     add(my_world, "Named", "    possible_agents = ['cook_0', 'cook_1', 'eater_0', 'guest']")
     obey = lambda obs, starts, ids: ids  # noqa: E731
@@ -317,6 +323,7 @@ WRONG = {
     "my_world:Sized": "missing 1 required positional argument: 'size'.",
     "json:loads": "loads() missing 1 required positional argument: 's'.",
     "numpy:array": "array() missing required argument 'object' (pos 0).",
+    "my_world:again": "it returns one world several times.",
     "my_world:Bare": "it has no method observation_space()",
     "my_world:Alike": "kinds 1 and 3 have one colour, (0, 0, 9).",
 }
@@ -345,12 +352,13 @@ def test_what_is_no_world_is_one_sentence(name, my_world, capsys):
     add(my_world, "Bright", "    colours = [(0, 0, 0)] + 3 * [(0, 0, 256)]")
     with (my_world / "my_world.py").open("a") as file:
         file.write(
-            "\n\nclass Bare:\n    possible_agents = ['a', 'b']\n"
+            "\n\nclass Bare:\n    possible_agents = ['player_0', 'player_1']\n"
+            "\n\nWORLD = Berries()\n\n\ndef again():\n    return WORLD\n"
             "\n\nclass Flat(Berries):\n"
             "    def observation_space(self, agent):\n        return Box(0, 1, (4,))\n"
             "\n\nclass Apart(Berries):\n"
             "    def action_space(self, agent):\n"
-            "        return Discrete(5 if agent == 'a' else 4)\n"
+            "        return Discrete(5 if agent == 'player_0' else 4)\n"
             "\n\nclass Pale(Berries):\n    colours = [(0, 0, 0)]\n"
             "\n\nclass Below(Berries):\n"
             "    def observation_space(self, agent):\n"
@@ -368,7 +376,7 @@ def test_players_that_leave_end_the_run_in_one_sentence(my_world, capsys):
             "\n\nclass Leaves(Berries):\n"
             "    def step(self, actions):\n"
             "        views, rewards, ends, cuts, infos = super().step(actions)\n"
-            "        return views, rewards, ends | {'a': True}, cuts, infos\n"
+            "        return views, rewards, ends | {'player_0': True}, cuts, infos\n"
         )
     assert bidist.main(tiny(bidist.__name__, "run", 1, "--substrate", "my_world:Leaves")) == 1
     assert "an episode must end for all players at once" in capsys.readouterr().err
@@ -376,11 +384,11 @@ def test_players_that_leave_end_the_run_in_one_sentence(my_world, capsys):
 
 # What a world of the class NAME gives on reset() or step(), with what is wrong with it.
 BROKEN = {
-    "view['a'][0, 0] = 4": "a view holds kind 4, and its space has 0 to 3.",
-    "view['b'][4, 4] = -1": "a view holds kind -1, and its space has 0 to 3.",
-    "view['a'] = view['a'][0]": "a view has shape (5,), and its space (5, 5).",
-    "view['b'] = view['b'][:4]": "a view has shape (4, 5), and its space (5, 5).",
-    "del view['b']": "there is nothing for b in its observations.",
+    "view['player_0'][0, 0] = 4": "a view holds kind 4, and its space has 0 to 3.",
+    "view['player_1'][4, 4] = -1": "a view holds kind -1, and its space has 0 to 3.",
+    "view['player_0'] = view['player_0'][0]": "a view has shape (5,), and its space (5, 5).",
+    "view['player_1'] = view['player_1'][:4]": "a view has shape (4, 5), and its space (5, 5).",
+    "del view['player_1']": "there is nothing for player_1 in its observations.",
 }
 
 
@@ -414,10 +422,18 @@ def test_a_state_outside_its_space(state, sentence, my_world):
 def test_answers_without_a_player(number, my_world):
     """They end the run in one sentence, whichever of the dictionaries lacks one."""
     answer = ["    def step(self, actions):", "        answer = super().step(actions)"]
-    add(my_world, "Short", *answer, f"        del answer[{number}]['b']", "        return answer")
+    add(
+        my_world,
+        "Short",
+        *answer,
+        f"        del answer[{number}]['player_1']",
+        "        return answer",
+    )
     names = ("observations", "rewards", "terminations", "truncations", "infos")
     with OwnWorlds("my_world:Short", 1) as envs:
         envs.reset()
         with pytest.raises(WorldError) as error:
             envs.step(np.zeros((1, 2), int))
-    assert str(error.value) == f"my_world:Short: there is nothing for b in its {names[number]}."
+    assert (
+        str(error.value) == f"my_world:Short: there is nothing for player_1 in its {names[number]}."
+    )

@@ -3,7 +3,9 @@ and what the views refuse."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import pickle
 import subprocess
 import sys
 import types
@@ -136,6 +138,24 @@ def test_pettingzoo_on_melting_pot(family, substrate, capsys):
     max_cycles_test(types.SimpleNamespace(parallel_env=new, env=turns))
     render_test(turns)
     state_test(turns(), new(), 3)
+
+
+@pytest.mark.parametrize("which", REPRODUCIBLE, ids=name)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_as_the_original(which, copied):
+    """Planners and vectorised environments copy worlds; one that was copied is not moved by it."""
+    world = parallel_env(*which)
+    world.reset(seed=1)
+    world.step(everybody(world))
+    other, third = copied(world), copied(world)
+    paid = []
+    for each in (world, other):
+        rewards = []
+        while each.agents and len(rewards) < 15:
+            rewards.append(each.step(everybody(each, 2))[1])
+        paid.append((rewards, each.state()))
+    assert paid[0][0] == paid[1][0] and np.array_equal(paid[0][1], paid[1][1])
+    assert not np.array_equal(third.state(), world.state())
 
 
 # --- What the views refuse ------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from envs.particle.episodes import (
     RewardScale,
     population_name,
     report_returns,
+    scripted_players,
     summarise,
 )
 from envs.particle.worlds import (
@@ -406,16 +407,44 @@ def test_what_an_episode_begins_with_does_not_depend_on_what_was_done():
 
 def test_steps_before_reset_and_wrong_actions_are_one_sentence():
     world = ParticleWorld("treasure", 3, 32)
-    with pytest.raises(ValueError, match=r"After reset\(\), actions are \(32, 3\)"):
+    with pytest.raises(ValueError, match=r"Before step\(\) comes reset\(\)\."):
         world.step(torch.zeros(32, 3, dtype=torch.int64))
     world.reset()
     for shape in ((32, 1), (1, 3), (32, 4)):
-        with pytest.raises(ValueError, match=r"actions are \(32, 3\), not"):
+        with pytest.raises(ValueError, match=r"Actions are ints \(32, 3\), not"):
             world.step(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"not \(32, 3\) of torch.float32\."):
+        world.step(torch.ones(32, 3))
     reward = world.step(torch.ones(32, 3, dtype=torch.uint8)).reward
     again = ParticleWorld("treasure", 3, 32)
     again.reset()
     assert torch.equal(again.step(torch.ones(32, 3, dtype=torch.int64)).reward, reward)
+
+
+def test_a_task_of_ones_own_has_random_play_beside_it():
+    """Scripts know the six tasks: flee() would need one type, nearest_first() landmarks."""
+    assert scripted_players("mine", 1).keys() == {"random"}
+
+
+def test_a_saved_count_of_returns_is_a_copy():
+    world = ParticleWorld("treasure", 2, 4, horizon=3)
+    world.reset()
+    returns = EpisodeReturns(world)
+    for _ in range(3):
+        returns.add(world.step(torch.ones(4, 2, dtype=torch.int64)))
+    saved = returns.state_dict()
+    kept = {name: x.clone() for name, x in saved.items()}
+    returns.report()
+    assert kept["ended"].any() and all(torch.equal(saved[name], x) for name, x in kept.items())
+    again = EpisodeReturns(world)
+    again.load_state_dict(saved)
+    again.report()
+    assert torch.equal(saved["ended"], kept["ended"])
+
+
+def test_a_reward_scale_without_rewards():
+    scale = RewardScale(ParticleWorld("pacman", (2, 3), 5))
+    assert torch.equal(scale.deviation(), torch.full((5,), 0.01))
 
 
 def test_the_last_reward_can_be_read():
