@@ -939,8 +939,8 @@ class Trainer:
 
     def try_once(self, job: Job, environment: dict[str, str] | None = None) -> int:
         """Start one run, wait for its end and return its exit code. Its output goes to RUN.log."""
+        make_folder(job)
         try:
-            job.run.parent.mkdir(parents=True, exist_ok=True)
             log = beside(job.run, ".log").open("a")
         except OSError as error:
             raise UsageError(f"{job.run} cannot be made: {error.strerror}.") from None
@@ -951,6 +951,14 @@ class Trainer:
         if code and (job.processes > 1 or self.stopped) and job.is_finished():
             code = FINISHED
         return STOPPED if self.stopped and code != FINISHED else code
+
+
+def make_folder(job: Job) -> None:
+    """Make the directory that a run's directory and log are in; UsageError if that fails."""
+    try:
+        job.run.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{job.run} cannot be made: {error.strerror}.") from None
 
 
 def check_all(jobs: list[Job]) -> list[bool]:
@@ -972,6 +980,8 @@ def train_all(
         for job, done in zip(jobs, finished, strict=True):
             print(f"{job.run}: finished already" if done else job.text())
         return
+    for job in jobs:  # one sentence if this can be said of all
+        make_folder(job)
     trainer = trainer or Trainer()
     codes: dict[Path, int] = {}
     left: queue.SimpleQueue[Job] = queue.SimpleQueue()
