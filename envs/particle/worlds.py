@@ -833,11 +833,12 @@ class ParticleWorld:
         return self.obs
 
     @torch.no_grad()
-    def step(self, actions: Tensor) -> Step:
+    def step(self, actions: Tensor | np.ndarray) -> Step:
         """Play a step with ints (B, N) in [0, 5): others are as 0. ValueError before reset(), for
         other shapes or for floats."""
         B, padded = self.num_worlds, self.bodies.shape[1]
-        actions = torch.as_tensor(actions, device=self.device)
+        if isinstance(actions, np.ndarray):
+            actions = torch.as_tensor(actions, device=self.device)
         if self.seen is None:
             raise ValueError("Before step() comes reset().")
         if actions.shape != (B, self.num_agents) or actions.is_floating_point():
