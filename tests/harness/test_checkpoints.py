@@ -401,6 +401,7 @@ def test_a_first_save_that_fails_leaves_the_newer_checkpoint(run_dir, capfd):
     assert [entry["timesteps"] for entry in index(run_dir)] == [28, 24]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux")
 def test_the_log_is_on_the_disk_before_the_index(monkeypatch):
     """After a power failure no checkpoint is there without the lines before it."""
     synced, fsync = [], os.fsync
