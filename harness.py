@@ -40,9 +40,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pydantic
-import tyro
-from annotated_types import Interval
+try:
+    import pydantic
+    import tyro
+    from annotated_types import Interval
+except ModuleNotFoundError as missing:
+    todo = "make setup, then source .venv/bin/activate"
+    raise SystemExit(f"error: {missing.name} is not installed: {todo}") from None
 
 ROOT = Path(__file__).resolve().parent
 
@@ -216,12 +220,13 @@ def read_flags(cls: type, argv: list[str], default: Any = None) -> Any:
 def read_resumed(cls: type, argv: list[str], given: Any, resumable: tuple[str, ...]) -> Any:
     """Parse the command line on top of a run's saved arguments; UsageError for a changed value that
     may not change. given: the command line on top of the script's defaults."""
-    source = given.resume or given.eval_only
-    own = saved_args(source, cls, whole=bool(given.resume))
+    source, typed = given.resume or given.eval_only, typed_flags(argv)
+    own = saved_args(source, cls, whole=bool(given.resume), typed=typed)
     track = own.track and not given.eval_only
     own = dataclasses.replace(own, run_dir="", resume="", eval_only="", track=track)
     free = {field.name for field in dataclasses.fields(RunArgs)} - set(FIXED) | set(resumable)
-    kept = tuple(name for name in vars(own) if name not in free)
+    saved, _ = load_checkpoint(source, quiet=True)
+    kept = tuple(name for name in vars(own) if name not in free and name in saved["args"])
     return read_kept(cls, argv, own, kept, source)
 
 
@@ -237,10 +242,12 @@ def read_kept(cls: type, argv: list[str], default: Any, kept: tuple[str, ...], s
     return args
 
 
-def saved_args(source: str, cls: type, whole: bool = False) -> Any:
+def saved_args(
+    source: str, cls: type, whole: bool = False, typed: set[str] | frozenset = frozenset()
+) -> Any:
     """Load the arguments of a run or checkpoint; UsageError if it is another script's, or has flags
     that are gone. Flags that are newer than the run have their defaults. whole: to train on, so
-    UsageError also for newer flags, and for the weights alone that play, as in zoo/."""
+    UsageError also for newer flags that are not typed, and for weights that play, as in zoo/."""
     saved, _ = load_checkpoint(source, quiet=True)
     script = script_of(cls).stem
     if saved["script"] != script:
@@ -250,9 +257,13 @@ def saved_args(source: str, cls: type, whole: bool = False) -> Any:
     # Flags of RunArgs that are newer than the run have their defaults.
     own = {field.name: field.default for field in dataclasses.fields(RunArgs)} | saved["args"]
     names = {field.name for field in dataclasses.fields(cls)}
-    missing = names - own.keys() if whole else set()
-    if different := sorted(missing | own.keys() - names):
-        raise UsageError(f"{source} is of a version that differs in {', '.join(different)}.")
+    began = f"{source} was begun by a version of {script}.py that"
+    if gone := ", ".join(as_flag(name) for name in sorted(own.keys() - names)):
+        raise UsageError(f"{began} had {gone}, too.")
+    newer = {as_flag(name) for name in names - own.keys()} if whole else set()
+    newer -= {"--" + flag.removeprefix("--no-") for flag in typed} | typed
+    if newer:
+        raise UsageError(f"{began} had no {', '.join(sorted(newer))}: give a value to go on with.")
     return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
 
 
@@ -327,6 +338,7 @@ import contextlib  # noqa: E402
 import datetime  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
+import functools  # noqa: E402
 import hashlib  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
@@ -572,14 +584,16 @@ def descend(
 
 
 def check_finite(**tensors: Tensor) -> None:
-    """Raise RunError in all processes if a tensor holds NaN or infinity; the message names it. All
-    tensors are tested with one wait for the GPU."""
+    """Raise RunError in all processes if tensors hold NaN or infinity; the message names them. All
+    are tested with one wait for the GPU."""
     tensors = {name: x for name, x in tensors.items() if x.is_floating_point()}
     found = read([has_no_number(x.detach()) for x in tensors.values()])
     wrong = [name for name, is_wrong in zip(tensors, found) if is_wrong]
     if total(len(wrong)):  # processes may have found different ones
-        name = next(filter(None, gather(wrong)))[0]
-        raise RunError(f"{name} is not finite; the last checkpoint is from before.")
+        names = next(filter(None, gather(wrong)))
+        others = f", nor {', '.join(names[1:5])}" if names[1:] else ""
+        others += f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise RunError(f"{names[0]} is not finite{others}; the last checkpoint is from before.")
 
 
 def read(numbers: list[Tensor]) -> list[Any]:
@@ -742,9 +756,13 @@ def describe_run(args: RunArgs, resolved: dict[str, Any]) -> dict[str, Any]:
     about = {"script": script.stem, "resolved": resolved}
     about["commit"] = os.environ.get("UNSEEN_COMMIT", "")  # of the Dockerfile
     with contextlib.suppress(OSError):  # no git
-        git = ["git", "-C", str(script.parent), "describe", "--always", "--dirty"]
-        found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=script.parent)
+        found = git(["git", "describe", "--always", "--dirty"]).stdout.strip()
+        is_tracked = not git(["git", "ls-files", "--error-unmatch", script.name]).returncode
+        if found and not is_tracked and not found.endswith("-dirty"):
+            found += "-dirty"  # a copy of a script, which no commit has
         about["commit"] = found or about["commit"]
+    about["script_sha256"] = sha256_of(script)
     about["packages"] = {d.metadata["Name"]: d.version for d in distributions()}
     return json.loads(json.dumps(dataclasses.asdict(args) | about))  # tuples become lists
 
@@ -803,7 +821,7 @@ class Parts:
     """An object of which a checkpoint stores the attributes that are networks or optimisers."""
 
     def parts(self) -> dict[str, Any]:
-        """{name of the attribute: the network or optimiser}. TypeError if an attribute, list, tuple
+        """{name of the attribute: the network or optimiser}. RunError if an attribute, list, tuple
         or dict holds others: several networks are an nn.ModuleList, a weight of its own is in an
         nn.ParameterList."""
         found = {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
@@ -814,7 +832,8 @@ class Parts:
             for part in members:
                 learns = isinstance(part, Tensor) and part.requires_grad
                 if learns or (hasattr(part, "state_dict") and id(part) not in known):
-                    raise TypeError(f"no checkpoint would hold {name}, a {type(x).__name__}.")
+                    kind = f"a {type(x).__name__} that is not in a module"
+                    raise RunError(f"no checkpoint would hold {name}, {kind}.")
         return found
 
 
@@ -841,8 +860,11 @@ def restore(x: Any, saved: Any, source: str) -> None:
                 restore(x[name], saved[name], source)
     except KeyError as error:  # of a script as it was before it had this part
         raise UsageError(f"{source} does not fit: it has no part '{error.args[0]}'.") from None
-    except (ValueError, RuntimeError, AttributeError, TypeError):
-        raise UsageError(f"{source} does not fit: its networks have other shapes.") from None
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+        why = "; ".join(lines[1:] or lines)  # torch's first line of several is a heading
+        why = why if len(why) <= 240 else f"{why[:240]} ..."
+        raise UsageError(f"{source} does not fit this script's networks: {why}.") from None
 
 
 def leave_out(x: Any) -> None:
@@ -1180,6 +1202,8 @@ class Run:
             disable=True if self.rank else None,  # None: where there is no terminal
         )
         self.stack.callback(self.bar.close)
+        verb = "goes on" if self.saved else "begins"
+        self.say(f"{self.dir}, step {self.timesteps}: training {verb}")
         self.catch_signals()
         if self.logger and self.saved and self.timesteps not in self.logger.evaluated:
             self.before = self.saved["before"]
@@ -1239,6 +1263,8 @@ class Run:
                 for name, x in describe_run(self.args, resolved).items()
                 if name not in ("resume", "run_dir") and before.get(name) != x
             }
+            if "script_sha256" in before.keys() & changed.keys():
+                tell(f"note: {script_of(type(self.args))} has changed since this run was trained")
             if changed:
                 about.setdefault("resumed", []).append({"timesteps": self.timesteps} | changed)
                 write(path, json.dumps(about, indent=1).encode())
@@ -1434,6 +1460,7 @@ class Run:
         if self.args.final_episodes:
             results = self.evaluate("final")
         if self.stopped:
+            self.say(f"{self.dir}, step {self.timesteps}: saved, --resume {self.dir} goes on")
             return STOPPED
         self.write_summary(results)
         return FINISHED

@@ -718,7 +718,9 @@ class ReplayBuffer:
         end = self.steps + len(alive)
         place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
-            self.rows[name][place] = x.to(self.rows[name].dtype)
+            kept = self.rows[name]
+            assert torch.can_cast(x.dtype, kept.dtype), f"the replay has {name} as {kept.dtype}"
+            kept[place] = x.to(kept.dtype)
         self.reward_scale.add(row["rewards"], alive)
         self.steps = end
 
@@ -863,17 +865,18 @@ def actor_loss(
 # [shared: losses] end
 
 
-def information_update(agent: Agent, game: Game, view: View, label: int) -> Tensor:
+def information_update(agent: Agent, game: Game, view: View, label: int) -> tuple[Tensor, Tensor]:
     """One step of phi that raises the bound on I(g; a|o) and, unless --phi-gradient mi, lowers the
-    loss of xi, if that learns. label: the number of the population. Returns the bound before ()."""
+    loss of xi, if that learns. label: the number of the population. Returns the bound before () and
+    the norm of the gradient ()."""
     log_prior = agent.log_prior(game).detach()
     g = agent.attention.all(view)
     information = mean(graph_information(agent, view, g, log_prior), view.alive)
     loss = -information
     if agent.classifies and "both" in agent.args.phi_gradient:
         loss = loss + population_loss(agent, view, g, log_prior, label)
-    descend(loss, agent.attention, agent.actor_optimiser, agent.args.max_grad_norm)
-    return information.detach()
+    norm = descend(loss, agent.attention, agent.actor_optimiser, agent.args.max_grad_norm)
+    return information.detach(), norm
 
 
 def latent_update(
@@ -897,8 +900,9 @@ def latent_update(
             entropy = -(log_prior.exp() * log_prior).sum(-1).mean()
             losses.append(loss - entropy_weight * entropy)
     loss = torch.stack(losses).mean()
-    descend(loss, nn.ModuleList(agent.latent_nets), agent.latent_optimiser, args.max_grad_norm)
-    return scalars
+    nets = nn.ModuleList(agent.latent_nets)
+    norm = descend(loss, nets, agent.latent_optimiser, args.max_grad_norm)
+    return scalars | {"latent_grad_norm": norm}
 
 
 def update(
@@ -945,7 +949,8 @@ def update(
         if args.phi_gradient != "actor" and args.latent_size > 1:
             for each, batch in zip(learned, batches):
                 label = collectors.index(each)
-                means[f"mi/{each.name}"] = information_update(agent, each.game, batch.view, label)
+                found = information_update(agent, each.game, batch.view, label)
+                means[f"mi/{each.name}"], means[f"phi_grad_norm/{each.name}"] = found
         if agent.classifies:
             means |= latent_update(args, agent, collectors, latent_rng)
     agent.follow()

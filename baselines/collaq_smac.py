@@ -90,7 +90,7 @@ class Args(RunArgs):
 
     # Environment
     backend: Literal["sim", "sc2"] = "sim"  # sim: the simulator in envs/smac; sc2: StarCraft II
-    scenario: Literal["sz", "csz", "mmm", "terran", "protoss", "zerg", "resource"] = "sz"  # world
+    scenario: str = "sz"  # world: sz, csz, mmm, terran, protoss, zerg or resource
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # team sizes (numbers of agents) in training
     enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: enemies' AI; sticky: like SC2
     clip_regeneration: bool = False  # damage minus regeneration is rewarded as max(x, 0), not |x|
@@ -683,7 +683,10 @@ class Player:
     def __call__(self, battles: Any) -> Tensor:
         """Actions (B, 8) int64; keeps the hidden states for the next call."""
         obs = battles.obs
-        if not battles.time.any():  # a new episode
+        begins = battles.time == 0
+        if begins.any() != begins.all():
+            raise ValueError("This player is for battles that begin together: Combat(once=True).")
+        if begins.any():
             self.hidden = (None, None)
             self.last_actions = torch.full(obs.avail.shape[:2], -1)
         played = torch.ones(1, len(obs.avail), dtype=torch.bool)

@@ -579,7 +579,9 @@ class ReplayBuffer:
         end = self.steps + len(alive)
         place = torch.arange(self.steps, end, device=self.device) % self.args.buffer_size
         for name, x in row.items():
-            self.rows[name][place] = x.to(self.rows[name].dtype)
+            kept = self.rows[name]
+            assert torch.can_cast(x.dtype, kept.dtype), f"the replay has {name} as {kept.dtype}"
+            kept[place] = x.to(kept.dtype)
         self.reward_scale.add(row["rewards"], alive)
         self.steps = end
 

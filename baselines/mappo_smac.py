@@ -93,7 +93,7 @@ class Args(RunArgs):
 
     # Environment
     backend: Literal["sim", "sc2"] = "sim"  # sim: the simulator in envs/smac; sc2: StarCraft II
-    scenario: Literal["sz", "csz", "mmm", "terran", "protoss", "zerg", "resource"] = "sz"  # world
+    scenario: str = "sz"  # world: sz, csz, mmm, terran, protoss, zerg or resource
     team_sizes: tuple[Positive, ...] = (3, 4, 5)  # team sizes (numbers of agents) in training
     enemy_ai: Literal["sticky", "closest", "focus"] = "sticky"  # sim: enemies' AI; sticky: like SC2
     clip_regeneration: bool = False  # damage minus regeneration is rewarded as max(x, 0), not |x|

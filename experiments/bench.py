@@ -78,7 +78,7 @@ from envs.particle.worlds import (
     landmark_distances,
 )
 from envs.particle.worlds import Observation as ParticleObservation
-from envs.smac.combat import Combat, Scenario
+from envs.smac.combat import Combat
 from experiments import zoo
 from experiments.runs import (
     ROOT,
@@ -756,7 +756,7 @@ class Battles:
     """
 
     battles: tuple[Positive, ...] = (1, 64, 1024)  # numbers of parallel battles, a line each
-    scenario: Scenario = "sz"  # scenario of our battles
+    scenario: str = "sz"  # scenario of our battles
     seconds: Above = 3.0  # least duration of each measurement, in seconds
     cores: Positive = 1  # CPU cores that the process may use
     threads: Positive = 1  # threads of our simulator

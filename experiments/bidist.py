@@ -56,9 +56,11 @@ from experiments.runs import (
     Runs,
     as_words,
     beside,
+    check_kind,
     check_out,
     difference,
     finish,
+    kind_of,
     load_script,
     method_of,
     read_runs,
@@ -705,8 +707,8 @@ def theta_shares(args: dict[str, Any]) -> tuple[float, float]:
     """The expected share of agents that play theta, and of worlds in which all agents do."""
     agents = seats_in(args["substrate"])
     q = args.get("history_share", 0.0)  # PP, RPM
-    if args["script"] == SCRIPT:
-        script = load_script(SCRIPT)
+    if kind_of(args["script"]) == SCRIPT:
+        script = load_script(args["script"])
         fields = {field.name for field in dataclasses.fields(script.Args)}
         own = script.Args(**{name: x for name, x in args.items() if name in fields})
         if own.all_fictitious:
@@ -890,8 +892,7 @@ class Phases(NamedTuple):
 def reverse_phases(study: Fig7) -> Phases:
     """Play a rollout, then apply one reverse phase of each kind to a copy of phi."""
     run = Run(study.run)
-    if run.args["script"] != SCRIPT:
-        raise UsageError(f"{study.run} is not a run of {SCRIPT}.py, and has no phi.")
+    check_kind(run, SCRIPT)  # others have no phi
     with loaded(run, study.num_envs, study.seed) as found:
         found.check()
         batch, state = found.last_of(study.warm_up + 1)
@@ -1279,8 +1280,7 @@ def read_rows(run: Run) -> list[dict[str, Any]]:
     """The CSV's rows, one per logged figure; phase and when ("before", "after") are "" outside
     phases. UsageError if the run is of another script (OPRE's `kl` is of other policies) or lacks
     one of SCALARS."""
-    if run.args["script"] != SCRIPT:
-        raise UsageError(f"{run.where} is not a run of {SCRIPT}.py, and has no phi.")
+    check_kind(run, SCRIPT)  # others have no phi
     for name in SCALARS:
         if not any(name in scalars for scalars in run.log):
             without = "it has not begun, or pack left it out (--curves)"
@@ -1407,8 +1407,7 @@ class Reverse:
 
 def reverse_run(run: Run, study: Reverse) -> list[dict[str, Any]]:
     """Apply all phases to one run: a row of the CSV per distance, rate and number of epochs."""
-    if run.args["script"] != SCRIPT:
-        raise UsageError(f"{run.where} is not a run of {SCRIPT}.py, and has no phi.")
+    check_kind(run, SCRIPT)  # others have no phi
     rows = []
     with loaded(run, study.num_envs, study.seed) as found:
         found.check()

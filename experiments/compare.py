@@ -26,22 +26,29 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts, harness, envs
 
-from harness import Count, Positive, UsageError, as_flag
+from harness import Count, UsageError, as_flag
 
 import numpy as np
 
+from envs.particle.episodes import scripted_players
+from envs.particle.worlds import TASKS
+from envs.smac.worlds import playing
 from envs.statistics import aligned_table, seed_difference, with_interval
 from experiments.plots import plt
 from experiments.runs import (
     POINTS,
     Run,
     Runs,
+    as_words,
     check_groups,
     check_out,
     differ,
     finish,
+    free_flags,
     grouped,
+    load_script,
     name_in_world,
+    paths_of,
     read_runs,
     rules_of,
     run_command,
@@ -57,13 +64,8 @@ class Comparison:
     runs: Runs  # run directories and packed studies to read
     only: tuple[str, ...] = ()  # keep runs whose names match these shell patterns, in this order
     out: Path = Path("comparison")  # common beginning of the three files' names
-    # names of the logged scalars to draw
-    curves: tuple[str, ...] = (
-        "episode/return",
-        "episode/pick_ups_per_1000",
-        "entropy",
-    )
-    every: Positive = 20_000  # environment steps per window; each window is one point of a curve
+    curves: tuple[str, ...] = ()  # names of logged scalars to draw; default: those of USUAL
+    every: Count = 0  # environment steps per point of a curve; 0: 20,000, in short runs a tenth
     means: tuple[str, ...] = ()  # add a table: these scalars' means over all iterations of a run
     last: Count = 0  # add a table: means of --curves over so many steps at the end of training
     rows: tuple[str, ...] = ()  # rows of the final evaluation to show in OUT.md; default: all
@@ -71,6 +73,7 @@ class Comparison:
     by_seed: bool = False  # final evaluations: a column per group instead of a line per run
 
 
+USUAL = ("episode/return", "episode/pick_ups_per_1000", "return", "win", "entropy")
 Curve = list[tuple[int, float]]  # (environment steps at a window's end, mean in the window)
 
 
@@ -230,15 +233,29 @@ def last_table(runs: list[Run], names: tuple[str, ...], steps: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def scripted_rows(run: Run) -> set[str]:
+    """Rows of a run's final evaluation in which no network plays: none of it shows there."""
+    if not (rows := run.summary["eval"]):
+        return set()
+    args, names = run.args, []
+    if args.get("task") in TASKS:
+        names = scripted_players(args["task"], seed=1)
+    if args.get("scenario"):
+        names = playing(args["scenario"]).scripted_policies(seed=1)
+    ends = tuple(f" {name}" for name in names)
+    return {row for row in rows if row.endswith(ends) or row.startswith("random v random")}
+
+
 def difference_table(runs: list[Run], study: Comparison) -> str:
     """A Markdown table with a line per group, evaluation row (or end of training, --last) and
-    figure: the group's mean over seeds minus that of the group --against. UsageError if nothing can
-    be compared."""
+    figure: the group's mean over seeds minus that of the group --against. Rows of scripts alone are
+    left out, unless --rows names them. UsageError if nothing can be compared."""
     against = study.against
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
+        scripted = set() if study.rows else scripted_rows(run)
         for name, row in results_of(run, study.rows).items():
-            for figure, title in columns_of(row).items():
+            for figure, title in columns_of(row).items() if name not in scripted else ():
                 found[row_in_all(name), title][without_seed(run.name)].append(row[figure])
         for name, mean in last_means(run, study.curves, study.last).items():
             found[f"last {study.last:,} steps", name][without_seed(run.name)].append(mean)
@@ -272,15 +289,12 @@ def means_table(runs: list[Run], names: tuple[str, ...]) -> str:
 
 
 def check_names(study: Comparison, runs: list[Run]) -> None:
-    """Raise UsageError for a scalar in --curves, other than the defaults, or in --means that no run
-    has, and for a row in --rows that no finished run has."""
-    default = Comparison.__dataclass_fields__["curves"].default
+    """Raise UsageError for a scalar in --curves or --means that no run has, and for a row in --rows
+    that no finished run has."""
     logged = {name for run in runs for scalars in run.log for name in scalars}
     rows = {name for run in runs for name in run.summary["eval"]}
-    if not study.curves:
-        raise UsageError("--curves names no scalar.")
     for flag, names, known, kind in (
-        ("--curves", study.curves, logged.union(default), "scalar"),
+        ("--curves", study.curves, logged, "scalar"),
         ("--means", study.means, logged, "scalar"),
         ("--rows", study.rows, rows, "row"),
     ):
@@ -312,6 +326,32 @@ def check_against(runs: list[Run], against: str) -> None:
                 raise UsageError(f"--against {against}: {both}, so they are of different worlds.")
 
 
+def with_defaults(study: Comparison, runs: list[Run]) -> Comparison:
+    """The options with --curves and --every as the runs need them, where they are not given."""
+    logged = {name for run in runs for scalars in run.log for name in scalars}
+    usual = tuple(name for name in USUAL if name in logged) or USUAL[:1]
+    longest = max(run.steps for run in runs)
+    every = 20_000 if longest >= 100_000 else max(1, longest // 10)
+    return dataclasses.replace(study, curves=study.curves or usual, every=study.every or every)
+
+
+def note_on_flags(runs: list[Run]) -> str:
+    """A line with the flags that affect training, which all groups' scripts have, and in which they
+    differ; "" if there are none. Worlds and lengths are told elsewhere."""
+    finished = [run for run in runs if run.summary["timesteps"]]
+    groups = [members[0].args for members in grouped(finished).values()]
+    if not groups or not all(paths_of(args["script"]) for args in groups):  # a script is gone
+        return ""
+    free = set().union(*(free_flags(load_script(args["script"])) for args in groups))
+    known = set.intersection(*({*vars(load_script(args["script"]).Args())} for args in groups))
+    differing = []
+    for name in sorted(known - free - {"seed", "substrate", "task", "scenario"}):
+        values = dict.fromkeys(as_words({name: args[name]})[0] for args in groups if name in args)
+        if len(values) > 1:
+            differing.append(" or ".join(values))
+    return f"Note: groups differ in flags: {'; '.join(differing)}.\n" if differing else ""
+
+
 def note_on_steps(runs: list[Run]) -> str:
     """A line that tells each group's steps if finished runs differ in them; "" if they do not."""
     if not differ([run.summary["timesteps"] for run in runs]):
@@ -338,6 +378,7 @@ def compare(study: Comparison) -> None:
     runs = read_runs(study.runs, study.only)
     check_names(study, runs)
     check_groups(runs)
+    study = with_defaults(study, runs)
     if study.against:
         check_against(runs, study.against)
     curves = {run.name: read_curves(run, study.curves, study.every) for run in runs}
@@ -355,7 +396,7 @@ def compare(study: Comparison) -> None:
         text += "\n" + last_table(runs, study.curves, study.last)
     if study.against:
         text += "\n" + difference_table(runs, study)
-    notes = [note_on_steps(runs), note_on_unfinished(runs)]
+    notes = [note_on_flags(runs), note_on_steps(runs), note_on_unfinished(runs)]
     logged = {name for run in runs for scalars in run.log for name in scalars}
     if not points and logged.intersection(study.curves):
         notes.append(

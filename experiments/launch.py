@@ -259,6 +259,9 @@ class Launcher(Trainer):
             self.put_off.add(job.run)
             time.sleep(LOOK_EVERY / 4)
             return None
+        if job.has_changed():
+            verb = "is kept" if job.is_finished() else "goes on"
+            self.tell(f"note: {job.run.name} {verb}, though {job.script} has changed since it ran")
         environment, clock = self.slots.get(), time.monotonic()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = Record(command=job.text(), host=platform.node(), began=now)
@@ -296,11 +299,21 @@ class Launcher(Trainer):
             if job.is_finished():
                 break
             failures += 1
+            ended = f"{job.run.name} ended with code {code}"
+            why = f"{beside(job.run, '.log')} has {last_error(job)}"
             if code == WRONG_USAGE or failures == self.attempts:
+                self.tell(f"{ended}: {why}")
                 return code
-            log = beside(job.run, ".log")
-            self.tell(f"{job.run.name} ended with code {code}, once more: see {log}")
+            self.tell(f"{ended}, once more: {why}")
         return FINISHED
+
+
+def last_error(job: Job) -> str:
+    """The last line of a run's output that tells of an error, or where there is none "no error"."""
+    with contextlib.suppress(OSError):
+        lines = beside(job.run, ".log").read_text(errors="replace").splitlines()
+        return next((x for x in reversed(lines) if "error" in x.lower()), "no error")[:300]
+    return "no error"
 
 
 def last_line(run: Path) -> dict[str, Any]:

@@ -74,10 +74,12 @@ from experiments.runs import (
     Run,
     Runs,
     as_words,
+    check_kind,
     check_out,
     differ,
     finish,
     free_flags,
+    kind_of,
     load_script,
     name_in_world,
     read_runs,
@@ -392,7 +394,10 @@ def by_lemma(args: dict[str, Any]) -> bool:
 
 
 def row_name(args: dict[str, Any]) -> str:
-    """The name of a run's row in the paper's tables, or a name in that form."""
+    """The name of a run's row in the paper's tables, or a name in that form; of a fork's run, with
+    the fork's name behind it."""
+    if (kind := kind_of(args["script"])) != args["script"]:
+        return f"{row_name(args | {'script': kind})} ({args['script']})"
     if args["script"] == "refil_smac":
         return "REFIL" if args["imagine"] else "AQMIX"
     if args["script"] in BASELINES:
@@ -431,8 +436,7 @@ def other_flags(args: dict[str, Any]) -> dict[str, Any]:
 def read_evaluations(run: Run, study: Tables) -> Evaluated:
     """Read a run's evaluations. UsageError for a run of another script, or too few evaluations."""
     args = run.args
-    if args["script"] not in (*SCRIPTS, *BASELINES, *PPO):
-        raise UsageError(f"{run.where} is a run of {args['script']}.py.")
+    kind = check_kind(run, *SCRIPTS, *BASELINES, *PPO)
     evaluations = [x for x in run.log if any(k.startswith("eval/") for k in x)]
     periods = [0, *(x["timesteps"] // study.every for x in evaluations)]
     begun = itertools.pairwise(periods)
@@ -461,7 +465,7 @@ def read_evaluations(run: Run, study: Tables) -> Evaluated:
         minutes=minutes_of(run.log, until=steps),
         columns=columns,
         evaluations=evaluations,
-        learning=[as_mipi_logs(line) for line in run.log] if args["script"] in PPO else run.log,
+        learning=[as_mipi_logs(line) for line in run.log] if kind in PPO else run.log,
         scripts={name: row for name, row in policies.items() if not name.endswith(" sampled")},
     )
 
@@ -841,9 +845,10 @@ class Battles:
 
 def check_readable(run: Run) -> None:
     """Raise UsageError for a run of another script, or in StarCraft II instead of the simulator."""
-    name, known = run.args["script"], (*SCRIPTS, *PPO)
-    if name not in known:
-        raise UsageError(f"{run.where} is a run of {name}.py, not of {' or '.join(known)}.")
+    name, kind = run.args["script"], check_kind(run, *SCRIPTS, *PPO)
+    if kind == "mappo_smac" != name:
+        sentence = "is of a fork of mappo_smac: those of mipi_mappo_smac are read (--alpha 0)"
+        raise UsageError(f"{run.where} {sentence}.")
     if run.args["backend"] != "sim":
         raise UsageError(f"{run.where} is of the game itself: only the simulator's are read.")
 
@@ -852,12 +857,12 @@ def open_agent(run: Run) -> tuple[Any, Any, Any]:
     """Script, arguments and agent of a run. A run of mappo_smac.py is read by mipi_mappo_smac.py
     with alpha 0: the same network, but its pointers do not see hidden units."""
     script = load_script(run.args["script"])
-    is_ppo = run.args["script"] in PPO  # only the actor is needed
+    is_ppo = kind_of(run.args["script"]) in PPO  # only the actor is needed
     args = harness.saved_args(str(run.path), script.Args)
     saved, _ = harness.load_checkpoint(str(run.path))
     state = saved["agent"]
     if is_ppo:
-        script = load_script("mipi_mappo_smac")
+        script = load_script("mipi_mappo_smac") if run.args["script"] in PPO else script
         own = {x.name: getattr(args, x.name) for x in dataclasses.fields(args)}
         args = script.Args(**({"alpha": 0.0} | own))
         state = {"actor": state["actor"]}
@@ -871,10 +876,11 @@ def open_agent(run: Run) -> tuple[Any, Any, Any]:
 def open_states(states: Run) -> Any:
     """The episodes of a run: its replay, or Battles that its policy plays."""
     script, args, agent = open_agent(states)
-    if states.args["script"] in PPO:
+    if kind_of(states.args["script"]) in PPO:
         return Battles(script, args, agent)
     source, folder = harness.load_checkpoint(str(states.path), with_replays=True)
-    harness.refuse_weights_only(source, str(states.path))  # it has no replay
+    if source.get("weights_only"):
+        raise UsageError(f"{states.where} has no replay: name a run that has one, by --states.")
     args = dataclasses.replace(args, device="cpu", replay_window=0)  # whole episodes
     battles = script.make_envs(args, args.team_sizes, 1, args.seed)
     buffer = script.ReplayBuffer(args, battles, torch.device("cpu"))
@@ -925,7 +931,8 @@ def says(
     seen = getattr(views, view)  # MIPI: what policies read; REFIL: utilities
     if not hasattr(agent, "policy"):
         return seen.masked_fill(~avail, opened.script.MASKED).argmax(-1), None
-    own_memory = agent.marginal(features)[0] if agent.informed else None
+    reads_marginal = agent.informed and agent.args.policy == "exact"  # a zoo entry may lack it
+    own_memory = agent.marginal(features)[0] if reads_marginal else None
     log_pi = agent.log_policy(seen, avail, own_memory)
     greedy = log_pi.argmax(-1)
     return greedy, None if agent.greedy else flatter(log_pi, opened.temperature)
@@ -1139,9 +1146,7 @@ def frontier_rows(study: Frontier) -> list[dict[str, Any]]:
     unless all are of MAPPO or MIPI on PPO, whose names have their alpha."""
     runs = {run.where: run for run in read_runs(study.runs)}
     for run in runs.values():
-        script = run.args["script"]
-        if script not in PPO:
-            raise UsageError(f"{run.where} is a run of {script}.py, not of {' or '.join(PPO)}.")
+        check_kind(run, *PPO)
     options = Tables(runs=(), last=study.last)
     evaluated = [read_evaluations(run, options) for run in runs.values()]
     found = group(in_same_columns(evaluated))
@@ -1302,8 +1307,7 @@ class Beside:
 def check_battles(runs: list[Run]) -> None:
     """Raise UsageError unless all are runs in battles of one scenario."""
     for run in runs:
-        if run.args["script"] not in (*SCRIPTS, *BASELINES, *PPO):
-            raise UsageError(f"{run.where} is a run of {run.args['script']}.py: it has no battles.")
+        check_kind(run, *SCRIPTS, *BASELINES, *PPO)
     scenarios = {run.args["scenario"] for run in runs}
     if len(scenarios) > 1 or "resource" in scenarios:
         raise UsageError("These are not runs in battles of one scenario.")

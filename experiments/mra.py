@@ -48,9 +48,11 @@ from experiments.runs import (
     beside,
     check_all,
     check_groups,
+    check_kind,
     check_out,
     finish,
     grouped,
+    kind_of,
     load_script,
     read_runs,
     run_subcommand,
@@ -254,10 +256,7 @@ class Trained(NamedTuple):
 
 def load(run: Run) -> Trained:
     """Load a run's agent on the CPU. UsageError if it is a run of another script."""
-    known = [Path(path).stem for path in (MRA, MADDPG, RL2, EPC, MAAC)]
-    if run.args["script"] not in known:
-        wanted = ", ".join(known)
-        raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {wanted}.")
+    check_kind(run, *(Path(path).stem for path in (MRA, MADDPG, RL2, EPC, MAAC)))
     script = load_script(run.args["script"])
     args, agent = script.load_agent(str(run.path))
     saved, _ = harness.load_checkpoint(str(run.path), quiet=True)
@@ -700,8 +699,7 @@ def ladder(study: Ladder) -> None:
     check_out(study.out)
     runs = read_runs(study.runs, study.only)
     for run in runs:
-        if run.args["script"] != Path(MRA).stem:
-            raise UsageError(f"{run.where} is a run of {run.args['script']}.py, not of {MRA}.")
+        check_kind(run, Path(MRA).stem)
         if not run.summary["eval"]:
             raise UsageError(f"{run.where} has no final evaluation.")
         if run.args.get("adapt"):
@@ -775,8 +773,9 @@ def attention(study: Attention) -> None:
     check_out(study.out)
     rows = []
     for run in read_runs(study.runs):
-        if run.args["script"] != Path(MRA).stem or run.args["task"] != "rooms":
-            raise UsageError(f"{run.where} is no run of {MRA} in rooms.")
+        check_kind(run, Path(MRA).stem)
+        if run.args["task"] != "rooms":
+            raise UsageError(f"{run.where} is no run in rooms.")
         trained = load(run)
         for population in trained.populations:
             rows += attention_rows(trained, study, population)
@@ -863,8 +862,9 @@ def critics(study: Critics) -> None:
     check([(study.every > study.minibatches, "--every exceeds --minibatches")])
     runs = read_runs(study.runs)
     for run in runs:
-        if run.args["script"] != Path(MRA).stem or run.args["adapt"]:
-            raise UsageError(f"{run.where} is no run of {MRA} that trained by itself.")
+        check_kind(run, Path(MRA).stem)
+        if run.args["adapt"]:
+            raise UsageError(f"{run.where} was adapted: it has not trained by itself.")
     rows, last = [], []
     for run, graph in itertools.product(runs, GRAPHS):
         rows += critic_rows(load(run), study, graph)
@@ -952,7 +952,7 @@ def cross_play(study: CrossPlay) -> None:
         why = ""
         if not getattr(x.args, "share_parameters", True):  # scripts without the flag fit all
             why = "has parameters per agent"
-        elif x.run.args["script"] == Path(MAAC).stem:
+        elif kind_of(x.run.args["script"]) == Path(MAAC).stem:
             why = "reads a vector with a place for each other agent"
         if why and x.populations != (study.population,):
             raise UsageError(f"{x.run.where} {why}: it plays {x.populations[0]} only.")

@@ -224,6 +224,22 @@ def load_script(script: str) -> Any:
     return importlib.import_module(script_file(script).removesuffix(".py").replace("/", "."))
 
 
+def kind_of(script: str) -> str:
+    """The script itself or, for a fork with a line FORK_OF = "mra_maddpg_particle", this one."""
+    if not paths_of(script):
+        return script
+    return getattr(load_script(script), "FORK_OF", script)
+
+
+def check_kind(run: Run, *known: str) -> str:
+    """kind_of() a run's script; UsageError unless it is among the `known` ones."""
+    script = run.args["script"]
+    if (kind := kind_of(script)) not in known:
+        wanted = f"{' or '.join(known)}, nor of a fork with FORK_OF"
+        raise UsageError(f"{run.where} is a run of {script}.py, not of {wanted}.")
+    return kind
+
+
 def load_training_script(file: str) -> Any:
     """Import a script by its path in the repository. UsageError unless it is one that trains."""
     name = Path(file).stem
@@ -516,14 +532,18 @@ def differ(steps: list[int]) -> bool:
 def read_runs(
     paths: Iterable[Path], only: tuple[str, ...] = (), same: Callable[[Run], Any] = name_of
 ) -> list[Run]:
-    """The runs in directories and packed studies. With `only`, those whose names match one of these
-    shell patterns, in the order of the patterns. UsageError if a pattern matches none, or if `same`
-    gives the same for two runs: a run that two sources hold would count as two seeds."""
+    """The runs in directories, of one run or of many, and packed studies. With `only`, those whose
+    names match one of these shell patterns, in the order of the patterns. UsageError if a pattern
+    matches none, or if `same` gives the same for two runs, as for one that two sources hold."""
     runs: list[Run] = []
     for path in paths:
         if path.suffix == ".log" and path.with_suffix("").is_dir():
             continue  # a launcher's log beside a run, which the pattern RUNS/*-s* also matches
-        runs += read_study(path) if path.suffix == ".csv" else [Run(path)]
+        if path.suffix == ".csv":
+            runs += read_study(path)
+            continue
+        own = sorted(x.parent for x in path.glob("*/args.json"))  # of a directory of runs
+        runs += [Run(x) for x in own] if own and not (path / "args.json").exists() else [Run(path)]
     if not runs:
         raise UsageError("Name at least one run directory or study.")
     if len({(run.path.resolve(), run.name) for run in runs}) < len(runs):
@@ -556,12 +576,13 @@ COLUMNS = ("run", "kind", "timesteps", "row", "figure", "value")
 #   curve     figure: name of the scalar; timesteps: of the point
 #   final     row and figure of the final evaluation
 #   episode   row: scenario and bots, as "SC0 scripted"; figure: return or length
-# Not packed are the arguments FORGOTTEN; packed by default are the scalars CURVES.
+# Not packed are the arguments FORGOTTEN; packed by default are the scalars CURVES, of intervals
+# (_low, _high) none.
 FORGOTTEN = """run_dir resume eval_only track wandb_project wandb_mode wandb_timeout capture_video
 device num_threads num_workers worker_timeout log_every save_every packages resolved"""
 CURVES = """return return/* episode/return episode/pick_ups_per_1000 entropy kl mi mi/*
 information/* xi_loss/* xi_accuracy/* xi_accuracy_uniform_g/* reverse/phi_* eval/*/win
-eval/*/return eval/*/return_agent eval/*/return_pac_man eval/*/return_ghost collect_s learn_s"""
+eval/*/return eval/*/return_*[!wh] collect_s learn_s"""
 
 
 def read_study(path: Path) -> list[Run]:
@@ -650,9 +671,8 @@ def pack_lines(run: Run, curves: tuple[str, ...]) -> list[tuple]:
             lines.append((run.name, "argument", "", "", name, json.dumps(value)))
     if run.log:
         lines.append((run.name, "log", "", "", "timesteps", run.steps))
-    names = dict.fromkeys(name for scalars in run.log for name in scalars)
-    for name in names:
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in curves):
+    for name in names_in(run.log):
+        if is_kept(name, curves):
             for at, value in thinned(run.log, name):
                 lines.append((run.name, "curve", at, "", name, f"{value:.9g}"))
     for row, figures in run.summary["eval"].items():
@@ -665,6 +685,15 @@ def pack_lines(run: Run, curves: tuple[str, ...]) -> list[tuple]:
             lines.append((run.name, "episode", timesteps, row, "return", as_text(x)))
             lines.append((run.name, "episode", timesteps, row, "length", as_text(length)))
     return [(run.name, "lines", "", "", "", len(lines) + 1), *lines]
+
+
+def names_in(log: list[dict[str, float]]) -> list[str]:
+    """The scalars in a log, in the order in which they appear."""
+    return list(dict.fromkeys(name for scalars in log for name in scalars))
+
+
+def is_kept(name: str, curves: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in curves)
 
 
 def as_text(x: float) -> str:
@@ -688,7 +717,8 @@ def thinned(log: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """What to pack."""
+    """Write run directories into one file, a study, which other commands read instead of them: what
+    they were asked to do, curves, final evaluations and, of Melting Pot's scenarios, episodes."""
 
     out: Annotated[Path, tyro.conf.Positional]  # a .csv
     runs: Runs  # run directories, studies
@@ -741,6 +771,12 @@ def add_to_study(study: Pack) -> None:
     others = f", {len(packed) - len(runs)} of them from before" if len(packed) > len(runs) else ""
     size = study.out.stat().st_size / 1000
     print(f"{study.out}: {len(packed)} runs{others}, {size:,.0f} kB")
+    dropped = [name for run in runs for name in names_in(run.log)]
+    dropped = [x for x in dict.fromkeys(dropped) if not is_kept(x, study.curves)]
+    dropped = [x for x in dropped if x != "timesteps" and not x.endswith(("_low", "_high"))]
+    if dropped:
+        names = ", ".join(dropped[:12]) + (", ..." if len(dropped) > 12 else "")
+        print(f"Not packed, as --curves does not name them: {len(dropped)} scalars ({names}).")
 
 
 def packed_lines(path: Path) -> dict[str, list[tuple]]:
@@ -867,6 +903,14 @@ class Job:
             raise UsageError(f"{self.run} holds an evaluation of {other}, no run.")
         self.check_same(found.args)
         return (self.run / "summary.json").exists() and found.summary["timesteps"] >= self.timesteps
+
+    def has_changed(self) -> bool:
+        """Whether the script is no longer as it was when the run was last trained, as far as its
+        args.json tells."""
+        if not (self.run / "args.json").exists():
+            return False
+        then = Run(self.run).args.get("script_sha256")
+        return then not in (None, harness.sha256_of(ROOT / self.script))
 
     def check_same(self, found: dict[str, Any]) -> None:
         """Raise UsageError if the arguments `found` differ from this job's. Those that may change

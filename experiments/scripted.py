@@ -42,7 +42,7 @@ from envs.particle import episodes as particle_episodes
 from envs.particle.worlds import TASKS, ParticleWorld
 from envs.smac import episodes as combat_episodes
 from envs.smac import resource_collection
-from envs.smac.combat import EnemyAI, Scenario
+from envs.smac.combat import EnemyAI
 from envs.smac.game import BattleError, make_battles
 from envs.smac.resource_collection import NOOP, STAY, ResourceCollection
 from envs.statistics import draw_rows, markdown_table, mean_interval, ratio_interval
@@ -368,9 +368,6 @@ POPULATIONS = {
 }
 
 
-ParticleTask = Literal["treasure", "resource", "pacman", "signpost", "rooms", "delivery"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Particle:
     """Returns of scripted players in the particle worlds.
@@ -380,14 +377,16 @@ class Particle:
     of envs/particle/worlds.py. Writes OUT.csv and OUT.md.
     """
 
-    tasks: tuple[ParticleTask, ...] = tuple(POPULATIONS)  # tasks to play
+    tasks: tuple[str, ...] = tuple(POPULATIONS)  # tasks to play, also your own in TASKS
+    populations: tuple[str, ...] = ()  # populations to play; default: those of our tables
     episodes: Annotated[int, Interval(ge=2)] = 1024  # episodes per player and population
     seed: Seed = 1  # seed of worlds and players
     out: Path = Path("particle_players")  # common beginning of the names of the .csv and .md files
 
 
 def particle_rows(task: str, population: str, study: Particle) -> list[dict[str, Any]]:
-    """The rows of OUT.csv for one population: one per role and player."""
+    """The rows of OUT.csv for one population: one per role and player; ValueError if the task has
+    no such population."""
     numbers = particle_episodes.read_population(population)
     drawn = draw_rows(study.episodes, resamples=1000, seed=study.seed)
     rows = []
@@ -408,8 +407,15 @@ def particle(study: Particle) -> None:
     check_out(study.out)
     rows = []
     for task in study.tasks:
-        for population in POPULATIONS[task]:
-            rows += particle_rows(task, population, study)
+        known = task in TASKS and (study.populations or POPULATIONS.get(task))
+        if not known:
+            todo = "name --populations, too" if task in TASKS else f"there are {', '.join(TASKS)}"
+            raise UsageError(f"--tasks {task}: {todo}.")
+        for population in known:
+            try:
+                rows += particle_rows(task, population, study)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
     lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
         place = (row["task"], row["population"], row["role"])
@@ -429,7 +435,7 @@ def particle(study: Particle) -> None:
 class Battles:
     """Win rates and returns of scripted agents in battles, per scenario and team size."""
 
-    scenarios: Annotated[tuple[Scenario, ...], MinLen(1)] = ("sz", "csz", "mmm")  # to play
+    scenarios: Annotated[tuple[str, ...], MinLen(1)] = ("sz", "csz", "mmm")  # to play
     team_sizes: Annotated[tuple[Positive, ...], MinLen(1)] = (3, 4, 5, 6, 7, 8)  # to play with
     episodes: Positive = 2048  # episodes per script, scenario and team size
     seed: Seed = 1  # seed of battles and scripts

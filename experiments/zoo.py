@@ -38,6 +38,7 @@ from experiments.runs import (
     ROOT,
     Run,
     check_out,
+    kind_of,
     load_script,
     run_child,
     run_subcommand,
@@ -138,12 +139,13 @@ def add(study: Add) -> None:
     """Write an entry, check it with an episode per row, write the cards; UsageError on failure."""
     run = Run(study.run)
     script = run.args["script"]
-    if script not in PLAYS:
-        raise UsageError(f"{script}.py is not in PLAYS of experiments/zoo.py.")
+    if (kind := kind_of(script)) not in PLAYS:
+        way = "give it a line there, or FORK_OF = its parent's name in the script"
+        raise UsageError(f"{script}.py is not in PLAYS of experiments/zoo.py: {way}.")
     if study.out.exists():
         raise UsageError(f"{study.out} is there already.")
     for name in study.without:
-        if f"agent.{name}" not in PLAYS[script]:
+        if f"agent.{name}" not in PLAYS[kind]:
             raise UsageError(f"--without {name}: {script}.py's entries have no such network.")
     saved, _ = harness.load_checkpoint(str(run.path))
     if saved.get("weights_only"):
@@ -154,7 +156,7 @@ def add(study: Add) -> None:
         raise UsageError(f"{run.path} is of a version that has {', '.join(gone)}, too.")
     if run.summary["timesteps"] != saved["timesteps"] or not run.summary["eval"]:
         raise UsageError(f"{run.path} has no final evaluation of its last checkpoint.")
-    kept = played_parts(saved["args"], script, study.without)
+    kept = played_parts(saved["args"], kind, study.without)
     ours = known_co_players(saved["args"], kept)
     absent = set(saved["args"].get("background", ())) - set(ours.get("background", ()))
     no_paths = {"run_dir": "", "resume": "", "eval_only": ""}

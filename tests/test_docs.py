@@ -14,15 +14,13 @@ from pathlib import Path
 import harness
 
 import pytest
+import tracked
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES = [*FIRST, *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = ("bidist.md", "mra.md", "mipi.md")
-SCRIPTS = {
-    str(path.relative_to(ROOT)): path
-    for path in (*ROOT.glob("*_*.py"), *(ROOT / "baselines").glob("*.py"))
-}
+SCRIPTS = {str(path.relative_to(ROOT)): path for path in tracked.files("*_*.py", "baselines/*.py")}
 LENGTHS = {"README.md": 70, "running.md": 120}  # lines; below: the other pages
 METHOD, RESULTS, WORLD = 150, 120, 220
 # Flags that pages name as gone, of other programs, and of scripts that a reader writes.

@@ -14,6 +14,7 @@ import harness
 
 import pytest
 import torch
+import tracked
 from all_scripts import (
     MELTINGPOT,
     OFF_POLICY,
@@ -239,7 +240,7 @@ def test_a_gpus_checkpoint_and_replay_resume_on_a_cpu(name, tmp_path):
 
 
 def test_no_script_is_missing():
-    files = [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]
+    files = tracked.files("*.py", "baselines/*.py")
     names = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files}
     assert names - {"harness"} == set(SCRIPTS) == {case.split()[0] for case in HOW}
     assert set(WAITS) == set(HOW)

@@ -17,6 +17,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+import tracked
 from PIL import Image
 from scipy import stats
 
@@ -55,7 +56,7 @@ def test_navigation_has_every_page_once():
 
 
 def test_every_script_has_a_page_and_a_page_of_decisions():
-    scripts = [*ROOT.glob("*_*.py"), *(ROOT / "baselines").glob("*.py")]
+    scripts = tracked.files("*_*.py", "baselines/*.py")
     assert {path.stem for path in scripts} == set(DECIDED)
     assert all((ROOT / page).exists() for page in DECIDED.values())
 

@@ -94,7 +94,8 @@ def random_player(seed: int) -> Player:
 
 
 def scripted_players(task: str, seed: int) -> dict[str, Player]:
-    """{name: player} with which tables of a task compare learned players; seed: random player's."""
+    """{name: player} with which tables of a task compare learned players, those of a task of your
+    own among them; seed: of the random one."""
     players: dict[str, Player] = {"random": random_player(seed)}
     if task in ("signpost", "rooms"):
         knowing = {"knows population": knows_population, "blind": blind}
@@ -104,7 +105,7 @@ def scripted_players(task: str, seed: int) -> dict[str, Player]:
         return players | {"deliver": deliver, "deliver apart": apart}
     if task in ("treasure", "resource", "pacman"):
         return players | {"nearest-first": nearest_first, "flee": flee}
-    return players  # a task of your own
+    return players | TASKS[task].players
 
 
 def tell_nobody(episodes: int) -> None:

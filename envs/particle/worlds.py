@@ -35,7 +35,7 @@ import os
 import tempfile
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -50,7 +50,6 @@ HORIZON = 20  # steps of an episode
 LONGEST = 2**20  # more steps than an episode can have
 MOST_AGENTS = 1000  # in a world; twenty times as many as in the paper's largest
 LANES = 32  # worlds are padded to a multiple of this, so a world's bits do not depend on how many
-SHAPED = ("treasure", "pacman", "delivery")  # tasks whose rewards have a shaping term
 VISIBLE = 7  # delivery: most treasures that an agent sees; collectors in a deposit's shaping
 AWAY = -999.0  # delivery: x and y of a treasure that has just been taken
 Integration = Literal["velocity-first", "mpe2"]
@@ -96,7 +95,7 @@ class Game:
             raise ValueError(f"{self.task} has its own collision_penalty, 5: it takes no other.")
         if self.collision_penalty and self.task != "treasure":
             raise ValueError(f"{self.task} has no collision_penalty: treasure alone has.")
-        if not self.shaping and self.task not in SHAPED:
+        if not self.shaping and not TASKS[self.task].shaped:
             raise ValueError(f"{self.task} has no shaping that it could do without.")
 
     @property
@@ -124,18 +123,31 @@ class Game:
 
     @property
     def own_features(self) -> int:
-        """Ds: velocity, position, kinds that the agent takes in and carries, landmarks."""
+        """Ds: velocity, position, kinds that the agent takes in and carries, landmarks; or as many
+        as a task of your own shows."""
+        if own := self.shown_by_own_task():
+            return own.own.shape[-1]
         return 4 + 2 * self.num_kinds + self.landmark_features
 
     @property
     def entity_features(self) -> int:
         """De: relative position, velocity; then type (one-hot, if there are several), colour
-        (one-hot) and landmarks or, in delivery, the kinds that the agent takes in and carries."""
+        (one-hot) and landmarks or, in delivery, the kinds that the agent takes in and carries; or
+        as many as a task of your own shows."""
+        if own := self.shown_by_own_task():
+            return own.others.shape[-1]
         if self.carrying:
             return 4 + 2 * self.num_kinds
         types = len(self.population) if len(self.population) > 1 else 0
         colours = self.population[-1] if self.coloured else 0
         return 4 + types + colours + self.landmark_features
+
+    def shown_by_own_task(self) -> Observation | None:
+        """The observation of empty worlds, if the task has an observe() of its own."""
+        observe = TASKS[self.task].observe
+        if observe in (observation, delivery_observation):
+            return None
+        return observe(self, unpack(self, torch.zeros(self.state_size, LANES)))
 
     @property
     def state_size(self) -> int:
@@ -543,6 +555,8 @@ class Task(NamedTuple):
     observe: Callable[[Game, Bodies], Observation] = observation
     place: Callable[[Tensor], Tensor] = lambda places: places  # U[-1, 1)^2 (2, L, B) -> landmarks
     num_last: int = 0  # number of agents of the last type; 0: any number
+    shaped: bool = False  # whether outcome reads game.shaping: others refuse --no-shaping
+    players: Mapping[str, Callable] = types.MappingProxyType({})  # scripted, of a task of your own
 
 
 def _bodies(radius: float, force: float, landmarks: tuple[float, ...], nearest: int) -> dict:
@@ -565,7 +579,9 @@ def triangle(places: Tensor) -> Tensor:
 
 
 TASKS = {
-    "treasure": Task(("agent",), lambda N: _bodies(0.05, 5.0, (0.025,) * 20, 5), treasure_outcome),
+    "treasure": Task(
+        ("agent",), lambda N: _bodies(0.05, 5.0, (0.025,) * 20, 5), treasure_outcome, shaped=True
+    ),
     "resource": Task(
         ("agent",),
         lambda N: _bodies(0.05, 5.0, tuple(0.05 * k for k in range(1, 7)), 6) | dict(sizes=True),
@@ -583,6 +599,7 @@ TASKS = {
             mortal=True,
         ),
         pacman_outcome,
+        shaped=True,
     ),
     "signpost": Task(
         ("agent",),
@@ -620,6 +637,7 @@ TASKS = {
         delivery_observation,
         place=lambda places: 0.95 * places,
         num_last=2,
+        shaped=True,
     ),
 }
 

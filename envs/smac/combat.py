@@ -46,7 +46,6 @@ MOVES = ((0, 1), (0, -1), (1, 0), (-1, 0))  # actions 2..5: north, south, east, 
 EPISODE_LIMIT = 150  # steps
 KILL, WIN = 10.0, 200.0  # rewards, before they are divided by reward_scale
 EnemyAI = Literal["sticky", "closest", "focus"]
-Scenario = Literal["sz", "csz", "mmm", "terran", "protoss", "zerg"]
 
 # --- Units ----------------------------------------------------------------------------------------
 
@@ -1108,7 +1107,7 @@ class Combat:
 
     def __init__(
         self,
-        scenario: Scenario = "sz",
+        scenario: str = "sz",
         team_sizes: tuple[int, ...] = (3, 4, 5),
         num_battles: int = 1,
         seed: int = 1,

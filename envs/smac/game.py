@@ -54,7 +54,6 @@ from envs.smac.combat import (
     ZERGLING,
     Combat,
     Family,
-    Scenario,
     begin,
     begin_all,
     observe,
@@ -88,7 +87,7 @@ class GameFailed(Exception):
 
 def make_battles(
     backend: Literal["sim", "sc2"] = "sc2",
-    scenario: Scenario = "sz",
+    scenario: str = "sz",
     team_sizes: tuple[int, ...] = (3, 4, 5),
     num_battles: int = 1,
     seed: int = 1,
@@ -426,7 +425,7 @@ class RealBattles(Combat):
 
     def __init__(
         self,
-        scenario: Scenario = "sz",
+        scenario: str = "sz",
         team_sizes: tuple[int, ...] = (3, 4, 5),
         num_battles: int = 1,
         seed: int = 1,

@@ -24,9 +24,13 @@ LONGEST = 1_000  # most steps of --max-episode-steps: a battle with an agent tha
 
 
 def family_of(scenario: str, egocentric: bool = False) -> Family | resource_collection.Family:
-    """Sizes of a scenario's observations and actions, and its teams; egocentric: resource only."""
+    """Sizes of a scenario's observations and actions, and its teams; egocentric: resource only.
+    ValueError if there is no such scenario."""
     if scenario == "resource":
         return resource_collection.new_family(egocentric)
+    if scenario not in FAMILIES:
+        known = ", ".join((*FAMILIES, "resource"))
+        raise ValueError(f"There is no --scenario {scenario}: there are {known}.")
     return FAMILIES[scenario]
 
 

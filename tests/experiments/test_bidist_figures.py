@@ -109,7 +109,7 @@ def test_heat_maps(trained, tmp_path, capsys):
     assert bidist.main(["fig7", *argv, "--observation", "120"]) == 2
     assert "error: --observation 120: the rollout has 0 to 119." in capsys.readouterr().err
     assert bidist.main(["fig7", str(trained[2])]) == 2
-    assert "is not a run of bidist_mappo_meltingpot.py, and has no phi." in capsys.readouterr().err
+    assert "mappo_meltingpot.py, not of bidist_mappo_meltingpot" in capsys.readouterr().err
 
 
 LEFT_OUT = "it has not begun, or pack left it out (--curves)"
@@ -377,7 +377,7 @@ def test_shift_is_what_was_logged(trained, tmp_path, capsys):
     assert count == len(found)
     assert is_png(tmp_path / "x.png")
     assert bidist.main(["shift", str(trained[2])]) == 2
-    assert "is not a run of bidist_mappo_meltingpot.py, and has no phi" in capsys.readouterr().err
+    assert "mappo_meltingpot.py, not of bidist_mappo_meltingpot" in capsys.readouterr().err
 
 
 def test_the_kl_of_other_methods_is_no_distillation(tmp_path, capsys):
@@ -385,7 +385,8 @@ def test_the_kl_of_other_methods_is_no_distillation(tmp_path, capsys):
     run = fake_run(tmp_path / "opre-s1", "baselines.opre_meltingpot")
     (run / "metrics.jsonl").write_text('{"timesteps": 40, "kl": 0.1}\n')
     assert bidist.main(["shift", str(run), "--out", str(tmp_path / "x")]) == 2
-    sentence = f"{run} is not a run of {BIDIST}.py, and has no phi."
+    fork = "nor of a fork with FORK_OF"
+    sentence = f"{run} is a run of opre_meltingpot.py, not of {BIDIST}, {fork}."
     assert capsys.readouterr().err == f"error: {sentence}\n"
     new = fake_run(tmp_path / "new-s1")
     assert bidist.main(["shift", str(new), "--out", str(tmp_path / "x")]) == 2
@@ -438,7 +439,7 @@ def test_reverse_distillation(trained, tmp_path, capsys):
     mean = np.mean([float(r["kl_after"]) for r in found if r["phi"] == "initial"][1::2])
     assert f"-> {mean:.3f} |" in table[1]
     assert bidist.main(["reverse", str(trained[2])]) == 2
-    assert "has no phi." in capsys.readouterr().err
+    assert "not of bidist_mappo_meltingpot, nor" in capsys.readouterr().err
 
 
 def test_where_reverse_phases_begin(trained, monkeypatch):

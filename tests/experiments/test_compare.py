@@ -389,7 +389,7 @@ def test_notes_without_a_parent(tmp_path):
     runs = [toy_run(tmp_path / "mine-s1", 1), toy_run(tmp_path / "its-s1", 1, 6400)]
     for run in runs:
         (run / "metrics.jsonl").write_text('{"timesteps": 40, "entropy": 1.0}\n')
-    argv = (*runs, "--curves", "entropy", "--out", tmp_path / "x")
+    argv = (*runs, "--curves", "entropy", "--every", 20_000, "--out", tmp_path / "x")
     code, printed, _ = command("compare", *argv)
     assert code == 0 and "steps: mine: 40,000; its: 6,400.\n" in printed
     assert "Note: no curves: --every 20,000 is longer than each run's log of them.\n" in printed
@@ -564,3 +564,87 @@ def test_what_is_no_number_is_in_no_window():
     log = [{"timesteps": k, "x": float("nan") if k == 1 else float(k)} for k in range(1, 201)]
     points = experiment("runs").thinned(log, "x")
     assert points == [(2, 2.0), *((k, k - 0.5) for k in range(4, 201, 2))]
+
+
+# What is compared without being asked -----------------------------------------------------------
+
+
+def battle_run(path, seed, win, **flags):
+    """A finished run of MAPPO in battles, made up: a network's row and two of scripts."""
+    run = fake_run(path, "baselines.mappo_smac", seed, substrate="", **flags)
+    lines = [{"timesteps": at, "return": at / 10, "win": win} for at in range(100, 1100, 100)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"win": win, "win_low": win, "win_high": win, "episodes": 9}
+    rows = {"3": row, "3 focus": row, "3 random": row}
+    (run / "summary.json").write_text(json.dumps({"timesteps": 1000, "eval": rows}))
+    return run
+
+
+def test_curves_of_battles_without_a_flag(tmp_path):
+    """Those that the runs log, with ten points of a short run."""
+    run = battle_run(tmp_path / "mine-s1", 1, 0.5)
+    assert command("compare", run, "--out", tmp_path / "x")[0] == 0
+    points = rows(tmp_path / "x.csv")
+    assert [x["scalar"] for x in points] == ["return"] * 10 + ["win"] * 10
+    assert [int(x["timesteps"]) for x in points[:10]] == list(range(100, 1100, 100))
+
+
+def test_scripts_rows_are_no_differences(tmp_path):
+    """Unless --rows asks for them."""
+    runs = [battle_run(tmp_path / f"{name}-s1", 1, win) for name, win in (("a", 0.5), ("b", 0.2))]
+    argv = ("compare", *runs, "--against", "b", "--out", tmp_path / "x")
+    _, printed, _ = command(*argv)
+    assert re.findall(r"^\| a +\| (3[ a-z]*?) +\|", printed, re.M) == ["3"]
+    _, printed, _ = command(*argv, "--rows", "3 focus")
+    assert re.findall(r"^\| a +\| (3[ a-z]*?) +\|", printed, re.M) == ["3 focus"]
+
+
+def test_flags_in_which_groups_differ_are_named(tmp_path):
+    runs = [battle_run(tmp_path / "a-s1", 1, 0.5), battle_run(tmp_path / "b-s1", 1, 0.2, gamma=0.5)]
+    runs += [battle_run(tmp_path / "b-s2", 2, 0.2, gamma=0.5, log_every=7)]
+    _, printed, _ = command("compare", *runs, "--out", tmp_path / "x")
+    assert "Note: groups differ in flags: --gamma 0.99 or --gamma 0.5.\n" in printed
+    _, printed, _ = command("compare", *runs[1:], "--out", tmp_path / "x")
+    assert "differ in flags" not in printed
+
+
+def test_a_directory_of_runs_stands_for_them(tmp_path):
+    """As the launcher has made it; its logs and study.json are no runs."""
+    for seed in (1, 2):
+        battle_run(tmp_path / f"many/a-s{seed}", seed, 0.5)
+    (tmp_path / "many/a-s1.log").write_text("")
+    (tmp_path / "many/study.json").write_text("{}")
+    _, printed, _ = command("compare", tmp_path / "many", "--out", tmp_path / "x")
+    assert "| a-s1 |" in printed and "| a-s2 |" in printed
+    (tmp_path / "none").mkdir()
+    code, _, stderr = command("compare", tmp_path / "none", "--out", tmp_path / "x")
+    assert code == 2 and "is no run directory" in stderr
+
+
+def test_what_pack_leaves_out_is_told(tmp_path):
+    """Curves of all roles are kept, without the ends of their intervals."""
+    run = toy_run(tmp_path / "mine-s1", 1)
+    names = ("return_follower", "return_follower_low", "return_follower_high", "return_leader")
+    line = {f"eval/3,3/{name}": 1.0 for name in names} | {"timesteps": 40, "my_own": 2.0}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    code, printed, _ = command("runs", "pack", tmp_path / "s.csv", run)
+    assert code == 0 and "--curves does not name them: 1 scalars (my_own).\n" in printed
+    found = {x["figure"] for x in rows(tmp_path / "s.csv") if x["kind"] == "curve"}
+    assert found == {"eval/3,3/return_follower", "eval/3,3/return_leader"}
+    curves = ("--curves", "my_*", "eval/*")
+    _, printed, _ = command("runs", "pack", tmp_path / "t.csv", run, *curves)
+    assert "Not packed" not in printed
+
+
+def test_a_fork_that_names_its_parent_is_read_as_it(tmp_path, monkeypatch):
+    """By the tools for one method; others are refused in one sentence."""
+    runs = experiment("runs")
+    run = runs.Run(battle_run(tmp_path / "mine-s1", 1, 0.5))
+    monkeypatch.setattr(runs.load_script("mappo_smac"), "FORK_OF", "refil_smac", raising=False)
+    assert runs.kind_of("mappo_smac") == runs.check_kind(run, "collaq_smac", "refil_smac")
+    assert runs.kind_of("gone") == "gone" and runs.kind_of("refil_smac") == "refil_smac"
+    with pytest.raises(runs.UsageError, match="not of collaq_smac, nor of a fork"):
+        runs.check_kind(run, "collaq_smac")
+    monkeypatch.undo()
+    with pytest.raises(runs.UsageError, match="not of refil_smac"):
+        runs.check_kind(run, "refil_smac")

@@ -214,6 +214,18 @@ def test_a_killed_run_goes_on(study, launched):
     assert [json.loads(x)["timesteps"] for x in log] == [1, 2, 3, 4, 5]
 
 
+def test_a_run_of_another_state_of_the_script_is_noted(study, launched):
+    """Whether it is kept or goes on."""
+    file = study(seeds=[1], a="")
+    assert launched(file)[0] == 0
+    args = file.parent / "my runs/a-s1/args.json"
+    about = json.loads(args.read_text())
+    for sha, noted in ((None, False), ("another", True)):
+        args.write_text(json.dumps(about | ({"script_sha256": sha} if sha else {})))
+        code, output = launched(file)
+        assert code == 0 and ("note: a-s1 is kept, though" in output) == noted
+
+
 @pytest.mark.parametrize("attempts", [1, 3])
 def test_what_fails_is_reported_at_the_end(study, launched, attempts):
     """After so many attempts, and after all others have had their turn."""

@@ -732,7 +732,7 @@ def test_team_dependence(runs, tmp_path):
         ((names[0], "--states", tmp_path / "rescale"), "is of --rescale False"),
         ((names[0], "--states", tmp_path / "egocentric"), "is of --egocentric False"),
         ((names[0], "--states", tmp_path / "sc2"), "is of the game itself"),
-        ((runs,), "is no run directory"),
+        ((tmp_path / "nowhere",), "is no run directory"),
         ((runs / "sz-mipi-s1", "--states", runs / "nothing"), "is no run directory"),
         ((runs / "sz-mipi-s1", "--draws", 0), "--draws 0"),
     ):
@@ -750,7 +750,8 @@ def test_team_dependence_of_an_older_run(runs, tmp_path):
     assert dependence(old, *quick) == expected
     change_newest(old, lambda state: state.update(weights_only=True))
     code, _, stderr = command("mipi", "dependence", old, *quick)
-    assert code == 2 and "has the weights alone that play" in stderr
+    assert code == 2 and "has no replay: name a run that has one, by --states" in stderr
+    assert dependence(old, "--states", runs / "sz-mipi-s1", *quick)
     assert dependence(old, "--states", runs / "sz-mipi-s1", *quick) == expected
 
 

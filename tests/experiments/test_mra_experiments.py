@@ -662,7 +662,7 @@ def test_critics(runs, tmp_path):
 @pytest.mark.parametrize(
     ("name", "more", "sentence"),
     [
-        ("parent-s1", (), "trained by itself"),
+        ("parent-s1", (), "maddpg_particle.py, not of mra_maddpg_particle, nor of a fork"),
         ("adapted-s1", (), "trained by itself"),
         ("several-s1", ("--every", 3000), "--every exceeds --minibatches"),
     ],

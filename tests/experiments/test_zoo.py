@@ -384,7 +384,7 @@ def test_younger_flags_have_their_defaults(no_trial, capfd):
     shutil.rmtree("zoo/x")
     assert zoo.main(["add", "x", "zoo/x"]) == 0
     assert module.main(["--resume", "x", "--total-timesteps", "99999"]) == 2
-    assert "differs in amp" in only_error(capfd.readouterr().err)
+    assert "had no --amp: give a value" in only_error(capfd.readouterr().err)
     folders = ("x", "run", "entry")
     for path, folder in (("x", "run"), ("zoo/x", "entry")):
         assert module.main(["--eval-only", path, "--run-dir", folder]) == 0
@@ -393,7 +393,7 @@ def test_younger_flags_have_their_defaults(no_trial, capfd):
     change_newest("zoo/x", lambda state: state["args"].update(gone=1))
     capfd.readouterr()
     assert module.main(["--eval-only", "zoo/x"]) == 2
-    assert "differs in gone" in only_error(capfd.readouterr().err)
+    assert "had --gone, too" in only_error(capfd.readouterr().err)
 
 
 # --- Evaluating again -----------------------------------------------------------------------------

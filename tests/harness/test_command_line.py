@@ -1,5 +1,6 @@
 """Flags, presets, what a resumed run inherits, and what is refused in one sentence."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import harness
 
 import pytest
-from runs import ROOT, change_newest, index, only_error
+import torch
+from runs import ROOT, change_newest, index, only_error, states
 
 from tests.harness.tools import PULLS, flags, learner, resume, run
 
@@ -275,6 +277,82 @@ def test_no_cuda_device(capfd):
         assert f"--device {device}" in only_error(capfd.readouterr().err)
 
 
+def test_a_fork_that_no_commit_has_is_dirty(tmp_path):
+    """The usual fork is a copy that git does not track."""
+    mine = tmp_path / "mine.py"
+    for text in ("import harness\n", "class Args(harness.RunArgs):\n    pass\n"):
+        with mine.open("a") as file:
+            file.write(text)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "begin"]):
+        subprocess.run([*git, *words], check=True)
+    spec = importlib.util.spec_from_file_location("mine", mine)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mine"] = module
+    spec.loader.exec_module(module)
+    about = harness.describe_run(module.Args(), {})
+    assert about["commit"].endswith("-dirty")
+    assert about["script_sha256"] == harness.sha256_of(mine)
+    for words in (["add", "mine.py"], ["commit", "-q", "-m", "mine"]):
+        subprocess.run([*git, *words], check=True)
+    commit = harness.describe_run(module.Args(), {})["commit"]
+    assert commit and not commit.endswith("-dirty")
+
+
+def test_a_script_that_has_changed_is_noted(capfd):
+    """When a run goes on; both states of the script are in args.json."""
+    assert run(*flags("run", 2)) == 0
+    about = stored("run")
+    assert about["script_sha256"] == harness.sha256_of(Path(learner.__file__))
+    Path("run/args.json").write_text(json.dumps(about | {"script_sha256": "another"}))
+    capfd.readouterr()
+    assert run(*resume("run", 4)) == 0
+    assert f"note: {learner.__file__} has changed since this run" in capfd.readouterr().out
+    assert stored("run")["resumed"][0]["script_sha256"] == about["script_sha256"]
+    assert run(*resume("run", 6)) == 0
+    assert "has changed" not in capfd.readouterr().out
+
+
+def test_where_a_run_is_and_how_it_goes_on(capfd):
+    assert run(*flags("run", 2)) == 0
+    assert capfd.readouterr().out.startswith("run, step 0: training begins\n")
+    assert run(*resume("run", 4)) == 0
+    assert capfd.readouterr().out.startswith("run, step 8: training goes on\n")
+
+
+def test_a_flag_that_is_newer_than_the_run():
+    """--resume takes it if it is typed, and keeps it from then on."""
+    assert run(*flags("run", 2)) == 0
+    change_newest("run", lambda state: state["args"].pop("scale"))
+    assert run(*resume("run", 4)) == 2
+    assert run(*resume("run", 4, "--scale", "0.25")) == 0
+    assert stored("run")["resumed"][0]["scale"] == 0.25
+    assert run(*resume("run", 6)) == 0 and states("run")[0]["args"]["scale"] == 0.25
+    assert run(*resume("run", 8, "--scale", "0.5")) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda net: {f"old.{name}": x for name, x in net.items()},
+            'Missing key(s) in state_dict: "',
+        ),
+        (lambda net: {name: torch.cat((x, x)) for name, x in net.items()}, "size mismatch for "),
+    ],
+)
+def test_what_does_not_fit_is_named(change, sentence, capfd):
+    assert run(*flags("run", 2)) == 0
+
+    def other(state):
+        state["agent"]["actor"] = change(state["agent"]["actor"])
+
+    change_newest("run", other)
+    assert run(*resume("run", 4)) == 2
+    error = only_error(capfd.readouterr().err)
+    assert "run does not fit this script's networks: " in error and sentence in error
+
+
 def test_another_scripts_run_and_another_versions(capfd):
     assert run(*flags("run", 2)) == 0
     import harness
@@ -283,7 +361,7 @@ def test_another_scripts_run_and_another_versions(capfd):
 
     for change, word in (
         ({"script": "other"}, "other.py"),
-        ({"script": "learner", "args": {"seed": 1}}, "version that differs in"),
+        ({"script": "learner", "args": {"seed": 1}}, "version of learner.py that had no --arms, "),
     ):
         path = Path("run/checkpoint-8.pt")
         torch.save(torch.load(path, weights_only=True) | change, path)

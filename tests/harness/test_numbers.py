@@ -50,13 +50,19 @@ def test_weights_that_overflow(tmp_path, capfd):
     assert all(all_finite(state) for state in states("run"))
 
 
-def test_check_finite_names_the_first_and_looks_at_all():
+def test_check_finite_names_all():
+    """The first one may be a victim of another."""
     fine, wrong = torch.ones(3, 5), torch.ones(3, 5)
     harness.check_finite(a=fine, b=torch.tensor(1), c=torch.zeros(0))
     for value in (float("nan"), float("inf"), -float("inf")):
         wrong[1, 2] = value
-        with pytest.raises(harness.RunError, match="b is not finite"):
+        with pytest.raises(harness.RunError, match="b is not finite, nor c;"):
             harness.check_finite(a=fine, b=wrong, c=wrong)
+        with pytest.raises(harness.RunError, match="b is not finite; the last"):
+            harness.check_finite(a=fine, b=wrong, c=fine)
+        many = dict.fromkeys("abcdefg", wrong)
+        with pytest.raises(harness.RunError, match="a is not finite, nor b, c, d, e and 2 more;"):
+            harness.check_finite(**many)
     large = torch.ones(2**22 + 3)
     large[-1] = float("nan")
     with pytest.raises(harness.RunError, match="large"):

@@ -1124,7 +1124,7 @@ def test_phi_by_both_ascends_eq_11_and_descends_eq_13(how, monkeypatch):
         loss.backward(inputs=list(net.parameters()))  # as the harness's
 
     monkeypatch.setattr(mra, "descend", descend)
-    told = mra.information_update(agent, s.collectors[0].game, view, label=1)
+    told, _ = mra.information_update(agent, s.collectors[0].game, view, label=1)
     prior = np.exp(numbers(agent.log_prior(s.game)))
     alive, w = view.alive.numpy(), arrays(agent.attention)
 

@@ -1764,3 +1764,37 @@ def test_compiled_kernels_stay_compiled(tmp_path):
     command = [sys.executable, "-c", code, *flags.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", [MRA, MADDPG, MAAC, EPC])
+def test_a_replay_refuses_what_it_would_round(name, tmp_path, monkeypatch):
+    """A fork's latent or action that is no integer, say."""
+    module = script(name)
+    add = module.ReplayBuffer.add
+
+    def with_fractions(self, row, alive):
+        add(self, row | {"actions": row["actions"] + 0.5}, alive)
+
+    monkeypatch.setattr(module.ReplayBuffer, "add", with_fractions)
+    with pytest.raises(AssertionError, match="the replay has actions as"):
+        module.main(tiny(name, tmp_path / "run", 60))
+
+
+def test_gradients_of_phi_and_psi_are_logged_and_checked(tmp_path, capfd, monkeypatch):
+    """A loss may be finite where its gradient is not."""
+    module = script(MRA)
+    argv = tiny(MRA, tmp_path / "run", 120, "--populations", "3", "4", "--log-every", "60")
+    assert module.main(argv) == 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    logged = {name for line in lines for name in json.loads(line)}
+    assert {"phi_grad_norm/3", "phi_grad_norm/4", "latent_grad_norm"} <= logged
+    whole = module.population_loss
+
+    def broken(agent, view, g, log_prior, label):
+        loss = whole(agent, view, g, log_prior, label)
+        return loss + (0.0 * log_prior.sum()).sqrt()  # 0, with an infinite gradient
+
+    monkeypatch.setattr(module, "population_loss", broken)
+    capfd.readouterr()
+    assert module.main([*argv[:-2], "--run-dir", str(tmp_path / "other")]) == 1
+    assert "latent_grad_norm is not finite" in capfd.readouterr().err

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -1359,3 +1360,20 @@ def test_refil_learns(seed, monkeypatch):
     results = json.loads(Path("run/summary.json").read_text())["eval"]
     assert results["3 random"]["win"] < 0.4 < 0.6 < bar < 0.75
     assert results["3"]["win_low"] > bar
+
+
+@pytest.mark.parametrize(
+    "name", ["mipi_refil_smac", "baselines.refil_smac", "baselines.collaq_smac"]
+)
+def test_players_refuse_battles_that_begin_singly(name):
+    """They would go on with the last actions, and the memory, of a battle that is over."""
+    module = importlib.import_module(name)
+    agent = module.Agent(module.Args(preset="cpu"), worlds.family_of("sz"), CPU)
+    battles, player = Combat("sz", (3,), num_battles=2, seed=1), module.Player(agent)
+    battles.reset()
+    with pytest.raises(ValueError, match="begin together"):
+        for _ in range(200):
+            battles.step(player(battles))
+    together = Combat("sz", (3,), num_battles=2, seed=1, once=True)
+    for _ in range(2):
+        assert len(play(together, player)) == 2

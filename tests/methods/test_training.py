@@ -13,11 +13,11 @@ from harness import Evaluation, RunArgs
 import numpy as np
 import pytest
 import torch
+import tracked
 from toolbox import (
     BIDIST,
     MAPPO,
     OPRE,
-    ROOT,
     UNLIKE_DEFAULTS,
     bidist,
     collect,
@@ -31,7 +31,7 @@ from toolbox import (
 
 SCRIPTS = [
     path
-    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "baselines").glob("*.py")])
+    for path in tracked.files("*.py", "baselines/*.py")
     if "class Args(RunArgs)" in path.read_text()
 ]
 MELTINGPOT = [path for path in SCRIPTS if path.stem.endswith("_meltingpot")]

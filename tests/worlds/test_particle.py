@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from mpe2._mpe_utils.core import Agent, World
-from particle_tools import EPC, MAAC, MADDPG, MRA, RL2, script
+from particle_tools import EPC, MAAC, MADDPG, MRA, RL2, script, tiny
 
+from envs.particle import worlds
 from envs.particle.episodes import (
     EpisodeReturns,
     RewardScale,
@@ -25,7 +26,6 @@ from envs.particle.episodes import (
 )
 from envs.particle.worlds import (
     LONGEST,
-    SHAPED,
     TASKS,
     Bodies,
     Clocks,
@@ -187,7 +187,7 @@ def plain_observation(game, p, v, landmarks, alive):
 @pytest.mark.parametrize(
     ("task", "population", "shaping", "penalty"),
     [(*game, True, 0.0) for game in GAMES]
-    + [(*game, False, 0.0) for game in GAMES if game[0] in SHAPED]
+    + [(*game, False, 0.0) for game in GAMES if worlds.TASKS[game[0]].shaped]
     + [("treasure", 12, True, 5.0)],
 )
 def test_a_step_is_the_plain_one(task, population, shaping, penalty):
@@ -421,9 +421,40 @@ def test_steps_before_reset_and_wrong_actions_are_one_sentence():
     assert torch.equal(again.step(torch.ones(32, 3, dtype=torch.int64)).reward, reward)
 
 
-def test_a_task_of_ones_own_has_random_play_beside_it():
-    """Scripts know the six tasks: flee() would need one type, nearest_first() landmarks."""
+def crowd_observation(game, bodies):
+    """What others see, and beside it how far each agent is from the middle."""
+    obs = worlds.observation(game, bodies)
+    far = bodies.position.square().sum(0).sqrt().T[..., None]  # (B, N, 1)
+    return obs._replace(own=torch.cat((obs.own, far), -1), others=torch.cat((obs.others, far), -1))
+
+
+@pytest.fixture
+def crowd(monkeypatch):
+    """A task of one's own: treasure with other observations, shaping and a player."""
+    task = worlds.TASKS["treasure"]._replace(observe=crowd_observation, players={"flee": flee})
+    monkeypatch.setitem(worlds.TASKS, "crowd", task)
+    return task
+
+
+def test_players_beside_a_task_of_ones_own(crowd, monkeypatch):
+    """Those that it names; scripts for our six tasks may need what it has not."""
+    assert scripted_players("crowd", 1).keys() == {"random", "flee"}
+    monkeypatch.setitem(worlds.TASKS, "mine", crowd._replace(players={}, shaped=False))
     assert scripted_players("mine", 1).keys() == {"random"}
+    ParticleWorld("crowd", 3, 4, shaping=False)
+    with pytest.raises(ValueError, match="mine has no shaping that it could do without"):
+        ParticleWorld("mine", 3, 4, shaping=False)
+
+
+@pytest.mark.parametrize("name", [MADDPG, MRA, MAAC, RL2, EPC])
+def test_all_scripts_train_in_a_task_with_other_observations(name, crowd, tmp_path):
+    """Networks are as wide as what it shows."""
+    world = ParticleWorld("crowd", 3, 4)
+    obs = world.reset()
+    assert obs.own.shape[-1] == world.game.own_features == 4 + 2 * 5 + 1
+    assert obs.others.shape[-1] == world.game.entity_features == 4 + 2 * 5 + 1
+    assert script(name).main(tiny(name, tmp_path / "run", 60, "--task", "crowd")) == 0
+    assert script(name).main(["--eval-only", str(tmp_path / "run"), "--final-episodes", "4"]) == 0
 
 
 def test_a_saved_count_of_returns_is_a_copy():
