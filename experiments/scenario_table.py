@@ -169,6 +169,8 @@ def advice(run: Run) -> str:
         return "pack it again from runs that have one"
     if "substrate" not in run.args:
         return "only runs on Melting Pot can have one"
+    if run.args["substrate"] == "toy" or ":" in run.args["substrate"]:
+        return f"{run.args['substrate']} has no scenarios"
     words = ["python", script_file(run.args["script"]), "--eval-only", str(run.path)]
     words += ["--eval-scenarios", "all"]
     if has_weights_only(run.path):

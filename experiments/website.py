@@ -49,8 +49,8 @@ from experiments.runs import (
 
 # {heading of the navigation: its pages}. Pages in scripts/, gallery and data are made in this file.
 NAVIGATION = {
-    "Start": """README docs/first_runs docs/running docs/IDEA docs/scripts docs/zoo zoo/README
-        gallery""",
+    "Start": """README docs/first_runs docs/running docs/IDEA docs/forks docs/scripts docs/zoo
+        zoo/README gallery""",
     "Claims and results": """docs/CLAIMS docs/results_bidist docs/cross_play docs/reverse_phases
         docs/pure_coordination docs/results_mra docs/results_mra_printed docs/results_mipi""",
     "Methods": """docs/bidist docs/mra docs/mra_ladder docs/mra_signpost

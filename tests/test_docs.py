@@ -34,6 +34,10 @@ FOREIGN = {
 }
 
 
+# Files that a page tells its reader to save, and the script whose flags they take.
+WRITTEN = {"meet.py": "mra_maddpg_particle.py", "mm.py": "baselines/mappo_smac.py"}
+
+
 def code_blocks(text: str) -> list[list[str]]:
     """Lines of each indented or fenced block."""
     blocks, block, fenced = [], [], False
@@ -102,7 +106,7 @@ def examples() -> list[pytest.param]:
     """Every command line of every page that starts a Python file, and what `cp` made before."""
     found = []
     for page in PAGES:
-        copies = {}
+        copies = dict(WRITTEN)
         for command in commands(page.read_text()):
             words = words_of(command)
             if words[:1] == ["cp"] and len(words) >= 3:

@@ -122,7 +122,10 @@ def play(
     progress: Progress = ignore,
 ) -> list[Result]:
     """Play `episodes` episodes to their end and return one Result each. play_all() explains the
-    arguments; here all worlds have the same label."""
+    arguments. ValueError for worlds with several labels, as of several scenarios."""
+    label, *others = set(getattr(envs, "labels", ("",)))
+    if others:
+        raise ValueError("These worlds have several labels: play_all() has results of each.")
     results = play_all(
         envs,
         focal,
@@ -131,10 +134,10 @@ def play(
         episodes=episodes,
         rng=rng,
         shuffle_ids=shuffle_ids,
-        videos={"": video} if video is not None else {},
+        videos={label: video} if video is not None else {},
         progress=progress,
     )
-    return results[""]
+    return results[label]
 
 
 def play_all(

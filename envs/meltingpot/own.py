@@ -283,6 +283,8 @@ class OwnWorlds:
     def _checked(self, what: str, view: Any, grid: tuple[int, int], kinds: int) -> np.ndarray:
         """The view; WorldError if it is not in its space: the networks' tables check no id."""
         view = np.asarray(view)
+        if view.dtype.kind not in "iu":
+            raise WorldError(f"{self.name}: {what} has {view.dtype}, where kinds are integers.")
         if view.shape != grid:
             text = f"{what} has shape {view.shape}, and its space {grid}"
             raise WorldError(f"{self.name}: {text}.")

@@ -210,6 +210,7 @@ def official_bot(name: str) -> Any:
 
 def goal_names(substrate: str) -> list[str]:
     """Names of the goals of a substrate's puppets; their order is the number of a goal."""
+    import_meltingpot()
     from meltingpot.configs import bots as configs
 
     goals = configs._PUPPET_GOALS

@@ -363,6 +363,14 @@ def rewrite(**new):
     return change
 
 
+def in_world(substrate):
+    def change(run):
+        args = json.loads((run / "args.json").read_text()) | {"substrate": substrate}
+        (run / "args.json").write_text(json.dumps(args))
+
+    return change
+
+
 ERRORS = {
     "no directory": (gone, (), "a-s1 is no run directory."),
     "no run": (lambda run: (run / "args.json").unlink(), (), "a-s1 is no run directory."),
@@ -377,6 +385,8 @@ ERRORS = {
         (),
         "python bidist_mappo_meltingpot.py --eval-only {run} --eval-scenarios all makes it.",
     ),
+    "no scenarios": (in_world("toy"), (), "scenarios yet: toy has no scenarios."),
+    "a world of one's own": (in_world("my:World"), (), "yet: my:World has no scenarios."),
     "no episodes": (spoil(lambda text: HEADER), (), "SC0-scripted.csv holds no episodes."),
     "no column": (spoil(lambda text: text.replace("length", "size")), (), "has no column length."),
     "other bots": (

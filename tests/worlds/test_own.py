@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -388,6 +391,7 @@ BROKEN = {
     "view['player_1'][4, 4] = -1": "a view holds kind -1, and its space has 0 to 3.",
     "view['player_0'] = view['player_0'][0]": "a view has shape (5,), and its space (5, 5).",
     "view['player_1'] = view['player_1'][:4]": "a view has shape (4, 5), and its space (5, 5).",
+    "view['player_0'] = view['player_0'] + .5": "a view has float64, where kinds are integers.",
     "del view['player_1']": "there is nothing for player_1 in its observations.",
 }
 
@@ -437,3 +441,43 @@ def test_answers_without_a_player(number, my_world):
     assert (
         str(error.value) == f"my_world:Short: there is nothing for player_1 in its {names[number]}."
     )
+
+
+ROOT = PAGE.parents[1]
+
+
+def code_of(page, word):
+    """The indented block of a page that has this word."""
+    blocks = re.split(r"\n(?=\S)", page.read_text())
+    (block,) = (x for x in blocks if re.search(f"^    .*{re.escape(word)}", x, re.M))
+    lines = block.splitlines()[1:]
+    return textwrap.dedent("\n".join(x for x in lines if not x or x.startswith("    ")))
+
+
+@pytest.mark.parametrize(
+    ("word", "flags", "rows"),
+    [
+        ("mra.main(", "--task meet --populations 2 4 --num-envs 4", "| 2 nearest-first "),
+        ("mappo_smac.main(", "--scenario mm --num-envs 2 --hidden-size 8 --heads 2", "| 3 focus "),
+    ],
+)
+def test_worlds_of_ones_own_in_a_file(word, flags, rows, tmp_path):
+    """A particle world and a family of battles, as the page has them."""
+    (tmp_path / "own.py").write_text(code_of(PAGE, word))
+    more = "--total-timesteps 400 --final-episodes 4 --eval-every 0 --run-dir run"
+    line = [sys.executable, "own.py", *flags.split(), *more.split()]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert rows in done.stdout
+
+
+@pytest.mark.slow
+def test_co_players_of_ones_own(tmp_path):
+    """A function, and a puppet with one goal, beside a policy of the zoo."""
+    line = [sys.executable, "-c", code_of(ROOT / "docs/forks.md", "coins_defector")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *alone, goals, results = done.stdout.splitlines()
+    assert len(alone) == 2 and goals == "['COOPERATE', 'DEFECT', 'SPITE']"
+    assert results.count("focal_return=") == 2

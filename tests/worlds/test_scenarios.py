@@ -26,7 +26,7 @@ import scipy.sparse.csgraph
 import torch
 from runs import BOTH, MAPPO, script, some_long
 
-from envs.meltingpot import bots, scenarios
+from envs.meltingpot import bots, episodes, scenarios
 from envs.meltingpot.episodes import (
     BOT_COLOUR,
     FOCAL_COLOUR,
@@ -668,6 +668,21 @@ class Labelled(TileGame):
 
 
 FIVE = ("default",) * 5
+
+
+def test_play_is_of_worlds_with_one_label():
+    """Whatever it is called; of several play_all() has results of each."""
+
+    def still(obs, starts, ids):
+        return np.zeros(ids.shape, int)
+
+    for labels in (("mine", "mine"), ("", "")):
+        envs = TileGame(2, 1)
+        envs.labels = labels
+        assert len(episodes.play(envs, still, None, 0, 3, np.random.default_rng(0))) == 3
+    envs.labels = ("mine", "its")
+    with pytest.raises(ValueError, match="several labels"):
+        episodes.play(envs, still, None, 0, 3, np.random.default_rng(0))
 
 
 def test_play_all_counts_by_label_and_draws_ids_without_replacement():
