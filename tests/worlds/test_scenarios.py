@@ -1000,9 +1000,15 @@ def test_a_checkpoint_for_other_actions_is_one_sentence(run_dir, tmp_path, capsy
     (other / "checkpoints.json").write_text(json.dumps(index))
     code = script(MAPPO).main(["--eval-only", str(other), "--final-episodes", "1"])
     *_, last = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and last == f"error: {other} does not fit: its networks have other shapes."
+    assert code == 2 and last.startswith(
+        f"error: {other} does not fit this script's networks: size"
+    )
+    assert "shape torch.Size([8, " in last and "model is torch.Size([7, " in last
     code = script(MAPPO).main(
         ["--eval-only", str(run_dir), "--final-episodes", "1", "--background", str(other)]
     )
     *_, last = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and last == f"error: {other} does not fit: its networks have other shapes."
+    assert code == 2 and last.startswith(
+        f"error: {other} does not fit this script's networks: size"
+    )
+    assert "shape torch.Size([8, " in last and "model is torch.Size([7, " in last
