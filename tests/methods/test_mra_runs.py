@@ -1586,7 +1586,9 @@ def test_log_of_the_latent():
     state = run(MRA, "run", 2 * VISIT, "--log-every", 2 * VISIT, "--learning-rate", 0.05)
     (m,) = metrics("run")
     kinds = ("information", "xi_accuracy", "xi_accuracy_uniform_g", "mi", "xi_loss", "return")
+    kinds += ("phi_grad_norm",)
     names = {f"{kind}/{population}" for kind in kinds for population in (3, 5)}
+    names.add("latent_grad_norm")
     names |= {f"prior/{population}/0/{z}" for population in (3, 5) for z in range(6)}
     assert set(m) == PARENTS | names | {"prior_distance"}
     psi = script(MRA).LatentPrior(1, script(MRA).Args())
@@ -1639,7 +1641,7 @@ def test_log_of_the_latent_in_pacman():
     "name, flags, more",
     [
         (MADDPG, "", set()),
-        (MRA, "--populations 3", {"information/3", "mi/3"}),
+        (MRA, "--populations 3", {"information/3", "mi/3", "phi_grad_norm/3"}),
         (MRA, "--populations 3 --latent-size 1", {"information/3"}),
         (MRA, "--populations 3 --phi-gradient actor", {"information/3"}),
     ],
