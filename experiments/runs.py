@@ -907,9 +907,9 @@ class Job:
     def has_changed(self) -> bool:
         """Whether the script is no longer as it was when the run was last trained, as far as its
         args.json tells."""
-        if not (self.run / "args.json").exists():
+        if not (self.run / "checkpoints.json").exists():  # it has not begun
             return False
-        then = Run(self.run).args.get("script_sha256")
+        then = harness.latest_args(Run(self.run).args).get("script_sha256")
         return then not in (None, harness.sha256_of(ROOT / self.script))
 
     def check_same(self, found: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import harness
+
 import pytest
 from made_up import ROOT, command, experiment
 from runs import some_long
@@ -220,8 +222,10 @@ def test_a_run_of_another_state_of_the_script_is_noted(study, launched):
     assert launched(file)[0] == 0
     args = file.parent / "my runs/a-s1/args.json"
     about = json.loads(args.read_text())
-    for sha, noted in ((None, False), ("another", True)):
-        args.write_text(json.dumps(about | ({"script_sha256": sha} if sha else {})))
+    today = harness.sha256_of(file.parent / "counter.py")
+    resumed = {"script_sha256": "another", "resumed": [{"script_sha256": today}]}
+    for more, noted in (({}, False), ({"script_sha256": "another"}, True), (resumed, False)):
+        args.write_text(json.dumps(about | more))
         code, output = launched(file)
         assert code == 0 and ("note: a-s1 is kept, though" in output) == noted
 

@@ -277,7 +277,7 @@ def test_no_cuda_device(capfd):
         assert f"--device {device}" in only_error(capfd.readouterr().err)
 
 
-def test_a_fork_that_no_commit_has_is_dirty(tmp_path):
+def test_a_fork_that_no_commit_has_is_dirty(tmp_path, monkeypatch):
     """The usual fork is a copy that git does not track."""
     mine = tmp_path / "mine.py"
     for text in ("import harness\n", "class Args(harness.RunArgs):\n    pass\n"):
@@ -288,7 +288,7 @@ def test_a_fork_that_no_commit_has_is_dirty(tmp_path):
         subprocess.run([*git, *words], check=True)
     spec = importlib.util.spec_from_file_location("mine", mine)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["mine"] = module
+    monkeypatch.setitem(sys.modules, "mine", module)
     spec.loader.exec_module(module)
     about = harness.describe_run(module.Args(), {})
     assert about["commit"].endswith("-dirty")
