@@ -115,6 +115,7 @@ class RunArgs:
     wandb_timeout: Above = 10.0  # seconds to wait for the wandb server; then logging is offline
     device: Device = "auto"  # auto, cpu, cuda or e.g. cuda:1; auto: cuda if there is one
     tf32: bool = False  # on a GPU: float32 products with 10 mantissa bits, not 23 (faster)
+    onednn: bool = True  # on AMD's CPUs with AVX-512: products by oneDNN, as exact, but faster
     num_threads: Positive = 1  # CPU threads of torch; on a busy machine more are slower
 
 
@@ -455,9 +456,31 @@ def leave(code: int) -> None:
 # --- Processes ------------------------------------------------------------------------------------
 
 
+def choose_products(onednn: bool) -> None:
+    """On AMD's processors with AVX-512 let oneDNN multiply float32, if that loses no digits.
+
+    MKL, torch's usual library, uses half of their width (AVX2). torch calls the switch "medium", as
+    oneDNN may then round to bfloat16. It does where a processor has units for that (Intel's AMX).
+    """
+    torch.set_float32_matmul_precision("highest")
+    cpu = torch.cpu.get_capabilities()
+    if onednn and "AMD" in cpu.get("cpu_name", "") and cpu.get("avx512_f"):
+        torch.set_float32_matmul_precision("medium")
+        if not all(product_is_exact(*shape) for shape in ((32, 64, 8), (512, 512, 512))):
+            torch.set_float32_matmul_precision("highest")
+
+
+def product_is_exact(M: int, K: int, N: int) -> bool:
+    """Whether torch multiplies integers of 12 bits without an error, for (M, K) and (K, N)."""
+    x = torch.arange(M * K).view(M, K) * 7919 % 8191 - 4095
+    y = torch.arange(K * N).view(K, N) * 31 % 15 - 7  # sums stay below 2^24
+    return torch.equal((x.float() @ y.float()).double(), x.double() @ y.double())
+
+
 def start_processes(args: RunArgs) -> tuple[int, int, torch.device]:
     """Return rank, number of processes and device; join torchrun's process group, if any."""
     torch.set_num_threads(args.num_threads)
+    choose_products(args.onednn)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: there is no CUDA device here.")
     size = process_count()

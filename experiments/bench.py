@@ -1738,6 +1738,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the subcommand and return its exit code."""
     torch.set_num_threads(1)
+    harness.choose_products(onednn=True)  # as in training
     return run_subcommand(COMMANDS, argv, __doc__)
 
 

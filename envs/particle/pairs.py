@@ -3,9 +3,9 @@
 A network of o_ij = [p_j - p_i, v_j, ...] has N^2 inputs for N agents. But its first layer is linear
 and gives a_j - b_i with a_j = W [p_j, v_j, ...] + c and b_i = W_p p_i, N vectors each. For keys the
 second layer moves to the query, as q . K h = (K^T q) . h; for values it comes after the sum over j.
-Two sums over pairs remain. On a CPU kernels.py computes them, together with the layers before and
-after; on a GPU torch's operations do, compiled to single loops if `compiled` is set. There is an
-a_j for each set of weights: where each agent i has weights of its own, a is M N^2 H numbers again.
+Two sums over pairs remain. On a CPU kernels.py computes them; on a GPU torch's operations do,
+compiled to single loops if `compiled` is set. There is an a_j for each set of weights: where each
+agent i has weights of its own, a is M N^2 H numbers again.
 
 FastPairs has the methods of the scripts' plain class Pairs; tests require equal results and
 gradients. Both use grouped_linear(). M transitions, N agents, H hidden units, S parameter sets.
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.particle import kernels
-from envs.particle.worlds import Compiled, constant
+from envs.particle.worlds import Compiled
 
 
 def grouped_linear(
@@ -36,19 +36,14 @@ def grouped_linear(
     (M, N, I, O) and bias (M, N, O) of each agent."""
     if weight.dim() == 4:
         return torch.einsum("mni,mnio->mno", x, weight) + bias
-    if kernels.fits(x, weight) and x.dim() == 3:
-        none = weight.new_zeros(()).expand(len(weight), weight.shape[2])
-        return kernels.linear(x, weight, none if bias is None else bias, counts)
     if len(weight) == 1:
-        y = x @ weight[0]
-        return y if bias is None else y + bias[0]
+        return F.linear(x, weight[0].mT, None if bias is None else bias[0])
     if len(weight) == x.shape[1]:
         y = torch.einsum("mni,nio->mno", x, weight)
         return y if bias is None else y + bias
-    parts = [part @ w for part, w in zip(x.split(counts, 1), weight)]
-    if bias is not None:
-        parts = [part + b for part, b in zip(parts, bias)]
-    return torch.cat(parts, 1)
+    each = [None] * len(weight) if bias is None else bias
+    parts = zip(x.split(counts, 1), weight, each)
+    return torch.cat([F.linear(part, w.mT, b) for part, w, b in parts], 1)
 
 
 class FastPairs:
@@ -74,7 +69,7 @@ class FastPairs:
         own_bias = bias.dim() == 3  # of each agent i: b_i has it, in place of a_j
         shared = bias.new_zeros(len(weight), bias.shape[-1]) if own_bias else bias  # (S, H)
         position = others[..., :2]
-        self.use_kernels = kernels.fits(others, weight)
+        self.use_kernels = kernels.fits(others)
         if self.use_kernels:
             if weight.dim() == 4:
                 self.a = torch.einsum("mjd,mndh->mjnh", others, weight)  # (M, N, N, H)
@@ -96,19 +91,19 @@ class FastPairs:
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores q_i . k_ij (M, N, N) of query (M, N, K) and keys without bias, key (S, H, K)."""
-        if self.use_kernels:
-            return kernels.PairScores.apply(query, key, self.a, self.b, self.counts)
         u = grouped_linear(query, key.mT, None, self.counts)  # (M, N, H)
+        if self.use_kernels:
+            return kernels.PairScores.apply(u, self.a, self.b, self.counts)
         return self._reduce(score_kernel, u)
 
     def sums(self, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """sum_j g_ij v_ij (M, N, O) for graphs g (M, N, N); v by weight (S, H, O), bias (S, O)."""
+        # sum_j g_ij (h_ij W + c) = [sum_j g_ij h_ij, sum_j g_ij] [W; c]
         if self.use_kernels:
-            return kernels.PairSums.apply(g, weight, bias, self.a, self.b, self.counts)
-        hidden = self._reduce(sum_kernel, g)  # (M, N, H)
-        counts = constant(self.counts, torch.int64, bias.device)
-        each = bias.repeat_interleave(counts, 0, output_size=g.shape[1])  # (N, O)
-        return grouped_linear(hidden, weight, None, self.counts) + g.sum(-1, keepdim=True) * each
+            sums = kernels.PairSums.apply(g, self.a, self.b, self.counts)  # (M, N, H + 1)
+        else:
+            sums = torch.cat((self._reduce(sum_kernel, g), g.sum(-1, keepdim=True)), -1)
+        return grouped_linear(sums, torch.cat((weight, bias[:, None]), 1), None, self.counts)
 
     def _reduce(self, function: Callable, x: Tensor) -> Tensor:
         """score_kernel or sum_kernel of x (M, N, .), one parameter set at a time."""

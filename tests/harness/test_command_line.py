@@ -39,11 +39,14 @@ def test_every_flag_arrives():
     argv = []
     for name, value in typed.items():
         argv += [f"--{name.replace('_', '-')}", value]
-    assert run(*argv, "--capture-video", "--arms", "a", "b", "c", "--no-use-replay") == 0
+    assert (
+        run(*argv, "--capture-video", "--arms", "a", "b", "c", "--no-use-replay", "--no-onednn")
+        == 0
+    )
     found = stored("run")
     assert {name: str(found[name]) for name in typed} == typed
     assert found["capture_video"] is True and found["use_replay"] is False
-    assert found["arms"] == ["a", "b", "c"] and found["track"] is False
+    assert found["arms"] == ["a", "b", "c"] and found["track"] is found["onednn"] is False
     assert found["resolved"] == {"device": "cpu", "processes": 1, "arms": 3}
     assert found["script"] == "learner" and "torch" in found["packages"]
 

@@ -125,3 +125,55 @@ def test_a_line_has_the_means_of_what_was_noted():
     for name in ("loss", "grad_norm"):
         values = np.array([line[name] for line in each]).reshape(2, 3)
         assert [line[name] for line in few] == pytest.approx(values.mean(1), rel=1e-4, abs=1e-7)
+
+
+@pytest.fixture
+def _precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+AMD = {"cpu_name": "AMD EPYC", "avx512_f": True}
+MULTIPLIES = [  # what torch says of the processor, --onednn, whether digits are lost; by oneDNN?
+    (AMD, True, False, True),
+    (AMD, False, False, False),
+    (AMD, True, True, False),
+    (AMD | {"avx512_f": False}, True, False, False),
+    (AMD | {"cpu_name": "Intel(R) Xeon(R)"}, True, False, False),
+    ({"architecture": "aarch64"}, True, False, False),
+]
+
+
+@pytest.mark.parametrize(("cpu", "wanted", "rounds", "used"), MULTIPLIES)
+def test_who_multiplies(cpu, wanted, rounds, used, _precision, monkeypatch):
+    """oneDNN where it is asked for, helps and loses no digits; it forgets what was set before."""
+    torch.set_float32_matmul_precision("high")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    if rounds:  # as Intel's AMX does, to 8 bits
+        multiply = torch.Tensor.__matmul__
+        half = lambda x: x.bfloat16().float() if x.dtype == torch.float32 else x  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: multiply(half(x), half(y)))
+    else:  # whatever this machine has
+        monkeypatch.setattr(harness, "product_is_exact", lambda *shape: True)
+    harness.start_processes(harness.RunArgs(device="cpu", onednn=wanted))
+    assert torch.get_float32_matmul_precision() == ("medium" if used else "highest")
+
+
+SHAPES = [((1, 64), (64, 64)), ((4096, 22), (22, 64)), ((9, 512, 128), (9, 128, 32))]
+
+
+@pytest.mark.parametrize(("left", "right"), SHAPES)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_products_have_all_digits(left, right, wanted, _precision):
+    """On this machine, by oneDNN or not, there and back (by which gradients go)."""
+    harness.choose_products(wanted)
+    x = torch.randn(left, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(right, dtype=torch.float64, requires_grad=True)
+    singles = [z.detach().float().requires_grad_() for z in (x, y)]
+    exactly, ours = x @ y, singles[0] @ singles[1]
+    d = torch.randn_like(exactly)
+    gradients = torch.autograd.grad(exactly, (x, y), d)
+    found = torch.autograd.grad(ours, singles, d.float())
+    for a, b in zip((exactly, *gradients), (ours, *found), strict=True):
+        assert (a - b).abs().max() < 3e-6 * a.abs().max()  # a product of bfloat16: some 4e-3

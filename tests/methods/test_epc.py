@@ -1181,7 +1181,7 @@ ELSEWHERE = {
     "parents": "test_parents",
     "preset": "test_presets",
     **dict.fromkeys(("device", "compile", "num_threads", "plain"), "test_devices_and_threads"),
-    "tf32": "tests/harness",
+    **dict.fromkeys(("tf32", "onednn"), "tests/harness"),
     **dict.fromkeys(("track", "wandb_project", "wandb_mode", "wandb_timeout"), "tests/harness"),
 }
 BASES = {

@@ -977,7 +977,7 @@ ELSEWHERE = {
     "eval_only": "test_a_run_as_a_player",
     "preset": "test_presets",
     **dict.fromkeys(("device", "compile", "num_threads"), "test_devices_and_threads"),
-    "tf32": "tests/harness",
+    **dict.fromkeys(("tf32", "onednn"), "tests/harness"),
     **dict.fromkeys(("track", "wandb_project", "wandb_mode", "wandb_timeout"), "tests/harness"),
 }
 

@@ -882,7 +882,7 @@ ELSEWHERE = {
     "adapt": "the tests of adaptation",
     "population": "the same",
     "device": "test_device_threads_plain_and_compile",
-    "tf32": "tests/harness",
+    **dict.fromkeys(("tf32", "onednn"), "tests/harness"),
     "num_threads": "test_device_threads_plain_and_compile",
     "compile": "test_device_threads_plain_and_compile",
     **dict.fromkeys(("track", "wandb_project", "wandb_mode", "wandb_timeout"), "tests/harness"),

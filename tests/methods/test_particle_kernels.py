@@ -1,4 +1,4 @@
-"""Kernels for a CPU: layers, pairs and observations, against torch's operations."""
+"""Layers of sets of agents, and a CPU's kernels of pairs and observations, against torch's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from envs.particle import kernels, pairs, worlds
 pytestmark = pytest.mark.numeric
 
 M, K, O = 7, 6, 9
-COUNTS = [(5,), (2, 3), (1, 1, 1, 1), (70,)]  # one set, types, per agent, more rows than a block
+COUNTS = [(5,), (2, 3), (1, 1, 1, 1), (70,)]  # one set, types, per agent, many
 WIDTHS = [8, 32, 40]  # no tile, one, and one with something left
 
 
@@ -44,7 +44,7 @@ def test_layers(counts, dtype):
     agents = pairs_of_sets(counts)
     x, weight, bias = (exact(*s, dtype=dtype) for s in ((M, N, K), (S, K, O), (S, O)))
     plain = torch.einsum("mni,nio->mno", x, weight[agents]) + bias[agents]
-    ours = kernels.linear(x, weight, bias, counts)
+    ours = pairs.grouped_linear(x, weight, bias, counts)
     assert_same(plain, ours, [x, weight, bias])
     assert torch.equal(pairs.grouped_linear(x, weight, None, counts), ours - bias[agents])
 
@@ -68,26 +68,25 @@ def test_pairs(H, counts, per_agent, dtype):
     b, g = exact(M, N, H, dtype=dtype), exact(M, N, N, dtype=dtype)
     row = torch.arange(N) if per_agent else agents
     hidden = torch.relu(a.transpose(1, 2)[:, row] - b[:, :, None])  # (M, N, N, H)
-    weight, bias = exact(S, H, O, dtype=dtype), exact(S, O, dtype=dtype)
-    plain = torch.einsum("mij,mijh,iho->mio", g, hidden, weight[agents])
-    plain = plain + g.sum(-1, keepdim=True) * bias[agents]
-    ours = kernels.PairSums.apply(g, weight, bias, a, b, counts)
-    assert_same(plain, ours, [g, weight, bias, a, b])
-    query, key = exact(M, N, K, dtype=dtype), exact(S, H, K, dtype=dtype)
-    plain = torch.einsum("mik,ihk,mijh->mij", query, key[agents], hidden)
-    ours = kernels.PairScores.apply(query, key, a, b, counts)
-    assert_same(plain, ours, [query, key, a, b])
+    plain = torch.einsum("mij,mijh->mih", g, hidden)
+    plain = torch.cat((plain, g.sum(-1, keepdim=True)), -1)
+    assert_same(plain, kernels.PairSums.apply(g, a, b, counts), [g, a, b])
+    u = exact(M, N, H, dtype=dtype)
+    plain = torch.einsum("mih,mijh->mij", u, hidden)
+    assert_same(plain, kernels.PairScores.apply(u, a, b, counts), [u, a, b])
 
 
-@pytest.mark.parametrize("wanted", ["g", "w", "ab", "a"])
-def test_gradients_of_some(wanted):
+@pytest.mark.parametrize("function", [kernels.PairSums, kernels.PairScores])
+@pytest.mark.parametrize("wanted", ["x", "ab", "a"])
+def test_gradients_of_some(wanted, function):
     """What is given or frozen gets none, and the rest is what it was."""
-    shapes = dict(g=(M, 5, 5), w=(1, 40, O), c=(1, O), a=(M, 5, 1, 40), b=(M, 5, 40))
+    first = (M, 5, 5) if function is kernels.PairSums else (M, 5, 40)
+    shapes = dict(x=first, a=(M, 5, 1, 40), b=(M, 5, 40))
     inputs = {name: exact(*shape, dtype=torch.float64) for name, shape in shapes.items()}
-    every = kernels.PairSums.apply(*inputs.values(), (5,)).sum()
+    every = function.apply(*inputs.values(), (5,)).sum()
     whole = dict(zip(inputs, torch.autograd.grad(every, list(inputs.values()))))
     some = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
-    kernels.PairSums.apply(*some.values(), (5,)).sum().backward()
+    function.apply(*some.values(), (5,)).sum().backward()
     for name, x in some.items():
         assert (x.grad is None) == (name not in wanted)
         assert name not in wanted or torch.equal(x.grad, whole[name])
@@ -97,16 +96,14 @@ def test_nan_is_seen():
     """A ReLU hides no NaN."""
     a = torch.full((1, 3, 1, 40), torch.nan)
     b, g = torch.zeros(1, 3, 40), torch.full((1, 3, 3), 1 / 3)
-    out = kernels.PairSums.apply(g, torch.ones(1, 40, 2), torch.zeros(1, 2), a, b, (3,))
-    assert out.isnan().all()
+    assert kernels.PairSums.apply(g, a, b, (3,))[..., :40].isnan().all()
+    assert kernels.PairScores.apply(torch.ones(1, 3, 40), a, b, (3,)).isnan().all()
 
 
 def test_where_kernels_are_used():
-    x, weight = torch.zeros(2, 3, 64), torch.zeros(1, 64, 64)
-    assert kernels.fits(x, weight)
-    assert not kernels.fits(x.half(), weight.half()) and not kernels.fits(x.double(), weight)
-    assert not kernels.fits(x, torch.zeros(1, 64, 1024))
-    assert not kernels.fits(x.to("meta"), weight.to("meta"))
+    x = torch.zeros(2, 3, 64)
+    assert kernels.fits(x) and kernels.fits(x.double())
+    assert not kernels.fits(x.half()) and not kernels.fits(x.to("meta"))
 
 
 GAMES = [("treasure", 5), ("resource", 7), ("pacman", (4, 2)), ("signpost", 5), ("rooms", (3, 3))]

@@ -1186,7 +1186,7 @@ ELSEWHERE = {
     **dict.fromkeys(("adapt", "population"), "test_adapting"),
     "plain": "test_policy_and_value_are_those_of_the_equations",
     **dict.fromkeys(("device", "compile", "num_threads"), "test_devices_and_threads"),
-    "tf32": "tests/harness",
+    **dict.fromkeys(("tf32", "onednn"), "tests/harness"),
     **dict.fromkeys(("track", "wandb_project", "wandb_mode", "wandb_timeout"), "tests/harness"),
 }
 
