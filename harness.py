@@ -228,17 +228,20 @@ def read_resumed(cls: type, argv: list[str], given: Any, resumable: tuple[str, .
     free = {field.name for field in dataclasses.fields(RunArgs)} - set(FIXED) | set(resumable)
     saved, _ = load_checkpoint(source, quiet=True)
     kept = tuple(name for name in vars(own) if name not in free and name in saved["args"])
-    return read_kept(cls, argv, own, kept, source)
+    changing = f"; {', '.join(map(as_flag, resumable))} may change" if resumable else ""
+    return read_kept(cls, argv, own, kept, source, changing)
 
 
-def read_kept(cls: type, argv: list[str], default: Any, kept: tuple[str, ...], source: str) -> Any:
+def read_kept(
+    cls: type, argv: list[str], default: Any, kept: tuple[str, ...], source: str, more: str = ""
+) -> Any:
     """Parse the command line on top of `default`; UsageError for another value of a flag in `kept`,
-    which stays that of the run `source`."""
+    which stays that of the run `source`, with `more` at the sentence's end."""
     args = read_flags(cls, argv, default)
     for name in kept:
         if getattr(args, name) != (value := getattr(default, name)):
             shown = "not set" if value in ("", (), None) else value
-            raise UsageError(f"{as_flag(name)} is {shown} in {source} and stays so.")
+            raise UsageError(f"{as_flag(name)} is {shown} in {source} and stays so{more}.")
     check_run(args, argv)
     return args
 

@@ -165,7 +165,11 @@ def make_game(task: str, population: int | tuple[int, ...], **options: Any) -> G
         raise ValueError(f"There is no task {task!r}: there are {', '.join(TASKS)}.")
     roles = TASKS[task].roles
     if len(population) != len(roles):
-        wanted = f"{len(roles)} numbers ({', '.join(roles)})" if len(roles) > 1 else "one number"
+        wanted = (
+            f"{len(roles)} numbers with commas ({','.join(roles)})"
+            if len(roles) > 1
+            else "one number"
+        )
         raise ValueError(f"A population of {task} is {wanted}: {_name(population)} is not.")
     if min(population) < 1:
         few = _name(population)

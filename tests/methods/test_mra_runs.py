@@ -447,7 +447,7 @@ WRONG_IN_MRA = {
     "--adapt {runs}/mra --population 4 --eval-populations 4,2": "treasure 4,2",
     "--adapt {runs}/mra --population 4 --run-dir {runs}/mra": "holds a run already",
     "--adapt {runs}/mra --population 4 --run-dir {runs}/x.pt": "--run-dir is a directory: .pt is",
-    "--resume {own} --adapt {own} --population 4": "stays so",
+    "--resume {own} --adapt {own} --population 4": "stays so; --eval-populations, --plain, --compile may change",
     "--eval-only {own} --adapt {own} --population 4": "stays so",
     "--no-share-parameters": "populations --share-parameters",
     "--no-share-parameters --populations 3 --eval-populations 4": "populations --share-parameters",

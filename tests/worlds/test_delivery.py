@@ -307,7 +307,7 @@ def test_compiled_steps_are_the_eager_ones(population):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((6,), "A population of delivery is 2 numbers (collector, deposit): 6 is not."),
+        ((6,), "A population of delivery is 2 numbers with commas (collector,deposit): 6 is not."),
         (((6, 3),), "A population of delivery has 2 of type deposit, not 6,3."),
         (((0, 2),), "A population has at least one agent of each type: not 0,2."),
         (

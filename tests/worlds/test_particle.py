@@ -623,7 +623,10 @@ def test_without_a_compiler_the_world_is_eager(tmp_path):
             "delivery.",
         ),
         (("treasure", (3, 2)), "A population of treasure is one number: 3,2 is not."),
-        (("pacman", 3), "A population of pacman is 2 numbers (pac_man, ghost): 3 is not."),
+        (
+            ("pacman", 3),
+            "A population of pacman is 2 numbers with commas (pac_man,ghost): 3 is not.",
+        ),
         (("pacman", (0, 2)), "A population has at least one agent of each type: not 0,2."),
         (("pacman", (997, 4)), "A population has at most 1000 agents: not 997,4."),
         (("treasure", 3, {"nearest": 25}), "nearest is from 1 to 20, not 25."),

@@ -118,7 +118,10 @@ def test_the_blind_player_is_the_best_constant_guess():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("rooms", 3), "A population of rooms is 2 numbers (follower, leader): 3 is not."),
+        (
+            ("rooms", 3),
+            "A population of rooms is 2 numbers with commas (follower,leader): 3 is not.",
+        ),
         (("rooms", (3, 2)), "A population of rooms has 3 of type leader, not 3,2."),
         (("signpost", (3, 3)), "A population of signpost is one number: 3,3 is not."),
         (("rooms", (3, 3), {"nearest": 1}), "nearest is from 0 to 0, not 1."),
