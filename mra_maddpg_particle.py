@@ -141,7 +141,7 @@ class Args(RunArgs):
     key_size: Positive = 16  # units of each query and key of phi
     head_gain: Above = 2.0  # Xavier gain of the initial weights of queries and keys
     plain: bool = False  # networks of agent pairs: literal and slow (class Pairs); off: equal, fast
-    compile: bool = False  # on a GPU: compile worlds and pair networks; on a CPU these if H > 128
+    compile: bool = False  # on a GPU: compile worlds and sums over pairs; a CPU has kernels
     # Base algorithm
     learning_rate: Amount = 3e-4  # learning rate of Adam for all networks but phi
     phi_learning_rate: Amount = 3e-4  # learning rate of Adam for phi, the attention network
