@@ -466,7 +466,7 @@ def choose_products(onednn: bool) -> None:
     oneDNN may then round to bfloat16. It does where a processor has units for that (Intel's AMX).
     """
     torch.set_float32_matmul_precision("highest")
-    cpu = torch.cpu.get_capabilities()
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     if onednn and "AMD" in cpu.get("cpu_name", "") and cpu.get("avx512_f"):
         torch.set_float32_matmul_precision("medium")
         if not all(product_is_exact(*shape) for shape in ((32, 64, 8), (512, 512, 512))):
